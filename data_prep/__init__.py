@@ -1,0 +1,1 @@
+"""Pictures to shard sets: sources, views, palette, packed WebDataset records."""

@@ -1,0 +1,1 @@
+"""Shard sets to models: training, export, evaluation, completions, publishing."""
