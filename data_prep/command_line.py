@@ -5,8 +5,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 USER_ERROR = 2
@@ -22,29 +25,70 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parses and instantiates. Raises ValueError with one sentence for a user's mistake."""
     from argparse import ArgumentError
 
+    _check_config_file(value_of("--config", arguments))
     try:
         namespace = parser.parse_args(list(arguments))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return parser.instantiate(namespace)
     except ArgumentError as error:
-        raise ValueError(_one_sentence(str(error)) + f" (see {parser.prog} --help)") from error
+        known = [action.dest for action in parser._actions]
+        raise ValueError(f"{_one_sentence(str(error), known)} (see {parser.prog} --help)") from error
 
 
-def _one_sentence(message: str) -> str:
-    """jsonargparse's multi-line report as one sentence that names the key, the value and what fits."""
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
-    union = re.search(r'Parser key "([^"]+)":.*?Subtypes: \[(.*?)\]\n.*Given value: (.*)$', message, re.S)
-    if union:
-        key, subtypes, value = union.groups()
-        return f"{key} is {value.strip()!r}; it must be one of {' or '.join(subtypes.split(', N'))}".replace(
-            "oneType", "nothing"
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """What follows a flag, as `--flag value` or `--flag=value`, before any parsing."""
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if here == flag:
+            return following
+        if here.startswith(f"{flag}="):
+            return here.removeprefix(f"{flag}=")
+    return None
+
+
+def _check_config_file(path: str | None) -> None:
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise ValueError(f"--config is {path!r}, which is no file; it must be a YAML file, see configs/.")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds {type(content).__name__}, not keys and values; see configs/ for examples."
         )
-    simple = re.search(r'Parser key "([^"]+)":\s*Expected (?:a |an )?(.*?)\. Got value: (.*)$', message, re.S)
-    if simple:
-        key, expected, value = simple.groups()
-        return f"{key} is {value.strip()!r}; it must be {expected}"
+
+
+TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def _one_sentence(message: str, known: list[str]) -> str:
+    """jsonargparse's report as one sentence that names the key, the value and what would be right."""
+    value = re.search(r'Parser key "([^"]+)":.*?(?:Given value: |Got value: )(.*)$', message, re.S)
+    if value:
+        return f"{value[1]} is {value[2].strip()!r}; it must be {_expected(message)}"
+    unknown = re.search(
+        r"Group '([^']*)' does not accept option '([^']*)'|Option '([^']*)' is not accepted"
+        r"|unrecognized arguments: --([^ =]*)",
+        message,
+    )
+    if unknown:
+        key = ".".join(part for part in unknown.groups() if part)
+        near = get_close_matches(key, known, n=1)
+        return f"{key} is no known key" + (f"; did you mean {near[0]}?" if near else "")
     return " ".join(message.split())
+
+
+def _expected(message: str) -> str:
+    choices = re.search(r"Literal\[(.*?)\]", message)
+    if choices:
+        return f"one of {choices[1].replace(chr(39), '')}"
+    kind = re.search(r"Expected (?:an? )?(?:<class '(?:\w+\.)*(\w+)'>|(.*?))(?:\.|$|\n)", message)
+    if not kind:
+        return "of another type"
+    return TYPE_NAMES.get(kind[1], kind[1]) if kind[1] else f"a {kind[2]}"
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:
@@ -72,7 +116,9 @@ def _describe(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def dispatch(prog: str, description: str, commands: dict[str, tuple[str, Callable[[list[str]], Any]]]) -> NoReturn:
+def dispatch(
+    prog: str, description: str, commands: dict[str, tuple[str, Callable[[list[str]], Any]]]
+) -> NoReturn:
     """`prog COMMAND arguments...`: commands maps a name to (one-line help, function of the remaining arguments)."""
     arguments = sys.argv[1:]
     width = max(map(len, commands))
@@ -84,6 +130,9 @@ def dispatch(prog: str, description: str, commands: dict[str, tuple[str, Callabl
         sys.exit(0 if arguments else USER_ERROR)
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
-        print(f"error: {name!r} is no command of {prog}; it must be one of {', '.join(commands)}.", file=sys.stderr)
+        print(
+            f"error: {name!r} is no command of {prog}; it must be one of {', '.join(commands)}.",
+            file=sys.stderr,
+        )
         sys.exit(USER_ERROR)
     run_command(lambda: commands[name][1](rest))

@@ -25,12 +25,228 @@ class ModelConfig:
     def __post_init__(self) -> None:
         own = (self.layers, self.width, self.heads)
         if self.size is None and None in own:
-            raise ValueError("model.size is not set; set it to s, m, l or xl, or set model.layers, model.width and model.heads.")
+            raise ValueError(
+                "model.size is not set; set it to s, m, l or xl, or set model.layers, model.width and model.heads."
+            )
         if self.size is not None and own != (None, None, None):
-            raise ValueError("model.size and model.layers/width/heads exclude each other; leave one of them out.")
+            raise ValueError(
+                "model.size and model.layers/width/heads exclude each other; leave one of them out."
+            )
         for name in ("layers", "width", "heads", "resolution"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} is {value}; it must be at least 1.")
         if self.width is not None and self.heads is not None and self.width % self.heads:
-            raise ValueError(f"model.width is {self.width}; it must be a multiple of model.heads, {self.heads}.")
+            raise ValueError(
+                f"model.width is {self.width}; it must be a multiple of model.heads, {self.heads}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the model learns."""
+
+    kind: Literal["next_color"] = "next_color"
+    """next_color: predict each pixel's colour from those before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    shards: str | None = None
+    """Folder of a shard set (python -m data_prep shards)."""
+    flip: bool = False
+    """Mirror half of the training pictures, drawn by seed and position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam as in the paper's appendix A.1; weight decay, if any, is decoupled and spares gains and biases."""
+
+    learning_rate: float = 0.003
+    """Peak rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        require_positive("optimizer.learning_rate", self.learning_rate)
+        require_at_least("optimizer.weight_decay", self.weight_decay, 0)
+        require_at_least("optimizer.clip_norm", self.clip_norm, 0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {list(self.betas)}; both must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The rate as a pure function of the step: linear warm-up, then decay to zero."""
+
+    steps: int = 1_000_000
+    """Optimizer steps of the whole run."""
+    warmup_steps: int = 10_009
+    """Steps of linear warm-up (the paper: one epoch of ImageNet)."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """cosine: to zero at the last step; constant: the peak rate after warm-up."""
+
+    def __post_init__(self) -> None:
+        require_at_least("schedule.steps", self.steps, 1)
+        require_at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps is {self.warmup_steps}; it must be below schedule.steps, {self.steps}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Gradient accumulation follows: global_size / (micro_size * data-parallel ranks)."""
+
+    global_size: int = 128
+    """Images of one optimizer step, over all ranks."""
+    micro_size: int = 16
+    """Images of one forward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        require_at_least("batch.global_size", self.global_size, 1)
+        require_at_least("batch.micro_size", self.micro_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the state is spread over ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What each rank holds only its share of: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    recompute: bool = False
+    """Activation checkpointing: recompute each block in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every_steps: int = 5000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 100_000
+    """Checkpoints at multiples of this step are kept for good; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        require_at_least("checkpoint.every_steps", self.every_steps, 1)
+        require_at_least("checkpoint.keep_last", self.keep_last, 1)
+        require_at_least("checkpoint.keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """The loss on held-out pictures during training."""
+
+    every_steps: int = 5000
+    """Steps between validations; the last step is always validated."""
+    images: int = 5120
+    """Pictures of the `valid` split that are read, the same ones each time; fewer where the split is smaller."""
+
+    def __post_init__(self) -> None:
+        require_at_least("validation.every_steps", self.every_steps, 1)
+        require_at_least("validation.images", self.images, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Half pictures completed during training, for TensorBoard and RUN/samples."""
+
+    every_steps: int = 50_000
+    """Steps between completions; 0 for none."""
+    images: int = 4
+    """Pictures of the `valid` split, each completed twice."""
+
+    def __post_init__(self) -> None:
+        require_at_least("samples.every_steps", self.every_steps, 0)
+        require_at_least("samples.images", self.images, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; `python -m pipeline train --config FILE --run RUN` with dotted overrides."""
+
+    seed: int = 0
+    """Seeds the initial weights and the order of the pictures."""
+    model: ModelConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of forward and backward passes; master weights and moments are always fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile (needs a C++ compiler on CPU)."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+
+    def accumulation_steps(self, data_parallel_ranks: int) -> int:
+        """Micro-batches a rank runs in one optimizer step. Raises ValueError if the batch does not divide."""
+        images = self.batch.micro_size * data_parallel_ranks
+        if self.batch.global_size % images:
+            raise ValueError(
+                f"batch.global_size is {self.batch.global_size}; it must be a multiple of batch.micro_size times the "
+                f"data-parallel ranks, {self.batch.micro_size} x {data_parallel_ranks} = {images}."
+            )
+        return self.batch.global_size // images
+
+
+def require_at_least(key: str, value: float, least: float) -> None:
+    """Raises ValueError naming the key if `value` is below `least`."""
+    if not value >= least:
+        raise ValueError(f"{key} is {value}; it must be at least {least}.")
+
+
+def require_positive(key: str, value: float) -> None:
+    """Raises ValueError naming the key if `value` is not above zero."""
+    if not value > 0:
+        raise ValueError(f"{key} is {value}; it must be above 0.")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain lists and dicts, as config.yaml holds it."""
+    plain = asdict(config)
+    plain["optimizer"]["betas"] = list(config.optimizer.betas)
+    return plain
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two plain configurations, each with (old, new)."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes |= changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes[prefix + key] = (before, after)
+    return changes
+
+
+def parse_training(arguments: list[str]) -> tuple[TrainConfig, Path]:
+    """The arguments of `train`: the configuration and the run's folder.
+
+    Without --config, a run that was started before goes on with its own config.yaml. Raises ValueError.
+    """
+    from data_prep.command_line import new_parser, parse, value_of
+
+    parser = new_parser("python -m pipeline train", "Train a run, or go on from its newest whole checkpoint.")
+    parser.add_argument("--config", action="config", help="A YAML file of the keys below; see configs/.")
+    parser.add_argument("--run", type=str, required=True, help="The run's folder.")
+    parser.add_class_arguments(TrainConfig)
+    own = Path(value_of("--run", arguments) or ".") / "config.yaml"
+    if value_of("--config", arguments) is None and own.is_file():
+        arguments = ["--config", str(own), *arguments]
+    parsed = parse(parser, arguments)
+    chosen = {field.name: getattr(parsed, field.name) for field in fields(TrainConfig)}
+    return TrainConfig(**chosen), Path(parsed.run)

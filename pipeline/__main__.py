@@ -1,0 +1,47 @@
+"""python -m pipeline COMMAND: from a shard set to a measured model."""
+
+from data_prep.command_line import dispatch
+
+
+def train(arguments: list[str]) -> int:
+    """Trains a run, or goes on with it."""
+    from pipeline.config import parse_training
+
+    config, run = parse_training(arguments)
+    from pipeline.train.loop import train as run_training
+
+    return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments])
+
+
+def export(arguments: list[str]) -> int:
+    """Writes a checkpoint as a Hugging Face model folder."""
+    from pipeline.export import export_command
+
+    return export_command(arguments)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Runs evaluation tasks and writes their report."""
+    from pipeline.evaluate.tasks import evaluate as run_tasks
+
+    return run_tasks(arguments)
+
+
+def complete(arguments: list[str]) -> int:
+    """Completes half pictures."""
+    from pipeline.evaluate.completions import complete_command
+
+    return complete_command(arguments)
+
+
+if __name__ == "__main__":
+    dispatch(
+        "python -m pipeline",
+        "Trains Image GPT on a shard set, exports, measures and shows it.",
+        {
+            "train": ("train a run, or go on with it (alone, under torchrun, or under srun)", train),
+            "export": ("write a checkpoint as a Hugging Face model folder", export),
+            "evaluate": ("probe and measure a model, with a report", evaluate),
+            "complete": ("complete half pictures", complete),
+        },
+    )

@@ -1,0 +1,109 @@
+"""The order of the pictures (contract 3): a pure function of (seed, position), whatever the ranks and restarts.
+
+Position p is the p-th picture that the run trains on. It lies in epoch p // N of the split's N pictures. An epoch
+permutes the records, groups them into windows, and permutes the pictures inside each window, so that reads stay
+local. The whole state of the loader is the position, "images seen".
+"""
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+
+from data_prep.shards import Split
+
+WINDOW_RECORDS = 64
+"""Records that are mixed with each other: up to 16,384 pictures."""
+FINGERPRINT_IMAGES = 64
+
+
+class ImageOrder:
+    """Which picture stands at which position of an endless stream of shuffled epochs."""
+
+    def __init__(self, record_images: np.ndarray, seed: int, flip: bool = False) -> None:
+        """record_images: pictures of each record, in file order. flip: mirror half of the pictures."""
+        self._record_images = record_images.astype(np.int64)
+        self._first_image = np.concatenate([[0], np.cumsum(self._record_images)])
+        self._seed = seed
+        self._flip = flip
+        self.images = int(self._first_image[-1])
+        self._epoch = lru_cache(maxsize=2)(self._new_epoch)
+        self._window = lru_cache(maxsize=3)(self._new_window)
+
+    def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures at positions [position, position + count): indices in file order int64, mirrored bool."""
+        indices, mirrored = [], []
+        while count:
+            epoch, place = divmod(position, self.images)
+            _, window_starts = self._epoch(epoch)
+            window = int(np.searchsorted(window_starts, place, side="right")) - 1
+            images, flips = self._window(epoch, window)
+            offset = place - int(window_starts[window])
+            taken = min(count, len(images) - offset)
+            indices.append(images[offset : offset + taken])
+            mirrored.append(flips[offset : offset + taken])
+            position, count = position + taken, count - taken
+        return np.concatenate(indices), np.concatenate(mirrored)
+
+    def fingerprint(self, position: int) -> str:
+        """Digest of the next few pictures; a change of the generator's algorithm would change it."""
+        indices, mirrored = self.at(position, FINGERPRINT_IMAGES)
+        return hashlib.sha256(indices.tobytes() + mirrored.tobytes()).hexdigest()[:16]
+
+    def _new_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Records in their order of this epoch, and the place in the epoch at which each window starts."""
+        records = np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._record_images))
+        ends = np.cumsum(self._record_images[records])
+        return records, np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
+
+    def _new_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shuffled pictures of one window, and which of them are mirrored."""
+        records = self._epoch(epoch)[0][window * WINDOW_RECORDS : (window + 1) * WINDOW_RECORDS]
+        images = np.concatenate([np.arange(self._first_image[r], self._first_image[r + 1]) for r in records])
+        generator = np.random.default_rng([self._seed, epoch, window + 1])
+        shuffled = generator.permutation(images)
+        flips = generator.random(len(images)) < 0.5 if self._flip else np.zeros(len(images), dtype=bool)
+        return shuffled, flips
+
+
+class TrainingBatches:
+    """A data-parallel rank's slices of the global batches, read one ahead of the step that needs them."""
+
+    def __init__(self, split: Split, resolution: int, order: ImageOrder, rank: int, ranks: int) -> None:
+        self._split, self._resolution, self._order = split, resolution, order
+        self._rank, self._ranks = rank, ranks
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: tuple[tuple[int, int], Future[np.ndarray]] | None = None
+
+    def at(self, position: int, global_size: int) -> np.ndarray:
+        """This rank's share of the global batch that starts at `position`: uint16 (global_size / ranks, T)."""
+        wanted = (position, global_size)
+        if self._ahead is not None and self._ahead[0] == wanted:
+            tokens = self._ahead[1].result()
+        else:
+            tokens = self._read(*wanted)
+        following = (position + global_size, global_size)
+        self._ahead = (following, self._reader.submit(self._read, *following))
+        return tokens
+
+    def close(self) -> None:
+        """Ends the reading thread."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, position: int, global_size: int) -> np.ndarray:
+        share = global_size // self._ranks
+        indices, mirrored = self._order.at(position + self._rank * share, share)
+        tokens, _ = self._split.gather(indices)
+        return mirror(tokens, mirrored, self._resolution)
+
+
+def mirror(tokens: np.ndarray, chosen: np.ndarray, resolution: int) -> np.ndarray:
+    """Flips the chosen pictures left to right on the token grid; exact, as colours move with their pixels.
+
+    tokens: uint16 (B, T) in raster order; chosen: bool (B,). Returns uint16 (B, T).
+    """
+    if not chosen.any():
+        return tokens
+    grid = tokens.reshape(len(tokens), resolution, resolution)  # (B, H, W)
+    return np.where(chosen[:, None, None], grid[:, :, ::-1], grid).reshape(tokens.shape)

@@ -1,0 +1,154 @@
+"""Checkpoints: written aside, verified, published by a rename; kept by rule; the newest whole one found again."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data_prep.files import file_sha256, flush_to_disk, read_json
+from pipeline.config import CheckpointConfig
+from pipeline.train.fragments import FragmentReader
+
+MANIFEST = "checkpoint.json"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """What checkpoint.json says of a checkpoint."""
+
+    step: int
+    images: int
+    """Images seen: the whole state of the data order."""
+    topology: dict[str, Any]
+    model: dict[str, Any]
+    """The GPT2Config as a dict."""
+    palette_sha256: str
+    shards_digest: str
+    order_fingerprint: str
+    """Digest of the pictures that come next; met again after a resume."""
+    probe_loss: float
+    """Nats per token of the probe batch; met again after every load."""
+    precision: str
+    files: dict[str, dict[str, Any]]
+    """Each rank's file: bytes and sha256."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint."""
+
+    folder: Path
+    record: CheckpointRecord
+
+    def reader(self) -> FragmentReader:
+        """Its weights and optimizer state, by parameter."""
+        return FragmentReader([self.folder / name for name in sorted(self.record.files)])
+
+    def damage(self, part: int = 0, parts: int = 1) -> str | None:
+        """What is wrong with the files (every parts-th, from part), or None. Reads them whole."""
+        for name in sorted(self.record.files)[part::parts]:
+            path, promised = self.folder / name, self.record.files[name]
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != promised["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes, not {promised['bytes']}"
+            if file_sha256(path) != promised["sha256"]:
+                return f"{path} is not what was written (its sha256 differs)"
+        return None
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Raises ValueError naming the folder if it holds no whole checkpoint's manifest."""
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is not a checkpoint; a finished one holds {MANIFEST}.")
+    try:
+        return Checkpoint(folder, CheckpointRecord(**read_json(folder / MANIFEST)))
+    except TypeError as error:
+        raise ValueError(f"{folder / MANIFEST} is not a manifest of this version ({error}).") from error
+
+
+def published(checkpoints: Path) -> list[Path]:
+    """Folders of all published checkpoints, oldest first."""
+    return sorted(path for path in checkpoints.glob("step-*") if not path.name.endswith(PARTIAL))
+
+
+def aside_folder(checkpoints: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return checkpoints / f"{step_folder(checkpoints, step).name}{PARTIAL}"
+
+
+def begin(checkpoints: Path, step: int) -> None:
+    """Clears what was left unfinished and makes the folder to write in. One rank calls it, before any rank writes."""
+    discard_unfinished(checkpoints)
+    aside_folder(checkpoints, step).mkdir(parents=True)
+
+
+def discard_unfinished(checkpoints: Path) -> None:
+    """Deletes checkpoints that were never published, or were about to be deleted."""
+    for leftover in checkpoints.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover)
+
+
+def write_rank(
+    aside: Path,
+    rank: int,
+    tensors: dict[str, torch.Tensor],
+    index: list[dict[str, Any]],
+    random_state: torch.Tensor,
+) -> dict[str, Any]:
+    """Writes one rank's file and flushes it. Returns its bytes and sha256 for the manifest."""
+    path = aside / rank_file(rank)
+    try:
+        save_file({**tensors, "random_state": random_state}, path, metadata={"index": json.dumps(index)})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    flush_to_disk(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def publish(aside: Path, record: CheckpointRecord) -> Path:
+    """Writes the manifest and renames the folder into place; from here on it is whole. One rank calls it."""
+    manifest = aside / MANIFEST
+    manifest.write_text(json.dumps(asdict(record), indent=2) + "\n")
+    flush_to_disk(manifest)
+    flush_to_disk(aside)
+    final = step_folder(aside.parent, record.step)
+    if final.exists():  # a damaged one that resume passed over
+        shutil.rmtree(final.rename(final.with_name(f"{final.name}.replaced{PARTIAL}")))
+    aside.rename(final)
+    flush_to_disk(final.parent)
+    return final
+
+
+def retain(checkpoints: Path, rule: CheckpointConfig) -> None:
+    """Deletes what neither `keep_last` nor `keep_every` keeps; a deleted one stops being whole first."""
+    for folder in published(checkpoints)[: -rule.keep_last]:
+        step = int(folder.name.removeprefix("step-"))
+        if not rule.keep_every or step % rule.keep_every:
+            doomed = folder.rename(folder.with_name(folder.name + PARTIAL))
+            shutil.rmtree(doomed)
+
+
+def load_random_state(checkpoint: Checkpoint, rank: int) -> torch.Tensor | None:
+    """The state of a rank's random generator, if the checkpoint has that rank."""
+    name = rank_file(rank)
+    if name not in checkpoint.record.files:
+        return None
+    with safe_open(str(checkpoint.folder / name), framework="pt") as file:
+        return file.get_tensor("random_state")

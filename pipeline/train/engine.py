@@ -1,0 +1,125 @@
+"""The one interface between the training loop and DeepSpeed (contract 6), and the one place that configures DeepSpeed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GPT2Config
+
+from pipeline.config import TrainConfig
+from pipeline.train.fragments import FragmentReader
+from pipeline.train.ranks import Ranks
+
+ADAM_EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, alike on all ranks."""
+
+    loss: float
+    """Mean nats per token over the global batch, before the update."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    applied: bool
+    """False if the engine left the weights as they were."""
+
+
+class Engine(ABC):
+    """A model spread over ranks, with its optimizer."""
+
+    data_rank: int
+    """This process's place among the data-parallel ranks."""
+    data_ranks: int
+    """How many ranks read different pictures."""
+
+    @abstractmethod
+    def step(self, tokens: np.ndarray, rate: float) -> StepResult:
+        """One optimizer step on this rank's share of the global batch, uint16 (global_size / data_ranks, T)."""
+
+    @abstractmethod
+    def evaluate(self, tokens: np.ndarray) -> np.ndarray:
+        """Nats per token of each picture, float64 (B,), for uint16 (B, T); every rank calls it with the same B."""
+
+    @abstractmethod
+    def snapshot(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """This rank's fragments of fp32 weights and moments, copied to the host, and their index."""
+
+    @abstractmethod
+    def restore(self, reader: FragmentReader, steps: int) -> None:
+        """Takes weights, moments and step count from a checkpoint of any topology."""
+
+    @abstractmethod
+    def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
+        """Draws the lower halves of uint16 (B, T) anew: uint16 (B, samples, T), the same on every rank."""
+
+
+def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> Engine:
+    """Builds the model in its place, initialised by config.seed; needs the process group."""
+    from pipeline.train.zero import ZeroEngine
+
+    return ZeroEngine(config, model_config, ranks)
+
+
+def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run; bf16 keeps fp32 master weights and sums gradients in fp32."""
+    settings: dict[str, Any] = {
+        "train_batch_size": config.batch.global_size,
+        "train_micro_batch_size_per_gpu": config.batch.micro_size,
+        "gradient_accumulation_steps": config.accumulation_steps(ranks.count),
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "contiguous_gradients": True,
+            "overlap_comm": ranks.device.type == "cuda",
+        },
+    }
+    if config.parallel.zero_stage > 0:
+        settings["gradient_clipping"] = config.optimizer.clip_norm
+    if config.precision == "bf16" and config.parallel.zero_stage == 0:
+        # Without ZeRO nothing holds the fp32 master weights but the model itself.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif config.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def new_optimizer(
+    config: TrainConfig, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device
+) -> Any:
+    """Adam with decoupled weight decay on the blocks' and the head's matrices."""
+    decayed, spared = [], []
+    for name, parameter in parameters:
+        matrix = len(full_shape(parameter)) >= 2 and not name.startswith(
+            ("transformer.wte", "transformer.wpe")
+        )
+        (decayed if matrix else spared).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        eps=ADAM_EPSILON,
+        fused=device.type == "cuda",
+    )
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape before ZeRO-3 cut it over the ranks."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def parameter_total(model: nn.Module) -> int:
+    """Parameters of the whole model, wherever they lie."""
+    return sum(prod(full_shape(parameter)) for parameter in model.parameters())

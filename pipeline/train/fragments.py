@@ -1,0 +1,242 @@
+"""An engine's partitions as named fragments of parameters: what makes a checkpoint free of topology (contract 7).
+
+Under ZeRO a rank owns flat slices of the fp32 weights and of Adam's two moments. A fragment says which elements of
+which parameter a slice holds. Each rank writes its own fragments; a rank of any other topology reads the ranges it
+needs. No rank ever holds the model. The layouts are private attributes of DeepSpeed 0.19.8; tests round-trip them.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATES = ("weight", *MOMENTS)
+"""The fp32 weight and Adam's first and second moment."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + length) of the flattened parameter `name`, at `place` in a partition."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    place: int
+
+    def key(self, state: str) -> str:
+        """The name of this fragment's tensor in a checkpoint file."""
+        return f"{self.name}@{self.start}.{state}"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A flat fp32 tensor of this rank, its optimizer state, and the fragments in it."""
+
+    weight: torch.Tensor
+    state: dict[str, torch.Tensor]
+    fragments: list[Fragment]
+
+    def flat(self, state: str) -> torch.Tensor:
+        """The flat tensor of one state, on the device."""
+        return self.weight if state == "weight" else self.state[state]
+
+    def make_state(self, step: float, step_device: torch.device) -> None:
+        """Gives Adam its step count, and moments (zero) where it has made none yet."""
+        for moment in MOMENTS:
+            if moment not in self.state:
+                self.state[moment] = torch.zeros_like(self.weight)
+        self.state["step"] = torch.tensor(step, dtype=torch.float32, device=step_device)
+
+
+def partitions_of(engine: Any, rank: int, ranks: int) -> Iterator[Partition]:
+    """What this rank of a DeepSpeed engine owns. rank, ranks: its place among the data-parallel ranks."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _stage_3(optimizer, names)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return _linked(optimizer, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return _linked(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
+    return _unpartitioned(optimizer, names, rank, ranks)
+
+
+def _stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Partition]:
+    """ZeRO-3: every parameter is cut over the ranks, the last rank's cut padded."""
+    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        fragments = []
+        for parameter in group:
+            _, place, cut = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = cut * optimizer._get_param_partition_rank(parameter)
+            length = min(cut, parameter.ds_numel - start)
+            if length > 0:
+                fragments.append(
+                    Fragment(names[id(parameter)], tuple(parameter.ds_shape), start, length, place)
+                )
+        yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
+
+
+def _linked(optimizer: Any, groups: Any, flats: Any, names: dict[int, str]) -> Iterator[Partition]:
+    """ZeRO-1 and 2: a group's parameters lie end to end and the whole is cut over the ranks."""
+    for group, flat in zip(groups, flats, strict=True):
+        fragments = []
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                inside, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                shape = tuple(parameter.shape)
+                fragments.append(Fragment(names[id(parameter)], shape, inside.start, here.numel, here.start))
+        yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
+
+
+def _unpartitioned(optimizer: Any, names: dict[int, str], rank: int, ranks: int) -> Iterator[Partition]:
+    """ZeRO-0: every rank holds everything and writes its share of each parameter."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            first, last = parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks
+            share = Fragment(names[id(parameter)], tuple(parameter.shape), first, last - first, first)
+            state = _Flattened(optimizer.state[parameter], parameter.shape)
+            yield Partition(parameter.data.view(-1), state, [share] if last > first else [])
+
+
+class _Flattened(dict[str, torch.Tensor]):
+    """Optimizer state of a whole parameter, seen flat; what is set is set in the optimizer too."""
+
+    def __init__(self, state: dict[str, torch.Tensor], shape: torch.Size) -> None:
+        super().__init__({key: value.view(-1) if value.dim() else value for key, value in state.items()})
+        self._state, self._shape = state, shape
+
+    def __setitem__(self, key: str, value: torch.Tensor) -> None:
+        super().__setitem__(key, value)
+        self._state[key] = value.view(self._shape) if value.dim() else value
+
+
+def snapshot(partitions: Iterator[Partition]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Copies of this rank's fragments on the host, and their index for the file's header."""
+    tensors, index = {}, []
+    for partition in partitions:
+        for fragment in partition.fragments:
+            for state in STATES:
+                flat = partition.flat(state).detach()
+                cut = flat.narrow(0, fragment.place, fragment.length)
+                tensors[fragment.key(state)] = cut.to("cpu", torch.float32, copy=True)
+            index.append(
+                {
+                    "name": fragment.name,
+                    "shape": list(fragment.shape),
+                    "start": fragment.start,
+                    "length": fragment.length,
+                    "step": float(partition.state["step"]),
+                }
+            )
+    return tensors, index
+
+
+class FragmentReader:
+    """The fragments of a checkpoint's rank files, read by parameter and range.
+
+    Raises ValueError naming the folder and the parameter if its fragments leave a gap or overlap.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = [safe_open(str(file), framework="pt") for file in files]
+        self._folder = files[0].parent
+        self._fragments: dict[str, list[tuple[Fragment, int, float]]] = {}
+        for number, file in enumerate(self._files):
+            for entry in json.loads(file.metadata()["index"]):
+                shape = tuple(entry["shape"])
+                fragment = Fragment(entry["name"], shape, entry["start"], entry["length"], 0)
+                self._fragments.setdefault(entry["name"], []).append((fragment, number, entry["step"]))
+        for name, pieces in self._fragments.items():
+            pieces.sort(key=lambda piece: piece[0].start)
+            self._check_cover(name, [piece[0] for piece in pieces])
+
+    def _check_cover(self, name: str, fragments: list[Fragment]) -> None:
+        end = 0
+        for fragment in fragments:
+            if fragment.start != end:
+                raise ValueError(
+                    f"{self._folder}: the fragments of {name} leave a gap or overlap at element {end}."
+                )
+            end += fragment.length
+        if end != prod(fragments[0].shape):
+            raise ValueError(f"{self._folder}: {name} has {end} of {prod(fragments[0].shape)} elements.")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's shape."""
+        return {name: pieces[0][0].shape for name, pieces in self._fragments.items()}
+
+    @property
+    def optimizer_step(self) -> float:
+        """How many updates Adam has made."""
+        steps = {step for pieces in self._fragments.values() for _, _, step in pieces}
+        if len(steps) != 1:
+            raise ValueError(
+                f"{self._folder}: the ranks saved different steps of the optimizer, {sorted(steps)}."
+            )
+        return steps.pop()
+
+    def read(self, name: str, state: str = "weight") -> torch.Tensor:
+        """One whole parameter, or one of its moments: fp32, in its shape."""
+        shape = self.shapes[name]
+        flat = torch.empty(prod(shape))
+        self.fill(flat, Fragment(name, shape, 0, flat.numel(), 0), state)
+        return flat.view(shape)
+
+    def fill(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
+        """Writes the wanted elements into `target`, (wanted.length,). Raises ValueError if it is another model's."""
+        if self.shapes.get(wanted.name) != wanted.shape:
+            found = self.shapes.get(wanted.name, "missing")
+            raise ValueError(f"{self._folder}: {wanted.name} is {found}; this model needs {wanted.shape}.")
+        for fragment, number, _ in self._fragments[wanted.name]:
+            first = max(wanted.start, fragment.start)
+            last = min(wanted.start + wanted.length, fragment.start + fragment.length)
+            if first < last:
+                stored = self._files[number].get_slice(fragment.key(state))
+                piece = stored[first - fragment.start : last - fragment.start]
+                target[first - wanted.start : last - wanted.start].copy_(piece)
+
+
+@torch.no_grad()
+def restore(engine: Any, rank: int, ranks: int, reader: FragmentReader) -> None:
+    """Fills an engine's weights and moments from a checkpoint of any topology.
+
+    Raises ValueError if the checkpoint's parameters are not the model's.
+    """
+    names = {name for name, _ in engine.module.named_parameters()}
+    if names != reader.shapes.keys():
+        odd = sorted(names ^ reader.shapes.keys())
+        raise ValueError(f"The checkpoint and the model differ in their parameters: {', '.join(odd[:3])}.")
+    whole = isinstance(engine.optimizer, torch.optim.Optimizer)
+    step = reader.optimizer_step
+    fused = any(group.get("fused") for group in engine.optimizer.param_groups)
+    for partition in partitions_of(engine, 0 if whole else rank, 1 if whole else ranks):
+        # Fused Adam counts its steps on the device, plain Adam on the host.
+        partition.make_state(step, partition.weight.device if fused else torch.device("cpu"))
+        for state in STATES:
+            flat = partition.flat(state)
+            for fragment in partition.fragments:
+                reader.fill(flat.narrow(0, fragment.place, fragment.length), fragment, state)
+    _refresh_low_precision(engine.optimizer)
+
+
+def _refresh_low_precision(optimizer: Any) -> None:
+    """The weights that the forward pass reads, made anew from the fp32 ones."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            optimizer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
+            optimizer._unflatten_partitioned_parameters(number)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()

@@ -1,0 +1,142 @@
+"""The ranks of a run: who this process is, how the group starts, and how all ranks agree."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+"""DeepSpeed does not read SLURM's names; MASTER_ADDR and MASTER_PORT come from the batch script."""
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of the run."""
+
+    rank: int
+    count: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that speaks and writes for all."""
+        return self.rank == 0
+
+
+def describe_ranks() -> Ranks:
+    """Reads torchrun's or srun's variables; without either, one rank alone. Starts nothing.
+
+    Raises ValueError if the launcher's variables are incomplete.
+    """
+    if (
+        "RANK" not in os.environ
+        and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+        and "SLURM_STEP_ID" in os.environ
+    ):
+        for ours, slurms in SLURM_VARIABLES.items():
+            os.environ[ours] = os.environ[slurms]
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if count > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ValueError(
+                    f"{name} is not set; with {count} ranks every rank needs rank 0's address and port."
+                )
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(rank, count, local_rank, device)
+
+
+def start_group(ranks: Ranks) -> None:
+    """Starts DeepSpeed's process group: NCCL on CUDA, gloo on CPU, no compiler needed for either."""
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+    import deepspeed.ops
+
+    # The shared-memory collective is an optional speed-up that wants a C++ compiler at start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
+
+
+def stop_group() -> None:
+    """Leaves the process group, so that the ranks end together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise mean of a tensor that every rank holds; the same bits on every rank."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on all ranks if it is true on one."""
+    vote = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value on every rank (a small picklable object)."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank (a small picklable object)."""
+    box: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def first_word(word: str | None) -> str | None:
+    """The first rank's word that is not None, on every rank."""
+    return next((said for said in gather(word) if said is not None), None)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """If the body raises ValueError or OSError on one rank, every rank raises.
+
+    Without this the others would wait for the failed one until the time limit. The body must not communicate. A rank
+    without an error of its own raises ValueError with the words of the first that has one.
+    """
+    failure: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failure = error
+    word = first_word(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if word is not None:
+        raise ValueError(word)

@@ -1,0 +1,156 @@
+"""The run's folder: its lock, its resolved configuration, and run.json, the record of how it was made."""
+
+import fcntl
+import platform
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+import yaml
+
+from data_prep.files import read_json, write_json, written_aside
+from data_prep.shards import ShardSet
+from pipeline.config import TrainConfig, changed_keys, to_dict
+
+CONFIG_FILE = "config.yaml"
+RECORD_FILE = "run.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
+Status = Literal["running", "stopped", "failed", "finished"]
+
+
+class RunFolder:
+    """One training run on disk. Only the first rank writes to it, other than into checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / CHECKPOINTS_FOLDER
+        self._lock: TextIO | None = None
+        self._record: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Raises ValueError if the folder holds something that is not a run, OSError if it can't be read."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(
+                f"--run is {self.path}, which is a file; it must be a folder, new or of an earlier run."
+            )
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / CONFIG_FILE).exists():
+            raise ValueError(
+                f"--run is {self.path}, which holds other files and no {CONFIG_FILE}; name a new folder."
+            )
+
+    def finished_steps(self) -> int:
+        """Steps of a run that has ended, 0 for one that has not."""
+        record = read_json(self.path / RECORD_FILE) if (self.path / RECORD_FILE).exists() else {}
+        return int(record["step"]) if record.get("status") == "finished" else 0
+
+    def open(self, config: TrainConfig, shards: ShardSet, command: list[str], ranks: int) -> None:
+        """Makes the folder or goes on with it, and says what the configuration changed since the last start.
+
+        Raises ValueError if another process trains in it, or if the shard set is not the run's.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if (self.path / RECORD_FILE).exists():
+            self._record = read_json(self.path / RECORD_FILE)
+            check_shards(self._record["shards"], shards, self.path / RECORD_FILE)
+        changes = self._write_config(config)
+        start = {
+            "time": _now(),
+            "command": command,
+            "ranks": ranks,
+            "code": code_version(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "hardware": hardware(),
+            "changes": {key: list(pair) for key, pair in changes.items()},
+        }
+        self._record["shards"] = {
+            "path": str(shards.path),
+            "digest": shards.digest,
+            "palette_sha256": shards.palette_sha256,
+            "source": shards.source,
+        }
+        self._record["starts"] = [*self._record.get("starts", []), start]
+        self.note("running")
+        for key, (old, new) in changes.items():
+            print(f"changed since the last start: {key} was {old}, is {new}", flush=True)
+
+    def note(self, status: Status, **facts: Any) -> None:
+        """Writes the status, and whatever else should be known of the run, to run.json."""
+        self._record |= {"status": status, "updated": _now(), **facts}
+        write_json(self.path / RECORD_FILE, self._record)
+
+    def note_failure(self, error: BaseException) -> None:
+        """Writes why the run failed, if this rank holds the run and the disk still takes it."""
+        if self._record:
+            with suppress(OSError):
+                self.note("failed", error=f"{type(error).__name__}: {error}")
+
+    def recall(self, key: str) -> Any:
+        """A fact noted earlier, or None."""
+        return self._record.get(key)
+
+    def close(self) -> None:
+        """Lets another process train in the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{self.path} is being trained by another process; wait for it or stop it."
+            ) from error
+
+    def _write_config(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        path, new = self.path / CONFIG_FILE, to_dict(config)
+        changes = changed_keys(yaml.safe_load(path.read_text()), new) if path.exists() else {}
+        with written_aside(path) as aside:
+            aside.write_text(yaml.safe_dump(new, sort_keys=False))
+        return changes
+
+
+def check_shards(recorded: dict[str, str], shards: ShardSet, where: Path) -> None:
+    """Raises ValueError naming both digests if a run or checkpoint was made from other pictures or colours."""
+    if recorded["palette_sha256"] != shards.palette_sha256:
+        raise ValueError(
+            f"{shards.path} has the palette {shards.palette_sha256[:12]}, but {where} was made with the palette "
+            f"{recorded['palette_sha256'][:12]}; colours would mean something else."
+        )
+    if recorded["digest"] != shards.digest:
+        raise ValueError(
+            f"{shards.path} is the shard set {shards.digest[:12]}, but {where} was made with {recorded['digest'][:12]}; "
+            f"give --data.shards the set that the run began with, or start a new run."
+        )
+
+
+def code_version() -> str:
+    """The commit of this checkout, marked if files differ from it."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def hardware() -> dict[str, Any]:
+    """What this rank runs on."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "accelerator": accelerator,
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

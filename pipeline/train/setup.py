@@ -1,0 +1,94 @@
+"""From a configuration to everything that the loop holds; a user's mistakes are found before any process group starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config
+
+from data_prep.shards import ShardSet, Split, open_shard_set
+from pipeline.config import TrainConfig
+from pipeline.model.gpt import gpt2_config
+from pipeline.train.batches import ImageOrder, TrainingBatches
+from pipeline.train.engine import Engine, build_engine
+from pipeline.train.health import StopRequests
+from pipeline.train.persistence import Progress, Store
+from pipeline.train.ranks import Ranks
+from pipeline.train.run_folder import RunFolder
+from pipeline.train.summary import Throughput, describe
+from pipeline.train.telemetry import RunTelemetry, Telemetry
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A configuration that was checked against its shard set and the ranks."""
+
+    config: TrainConfig
+    model_config: GPT2Config
+    shards: ShardSet
+    ranks: Ranks
+
+    @property
+    def train_split(self) -> Split:
+        """The pictures that the run learns from."""
+        return self.shards.split("train")
+
+    @property
+    def valid_split(self) -> Split:
+        """The pictures that are held out of train."""
+        return self.shards.split("valid")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the loop holds between two steps."""
+
+    engine: Engine
+    batches: TrainingBatches
+    store: Store
+    telemetry: Telemetry
+    throughput: Throughput
+    stop: StopRequests
+    start: Progress
+
+
+def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
+    """Opens the shard set and checks everything against it. Raises ValueError naming the key."""
+    if config.data.shards is None:
+        raise ValueError(
+            "data.shards is not set; give the folder of a shard set (python -m data_prep shards)."
+        )
+    shards = open_shard_set(Path(config.data.shards))
+    if shards.resolution != config.model.resolution:
+        raise ValueError(
+            f"model.resolution is {config.model.resolution}; it must be {shards.resolution}, the resolution of the "
+            f"shard set {shards.path}."
+        )
+    for name in ("train", "valid"):
+        if shards.split(name).images == 0:
+            raise ValueError(
+                f"{shards.path} has no pictures in its split {name!r}; training reads train and valid."
+            )
+    config.accumulation_steps(ranks.count)
+    return Inputs(config, gpt2_config(config.model, shards.colors), shards, ranks)
+
+
+def set_up(inputs: Inputs, folder: RunFolder) -> Session:
+    """Builds the engine, resumes the newest whole checkpoint and says what is about to happen."""
+    config, shards, ranks = inputs.config, inputs.shards, inputs.ranks
+    stop = StopRequests(folder.path)
+    torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
+    engine = build_engine(config, inputs.model_config, ranks)
+    order = ImageOrder(inputs.train_split.record_images, config.seed, config.data.flip)
+    store = Store(folder.checkpoints, config, inputs.model_config, shards, order, inputs.valid_split, ranks)
+    checkpoint = store.newest_whole()
+    start = store.load(checkpoint, engine) if checkpoint else Progress()
+    throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
+    batches = TrainingBatches(
+        inputs.train_split, shards.resolution, order, engine.data_rank, engine.data_ranks
+    )
+    telemetry = Telemetry()
+    if ranks.is_first:
+        telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)
+        print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
+    return Session(engine, batches, store, telemetry, throughput, stop, start)

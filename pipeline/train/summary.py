@@ -1,0 +1,68 @@
+"""Everything that follows from a configuration, printed before the first step; and the rates that every step reports."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GPT2Config
+
+from pipeline import costs
+from pipeline.config import TrainConfig
+from pipeline.train.ranks import Ranks
+
+STATE_BYTES = 12
+"""A parameter's fp32 weight and two moments, as a checkpoint holds them."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Turns seconds into images/s, tokens/s and MFU."""
+
+    tokens_per_image: int
+    flops_per_token: float
+    peak_flops: float
+    """FLOP/s of all ranks together at their peak."""
+    peak_source: str
+
+    @classmethod
+    def measure(cls, model_config: GPT2Config, precision: str, ranks: Ranks) -> "Throughput":
+        """Looks the accelerator's peak up; on a device without a published one, times a matrix product."""
+        peak = costs.device_peak(ranks.device, precision)
+        flops = costs.flops_per_token(model_config)
+        return cls(model_config.n_positions, flops, peak.flops * ranks.count, peak.source)
+
+    def rates(self, images: int, seconds: float) -> dict[str, float]:
+        """The rates of a step that took `seconds` for `images` over all ranks."""
+        tokens = images * self.tokens_per_image / seconds
+        return {
+            "images_per_second": images / seconds,
+            "tokens_per_second": tokens,
+            "mfu": tokens * self.flops_per_token / self.peak_flops,
+        }
+
+
+def describe(
+    config: TrainConfig, model_config: GPT2Config, train_images: int, throughput: Throughput, ranks: Ranks
+) -> str:
+    """The derived quantities of a run, a line each."""
+    batch, schedule, stage = config.batch, config.schedule, config.parallel.zero_stage
+    parameters = costs.parameter_count(model_config)
+    images = schedule.steps * batch.global_size
+    total_flops = images * throughput.tokens_per_image * throughput.flops_per_token
+    lines = {
+        "model": f"{parameters:,} parameters: {model_config.n_layer} layers, width {model_config.n_embd}, "
+        f"{model_config.n_head} heads, block {model_config.block}, {config.precision}",
+        "sequence": f"{throughput.tokens_per_image} tokens of {model_config.colors} colours "
+        f"({config.model.resolution} x {config.model.resolution})",
+        "batch": f"{batch.global_size} images = {ranks.count} ranks x {batch.micro_size} "
+        f"x {config.accumulation_steps(ranks.count)} accumulated",
+        "schedule": f"{schedule.steps:,} steps, {images:,} images, {images / train_images:.2f} epochs of {train_images:,}; "
+        f"rate {config.optimizer.learning_rate:g}, {schedule.warmup_steps:,} steps of warm-up, {schedule.decay}",
+        "compute": f"{total_flops:.3g} FLOP; {throughput.flops_per_token / 1e9:.4g} GFLOP a token",
+        "MFU": f"(6 x matmul parameters + 12 x layers x tokens x width) FLOP a token, full attention, over "
+        f"{throughput.peak_flops / 1e12:.3g} TFLOP/s of {ranks.count} ranks ({throughput.peak_source})",
+        "memory": f"ZeRO stage {stage} over {ranks.count} ranks on {ranks.device.type}; "
+        f"weights and moments {parameters * STATE_BYTES / 1e9:.3g} GB in all, which is a checkpoint's size",
+        "threads": f"{torch.get_num_threads()} a rank",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"  {key:<{width}}  {text}" for key, text in lines.items())

@@ -1,0 +1,41 @@
+"""The loss on fixed held-out pictures, shared between the ranks."""
+
+import numpy as np
+import torch
+
+from data_prep.shards import Split
+from pipeline.train.engine import Engine
+from pipeline.train.ranks import Ranks, mean_over_ranks
+
+PROBE_IMAGES = 8
+CHUNK_IMAGES = 512
+
+
+def spread(available: int, wanted: int) -> np.ndarray:
+    """Indices of `wanted` pictures (or all) spread evenly over a split: int64 (n,)."""
+    count = min(available, wanted)
+    return np.arange(count, dtype=np.int64) * available // count
+
+
+def validation_loss(engine: Engine, split: Split, images: int, ranks: Ranks) -> float:
+    """Mean nats per token over `images` pictures of the split; the same on all ranks.
+
+    Ranks must run equally many forward passes (ZeRO-3 gathers weights in each), so a rank with fewer pictures
+    repeats its last and leaves the repetition out of the sum.
+    """
+    chosen = spread(split.images, images)
+    own = np.array_split(chosen, engine.data_ranks)[engine.data_rank]
+    share = -(-len(chosen) // engine.data_ranks)
+    padded = np.concatenate([own, np.full(share - len(own), chosen[-1])])
+    nats = [
+        engine.evaluate(split.gather(padded[start : start + CHUNK_IMAGES])[0])
+        for start in range(0, share, CHUNK_IMAGES)
+    ]
+    total = torch.tensor([np.concatenate(nats)[: len(own)].sum()], dtype=torch.float64, device=ranks.device)
+    return float(mean_over_ranks(total).item() * ranks.count / len(chosen))
+
+
+def probe_loss(engine: Engine, split: Split) -> float:
+    """Nats per token of the probe batch: a few fixed pictures, the same on every rank and topology."""
+    tokens, _ = split.gather(spread(split.images, PROBE_IMAGES))
+    return float(engine.evaluate(tokens).mean())
