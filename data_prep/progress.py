@@ -1,0 +1,38 @@
+"""A progress bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(label: str, total: int | None = None, unit: str = "pictures") -> Iterator[Callable[[int], None]]:
+    """Yields `advance(n)`. Both kinds go to stderr, so that stdout keeps the results."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=label, unit=f" {unit}", unit_scale=True) as bar:
+            yield bar.update
+        return
+
+    started = last = time.monotonic()
+    done = 0
+
+    def line(now: float) -> None:
+        whole = "" if total is None else f" of {total:,}"
+        rate = done / max(now - started, 1e-9)
+        print(f"{label}: {done:,}{whole} {unit}, {rate:,.0f}/s", file=sys.stderr, flush=True)
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            line(now)
+
+    yield advance
+    line(time.monotonic())

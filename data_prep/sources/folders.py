@@ -1,0 +1,85 @@
+"""A folder of pictures: `train/<class>/*`, optionally `valid/<class>/*` and `test/<class>/*`."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config import SourceConfig
+from data_prep.sources.base import Pictures, Source, decode_picture, fingerprint
+
+SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
+"""Our name of a split: the folder's names it is found under."""
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class FilePictures:
+    """Picture files."""
+
+    def __init__(self, folder: Path, names: list[str], labels: np.ndarray) -> None:
+        """names: paths below `folder`; labels (N,)."""
+        self.folder, self.names, self.labels = folder, names, labels.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def picture(self, index: int) -> np.ndarray:
+        path = f"{self.folder}/{self.names[index]}"
+        with open(path, "rb") as file:  # noqa: PTH123  (a Path for each of a million files costs more than the read)
+            return decode_picture(file.read(), path)
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Lists the pictures. Raises ValueError for a missing folder or split, no pictures, or an unknown class."""
+    assert config.path is not None
+    root = Path(config.path)
+    if not root.is_dir():
+        raise ValueError(f"source.path {root} is no folder; it must be one that holds train/<class>/*.")
+    folders = {split: _find(root, names) for split, names in SPLITS.items()}
+    if folders["train"] is None:
+        raise ValueError(f"source.path {root} holds no folder train/; it must hold train/<class>/*.")
+    classes = _subfolders(folders["train"])
+    if not classes:
+        raise ValueError(f"{folders['train']} holds no class folders; pictures must lie in train/<class>/.")
+    splits: dict[str, Pictures] = {
+        split: _list_split(folder, classes) for split, folder in folders.items() if folder is not None
+    }
+    names = (f"{split}/{name}" for split, found in splits.items() for name in found.names)  # type: ignore[attr-defined]
+    return Source(root.resolve().name, classes, splits, {}, fingerprint(names))
+
+
+def _find(root: Path, names: tuple[str, ...]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list_split(folder: Path, classes: list[str]) -> FilePictures:
+    names: list[str] = []
+    labels: list[int] = []
+    for name in _subfolders(folder):
+        if name not in classes:
+            raise ValueError(f"{folder / name} is a class that train/ does not have; rename or remove it.")
+        found = _pictures_below(folder, name)
+        names += found
+        labels += [classes.index(name)] * len(found)
+    if not names:
+        raise ValueError(f"{folder} holds no pictures; they must lie in <class>/ and end in .jpg, .png or the like.")
+    return FilePictures(folder, names, np.array(labels))
+
+
+def _pictures_below(folder: Path, name: str) -> list[str]:
+    """Sorted paths of the pictures in `folder/name` and below, relative to `folder`."""
+    found: list[str] = []
+    with os.scandir(folder / name) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found += _pictures_below(folder, f"{name}/{entry.name}")
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122
+                found.append(f"{name}/{entry.name}")
+    return sorted(found)

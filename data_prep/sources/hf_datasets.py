@@ -1,0 +1,191 @@
+"""Hugging Face data sets: a hub name, a `save_to_disk` folder, or a folder that `load_dataset` understands."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.config import SourceConfig
+from data_prep.sources.base import UNLABELLED, Encoded, Pictures, PictureStream, Source, decode_picture, fingerprint
+
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
+"""Our name of a split: the data set's names it is found under."""
+
+
+class TablePictures:
+    """A split on disk, read in any order."""
+
+    def __init__(self, table: Any, image_column: str, labels: np.ndarray, name: str) -> None:
+        """table: a datasets.Dataset whose images are not decoded; labels (N,)."""
+        self.table, self.image_column, self.name = table, image_column, name
+        self.labels = labels.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def picture(self, index: int) -> np.ndarray:
+        name = f"{self.name}[{index}]"
+        return decode_picture(_content(self.table[int(index)][self.image_column], name), name)
+
+
+class StreamPictures:
+    """A split that comes one picture after the other."""
+
+    def __init__(self, stream: Any, image_column: str, label_column: str | None, name: str) -> None:
+        self.stream, self.image_column, self.label_column, self.name = stream, image_column, label_column, name
+
+    def __iter__(self) -> Iterator[Encoded]:
+        rows = iter(self.stream)
+        index = 0
+        while True:
+            name = f"{self.name}[{index}]"
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # the network, or a damaged file
+                raise ValueError(f"{name} can't be read from its stream ({_first_line(error)}); try again.") from error
+            yield Encoded(name, _content(row[self.image_column], name), _label(row, self.label_column))
+            index += 1
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Opens the splits and finds the columns. Raises ValueError naming the path, split or column at fault."""
+    assert config.path is not None
+    found = _load(config)
+    if "train" not in found:
+        raise ValueError(f"source.path {config.path!r} has the splits {', '.join(found)}; it must have train.")
+    features = _features(found["train"], config.path)
+    image_column = _image_column(features, config)
+    label_column = _label_column(features, config)
+    splits: dict[str, Pictures] = {}
+    streams: dict[str, PictureStream] = {}
+    for split, names in SPLITS.items():
+        data = next((found[name] for name in names if name in found), None)
+        if data is None:
+            continue
+        name = f"{config.path} {split}"
+        data = _undecoded(data, image_column)
+        if _is_stream(data):
+            streams[split] = StreamPictures(data, image_column, label_column, name)
+        elif len(data) == 0:
+            raise ValueError(f"source.path {config.path!r} has no pictures in split {split}.")
+        else:
+            splits[split] = TablePictures(data, image_column, _labels(data, label_column), name)
+    classes = list(getattr(features[label_column], "names", [])) if label_column else []
+    if not classes and label_column and not streams:
+        classes = numbered_classes(max(int(pictures.labels.max()) for pictures in splits.values()))
+    sizes = [f"{split} {len(pictures)}" for split, pictures in splits.items()]
+    return Source(Path(config.path).name, classes, splits, streams, fingerprint([*sizes, *streams, *classes]))
+
+
+def numbered_classes(largest: int) -> list[str]:
+    """Names for labels that are bare numbers from 0 to `largest`."""
+    return [str(number) for number in range(largest + 1)]
+
+
+def _load(config: SourceConfig) -> dict[str, Any]:
+    """The splits by the data set's own names. A `save_to_disk` folder is already local: it is never streamed."""
+    import datasets
+
+    assert config.path is not None
+    folder = Path(config.path)
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            data = datasets.load_from_disk(config.path)
+        else:
+            data = datasets.load_dataset(config.path, config.subset, streaming=config.streaming)
+    except Exception as error:  # the hub, the network and the builders each have their own
+        raise ValueError(
+            f"source.path {config.path!r} can't be loaded as a Hugging Face data set ({_first_line(error)})."
+        ) from error
+    return dict(data) if isinstance(data, dict) else {str(data.split or "train"): data}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _is_stream(data: Any) -> bool:
+    import datasets
+
+    return isinstance(data, datasets.IterableDataset)
+
+
+def _features(data: Any, path: str) -> dict[str, Any]:
+    features = data.features
+    if features is None and _is_stream(data):
+        features = data._resolve_features().features
+    if not features:
+        raise ValueError(f"source.path {path!r} does not say what its columns are; it can't be used as pictures.")
+    return dict(features)
+
+
+def _image_column(features: dict[str, Any], config: SourceConfig) -> str:
+    fitting = [name for name, feature in features.items() if _is_image(feature)]
+    return _choose("image_column", config.image_column, fitting, features, config)
+
+
+def _label_column(features: dict[str, Any], config: SourceConfig) -> str | None:
+    """The column of type ClassLabel, else an integer column called label; None where there is neither."""
+    import datasets
+
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    integers = [name for name, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(("int", "uint"))]
+    if config.label_column is not None:
+        return _choose("label_column", config.label_column, [*classes, *integers], features, config)
+    fitting = classes or [name for name in integers if name == "label"]
+    return _choose("label_column", None, fitting, features, config) if fitting else None
+
+
+def _is_image(feature: Any) -> bool:
+    """An Image, or what one looks like in parquet files that lost their types."""
+    import datasets
+
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+
+
+def _choose(
+    option: str, wanted: str | None, fitting: list[str], features: dict[str, Any], config: SourceConfig
+) -> str:
+    if wanted is not None:
+        if wanted not in fitting:
+            choice = ", ".join(fitting) or f"one of the right type, of which {', '.join(features)} are none"
+            raise ValueError(f"source.{option} is {wanted!r}; in {config.path!r} it must be {choice}.")
+        return wanted
+    if len(fitting) != 1:
+        what = f"several: {', '.join(fitting)}" if fitting else f"none among {', '.join(features)}"
+        raise ValueError(f"source.{option} is not set and can't be told from the types in {config.path!r} ({what}).")
+    return fitting[0]
+
+
+def _undecoded(data: Any, column: str) -> Any:
+    """The split with its pictures as stored bytes, and no other columns but the plain ones."""
+    import datasets
+
+    feature = _features(data, column)[column]
+    return data.cast_column(column, datasets.Image(decode=False)) if isinstance(feature, datasets.Image) else data
+
+
+def _content(value: dict[str, Any] | None, name: str) -> bytes:
+    """The encoded picture, from the row itself or from the file that it names."""
+    if value and value.get("bytes") is not None:
+        return value["bytes"]
+    if not value or not value.get("path"):
+        raise ValueError(f"{name} has no picture; remove the row.")
+    from datasets.utils.file_utils import xopen
+
+    with xopen(value["path"], "rb") as file:
+        return file.read()
+
+
+def _labels(table: Any, column: str | None) -> np.ndarray:
+    if column is None:
+        return np.full(len(table), UNLABELLED)
+    values = table.select_columns([column]).with_format("arrow")[:].column(column).fill_null(UNLABELLED)
+    return np.maximum(values.to_numpy().astype(np.int64), UNLABELLED)
+
+
+def _label(row: dict[str, Any], column: str | None) -> int:
+    return UNLABELLED if column is None or row[column] is None else max(int(row[column]), UNLABELLED)

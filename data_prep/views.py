@@ -1,0 +1,91 @@
+"""A picture to (R, R, 3) uint8: the paper's training and evaluation views, reduced by exact area averages.
+
+The paper resizes the shorter side to a random number of pixels in [256, 384], cuts a random square of 224
+(for evaluation: shorter side 224, centre square), and reduces that to the model's resolution R. Resizing
+first and cutting afterwards shows the same part of the picture as cutting a square of 224/s of the shorter
+side out of the original, so one resize does: from the cut square straight to R, each output pixel the mean
+of the area it covers. Two resizes would only blur.
+"""
+
+from typing import Literal, Protocol
+
+import numpy as np
+
+from data_prep.seeding import generator
+from data_prep.sources.base import Pictures
+
+EVALUATION = -1
+"""The number of the evaluation view; training views count from 0."""
+SHORTER_SIDE = (256, 384)
+CROP = 224
+WHOLE_BELOW = 128
+"""`random_crop: auto` takes pictures whose shorter side is below this many pixels whole."""
+
+
+class Views(Protocol):
+    """The views of one split's pictures."""
+
+    labels: np.ndarray
+    """int32 (N,), -1 where unlabelled."""
+
+    def __len__(self) -> int: ...
+
+    def view(self, index: int, number: int) -> np.ndarray:
+        """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3)."""
+        ...
+
+
+class PictureViews:
+    """Views cut when asked for; each a function of (seed, split, picture, number)."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        *,
+        split: str,
+        seed: int,
+        resolution: int,
+        random_crop: Literal["auto", "always", "never"],
+    ) -> None:
+        self.pictures, self.labels = pictures, pictures.labels
+        self.split, self.seed, self.resolution, self.random_crop = split, seed, resolution, random_crop
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def view(self, index: int, number: int) -> np.ndarray:
+        return self.view_of(self.pictures.picture(index), index, number)
+
+    def view_of(self, picture: np.ndarray, index: int, number: int) -> np.ndarray:
+        """The same for a picture at hand: uint8 (H, W, 3) to (R, R, 3)."""
+        smallest = {"auto": WHOLE_BELOW, "always": 0, "never": max(picture.shape) + 1}[self.random_crop]
+        if number == EVALUATION or min(picture.shape[:2]) < smallest:
+            return evaluation_view(picture, self.resolution)
+        return training_view(picture, self.resolution, generator(self.seed, "view", self.split, index, number))
+
+
+def evaluation_view(picture: np.ndarray, resolution: int) -> np.ndarray:
+    """The largest centred square of a picture uint8 (H, W, 3), as (R, R, 3)."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return area_resize(picture[top : top + side, left : left + side], resolution)
+
+
+def training_view(picture: np.ndarray, resolution: int, random: np.random.Generator) -> np.ndarray:
+    """A random square of 58% to 88% of the shorter side of a picture uint8 (H, W, 3), as (R, R, 3)."""
+    height, width = picture.shape[:2]
+    shorter_side = int(random.integers(SHORTER_SIDE[0], SHORTER_SIDE[1] + 1))
+    side = max(1, round(min(height, width) * CROP / shorter_side))
+    top = int(random.integers(0, height - side + 1))
+    left = int(random.integers(0, width - side + 1))
+    return area_resize(picture[top : top + side, left : left + side], resolution)
+
+
+def area_resize(square: np.ndarray, resolution: int) -> np.ndarray:
+    """A square uint8 (S, S, 3) to (R, R, 3), by area averages; a smaller one is enlarged bilinearly."""
+    if square.shape[0] == resolution:
+        return np.ascontiguousarray(square)
+    import cv2
+
+    return cv2.resize(np.ascontiguousarray(square), (resolution, resolution), interpolation=cv2.INTER_AREA)
