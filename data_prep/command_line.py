@@ -56,9 +56,7 @@ def _check_config_file(path: str | None) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds {type(content).__name__}, not keys and values; see configs/ for examples."
-        )
+        raise ValueError(f"{path} holds {type(content).__name__}, not keys and values; see configs/ for examples.")
 
 
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -116,9 +114,7 @@ def _describe(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def dispatch(
-    prog: str, description: str, commands: dict[str, tuple[str, Callable[[list[str]], Any]]]
-) -> NoReturn:
+def dispatch(prog: str, description: str, commands: dict[str, tuple[str, Callable[[list[str]], Any]]]) -> NoReturn:
     """`prog COMMAND arguments...`: commands maps a name to (one-line help, function of the remaining arguments)."""
     arguments = sys.argv[1:]
     width = max(map(len, commands))

@@ -106,3 +106,9 @@ class DataConfig:
         values = asdict(self)
         del values["workers"]
         return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DataConfig":
+        """The inverse of `to_dict`, for the configuration that a shard set carries."""
+        parts = {"source": SourceConfig, "views": ViewsConfig, "palette": PaletteConfig}
+        return cls(**values | {name: part(**values[name]) for name, part in parts.items()})

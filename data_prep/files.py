@@ -43,9 +43,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not readable as JSON ({error}); it was damaged after it was written."
-        ) from error
+        raise ValueError(f"{path} is not readable as JSON ({error}); it was damaged after it was written.") from error
 
 
 def file_sha256(path: Path) -> str:

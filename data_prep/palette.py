@@ -91,9 +91,12 @@ def fit_palette(histogram: np.ndarray, colors: int, seed: int) -> np.ndarray:
         kmeans = faiss.Kmeans(
             3, colors, niter=ITERATIONS, seed=seed % 2**31, min_points_per_centroid=1, max_points_per_centroid=CODES
         )
-        kmeans.train(points, weights=counts.astype(np.float32), init_centroids=_first_centres(points, counts, colors, seed))
+        kmeans.train(
+            points, weights=counts.astype(np.float32), init_centroids=_first_centres(points, counts, colors, seed)
+        )
     finally:
         faiss.omp_set_num_threads(threads)
+    assert kmeans.centroids is not None
     return np.clip(kmeans.centroids, -1, 1).astype(np.float32)
 
 

@@ -7,6 +7,7 @@ side out of the original, so one resize does: from the cut square straight to R,
 of the area it covers. Two resizes would only blur.
 """
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -35,33 +36,34 @@ class Views(Protocol):
         ...
 
 
-class PictureViews:
-    """Views cut when asked for; each a function of (seed, split, picture, number)."""
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts the views of one split's pictures; each is a function of (seed, split, picture's index, number)."""
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        *,
-        split: str,
-        seed: int,
-        resolution: int,
-        random_crop: Literal["auto", "always", "never"],
-    ) -> None:
-        self.pictures, self.labels = pictures, pictures.labels
-        self.split, self.seed, self.resolution, self.random_crop = split, seed, resolution, random_crop
+    split: str
+    seed: int
+    resolution: int
+    random_crop: Literal["auto", "always", "never"]
+
+    def cut(self, picture: np.ndarray, index: int, number: int) -> np.ndarray:
+        """View `number` (or EVALUATION) of a picture uint8 (H, W, 3), which is the split's `index`-th: (R, R, 3)."""
+        smallest = {"auto": WHOLE_BELOW, "always": 0, "never": max(picture.shape) + 1}[self.random_crop]
+        if number == EVALUATION or min(picture.shape[:2]) < smallest:
+            return evaluation_view(picture, self.resolution)
+        return training_view(picture, self.resolution, generator(self.seed, "view", self.split, index, number))
+
+
+class PictureViews:
+    """Views cut when asked for."""
+
+    def __init__(self, pictures: Pictures, cutter: Cutter) -> None:
+        self.pictures, self.labels, self.cutter = pictures, pictures.labels, cutter
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def view(self, index: int, number: int) -> np.ndarray:
-        return self.view_of(self.pictures.picture(index), index, number)
-
-    def view_of(self, picture: np.ndarray, index: int, number: int) -> np.ndarray:
-        """The same for a picture at hand: uint8 (H, W, 3) to (R, R, 3)."""
-        smallest = {"auto": WHOLE_BELOW, "always": 0, "never": max(picture.shape) + 1}[self.random_crop]
-        if number == EVALUATION or min(picture.shape[:2]) < smallest:
-            return evaluation_view(picture, self.resolution)
-        return training_view(picture, self.resolution, generator(self.seed, "view", self.split, index, number))
+        return self.cutter.cut(self.pictures.picture(index), index, number)
 
 
 def evaluation_view(picture: np.ndarray, resolution: int) -> np.ndarray:

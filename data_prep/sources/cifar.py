@@ -42,12 +42,8 @@ class Layout:
 _FIVE = range(1, 6)
 LAYOUTS = {
     "cifar10": (
-        Layout(
-            tuple(f"data_batch_{n}" for n in _FIVE), "test_batch", "batches.meta", b"labels", b"label_names", 0, 10
-        ),
-        Layout(
-            tuple(f"data_batch_{n}.bin" for n in _FIVE), "test_batch.bin", "batches.meta.txt", b"", b"", 1, 10
-        ),
+        Layout(tuple(f"data_batch_{n}" for n in _FIVE), "test_batch", "batches.meta", b"labels", b"label_names", 0, 10),
+        Layout(tuple(f"data_batch_{n}.bin" for n in _FIVE), "test_batch.bin", "batches.meta.txt", b"", b"", 1, 10),
     ),
     "cifar100": (
         Layout(("train",), "test", "meta", b"fine_labels", b"fine_label_names", 0, 100),
@@ -71,7 +67,9 @@ def open_source(config: SourceConfig) -> Source:
         "test": ArrayPictures(*_batch(contents[layout.test], layout, layout.test)),
     }
     sizes = [f"{name} {len(contents[name])}" for name in layout.files]
-    return Source({"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[config.kind], classes, {**splits}, {}, fingerprint(sizes))
+    return Source(
+        {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[config.kind], classes, {**splits}, {}, fingerprint(sizes)
+    )
 
 
 def _wanted(kind: str) -> set[str]:

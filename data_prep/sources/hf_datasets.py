@@ -132,7 +132,9 @@ def _label_column(features: dict[str, Any], config: SourceConfig) -> str | None:
     import datasets
 
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    integers = [name for name, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(("int", "uint"))]
+    integers = [
+        name for name, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+    ]
     if config.label_column is not None:
         return _choose("label_column", config.label_column, [*classes, *integers], features, config)
     fitting = classes or [name for name in integers if name == "label"]
@@ -146,9 +148,7 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
 
 
-def _choose(
-    option: str, wanted: str | None, fitting: list[str], features: dict[str, Any], config: SourceConfig
-) -> str:
+def _choose(option: str, wanted: str | None, fitting: list[str], features: dict[str, Any], config: SourceConfig) -> str:
     if wanted is not None:
         if wanted not in fitting:
             choice = ", ".join(fitting) or f"one of the right type, of which {', '.join(features)} are none"

@@ -1,0 +1,83 @@
+"""python -m data_prep palette | shards | verify | show"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.command_line import dispatch, new_parser, parse
+
+if TYPE_CHECKING:
+    from data_prep.config import DataConfig
+
+
+def palette(arguments: list[str]) -> None:
+    """Fits a palette."""
+    config, options = _configured("palette", "Fits a palette to a source's training pictures.", arguments)
+    from data_prep.prepare import prepare_palette
+
+    prepare_palette(config, Path(options.out))
+
+
+def shards(arguments: list[str]) -> None:
+    """Prepares a shard set."""
+    description = "Prepares a shard set; started again after an interruption, it keeps the shards that are whole."
+    config, options = _configured("shards", description, arguments)
+    from data_prep.prepare import prepare_shards
+
+    prepare_shards(config, Path(options.out))
+
+
+def _configured(command: str, description: str, arguments: list[str]) -> tuple["DataConfig", Any]:
+    from data_prep.config import DataConfig
+
+    parser = new_parser(f"python -m data_prep {command}", description)
+    parser.add_argument("--config", action="config", help="YAML file, such as configs/data/cifar10.yaml")
+    parser.add_argument("--out", type=str, required=True, help="where the result goes")
+    parser.add_class_arguments(DataConfig)
+    options = parse(parser, arguments)
+    names = DataConfig.__dataclass_fields__
+    return DataConfig(**{name: options[name] for name in names}), options
+
+
+def verify(arguments: list[str]) -> None:
+    """Re-reads a shard set."""
+    parser = new_parser("python -m data_prep verify", "Re-reads all that a shard set's manifest promises.")
+    parser.add_argument("shards", type=str, help="folder of the shard set")
+    options = parse(parser, arguments)
+    from data_prep.progress import progress
+    from data_prep.shards import open_shard_set
+
+    shard_set = open_shard_set(Path(options.shards))
+    sizes = {name: shard_set.split(name).images for name in shard_set.splits}
+    with progress("verify", sum(sizes.values()), "images") as advance:
+        shard_set.verify(advance=advance)
+    counts = ", ".join(f"{name} {images:,}" for name, images in sizes.items())
+    print(f"{options.shards}: all as promised ({counts} images; digest {shard_set.digest})")
+
+
+def show(arguments: list[str]) -> None:
+    """Draws a grid of images."""
+    parser = new_parser(
+        "python -m data_prep show",
+        "Draws labelled images of a shard set, beside the pictures they were made from where the source is at hand.",
+    )
+    parser.add_argument("shards", type=str, help="folder of the shard set")
+    parser.add_argument("--split", type=str, default="train", help="train, valid or test")
+    parser.add_argument("--images", type=int, default=40, help="number of images, from the split's first on")
+    parser.add_argument("--out", type=str, required=True, help="PNG file to write")
+    options = parse(parser, arguments)
+    from data_prep.show import draw
+
+    draw(Path(options.shards), options.split, options.images, Path(options.out))
+
+
+if __name__ == "__main__":
+    dispatch(
+        "python -m data_prep",
+        "Pictures to shard sets.",
+        {
+            "palette": ("fit a palette to a source's training pictures", palette),
+            "shards": ("prepare a shard set", shards),
+            "verify": ("re-read all that a shard set promises", verify),
+            "show": ("draw a labelled grid of a shard set's images", show),
+        },
+    )
