@@ -1,5 +1,6 @@
 """Files written aside and renamed into place, so that what stands under its name is whole."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -19,6 +21,10 @@ def written_aside(path: Path) -> Iterator[Path]:
         flush_to_disk(aside)
         aside.replace(path)
         flush_to_disk(path.parent)
+    except OSError as error:
+        if error.errno in DISK_FULL and error.filename is None:  # a failed write does not say of which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
