@@ -80,7 +80,7 @@ def fixed_settings(block: str, colors: int) -> dict[str, object]:
 
 
 def build_model(config: GPT2Config) -> GPT2LMHeadModel:
-    """The model on the current default device, its weights allocated but not set: `initialize` or a checkpoint does that.
+    """The model on the current default device, its weights allocated but not set; `initialize` or a checkpoint sets them.
 
     Runs under `torch.device("meta")` and under DeepSpeed's `zero.Init()` too; nothing here reads or writes a weight.
     Under zero.Init fill each gathered parameter with `initial_value`.

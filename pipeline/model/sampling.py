@@ -29,7 +29,9 @@ def complete(
     """
     pictures, given = prefix.shape
     config, device = model.config, prefix.device
-    assert given <= total <= config.n_positions, f"{given} colours given, {total} asked for, {config.n_positions} positions"
+    assert given <= total <= config.n_positions, (
+        f"{given} colours given, {total} asked for, {config.n_positions} positions"
+    )
     thresholds = _thresholds(seed, first_picture, pictures, total).to(device)  # (B, total)
     tokens = torch.full((pictures, total + 1), config.colors, dtype=torch.long, device=device)  # SOS, then the picture
     tokens[:, 1 : given + 1] = prefix
@@ -51,7 +53,7 @@ def complete(
 
 
 def draw(logits: torch.Tensor, thresholds: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The colours, long (B,), at which the cumulative probabilities of logits (B, V) pass `thresholds` (B,) in [0, 1)."""
+    """Colours, long (B,): where the cumulative probabilities of logits (B, V) pass `thresholds` (B,) in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
