@@ -80,10 +80,10 @@ def fixed_settings(block: str, colors: int) -> dict[str, object]:
 
 
 def build_model(config: GPT2Config) -> GPT2LMHeadModel:
-    """The model on the current default device, its weights allocated but not set; `initialize` or a checkpoint sets them.
+    """The model on the current default device, its weights allocated but not set.
 
-    Runs under `torch.device("meta")` and under DeepSpeed's `zero.Init()` too; nothing here reads or writes a weight.
-    Under zero.Init fill each gathered parameter with `initial_value`.
+    `initialize` or a checkpoint sets them. Runs under `torch.device("meta")` and under DeepSpeed's `zero.Init()` too,
+    since nothing here reads or writes a weight; there, fill each gathered parameter with `initial_value`.
     """
     # Not kept by to_dict(), and without it attention blocks run alone would not be causal.
     config._attn_implementation = "sdpa"

@@ -1,0 +1,122 @@
+"""What a model costs: parameters and FLOPs by formula, and the peaks of accelerators that MFU is measured against.
+
+Convention for FLOPs (that of PaLM's appendix B): a token's forward and backward pass takes 6 FLOPs a parameter that
+is part of a matrix product, and 12 * L * T * D for attention, counted in full although half of it is masked.
+Recomputed activations do not count. L layers, T positions, D width, V colours.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import GPT2Config
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One product as its vendor states it: dense bf16 matrix products (no sparsity) and memory."""
+
+    name: str
+    bf16_flops: float
+    """FLOP/s."""
+    memory_bytes: float
+    """As advertised, in decimal gigabytes; drivers show a little more or less."""
+    pattern: str
+    """What torch.cuda.get_device_name() matches."""
+    source: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The rate that MFU is a fraction of."""
+
+    flops: float
+    """FLOP/s of one device."""
+    source: str
+    """Where the number comes from, for the log."""
+
+
+TERA, GB = 1e12, 1e9
+
+ACCELERATORS = {
+    "a100-40gb": Accelerator("NVIDIA A100 40GB", 312 * TERA, 40 * GB, r"A100.*40GB", "NVIDIA A100 data sheet"),
+    "a100-80gb": Accelerator("NVIDIA A100 80GB", 312 * TERA, 80 * GB, r"A100.*80GB", "NVIDIA A100 data sheet"),
+    "h100-pcie-80gb": Accelerator("NVIDIA H100 PCIe", 756 * TERA, 80 * GB, r"H100 PCIe", "NVIDIA H100 data sheet"),
+    "h100-80gb": Accelerator("NVIDIA H100 SXM", 989 * TERA, 80 * GB, r"H100 80GB HBM3", "NVIDIA H100 data sheet"),
+    "h200-141gb": Accelerator("NVIDIA H200 SXM", 989 * TERA, 141 * GB, r"\bH200(?! NVL)", "NVIDIA H200 data sheet"),
+    "b200-180gb": Accelerator("NVIDIA B200", 2250 * TERA, 180 * GB, r"\bB200\b", "NVIDIA DGX B200 data sheet"),
+    "l40s-48gb": Accelerator("NVIDIA L40S", 362 * TERA, 48 * GB, r"L40S", "NVIDIA L40S data sheet"),
+    "l4-24gb": Accelerator("NVIDIA L4", 121 * TERA, 24 * GB, r"\bL4\b", "NVIDIA L4 data sheet"),
+    "a10-24gb": Accelerator("NVIDIA A10", 125 * TERA, 24 * GB, r"\bA10\b", "NVIDIA A10 data sheet"),
+    "mi300x-192gb": Accelerator("AMD MI300X", 1307 * TERA, 192 * GB, r"MI300X", "AMD Instinct MI300X data sheet"),
+}
+"""Products whose numbers are beyond doubt; a device that none matches is measured."""
+
+MEASURE_SECONDS = 0.3
+
+
+def parameter_count(config: GPT2Config) -> int:
+    """Parameters of either block, all of them: embeddings of V + 1 tokens and T positions, L blocks, norm, head."""
+    matrices = matmul_parameters(config)
+    embeddings = (config.vocab_size + config.n_positions) * config.n_embd
+    norms = (2 * config.n_layer + 1) * config.n_embd
+    if config.block == "igpt":
+        return matrices + embeddings + norms
+    projection_biases = config.n_layer * (3 + 1 + 1) * config.n_embd + config.n_layer * _inner(config)
+    return matrices + embeddings + 2 * norms + projection_biases
+
+
+def matmul_parameters(config: GPT2Config) -> int:
+    """Parameters that every token is multiplied by: attention's 4 D^2 and the MLP's two matrices a block, and the head."""
+    width = config.n_embd
+    head_rows = config.colors if config.block == "igpt" else config.vocab_size
+    return config.n_layer * (4 * width**2 + 2 * width * _inner(config)) + width * head_rows
+
+
+def flops_per_token(config: GPT2Config) -> float:
+    """FLOPs of a token's forward and backward pass: 6 x matmul parameters + 12 * L * T * D, full attention."""
+    attention = 12 * config.n_layer * config.n_positions * config.n_embd
+    return float(6 * matmul_parameters(config) + attention)
+
+
+def _inner(config: GPT2Config) -> int:
+    return config.n_inner if config.n_inner is not None else 4 * config.n_embd
+
+
+def find_accelerator(device_name: str) -> Accelerator | None:
+    """The table's entry for what torch.cuda.get_device_name() says; None if there is none."""
+    for accelerator in ACCELERATORS.values():
+        if re.search(accelerator.pattern, device_name):
+            return accelerator
+    return None
+
+
+def device_peak(device: torch.device, precision: str) -> Peak:
+    """What MFU on `device` is measured against.
+
+    An accelerator of the table: its dense bf16 peak, for fp32 too. Any other device, CPUs among them: the rate of a
+    large matrix product in `precision` (bf16 or fp32), measured in 0.3 s with the threads that this process has.
+    """
+    if device.type == "cuda":
+        accelerator = find_accelerator(torch.cuda.get_device_name(device))
+        if accelerator is not None:
+            return Peak(accelerator.bf16_flops, f"{accelerator.name}, dense bf16, {accelerator.source}")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Peak(measured_matmul_peak(dtype, device), f"{precision} matrix product measured on this {device.type}")
+
+
+def measured_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the fastest of the square matrix products that fit into 0.3 s, after one to warm up."""
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = []
+    end = time.perf_counter() + MEASURE_SECONDS
+    while len(seconds) < 2 or time.perf_counter() < end:
+        start = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
