@@ -29,17 +29,13 @@ class ModelConfig:
                 "model.size is not set; set it to s, m, l or xl, or set model.layers, model.width and model.heads."
             )
         if self.size is not None and own != (None, None, None):
-            raise ValueError(
-                "model.size and model.layers/width/heads exclude each other; leave one of them out."
-            )
+            raise ValueError("model.size and model.layers/width/heads exclude each other; leave one of them out.")
         for name in ("layers", "width", "heads", "resolution"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} is {value}; it must be at least 1.")
         if self.width is not None and self.heads is not None and self.width % self.heads:
-            raise ValueError(
-                f"model.width is {self.width}; it must be a multiple of model.heads, {self.heads}."
-            )
+            raise ValueError(f"model.width is {self.width}; it must be a multiple of model.heads, {self.heads}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import copy
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,14 @@ class LoadedModel:
 
 
 def save_model_folder(
-    model: nn.Module, config: GPT2Config, palette: np.ndarray, folder: Path, *, card: str | None = None
+    model: nn.Module,
+    config: GPT2Config,
+    palette: np.ndarray,
+    folder: Path,
+    *,
+    add_files: Callable[[Path], None] = lambda aside: None,
 ) -> None:
-    """Writes `folder`: fp32 weights, configurations, the palette (V, 3), and `card` as README.md.
+    """Writes `folder`: fp32 weights, configurations, the palette (V, 3), and what `add_files` puts beside them.
 
     transformers reads it back and must give the model's logits within 1e-4 before the folder takes its place; a model
     folder that stood there is replaced, whole by whole. Raises ValueError if the palette does not fit the model or if
@@ -95,10 +100,9 @@ def save_model_folder(
     try:
         _write_configs(model_type, config, palette, aside)
         save_torch_state_dict(_exported_state(model, config.block), aside)
-        if card is not None:
-            (aside / "README.md").write_text(card)
+        add_files(aside)
         _check_logits(model, config, model_type, aside)
-        for file in aside.iterdir():
+        for file in aside.rglob("*"):
             flush_to_disk(file)
         _take_place(aside, folder)
     finally:

@@ -92,15 +92,11 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     return settings
 
 
-def new_optimizer(
-    config: TrainConfig, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device
-) -> Any:
+def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> Any:
     """Adam with decoupled weight decay on the blocks' and the head's matrices."""
     decayed, spared = [], []
     for name, parameter in parameters:
-        matrix = len(full_shape(parameter)) >= 2 and not name.startswith(
-            ("transformer.wte", "transformer.wpe")
-        )
+        matrix = len(full_shape(parameter)) >= 2 and not name.startswith(("transformer.wte", "transformer.wpe"))
         (decayed if matrix else spared).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.optimizer.weight_decay},

@@ -77,9 +77,7 @@ def _stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Partition]:
             start = cut * optimizer._get_param_partition_rank(parameter)
             length = min(cut, parameter.ds_numel - start)
             if length > 0:
-                fragments.append(
-                    Fragment(names[id(parameter)], tuple(parameter.ds_shape), start, length, place)
-                )
+                fragments.append(Fragment(names[id(parameter)], tuple(parameter.ds_shape), start, length, place))
         yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
 
 
@@ -162,9 +160,7 @@ class FragmentReader:
         end = 0
         for fragment in fragments:
             if fragment.start != end:
-                raise ValueError(
-                    f"{self._folder}: the fragments of {name} leave a gap or overlap at element {end}."
-                )
+                raise ValueError(f"{self._folder}: the fragments of {name} leave a gap or overlap at element {end}.")
             end += fragment.length
         if end != prod(fragments[0].shape):
             raise ValueError(f"{self._folder}: {name} has {end} of {prod(fragments[0].shape)} elements.")
@@ -179,9 +175,7 @@ class FragmentReader:
         """How many updates Adam has made."""
         steps = {step for pieces in self._fragments.values() for _, _, step in pieces}
         if len(steps) != 1:
-            raise ValueError(
-                f"{self._folder}: the ranks saved different steps of the optimizer, {sorted(steps)}."
-            )
+            raise ValueError(f"{self._folder}: the ranks saved different steps of the optimizer, {sorted(steps)}.")
         return steps.pop()
 
     def read(self, name: str, state: str = "weight") -> torch.Tensor:

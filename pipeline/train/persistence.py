@@ -126,9 +126,7 @@ class Store:
                 f"must be those of the run, and numpy must draw as it did."
             )
 
-    def _record(
-        self, progress: Progress, probe: float, files: dict[str, dict[str, object]]
-    ) -> CheckpointRecord:
+    def _record(self, progress: Progress, probe: float, files: dict[str, dict[str, object]]) -> CheckpointRecord:
         return CheckpointRecord(
             step=progress.step,
             images=progress.images,

@@ -1,7 +1,9 @@
 """The ranks of a run: who this process is, how the group starts, and how all ranks agree."""
 
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,11 +40,7 @@ def describe_ranks() -> Ranks:
 
     Raises ValueError if the launcher's variables are incomplete.
     """
-    if (
-        "RANK" not in os.environ
-        and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-        and "SLURM_STEP_ID" in os.environ
-    ):
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
         for ours, slurms in SLURM_VARIABLES.items():
             os.environ[ours] = os.environ[slurms]
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -50,9 +48,7 @@ def describe_ranks() -> Ranks:
     if count > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise ValueError(
-                    f"{name} is not set; with {count} ranks every rank needs rank 0's address and port."
-                )
+                raise ValueError(f"{name} is not set; with {count} ranks every rank needs rank 0's address and port.")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Ranks(rank, count, local_rank, device)
 
@@ -66,9 +62,12 @@ def start_group(ranks: Ranks) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
+    from deepspeed.utils import logger
 
+    logger.setLevel(logging.WARNING)
     # The shared-memory collective is an optional speed-up that wants a C++ compiler at start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if ranks.device.type == "cuda":

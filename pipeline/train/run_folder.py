@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+import numpy as np
 import torch
 import yaml
 
@@ -19,6 +20,7 @@ from pipeline.config import TrainConfig, changed_keys, to_dict
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"
+PALETTE_FILE = "palette.npy"
 CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 Status = Literal["running", "stopped", "failed", "finished"]
@@ -36,13 +38,9 @@ class RunFolder:
     def check(self) -> None:
         """Raises ValueError if the folder holds something that is not a run, OSError if it can't be read."""
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(
-                f"--run is {self.path}, which is a file; it must be a folder, new or of an earlier run."
-            )
+            raise ValueError(f"--run is {self.path}, which is a file; it must be a folder, new or of an earlier run.")
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / CONFIG_FILE).exists():
-            raise ValueError(
-                f"--run is {self.path}, which holds other files and no {CONFIG_FILE}; name a new folder."
-            )
+            raise ValueError(f"--run is {self.path}, which holds other files and no {CONFIG_FILE}; name a new folder.")
 
     def finished_steps(self) -> int:
         """Steps of a run that has ended, 0 for one that has not."""
@@ -60,6 +58,8 @@ class RunFolder:
             self._record = read_json(self.path / RECORD_FILE)
             check_shards(self._record["shards"], shards, self.path / RECORD_FILE)
         changes = self._write_config(config)
+        with written_aside(self.path / PALETTE_FILE) as aside, aside.open("wb") as file:
+            np.save(file, shards.palette)
         start = {
             "time": _now(),
             "command": command,
@@ -73,7 +73,7 @@ class RunFolder:
             "path": str(shards.path),
             "digest": shards.digest,
             "palette_sha256": shards.palette_sha256,
-            "source": shards.source,
+            "source": shards.name,
         }
         self._record["starts"] = [*self._record.get("starts", []), start]
         self.note("running")
@@ -105,9 +105,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                f"{self.path} is being trained by another process; wait for it or stop it."
-            ) from error
+            raise ValueError(f"{self.path} is being trained by another process; wait for it or stop it.") from error
 
     def _write_config(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
         path, new = self.path / CONFIG_FILE, to_dict(config)

@@ -1,6 +1,7 @@
 """From a configuration to everything that the loop holds; a user's mistakes are found before any process group starts."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,12 +29,12 @@ class Inputs:
     shards: ShardSet
     ranks: Ranks
 
-    @property
+    @cached_property
     def train_split(self) -> Split:
         """The pictures that the run learns from."""
         return self.shards.split("train")
 
-    @property
+    @cached_property
     def valid_split(self) -> Split:
         """The pictures that are held out of train."""
         return self.shards.split("valid")
@@ -55,9 +56,7 @@ class Session:
 def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     """Opens the shard set and checks everything against it. Raises ValueError naming the key."""
     if config.data.shards is None:
-        raise ValueError(
-            "data.shards is not set; give the folder of a shard set (python -m data_prep shards)."
-        )
+        raise ValueError("data.shards is not set; give the folder of a shard set (python -m data_prep shards).")
     shards = open_shard_set(Path(config.data.shards))
     if shards.resolution != config.model.resolution:
         raise ValueError(
@@ -66,9 +65,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
         )
     for name in ("train", "valid"):
         if shards.split(name).images == 0:
-            raise ValueError(
-                f"{shards.path} has no pictures in its split {name!r}; training reads train and valid."
-            )
+            raise ValueError(f"{shards.path} has no pictures in its split {name!r}; training reads train and valid.")
     config.accumulation_steps(ranks.count)
     return Inputs(config, gpt2_config(config.model, shards.colors), shards, ranks)
 
@@ -84,9 +81,7 @@ def set_up(inputs: Inputs, folder: RunFolder) -> Session:
     checkpoint = store.newest_whole()
     start = store.load(checkpoint, engine) if checkpoint else Progress()
     throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
-    batches = TrainingBatches(
-        inputs.train_split, shards.resolution, order, engine.data_rank, engine.data_ranks
-    )
+    batches = TrainingBatches(inputs.train_split, shards.resolution, order, engine.data_rank, engine.data_ranks)
     telemetry = Telemetry()
     if ranks.is_first:
         telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)

@@ -37,5 +37,9 @@ def validation_loss(engine: Engine, split: Split, images: int, ranks: Ranks) -> 
 
 def probe_loss(engine: Engine, split: Split) -> float:
     """Nats per token of the probe batch: a few fixed pictures, the same on every rank and topology."""
-    tokens, _ = split.gather(spread(split.images, PROBE_IMAGES))
-    return float(engine.evaluate(tokens).mean())
+    return float(engine.evaluate(probe_tokens(split)).mean())
+
+
+def probe_tokens(split: Split) -> np.ndarray:
+    """The probe batch: uint16 (B, T)."""
+    return split.gather(spread(split.images, PROBE_IMAGES))[0]

@@ -1,6 +1,7 @@
 """Data parallelism over DeepSpeed's ZeRO, stages 0 to 3."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import deepspeed
@@ -28,9 +29,10 @@ class ZeroEngine(Engine):
         settings = deepspeed_config(config, ranks)
         model = _initialized_model(config, model_config, settings, ranks.device)
         if config.parallel.recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = new_optimizer(config, model.named_parameters(), ranks.device)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        with redirect_stdout(StringIO()):  # DeepSpeed's bf16 optimizer prints memory tables
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         if config.compile:
             self._engine.compile()
 
@@ -100,9 +102,7 @@ def _initialized_model(
     with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else torch.device(device):
         model = build_model(model_config)
     for name, parameter in model.named_parameters():
-        gathered = (
-            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
-        )
+        gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
         with gathered, torch.no_grad():
             parameter.copy_(initial_value(name, full_shape(parameter), model_config, config.seed))
     return model

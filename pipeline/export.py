@@ -1,0 +1,149 @@
+"""A run's checkpoint as a Hugging Face model folder, read parameter by parameter from its fragments."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from data_prep.command_line import new_parser, parse
+from data_prep.files import read_json, write_json
+from data_prep.palette import load_palette, palette_sha256
+from data_prep.shards import open_shard_set
+from pipeline.model import objectives
+from pipeline.model.gpt import build_model
+from pipeline.model.huggingface import save_model_folder
+from pipeline.train.checkpoints import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
+from pipeline.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
+from pipeline.train.telemetry import METRICS_FILE
+from pipeline.train.validation import probe_tokens
+
+TRAINING_FOLDER = "training"
+CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision", "probe_loss")
+PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""Nats per token between the exported fp32 weights and what the run computed in its own precision."""
+
+
+def export_command(arguments: list[str]) -> int:
+    """`export RUN --out MODEL [--step N]`. Raises ValueError for a user's mistake."""
+    parser = new_parser("python -m pipeline export", "Write a checkpoint as a Hugging Face model folder.")
+    parser.add_argument("source", type=str, help="A run, or one of its checkpoints.")
+    parser.add_argument("--out", type=str, required=True, help="The model folder to write.")
+    parser.add_argument(
+        "--step", type=int | None, default=None, help="Which of a run's checkpoints; its newest by default."
+    )
+    chosen = parse(parser, arguments)
+    checkpoint = find_checkpoint(Path(chosen.source), chosen.step)
+    export(checkpoint, Path(chosen.out))
+    print(f"exported step {checkpoint.record.step} to {chosen.out}")
+    return 0
+
+
+def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint that `source` names: itself, or a run's of that step, or a run's newest.
+
+    Raises ValueError if there is none or its files are damaged.
+    """
+    if not (source / CHECKPOINTS_FOLDER).is_dir():
+        return _undamaged(open_checkpoint(source))
+    folders = published(source / CHECKPOINTS_FOLDER)
+    if not folders:
+        raise ValueError(f"{source} has no checkpoint yet.")
+    if step is None:
+        return _undamaged(open_checkpoint(folders[-1]))
+    wanted = step_folder(source / CHECKPOINTS_FOLDER, step)
+    if wanted not in folders:
+        steps = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in folders)
+        raise ValueError(f"--step is {step}, which {source} has no checkpoint of; it has {steps}.")
+    return _undamaged(open_checkpoint(wanted))
+
+
+def _undamaged(checkpoint: Checkpoint) -> Checkpoint:
+    damage = checkpoint.damage()
+    if damage is not None:
+        raise ValueError(f"{damage}; take another checkpoint with --step, or put a copy back.")
+    return checkpoint
+
+
+def export(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the model folder, whole or not at all, checked by logits and, if the shards are at hand, by the probe."""
+    run = checkpoint.folder.parent.parent
+    record = checkpoint.record
+    palette = load_palette(run / PALETTE_FILE, GPT2Config.from_dict(record.model).colors, key="the run's palette")
+    if palette_sha256(palette) != record.palette_sha256:
+        raise ValueError(
+            f"{run / PALETTE_FILE} has the palette {palette_sha256(palette)[:12]}, but {checkpoint.folder} was made with "
+            f"{record.palette_sha256[:12]}."
+        )
+    model = load_weights(checkpoint)
+    _check_probe(model, record, run)
+    save_model_folder(model, model.config, palette, folder, add_files=lambda aside: _add_record(aside, checkpoint, run))
+
+
+def load_weights(checkpoint: Checkpoint) -> GPT2LMHeadModel:
+    """The model with a checkpoint's fp32 weights, on the CPU. Raises ValueError if its parameters are others."""
+    reader = checkpoint.reader()
+    model = build_model(GPT2Config.from_dict(checkpoint.record.model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if reader.shapes.get(name) != tuple(parameter.shape):
+                raise ValueError(f"{checkpoint.folder} has no {name} of shape {tuple(parameter.shape)}.")
+            parameter.copy_(reader.read(name))
+    return model.eval()
+
+
+@torch.no_grad()
+def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) -> None:
+    """Meets the probe batch's stored loss again, if the run's shard set is still where it was."""
+    shards_path = Path(read_json(run / RECORD_FILE)["shards"]["path"])
+    try:
+        shards = open_shard_set(shards_path)
+    except (ValueError, OSError):
+        print(f"the shard set {shards_path} is not at hand, so the probe batch's loss was not compared")
+        return
+    if shards.digest != record.shards_digest:
+        return
+    tokens = torch.from_numpy(probe_tokens(shards.split("valid")).astype(np.int64))
+    inputs, targets = objectives.next_color(tokens, shards.colors)
+    loss = float(objectives.token_loss(model(inputs).logits, targets, shards.colors))
+    if abs(loss - record.probe_loss) > PROBE_TOLERANCE[record.precision]:
+        raise ValueError(
+            f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
+            f"step {record.step} was saved; the checkpoint does not hold what was trained."
+        )
+
+
+def _add_record(aside: Path, checkpoint: Checkpoint, run: Path) -> None:
+    """How the model was made travels with it: the card, and the run's record, configuration and curve."""
+    (aside / "README.md").write_text(_card(checkpoint))
+    training = aside / TRAINING_FOLDER
+    training.mkdir()
+    for name in (CONFIG_FILE, RECORD_FILE, METRICS_FILE):
+        shutil.copyfile(run / name, training / name)
+    write_json(training / "checkpoint.json", {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
+
+
+def _card(checkpoint: Checkpoint) -> str:
+    facts: dict[str, Any] = checkpoint.record.model
+    kind = "ImageGPTForCausalImageModeling" if facts["block"] == "igpt" else "GPT2LMHeadModel"
+    return f"""---
+library_name: transformers
+pipeline_tag: unconditional-image-generation
+tags: [image-gpt]
+---
+
+# Image GPT, step {checkpoint.record.step:,}
+
+{facts["n_layer"]} layers, width {facts["n_embd"]}, {facts["n_head"]} heads; pictures of {facts["n_positions"]} tokens,
+{facts["colors"]} palette colours. Trained on {checkpoint.record.images:,} pictures; `training/` has the configuration, the
+record and the curve of the run.
+
+```python
+from transformers import {kind}, ImageGPTImageProcessor
+
+model = {kind}.from_pretrained("PATH")
+processor = ImageGPTImageProcessor.from_pretrained("PATH")  # its clusters are the palette
+```
+"""

@@ -1,0 +1,23 @@
+"""What a user may call a model: a model folder, a run, or one of its checkpoints."""
+
+from pathlib import Path
+
+EXPORTED_FOLDER = "exported"
+
+
+def model_folder(path: Path) -> Path:
+    """The model folder that `path` names. A run's newest checkpoint, or the checkpoint named, is exported into the run first.
+
+    Raises ValueError if it is none of these.
+    """
+    if (path / "config.json").is_file():
+        return path
+    if not (path / "checkpoints").is_dir() and not (path / "checkpoint.json").is_file():
+        raise ValueError(f"{path} is no model: it must be a model folder, a run, or a run's checkpoint.")
+    from pipeline.export import export, find_checkpoint
+
+    checkpoint = find_checkpoint(path)
+    folder = checkpoint.folder.parent.parent / EXPORTED_FOLDER / checkpoint.folder.name
+    if not (folder / "config.json").is_file():
+        export(checkpoint, folder)
+    return folder

@@ -1,0 +1,34 @@
+"""Completions as a picture, the way the paper shows them: the given half, samples, the original, a row a picture."""
+
+import numpy as np
+
+from data_prep.palette import decode
+
+CELL_PIXELS = 96
+GAP_PIXELS = 4
+UNSEEN = 200
+"""Grey level of what the model was not shown."""
+PAPER = 255
+
+
+def completion_grid(originals: np.ndarray, completed: np.ndarray, palette: np.ndarray, resolution: int) -> np.ndarray:
+    """Draws a grid, uint8 (height, width, 3).
+
+    originals: uint16 (B, T); completed: uint16 (B, samples, T), whose first T / 2 tokens were given;
+    palette: float32 (V, 3) in [-1, 1].
+    """
+    whole = decode(originals, palette, resolution)  # (B, H, W, 3)
+    given = whole.copy()
+    given[:, resolution // 2 :] = UNSEEN
+    samples = decode(completed, palette, resolution)  # (B, samples, H, W, 3)
+    columns = [given, *np.moveaxis(samples, 1, 0), whole]
+    rows = [_join([column[row] for column in columns], resolution) for row in range(len(originals))]
+    return np.pad(np.concatenate(rows), ((GAP_PIXELS, 0), (0, GAP_PIXELS), (0, 0)), constant_values=PAPER)
+
+
+def _join(pictures: list[np.ndarray], resolution: int) -> np.ndarray:
+    """Enlarges pictures without smoothing and sets them side by side."""
+    scale = max(1, CELL_PIXELS // resolution)
+    cells = [picture.repeat(scale, axis=0).repeat(scale, axis=1) for picture in pictures]
+    gap = ((0, GAP_PIXELS), (GAP_PIXELS, 0), (0, 0))
+    return np.concatenate([np.pad(cell, gap, constant_values=PAPER) for cell in cells], axis=1)
