@@ -27,6 +27,7 @@ FORMAT = "image-gpt-shards"
 VERSION = 1
 IMAGES_PER_RECORD = 256
 RECORDS_PER_SHARD = 32
+SHARD_KEYS = {"file", "images", "bytes", "sha256", "record_images", "pixels_offsets", "labels_offsets"}
 PIXELS_DTYPE, LABELS_DTYPE = np.dtype("<u2"), np.dtype("<i4")
 TAR_BLOCK = 512
 OPEN_SHARDS = 256
@@ -240,9 +241,12 @@ def _checked_palette(path: Path, manifest: dict[str, Any]) -> np.ndarray:
 
 def _check_files(path: Path, manifest: dict[str, Any]) -> None:
     for split in manifest["splits"].values():
-        if sum(shard["images"] for shard in split["shards"]) != split["images"]:
+        counts = [shard["images"] for shard in split["shards"]]
+        if sum(counts) != split["images"] or counts != [sum(shard["record_images"]) for shard in split["shards"]]:
             raise ValueError(f"{path / MANIFEST} contradicts itself; it was changed after it was written.")
         for shard in split["shards"]:
+            if not shard.keys() >= SHARD_KEYS:
+                raise KeyError(*sorted(SHARD_KEYS - shard.keys()))
             file = path / shard["file"]
             if not file.is_file():
                 raise ValueError(f"{file} is missing; copy the shard set again, or prepare it again.")

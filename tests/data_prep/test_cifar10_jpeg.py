@@ -1,0 +1,65 @@
+"""60,000 real pictures, where a copy of them is at hand (never part of the repository)."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.palette import encode, lookup_table
+from data_prep.plan import open_plan
+from data_prep.prepare import cut
+from data_prep.shards import open_shard_set
+
+ROOT = Path(__file__).parents[2]
+ARCHIVE = Path(os.environ.get("CIFAR10_JPEG", ROOT.parent / "shared/data/cifar10_jpeg.tar.xz"))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not ARCHIVE.is_file(), reason="CIFAR10_JPEG names no archive of CIFAR-10 as JPEG files"),
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The shard set, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    with tarfile.open(ARCHIVE) as tar:
+        tar.extractall(folder / "pictures", filter="data")
+    command = [sys.executable, "-m", "data_prep", "shards", "--source.kind", "image_folder", "--workers", "2"]
+    started = time.monotonic()
+    subprocess.run([*command, "--source.path", folder / "pictures", "--out", folder / "set"], cwd=ROOT, check=True)
+    return folder / "set", time.monotonic() - started
+
+
+def test_sixty_thousand_pictures_in_a_minute(prepared: tuple[Path, float]) -> None:
+    shard_set = open_shard_set(prepared[0])
+    shard_set.verify()
+    assert {name: shard_set.split(name).images for name in shard_set.splits} == {
+        "train": 45_000,
+        "valid": 5_000,
+        "test": 10_000,
+    }
+    assert prepared[1] < 60
+    assert shard_set.manifest["splits"]["train"]["palette_mean_squared_error"] < 25  # 24.0 by long k-means
+
+
+def test_tokens_equal_the_image_processors(prepared: tuple[Path, float]) -> None:
+    from transformers import ImageGPTImageProcessor
+
+    from data_prep.config import DataConfig
+
+    shard_set = open_shard_set(prepared[0])
+    _, views, plans = open_plan(DataConfig.from_dict(shard_set.manifest["config"]), prepared[0], 1)
+    plan = plans["test"]
+    pixels = cut(views["test"], plan.pictures[:2000], plan.views[:2000])
+    processor = ImageGPTImageProcessor(clusters=shard_set.palette.tolist(), do_resize=False)
+    reference = np.concatenate(
+        [processor(list(part), return_tensors="np")["input_ids"] for part in np.array_split(pixels, 40)]
+    )
+    assert (encode(pixels, lookup_table(shard_set.palette)) == reference).all()
+    assert (shard_set.split("test").gather(np.arange(2000))[0] == reference).all()
