@@ -68,7 +68,7 @@ def parameter_count(config: GPT2Config) -> int:
 
 
 def matmul_parameters(config: GPT2Config) -> int:
-    """Parameters that every token is multiplied by: attention's 4 D^2 and the MLP's two matrices a block, and the head."""
+    """Parameters that every token is multiplied by: a block's 4 D^2 of attention and two MLP matrices, and the head."""
     width = config.n_embd
     head_rows = config.colors if config.block == "igpt" else config.vocab_size
     return config.n_layer * (4 * width**2 + 2 * width * _inner(config)) + width * head_rows
@@ -109,13 +109,13 @@ def device_peak(device: torch.device, precision: str) -> Peak:
 def measured_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the fastest of the square matrix products that fit into 0.3 s, after one to warm up."""
     size = 8192 if device.type == "cuda" else 1024
-    left = torch.ones(size, size, dtype=dtype, device=device)
-    right = torch.ones(size, size, dtype=dtype, device=device)
-    seconds = []
+    generator = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(size, size, dtype=dtype, device=device, generator=generator)
+    seconds: list[float] = []
     end = time.perf_counter() + MEASURE_SECONDS
     while len(seconds) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
-        left @ right
+        torch.mm(matrix, matrix)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)

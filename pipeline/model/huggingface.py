@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from data_prep.files import flush_to_disk, read_json
@@ -99,7 +100,7 @@ def save_model_folder(
     aside.mkdir()
     try:
         _write_configs(model_type, config, palette, aside)
-        save_torch_state_dict(_exported_state(model, config.block), aside)
+        _write_weights(_exported_state(model, config.block), aside)
         add_files(aside)
         _check_logits(model, config, model_type, aside)
         for file in aside.rglob("*"):
@@ -174,6 +175,13 @@ def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, fol
     processor.save_pretrained(folder)
 
 
+def _write_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
+    try:
+        save_torch_state_dict(state, folder)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{folder} can't be written: {_first_line(error)}.") from error
+
+
 def _exported_state(model: nn.Module, block: str) -> dict[str, torch.Tensor]:
     """The weights under Hugging Face's names and shapes, fp32 on the CPU."""
     state = {}
@@ -241,7 +249,8 @@ def _read_palette(folder: Path) -> np.ndarray | None:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return None
-    clusters = read_json(path).get("clusters")
+    settings = read_json(path)
+    clusters = settings.get("clusters") if isinstance(settings, dict) else None
     if clusters is None:
         return None
     try:
@@ -254,7 +263,7 @@ def _read_palette(folder: Path) -> np.ndarray | None:
 
 
 def _check_fits(config: PreTrainedConfig, palette: np.ndarray | None, folder: Path) -> int:
-    """The resolution. Raises ValueError if vocabulary or positions are not those of a model over a palette."""
+    """The resolution. Raises ValueError if the configuration is not that of a model over a palette."""
     path, colors = folder / "config.json", config.vocab_size - 1
     if palette is not None and len(palette) != colors:
         raise ValueError(
@@ -270,6 +279,10 @@ def _check_fits(config: PreTrainedConfig, palette: np.ndarray | None, folder: Pa
     resolution = int(np.sqrt(config.n_positions))
     if resolution**2 != config.n_positions:
         raise ValueError(f"{path} has n_positions {config.n_positions}; it must be a square, one position a pixel.")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"{path} has n_embd {config.n_embd}; it must be a multiple of n_head, {config.n_head}.")
+    if config.activation_function not in ACT2FN:
+        raise ValueError(f"{path} has activation_function {config.activation_function!r}, which transformers has not.")
     return resolution
 
 
@@ -286,7 +299,7 @@ def _read_model(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: P
                 ignore_mismatched_sizes=True,
             )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"The weights in {folder} can't be read: {_first_line(error)}") from error
+        raise ValueError(f"The weights in {folder} can't be read: {_first_line(error)}.") from error
     unexpected = [name for name in report["unexpected_keys"] if not OLD_MASKS.search(name)]
     for problem, names in (
         ("lacks weights", report["missing_keys"]),
@@ -332,4 +345,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0].rstrip(".")
