@@ -1,0 +1,185 @@
+"""What every task is given: the model, the shard set, the ranks, and the pictures of a split in fixed batches."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from data_prep.palette import palette_sha256
+from data_prep.progress import progress
+from data_prep.seeding import generator
+from data_prep.shards import ShardSet, Split
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from pipeline.model.huggingface import LoadedModel
+
+Outcome = TypeVar("Outcome")
+GROUP_TIMEOUT = timedelta(hours=12)
+"""Ranks wait for the one that fits the slowest probe."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Some pictures of one split, in file order."""
+
+    split: Split
+    indices: np.ndarray  # int64 (N,)
+    labels: np.ndarray  # int32 (N,), -1 where unlabelled
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Palette indices, uint16 (n, T), of the pictures start..stop of this selection."""
+        return self.split.gather(self.indices[start:stop])[0]
+
+
+def split_labels(split: Split) -> np.ndarray:
+    """Labels of a whole split, int32 (images,), in file order."""
+    return np.concatenate([np.asarray(split.record(record)[1]) for record in range(len(split.record_images))])
+
+
+def choose_pictures(
+    shards: ShardSet, split_name: str, *, limit: int | None, seed: int, labelled: bool = False
+) -> Pictures:
+    """All pictures of a split, or a random `limit` of them that depends on (seed, split name) alone.
+
+    With `labelled`, unlabelled pictures are left out. Raises ValueError if the split is absent, or if
+    labels are wanted and it has none.
+    """
+    split = shards.split(split_name)
+    labels = split_labels(split)
+    indices = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
+    if not len(indices):
+        what = "labelled pictures" if labelled else "pictures"
+        raise ValueError(f"{shards.path} has no {what} in its split {split_name}; this task needs some.")
+    if limit is not None and limit < len(indices):
+        chosen = generator(seed, "evaluate", split_name).choice(indices, limit, replace=False)
+        indices = np.sort(chosen)
+    return Pictures(split, indices.astype(np.int64), labels[indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many pictures a run of the tasks uses, and how many at once."""
+
+    train_images: int | None = None
+    """Probe on so many random pictures of `train`; all if not set."""
+    valid_images: int | None = None
+    """Use so many random pictures of `valid`; all if not set."""
+    test_images: int | None = None
+    """Use so many random pictures of `test`; all if not set."""
+    batch_size: int = 64
+    """Pictures in one forward pass of one rank."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_images", "valid_images", "test_images", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+
+    def limit(self, split_name: str) -> int | None:
+        """The cap on a split; a split of another name has none."""
+        return getattr(self, f"{split_name}_images", None)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one shard set, and where its results go."""
+
+    model: "LoadedModel"
+    shards: ShardSet
+    results: Path
+    accelerator: "Accelerator"
+    seed: int
+    sizes: Sizes
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that speaks and writes for all."""
+        return self.accelerator.is_main_process
+
+    def pictures(self, split_name: str, *, labelled: bool = False) -> Pictures:
+        """`choose_pictures` with this evaluation's seed and caps."""
+        limit = self.sizes.limit(split_name)
+        return choose_pictures(self.shards, split_name, limit=limit, seed=self.seed, labelled=labelled)
+
+    def batches(self, pictures: Pictures, label: str) -> Iterator[tuple[slice, "torch.Tensor"]]:
+        """This rank's batches: (their place in `pictures`, tokens long (B, T) on the device).
+
+        Batch k goes to rank k modulo the ranks. A batch holds the same pictures whatever the number of
+        ranks, so that what is computed from it has the same bits.
+        """
+        import torch
+
+        size, ranks = self.sizes.batch_size, self.accelerator.num_processes
+        starts = range(0, len(pictures), size)[self.accelerator.process_index :: ranks]
+        with self.progress(label, len(pictures)) as advance:
+            for start in starts:
+                tokens = pictures.tokens(start, start + size).astype(np.int64)  # (B, T)
+                yield slice(start, start + len(tokens)), torch.from_numpy(tokens).to(self.accelerator.device)
+                advance(min(len(tokens) * ranks, len(pictures) - start))
+
+    def progress(
+        self, label: str, total: int, unit: str = "pictures"
+    ) -> AbstractContextManager[Callable[[int], object]]:
+        """The first rank's progress, on the assumption that the others keep step."""
+        return progress(label, total, unit) if self.is_first else nullcontext(lambda _count: None)
+
+    def say(self, line: str) -> None:
+        """Prints a line, on the first rank only."""
+        if self.is_first:
+            print(line, flush=True)
+
+
+def start_accelerator(precision: Literal["fp32", "bf16"]) -> "Accelerator":
+    """The device and the ranks, from torchrun's variables; one rank alone without them."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
+    )
+
+
+def from_first(accelerator: "Accelerator", work: Callable[[], Outcome]) -> Outcome:
+    """Runs `work` on the first rank and gives its result to all; its ValueError or OSError is raised on all."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def check_match(model: "LoadedModel", folder: Path, shards: ShardSet) -> None:
+    """Raises ValueError if the model has no palette, or the shard set has another palette or resolution."""
+    if model.resolution != shards.resolution:
+        raise ValueError(
+            f"{folder} is a model of {model.resolution}x{model.resolution} pictures but {shards.path} holds "
+            f"{shards.resolution}x{shards.resolution}; build the shard set at the model's resolution."
+        )
+    if model.palette is None:
+        raise ValueError(f"{folder} has no palette in preprocessor_config.json; without it tokens are not colours.")
+    found = palette_sha256(model.palette)
+    if found != shards.palette_sha256:
+        raise ValueError(
+            f"{folder} has palette {found[:12]} but {shards.path} has palette "
+            f"{shards.palette_sha256[:12]}; build the shard set with the model's palette (palette.file)."
+        )

@@ -1,0 +1,85 @@
+"""Which model was measured: its digest, its shape, and how it was trained, as its folder tells it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.files import file_sha256, read_json
+from data_prep.palette import palette_sha256
+
+if TYPE_CHECKING:
+    from pipeline.model.huggingface import LoadedModel
+
+TRAINING_FOLDER = "training"
+WEIGHTS = ("config.json", "*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a report says of a model. Facts of the training are None where the folder has none."""
+
+    digest: str
+    block: str
+    parameters: int
+    layers: int
+    width: int
+    heads: int
+    resolution: int
+    palette_sha256: str
+    checkpoint_step: int | None
+    images_seen: int | None
+    shards_digest: str | None
+    source: str | None
+    metrics: Path | None
+    training_commands: tuple[str, ...]
+
+
+def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
+    """Reads the facts from a loaded model and its folder's `training/`."""
+    assert model.palette is not None
+    training = folder / TRAINING_FOLDER
+    checkpoint = _optional_json(training / "checkpoint.json")
+    run = _optional_json(training / "run.json")
+    metrics = training / "metrics.jsonl"
+    return ModelFacts(
+        digest=model_digest(folder),
+        block=model.block,
+        parameters=sum(parameter.numel() for parameter in model.model.parameters()),
+        layers=model.config.n_layer,
+        width=model.config.n_embd,
+        heads=model.config.n_head,
+        resolution=model.resolution,
+        palette_sha256=palette_sha256(model.palette),
+        checkpoint_step=checkpoint.get("step"),
+        images_seen=checkpoint.get("images"),
+        shards_digest=checkpoint.get("shards_digest"),
+        source=run.get("shards", {}).get("source"),
+        metrics=metrics if metrics.is_file() else None,
+        training_commands=tuple(dict.fromkeys(" ".join(start["command"]) for start in run.get("starts", []))),
+    )
+
+
+def model_digest(folder: Path) -> str:
+    """sha256 over the names and digests of the configuration and the weights: equal for equal models."""
+    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
+    return _digest([[file.name, file_sha256(file)] for file in files])
+
+
+def inputs_digest(facts: ModelFacts, dataset_digest: str, seed: int, options: dict[str, Any]) -> str:
+    """sha256 over everything a task's result depends on, so that finished work is known again."""
+    return _digest([facts.digest, dataset_digest, seed, options])
+
+
+def options_of(*parts: Any) -> dict[str, Any]:
+    """The fields of some dataclasses in one dict."""
+    return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,154 @@
+"""`python -m pipeline evaluate`: the tasks there are, and the command that runs some of them on one model.
+
+A task is one file with a dataclass `Options` and a function `measure(evaluation, options) -> dict`, and one line
+in TASKS. `measure` runs on every rank, writes its figures into `evaluation.results` from the first rank alone, and
+returns numbers that JSON can hold. Raises ValueError for a user's mistake.
+"""
+
+import os
+import shlex
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+
+from data_prep.command_line import new_parser, parse
+from data_prep.files import read_json, write_json
+from data_prep.shards import open_shard_set
+from pipeline.evaluate.inputs import Evaluation, Sizes, check_match, from_first, start_accelerator
+from pipeline.evaluate.provenance import ModelFacts, inputs_digest, model_facts, options_of
+
+TASKS = {
+    "linear_probe": "pipeline.evaluate.linear_probe",
+    "density": "pipeline.evaluate.density",
+    "completions": "pipeline.evaluate.completions",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What `python -m pipeline evaluate` takes beside sizes and the tasks' own options."""
+
+    shards: Path
+    """The shard set to measure on."""
+    out: Path
+    """The folder of results."""
+    tasks: str = ",".join(TASKS)
+    """Names of tasks, with commas between."""
+    seed: int = 0
+    """Chooses pictures where there is a cap, and draws completions."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward passes."""
+    again: bool = False
+    """Measure again what was already measured with the same inputs."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`python -m pipeline evaluate MODEL --shards SHARDS --tasks A,B --out RESULTS`, on one rank or under torchrun.
+
+    Leaves RESULTS/<task>.json, figures and report.html. Raises ValueError for a user's mistake.
+    """
+    path, command, sizes, options = _parse(arguments)
+    names = _chosen_tasks(command.tasks)
+    shards = open_shard_set(command.shards)
+    if command.out.exists() and not command.out.is_dir():
+        raise ValueError(f"--out is {command.out}, which is a file; it must be a folder.")
+
+    from pipeline.locate import model_folder
+    from pipeline.model.huggingface import load_model_folder
+
+    accelerator = start_accelerator(command.precision)
+    folder = from_first(accelerator, lambda: model_folder(path))
+    model = load_model_folder(folder)
+    check_match(model, folder, shards)
+    facts = from_first(accelerator, lambda: model_facts(folder, model))
+    from_first(accelerator, lambda: command.out.mkdir(parents=True, exist_ok=True))
+    model.model.to(accelerator.device).eval()
+    evaluation = Evaluation(model, shards, command.out, accelerator, command.seed, sizes)
+    evaluation.say(_describe(facts, evaluation))
+
+    words = shlex.join(["python", "-m", "pipeline", "evaluate", *arguments])
+    for name in names:
+        _run_task(name, evaluation, facts, options[name], command, words)
+    from_first(accelerator, lambda: _report(evaluation, facts))
+    accelerator.end_training()
+    return os.EX_OK
+
+
+def _parse(arguments: list[str]) -> tuple[Path, Command, Sizes, Namespace]:
+    parser = new_parser("python -m pipeline evaluate", "Measures a model: probes, density, completions, and a report.")
+    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    parser.add_argument("model", type=Path, help="a run, a checkpoint, or a model folder")
+    parser.add_class_arguments(Command)
+    parser.add_class_arguments(Sizes)
+    for name in TASKS:
+        parser.add_class_arguments(_module(name).Options, name)
+    values = parse(parser, arguments)
+    command = Command(**{name: values[name] for name in Command.__dataclass_fields__})
+    sizes = Sizes(**{name: values[name] for name in Sizes.__dataclass_fields__})
+    return values.model, command, sizes, values
+
+
+def _module(task: str) -> ModuleType:
+    return import_module(TASKS[task])
+
+
+def _chosen_tasks(tasks: str) -> list[str]:
+    """The names in a list with commas. Raises ValueError naming the tasks there are."""
+    names = [name.strip() for name in tasks.split(",")]
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"--tasks has {name!r}; the tasks are {', '.join(TASKS)}.")
+    return list(dict.fromkeys(names))
+
+
+def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any, command: Command, words: str) -> None:
+    """Runs one task and writes its JSON, last, unless the same was measured before."""
+    path = evaluation.results / f"{name}.json"
+    settings = {"precision": command.precision} | options_of(evaluation.sizes, options)
+    digest = inputs_digest(facts, evaluation.shards.digest, evaluation.seed, settings)
+    if not command.again and from_first(evaluation.accelerator, lambda: _inputs_of(path)) == digest:
+        evaluation.say(f"{name}: already measured with these inputs, kept (--again measures anew)")
+        return
+    start = time.monotonic()
+    result = _module(name).measure(evaluation, options)
+    provenance = {
+        "task": name,
+        "checkpoint_step": facts.checkpoint_step,
+        "model_digest": facts.digest,
+        "dataset": evaluation.shards.name,
+        "dataset_digest": evaluation.shards.digest,
+        "palette_sha256": evaluation.shards.palette_sha256,
+        "seed": evaluation.seed,
+        "command": words,
+        "options": settings,
+        "inputs_digest": digest,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    from_first(evaluation.accelerator, lambda: write_json(path, provenance | result))
+    evaluation.say(f"{name}: {_module(name).summary(result)} ({provenance['seconds']:.0f} s)")
+
+
+def _inputs_of(path: Path) -> str | None:
+    return read_json(path).get("inputs_digest") if path.is_file() else None
+
+
+def _report(evaluation: Evaluation, facts: ModelFacts) -> None:
+    from pipeline.evaluate.report import write_report
+
+    print(f"report: {write_report(evaluation.results, facts, evaluation.shards)}", flush=True)
+
+
+def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:
+    step = "" if facts.checkpoint_step is None else f" at step {facts.checkpoint_step:,}"
+    ranks = evaluation.accelerator.num_processes
+    return (
+        f"model {facts.digest[:12]}{step}: {facts.parameters:,} parameters, "
+        f"{facts.layers} layers of width {facts.width}; "
+        f"shard set {evaluation.shards.digest[:12]} ({evaluation.shards.name}); "
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {evaluation.accelerator.device.type}"
+    )
