@@ -120,9 +120,7 @@ def load_model_folder(folder: Path) -> LoadedModel:
     try:
         config = CONFIGS[model_type].from_dict(settings)
     except Exception as error:  # transformers checks types with exceptions of its own
-        raise ValueError(
-            f"{folder / 'config.json'} is not a {model_type} configuration: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"{folder / 'config.json'} is no {model_type} configuration: {_one_line(error)}.") from error
     resolution = _check_fits(config, palette, folder)
     theirs = _read_model(CLASSES[model_type], config, folder)
     block = BLOCK_OF_TYPE[model_type]
@@ -179,7 +177,7 @@ def _write_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
     try:
         save_torch_state_dict(state, folder)
     except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{folder} can't be written: {_first_line(error)}.") from error
+        raise OSError(f"{folder} can't be written: {_one_line(error)}.") from error
 
 
 def _exported_state(model: nn.Module, block: str) -> dict[str, torch.Tensor]:
@@ -299,7 +297,7 @@ def _read_model(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: P
                 ignore_mismatched_sizes=True,
             )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"The weights in {folder} can't be read: {_first_line(error)}.") from error
+        raise ValueError(f"The weights in {folder} can't be read: {_one_line(error)}.") from error
     unexpected = [name for name in report["unexpected_keys"] if not OLD_MASKS.search(name)]
     for problem, names in (
         ("lacks weights", report["missing_keys"]),
@@ -344,5 +342,5 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
