@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -27,7 +27,7 @@ def worker_count(workers: int) -> int:
 
 def in_workers(
     function: Callable[[State, Task], Result], state: State, tasks: Iterable[Task], workers: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yields function(state, task) for each task, in order.
 
     `state` reaches the workers by fork: it is never pickled, and its pages are shared until written to.

@@ -1,13 +1,15 @@
 """The job: source -> views -> palette -> shards, spread over processes and restartable.
 
 The bytes of the result are a function of the configuration and the source: the number of workers, and where
-an earlier run was cut off, do not matter. The unit of work, and of what a restart keeps, is one shard.
+an earlier run was cut off, do not matter. Workers make records; what a restart keeps is whole shards.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -100,7 +102,8 @@ def prepare_shards(config: DataConfig, out: Path) -> None:
     views = open_views(source, config, unfinished.folder, workers)
     plans = plan_splits({split: len(found) for split, found in views.items()}, config)
     palette = _palette(views["train"], plans["train"], config, out, workers)
-    entries = _write_shards(ShardJob(views, plans, palette, lookup_table(palette), out, unfinished), workers)
+    job = Encoding(views, plans, palette, lookup_table(palette))
+    entries = _write_shards(job, out, unfinished, workers)
     manifest = _manifest(config, source, views, plans, palette, entries)
     write_json(out / MANIFEST, manifest)
     unfinished.remove()
@@ -129,57 +132,64 @@ def _palette(views: Views, plan: SplitPlan, config: DataConfig, out: Path, worke
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """What a worker needs to write shards."""
+class Encoding:
+    """What a worker needs to make records."""
 
     views: Mapping[str, Views]
     plans: Mapping[str, SplitPlan]
     palette: np.ndarray
     table: np.ndarray
-    out: Path
-    unfinished: Unfinished
 
-    def shard(self, split: str, number: int) -> dict[str, Any]:
-        """Writes a shard, unless an earlier run did, and returns its entry in the manifest.
 
-        `squared_error` is the sum over all channels of all pixels, between the view and its colours.
-        """
-        digest = palette_sha256(self.palette)
-        file = shard_name(split, number)
-        entry = self.unfinished.kept(file, digest)
-        if entry is None:
+def _encode_record(job: Encoding, task: tuple[str, int, int]) -> tuple[Record, int]:
+    """One record, and the squared error of its colours summed over all channels of all pixels."""
+    split, shard, record = task
+    plan = job.plans[split]
+    pictures, numbers = plan.records(shard)[record]
+    views = job.views[plan.source_split]
+    pixels = cut(views, pictures, numbers)  # (B, R, R, 3)
+    tokens = encode(pixels, job.table)  # (B, T)
+    difference = pixels.astype(np.int32) - decode(tokens, job.palette, pixels.shape[1])
+    return (tokens, views.labels[pictures]), int(np.square(difference).sum(dtype=np.int64))
+
+
+def _write_shards(job: Encoding, out: Path, unfinished: Unfinished, workers: int) -> dict[str, list[dict[str, Any]]]:
+    """The manifest entries of all shards, by split, with their squared error; workers make the records.
+
+    A shard that an earlier run finished with this palette stays as it is.
+    """
+    digest = palette_sha256(job.palette)
+    shards = [(split, number) for split, plan in job.plans.items() for number in range(plan.shards)]
+    entries = {shard: unfinished.kept(shard_name(*shard), digest) for shard in shards}
+    missing = [shard for shard, entry in entries.items() if entry is None]
+    tasks = [(*shard, n) for shard in missing for n in range(len(job.plans[shard[0]].records(shard[1])))]
+    images = sum(len(plan.pictures) for plan in job.plans.values())
+    with (
+        progress("shards", images) as advance,
+        closing(in_workers(_encode_record, job, tasks, workers)) as encoded,
+    ):
+        advance(sum(one["images"] for one in entries.values() if one))
+        for split, number in missing:
             errors: list[int] = []
-            records = (
-                self._record(split, pictures, numbers, errors)
-                for pictures, numbers in self.plans[split].records(number)
-            )
-            entry = write_shard(self.out / file, records)
+            records = _counted(islice(encoded, len(job.plans[split].records(number))), errors, advance)
+            entry = write_shard(out / shard_name(split, number), records)
             entry |= {"squared_error": sum(errors), "palette_sha256": digest}
-            self.unfinished.keep(entry)
-        return entry
-
-    def _record(self, split: str, pictures: np.ndarray, numbers: np.ndarray, errors: list[int]) -> Record:
-        views = self.views[self.plans[split].source_split]
-        pixels = cut(views, pictures, numbers)  # (B, R, R, 3)
-        tokens = encode(pixels, self.table)  # (B, T)
-        difference = pixels.astype(np.int32) - decode(tokens, self.palette, pixels.shape[1])
-        errors.append(int(np.square(difference).sum(dtype=np.int64)))
-        return tokens, views.labels[pictures]
+            unfinished.keep(entry)
+            entries[split, number] = entry
+    found: dict[str, list[dict[str, Any]]] = {split: [] for split in job.plans}
+    for (split, _), one in entries.items():
+        assert one is not None
+        found[split].append(one)
+    return found
 
 
-def _write_shards(job: ShardJob, workers: int) -> dict[str, list[dict[str, Any]]]:
-    """The manifest entries of all shards, by split."""
-    tasks = [(split, number) for split, plan in job.plans.items() for number in range(plan.shards)]
-    entries: dict[str, list[dict[str, Any]]] = {split: [] for split in job.plans}
-    with progress("shards", sum(len(plan.pictures) for plan in job.plans.values())) as advance:
-        for (split, _), entry in zip(tasks, in_workers(_write_shard, job, tasks, workers), strict=True):
-            entries[split].append(entry)
-            advance(entry["images"])
-    return entries
-
-
-def _write_shard(job: ShardJob, task: tuple[str, int]) -> dict[str, Any]:
-    return job.shard(*task)
+def _counted(
+    encoded: Iterable[tuple[Record, int]], errors: list[int], advance: Callable[[int], None]
+) -> Iterator[Record]:
+    for record, error in encoded:
+        errors.append(error)
+        yield record
+        advance(len(record[1]))
 
 
 def _manifest(

@@ -8,6 +8,8 @@ of the area it covers. Two resizes would only blur.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -88,6 +90,14 @@ def area_resize(square: np.ndarray, resolution: int) -> np.ndarray:
     """A square uint8 (S, S, 3) to (R, R, 3), by area averages; a smaller one is enlarged bilinearly."""
     if square.shape[0] == resolution:
         return np.ascontiguousarray(square)
+    opencv = _opencv()
+    return opencv.resize(np.ascontiguousarray(square), (resolution, resolution), interpolation=opencv.INTER_AREA)
+
+
+@cache
+def _opencv() -> ModuleType:
+    """OpenCV without threads of its own: pictures are spread over processes already, which are forked."""
     import cv2
 
-    return cv2.resize(np.ascontiguousarray(square), (resolution, resolution), interpolation=cv2.INTER_AREA)
+    cv2.setNumThreads(1)
+    return cv2
