@@ -306,7 +306,7 @@ def _read_model(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: P
     ):
         if names:
             raise ValueError(f"{folder} {problem}, such as {min(names)}; it must be a whole {kind.__name__}.")
-    return model.eval()
+    return model
 
 
 def _imported_state(theirs: PreTrainedModel, block: str, folder: Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     ImageGPTConfig,
@@ -122,6 +123,14 @@ def test_generate_draws_whole_pictures_of_real_colors(published):
     assert theirs.generate().shape == (1, 65), "without a prompt it starts from SOS"
 
 
+def test_generation_is_the_papers(published):
+    """Temperature 1, no top-k (transformers' own default is 50), no nucleus."""
+    _, folder, _ = published
+    settings = GenerationConfig.from_pretrained(folder)
+    assert (settings.do_sample, settings.top_k) == (True, 0)
+    assert settings.temperature in (None, 1.0) and settings.top_p in (None, 1.0)
+
+
 def test_greedy_completion_equals_generate(published):
     model, folder, block = published
     prompt = some_tokens()[:, :20]
@@ -188,6 +197,7 @@ def test_half_precision_models_are_saved_as_fp32(tmp_path):
     model.bfloat16().train()
     save_model_folder(model, config, PALETTE, tmp_path / "model")
     assert model.training and next(model.parameters()).dtype == torch.bfloat16
+    assert {value.dtype for value in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.float32}
     loaded = load_model_folder(tmp_path / "model").model
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[name].float())
@@ -196,8 +206,10 @@ def test_half_precision_models_are_saved_as_fp32(tmp_path):
 def test_a_model_folder_is_replaced_whole(tmp_path):
     model, config = our_model("igpt")
     save_model_folder(model, config, PALETTE, tmp_path / "model", add_files=card_of("old"))
-    torch.nn.init.zeros_(model.lm_head.weight)
+    torch.nn.init.zeros_(model.lm_head.weight.data)
+    model.train()
     save_model_folder(model, config, PALETTE, tmp_path / "model")
+    assert model.training, "the check leaves the model's mode"
     assert not (tmp_path / "model" / "README.md").exists()
     assert not load_model_folder(tmp_path / "model").model.lm_head.weight.any()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
