@@ -62,10 +62,9 @@ def fit(views: Views, plan: SplitPlan, config: DataConfig, workers: int) -> np.n
     images = min(len(plan.pictures), max(1, FIT_PIXELS // config.resolution**2))
     chunks = [slice(start, min(start + FIT_CHUNK, images)) for start in range(0, images, FIT_CHUNK)]
     histogram = np.zeros(CODES, np.int64)
-    with progress("palette", images) as advance:
-        for chunk, (codes, counts) in zip(
-            chunks, in_workers(_count_colors, (views, plan), chunks, workers), strict=True
-        ):
+    counted = in_workers(_count_colors, (views, plan), chunks, workers)
+    with progress("palette", images) as advance, closing(counted):
+        for chunk, (codes, counts) in zip(chunks, counted, strict=True):
             histogram[codes] += counts
             advance(chunk.stop - chunk.start)
     distinct = int(np.count_nonzero(histogram))

@@ -5,6 +5,7 @@ evaluation view of each picture is kept beside its training views; at 32x32 a vi
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -50,8 +51,14 @@ def spooled(stream: PictureStream, cutter: Cutter, training_views: int, file: Pa
 def _read(stream: PictureStream, cutter: Cutter, training_views: int, file: Path, workers: int) -> list[int]:
     numbers = [EVALUATION, *range(training_views)]
     labels: list[int] = []
-    with progress(f"reading {cutter.split}") as advance, written_aside(file) as aside, aside.open("wb") as out:
-        for views, chunk_labels in in_workers(_cut, (cutter, numbers), _chunks(stream), workers):
+    cut = in_workers(_cut, (cutter, numbers), _chunks(stream), workers)
+    with (
+        progress(f"reading {cutter.split}") as advance,
+        closing(cut),
+        written_aside(file) as aside,
+        aside.open("wb") as out,
+    ):
+        for views, chunk_labels in cut:
             out.write(views.tobytes())
             labels += chunk_labels
             advance(len(chunk_labels))
