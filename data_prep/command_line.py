@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 USER_ERROR = 2
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
 
 
 def new_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser whose errors come as exceptions, to be printed as one sentence."""
+    """A parser whose errors come as exceptions, to be printed as one sentence.
+
+    Its --help shows the docstrings below the fields of dataclasses.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(prog=prog, description=description, exit_on_error=False)
 
 
