@@ -182,7 +182,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of forward and backward passes; master weights and moments are always fp32."""
     compile: bool = False
-    """Compile the model with torch.compile (needs a C++ compiler on CPU)."""
+    """Compile each block with torch.compile (needs a C++ compiler on CPU)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)

@@ -30,11 +30,12 @@ class ZeroEngine(Engine):
         model = _initialized_model(config, model_config, settings, ranks.device)
         if config.parallel.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            for block in model.transformer.h:  # the whole model, compiled, would lose its causal attention kernel
+                block.compile()
         optimizer = new_optimizer(config, model.named_parameters(), ranks.device)
         with redirect_stdout(StringIO()):  # DeepSpeed's bf16 optimizer prints memory tables
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        if config.compile:
-            self._engine.compile()
 
     def step(self, tokens: np.ndarray, rate: float) -> StepResult:
         self._engine.train()

@@ -1,0 +1,66 @@
+"""Starts the command line as real processes: one, or several ranks with the variables that srun and torchrun set."""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 240
+
+
+@dataclass
+class Finished:
+    """How the ranks ended: exit codes, and what each wrote to standard output and error together."""
+
+    codes: list[int]
+    outputs: list[str]
+
+    @property
+    def output(self) -> str:
+        """What the first rank wrote."""
+        return self.outputs[0]
+
+
+def start(ranks: int, *arguments: object, logs: Path) -> list[subprocess.Popen[bytes]]:
+    """Starts `python ARGUMENTS` on some ranks, each in a process group with the others, a log file each."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes: list[subprocess.Popen[bytes]] = []
+    for rank in range(ranks):
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+            "PYTHONPATH": str(ROOT),
+        }
+        if ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        group = processes[0].pid if processes else 0
+        with (logs / f"rank-{rank}.log").open("wb") as log:
+            command = [sys.executable, *map(str, arguments)]
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=group)
+            )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[bytes]], logs: Path) -> Finished:
+    """Waits for all ranks; ends them if they take too long."""
+    try:
+        codes = [process.wait(SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    outputs = [(logs / f"rank-{rank}.log").read_text() for rank in range(len(processes))]
+    return Finished(codes, outputs)
+
+
+def run(ranks: int, *arguments: object, logs: Path) -> Finished:
+    """Starts the ranks and waits for them."""
+    return finish(start(ranks, *arguments, logs=logs), logs)

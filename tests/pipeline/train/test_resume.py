@@ -1,0 +1,123 @@
+"""A run that was killed, stopped or moved goes on as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.launch import Finished, finish, start
+from tests.pipeline.train.conftest import Runner
+
+SAME = {"batch__micro_size": 2}
+STOPPED = 75
+
+
+def train_through_kills(runner: Runner, name: str, kills: int, seed: int, **overrides: object) -> Finished:
+    """Starts the run again and again, killing the whole process group at random moments, then lets it end.
+
+    One kill in five comes while the ranks start; the others some steps on, at a random moment of a step or a save.
+    """
+    moments = random.Random(seed)
+    logs = runner.folder / f"{name}.logs"
+    target = 0
+    for _ in range(kills):
+        processes = start(2, *runner.arguments(name, **overrides), logs=logs)
+        if moments.random() < 0.2:
+            time.sleep(moments.uniform(0.5, 4))
+        else:
+            target = min(target + moments.randint(1, 5), 39)
+            wait_for_step(runner.folder / name, target)
+            time.sleep(moments.uniform(0, 0.05))
+        os.killpg(processes[0].pid, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+    return runner.train(name, 2, **overrides)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_joined_curve_is_bit_equal(
+    runner: Runner, finished_run: Runner, kills: int
+) -> None:
+    frequent = {**SAME, "checkpoint__every_steps": 3}
+    finished = train_through_kills(runner, "run", kills, seed=kills, **frequent)
+    assert finished.codes == [0, 0], "\n".join(finished.outputs)
+    assert runner.losses("run") == finished_run.losses("reference")
+    valid = [[row for row in r.rows(n) if "valid_loss" in row] for r, n in ((runner, "run"), (finished_run, "reference"))]
+    assert valid[0] == valid[1]
+
+
+@pytest.mark.parametrize("ask", ["SIGTERM", "SIGUSR1", "STOP file"])
+def test_a_request_to_stop_saves_and_asks_for_a_requeue(runner: Runner, finished_run: Runner, ask: str) -> None:
+    logs, path = runner.folder / "logs", runner.folder / "run"
+    long = {**SAME, "checkpoint__every_steps": 1000}
+    processes = start(2, *runner.arguments("run", **long), logs=logs)
+    wait_for_step(path, 5)
+    if ask == "STOP file":
+        (path / "STOP").touch()
+    else:
+        processes[1].send_signal(getattr(signal, ask))
+    stopped = finish(processes, logs)
+    assert stopped.codes == [STOPPED, STOPPED], "\n".join(stopped.outputs)
+    assert not (path / "STOP").exists()
+    step = len(runner.losses("run"))
+    assert 5 <= step < 40
+    assert (path / "checkpoints" / f"step-{step:08d}" / "checkpoint.json").is_file()
+    finished = runner.train("run", 2, **long)
+    assert finished.codes == [0, 0], "\n".join(finished.outputs)
+    assert runner.losses("run") == finished_run.losses("reference")
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Until metrics.jsonl has a row of that step."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{run} made no step {step}")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((2, 1), (1, 0)), ((1, 0), (2, 3)), ((2, 3), (2, 2))], ids=lambda pair: f"{pair[0]}x{pair[1]}"
+)
+def test_another_topology_goes_on_with_the_same_curve(
+    runner: Runner, finished_run: Runner, first: tuple[int, int], second: tuple[int, int]
+) -> None:
+    ranks, stage = first
+    logs = runner.folder / "logs"
+    processes = start(ranks, *runner.arguments("run", **SAME, parallel__zero_stage=stage), logs=logs)
+    wait_for_step(runner.folder / "run", 12)
+    processes[0].send_signal(signal.SIGTERM)
+    assert finish(processes, logs).codes == [STOPPED] * ranks
+    ranks, stage = second
+    finished = runner.train("run", ranks, **SAME, parallel__zero_stage=stage)
+    assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
+    assert "resumed from" in finished.output
+    assert runner.losses("run") == pytest.approx(finished_run.losses("reference"), abs=2e-5)
+
+
+def test_a_finished_run_is_left_alone(finished_run: Runner) -> None:
+    before = (finished_run.folder / "reference/metrics.jsonl").read_bytes()
+    finished = finished_run.train("reference", 1, batch__micro_size=2)
+    assert finished.codes == [0]
+    assert "nothing is left to train" in finished.output
+    assert (finished_run.folder / "reference/metrics.jsonl").read_bytes() == before
+
+
+def test_tensorboard_shows_every_step_once(runner: Runner) -> None:
+    logs = runner.folder / "logs"
+    processes = start(1, *runner.arguments("run", samples__every_steps=20), logs=logs)
+    wait_for_step(runner.folder / "run", 15)
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    processes[0].wait()
+    assert runner.train("run", samples__every_steps=20).codes == [0]
+    events = EventAccumulator(str(runner.folder / "run/tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 41))
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(runner.losses("run"))
+    assert [event.step for event in events.Images("completions")] == [20, 40]
+    assert len(list((runner.folder / "run/samples").glob("*.png"))) == 2

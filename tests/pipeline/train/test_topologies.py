@@ -1,0 +1,96 @@
+"""The same run on other ranks, ZeRO stages and accumulations; and against a plain torch loop without DeepSpeed."""
+
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from data_prep.shards import open_shard_set
+from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.train.batches import ImageOrder
+from pipeline.train.schedule import rate_at
+from tests.pipeline.train.conftest import Runner
+
+RATE = 0.003
+FP32_TOLERANCE = 1e-5
+BF16_TOLERANCE = 2e-2
+
+
+@pytest.fixture(scope="module")
+def plain_losses(shards: Path) -> list[float]:
+    """40 steps of AdamW with clipping, written with torch alone."""
+    torch.set_num_threads(1)
+    model = build_model(gpt2_config(ModelConfig(layers=2, width=32, heads=2, resolution=8)))
+    initialize(model, seed=0)
+    split = open_shard_set(shards).split("train")
+    order = ImageOrder(split.record_images, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    schedule = ScheduleConfig(steps=40, warmup_steps=4)
+    losses = []
+    for step in range(40):
+        optimizer.param_groups[0]["lr"] = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), schedule)
+        tokens = torch.from_numpy(split.gather(order.at(step * 8, 8)[0])[0].astype(np.int64))
+        inputs = torch.cat([torch.full((8, 1), 512), tokens[:, :-1]], dim=1)
+        loss = functional.cross_entropy(model(inputs).logits.reshape(-1, 512), tokens.reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "micro_size", "recompute"),
+    [(1, 0, 8, False), (1, 1, 2, False), (2, 0, 4, False), (2, 1, 4, False), (2, 2, 2, True), (2, 3, 4, False)],
+)
+def test_fp32_losses_are_those_of_plain_torch(
+    runner: Runner, plain_losses: list[float], ranks: int, stage: int, micro_size: int, recompute: bool
+) -> None:
+    finished = runner.train(
+        "run",
+        ranks,
+        optimizer__learning_rate=RATE,
+        parallel__zero_stage=stage,
+        batch__micro_size=micro_size,
+        parallel__recompute=recompute,
+    )
+    assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
+    losses = runner.losses("run")
+    assert losses[0] == pytest.approx(log(512), abs=1e-6)
+    assert losses == pytest.approx(plain_losses, abs=FP32_TOLERANCE)
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
+def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float], ranks: int, stage: int) -> None:
+    finished = runner.train(
+        "run", ranks, optimizer__learning_rate=RATE, parallel__zero_stage=stage, precision="bf16", samples__every_steps=40
+    )
+    assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
+    assert runner.losses("run") == pytest.approx(plain_losses, abs=BF16_TOLERANCE)
+
+
+def test_clipping_off_and_weight_decay_reach_the_optimizer(runner: Runner, plain_losses: list[float]) -> None:
+    finished = runner.train("run", 1, optimizer__clip_norm=0, optimizer__weight_decay=5, schedule__steps=20)
+    assert finished.codes == [0], finished.output
+    assert max(abs(a - b) for a, b in zip(runner.losses("run"), plain_losses, strict=False)) > 1e-3
+
+
+@pytest.mark.parametrize("block", ["igpt", "gpt2"])
+def test_the_validation_loss_does_not_depend_on_the_ranks(runner: Runner, block: str) -> None:
+    for ranks, stage in [(1, 1), (2, 3)]:
+        finished = runner.train(
+            f"run-{ranks}", ranks, parallel__zero_stage=stage, model__block=block, schedule__steps=20
+        )
+        assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
+    alone, together = ([row for row in runner.rows(f"run-{ranks}") if "valid_loss" in row] for ranks in (1, 2))
+    assert [row["step"] for row in alone] == [20]
+    assert alone[0]["valid_loss"] == pytest.approx(together[0]["valid_loss"], abs=FP32_TOLERANCE)
+    assert runner.losses("run-1")[0] == pytest.approx(log(512), abs=1e-6)
+
+
