@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +43,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     """What follows a flag, as `--flag value` or `--flag=value`, before any parsing."""
-    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for here, following in pairwise([*arguments, ""]):
         if here == flag:
             return following
         if here.startswith(f"{flag}="):

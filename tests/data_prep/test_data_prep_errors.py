@@ -259,3 +259,5 @@ def test_palette_options(tmp_path: Path, shards: Path, options: list[str], run: 
 
 def test_no_such_command(run: Run) -> None:
     assert_one_sentence(run("shard"), "'shard' is no command", "shards")
+    assert_one_sentence(run("shards"), "required")
+    assert_one_sentence(run("verify"), "required")
