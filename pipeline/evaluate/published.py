@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-PAPER = "Chen et al. 2020, Generative Pretraining from Pixels"
-CODE = "github.com/openai/image-gpt, README"
+PAPER = "Chen et al., ICML 2020"
+CODE = "github.com/openai/image-gpt"
 BLOG = "openai.com/research/image-gpt"
 
 
@@ -17,8 +17,8 @@ class Published(NamedTuple):
     source: str
 
 
-NATS = "test loss, nats per colour"
-PROBE = "linear probe, test accuracy"
+NATS = "Test loss, nats per colour"
+PROBE = "Linear probe, test accuracy"
 
 PUBLISHED = (
     Published(NATS, "ImageNet 32x32", "iGPT-S (76M)", "2.0895", CODE),

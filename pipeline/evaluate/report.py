@@ -8,6 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
+
 from data_prep.files import read_json, written_aside
 from data_prep.shards import ShardSet
 from pipeline.evaluate.provenance import ModelFacts
@@ -15,7 +17,7 @@ from pipeline.evaluate.published import NATS, PROBE, PUBLISHED
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report_template.html")
-SMOOTHING = 0.98
+CURVE_POINTS = 200
 
 Results = dict[str, dict[str, Any]]
 """Task name to the content of its JSON."""
@@ -150,11 +152,14 @@ def _curve(results: Path, facts: ModelFacts, found: Results) -> str:
     if facts.metrics is None:
         return ""
     rows = [json.loads(line) for line in facts.metrics.read_text().splitlines()]
-    if not any("loss" in row for row in rows):
+    if not any(math.isfinite(row.get("loss", math.nan)) for row in rows):
         return ""
     path = results / "training.png"
     draw_curve(rows, facts, found.get("density"), path)
-    caption = "Loss on the training and validation splits. Below a dashed line the model knows more than that baseline."
+    caption = (
+        "Loss on the training split (mean and range of neighbouring steps) and on the validation split. Below a dashed "
+        "line the model knows more than that baseline."
+    )
     return f"<h2>Training</h2>\n{_figure(path, 'training curve', caption)}"
 
 
@@ -164,11 +169,10 @@ def draw_curve(rows: list[dict[str, Any]], facts: ModelFacts, density: dict[str,
 
     training = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "valid_loss" in row]
-    images = [row["images"] for row in training]
-    losses = [row["loss"] for row in training]
+    images, low, mean, high = summarised(training)
     figure, axes = new_figure()
-    axes.plot(images, losses, color=ACCENT, alpha=0.22, linewidth=0.8)
-    axes.plot(images, _smoothed(losses), color=ACCENT, linewidth=1.6, label="training (smoothed)")
+    axes.fill_between(images, low, high, color=ACCENT, alpha=0.18, linewidth=0)
+    axes.plot(images, mean, color=ACCENT, linewidth=1.6, label="training")
     if validation:
         axes.plot(
             [row["images"] for row in validation], [row["valid_loss"] for row in validation],
@@ -187,14 +191,16 @@ def draw_curve(rows: list[dict[str, Any]], facts: ModelFacts, density: dict[str,
         save_figure(figure, aside)
 
 
-def _smoothed(values: list[float]) -> list[float]:
-    """Exponential mean, corrected for its start."""
-    mean, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * value, SMOOTHING * weight + (1 - SMOOTHING)
-        smoothed.append(mean / weight if weight else math.nan)
-    return smoothed
+def summarised(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pictures seen, and least, mean and greatest loss, of at most CURVE_POINTS groups of neighbouring steps.
+
+    Steps without a finite loss are left out.
+    """
+    finite = np.array([(row["images"], row["loss"]) for row in rows if math.isfinite(row["loss"])])  # (steps, 2)
+    groups = np.array_split(finite, min(CURVE_POINTS, len(finite)))
+    images = np.array([group[:, 0].mean() for group in groups])
+    low, mean, high = (np.array([reduce(group[:, 1]) for group in groups]) for reduce in (np.min, np.mean, np.max))
+    return images, low, mean, high
 
 
 def _completions(results: Path, found: Results) -> str:
@@ -240,14 +246,17 @@ def _beside_the_paper(found: Results, shards: ShardSet) -> str:
     size = f"{shards.name} {shards.resolution}x{shards.resolution}"
     rows = []
     for measure, value in ours:
-        entries = [(measure, size, "this model", value, "measured here", " class=ours")]
-        entries += [(*row, "") for row in PUBLISHED if row.measure == measure]
-        for *cells, value, source, mark in entries:
-            texts = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            rows.append(f'<tr{mark}>{texts}<td class="number">{escape(value)}</td><td>{escape(source)}</td></tr>')
+        rows.append(f'<tr class=group><th colspan="4">{escape(measure)}</th></tr>')
+        entries = [(size, "this model", value, "measured here", " class=ours")]
+        entries += [(*row[1:], "") for row in PUBLISHED if row.measure == measure]
+        for dataset, system, number, source, mark in entries:
+            rows.append(
+                f"<tr{mark}><td>{escape(dataset)}</td><td>{escape(system)}</td>"
+                f'<td class="number">{escape(number)}</td><td>{escape(source)}</td></tr>'
+            )
     return (
         "<h2>Beside the published numbers</h2>\n"
-        '<div class="scroll"><table><tr><th>Measure</th><th>Dataset</th><th>System</th><th class="number">Value</th>'
+        '<div class="scroll"><table><tr><th>Dataset</th><th>System</th><th class="number">Value</th>'
         f"<th>Source</th></tr>{''.join(rows)}</table></div>\n"
         '<p class="note">Numbers compare only on the same dataset, and losses only under the same palette too; '
         "the others stand here for scale. Published probes use features learned on ImageNet.</p>"
