@@ -97,7 +97,7 @@ def _expected(message: str) -> str:
 def run_command(command: Callable[[], int | None]) -> NoReturn:
     """Exits with the command's code; a user's mistake (ValueError, OSError) prints one sentence and exits 2.
 
-    Only rank 0 speaks: under torchrun or srun every rank meets the same mistake.
+    Under torchrun or srun every rank meets the same mistake and rank 0 speaks.
     Set IGPT_TRACEBACK=1 to see where an error came from.
     """
     try:
@@ -105,12 +105,17 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-            print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
+        report_error(error)
         code = USER_ERROR
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def report_error(error: BaseException) -> None:
+    """Prints the error as one sentence; only rank 0 does."""
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
 
 
 def _describe(error: BaseException) -> str:

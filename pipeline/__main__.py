@@ -1,6 +1,6 @@
 """python -m pipeline COMMAND: from a shard set to a measured model."""
 
-from data_prep.command_line import dispatch
+from data_prep.command_line import dispatch, report_error
 
 
 def train(arguments: list[str]) -> int:
@@ -8,9 +8,14 @@ def train(arguments: list[str]) -> int:
     from pipeline.config import parse_training
 
     config, run = parse_training(arguments)
+    from pipeline.train.health import Diverged
     from pipeline.train.loop import train as run_training
 
-    return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments])
+    try:
+        return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments])
+    except Diverged as error:
+        report_error(error)
+        return 1
 
 
 def export(arguments: list[str]) -> int:

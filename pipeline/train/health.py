@@ -46,7 +46,7 @@ def check_finite(step: int, first_image: int, images: int, result: StepResult) -
     if isfinite(result.loss) and isfinite(result.grad_norm) and result.applied:
         return
     raise Diverged(
-        f"step {step} has loss {result.loss} and gradient norm {result.grad_norm} (update "
+        f"step {step} is not finite: loss {result.loss}, gradient norm {result.grad_norm} (update "
         f"{'applied' if result.applied else 'not applied'}), on the pictures at positions {first_image} to "
         f"{first_image + images - 1} of the data order; the newest checkpoint is from before it. A lower "
         f"optimizer.learning_rate, a longer warm-up or precision fp32 may pass it."

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.launch import Finished, finish, start
-from tests.pipeline.train.conftest import Runner
+from tests.pipeline.conftest import Runner
 
 SAME = {"batch__micro_size": 2}
 STOPPED = 75

@@ -13,7 +13,7 @@ from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.train.batches import ImageOrder
 from pipeline.train.schedule import rate_at
-from tests.pipeline.train.conftest import Runner
+from tests.pipeline.conftest import Runner
 
 RATE = 0.003
 FP32_TOLERANCE = 1e-5

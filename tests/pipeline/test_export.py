@@ -1,0 +1,101 @@
+"""A run's checkpoint as a Hugging Face folder: the same weights from any topology, read by transformers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
+
+from data_prep.shards import open_shard_set
+from pipeline.export import export, find_checkpoint, load_weights
+from pipeline.locate import model_folder
+from pipeline.model.huggingface import load_model_folder
+from pipeline.train.validation import spread
+from tests.launch import run
+from tests.pipeline.conftest import Runner
+
+
+
+def nats_by_transformers(folder: Path, shards: Path, images: int) -> float:
+    """The validation loss of an exported igpt folder, by transformers' class and torch's cross-entropy alone."""
+    split = open_shard_set(shards).split("valid")
+    tokens = torch.from_numpy(split.gather(spread(split.images, images))[0].astype(np.int64))
+    model = ImageGPTForCausalImageModeling.from_pretrained(folder)
+    inputs = torch.cat([torch.full((len(tokens), 1), 512), tokens[:, :-1]], dim=1)
+    with torch.no_grad():
+        logits = model(input_ids=inputs).logits
+    return float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens))
+
+
+def test_transformers_meets_the_runs_last_validation_loss(finished_run: Runner, shards: Path, tmp_path: Path) -> None:
+    source, out = finished_run.folder / "reference", tmp_path / "model"
+    finished = run(1, "-m", "pipeline", "export", source, "--out", out, logs=tmp_path)
+    assert finished.codes == [0], finished.output
+    last = [row for row in finished_run.rows("reference") if "valid_loss" in row][-1]
+    assert last["step"] == 40
+    assert nats_by_transformers(out, shards, images=33) == pytest.approx(last["valid_loss"], abs=1e-5)
+    facts = json.loads((out / "training/checkpoint.json").read_text())
+    assert (facts["step"], facts["images"]) == (40, 320)
+
+
+def test_stages_and_ranks_export_the_same_weights(finished_run: Runner, runner: Runner, tmp_path: Path) -> None:
+    assert set(runner.train("run", 2, parallel__zero_stage=3, batch__micro_size=2).codes) == {0}
+    folders = []
+    for number, path in enumerate((finished_run.folder / "reference", runner.folder / "run")):
+        folders.append(tmp_path / f"model-{number}")
+        export(find_checkpoint(path), folders[-1])
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=2e-4, rtol=0)
+
+
+def test_an_older_step_and_the_checkpoint_itself(finished_run: Runner, tmp_path: Path) -> None:
+    source = finished_run.folder / "reference"
+    export(find_checkpoint(source, 20), tmp_path / "by-step")
+    export(find_checkpoint(source / "checkpoints/step-00000020"), tmp_path / "by-folder")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("by-step", "by-folder"))
+    assert first == second
+    with pytest.raises(ValueError, match="--step is 7, .* it has 20, 30, 40"):
+        find_checkpoint(source, 7)
+
+
+def test_the_stock_block_exports_to_gpt2(runner: Runner, tmp_path: Path) -> None:
+    assert runner.train("run", model__block="gpt2", schedule__steps=10).codes == [0]
+    checkpoint = find_checkpoint(runner.folder / "run")
+    export(checkpoint, tmp_path / "model")
+    theirs, ours = GPT2LMHeadModel.from_pretrained(tmp_path / "model"), load_weights(checkpoint)
+    tokens = torch.randint(0, 512, (2, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_run_stands_for_its_model(finished_run: Runner, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished_run.folder / "reference", tmp_path / "run"))
+    folder = model_folder(copy)
+    assert load_model_folder(folder).resolution == 8
+    assert model_folder(folder) == folder
+    assert model_folder(copy) == folder
+
+
+def test_what_is_no_model_is_refused(runner: Runner, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no model"):
+        model_folder(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        find_checkpoint(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_not_exported(finished_run: Runner, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished_run.folder / "reference", tmp_path / "run"))
+    file = copy / "checkpoints/step-00000040/rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-50] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rank-00001.safetensors is not what was written"):
+        export(find_checkpoint(copy), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

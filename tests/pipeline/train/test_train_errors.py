@@ -1,0 +1,141 @@
+"""A user's mistake ends in one sentence and exit code 2, before any process group starts, and leaves no run behind."""
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from tests.pipeline.conftest import Runner
+
+Sentence = Callable[[list[str]], str]
+
+
+@pytest.fixture
+def sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Sentence:
+    """Runs the command line in this process; gives the one sentence that it must print before it exits with 2."""
+
+    def run(arguments: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
+        out, err = capfd.readouterr()
+        assert caught.value.code == 2
+        assert "Traceback" not in err + out
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, err
+        assert not dist.is_initialized()
+        return errors[0]
+
+    return run
+
+
+MISTAKES: dict[str, tuple[dict[str, object], str]] = {
+    "unknown key": ({"optimizer.lerning_rate": 1}, "optimizer.lerning_rate is no known key; did you mean"),
+    "wrong type": ({"batch.micro_size": "many"}, "batch.micro_size is 'many'; it must be a whole number"),
+    "not a choice": ({"precision": "fp16"}, "precision is 'fp16'; it must be one of fp32, bf16"),
+    "below its least": ({"batch.micro_size": 0}, "batch.micro_size is 0; it must be at least 1"),
+    "heads do not divide": ({"model.heads": 3}, "model.width is 32; it must be a multiple of model.heads, 3"),
+    "size and layers": ({"model.size": "s"}, "model.size and model.layers/width/heads exclude each other"),
+    "batch does not divide": ({"batch.micro_size": 3}, "batch.global_size is 8; it must be a multiple"),
+    "warm-up too long": ({"schedule.warmup_steps": 40}, "schedule.warmup_steps is 40; it must be below"),
+    "no shard set": ({"data.shards": "/nowhere/shards"}, "/nowhere/shards does not exist"),
+    "other resolution": ({"model.resolution": 16}, "model.resolution is 16; it must be 8"),
+    "rate of zero": ({"optimizer.learning_rate": 0}, "optimizer.learning_rate is 0.0; it must be above 0"),
+    "no such config": ({"config": "none.yaml"}, "--config is 'none.yaml', which is no file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda name: name.replace(" ", "-"))
+def test_a_wrong_option(runner: Runner, sentence: Sentence, mistake: str) -> None:
+    options, words = MISTAKES[mistake]
+    arguments = runner.arguments("run")[2:] + [f"--{key}={value}" for key, value in options.items()]
+    assert words in sentence(arguments)
+    assert not (runner.folder / "run").exists()
+
+
+def test_no_run_named(runner: Runner, sentence: Sentence) -> None:
+    assert "run" in sentence(["train", "--model.size", "s"])
+
+
+def test_a_config_that_is_not_yaml(runner: Runner, sentence: Sentence) -> None:
+    path = runner.folder / "broken.yaml"
+    path.write_text("model: {size: s\n")
+    assert f"{path} is not YAML" in sentence([*runner.arguments("run")[2:], f"--config={path}"])
+
+
+def test_a_run_inside_a_file_or_over_other_files(runner: Runner, sentence: Sentence) -> None:
+    (runner.folder / "file").touch()
+    assert "is a file" in sentence(runner.arguments("file")[2:])
+    (runner.folder / "holiday").mkdir()
+    (runner.folder / "holiday/picture.jpg").touch()
+    assert "holds other files" in sentence(runner.arguments("holiday")[2:])
+
+
+@pytest.fixture
+def own_shards(runner: Runner) -> Path:
+    """A copy of the shard set that a test may damage."""
+    return Path(shutil.copytree(runner.shards, runner.folder / "shards"))
+
+
+def test_a_truncated_tar(runner: Runner, sentence: Sentence, own_shards: Path) -> None:
+    tar = own_shards / "train-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-2048])
+    assert f"{tar} has" in sentence(runner.arguments("run", data__shards=own_shards)[2:])
+
+
+def test_an_unfinished_shard_set(runner: Runner, sentence: Sentence, own_shards: Path) -> None:
+    (own_shards / "shards.json").unlink()
+    assert "has no shards.json" in sentence(runner.arguments("run", data__shards=own_shards)[2:])
+
+
+def test_another_palette_in_the_shard_set(runner: Runner, sentence: Sentence, own_shards: Path) -> None:
+    np.save(own_shards / "palette.npy", -np.load(own_shards / "palette.npy"))
+    assert "another set's palette" in sentence(runner.arguments("run", data__shards=own_shards)[2:])
+
+
+def test_a_flipped_byte_is_found_before_the_first_step(runner: Runner, own_shards: Path) -> None:
+    tar = own_shards / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[5000] ^= 1
+    tar.write_bytes(content)
+    finished = runner.train("run", 2, data__shards=own_shards, batch__micro_size=2)
+    assert finished.codes == [2, 2]
+    assert f"{tar} is not what was written" in finished.output
+    assert "Traceback" not in "".join(finished.outputs)
+    assert not (runner.folder / "run/metrics.jsonl").exists()
+
+
+def test_another_shard_set_for_the_same_run(runner: Runner, finished_run: Runner, own_shards: Path) -> None:
+    shutil.copytree(finished_run.folder / "reference", runner.folder / "run")
+    manifest = json.loads((own_shards / "shards.json").read_text())
+    (own_shards / "shards.json").write_text(json.dumps(manifest | {"classes": manifest["classes"][::-1]}))
+    finished = runner.train("run", data__shards=own_shards, schedule__steps=50)
+    assert finished.codes == [2]
+    assert "give --data.shards the set that the run began with" in finished.output
+
+
+def test_two_trainings_of_one_run(runner: Runner, shards: Path) -> None:
+    import fcntl
+
+    (runner.folder / "run").mkdir()
+    (runner.folder / "run/config.yaml").write_text("{}\n")
+    with (runner.folder / "run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        finished = runner.train("run")
+    assert finished.codes == [2]
+    assert "is being trained by another process" in finished.output
+
+
+def test_a_rate_that_diverges_stops_with_the_step_named(runner: Runner) -> None:
+    finished = runner.train("run", optimizer__learning_rate=1e20, optimizer__clip_norm=0, schedule__warmup_steps=0)
+    assert finished.codes == [1]
+    assert "is not finite: loss" in finished.output
+    assert "Traceback" not in finished.output
+    assert "the newest checkpoint is from before it" in finished.output
+    assert json.loads((runner.folder / "run/run.json").read_text())["status"] == "failed"
