@@ -121,7 +121,7 @@ class Counts:
             "uniform": uniform,
             "unigram": unigram,
             "bigram": bigram,
-            "left_times_above": self._left_times_above(tokens.reshape(-1, side, side)),
+            "left_times_above": self._left_times_above(tokens.reshape(-1, side, side)).reshape(tokens.shape),
         }
 
     def _left_times_above(self, grid: np.ndarray) -> np.ndarray:  # (n, H, W)

@@ -1,0 +1,59 @@
+"""A tiny shard set, a tiny model folder, and an evaluation of one on the other."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_sets import random_palette, random_pictures, write_model, write_shard_set
+
+from data_prep.shards import ShardSet, open_shard_set
+from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
+from pipeline.model.huggingface import load_model_folder
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    splits = {
+        "train": random_pictures(330, 1, unlabelled=7),
+        "valid": random_pictures(110, 2),
+        "test": random_pictures(130, 3, unlabelled=3),
+    }
+    return write_shard_set(tmp_path_factory.mktemp("shards"), splits, random_palette())
+
+
+@pytest.fixture(scope="session")
+def shards(shards_folder: Path) -> ShardSet:
+    return open_shard_set(shards_folder)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model folder of each block."""
+    root = tmp_path_factory.mktemp("models")
+    return {block: write_model(root / block, block) for block in ("igpt", "gpt2")}
+
+
+@pytest.fixture(scope="session")
+def model_folder(model_folders: dict[str, Path]) -> Path:
+    return model_folders["igpt"]
+
+
+@pytest.fixture
+def evaluation_of(shards: ShardSet, tmp_path: Path) -> Callable[..., Evaluation]:
+    """Makes an evaluation of a model folder on the shard set (or on another), with any sizes."""
+
+    def make(folder: Path, shards: ShardSet = shards, **sizes: int) -> Evaluation:
+        model = load_model_folder(folder)
+        return Evaluation(model, shards, tmp_path / "results", start_accelerator("fp32"), 0, Sizes(**sizes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> dict[str, str]:
+    """The environment of a process started by a test."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}

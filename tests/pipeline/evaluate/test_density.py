@@ -1,0 +1,129 @@
+"""Density against transformers' loss, the baselines against counting in plain Python."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_sets import COLORS, RESOLUTION
+from torch.nn import functional
+from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
+
+from data_prep.shards import ShardSet
+from pipeline.evaluate.density import Counts, Options, measure
+
+HUGGING_FACE = {"igpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
+
+
+@pytest.mark.parametrize("block", ["igpt", "gpt2"])
+def test_density_is_the_loss_of_transformers(
+    block: str, model_folders: dict[str, Path], evaluation_of: Callable
+) -> None:
+    evaluation = evaluation_of(model_folders[block], batch_size=48)
+    result = measure(evaluation, Options())
+    tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
+    inputs = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)
+    with torch.no_grad():
+        logits = HUGGING_FACE[block].from_pretrained(model_folders[block]).eval()(input_ids=inputs).logits
+    expected = functional.cross_entropy(logits[..., :COLORS].flatten(0, 1), tokens.flatten()).item()
+    assert result["nats_per_color"] == pytest.approx(expected, abs=1e-5)
+    assert result["bits_per_color"] == pytest.approx(expected / math.log(2), abs=1e-5)
+    assert result["images"] == 130
+    assert abs(expected - math.log(COLORS)) > 0.01  # the model is not the trivial one
+
+
+def test_density_agrees_with_the_loss_transformers_computes_itself(model_folder: Path, evaluation_of: Callable) -> None:
+    """Its loss shifts labels by one and so leaves out a sequence's last prediction: pictures here are cut by one."""
+    evaluation = evaluation_of(model_folder)
+    tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
+    sequence = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)  # SOS, x0 .. x(n-2)
+    hugging_face = ImageGPTForCausalImageModeling.from_pretrained(model_folder).eval()
+    with torch.no_grad():
+        theirs = hugging_face(input_ids=sequence, labels=sequence).loss.item()  # mean over x0 .. x(n-2)
+        last = hugging_face(input_ids=sequence).logits[:, -1]
+    of_last = functional.cross_entropy(last, tokens[:, -1]).item()
+    positions = RESOLUTION**2
+    expected = (theirs * (positions - 1) + of_last) / positions
+    assert measure(evaluation, Options())["nats_per_color"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture
+def counts(shards: ShardSet) -> Counts:
+    return Counts.of(shards.split("train"), COLORS, RESOLUTION)
+
+
+def grids(shards: ShardSet, split: str) -> np.ndarray:
+    tokens, _ = shards.split(split).gather(np.arange(shards.split(split).images))
+    return tokens.reshape(-1, RESOLUTION, RESOLUTION).astype(int)
+
+
+def test_baselines_by_counting(shards: ShardSet, model_folder: Path, evaluation_of: Callable) -> None:
+    result = measure(evaluation_of(model_folder), Options(split="valid"))
+    train, scored = grids(shards, "train").reshape(-1, RESOLUTION**2), grids(shards, "valid").reshape(-1, RESOLUTION**2)
+    single = Counter(train.ravel().tolist())
+    total = sum(single.values())
+
+    def unigram(color: int) -> float:
+        return (single[color] + 1) / (total + COLORS)
+
+    pairs = Counter(pair for picture in train.tolist() for pair in pairwise(picture))
+    after: dict[int, Counter] = {left: Counter() for left in range(COLORS)}
+    for (left, color), count in pairs.items():
+        after[left][color] = count
+
+    def bigram(left: int, color: int) -> float:
+        kinds, seen = len(after[left]), sum(after[left].values())
+        return (after[left][color] + kinds * unigram(color)) / (seen + kinds)
+
+    unigram_loss = -np.mean([[math.log(unigram(color)) for color in picture] for picture in scored.tolist()])
+    bigram_losses = [
+        [-math.log(unigram(picture[0])), *(-math.log(bigram(*pair)) for pair in pairwise(picture))]
+        for picture in scored.tolist()
+    ]
+    bigram_loss = np.mean(bigram_losses)
+    assert result["uniform_nats_per_color"] == pytest.approx(math.log(COLORS))
+    assert result["unigram_nats_per_color"] == pytest.approx(unigram_loss, rel=1e-9)
+    assert result["bigram_nats_per_color"] == pytest.approx(bigram_loss, rel=1e-9)
+
+
+def test_left_times_above_is_a_distribution(shards: ShardSet, counts: Counts) -> None:
+    """At every place of a picture the probabilities of all colours sum to one."""
+    picture = grids(shards, "test")[0]
+    for row, column in [(0, 0), (0, 3), (4, 0), (2, 5)]:
+        variants = np.repeat(picture[None], COLORS, axis=0)
+        variants[:, row, column] = np.arange(COLORS)
+        tokens = variants.reshape(COLORS, -1).astype(np.int64)
+        place = row * RESOLUTION + column
+        for name, log_probability in counts.log_probabilities(tokens, RESOLUTION).items():
+            assert np.exp(log_probability[:, place]).sum() == pytest.approx(1), name
+
+
+def test_left_times_above_weighs_both_neighbours(shards: ShardSet, counts: Counts) -> None:
+    picture = grids(shards, "test")[0]
+    left, above, color = picture[2, 3], picture[1, 4], picture[2, 4]
+    products = np.exp(counts.left[left] + counts.above[above] - counts.single)
+    found = counts.log_probabilities(picture.reshape(1, -1).astype(np.int64), RESOLUTION)["left_times_above"]
+    assert found.reshape(RESOLUTION, RESOLUTION)[2, 4] == pytest.approx(math.log(products[color] / products.sum()))
+
+
+def test_above_is_the_colour_of_the_row_above() -> None:
+    """Stripes: each row repeats one colour, so `left` is certain inside a row; columns alternate."""
+
+    class Stripes:
+        record_images = np.array([40])
+
+        def record(self, _index: int) -> tuple[np.ndarray, np.ndarray]:
+            return np.tile(np.repeat([0, 1], 2), (40, 1)).astype(np.uint16), np.zeros(40, np.int32)
+
+    counts = Counts.of(Stripes(), colors=2, side=2)
+    assert np.exp(counts.above[0, 1]) > 0.95  # below 0 comes 1
+    assert np.exp(counts.above[0, 0]) < 0.05
+
+
+def test_an_absent_split_is_named(model_folder: Path, evaluation_of: Callable) -> None:
+    with pytest.raises(ValueError, match="has no split 'holdout'"):
+        measure(evaluation_of(model_folder), Options(split="holdout"))

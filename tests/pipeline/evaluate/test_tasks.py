@@ -1,0 +1,163 @@
+"""`python -m pipeline evaluate`: results, what is done again and what is not, mistakes, ranks."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_sets import random_palette, random_pictures, write_model, write_shard_set
+
+from data_prep.shards import open_shard_set
+from pipeline.evaluate.tasks import TASKS, evaluate
+
+QUICK = ["--linear_probe.l2", "[0.1, 0.01]", "--completions.images", "3", "--completions.samples", "2"]
+TWO_RANKS = Path(__file__).with_name("two_ranks.py")
+
+
+@pytest.fixture
+def run(shards_folder: Path, model_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Runs the command with defaults that later arguments override; returns the folder of results."""
+
+    def command(*arguments: str, model: Path = model_folder) -> Path:
+        out = tmp_path / "results"
+        assert evaluate([str(model), "--shards", str(shards_folder), "--out", str(out), *QUICK, *arguments]) == 0
+        return out
+
+    return command
+
+
+def results_of(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_every_task_leaves_its_results_and_where_they_come_from(
+    run: Callable[..., Path], shards_folder: Path, model_folder: Path
+) -> None:
+    folder = run("--seed", "3")
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"{task}.json" for task in TASKS), "linear_probe.png", "completions.png", "report.html",
+    }  # fmt: skip
+    for task, result in results_of(folder).items():
+        assert result["task"] == task
+        assert result["seed"] == 3
+        assert result["dataset_digest"] == open_shard_set(shards_folder).digest
+        assert result["checkpoint_step"] is None  # the folder does not say
+        assert result["command"].startswith(f"python -m pipeline evaluate {model_folder}")
+    probe, density = results_of(folder)["linear_probe"], results_of(folder)["density"]
+    assert len(probe["valid_accuracy_by_layer"]) == 4
+    assert all(0 <= probe[key] <= 1 for key in ("test_accuracy", "raw_pixel_test_accuracy"))
+    assert density["bits_per_color"] > density["nats_per_color"] > 0
+
+
+def test_what_was_measured_is_kept_until_an_input_changes(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    density = run("--tasks", "density") / "density.json"
+    first = density.stat().st_mtime_ns
+
+    run("--tasks", "density")
+    assert density.stat().st_mtime_ns == first
+    assert "already measured" in capsys.readouterr().out
+    for change in (["--again"], ["--test_images", "60"], ["--seed", "1"], ["--density.split", "valid"]):
+        before = density.stat().st_mtime_ns
+        run("--tasks", "density", *change)
+        assert density.stat().st_mtime_ns != before, change
+    before = density.stat().st_mtime_ns
+    other = write_model(tmp_path / "other", "gpt2")
+    run("--tasks", "density", "--density.split", "valid", model=other)
+    assert density.stat().st_mtime_ns != before
+
+
+def test_a_copy_of_the_model_counts_as_the_same(
+    run: Callable[..., Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--tasks", "density")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in model_folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    run("--tasks", "density", model=copy)
+    assert "already measured" in capsys.readouterr().out
+
+
+def test_options_come_from_a_file_too(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "evaluate.yaml").write_text(
+        "tasks: density\ntest_images: 20\ndensity: {split: valid}\nvalid_images: 30\n"
+    )
+    result = results_of(run("--config", str(tmp_path / "evaluate.yaml")))["density"]
+    assert (result["split"], result["images"]) == ("valid", 30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "density,magic"], "--tasks has 'magic'; the tasks are linear_probe, density, completions"),
+        (["--shards", "nowhere"], "nowhere does not exist"),
+        (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--precision", "fp8"], "precision"),
+        (["--linear_probe.l2", "[]"], r"linear_probe\.l2"),
+        (["--seeds", "1"], "seeds is no known key"),
+        (["--out", __file__], "which is a file; it must be a folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str], message: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        run(*arguments)
+    assert "\n" not in " ".join(str(caught.value).splitlines())
+    assert not (tmp_path / "results").exists()
+
+
+def test_another_palette_or_resolution_is_refused_before_any_work(run: Callable[..., Path], tmp_path: Path) -> None:
+    splits = {name: random_pictures(20, 0) for name in ("train", "valid", "test")}
+    palette = random_palette(seed=1)
+    repainted = write_shard_set(tmp_path / "repainted", splits, palette)
+    with pytest.raises(ValueError, match=r"has palette \w{12} but .*repainted has palette \w{12}"):
+        run("--shards", str(repainted))
+    small = {name: (tokens[:, :16], labels) for name, (tokens, labels) in splits.items()}
+    shrunk = write_shard_set(tmp_path / "shrunk", small, random_palette(), resolution=4)
+    with pytest.raises(ValueError, match=r"model of 6x6 pictures but .*shrunk holds 4x4"):
+        run("--shards", str(shrunk))
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_model_without_palette_is_refused(run: Callable[..., Path], model_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in model_folder.iterdir():
+        if file.name != "preprocessor_config.json":
+            (bare / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="has no palette in preprocessor_config"):
+        run(model=bare)
+
+
+def test_two_ranks_measure_what_one_measures(
+    run: Callable[..., Path], shards_folder: Path, model_folder: Path, one_thread: dict[str, str], tmp_path: Path
+) -> None:
+    """Real processes under torchrun, gloo between them: the same features, losses and accuracies, to the last bit."""
+    options = ["--batch_size", "20", "--train_images", "150"]
+    one = results_of(run(*options))
+    folders = [tmp_path / "results", tmp_path / "two"]
+    command = [str(model_folder), "--shards", str(shards_folder), "--out", str(folders[1]), *QUICK, *options]
+    features = []
+    for ranks in (1, 2):
+        file = tmp_path / f"features-{ranks}.npy"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+        words = [sys.executable, *launcher, str(TWO_RANKS), str(file), *command]
+        process = subprocess.run(words, env=one_thread, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        features.append(np.load(file))
+    assert "2 ranks on cpu" in process.stdout
+    np.testing.assert_array_equal(features[0], features[1])
+    two = results_of(folders[1])
+    assert sorted(two) == sorted(one)
+    for task, result in one.items():
+        for key in set(result) - {"command", "seconds"}:
+            assert two[task][key] == result[key], (task, key)
+    pictures = [re.findall(r"base64,([^\"]+)", (folder / "report.html").read_text()) for folder in folders]
+    assert pictures[0] == pictures[1]
