@@ -74,8 +74,8 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     palette = load_palette(run / PALETTE_FILE, GPT2Config.from_dict(record.model).colors, key="the run's palette")
     if palette_sha256(palette) != record.palette_sha256:
         raise ValueError(
-            f"{run / PALETTE_FILE} has the palette {palette_sha256(palette)[:12]}, but {checkpoint.folder} was made with "
-            f"{record.palette_sha256[:12]}."
+            f"{run / PALETTE_FILE} has the palette {palette_sha256(palette)[:12]}, but {checkpoint.folder} was made "
+            f"with {record.palette_sha256[:12]}."
         )
     model = load_weights(checkpoint)
     _check_probe(model, record, run)
@@ -137,8 +137,8 @@ tags: [image-gpt]
 # Image GPT, step {checkpoint.record.step:,}
 
 {facts["n_layer"]} layers, width {facts["n_embd"]}, {facts["n_head"]} heads; pictures of {facts["n_positions"]} tokens,
-{facts["colors"]} palette colours. Trained on {checkpoint.record.images:,} pictures; `training/` has the configuration, the
-record and the curve of the run.
+{facts["colors"]} palette colours. Trained on {checkpoint.record.images:,} pictures; `training/` has the
+configuration, the record and the curve of the run.
 
 ```python
 from transformers import {kind}, ImageGPTImageProcessor

@@ -6,7 +6,7 @@ EXPORTED_FOLDER = "exported"
 
 
 def model_folder(path: Path) -> Path:
-    """The model folder that `path` names. A run's newest checkpoint, or the checkpoint named, is exported into the run first.
+    """The model folder that `path` names; a checkpoint, or a run's newest, is exported into its run first.
 
     Raises ValueError if it is none of these.
     """

@@ -15,8 +15,6 @@ from pipeline.evaluate.inputs import Evaluation, check_match, from_first, split_
 from pipeline.model.pictures import completion_grid
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.model.huggingface import LoadedModel
 
 FIGURE = "completions.png"
@@ -25,7 +23,7 @@ TITLE_PIXELS = 22
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of completions."""
+    """Half pictures completed."""
 
     images: int = 8
     """Pictures to complete, one a row."""
@@ -42,21 +40,6 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or above.")
-
-
-def complete_halves(
-    model: "torch.nn.Module", tokens: np.ndarray, *, samples: int, seed: int, temperature: float = 1.0
-) -> np.ndarray:
-    """Draws the lower half of each picture `samples` times: tokens (n, T) to uint16 (n, samples, T)."""
-    import torch
-
-    from pipeline.model.sampling import complete
-
-    pictures, positions = tokens.shape
-    device = next(model.parameters()).device
-    given = np.repeat(tokens[:, : positions // 2].astype(np.int64), samples, axis=0)  # (n * samples, T / 2)
-    drawn = complete(model, torch.from_numpy(given).to(device), positions, seed=seed, temperature=temperature)
-    return drawn.cpu().numpy().astype(np.uint16).reshape(pictures, samples, positions)
 
 
 def choose_examples(shards: ShardSet, split_name: str, images: int, seed: int) -> np.ndarray:
@@ -79,6 +62,8 @@ def choose_examples(shards: ShardSet, split_name: str, images: int, seed: int) -
 def draw_completions(model: "LoadedModel", shards: ShardSet, options: Options, seed: int, path: Path) -> dict[str, Any]:
     """Writes the grid of completions as a PNG, and returns what it shows."""
     from PIL import Image
+
+    from pipeline.model.sampling import complete_halves
 
     chosen = choose_examples(shards, options.split, options.images, seed)
     tokens, labels = shards.split(options.split).gather(chosen)
@@ -127,7 +112,7 @@ def summary(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What `python -m pipeline complete` takes beside the options of completions."""
+    """What to complete and where the figure goes."""
 
     shards: Path
     """The shard set whose pictures are completed."""

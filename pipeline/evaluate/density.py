@@ -23,7 +23,7 @@ PICTURES_AT_ONCE = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of the density task."""
+    """Nats and bits per colour."""
 
     split: str = "test"
     """The split to score."""

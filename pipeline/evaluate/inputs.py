@@ -68,7 +68,7 @@ def choose_pictures(
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How many pictures a run of the tasks uses, and how many at once."""
+    """How many pictures are used."""
 
     train_images: int | None = None
     """Probe on so many random pictures of `train`; all if not set."""

@@ -30,7 +30,7 @@ L2_STRENGTHS = (1.0, 0.1, 0.01, 0.001, 0.0001)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of the linear probe."""
+    """The linear probe over every layer."""
 
     l2: list[float] = field(default_factory=lambda: list(L2_STRENGTHS))
     """Strengths to try: each is s in (mean loss) + s/2 * (sum of squared weights)."""

@@ -17,7 +17,7 @@ from pipeline.evaluate.published import NATS, PROBE, PUBLISHED
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report_template.html")
-CURVE_POINTS = 200
+CURVE_POINTS = 120
 
 Results = dict[str, dict[str, Any]]
 """Task name to the content of its JSON."""

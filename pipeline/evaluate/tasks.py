@@ -31,7 +31,7 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What `python -m pipeline evaluate` takes beside sizes and the tasks' own options."""
+    """What to measure and where the results go."""
 
     shards: Path
     """The shard set to measure on."""

@@ -6,6 +6,7 @@ costs one position's forward pass.
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
@@ -50,6 +51,17 @@ def complete(
     finally:
         model.train(was_training)
     return tokens[:, 1:]
+
+
+def complete_halves(
+    model: nn.Module, tokens: np.ndarray, *, samples: int, seed: int, temperature: float = 1.0
+) -> np.ndarray:
+    """Draws the lower half of each picture `samples` times: tokens (B, T) to uint16 (B, samples, T)."""
+    pictures, positions = tokens.shape
+    device = next(model.parameters()).device
+    given = tokens[:, : positions // 2].repeat(samples, axis=0).astype(np.int64)  # (B * samples, T / 2)
+    drawn = complete(model, torch.from_numpy(given).to(device), positions, seed=seed, temperature=temperature)
+    return drawn.cpu().numpy().astype(np.uint16).reshape(pictures, samples, positions)
 
 
 def draw(logits: torch.Tensor, thresholds: torch.Tensor, temperature: float) -> torch.Tensor:

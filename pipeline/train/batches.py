@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from data_prep.seeding import generator
 from data_prep.shards import Split
 
 WINDOW_RECORDS = 64
@@ -53,7 +54,7 @@ class ImageOrder:
 
     def _new_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Records in their order of this epoch, and the place in the epoch at which each window starts."""
-        records = np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._record_images))
+        records = generator(self._seed, "records", epoch).permutation(len(self._record_images))
         ends = np.cumsum(self._record_images[records])
         return records, np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
 
@@ -61,9 +62,9 @@ class ImageOrder:
         """Shuffled pictures of one window, and which of them are mirrored."""
         records = self._epoch(epoch)[0][window * WINDOW_RECORDS : (window + 1) * WINDOW_RECORDS]
         images = np.concatenate([np.arange(self._first_image[r], self._first_image[r + 1]) for r in records])
-        generator = np.random.default_rng([self._seed, epoch, window + 1])
-        shuffled = generator.permutation(images)
-        flips = generator.random(len(images)) < 0.5 if self._flip else np.zeros(len(images), dtype=bool)
+        draw = generator(self._seed, "window", epoch, window)
+        shuffled = draw.permutation(images)
+        flips = draw.random(len(images)) < 0.5 if self._flip else np.zeros(len(images), dtype=bool)
         return shuffled, flips
 
 

@@ -1,4 +1,4 @@
-"""The one interface between the training loop and DeepSpeed (contract 6), and the one place that configures DeepSpeed."""
+"""The one interface between the loop and DeepSpeed (contract 6), and the one place that configures DeepSpeed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -94,7 +94,8 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 
 def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> Any:
     """Adam with decoupled weight decay on the blocks' and the head's matrices."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in parameters:
         matrix = len(full_shape(parameter)) >= 2 and not name.startswith(("transformer.wte", "transformer.wpe"))
         (decayed if matrix else spared).append(parameter)

@@ -1,8 +1,10 @@
 """The training loop: read, step, record, validate, sample, save, until the last step or a request to stop."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 
 from pipeline.config import TrainConfig
 from pipeline.model.pictures import completion_grid
@@ -47,6 +49,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
                 f"{'finished' if finished else 'stopped on request'} at step {progress.step}: {run}",
                 flush=True,
             )
+        dist.barrier()  # a rank that leaves early would break the others' connections
         return FINISHED if finished else STOPPED
     except BaseException as error:
         folder.note_failure(error)
@@ -62,7 +65,7 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
     progress, last, size = session.start, config.schedule.steps, config.batch.global_size
     clock, stopping = StepClock(), False
     while progress.step < last and not stopping:
-        tokens = clock.wait_for(lambda at=progress.images: session.batches.at(at, size))
+        tokens = clock.wait_for(partial(session.batches.at, progress.images, size))
         rate = rate_at(progress.step + 1, config.optimizer, config.schedule)
         result = engine.step(tokens, rate)
         check_finite(progress.step + 1, progress.images, size, result)

@@ -77,7 +77,7 @@ def start_group(ranks: Ranks) -> None:
 
 
 def stop_group() -> None:
-    """Leaves the process group, so that the ranks end together."""
+    """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

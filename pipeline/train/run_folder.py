@@ -124,8 +124,8 @@ def check_shards(recorded: dict[str, str], shards: ShardSet, where: Path) -> Non
         )
     if recorded["digest"] != shards.digest:
         raise ValueError(
-            f"{shards.path} is the shard set {shards.digest[:12]}, but {where} was made with {recorded['digest'][:12]}; "
-            f"give --data.shards the set that the run began with, or start a new run."
+            f"{shards.path} is the shard set {shards.digest[:12]}, but {where} was made with "
+            f"{recorded['digest'][:12]}; give --data.shards the set that the run began with, or start a new run."
         )
 
 

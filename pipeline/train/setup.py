@@ -1,4 +1,4 @@
-"""From a configuration to everything that the loop holds; a user's mistakes are found before any process group starts."""
+"""From a configuration to all that the loop holds; a user's mistakes are found before any process group starts."""
 
 from dataclasses import dataclass
 from functools import cached_property

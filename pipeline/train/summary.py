@@ -1,4 +1,4 @@
-"""Everything that follows from a configuration, printed before the first step; and the rates that every step reports."""
+"""What follows from a configuration, printed before the first step; and the rates that every step reports."""
 
 from dataclasses import dataclass
 
@@ -55,7 +55,8 @@ def describe(
         f"({config.model.resolution} x {config.model.resolution})",
         "batch": f"{batch.global_size} images = {ranks.count} ranks x {batch.micro_size} "
         f"x {config.accumulation_steps(ranks.count)} accumulated",
-        "schedule": f"{schedule.steps:,} steps, {images:,} images, {images / train_images:.2f} epochs of {train_images:,}; "
+        "schedule": f"{schedule.steps:,} steps, {images:,} images, {images / train_images:.2f} epochs of "
+        f"{train_images:,}; "
         f"rate {config.optimizer.learning_rate:g}, {schedule.warmup_steps:,} steps of warm-up, {schedule.decay}",
         "compute": f"{total_flops:.3g} FLOP; {throughput.flops_per_token / 1e9:.4g} GFLOP a token",
         "MFU": f"(6 x matmul parameters + 12 x layers x tokens x width) FLOP a token, full attention, over "

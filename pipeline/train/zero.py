@@ -13,7 +13,7 @@ from transformers import GPT2Config
 from pipeline.config import TrainConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
-from pipeline.model.sampling import complete
+from pipeline.model.sampling import complete_halves
 from pipeline.train import fragments
 from pipeline.train.engine import Engine, StepResult, deepspeed_config, full_shape, new_optimizer
 from pipeline.train.ranks import Ranks, mean_over_ranks
@@ -72,10 +72,7 @@ class ZeroEngine(Engine):
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         self._engine.eval()
-        half = tokens.shape[1] // 2
-        prefix = _to_device(tokens[:, :half].repeat(samples, axis=0), self._ranks.device)
-        completed = complete(self._engine.module, prefix, tokens.shape[1], seed=seed)
-        return completed.cpu().numpy().astype(np.uint16).reshape(len(tokens), samples, -1)
+        return complete_halves(self._engine.module, tokens, samples=samples, seed=seed)
 
     def _token_nats(self, tokens: np.ndarray) -> torch.Tensor:
         """fp32 (B, T): nats of each token given those before it."""

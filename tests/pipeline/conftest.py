@@ -34,7 +34,11 @@ class Runner:
 
     def arguments(self, name: str, **overrides: Any) -> list[str]:
         """Of `python`: the training of a run; a double underscore stands for the dot of a key."""
-        keys = {"data.shards": self.shards, **TINY, **{key.replace("__", "."): value for key, value in overrides.items()}}
+        keys = {
+            "data.shards": self.shards,
+            **TINY,
+            **{key.replace("__", "."): value for key, value in overrides.items()},
+        }
         options = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
         return ["-m", "pipeline", "train", f"--run={self.folder / name}", *options]
 
@@ -78,5 +82,3 @@ def finished_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runn
     finished = runner.train("reference", ranks=2, batch__micro_size=2, checkpoint__keep_last=3)
     assert finished.codes == [0, 0], "\n".join(finished.outputs)
     return runner
-
-

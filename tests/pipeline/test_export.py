@@ -19,7 +19,6 @@ from tests.launch import run
 from tests.pipeline.conftest import Runner
 
 
-
 def nats_by_transformers(folder: Path, shards: Path, images: int) -> float:
     """The validation loss of an exported igpt folder, by transformers' class and torch's cross-entropy alone."""
     split = open_shard_set(shards).split("valid")
@@ -60,7 +59,7 @@ def test_an_older_step_and_the_checkpoint_itself(finished_run: Runner, tmp_path:
     export(find_checkpoint(source / "checkpoints/step-00000020"), tmp_path / "by-folder")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("by-step", "by-folder"))
     assert first == second
-    with pytest.raises(ValueError, match="--step is 7, .* it has 20, 30, 40"):
+    with pytest.raises(ValueError, match=r"--step is 7, .* it has 20, 30, 40"):
         find_checkpoint(source, 7)
 
 

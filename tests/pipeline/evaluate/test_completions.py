@@ -9,8 +9,9 @@ from PIL import Image
 from tiny_sets import COLORS, RESOLUTION
 
 from data_prep.shards import ShardSet
-from pipeline.evaluate.completions import choose_examples, complete_command, complete_halves, with_titles
+from pipeline.evaluate.completions import choose_examples, complete_command, with_titles
 from pipeline.model.huggingface import load_model_folder
+from pipeline.model.sampling import complete_halves
 
 
 @pytest.fixture

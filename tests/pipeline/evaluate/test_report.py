@@ -107,9 +107,9 @@ def test_the_curve_is_grouped_and_leaves_out_what_is_not_finite() -> None:
     rows[7]["loss"] = float("inf")
     images, low, mean, high = summarised(rows)
     kept = np.delete(losses, 7)
-    assert len(images) == 200
+    assert len(images) == 120
     assert (np.diff(images) > 0).all()
     assert (low <= mean).all()
     assert (mean <= high).all()
     assert (low.min(), high.max()) == (kept.min(), kept.max())
-    assert mean.mean() == pytest.approx(kept.mean(), abs=1e-3)
+    assert mean.mean() == pytest.approx(kept.mean(), abs=2e-3)

@@ -46,7 +46,9 @@ def test_killed_at_random_moments_the_joined_curve_is_bit_equal(
     finished = train_through_kills(runner, "run", kills, seed=kills, **frequent)
     assert finished.codes == [0, 0], "\n".join(finished.outputs)
     assert runner.losses("run") == finished_run.losses("reference")
-    valid = [[row for row in r.rows(n) if "valid_loss" in row] for r, n in ((runner, "run"), (finished_run, "reference"))]
+    valid = [
+        [row for row in r.rows(n) if "valid_loss" in row] for r, n in ((runner, "run"), (finished_run, "reference"))
+    ]
     assert valid[0] == valid[1]
 
 

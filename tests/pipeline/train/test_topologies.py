@@ -69,7 +69,12 @@ def test_fp32_losses_are_those_of_plain_torch(
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
 def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float], ranks: int, stage: int) -> None:
     finished = runner.train(
-        "run", ranks, optimizer__learning_rate=RATE, parallel__zero_stage=stage, precision="bf16", samples__every_steps=40
+        "run",
+        ranks,
+        optimizer__learning_rate=RATE,
+        parallel__zero_stage=stage,
+        precision="bf16",
+        samples__every_steps=40,
     )
     assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
     assert runner.losses("run") == pytest.approx(plain_losses, abs=BF16_TOLERANCE)
@@ -92,5 +97,3 @@ def test_the_validation_loss_does_not_depend_on_the_ranks(runner: Runner, block:
     assert [row["step"] for row in alone] == [20]
     assert alone[0]["valid_loss"] == pytest.approx(together[0]["valid_loss"], abs=FP32_TOLERANCE)
     assert runner.losses("run-1")[0] == pytest.approx(log(512), abs=1e-6)
-
-
