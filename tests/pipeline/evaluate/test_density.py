@@ -110,17 +110,30 @@ def test_left_times_above_weighs_both_neighbours(shards: ShardSet, counts: Count
     assert found.reshape(RESOLUTION, RESOLUTION)[2, 4] == pytest.approx(math.log(products[color] / products.sum()))
 
 
+class OneRecord:
+    """A split of given pictures, (n, T)."""
+
+    def __init__(self, tokens: list[list[int]]) -> None:
+        self.record_images = np.array([len(tokens)])
+        self.tokens = np.array(tokens, np.uint16)
+
+    def record(self, _index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens, np.zeros(len(self.tokens), np.int32)
+
+
+def test_rare_pairs_are_smoothed_as_witten_and_bell_do() -> None:
+    counts = Counts.of(OneRecord([[0, 1, 0, 2], [0, 1, 0, 1]]), colors=4, side=2)
+    unigram = (np.array([4, 3, 1, 0]) + 1) / 12
+    after = np.array([[0, 3, 1, 0], [2, 0, 0, 0]])  # 0 is followed by two kinds, 1 by one
+    np.testing.assert_allclose(np.exp(counts.left[0]), (after[0] + 2 * unigram) / 6)
+    np.testing.assert_allclose(np.exp(counts.left[1]), (after[1] + 1 * unigram) / 3)
+    np.testing.assert_allclose(np.exp(counts.left[3]), unigram)  # never seen: what is known of all
+
+
 def test_above_is_the_colour_of_the_row_above() -> None:
-    """Stripes: each row repeats one colour, so `left` is certain inside a row; columns alternate."""
-
-    class Stripes:
-        record_images = np.array([40])
-
-        def record(self, _index: int) -> tuple[np.ndarray, np.ndarray]:
-            return np.tile(np.repeat([0, 1], 2), (40, 1)).astype(np.uint16), np.zeros(40, np.int32)
-
-    counts = Counts.of(Stripes(), colors=2, side=2)
-    assert np.exp(counts.above[0, 1]) > 0.95  # below 0 comes 1
+    """Rows of one colour, 0 over 1."""
+    counts = Counts.of(OneRecord([[0, 0, 1, 1]] * 40), colors=2, side=2)
+    assert np.exp(counts.above[0, 1]) > 0.95
     assert np.exp(counts.above[0, 0]) < 0.05
 
 
