@@ -43,7 +43,8 @@ class Pictures:
 
 def split_labels(split: Split) -> np.ndarray:
     """Labels of a whole split, int32 (images,), in file order."""
-    return np.concatenate([np.asarray(split.record(record)[1]) for record in range(len(split.record_images))])
+    labels = [split.record(record)[1] for record in range(len(split.record_images))]
+    return np.concatenate([np.empty(0, np.int32), *labels])
 
 
 def choose_pictures(

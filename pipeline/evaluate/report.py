@@ -54,8 +54,8 @@ def read_results(results: Path, facts: ModelFacts, shards: ShardSet) -> tuple[Re
     others = []
     for path in sorted(results.glob("*.json")):
         result = read_json(path)
-        if not isinstance(result, dict) or "task" not in result:
-            continue
+        if not isinstance(result, dict) or "inputs_digest" not in result:
+            continue  # a file of the user's
         if (result["model_digest"], result["dataset_digest"]) == (facts.digest, shards.digest):
             found[result["task"]] = result
         else:

@@ -135,7 +135,8 @@ def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any
 
 
 def _inputs_of(path: Path) -> str | None:
-    return read_json(path).get("inputs_digest") if path.is_file() else None
+    result = read_json(path) if path.is_file() else None
+    return result.get("inputs_digest") if isinstance(result, dict) else None
 
 
 def _report(evaluation: Evaluation, facts: ModelFacts) -> None:
