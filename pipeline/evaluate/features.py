@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.evaluate.inputs import Evaluation, Pictures
+from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
 from pipeline.model.objectives import next_color
 
 
@@ -48,9 +48,7 @@ def pooled_features(evaluation: Evaluation, pictures: Pictures, store: Path) -> 
     model, accelerator = evaluation.model.model, evaluation.accelerator
     config = evaluation.model.config
     shape = (config.n_layer + 1, len(pictures), config.n_embd)
-    if accelerator.is_main_process:
-        _reserve(store, shape)
-    accelerator.wait_for_everyone()
+    from_first(accelerator, lambda: _reserve(store, shape))
     features = np.load(store, mmap_mode="r+")  # (L+1, N, D)
     label = f"features of {pictures.split.name}"
     with torch.inference_mode(), accelerator.autocast(), pooled_layers(model) as pooled:
