@@ -14,6 +14,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 USER_ERROR = 2
+SAID_BY_OTHERS = "said_by_others"
+"""Attribute of an error that another rank is sure to print."""
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
 
 
@@ -32,7 +34,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
     _check_config_file(value_of("--config", arguments))
     try:
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args(_config_first(arguments))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return parser.instantiate(namespace)
@@ -49,6 +51,18 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
         if here.startswith(f"{flag}="):
             return here.removeprefix(f"{flag}=")
     return None
+
+
+def _config_first(arguments: Sequence[str]) -> list[str]:
+    """Moves `--config FILE` to the front: what is said on the command line overrides the file, wherever it stands."""
+    moved: list[str] = []
+    rest = list(arguments)
+    while "--config" in rest[:-1]:
+        place = rest.index("--config")
+        moved += rest[place : place + 2]
+        del rest[place : place + 2]
+    joined = [argument for argument in rest if argument.startswith("--config=")]
+    return moved + joined + [argument for argument in rest if argument not in joined]
 
 
 def _check_config_file(path: str | None) -> None:
@@ -97,7 +111,6 @@ def _expected(message: str) -> str:
 def run_command(command: Callable[[], int | None]) -> NoReturn:
     """Exits with the command's code; a user's mistake (ValueError, OSError) prints one sentence and exits 2.
 
-    Under torchrun or srun every rank meets the same mistake and rank 0 speaks.
     Set IGPT_TRACEBACK=1 to see where an error came from.
     """
     try:
@@ -113,9 +126,12 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
 
 
 def report_error(error: BaseException) -> None:
-    """Prints the error as one sentence; only rank 0 does."""
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    """Prints the error as one sentence. Another rank than 0 prints it only if rank 0 may not have met it."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0":
         print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
+    elif not getattr(error, SAID_BY_OTHERS, False):
+        print(f"error: {_describe(error)} (on rank {rank})", file=sys.stderr, flush=True)
 
 
 def _describe(error: BaseException) -> str:

@@ -92,7 +92,7 @@ def prepare_shards(config: DataConfig, out: Path) -> None:
     """
     started = time.monotonic()
     if finished(out, _identity(config)):
-        print(f"{out} is finished: it was prepared with this configuration.")
+        print(f"{out} is finished: it was prepared with this configuration. Delete it to prepare a changed source.")
         return
     workers = worker_count(config.workers)
     source = open_source(config.source)

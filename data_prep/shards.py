@@ -249,7 +249,7 @@ def _check_files(path: Path, manifest: dict[str, Any]) -> None:
                 raise KeyError(*sorted(SHARD_KEYS - shard.keys()))
             file = path / shard["file"]
             if not file.is_file():
-                raise ValueError(f"{file} is missing; copy the shard set again, or prepare it again.")
+                raise ValueError(f"{file} is missing; copy the shard set again, or delete and prepare it again.")
             if file.stat().st_size != shard["bytes"]:
                 size = file.stat().st_size
                 raise ValueError(

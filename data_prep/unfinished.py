@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import file_sha256, read_json, write_json
-from data_prep.shards import MANIFEST
+from data_prep.shards import MANIFEST, open_shard_set
 
 
 def finished(out: Path, config: dict[str, Any]) -> bool:
-    """Whether `out` is a finished set of this very configuration. Raises ValueError if it is another's."""
+    """Whether `out` is a finished set of this very configuration. Raises ValueError if it is another's or damaged."""
     if not (out / MANIFEST).is_file():
         return False
     manifest = read_json(out / MANIFEST)
     _refuse_difference(out, manifest.get("config", {}) if isinstance(manifest, dict) else {}, config)
+    try:
+        open_shard_set(out)
+    except ValueError as error:
+        raise ValueError(f"{error} Delete {out} to prepare it again.") from error
     Unfinished(out).remove()
     return True
 

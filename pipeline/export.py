@@ -17,7 +17,7 @@ from pipeline.model.gpt import build_model
 from pipeline.model.huggingface import save_model_folder
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
 from pipeline.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
-from pipeline.train.telemetry import METRICS_FILE
+from pipeline.train.telemetry import METRICS_FILE, rows_until
 from pipeline.train.validation import probe_tokens
 
 TRAINING_FOLDER = "training"
@@ -104,11 +104,12 @@ def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) ->
         print(f"the shard set {shards_path} is not at hand, so the probe batch's loss was not compared")
         return
     if shards.digest != record.shards_digest:
+        print(f"{shards_path} is another shard set by now, so the probe batch's loss was not compared")
         return
     tokens = torch.from_numpy(probe_tokens(shards.split("valid")).astype(np.int64))
     inputs, targets = objectives.next_color(tokens, shards.colors)
     loss = float(objectives.token_loss(model(inputs).logits, targets, shards.colors))
-    if abs(loss - record.probe_loss) > PROBE_TOLERANCE[record.precision]:
+    if not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:
         raise ValueError(
             f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
             f"step {record.step} was saved; the checkpoint does not hold what was trained."
@@ -120,8 +121,10 @@ def _add_record(aside: Path, checkpoint: Checkpoint, run: Path) -> None:
     (aside / "README.md").write_text(_card(checkpoint))
     training = aside / TRAINING_FOLDER
     training.mkdir()
-    for name in (CONFIG_FILE, RECORD_FILE, METRICS_FILE):
+    for name in (CONFIG_FILE, RECORD_FILE):
         shutil.copyfile(run / name, training / name)
+    with (training / METRICS_FILE).open("w") as rows:
+        rows.writelines(rows_until(run / METRICS_FILE, checkpoint.record.step))
     write_json(training / "checkpoint.json", {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
 
 

@@ -158,7 +158,7 @@ def _curve(results: Path, facts: ModelFacts, found: Results) -> str:
     draw_curve(rows, facts, found.get("density"), path)
     caption = (
         "Loss on the training split (mean and range of neighbouring steps) and on the validation split. Below a dashed "
-        "line the model knows more than that baseline."
+        "line the model knows more than that baseline (baselines as scored in the table above)."
     )
     return f"<h2>Training</h2>\n{_figure(path, 'training curve', caption)}"
 

@@ -136,11 +136,16 @@ def publish(aside: Path, record: CheckpointRecord) -> Path:
     return final
 
 
-def retain(checkpoints: Path, rule: CheckpointConfig) -> None:
-    """Deletes what neither `keep_last` nor `keep_every` keeps; a deleted one stops being whole first."""
-    for folder in published(checkpoints)[: -rule.keep_last]:
-        step = int(folder.name.removeprefix("step-"))
-        if not rule.keep_every or step % rule.keep_every:
+def retain(checkpoints: Path, rule: CheckpointConfig, newest: int) -> None:
+    """Deletes what neither `keep_last` nor `keep_every` keeps; a deleted one stops being whole first.
+
+    Checkpoints later than the `newest` step are damaged ones that a resume passed over: they go too.
+    """
+    steps = {int(folder.name.removeprefix("step-")): folder for folder in published(checkpoints)}
+    recent = sorted(step for step in steps if step <= newest)[-rule.keep_last :]
+    for step, folder in steps.items():
+        permanent = rule.keep_every and step % rule.keep_every == 0 and step <= newest
+        if step not in recent and not permanent:
             doomed = folder.rename(folder.with_name(folder.name + PARTIAL))
             shutil.rmtree(doomed)
 

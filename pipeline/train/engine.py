@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -115,8 +114,3 @@ def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parame
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """A parameter's shape before ZeRO-3 cut it over the ranks."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def parameter_total(model: nn.Module) -> int:
-    """Parameters of the whole model, wherever they lie."""
-    return sum(prod(full_shape(parameter)) for parameter in model.parameters())

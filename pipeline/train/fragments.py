@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from pipeline.train.ranks import failing_together
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = ("weight", *MOMENTS)
 """The fp32 weight and Adam's first and second moment."""
@@ -212,13 +214,14 @@ def restore(engine: Any, rank: int, ranks: int, reader: FragmentReader) -> None:
     whole = isinstance(engine.optimizer, torch.optim.Optimizer)
     step = reader.optimizer_step
     fused = any(group.get("fused") for group in engine.optimizer.param_groups)
-    for partition in partitions_of(engine, 0 if whole else rank, 1 if whole else ranks):
-        # Fused Adam counts its steps on the device, plain Adam on the host.
-        partition.make_state(step, partition.weight.device if fused else torch.device("cpu"))
-        for state in STATES:
-            flat = partition.flat(state)
-            for fragment in partition.fragments:
-                reader.fill(flat.narrow(0, fragment.place, fragment.length), fragment, state)
+    with failing_together():
+        for partition in partitions_of(engine, 0 if whole else rank, 1 if whole else ranks):
+            # Fused Adam counts its steps on the device, plain Adam on the host.
+            partition.make_state(step, partition.weight.device if fused else torch.device("cpu"))
+            for state in STATES:
+                flat = partition.flat(state)
+                for fragment in partition.fragments:
+                    reader.fill(flat.narrow(0, fragment.place, fragment.length), fragment, state)
     _refresh_low_precision(engine.optimizer)
 
 

@@ -48,6 +48,6 @@ def check_finite(step: int, first_image: int, images: int, result: StepResult) -
     raise Diverged(
         f"step {step} is not finite: loss {result.loss}, gradient norm {result.grad_norm} (update "
         f"{'applied' if result.applied else 'not applied'}), on the pictures at positions {first_image} to "
-        f"{first_image + images - 1} of the data order; the newest checkpoint is from before it. A lower "
+        f"{first_image + images - 1} of the data order; checkpoints are from before it. A lower "
         f"optimizer.learning_rate, a longer warm-up or precision fp32 may pass it."
     )

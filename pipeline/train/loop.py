@@ -4,14 +4,20 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from pipeline.config import TrainConfig
 from pipeline.model.pictures import completion_grid
-from pipeline.train.health import check_finite
+from pipeline.train.health import StopRequests, check_finite
 from pipeline.train.integrity import verify_shards
 from pipeline.train.persistence import Progress
-from pipeline.train.ranks import any_rank, describe_ranks, failing_together, start_group, stop_group
+from pipeline.train.ranks import (
+    any_rank,
+    describe_ranks,
+    failing_together,
+    one_voice_a_node,
+    start_group,
+    stop_group,
+)
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
@@ -29,9 +35,10 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
 
     Raises ValueError or OSError for a user's mistake, Diverged if the numbers are no longer finite.
     """
-    ranks, folder = describe_ranks(), RunFolder(run)
-    inputs = check_inputs(config, ranks)
-    folder.check()
+    ranks, folder, stop = describe_ranks(), RunFolder(run), StopRequests(run)
+    with one_voice_a_node(ranks):
+        inputs = check_inputs(config, ranks)
+        folder.check(config)
     if folder.finished_steps() >= config.schedule.steps:
         print(f"{run} has finished its {config.schedule.steps} steps; nothing is left to train.", flush=True)
         return FINISHED
@@ -41,15 +48,12 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
             if ranks.is_first:
                 folder.open(config, inputs.shards, command, ranks.count)
         verify_shards(inputs.shards, folder, ranks)
-        progress = run_loop(inputs, set_up(inputs, folder))
+        progress = run_loop(inputs, set_up(inputs, folder, stop))
         finished = progress.step >= config.schedule.steps
-        if ranks.is_first:
-            folder.note("finished" if finished else "stopped", step=progress.step, images=progress.images)
-            print(
-                f"{'finished' if finished else 'stopped on request'} at step {progress.step}: {run}",
-                flush=True,
-            )
-        dist.barrier()  # a rank that leaves early would break the others' connections
+        with failing_together():  # and leaving together: a rank that leaves early would break the others' connections
+            if ranks.is_first:
+                folder.note("finished" if finished else "stopped", step=progress.step, images=progress.images)
+                print(f"{'finished' if finished else 'stopped on request'} at step {progress.step}: {run}", flush=True)
         return FINISHED if finished else STOPPED
     except BaseException as error:
         folder.note_failure(error)
@@ -63,7 +67,8 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
     """Trains from session.start; returns how far it came. What happens at a step is recorded before it is saved."""
     config, ranks, engine, telemetry = inputs.config, inputs.ranks, session.engine, session.telemetry
     progress, last, size = session.start, config.schedule.steps, config.batch.global_size
-    clock, stopping = StepClock(), False
+    clock = StepClock()
+    [stopping] = any_rank([session.stop.pending()], ranks.device)
     while progress.step < last and not stopping:
         tokens = clock.wait_for(partial(session.batches.at, progress.images, size))
         rate = rate_at(progress.step + 1, config.optimizer, config.schedule)
@@ -84,7 +89,9 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
                 "memory_bytes": peak_memory_bytes(ranks.device),
             }
         )
-        stopping = any_rank(session.stop.pending(), ranks.device)
+        stopping, broken = any_rank([session.stop.pending(), telemetry.failure is not None], ranks.device)
+        if broken:
+            telemetry.raise_together()
 
         def due(every: int, step: int = progress.step) -> bool:
             return every > 0 and (step % every == 0 or step == last)
@@ -96,12 +103,14 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
             telemetry.samples(progress.step, completions(inputs, session))
         if due(config.checkpoint.every_steps) or stopping:
             telemetry.flush()
+            telemetry.raise_together()
             session.store.save(engine, progress)
         clock.restart()
     if stopping:
         session.stop.honour()
     session.batches.close()
     telemetry.close()
+    telemetry.raise_together()
     return progress
 
 

@@ -59,7 +59,7 @@ class Store:
         with failing_together():
             if self.ranks.is_first:
                 checkpoints.publish(aside, self._record(progress, probe, files))
-                checkpoints.retain(self.folder, self.config.checkpoint)
+                checkpoints.retain(self.folder, self.config.checkpoint, progress.step)
         return checkpoints.step_folder(self.folder, progress.step)
 
     def newest_whole(self) -> Checkpoint | None:
@@ -98,7 +98,8 @@ class Store:
         with failing_together():
             reader = checkpoint.reader()
         engine.restore(reader, record.step)
-        random_state = checkpoints.load_random_state(checkpoint, self.ranks.rank)
+        with failing_together():
+            random_state = checkpoints.load_random_state(checkpoint, self.ranks.rank)
         if random_state is not None:
             torch.set_rng_state(random_state)
         loss = probe_loss(engine, self.probe)

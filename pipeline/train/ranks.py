@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from data_prep.command_line import SAID_BY_OTHERS
+
 T = TypeVar("T")
 
 SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -43,14 +45,24 @@ def describe_ranks() -> Ranks:
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
         for ours, slurms in SLURM_VARIABLES.items():
             os.environ[ours] = os.environ[slurms]
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, count, local_rank = _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    if torch.cuda.is_available():
+        # A task that is given one GPU of its own sees it as number 0, whatever its place on the node.
+        local_rank %= torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(local_rank)
     if count > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ValueError(f"{name} is not set; with {count} ranks every rank needs rank 0's address and port.")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Ranks(rank, count, local_rank, device)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r}; the launcher must set it to a whole number.")
+    return int(text)
 
 
 def start_group(ranks: Ranks) -> None:
@@ -96,11 +108,11 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on all ranks if it is true on one."""
-    vote = torch.tensor([float(flag)], device=device)
+def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """Each flag is true on all ranks if it is true on one."""
+    vote = torch.tensor(flags, dtype=torch.float32, device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
+    return [bool(flag) for flag in vote.tolist()]
 
 
 def from_first(value: T) -> T:
@@ -135,7 +147,18 @@ def failing_together() -> Iterator[None]:
     except (ValueError, OSError) as error:
         failure = error
     word = first_word(None if failure is None else str(failure))
+    if failure is None and word is not None:
+        failure = ValueError(word)
     if failure is not None:
+        setattr(failure, SAID_BY_OTHERS, True)
         raise failure
-    if word is not None:
-        raise ValueError(word)
+
+
+@contextmanager
+def one_voice_a_node(ranks: Ranks) -> Iterator[None]:
+    """Before the group starts, ranks of one node meet the same mistake: only the first of them says it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        setattr(error, SAID_BY_OTHERS, ranks.local_rank > 0)
+        raise

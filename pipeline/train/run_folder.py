@@ -1,6 +1,7 @@
 """The run's folder: its lock, its resolved configuration, and run.json, the record of how it was made."""
 
 import fcntl
+import os
 import platform
 import subprocess
 import sys
@@ -23,6 +24,8 @@ RECORD_FILE = "run.json"
 PALETTE_FILE = "palette.npy"
 CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
+FIXED_KEYS = ("seed", "model.", "objective.", "data.flip")
+"""A run keeps these: with others it would go on as another model, or with other pictures."""
 Status = Literal["running", "stopped", "failed", "finished"]
 
 
@@ -35,12 +38,34 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._record: dict[str, Any] = {}
 
-    def check(self) -> None:
-        """Raises ValueError if the folder holds something that is not a run, OSError if it can't be read."""
+    def check(self, config: TrainConfig) -> None:
+        """Raises ValueError, or OSError, if the folder can't be the run of this configuration. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--run is {self.path}, which is a file; it must be a folder, new or of an earlier run.")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / CONFIG_FILE).exists():
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ValueError(f"--run is {self.path}, but nothing can be written in {parent}; name another folder.")
+        if (self.path / CONFIG_FILE).exists():
+            self._check_fixed_keys(config)
+        elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
             raise ValueError(f"--run is {self.path}, which holds other files and no {CONFIG_FILE}; name a new folder.")
+
+    def _check_fixed_keys(self, config: TrainConfig) -> None:
+        for key, (old, new) in changed_keys(self._earlier_config(), to_dict(config)).items():
+            if key.startswith(FIXED_KEYS):
+                raise ValueError(
+                    f"{key} is {new}, but {self.path} was started with {old}; go on with {old}, or name a new --run."
+                )
+
+    def _earlier_config(self) -> dict[str, Any]:
+        path = self.path / CONFIG_FILE
+        try:
+            earlier = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML any more; put it back as it was.") from error
+        if not isinstance(earlier, dict):
+            raise ValueError(f"{path} holds no configuration any more; put it back as it was.")
+        return earlier
 
     def finished_steps(self) -> int:
         """Steps of a run that has ended, 0 for one that has not."""
@@ -54,6 +79,8 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        for leftover in self.path.glob(".*.partial"):
+            leftover.unlink()
         if (self.path / RECORD_FILE).exists():
             self._record = read_json(self.path / RECORD_FILE)
             check_shards(self._record["shards"], shards, self.path / RECORD_FILE)
@@ -70,7 +97,7 @@ class RunFolder:
             "changes": {key: list(pair) for key, pair in changes.items()},
         }
         self._record["shards"] = {
-            "path": str(shards.path),
+            "path": str(shards.path.resolve()),
             "digest": shards.digest,
             "palette_sha256": shards.palette_sha256,
             "source": shards.name,
@@ -82,6 +109,7 @@ class RunFolder:
 
     def note(self, status: Status, **facts: Any) -> None:
         """Writes the status, and whatever else should be known of the run, to run.json."""
+        self._record.pop("error", None)
         self._record |= {"status": status, "updated": _now(), **facts}
         write_json(self.path / RECORD_FILE, self._record)
 
@@ -109,7 +137,7 @@ class RunFolder:
 
     def _write_config(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
         path, new = self.path / CONFIG_FILE, to_dict(config)
-        changes = changed_keys(yaml.safe_load(path.read_text()), new) if path.exists() else {}
+        changes = changed_keys(self._earlier_config(), new) if path.exists() else {}
         with written_aside(path) as aside:
             aside.write_text(yaml.safe_dump(new, sort_keys=False))
         return changes

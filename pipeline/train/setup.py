@@ -14,7 +14,7 @@ from pipeline.train.batches import ImageOrder, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import StopRequests
 from pipeline.train.persistence import Progress, Store
-from pipeline.train.ranks import Ranks
+from pipeline.train.ranks import Ranks, failing_together
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.summary import Throughput, describe
 from pipeline.train.telemetry import RunTelemetry, Telemetry
@@ -70,10 +70,9 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     return Inputs(config, gpt2_config(config.model, shards.colors), shards, ranks)
 
 
-def set_up(inputs: Inputs, folder: RunFolder) -> Session:
+def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests) -> Session:
     """Builds the engine, resumes the newest whole checkpoint and says what is about to happen."""
     config, shards, ranks = inputs.config, inputs.shards, inputs.ranks
-    stop = StopRequests(folder.path)
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = build_engine(config, inputs.model_config, ranks)
     order = ImageOrder(inputs.train_split.record_images, config.seed, config.data.flip)
@@ -83,7 +82,9 @@ def set_up(inputs: Inputs, folder: RunFolder) -> Session:
     throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
     batches = TrainingBatches(inputs.train_split, shards.resolution, order, engine.data_rank, engine.data_ranks)
     telemetry = Telemetry()
+    with failing_together():
+        if ranks.is_first:
+            telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)
     if ranks.is_first:
-        telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)
         print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
     return Session(engine, batches, store, telemetry, throughput, stop, start)

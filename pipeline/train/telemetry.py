@@ -5,7 +5,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from data_prep.files import written_aside
+from pipeline.train.ranks import failing_together
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -22,6 +24,15 @@ CONSOLE_SECONDS = 5.0
 
 class Telemetry:
     """What the ranks but the first tell: nothing."""
+
+    failure: OSError | None = None
+    """What kept it from writing; a rank does not raise it alone, the others would wait for it."""
+
+    def raise_together(self) -> None:
+        """If one rank could not write, every rank raises; all ranks must call it."""
+        with failing_together():
+            if self.failure is not None:
+                raise self.failure
 
     def training_step(self, row: dict[str, Any]) -> None:
         """Records one optimizer step; row is metrics.jsonl's object, in its order."""
@@ -39,6 +50,20 @@ class Telemetry:
         """Flushes and closes the files."""
 
 
+def _keeping_failure(method: Callable[..., None]) -> Callable[..., None]:
+    """The method, which notes an OSError in `failure` and does nothing after the first."""
+
+    @wraps(method)
+    def guarded(self: "RunTelemetry", *arguments: Any) -> None:
+        if self.failure is None:
+            try:
+                method(self, *arguments)
+            except OSError as error:
+                self.failure = error
+
+    return guarded
+
+
 class RunTelemetry(Telemetry):
     """Writes a run's rows; a resumed run goes on after `step`, and what an interrupted one wrote beyond is dropped."""
 
@@ -54,21 +79,24 @@ class RunTelemetry(Telemetry):
         self._board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
         self._last_line = 0.0
 
+    @_keeping_failure
     def training_step(self, row: dict[str, Any]) -> None:
         self._write(row)
         for key, value in row.items():
-            if key != "step" and value is not None:
+            if key != "step":
                 self._board.add_scalar(f"train/{key}", float(value), row["step"])
         now = time.monotonic()
         if now - self._last_line >= CONSOLE_SECONDS or row["step"] in (1, self._steps):
             self._last_line = now
             print(self._line(row), flush=True)
 
+    @_keeping_failure
     def validation(self, row: dict[str, Any]) -> None:
         self._write(row)
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
         print(f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token", flush=True)
 
+    @_keeping_failure
     def samples(self, step: int, grid: np.ndarray) -> None:
         from PIL import Image
 
@@ -77,11 +105,13 @@ class RunTelemetry(Telemetry):
             Image.fromarray(grid).save(aside, format="png")
         self._board.add_image("completions", grid, step, dataformats="HWC")
 
+    @_keeping_failure
     def flush(self) -> None:
         self._rows.flush()
         os.fsync(self._rows.fileno())
         self._board.flush()
 
+    @_keeping_failure
     def close(self) -> None:
         self.flush()
         self._rows.close()
@@ -93,12 +123,11 @@ class RunTelemetry(Telemetry):
 
     def _line(self, row: dict[str, Any]) -> str:
         left = (self._steps - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
-        mfu = "" if row["mfu"] is None else f" | MFU {row['mfu']:.1%}"
         return (
             f"step {row['step']:>{len(str(self._steps))}}/{self._steps} | loss {row['loss']:.4f} | "
             f"rate {row['learning_rate']:.2e} | norm {row['grad_norm']:.3f} | "
-            f"{row['images_per_second']:.1f} images/s | {row['tokens_per_second']:,.0f} tokens/s{mfu} | "
-            f"waited {row['data_wait']:.1%} for data | {_duration(left)} left"
+            f"{row['images_per_second']:.1f} images/s | {row['tokens_per_second']:,.0f} tokens/s | "
+            f"MFU {row['mfu']:.1%} | waited {row['data_wait']:.1%} for data | {_duration(left)} left"
         )
 
 
@@ -112,10 +141,14 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Rewrites metrics.jsonl without rows beyond `step`, and without a last line that a kill cut short."""
     if not path.exists():
         return
-    with written_aside(path) as aside, path.open() as old, aside.open("w") as new:
-        for line in old:
-            if line.endswith("\n") and _step_of(line) <= step:
-                new.write(line)
+    with written_aside(path) as aside, aside.open("w") as new:
+        new.writelines(rows_until(path, step))
+
+
+def rows_until(path: Path, step: int) -> Iterator[str]:
+    """The whole lines of a metrics.jsonl up to a step."""
+    with path.open() as lines:
+        yield from (line for line in lines if line.endswith("\n") and _step_of(line) <= step)
 
 
 def _step_of(line: str) -> int:

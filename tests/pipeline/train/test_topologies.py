@@ -20,28 +20,38 @@ FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 2e-2
 
 
-@pytest.fixture(scope="module")
-def plain_losses(shards: Path) -> list[float]:
-    """40 steps of AdamW with clipping, written with torch alone."""
+def train_plainly(shards: Path, clip_norm: float = 1.0, weight_decay: float = 0.0) -> list[float]:
+    """The losses of 40 steps of AdamW with clipping, written with torch alone."""
     torch.set_num_threads(1)
     model = build_model(gpt2_config(ModelConfig(layers=2, width=32, heads=2, resolution=8)))
     initialize(model, seed=0)
     split = open_shard_set(shards).split("train")
     order = ImageOrder(split.record_images, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".wte." not in n and ".wpe." not in n]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     schedule = ScheduleConfig(steps=40, warmup_steps=4)
     losses = []
     for step in range(40):
-        optimizer.param_groups[0]["lr"] = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), schedule)
         tokens = torch.from_numpy(split.gather(order.at(step * 8, 8)[0])[0].astype(np.int64))
         inputs = torch.cat([torch.full((8, 1), 512), tokens[:, :-1]], dim=1)
         loss = functional.cross_entropy(model(inputs).logits.reshape(-1, 512), tokens.reshape(-1))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.fixture(scope="module")
+def plain_losses(shards: Path) -> list[float]:
+    """The plain loop with the tests' settings."""
+    return train_plainly(shards)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +90,32 @@ def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float], ranks:
     assert runner.losses("run") == pytest.approx(plain_losses, abs=BF16_TOLERANCE)
 
 
-def test_clipping_off_and_weight_decay_reach_the_optimizer(runner: Runner, plain_losses: list[float]) -> None:
-    finished = runner.train("run", 1, optimizer__clip_norm=0, optimizer__weight_decay=5, schedule__steps=20)
-    assert finished.codes == [0], finished.output
-    assert max(abs(a - b) for a, b in zip(runner.losses("run"), plain_losses, strict=False)) > 1e-3
+@pytest.mark.parametrize(
+    ("ranks", "stage", "micro_size", "clip_norm", "weight_decay"),
+    [(1, 0, 2, 0.05, 0.0), (1, 1, 8, 0.0, 2.0), (2, 3, 4, 0.05, 2.0)],
+)
+def test_clipping_and_weight_decay_are_those_of_plain_torch(
+    runner: Runner,
+    plain_losses: list[float],
+    ranks: int,
+    stage: int,
+    micro_size: int,
+    clip_norm: float,
+    weight_decay: float,
+) -> None:
+    finished = runner.train(
+        "run",
+        ranks,
+        optimizer__learning_rate=RATE,
+        optimizer__clip_norm=clip_norm,
+        optimizer__weight_decay=weight_decay,
+        parallel__zero_stage=stage,
+        batch__micro_size=micro_size,
+    )
+    assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
+    expected = train_plainly(runner.shards, clip_norm, weight_decay)
+    assert runner.losses("run") == pytest.approx(expected, abs=FP32_TOLERANCE)
+    assert max(abs(a - b) for a, b in zip(expected, plain_losses, strict=True)) > 100 * FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("block", ["igpt", "gpt2"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from pipeline.config import parse_training
 from tests.pipeline.conftest import Runner
 
 Sentence = Callable[[list[str]], str]
@@ -120,11 +121,32 @@ def test_another_shard_set_for_the_same_run(runner: Runner, finished_run: Runner
     assert "give --data.shards the set that the run began with" in finished.output
 
 
+@pytest.mark.parametrize(
+    "changed", [{"model__width": 64}, {"model__heads": 4}, {"model__block": "gpt2"}, {"seed": 1}, {"data__flip": True}]
+)
+def test_a_run_keeps_its_model_and_its_order(
+    runner: Runner, finished_run: Runner, sentence: Sentence, changed: dict[str, object]
+) -> None:
+    run = Path(shutil.copytree(finished_run.folder / "reference", runner.folder / "run"))
+    before = (run / "config.yaml").read_bytes()
+    key = next(iter(changed)).replace("__", ".")
+    assert f"{key} is {changed[key.replace('.', '__')]}, but {run} was started with" in sentence(
+        runner.arguments("run", schedule__steps=50, **changed)[2:]
+    )
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_overrides_win_over_a_config_that_comes_later(runner: Runner) -> None:
+    path = runner.folder / "config.yaml"
+    path.write_text("schedule: {steps: 30, warmup_steps: 7}\nmodel: {size: l}\n")
+    config, _ = parse_training(["--model.size", "m", "--run", "RUN", "--config", str(path), "--schedule.steps=20"])
+    assert (config.model.size, config.schedule.steps, config.schedule.warmup_steps) == ("m", 20, 7)
+
+
 def test_two_trainings_of_one_run(runner: Runner, shards: Path) -> None:
     import fcntl
 
     (runner.folder / "run").mkdir()
-    (runner.folder / "run/config.yaml").write_text("{}\n")
     with (runner.folder / "run/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         finished = runner.train("run")
@@ -137,5 +159,5 @@ def test_a_rate_that_diverges_stops_with_the_step_named(runner: Runner) -> None:
     assert finished.codes == [1]
     assert "is not finite: loss" in finished.output
     assert "Traceback" not in finished.output
-    assert "the newest checkpoint is from before it" in finished.output
+    assert "checkpoints are from before it" in finished.output
     assert json.loads((runner.folder / "run/run.json").read_text())["status"] == "failed"
