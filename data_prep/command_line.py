@@ -108,8 +108,8 @@ def _expected(message: str) -> str:
     return TYPE_NAMES.get(kind[1], kind[1]) if kind[1] else f"a {kind[2]}"
 
 
-def run_command(command: Callable[[], int | None]) -> NoReturn:
-    """Exits with the command's code; a user's mistake (ValueError, OSError) prints one sentence and exits 2.
+def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Leaves with the command's code; a user's mistake (ValueError, OSError) prints one sentence and exits 2.
 
     Set IGPT_TRACEBACK=1 to see where an error came from.
     """
@@ -122,7 +122,7 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
         code = USER_ERROR
     except KeyboardInterrupt:
         code = 130
-    sys.exit(code)
+    leave(code)
 
 
 def report_error(error: BaseException) -> None:
@@ -140,7 +140,12 @@ def _describe(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def dispatch(prog: str, description: str, commands: dict[str, tuple[str, Callable[[list[str]], Any]]]) -> NoReturn:
+def dispatch(
+    prog: str,
+    description: str,
+    commands: dict[str, tuple[str, Callable[[list[str]], Any]]],
+    leave: Callable[[int], NoReturn] = sys.exit,
+) -> NoReturn:
     """`prog COMMAND arguments...`: commands maps a name to (one-line help, function of the remaining arguments)."""
     arguments = sys.argv[1:]
     width = max(map(len, commands))
@@ -157,4 +162,4 @@ def dispatch(prog: str, description: str, commands: dict[str, tuple[str, Callabl
             file=sys.stderr,
         )
         sys.exit(USER_ERROR)
-    run_command(lambda: commands[name][1](rest))
+    run_command(lambda: commands[name][1](rest), leave)

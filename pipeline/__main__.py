@@ -1,5 +1,9 @@
 """python -m pipeline COMMAND: from a shard set to a measured model."""
 
+import os
+import sys
+from typing import NoReturn
+
 from data_prep.command_line import dispatch, report_error
 
 
@@ -39,6 +43,20 @@ def complete(arguments: list[str]) -> int:
     return complete_command(arguments)
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process.
+
+    Once a process group was started, the interpreter's own shutdown now and then aborts in the group's threads, and
+    a finished rank would seem to have failed; the work is done and on disk, so the process ends at once.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     dispatch(
         "python -m pipeline",
@@ -49,4 +67,5 @@ if __name__ == "__main__":
             "evaluate": ("probe and measure a model, with a report", evaluate),
             "complete": ("complete half pictures", complete),
         },
+        leave,
     )

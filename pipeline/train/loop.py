@@ -16,7 +16,6 @@ from pipeline.train.ranks import (
     failing_together,
     one_voice_a_node,
     start_group,
-    stop_group,
 )
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.schedule import rate_at
@@ -60,7 +59,6 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         raise
     finally:
         folder.close()
-        stop_group()
 
 
 def run_loop(inputs: Inputs, session: Session) -> Progress:

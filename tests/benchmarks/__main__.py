@@ -85,7 +85,7 @@ def training() -> Row:
     """A training step through the engine against the same step in plain torch: DeepSpeed's own cost."""
     from pipeline.model import objectives
     from pipeline.train.engine import build_engine, new_optimizer
-    from pipeline.train.ranks import describe_ranks, start_group, stop_group
+    from pipeline.train.ranks import describe_ranks, start_group
 
     config = TrainConfig(
         model=ModelConfig(layers=4, width=256, heads=4, resolution=16),
@@ -109,7 +109,6 @@ def training() -> Row:
         optimizer.zero_grad()
 
     ours, theirs = best(len(tokens), lambda: engine.step(tokens, 1e-3), plain_step)
-    stop_group()
     return Row("training step, 3.5M parameters, ZeRO-1", "images/s", ours, "plain torch, same model", theirs)
 
 

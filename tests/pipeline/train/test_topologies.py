@@ -91,7 +91,7 @@ def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float], ranks:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "micro_size", "clip_norm", "weight_decay"),
+    ("ranks", "stage", "micro_size", "clip_norm", "decay"),
     [(1, 0, 2, 0.05, 0.0), (1, 1, 8, 0.0, 2.0), (2, 3, 4, 0.05, 2.0)],
 )
 def test_clipping_and_weight_decay_are_those_of_plain_torch(
@@ -101,19 +101,19 @@ def test_clipping_and_weight_decay_are_those_of_plain_torch(
     stage: int,
     micro_size: int,
     clip_norm: float,
-    weight_decay: float,
+    decay: float,
 ) -> None:
     finished = runner.train(
         "run",
         ranks,
         optimizer__learning_rate=RATE,
         optimizer__clip_norm=clip_norm,
-        optimizer__weight_decay=weight_decay,
+        optimizer__weight_decay=decay,
         parallel__zero_stage=stage,
         batch__micro_size=micro_size,
     )
     assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
-    expected = train_plainly(runner.shards, clip_norm, weight_decay)
+    expected = train_plainly(runner.shards, clip_norm, decay)
     assert runner.losses("run") == pytest.approx(expected, abs=FP32_TOLERANCE)
     assert max(abs(a - b) for a, b in zip(expected, plain_losses, strict=True)) > 100 * FP32_TOLERANCE
 
