@@ -1,4 +1,4 @@
-# make demo       sets up, then the whole way from pictures to a measured model, in about ten minutes on two cores
+# make demo       sets up, then the whole way from pictures to a measured model, in five to ten minutes on two cores
 # make test       sets up, then the tests; make test-all runs the slow ones too
 # make bench      speed against the peers, as ratios
 # make lint       style and types
@@ -22,7 +22,7 @@ $(SET_UP): requirements.txt
 	@touch $@
 
 demo: $(SET_UP)
-	@echo "About ten minutes on two cores: small pictures are cut out of photographs, a toy Image GPT learns them on $(RANKS)"
+	@echo "Five to ten minutes on two cores: small pictures are cut out of photographs, a toy Image GPT learns them on $(RANKS)"
 	@echo "ranks with ZeRO, is exported, probed, and completes half pictures. Expect colours and edges, no objects."
 	@echo "What is in $(DEMO) from an earlier run is gone on with; make demo ANEW=1 starts over."
 	$(if $(ANEW),rm -rf $(DEMO))

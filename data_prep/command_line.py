@@ -25,7 +25,7 @@ def new_parser(prog: str, description: str) -> ArgumentParser:
     Its --help shows the docstrings below the fields of dataclasses.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    return ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

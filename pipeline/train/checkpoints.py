@@ -75,6 +75,8 @@ def rank_file(rank: int) -> str:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Raises ValueError naming the folder if it holds no whole checkpoint's manifest."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; it must be a run, or one of its checkpoints.")
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is not a checkpoint; a finished one holds {MANIFEST}.")
     try:

@@ -38,6 +38,7 @@ def sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
 MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "unknown key": ({"optimizer.lerning_rate": 1}, "optimizer.lerning_rate is no known key; did you mean"),
+    "abbreviated key": ({"schedule.step": 50}, "schedule.step is no known key; did you mean schedule.steps?"),
     "wrong type": ({"batch.micro_size": "many"}, "batch.micro_size is 'many'; it must be a whole number"),
     "not a choice": ({"precision": "fp16"}, "precision is 'fp16'; it must be one of fp32, bf16"),
     "below its least": ({"batch.micro_size": 0}, "batch.micro_size is 0; it must be at least 1"),
