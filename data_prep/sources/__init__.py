@@ -12,6 +12,11 @@ _MODULES = {
     "image_folder": "folders",
     "cifar10": "cifar",
     "cifar100": "cifar",
+    "stl10": "stl10",
+    "imagenet": "imagenet",
+    "coco": "coco",
+    "places205": "places205",
+    "webdataset": "webshards",
     "hf_dataset": "hf_datasets",
 }
 

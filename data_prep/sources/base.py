@@ -1,14 +1,13 @@
 """What a source is: named splits of pictures with labels, and the names of the classes."""
 
 import hashlib
-import io
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+from data_prep.decoding import BadPicture, Decode
 
 UNLABELLED = -1
 
@@ -21,8 +20,8 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def picture(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3), RGB. Raises ValueError naming the picture if it can't be read."""
+    def picture(self, index: int, decode: Decode) -> np.ndarray:
+        """uint8 (H, W, 3), RGB; `decode` decodes what is encoded. Raises BadPicture if it can't be used."""
         ...
 
 
@@ -36,29 +35,38 @@ class Encoded:
 
 
 class PictureStream(Protocol):
-    """One split that can only be read from its beginning, and whose length may be unknown."""
+    """A piece of a split, such as one tar, that is read from its beginning and whose length is not known.
 
-    def __iter__(self) -> Iterator[Encoded]: ...
+    Pieces are read in any order, each by one process. What can't be used is yielded as a BadPicture in its
+    place, not raised; after one with the reason "damaged tar" nothing follows.
+    """
+
+    name: str
+    """For messages."""
+
+    def __iter__(self) -> Iterator[Encoded | BadPicture]: ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. `splits` has `train` and may have `valid` and `test`."""
+    """An opened source. `train` is a split or streamed; `valid` and `test` may be."""
 
     name: str
     classes: list[str]
     """Names by label; empty where the source knows none (a stream with bare numbers, or no labels)."""
     splits: dict[str, Pictures]
-    streams: dict[str, PictureStream]
-    """Splits that are streams; a split is in one of the two."""
+    streams: dict[str, list[PictureStream]]
+    """Splits that are read as streams, piece by piece; a split is in one of the two."""
     fingerprint: str
     """Changes when pictures are added, removed or renamed; cheap, so it does not see inside picture files."""
     cropped: bool = False
     """Whether the pictures are random crops already, so that `random_crop: auto` takes them whole."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else the manifest should say of the source, in plain JSON types, such as what a label means."""
 
 
 class ArrayPictures:
-    """Pictures held in memory."""
+    """Pictures held in memory, or in a memory map."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         """pixels: uint8 (N, H, W, 3); labels: integers (N,)."""
@@ -68,8 +76,50 @@ class ArrayPictures:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def picture(self, index: int) -> np.ndarray:
+    def picture(self, index: int, decode: Decode) -> np.ndarray:
         return self.pixels[index]
+
+
+class Names:
+    """Many file names in little memory: a million Python strings would take a hundred megabytes."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = bytearray()
+        ends = [0]
+        for name in names:
+            encoded += name.encode(errors="surrogateescape")
+            ends.append(len(encoded))
+        self._encoded, self._ends = bytes(encoded), np.array(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self._encoded[self._ends[index] : self._ends[index + 1]].decode(errors="surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+class FilePictures:
+    """Picture files below a folder."""
+
+    def __init__(self, folder: str, names: Iterable[str], labels: np.ndarray) -> None:
+        """names: paths below `folder`; labels (N,)."""
+        self.folder, self.names, self.labels = folder, Names(names), labels.astype(np.int32)
+        assert len(self.names) == len(self.labels)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def picture(self, index: int, decode: Decode) -> np.ndarray:
+        path = f"{self.folder}/{self.names[index]}"
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123  (a Path for each of a million files costs more than the read)
+                content = file.read()
+        except OSError as error:
+            raise BadPicture(path, "unreadable", error.strerror or str(error)) from error
+        return decode(content, path)
 
 
 def fingerprint(parts: Iterable[Any]) -> str:
@@ -78,29 +128,3 @@ def fingerprint(parts: Iterable[Any]) -> str:
     for part in parts:
         digest.update(f"{part}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def decode_picture(content: bytes, name: str) -> np.ndarray:
-    """An encoded picture as uint8 (H, W, 3), RGB.
-
-    Turned upright by its EXIF orientation, then Pillow's `convert("RGB")`: CMYK, palettes and grey become
-    RGB, transparency is dropped, the first frame of several counts. 16-bit grey keeps its upper eight bits,
-    where Pillow would clip all but the darkest greys to white.
-
-    Raises ValueError naming the picture if it can't be read.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
-                with suppress(Exception):  # a damaged EXIF block does not spoil the picture
-                    ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I;16"):
-                    return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} is not a readable picture ({reason}); repair or remove it.") from error

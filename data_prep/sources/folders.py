@@ -6,27 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.base import Pictures, Source, decode_picture, fingerprint
+from data_prep.sources.base import FilePictures, Pictures, Source, fingerprint
 
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 """Our name of a split: the folder's names it is found under."""
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
-class FilePictures:
-    """Picture files."""
-
-    def __init__(self, folder: Path, names: list[str], labels: np.ndarray) -> None:
-        """names: paths below `folder`; labels (N,)."""
-        self.folder, self.names, self.labels = folder, names, labels.astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def picture(self, index: int) -> np.ndarray:
-        path = f"{self.folder}/{self.names[index]}"
-        with open(path, "rb") as file:  # noqa: PTH123  (a Path for each of a million files costs more than the read)
-            return decode_picture(file.read(), path)
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -68,7 +52,7 @@ def _list_split(folder: Path, classes: list[str]) -> FilePictures:
         labels += [classes.index(name)] * len(found)
     if not names:
         raise ValueError(f"{folder} holds no pictures; they must lie in <class>/ and end in .jpg, .png or the like.")
-    return FilePictures(folder, names, np.array(labels))
+    return FilePictures(str(folder), names, np.array(labels))
 
 
 def _pictures_below(folder: Path, name: str) -> list[str]:
