@@ -2,7 +2,7 @@
 
     SHARDS/train-000000.tar ...   records `<key>.pixels.npy` uint16 (n, T) and `<key>.labels.npy` int32 (n,)
     SHARDS/palette.npy            float32 (V, 3)
-    SHARDS/shards.json            written last: what the set is, and each shard's size, digest and offsets
+    SHARDS/shards.json            written last: what the set is, and each shard's size, digests and offsets
 
 The manifest records where each array's first byte lies in its tar, so reading is a memory map away.
 """
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,7 @@ FORMAT = "image-gpt-shards"
 VERSION = 1
 IMAGES_PER_RECORD = 256
 RECORDS_PER_SHARD = 32
-SHARD_KEYS = {"file", "images", "bytes", "sha256", "record_images", "pixels_offsets", "labels_offsets"}
+SHARD_KEYS = {"file", "images", "bytes", "sha256", "record_images", "pixels_offsets", "labels_offsets", "record_crc32"}
 PIXELS_DTYPE, LABELS_DTYPE = np.dtype("<u2"), np.dtype("<i4")
 TAR_BLOCK = 512
 OPEN_SHARDS = 256
@@ -47,19 +48,28 @@ def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
     The same records give the same bytes: no times, no owners, no extended headers.
     """
     entry: dict[str, Any] = {"file": path.name, "images": 0, "bytes": 0, "sha256": ""}
-    entry |= {"record_images": [], "pixels_offsets": [], "labels_offsets": []}
+    entry |= {"record_images": [], "pixels_offsets": [], "labels_offsets": [], "record_crc32": []}
     with written_aside(path) as aside:
         with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number, (pixels, labels) in enumerate(records):
                 key = f"{path.stem}-{number:03d}"
                 assert len(pixels) == len(labels)
-                entry["pixels_offsets"].append(_add_array(tar, f"{key}.pixels.npy", pixels.astype(PIXELS_DTYPE)))
-                entry["labels_offsets"].append(_add_array(tar, f"{key}.labels.npy", labels.astype(LABELS_DTYPE)))
+                pixels, labels = pixels.astype(PIXELS_DTYPE), labels.astype(LABELS_DTYPE)
+                entry["pixels_offsets"].append(_add_array(tar, f"{key}.pixels.npy", pixels))
+                entry["labels_offsets"].append(_add_array(tar, f"{key}.labels.npy", labels))
+                entry["record_crc32"].append(record_crc32(pixels, labels))
                 entry["record_images"].append(len(labels))
         entry["images"] = sum(entry["record_images"])
         entry["bytes"] = aside.stat().st_size
         entry["sha256"] = file_sha256(aside)
     return entry
+
+
+def record_crc32(pixels: np.ndarray, labels: np.ndarray) -> int:
+    """What a record read on its own is checked by: CRC-32 over the bytes of its tokens, then of its labels."""
+    return zlib.crc32(
+        np.ascontiguousarray(labels, LABELS_DTYPE), zlib.crc32(np.ascontiguousarray(pixels, PIXELS_DTYPE))
+    )
 
 
 def _add_array(tar: tarfile.TarFile, name: str, array: np.ndarray) -> int:
