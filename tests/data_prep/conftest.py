@@ -12,6 +12,7 @@ import pytest
 from small_data import planes, write_folder
 
 from data_prep.config import SourceConfig
+from data_prep.decoding import Decoder
 from data_prep.sources import open_source
 from data_prep.views import area_resize
 
@@ -40,8 +41,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 @pytest.fixture(scope="session")
 def small() -> tuple[np.ndarray, np.ndarray]:
     """Photographs' windows at 32x32: uint8 (60, 32, 32, 3) and labels 0 to 2, as CIFAR has them."""
-    windows = open_source(SourceConfig(kind="photographs", train_per_class=20, test_per_class=1)).splits["train"]
-    return np.stack([area_resize(windows.picture(i), 32) for i in range(60)]), windows.labels[:60]
+    windows = open_source(SourceConfig(kind="photographs", train_per_class=20)).splits["train"]
+    return np.stack([area_resize(windows.picture(i, Decoder()), 32) for i in range(60)]), windows.labels[:60]
 
 
 @pytest.fixture

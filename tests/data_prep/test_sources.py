@@ -7,49 +7,19 @@ import pytest
 from small_data import CLASSES, archive_of, write_folder
 
 from data_prep.config import SourceConfig
+from data_prep.decoding import Decoder
 from data_prep.sources import open_source
 from data_prep.sources.base import Pictures, Source
-from data_prep.sources.photographs import PHOTOGRAPHS, TRAIN_PART, Windows, cut_windows
 
 Small = tuple[np.ndarray, np.ndarray]
 
 
 def all_pictures(pictures: Pictures) -> np.ndarray:
-    return np.stack([pictures.picture(index) for index in range(len(pictures))])
+    return np.stack([pictures.picture(index, Decoder()) for index in range(len(pictures))])
 
 
 def opened(kind: str, path: Path, **options: object) -> Source:
     return open_source(SourceConfig(kind=kind, path=str(path), **options))  # type: ignore[arg-type]
-
-
-# --- photographs
-
-
-def test_windows_of_the_two_splits_share_no_pixel() -> None:
-    width, height = 451, 300
-    left, right = cut_windows(width, height, 300, 60, label=1)
-    assert (len(left), len(right)) == (300, 60)
-    assert (left[:, 0] + left[:, 2]).max() <= TRAIN_PART * width
-    assert right[:, 0].min() >= int(TRAIN_PART * width)
-    for boxes in (left, right):
-        assert boxes[:, :2].min() >= 0
-        assert (boxes[:, 0] + boxes[:, 2]).max() <= width
-        assert (boxes[:, 1] + boxes[:, 2]).max() <= height
-        assert 64 <= boxes[:, 2].min() <= boxes[:, 2].max() <= 256
-
-
-def test_photographs_are_balanced_and_always_the_same() -> None:
-    config = SourceConfig(kind="photographs", train_per_class=5, test_per_class=3)
-    first, second = open_source(config), open_source(config)
-    assert first.classes == list(PHOTOGRAPHS)
-    for split, count in (("train", 5), ("test", 3)):
-        pictures, again = first.splits[split], second.splits[split]
-        assert isinstance(pictures, Windows)
-        assert np.bincount(pictures.labels).tolist() == [count] * len(PHOTOGRAPHS)
-        for index in (0, len(pictures) - 1):
-            picture = pictures.picture(index)
-            assert picture.shape == (picture.shape[0], picture.shape[0], 3)
-            assert (picture == again.picture(index)).all()
 
 
 # --- image folder
