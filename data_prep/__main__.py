@@ -1,4 +1,4 @@
-"""python -m data_prep palette | shards | verify | show"""
+"""python -m data_prep palette | shards | join | verify | show"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +12,20 @@ if TYPE_CHECKING:
 def palette(arguments: list[str]) -> None:
     """Fits a palette."""
     config, options = _configured("palette", "Fits a palette to a source's training pictures.", arguments)
-    from data_prep.prepare import prepare_palette
+    from data_prep.parts import Part
+    from data_prep.prepare_palette import prepare_palette
 
-    prepare_palette(config, Path(options.out))
+    prepare_palette(config, Path(options.out), Part(options.part, options.parts))
 
 
 def shards(arguments: list[str]) -> None:
     """Prepares a shard set."""
     description = "Prepares a shard set; started again after an interruption, it keeps the shards that are whole."
     config, options = _configured("shards", description, arguments)
+    from data_prep.parts import Part
     from data_prep.prepare import prepare_shards
 
-    prepare_shards(config, Path(options.out))
+    prepare_shards(config, Path(options.out), Part(options.part, options.parts))
 
 
 def _configured(command: str, description: str, arguments: list[str]) -> tuple["DataConfig", Any]:
@@ -32,10 +34,29 @@ def _configured(command: str, description: str, arguments: list[str]) -> tuple["
     parser = new_parser(f"python -m data_prep {command}", description)
     parser.add_argument("--config", action="config", help="YAML file, such as configs/data/cifar10.yaml")
     parser.add_argument("--out", type=str, required=True, help="where the result goes")
+    parser.add_argument("--part", type=int, default=1, help="which part of --parts this call does, from 1 on")
+    parser.add_argument("--parts", type=int, default=1, help="parts of the job; python -m data_prep join ends it")
     parser.add_class_arguments(DataConfig)
     options = parse(parser, arguments)
     names = DataConfig.__dataclass_fields__
     return DataConfig(**{name: options[name] for name in names}), options
+
+
+def join(arguments: list[str]) -> None:
+    """Joins parts."""
+    parser = new_parser("python -m data_prep join", "Makes one shard set, or palette, of the parts that --parts left.")
+    parser.add_argument("out", type=str, help="folder of the shard set, or file of the palette: the parts' --out")
+    parser.add_argument(
+        "--max_skipped", type=float, default=0.01, help="share of pictures and tars that may be skipped"
+    )
+    options = parse(parser, arguments)
+    from data_prep.join import join_shards
+    from data_prep.prepare_palette import has_parts, join_palette
+
+    if has_parts(Path(options.out)):
+        join_palette(Path(options.out))
+    else:
+        join_shards(Path(options.out), options.max_skipped)
 
 
 def verify(arguments: list[str]) -> None:
@@ -77,6 +98,7 @@ if __name__ == "__main__":
         {
             "palette": ("fit a palette to a source's training pictures", palette),
             "shards": ("prepare a shard set", shards),
+            "join": ("make one of the parts of a shard set or palette", join),
             "verify": ("re-read all that a shard set promises", verify),
             "show": ("draw a labelled grid of a shard set's images", show),
         },

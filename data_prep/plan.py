@@ -1,24 +1,40 @@
-"""Which pictures a shard set holds, in which splits and order: a function of the source and the seed."""
+"""Which pictures a shard set holds, in which splits, order and shards: a function of the source and the seed.
+
+What is prepared as a whole, alone and in any order, is a unit. A split whose pictures can be read in any order is
+shuffled as a whole, and a unit is one shard of it. A split that is a stream comes in pieces of unknown length; a unit
+is a piece, shuffled in blocks, and what it gives is one shard of train and one of valid.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.config import DataConfig
 from data_prep.seeding import generator
-from data_prep.shards import IMAGES_PER_RECORD, RECORDS_PER_SHARD
-from data_prep.sources import open_source
+from data_prep.shards import IMAGES_PER_RECORD, RECORDS_PER_SHARD, shard_name
 from data_prep.sources.base import Source
-from data_prep.views import EVALUATION, Cutter, PictureViews, Views
+from data_prep.views import EVALUATION, Cutter, PictureViews
 
 IMAGES_PER_SHARD = IMAGES_PER_RECORD * RECORDS_PER_SHARD
 
 
+class Unit(NamedTuple):
+    """One piece of the work."""
+
+    split: str
+    """Of the shard set; for a stream, of the source."""
+    number: int
+
+    @property
+    def name(self) -> str:
+        return shard_name(*self).removesuffix(".tar")
+
+
 @dataclass(frozen=True)
 class SplitPlan:
-    """The images of one split of the shard set, in file order."""
+    """The images of one split of the shard set, in file order, where the source can be read in any order."""
 
     source_split: str
     """The split of the source they come from: `train` for the validation images that are held out of it."""
@@ -39,26 +55,72 @@ class SplitPlan:
         return [(self.pictures[part], self.views[part]) for part in parts]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """An opened source, and what becomes of it."""
+
+    source: Source
+    config: DataConfig
+    splits: dict[str, SplitPlan]
+    """By split of the shard set; what comes of streams isn't in it."""
+
+    @property
+    def units(self) -> list[Unit]:
+        """All of them, the streams' first pieces first."""
+        planned = [Unit(split, number) for split, plan in self.splits.items() for number in range(plan.shards)]
+        pieces = [Unit(split, n) for split, streams in self.source.streams.items() for n in range(len(streams))]
+        return [*planned, *pieces]
+
+    def is_stream(self, unit: Unit) -> bool:
+        return unit.split in self.source.streams
+
+    @property
+    def images(self) -> int | None:
+        """How many there will be if none is skipped; None where streams don't say."""
+        return None if self.source.streams else sum(len(plan.pictures) for plan in self.splits.values())
+
+    def cutter(self, source_split: str) -> Cutter:
+        """Cuts the views of one of the source's splits."""
+        views = self.config.views
+        random_crop = views.random_crop
+        if random_crop == "auto" and self.source.cropped:
+            random_crop = "never"
+        return Cutter(source_split, self.config.seed, self.config.resolution, random_crop, views.scaled_decode)
+
+    def views(self, source_split: str) -> PictureViews:
+        """The views of one of the source's splits that is no stream."""
+        return PictureViews(self.source.splits[source_split], self.cutter(source_split))
+
+
+def make_plan(source: Source, config: DataConfig) -> Plan:
+    """Raises ValueError naming the key that asks for what the source can't give."""
+    sizes = {split: len(pictures) for split, pictures in source.splits.items()}
+    if config.fold_valid and ("valid" in sizes or "valid" in source.streams):
+        raise ValueError(f"fold_valid is true, but {source.name} brings a validation split of its own; leave it out.")
+    return Plan(source, config, plan_splits(sizes, config))
+
+
 def plan_splits(sizes: Mapping[str, int], config: DataConfig) -> dict[str, SplitPlan]:
-    """The plan for a source with `sizes` pictures a split.
+    """The plan for splits of `sizes` pictures.
 
     Every split is shuffled once, so that any run of records mixes the classes. Without a validation split
     of the source, the first `valid_fraction` of the shuffled training pictures become `valid`.
     """
-    order = _shuffled(sizes["train"], config.seed, "order of train")
-    held_out = 0 if "valid" in sizes else round(config.valid_fraction * len(order))
-    valid, train = order[:held_out], order[held_out:]
-    if not len(train):
-        raise ValueError(
-            f"valid_fraction is {config.valid_fraction}; it leaves none of {len(order)} training pictures."
-        )
-    plans = {"train": _training_plan(train, config)}
-    if "valid" in sizes:
-        plans["valid"] = _evaluation_plan("valid", _shuffled(sizes["valid"], config.seed, "order of valid"))
-    elif held_out:
-        plans["valid"] = _evaluation_plan("train", valid)
-    if "test" in sizes:
-        plans["test"] = _evaluation_plan("test", _shuffled(sizes["test"], config.seed, "order of test"))
+    plans = {}
+    if "train" in sizes:
+        order = _shuffled(sizes["train"], config.seed, "order of train")
+        held_out = 0 if "valid" in sizes else round(config.valid_fraction * len(order))
+        train = order if config.fold_valid else order[held_out:]
+        if not len(train):
+            raise ValueError(
+                f"valid_fraction is {config.valid_fraction}; it leaves none of {len(order)} training pictures."
+            )
+        plans["train"] = _training_plan(train, config)
+        if held_out:
+            plans["valid"] = _evaluation_plan("train", order[:held_out])
+    for split in ("valid", "test"):
+        if split in sizes:
+            plans[split] = _evaluation_plan(split, _shuffled(sizes[split], config.seed, f"order of {split}"))
     return plans
 
 
@@ -79,33 +141,3 @@ def _training_plan(pictures: np.ndarray, config: DataConfig) -> SplitPlan:
         order = _shuffled(len(pictures), config.seed, "order of views")
         pictures, numbers = pictures[order], numbers[order]
     return SplitPlan("train", pictures, numbers)
-
-
-def cutter(split: str, source: Source, config: DataConfig) -> Cutter:
-    """The views' cutter for one of the source's splits."""
-    random_crop = config.views.random_crop
-    if random_crop == "auto" and source.cropped:
-        random_crop = "never"
-    return Cutter(split, config.seed, config.resolution, random_crop)
-
-
-def open_views(source: Source, config: DataConfig, folder: Path, workers: int) -> dict[str, Views]:
-    """The views of each of the source's splits; `folder` takes those of streams (data_prep/spool.py)."""
-    views: dict[str, Views] = {
-        split: PictureViews(pictures, cutter(split, source, config)) for split, pictures in source.splits.items()
-    }
-    if source.streams:
-        from data_prep.spool import spooled
-
-        for split, stream in source.streams.items():
-            training_views = config.views.train if split == "train" else 0
-            file = folder / f"streamed-{split}.views"
-            views[split] = spooled(stream, cutter(split, source, config), training_views, file, workers)
-    return views
-
-
-def open_plan(config: DataConfig, folder: Path, workers: int) -> tuple[Source, dict[str, Views], dict[str, SplitPlan]]:
-    """Opens the source and plans the splits."""
-    source = open_source(config.source)
-    views = open_views(source, config, folder, workers)
-    return source, views, plan_splits({split: len(found) for split, found in views.items()}, config)

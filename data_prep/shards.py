@@ -13,6 +13,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from data_prep.palette import load_palette, palette_sha256
 MANIFEST = "shards.json"
 PALETTE = "palette.npy"
 FORMAT = "image-gpt-shards"
-VERSION = 1
+VERSION = 2
 IMAGES_PER_RECORD = 256
 RECORDS_PER_SHARD = 32
 SHARD_KEYS = {"file", "images", "bytes", "sha256", "record_images", "pixels_offsets", "labels_offsets", "record_crc32"}
@@ -42,27 +43,50 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
-    """Writes one tar, whole or not at all, and returns its entry in the manifest.
+class ShardWriter:
+    """Writes one tar, record by record, whole or not at all; `entry` is what the manifest says of it.
 
     The same records give the same bytes: no times, no owners, no extended headers.
     """
-    entry: dict[str, Any] = {"file": path.name, "images": 0, "bytes": 0, "sha256": ""}
-    entry |= {"record_images": [], "pixels_offsets": [], "labels_offsets": [], "record_crc32": []}
-    with written_aside(path) as aside:
-        with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, (pixels, labels) in enumerate(records):
-                key = f"{path.stem}-{number:03d}"
-                assert len(pixels) == len(labels)
-                pixels, labels = pixels.astype(PIXELS_DTYPE), labels.astype(LABELS_DTYPE)
-                entry["pixels_offsets"].append(_add_array(tar, f"{key}.pixels.npy", pixels))
-                entry["labels_offsets"].append(_add_array(tar, f"{key}.labels.npy", labels))
-                entry["record_crc32"].append(record_crc32(pixels, labels))
-                entry["record_images"].append(len(labels))
-        entry["images"] = sum(entry["record_images"])
-        entry["bytes"] = aside.stat().st_size
-        entry["sha256"] = file_sha256(aside)
-    return entry
+
+    def __init__(self, path: Path) -> None:
+        self.entry: dict[str, Any] = {"file": path.name, "images": 0, "bytes": 0, "sha256": ""}
+        self.entry |= {"record_images": [], "pixels_offsets": [], "labels_offsets": [], "record_crc32": []}
+        self._path = path
+        self._open = ExitStack()
+
+    def __enter__(self) -> "ShardWriter":
+        self._aside = self._open.enter_context(written_aside(self._path))
+        self._open.callback(self._describe)
+        self._tar = self._open.enter_context(tarfile.open(self._aside, "w", format=tarfile.USTAR_FORMAT))
+        return self
+
+    def add(self, record: Record) -> None:
+        """Appends one record of at least one image."""
+        pixels, labels = record[0].astype(PIXELS_DTYPE), record[1].astype(LABELS_DTYPE)
+        assert len(pixels) == len(labels) > 0
+        key = f"{self._path.stem}-{len(self.entry['record_images']):03d}"
+        self.entry["pixels_offsets"].append(_add_array(self._tar, f"{key}.pixels.npy", pixels))
+        self.entry["labels_offsets"].append(_add_array(self._tar, f"{key}.labels.npy", labels))
+        self.entry["record_crc32"].append(record_crc32(pixels, labels))
+        self.entry["record_images"].append(len(labels))
+        self.entry["images"] += len(labels)
+
+    def _describe(self) -> None:
+        """Between the end of the tar and its appearance under its name."""
+        self.entry["bytes"] = self._aside.stat().st_size
+        self.entry["sha256"] = file_sha256(self._aside)
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+
+def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
+    """Writes one tar and returns its entry in the manifest."""
+    with ShardWriter(path) as writer:
+        for record in records:
+            writer.add(record)
+    return writer.entry
 
 
 def record_crc32(pixels: np.ndarray, labels: np.ndarray) -> int:

@@ -8,11 +8,9 @@ from PIL import Image, ImageDraw
 from data_prep.config import DataConfig
 from data_prep.files import written_aside
 from data_prep.palette import decode
-from data_prep.plan import cutter, plan_splits
-from data_prep.prepare import cut
+from data_prep.plan import make_plan
 from data_prep.shards import ShardSet, open_shard_set
 from data_prep.sources import open_source
-from data_prep.views import PictureViews
 
 COLUMNS = 8
 CELL = 96
@@ -52,9 +50,23 @@ def _originals(shard_set: ShardSet, split: str, count: int) -> tuple[np.ndarray 
         return None, "without the source's pictures, as the source is a stream."
     if source.fingerprint != manifest["source"]["fingerprint"]:
         return None, "without the source's pictures, as the source has other pictures now."
-    plan = plan_splits({name: len(pictures) for name, pictures in source.splits.items()}, config)[split]
-    views = PictureViews(source.splits[plan.source_split], cutter(plan.source_split, source, config))
-    return cut(views, plan.pictures[:count], plan.views[:count]), "left the source's view, right as stored."
+    plan = make_plan(source, config)
+    chosen = plan.splits[split]
+    views = plan.views(chosen.source_split)
+    places = zip(chosen.pictures[:count], chosen.views[:count], strict=True)
+    return np.stack(
+        [views.view(int(index), int(number)) for index, number in places]
+    ), "left the source's view, right as stored."
+
+
+def draw_result(
+    views: np.ndarray, tokens: np.ndarray, labels: np.ndarray, classes: list[str], palette: np.ndarray, out: Path
+) -> None:
+    """Writes a PNG of views uint8 (N, R, R, 3) beside their tokens (N, T) drawn in the palette's colours."""
+    names = [classes[label] if label >= 0 else "" for label in labels]
+    grid = draw_grid([views, decode(tokens, palette, views.shape[1])], names)
+    with written_aside(out) as aside, aside.open("wb") as file:
+        grid.save(file, "PNG")
 
 
 def draw_grid(columns: list[np.ndarray], names: list[str]) -> Image.Image:

@@ -1,14 +1,21 @@
-"""The traces of a preparation that is not finished, so that a restart keeps what is whole.
+"""The traces of a preparation that is not finished, so that a restart keeps what is whole and parts can be joined.
 
-OUT/unfinished/plan.json            what is being prepared
-OUT/unfinished/train-000000.json    the manifest entry of a shard that is whole
+OUT/unfinished/plan.json                  what is being prepared; the same for all parts
+OUT/unfinished/train-000000.json          a unit that is whole: its shards' manifest entries, and what was skipped
+OUT/unfinished/part-00001-of-00007.json   a part that was begun; how long it took, when it is done
+OUT/unfinished/samples.npz                the first images, for the picture of the result
 """
 
 import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import file_sha256, read_json, write_json
+import numpy as np
+
+from data_prep.encoding import Samples
+from data_prep.files import file_sha256, read_json, write_json, written_aside
+from data_prep.parts import Part
+from data_prep.plan import Unit
 from data_prep.shards import MANIFEST, open_shard_set
 
 
@@ -17,7 +24,7 @@ def finished(out: Path, config: dict[str, Any]) -> bool:
     if not (out / MANIFEST).is_file():
         return False
     manifest = read_json(out / MANIFEST)
-    _refuse_difference(out, manifest.get("config", {}) if isinstance(manifest, dict) else {}, config)
+    refuse_difference(out, manifest.get("config", {}) if isinstance(manifest, dict) else {}, config)
     try:
         open_shard_set(out)
     except ValueError as error:
@@ -35,44 +42,97 @@ class Unfinished:
     def begin(self, plan: dict[str, Any]) -> None:
         """Creates the folder, or goes on in it. Raises ValueError if `out` holds anything else."""
         plan_file = self.folder / "plan.json"
-        if plan_file.is_file():
-            _refuse_difference(self.out, read_json(plan_file), plan)
-            for leftover in [*self.out.glob(".*.partial"), *self.folder.glob(".*.partial")]:
-                leftover.unlink(missing_ok=True)
-            return
-        if self.out.is_dir() and any(child != self.folder for child in self.out.iterdir()):
-            raise ValueError(f"--out {self.out} holds other files; choose a new or empty folder.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(plan_file, plan)
+        if not plan_file.is_file():
+            others = self.out.is_dir() and any(child != self.folder for child in self.out.iterdir())
+            if others and not plan_file.is_file():  # asked again: another part may have begun meanwhile
+                raise ValueError(f"--out {self.out} holds other files; choose a new or empty folder.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(plan_file, plan)
+        # Read again also after writing: another part may have begun at the same moment, with other options.
+        refuse_difference(self.out, read_json(plan_file), plan)
 
-    def keep(self, entry: dict[str, Any]) -> None:
-        """Notes that a shard is whole."""
-        write_json(self._note(entry["file"]), entry)
+    def plan(self) -> dict[str, Any]:
+        """Raises ValueError if nothing was begun here."""
+        plan_file = self.folder / "plan.json"
+        if not plan_file.is_file():
+            raise ValueError(f"{self.out} holds no parts of a shard set; prepare them with --part and --parts first.")
+        return read_json(plan_file)
 
-    def kept(self, file: str, palette_sha256: str) -> dict[str, Any] | None:
-        """The entry of a shard that an earlier run finished with this palette, if it is still as it was written."""
-        if not self._note(file).is_file():
+    def begin_part(self, part: Part) -> None:
+        """Notes that a part was begun."""
+        write_json(self._part_file(part), {})
+
+    def finish_part(self, part: Part, seconds: float) -> None:
+        """Notes that a part is done."""
+        write_json(self._part_file(part), {"seconds": round(seconds, 1)})
+
+    def parts(self) -> dict[Part, float | None]:
+        """The seconds that each part took, None if it did not end, of those begun."""
+        found: dict[Part, float | None] = {}
+        for file in sorted(self.folder.glob("part-*-of-*.json")):
+            _, part, _, parts = file.stem.split("-")
+            found[Part(int(part), int(parts))] = read_json(file).get("seconds")
+        return found
+
+    def _part_file(self, part: Part) -> Path:
+        return self.folder / f"part-{part.number:05d}-of-{part.count:05d}.json"
+
+    def keep(self, unit: Unit, note: dict[str, Any]) -> None:
+        """Notes that a unit is whole."""
+        write_json(self._note(unit), note)
+
+    def note(self, unit: Unit) -> dict[str, Any] | None:
+        """What was noted of a unit, None if it isn't whole."""
+        return read_json(self._note(unit)) if self._note(unit).is_file() else None
+
+    def kept(self, unit: Unit, palette_sha256: str) -> dict[str, Any] | None:
+        """The note of a unit that was finished with this palette, if its shards are still as they were written."""
+        note = self.note(unit)
+        if note is None or note["palette_sha256"] != palette_sha256:
             return None
-        entry = read_json(self._note(file))
-        path = self.out / file
-        whole = path.is_file() and entry["palette_sha256"] == palette_sha256 and file_sha256(path) == entry["sha256"]
-        return entry if whole else None
+        whole = all(self._is_whole(entry) for entry in note["shards"].values())
+        return note if whole else None
+
+    def _is_whole(self, entry: dict[str, Any]) -> bool:
+        path = self.out / entry["file"]
+        return path.is_file() and file_sha256(path) == entry["sha256"]
+
+    def keep_samples(self, samples: Samples) -> None:
+        """Keeps the first images for the picture of the result."""
+        with written_aside(self.folder / "samples.npz") as aside, aside.open("wb") as file:
+            views, tokens, labels = samples
+            np.savez(file, views=views, tokens=tokens, labels=labels)
+
+    def samples(self) -> Samples | None:
+        """The kept images."""
+        if not (self.folder / "samples.npz").is_file():
+            return None
+        with np.load(self.folder / "samples.npz", allow_pickle=False) as arrays:
+            return arrays["views"], arrays["tokens"], arrays["labels"]
 
     def remove(self) -> None:
+        """Removes the traces, and what killed processes left half-written."""
+        for leftover in self.out.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _note(self, file: str) -> Path:
-        return self.folder / Path(file).with_suffix(".json").name
+    def _note(self, unit: Unit) -> Path:
+        return self.folder / f"{unit.name}.json"
 
 
-def _refuse_difference(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+def refuse_difference(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises ValueError naming the first key by which two configurations differ."""
     flat_theirs, flat_ours = _flat(theirs), _flat(ours)
     for key in [*flat_ours, *flat_theirs]:
         there, here = flat_theirs.get(key), flat_ours.get(key)
+        if there != here and key == "source.fingerprint":
+            raise ValueError(
+                f"--out {out} was begun with other pictures than the source has now; choose another folder."
+            )
         if there != here:
             raise ValueError(
-                f"--out {out} holds a set prepared with {key} {there}, now it is {here}; choose another folder."
+                f"--out {out} holds a set prepared with {key.removeprefix('config.')} {there}, now it is {here}; "
+                f"choose another folder."
             )
 
 

@@ -7,13 +7,15 @@ side out of the original, so one resize does: from the cut square straight to R,
 of the area it covers. Two resizes would only blur.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
+from data_prep.decoding import Decoder
 from data_prep.seeding import generator
 from data_prep.sources.base import Pictures
 
@@ -23,40 +25,43 @@ SHORTER_SIDE = (256, 384)
 CROP = 224
 WHOLE_BELOW = 128
 """`random_crop: auto` takes pictures whose shorter side is below this many pixels whole."""
-
-
-class Views(Protocol):
-    """The views of one split's pictures."""
-
-    labels: np.ndarray
-    """int32 (N,), -1 where unlabelled."""
-
-    def __len__(self) -> int: ...
-
-    def view(self, index: int, number: int) -> np.ndarray:
-        """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3)."""
-        ...
+SCALED_OVER = 2
+"""`scaled_decode` leaves the cut square at least so many times as large as the view."""
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts the views of one split's pictures; each is a function of (seed, split, picture's index, number)."""
+    """Cuts the views of one split's pictures; each is a function of (seed, split, place, number)."""
 
     split: str
     seed: int
     resolution: int
     random_crop: Literal["auto", "always", "never"]
+    scaled_decode: bool = False
 
-    def cut(self, picture: np.ndarray, index: int, number: int) -> np.ndarray:
-        """View `number` (or EVALUATION) of a picture uint8 (H, W, 3), which is the split's `index`-th: (R, R, 3)."""
+    def decoder(self, *numbers: int) -> Decoder:
+        """Decodes pictures well enough for the views of these numbers."""
+        if not self.scaled_decode:
+            return Decoder()
+        side = SCALED_OVER * self.resolution
+        if self.random_crop == "never" or all(number == EVALUATION for number in numbers):
+            return Decoder(side)
+        # The smallest cut must be large enough, and no picture may shrink to one that is taken whole.
+        return Decoder(max(WHOLE_BELOW, math.ceil(side * SHORTER_SIDE[1] / CROP)))
+
+    def cut(self, picture: np.ndarray, number: int, *place: int) -> np.ndarray:
+        """View `number` (or EVALUATION) of a picture uint8 (H, W, 3): (R, R, 3).
+
+        place: what tells the picture from all others of the split: its index, or its piece and place in it.
+        """
         smallest = {"auto": WHOLE_BELOW, "always": 0, "never": max(picture.shape) + 1}[self.random_crop]
         if number == EVALUATION or min(picture.shape[:2]) < smallest:
             return evaluation_view(picture, self.resolution)
-        return training_view(picture, self.resolution, generator(self.seed, "view", self.split, index, number))
+        return training_view(picture, self.resolution, generator(self.seed, "view", self.split, *place, number))
 
 
 class PictureViews:
-    """Views cut when asked for."""
+    """The views of one split's pictures, cut when asked for."""
 
     def __init__(self, pictures: Pictures, cutter: Cutter) -> None:
         self.pictures, self.labels, self.cutter = pictures, pictures.labels, cutter
@@ -65,7 +70,9 @@ class PictureViews:
         return len(self.pictures)
 
     def view(self, index: int, number: int) -> np.ndarray:
-        return self.cutter.cut(self.pictures.picture(index), index, number)
+        """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3). Raises BadPicture."""
+        picture = self.pictures.picture(index, self.cutter.decoder(number))
+        return self.cutter.cut(picture, number, index)
 
 
 def evaluation_view(picture: np.ndarray, resolution: int) -> np.ndarray:

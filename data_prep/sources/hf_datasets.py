@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.base import UNLABELLED, Encoded, Pictures, PictureStream, Source, decode_picture, fingerprint
+from data_prep.decoding import BadPicture, Decode
+from data_prep.sources.base import UNLABELLED, Encoded, Pictures, PictureStream, Source, fingerprint
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 """Our name of a split: the data set's names it is found under."""
@@ -24,18 +25,18 @@ class TablePictures:
     def __len__(self) -> int:
         return len(self.table)
 
-    def picture(self, index: int) -> np.ndarray:
+    def picture(self, index: int, decode: Decode) -> np.ndarray:
         name = f"{self.name}[{index}]"
-        return decode_picture(_content(self.table[int(index)][self.image_column], name), name)
+        return decode(_content(self.table[int(index)][self.image_column], name), name)
 
 
 class StreamPictures:
-    """A split that comes one picture after the other."""
+    """A piece of a split that comes one picture after the other."""
 
     def __init__(self, stream: Any, image_column: str, label_column: str | None, name: str) -> None:
         self.stream, self.image_column, self.label_column, self.name = stream, image_column, label_column, name
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[Encoded | BadPicture]:
         rows = iter(self.stream)
         index = 0
         while True:
@@ -46,7 +47,10 @@ class StreamPictures:
                 return
             except Exception as error:  # the network, or a damaged file
                 raise ValueError(f"{name} can't be read from its stream ({_first_line(error)}); try again.") from error
-            yield Encoded(name, _content(row[self.image_column], name), _label(row, self.label_column))
+            try:
+                yield Encoded(name, _content(row[self.image_column], name), _label(row, self.label_column))
+            except BadPicture as bad:
+                yield bad
             index += 1
 
 
@@ -60,7 +64,7 @@ def open_source(config: SourceConfig) -> Source:
     image_column = _image_column(features, config)
     label_column = _label_column(features, config)
     splits: dict[str, Pictures] = {}
-    streams: dict[str, PictureStream] = {}
+    streams: dict[str, list[PictureStream]] = {}
     for split, names in SPLITS.items():
         data = next((found[name] for name in names if name in found), None)
         if data is None:
@@ -68,7 +72,7 @@ def open_source(config: SourceConfig) -> Source:
         name = f"{config.path} {split}"
         data = _undecoded(data, image_column)
         if _is_stream(data):
-            streams[split] = StreamPictures(data, image_column, label_column, name)
+            streams[split] = _pieces(data, image_column, label_column, name)
         elif len(data) == 0:
             raise ValueError(f"source.path {config.path!r} has no pictures in split {split}.")
         else:
@@ -77,7 +81,22 @@ def open_source(config: SourceConfig) -> Source:
     if not classes and label_column and not streams:
         classes = numbered_classes(max(int(pictures.labels.max()) for pictures in splits.values()))
     sizes = [f"{split} {len(pictures)}" for split, pictures in splits.items()]
-    return Source(Path(config.path).name, classes, splits, streams, fingerprint([*sizes, *streams, *classes]))
+    return Source(
+        Path(config.path).name,
+        classes,
+        splits,
+        streams,
+        fingerprint([*sizes, *(f"{split} {len(pieces)}" for split, pieces in streams.items()), *classes]),
+    )
+
+
+def _pieces(data: Any, image_column: str, label_column: str | None, name: str) -> list[PictureStream]:
+    """The files of a stream, each a piece of its own."""
+    pieces = [data.shard(data.num_shards, number) for number in range(data.num_shards)]
+    return [
+        StreamPictures(piece, image_column, label_column, f"{name}, file {number}" if len(pieces) > 1 else name)
+        for number, piece in enumerate(pieces)
+    ]
 
 
 def numbered_classes(largest: int) -> list[str]:
@@ -169,15 +188,18 @@ def _undecoded(data: Any, column: str) -> Any:
 
 
 def _content(value: dict[str, Any] | None, name: str) -> bytes:
-    """The encoded picture, from the row itself or from the file that it names."""
+    """The encoded picture, from the row itself or from the file that it names. Raises BadPicture without one."""
     if value and value.get("bytes") is not None:
         return value["bytes"]
     if not value or not value.get("path"):
-        raise ValueError(f"{name} has no picture; remove the row.")
+        raise BadPicture(name, "empty", "the row has no picture")
     from datasets.utils.file_utils import xopen
 
-    with xopen(value["path"], "rb") as file:
-        return file.read()
+    try:
+        with xopen(value["path"], "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadPicture(name, "unreadable", str(error)) from error
 
 
 def _labels(table: Any, column: str | None) -> np.ndarray:

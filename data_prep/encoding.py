@@ -1,0 +1,93 @@
+"""Pictures to the images of a record: what worker processes do where pictures can be read in any order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_prep.decoding import BadPicture
+from data_prep.palette import decode, encode
+from data_prep.plan import Plan, Unit
+from data_prep.skips import Skip, skip
+from data_prep.views import EVALUATION
+
+SAMPLES = 24
+"""Images whose views are kept for the picture of the result."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs, handed on by fork."""
+
+    plan: Plan
+    palette: np.ndarray
+    """float32 (V, 3)."""
+    table: np.ndarray
+    """uint16 (2**24,): the palette's lookup table."""
+
+
+Samples = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Views as cut uint8 (n, R, R, 3), what was stored of them, tokens uint16 (n, T), and labels int32 (n,)."""
+
+
+@dataclass
+class Outcome:
+    """The images of one record, maybe none, and what to say of the pictures that they were made from."""
+
+    split: str
+    """Of the shard set."""
+    tokens: np.ndarray
+    """uint16 (n, T)."""
+    labels: np.ndarray
+    """int32 (n,)."""
+    pictures: int
+    """Met, those that were skipped among them."""
+    skips: list[Skip] = field(default_factory=list)
+    squared_error: int = 0
+    """Of the stored colours, summed over all channels of all pixels."""
+    samples: Samples | None = None
+    """The first few images, where the picture of the result shows them."""
+
+
+def encode_record(job: Job, task: tuple[Unit, int]) -> Outcome:
+    """One record of a unit."""
+    unit, record = task
+    plan = job.plan.splits[unit.split]
+    pictures, numbers = plan.records(unit.number)[record]
+    views = job.plan.views(plan.source_split)
+    cut, kept, skips = [], [], []
+    for place, (picture, number) in enumerate(zip(pictures, numbers, strict=True)):
+        try:
+            cut.append(views.view(int(picture), int(number)))
+            kept.append(place)
+        except BadPicture as bad:
+            if _counts(number):
+                skips.append(skip(unit.split, bad))
+    outcome = encoded(job, unit.split, cut, views.labels[pictures[kept]])
+    outcome.pictures, outcome.skips = sum(map(_counts, numbers)), skips
+    if (unit.number, record) == (0, 0) and unit.split == "train":
+        outcome.samples = samples(cut, outcome)
+    return outcome
+
+
+def _counts(number: int) -> bool:
+    """Whether this view stands for its picture in the counts: of several views, the first does."""
+    return number in (EVALUATION, 0)
+
+
+def samples(views: Sequence[np.ndarray], outcome: Outcome) -> Samples | None:
+    """The first of the views that `outcome` was made of; None where there are none."""
+    return (np.stack(views[:SAMPLES]), outcome.tokens[:SAMPLES], outcome.labels[:SAMPLES]) if len(views) else None
+
+
+def encoded(job: Job, split: str, views: Sequence[np.ndarray], labels: np.ndarray) -> Outcome:
+    """The outcome of views uint8 (R, R, 3) and their labels (n,)."""
+    resolution = job.plan.config.resolution
+    if not len(views):
+        return Outcome(split, np.empty((0, resolution**2), np.uint16), np.empty(0, np.int32), 0)
+    pixels = np.stack(views)  # (n, R, R, 3)
+    tokens = encode(pixels, job.table)  # (n, T)
+    difference = pixels.astype(np.int32) - decode(tokens, job.palette, resolution)
+    return Outcome(
+        split, tokens, labels.astype(np.int32), 0, squared_error=int(np.square(difference).sum(dtype=np.int64))
+    )

@@ -1,0 +1,102 @@
+"""The palette's pixels: a sample of the training pictures, counted in chunks whose histograms add up.
+
+Whole numbers add up in any order, so the palette is the same whatever the workers and parts that counted.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.config import DataConfig
+from data_prep.decoding import BadPicture
+from data_prep.palette import CODES, color_codes, fit_palette
+from data_prep.parallel import in_workers
+from data_prep.plan import Plan, Unit
+from data_prep.progress import progress
+from data_prep.seeding import generator
+from data_prep.streams import stream_views
+
+FIT_PIXELS = 1 << 26
+"""The palette is fitted to at most this many pixels: 65,536 pictures at 32x32."""
+FIT_CHUNK = 512
+"""Pictures whose colours a worker counts at a time."""
+FIT_PIECES = 256
+"""Pieces of a stream that are sampled; opening each of ten thousand remote tars would take longer than the rest."""
+
+
+class Chunk(NamedTuple):
+    """Pictures that are counted together: images [start, stop) of train, or of a piece of the stream `train`."""
+
+    start: int
+    stop: int
+    piece: int | None = None
+
+
+def fit_chunks(plan: Plan) -> list[Chunk]:
+    """The sample: the first FIT_PIXELS of the (shuffled) training images, or as many from pieces drawn by the seed."""
+    images = max(1, FIT_PIXELS // plan.config.resolution**2)
+    if "train" in plan.splits:
+        images = min(len(plan.splits["train"].pictures), images)
+        return [Chunk(start, min(start + FIT_CHUNK, images)) for start in range(0, images, FIT_CHUNK)]
+    pieces = len(plan.source.streams["train"])
+    drawn = generator(plan.config.seed, "palette pieces").permutation(pieces)[:FIT_PIECES]
+    return [Chunk(0, -(-images // len(drawn)), int(piece)) for piece in drawn]
+
+
+def count_chunks(plan: Plan, chunks: Sequence[Chunk], workers: int) -> np.ndarray:
+    """Pixels of each 24-bit colour in these chunks: int64 (2**24,)."""
+    histogram = np.zeros(CODES, np.int64)
+    counted = in_workers(_count, plan, chunks, workers)
+    with progress("palette", sum(chunk.stop - chunk.start for chunk in chunks)) as advance, closing(counted):
+        for codes, counts in counted:
+            histogram[codes] += counts
+            advance(int(counts.sum()) // plan.config.resolution**2)
+    return histogram
+
+
+def fit_histogram(histogram: np.ndarray, config: DataConfig) -> np.ndarray:
+    """The palette of a whole histogram: float32 (V, 3). Raises ValueError if it is empty."""
+    distinct = int(np.count_nonzero(histogram))
+    if not distinct:
+        raise ValueError(f"source.path {config.source.path} has no training picture that can be used.")
+    if distinct < config.palette.colors:
+        print(f"palette: the pictures have {distinct} colours; the other {config.palette.colors - distinct} go unused")
+    return fit_palette(histogram, config.palette.colors, config.seed)
+
+
+def fit(plan: Plan, workers: int) -> np.ndarray:
+    """The palette of the sample: float32 (V, 3)."""
+    return fit_histogram(count_chunks(plan, fit_chunks(plan), workers), plan.config)
+
+
+def _count(plan: Plan, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    pixels = _piece_pixels(plan, chunk) if chunk.piece is not None else _split_pixels(plan, chunk)
+    if not pixels:
+        return np.empty(0, np.uint32), np.empty(0, np.int64)
+    return np.unique(color_codes(np.stack(pixels)), return_counts=True)
+
+
+def _split_pixels(plan: Plan, chunk: Chunk) -> list[np.ndarray]:
+    """The views of a chunk that can be had; the others are counted when they are met again."""
+    split = plan.splits["train"]
+    views = plan.views(split.source_split)
+    pixels = []
+    part = slice(chunk.start, chunk.stop)
+    for picture, number in zip(split.pictures[part], split.views[part], strict=True):
+        try:
+            pixels.append(views.view(int(picture), int(number)))
+        except BadPicture:
+            continue
+    return pixels
+
+
+def _piece_pixels(plan: Plan, chunk: Chunk) -> list[np.ndarray]:
+    """The first training view of each of the first pictures of a piece."""
+    assert chunk.piece is not None
+    found = stream_views(plan, Unit("train", chunk.piece))
+    usable = (views for views in found if not isinstance(views, BadPicture))
+    first = (next((view for split, view, _ in views if split == "train"), None) for views in usable)
+    return list(islice((view for view in first if view is not None), chunk.stop))

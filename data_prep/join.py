@@ -1,0 +1,131 @@
+"""The last step: the parts of a shard set, or of a palette's histogram, become one; gaps are refused."""
+
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import write_json
+from data_prep.palette import load_palette, palette_sha256
+from data_prep.plan import Unit
+from data_prep.shards import FORMAT, MANIFEST, PALETTE, VERSION
+from data_prep.show import draw_result
+from data_prep.skips import SKIPPED, Skip, SkipLimit, counts_by_reason, write_skips
+from data_prep.unfinished import Unfinished
+
+PICTURES = "pictures.png"
+NOTES = ("squared_error",)
+"""What a unit's note adds to its shards' manifest entries."""
+
+
+def join_shards(out: Path, max_skipped: float) -> None:
+    """Writes the manifest of a shard set whose units are all whole, with skipped.jsonl and a picture of the result.
+
+    Raises ValueError naming what is missing, or if more than `max_skipped` of the pictures or tars were skipped.
+    """
+    unfinished = Unfinished(out)
+    plan = unfinished.plan()
+    notes = _whole_notes(unfinished, plan)
+    limit = SkipLimit(max_skipped, tars_planned=_pieces(plan) * plan["config"]["source"]["tars_per_shard"])
+    for note in notes.values():
+        limit.pictures += note["pictures"]
+        limit.skips += note["skips"]
+    limit.finish()
+    manifest = _manifest(plan, notes, limit.skips, out)
+    _draw(unfinished, manifest, out)
+    write_skips(out / SKIPPED, limit.skips)
+    write_json(out / MANIFEST, manifest)
+    seconds = [seconds for seconds in unfinished.parts().values() if seconds is not None]
+    _report(out, manifest, limit.pictures, len(limit.skips), seconds)
+    unfinished.remove()
+
+
+def _pieces(plan: dict[str, Any]) -> int:
+    return sum(plan["units"][split] for split in plan["streams"])
+
+
+def _whole_notes(unfinished: Unfinished, plan: dict[str, Any]) -> dict[Unit, dict[str, Any]]:
+    """The notes of all units, in order. Raises ValueError naming the first gap and the parts that left it."""
+    units = [Unit(split, number) for split, count in plan["units"].items() for number in range(count)]
+    notes = {unit: unfinished.note(unit) for unit in units}
+    gaps = [unit for unit, note in notes.items() if note is None]
+    if gaps:
+        undone = [f"{p.number} of {p.count}" for p, seconds in unfinished.parts().items() if seconds is None]
+        blame = f"; parts that were begun and not finished: {', '.join(undone)}" if undone else ""
+        raise ValueError(
+            f"{unfinished.out} lacks {len(gaps):,} of {len(units):,} pieces, the first {gaps[0].name}{blame}; run the "
+            f"missing parts, then join again."
+        )
+    whole = {unit: note for unit, note in notes.items() if note is not None}
+    palettes = {note["palette_sha256"] for note in whole.values()}
+    if len(palettes) > 1:
+        raise ValueError(f"the parts of {unfinished.out} were encoded with {len(palettes)} palettes; prepare it again.")
+    for note in whole.values():
+        for entry in note["shards"].values():
+            path = unfinished.out / entry["file"]
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{path} is not as it was written; run its part again, then join again.")
+    return whole
+
+
+def _manifest(plan: dict[str, Any], notes: dict[Unit, dict[str, Any]], skips: list[Skip], out: Path) -> dict[str, Any]:
+    config = plan["config"]
+    palette = load_palette(out / PALETTE, config["palette"]["colors"], key="the palette")
+    labels = 1 + max(note["largest_label"] for note in notes.values())
+    classes = plan["classes"] or [str(number) for number in range(labels)]
+    if labels > len(classes):
+        raise ValueError(f"a picture has the label {labels - 1}, but the source names {len(classes)} classes.")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": plan["source"],
+        "config": config,
+        "made_with": plan["made_with"],
+        "resolution": config["resolution"],
+        "views": config["views"],
+        "classes": classes,
+        "palette": {"file": PALETTE, "colors": len(palette), "sha256": palette_sha256(palette)},
+        "skipped": counts_by_reason(skips),
+        "splits": _splits(notes, config["resolution"]),
+    }
+
+
+def _splits(notes: dict[Unit, dict[str, Any]], resolution: int) -> dict[str, Any]:
+    """By split: the shards in order, their images, and the error of the stored colours."""
+    splits: dict[str, Any] = {}
+    for split in ("train", "valid", "test"):
+        entries = [note["shards"][split] for note in notes.values() if split in note["shards"]]
+        if not entries:
+            continue
+        images = sum(entry["images"] for entry in entries)
+        error = sum(entry["squared_error"] for entry in entries)
+        splits[split] = {
+            "images": images,
+            "palette_mean_squared_error": error / (3 * resolution**2 * images),
+            "shards": [{key: value for key, value in entry.items() if key not in NOTES} for entry in entries],
+        }
+    if "train" not in splits:
+        raise ValueError("none of the training pictures can be used; there is no shard set to write.")
+    return splits
+
+
+def _draw(unfinished: Unfinished, manifest: dict[str, Any], out: Path) -> None:
+    samples = unfinished.samples()
+    if samples is not None:
+        palette = load_palette(out / PALETTE, manifest["palette"]["colors"], key="the palette")
+        draw_result(*samples, manifest["classes"], palette, out / PICTURES)
+
+
+def _report(out: Path, manifest: dict[str, Any], pictures: int, skipped: int, seconds: list[float]) -> None:
+    splits, palette = manifest["splits"], manifest["palette"]
+    images = sum(split["images"] for split in splits.values())
+    size = sum(shard["bytes"] for split in splits.values() for shard in split["shards"])
+    parts = f"{len(seconds)} parts, {sum(seconds):,.1f} s in all" if len(seconds) > 1 else f"{sum(seconds):,.1f} s"
+    rate = pictures / max(sum(seconds), 1e-9)
+    print(f"{out}: finished in {parts}, {rate:,.0f} pictures/s{' a part' if len(seconds) > 1 else ''}")
+    print(f"  {pictures:,} pictures, {skipped:,} skipped; {images:,} images, {size / 1e6:,.1f} MB")
+    for split, reasons in manifest["skipped"].items():
+        print(f"  {split:5} skipped: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}")
+    for name, split in splits.items():
+        error = split["palette_mean_squared_error"]
+        print(f"  {name:5} {split['images']:>10,} images; mean squared error of the colours {error:.2f} a channel")
+    print(f"  {len(manifest['classes'])} classes; {palette['colors']} colours, sha256 {palette['sha256']}")
+    print(f"  {out / PICTURES} shows some, beside what they were made from")

@@ -1,0 +1,88 @@
+"""The palette on its own: fitted in one go, or counted in parts that add up and are joined.
+
+PALETTE.parts/plan.json               what is being counted; the same for all parts
+PALETTE.parts/00001-of-00004.npz      the colours that a part met, and how often
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config import DataConfig
+from data_prep.files import read_json, write_json, written_aside
+from data_prep.fitting import count_chunks, fit_chunks, fit_histogram
+from data_prep.palette import CODES, palette_sha256, save_palette
+from data_prep.parallel import worker_count
+from data_prep.parts import Part
+from data_prep.plan import make_plan
+from data_prep.sources import open_source
+from data_prep.unfinished import refuse_difference
+
+
+def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
+    """Fits a palette to the training pictures and writes it as .npy; `shards` would fit the same.
+
+    Of several parts, each leaves the histogram of its share beside `out`, for `join_palette`.
+    """
+    part.check()
+    if config.palette.file is not None:
+        raise ValueError(f"palette.file is {config.palette.file!r}; leave it out to fit a palette.")
+    plan = make_plan(open_source(config.source), config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if part.count > 1:
+        described = {
+            "config": config.to_dict(),
+            "source": {"fingerprint": plan.source.fingerprint},
+            "parts": part.count,
+        }
+        _begin(out, described)
+    histogram = count_chunks(plan, part.of(fit_chunks(plan)), worker_count(config.workers))
+    if part.count == 1:
+        _save(out, fit_histogram(histogram, config))
+        return
+    _save_histogram(_folder(out) / f"{part.number:05d}-of-{part.count:05d}.npz", histogram)
+    print(f"{out}: part {part.number} of {part.count} is counted. When all are: python -m data_prep join {out}")
+
+
+def has_parts(out: Path) -> bool:
+    """Whether parts of a palette lie beside `out`."""
+    return _folder(out).is_dir()
+
+
+def join_palette(out: Path) -> None:
+    """Fits the palette to the sum of the parts. Raises ValueError naming the parts that are missing."""
+    described = read_json(_folder(out) / "plan.json")
+    parts = described["parts"]
+    files = [_folder(out) / f"{number:05d}-of-{parts:05d}.npz" for number in range(1, parts + 1)]
+    missing = [str(number) for number, file in enumerate(files, 1) if not file.is_file()]
+    if missing:
+        raise ValueError(f"{out} lacks part {', '.join(missing)} of {parts}; run them, then join again.")
+    histogram = np.zeros(CODES, np.int64)
+    for file in files:
+        with np.load(file, allow_pickle=False) as arrays:
+            histogram[arrays["codes"]] += arrays["counts"]
+    _save(out, fit_histogram(histogram, DataConfig.from_dict(described["config"])))
+    shutil.rmtree(_folder(out))
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def _begin(out: Path, described: dict[str, object]) -> None:
+    plan_file = _folder(out) / "plan.json"
+    if not plan_file.is_file():
+        write_json(plan_file, described)
+    refuse_difference(_folder(out), read_json(plan_file), described)
+
+
+def _save_histogram(file: Path, histogram: np.ndarray) -> None:
+    codes = np.flatnonzero(histogram).astype(np.uint32)
+    with written_aside(file) as aside, aside.open("wb") as opened:
+        np.savez_compressed(opened, codes=codes, counts=histogram[codes])
+
+
+def _save(out: Path, palette: np.ndarray) -> None:
+    save_palette(out, palette)
+    print(f"{out}: {len(palette)} colours, sha256 {palette_sha256(palette)}")
