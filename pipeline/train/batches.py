@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.seeding import generator
 from data_prep.shards import Split
+from pipeline.train.augmentation import Augmentation, Changes
 
 WINDOW_RECORDS = 64
 """Records that are mixed with each other: up to 16,384 pictures."""
@@ -22,35 +23,35 @@ FINGERPRINT_IMAGES = 64
 class ImageOrder:
     """Which picture stands at which position of an endless stream of shuffled epochs."""
 
-    def __init__(self, record_images: np.ndarray, seed: int, flip: bool = False) -> None:
-        """record_images: pictures of each record, in file order. flip: mirror half of the pictures."""
+    def __init__(self, record_images: np.ndarray, seed: int, augmentation: Augmentation | None = None) -> None:
+        """record_images: pictures of each record, in file order. augmentation: none, when left out."""
         self._record_images = record_images.astype(np.int64)
         self._first_image = np.concatenate([[0], np.cumsum(self._record_images)])
         self._seed = seed
-        self._flip = flip
+        self.augmentation = augmentation or Augmentation()
         self.images = int(self._first_image[-1])
         self._epoch = lru_cache(maxsize=2)(self._new_epoch)
         self._window = lru_cache(maxsize=3)(self._new_window)
 
-    def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures at positions [position, position + count): indices in file order int64, mirrored bool."""
-        indices, mirrored = [], []
+    def at(self, position: int, count: int) -> tuple[np.ndarray, Changes]:
+        """Pictures at positions [position, position + count): indices in file order int64, and their changes."""
+        indices, changes = [], []
         while count:
             epoch, place = divmod(position, self.images)
             _, window_starts = self._epoch(epoch)
             window = int(np.searchsorted(window_starts, place, side="right")) - 1
-            images, flips = self._window(epoch, window)
+            images, drawn = self._window(epoch, window)
             offset = place - int(window_starts[window])
             taken = min(count, len(images) - offset)
             indices.append(images[offset : offset + taken])
-            mirrored.append(flips[offset : offset + taken])
+            changes.append(drawn[offset : offset + taken])
             position, count = position + taken, count - taken
-        return np.concatenate(indices), np.concatenate(mirrored)
+        return np.concatenate(indices), Changes.join(changes)
 
     def fingerprint(self, position: int) -> str:
         """Digest of the next few pictures; a change of the generator's algorithm would change it."""
-        indices, mirrored = self.at(position, FINGERPRINT_IMAGES)
-        return hashlib.sha256(indices.tobytes() + mirrored.tobytes()).hexdigest()[:16]
+        indices, changes = self.at(position, FINGERPRINT_IMAGES)
+        return hashlib.sha256(indices.tobytes() + self.augmentation.bytes_of(changes)).hexdigest()[:16]
 
     def _new_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Records in their order of this epoch, and the place in the epoch at which each window starts."""
@@ -58,14 +59,13 @@ class ImageOrder:
         ends = np.cumsum(self._record_images[records])
         return records, np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
 
-    def _new_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shuffled pictures of one window, and which of them are mirrored."""
+    def _new_window(self, epoch: int, window: int) -> tuple[np.ndarray, Changes]:
+        """Shuffled pictures of one window, and what is done to them."""
         records = self._epoch(epoch)[0][window * WINDOW_RECORDS : (window + 1) * WINDOW_RECORDS]
         images = np.concatenate([np.arange(self._first_image[r], self._first_image[r + 1]) for r in records])
         draw = generator(self._seed, "window", epoch, window)
         shuffled = draw.permutation(images)
-        flips = draw.random(len(images)) < 0.5 if self._flip else np.zeros(len(images), dtype=bool)
-        return shuffled, flips
+        return shuffled, self.augmentation.draw(draw, len(images))
 
 
 class TrainingBatches:
@@ -94,17 +94,6 @@ class TrainingBatches:
 
     def _read(self, position: int, global_size: int) -> np.ndarray:
         share = global_size // self._ranks
-        indices, mirrored = self._order.at(position + self._rank * share, share)
+        indices, changes = self._order.at(position + self._rank * share, share)
         tokens, _ = self._split.gather(indices)
-        return mirror(tokens, mirrored, self._resolution)
-
-
-def mirror(tokens: np.ndarray, chosen: np.ndarray, resolution: int) -> np.ndarray:
-    """Flips the chosen pictures left to right on the token grid; exact, as colours move with their pixels.
-
-    tokens: uint16 (B, T) in raster order; chosen: bool (B,). Returns uint16 (B, T).
-    """
-    if not chosen.any():
-        return tokens
-    grid = tokens.reshape(len(tokens), resolution, resolution)  # (B, H, W)
-    return np.where(chosen[:, None, None], grid[:, :, ::-1], grid).reshape(tokens.shape)
+        return self._order.augmentation.apply(tokens, changes, self._resolution)

@@ -123,8 +123,8 @@ class Store:
         check_shards(made_with, self.shards, checkpoint.folder)
         if self.order.fingerprint(record.images) != record.order_fingerprint:
             raise ValueError(
-                f"{checkpoint.folder} goes on with other pictures than this run would read next; seed and data.flip "
-                f"must be those of the run, and numpy must draw as it did."
+                f"{checkpoint.folder} goes on with other pictures than this run would read next; seed, data.flip "
+                f"and data.reflect_crop must be those of the run, and numpy must draw as it did."
             )
 
     def _record(self, progress: Progress, probe: float, files: dict[str, dict[str, object]]) -> CheckpointRecord:

@@ -24,7 +24,7 @@ RECORD_FILE = "run.json"
 PALETTE_FILE = "palette.npy"
 CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
-FIXED_KEYS = ("seed", "model.", "objective.", "data.flip")
+FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
 """A run keeps these: with others it would go on as another model, or with other pictures."""
 Status = Literal["running", "stopped", "failed", "finished"]
 
@@ -65,6 +65,7 @@ class RunFolder:
             raise ValueError(f"{path} is not YAML any more; put it back as it was.") from error
         if not isinstance(earlier, dict):
             raise ValueError(f"{path} holds no configuration any more; put it back as it was.")
+        earlier.setdefault("data", {}).setdefault("reflect_crop", 0)  # runs older than this key did not crop
         return earlier
 
     def finished_steps(self) -> int:

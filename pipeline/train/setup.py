@@ -10,6 +10,7 @@ from transformers import GPT2Config
 from data_prep.shards import ShardSet, Split, open_shard_set
 from pipeline.config import TrainConfig
 from pipeline.model.gpt import gpt2_config
+from pipeline.train.augmentation import Augmentation
 from pipeline.train.batches import ImageOrder, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import StopRequests
@@ -75,7 +76,8 @@ def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests) -> Session:
     config, shards, ranks = inputs.config, inputs.shards, inputs.ranks
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = build_engine(config, inputs.model_config, ranks)
-    order = ImageOrder(inputs.train_split.record_images, config.seed, config.data.flip)
+    augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
+    order = ImageOrder(inputs.train_split.record_images, config.seed, augmentation)
     store = Store(folder.checkpoints, config, inputs.model_config, shards, order, inputs.valid_split, ranks)
     checkpoint = store.newest_whole()
     start = store.load(checkpoint, engine) if checkpoint else Progress()

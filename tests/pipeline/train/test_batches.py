@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.train.batches import ImageOrder, TrainingBatches, mirror
+from pipeline.train.augmentation import Augmentation
+from pipeline.train.batches import ImageOrder, TrainingBatches
 
 RECORDS = np.array([256] * 150 + [77])
 IMAGES = int(RECORDS.sum())
@@ -23,12 +24,38 @@ def test_pictures_are_mixed_across_records() -> None:
     assert len(np.unique(first_thousand // 256)) > 50
 
 
-def test_a_position_does_not_depend_on_how_it_is_reached() -> None:
-    whole, flips = ImageOrder(RECORDS, seed=3, flip=True).at(0, 2 * IMAGES)
+@pytest.mark.parametrize("augmentation", [Augmentation(flip=True), Augmentation(flip=True, reflect_crop=4)])
+def test_a_position_does_not_depend_on_how_it_is_reached(augmentation: Augmentation) -> None:
+    whole, all_changes = ImageOrder(RECORDS, 3, augmentation).at(0, 2 * IMAGES)
     for position, count in [(0, 1), (IMAGES - 5, 10), (IMAGES + 16_383, 3), (2 * IMAGES - 7, 7)]:
-        indices, mirrored = ImageOrder(RECORDS, seed=3, flip=True).at(position, count)
+        indices, changes = ImageOrder(RECORDS, 3, augmentation).at(position, count)
         assert np.array_equal(indices, whole[position : position + count])
-        assert np.array_equal(mirrored, flips[position : position + count])
+        assert np.array_equal(changes.mirrored, all_changes.mirrored[position : position + count])
+        assert np.array_equal(changes.corners, all_changes.corners[position : position + count])
+
+
+def test_crops_leave_the_order_and_the_flips_as_they_were() -> None:
+    indices, changes = ImageOrder(RECORDS, 0, Augmentation(flip=True)).at(0, IMAGES)
+    again, with_crops = ImageOrder(RECORDS, 0, Augmentation(flip=True, reflect_crop=4)).at(0, IMAGES)
+    assert np.array_equal(indices, again)
+    assert np.array_equal(changes.mirrored, with_crops.mirrored)
+    counts = np.bincount(with_crops.corners.astype(int).ravel())
+    assert len(counts) == 9
+    assert abs(counts / counts.sum() * 9 - 1).max() < 0.05
+
+
+def test_the_order_and_its_fingerprint_are_those_of_earlier_versions() -> None:
+    """Taken when there were no crops: a run that was begun then must go on."""
+    assert ImageOrder(RECORDS, 7).fingerprint(1000) == "d30d39c5aad99560"
+    assert ImageOrder(RECORDS, 7, Augmentation(flip=True)).fingerprint(1000) == "f37c9178bf2efc52"
+
+
+def test_the_fingerprint_covers_what_is_done_to_the_pictures() -> None:
+    kinds = [
+        Augmentation(),
+        *(Augmentation(flip, crop) for flip, crop in [(True, 0), (False, 2), (True, 2), (True, 3)]),
+    ]
+    assert len({ImageOrder(RECORDS, 7, kind).fingerprint(1000) for kind in kinds}) == len(kinds)
 
 
 def test_seeds_and_epochs_draw_differently() -> None:
@@ -38,9 +65,10 @@ def test_seeds_and_epochs_draw_differently() -> None:
 
 
 def test_half_of_the_pictures_are_mirrored_anew_each_epoch() -> None:
-    order = ImageOrder(RECORDS, seed=0, flip=True)
-    indices, first = order.at(0, IMAGES)
-    again, second = order.at(IMAGES, IMAGES)
+    order = ImageOrder(RECORDS, 0, Augmentation(flip=True))
+    indices, changes = order.at(0, IMAGES)
+    again, later = order.at(IMAGES, IMAGES)
+    first, second = changes.mirrored, later.mirrored
     assert abs(first.mean() - 0.5) < 0.02
     by_picture = first[np.argsort(indices)], second[np.argsort(again)]
     assert abs((by_picture[0] == by_picture[1]).mean() - 0.5) < 0.02
@@ -74,8 +102,23 @@ def test_reading_ahead_changes_nothing_when_the_loop_jumps() -> None:
     batches.close()
 
 
-def test_mirror_turns_the_chosen_pictures_on_the_grid() -> None:
-    tokens = np.arange(2 * 16, dtype=np.uint16).reshape(2, 16)
-    turned = mirror(tokens, np.array([False, True]), 4)
-    assert np.array_equal(turned[0], tokens[0])
-    assert np.array_equal(turned[1].reshape(4, 4), np.fliplr(tokens[1].reshape(4, 4)))
+class PhotographSplit:
+    """Random tokens at 8 x 8."""
+
+    tokens = np.random.default_rng(0).integers(0, 512, (IMAGES, 64)).astype(np.uint16)
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens[indices], np.zeros(len(indices))
+
+
+@pytest.mark.parametrize(("flip", "crop"), [(False, 0), (True, 0), (False, 3), (True, 3)])
+def test_batches_hold_the_pictures_as_the_order_changes_them(flip: bool, crop: int) -> None:
+    order = ImageOrder(RECORDS, 0, Augmentation(flip, crop))
+    batches = TrainingBatches(PhotographSplit(), 8, order, 1, 2)  # type: ignore[arg-type]
+    tokens = batches.at(64, 32)
+    batches.close()
+    indices, changes = order.at(64 + 16, 16)
+    for picture, index, mirrored, (top, left) in zip(tokens, indices, changes.mirrored, changes.corners, strict=True):
+        padded = np.pad(PhotographSplit.tokens[index].reshape(8, 8), crop, mode="reflect")
+        want = padded[top : top + 8, left : left + 8]
+        assert np.array_equal(picture.reshape(8, 8), want[:, ::-1] if mirrored else want)

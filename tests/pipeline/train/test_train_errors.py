@@ -48,6 +48,7 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "warm-up too long": ({"schedule.warmup_steps": 40}, "schedule.warmup_steps is 40; it must be below"),
     "no shard set": ({"data.shards": "/nowhere/shards"}, "/nowhere/shards does not exist"),
     "other resolution": ({"model.resolution": 16}, "model.resolution is 16; it must be 8"),
+    "crop of the whole": ({"data.reflect_crop": 8}, "data.reflect_crop is 8; it must be below model.resolution, 8"),
     "rate of zero": ({"optimizer.learning_rate": 0}, "optimizer.learning_rate is 0.0; it must be above 0"),
     "no such config": ({"config": "none.yaml"}, "--config is 'none.yaml', which is no file"),
 }
@@ -123,7 +124,11 @@ def test_another_shard_set_for_the_same_run(runner: Runner, finished_run: Runner
 
 
 @pytest.mark.parametrize(
-    "changed", [{"model__width": 64}, {"model__heads": 4}, {"model__block": "gpt2"}, {"seed": 1}, {"data__flip": True}]
+    "changed",
+    [
+        *({"model__width": 64}, {"model__heads": 4}, {"model__block": "gpt2"}),
+        *({"seed": 1}, {"data__flip": True}, {"data__reflect_crop": 2}),
+    ],
 )
 def test_a_run_keeps_its_model_and_its_order(
     runner: Runner, finished_run: Runner, sentence: Sentence, changed: dict[str, object]
