@@ -1,0 +1,100 @@
+"""Pictures that lie unextracted inside a large file, read by their place in it."""
+
+import os
+import tarfile
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.decoding import BadPicture, Decode
+from data_prep.sources.base import Names
+
+BLOCK = 512
+"""A tar's headers and contents begin at multiples of so many bytes."""
+
+
+class PlacedFile:
+    """An open file that is read by position, so that processes which inherit it do not disturb each other."""
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        """name: for messages; descriptor: is closed with this object."""
+        self.name, self._descriptor = name, descriptor
+        self.size = os.fstat(descriptor).st_size
+        weakref.finalize(self, os.close, descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Fewer bytes than `size` only where the file ends."""
+        return os.pread(self._descriptor, size, offset)
+
+
+def open_placed(path: Path) -> PlacedFile:
+    """Raises ValueError naming the file if it can't be opened."""
+    try:
+        return PlacedFile(str(path), os.open(path, os.O_RDONLY))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror}); it must be a readable file.") from error
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar."""
+
+    name: str
+    offset: int
+    """Where its content begins in the outermost file, in bytes."""
+    size: int
+
+
+def tar_members(file: PlacedFile, inside: Member | None = None) -> Iterator[Member]:
+    """The regular files of an uncompressed tar: of the whole file, or of a tar that is itself a member of it.
+
+    Only headers are read. Raises ValueError naming the tar and the place where it is damaged or cut off;
+    `tarfile` would take either for the end. Names longer than 100 characters come out cut to that.
+    """
+    name = file.name if inside is None else f"{file.name}/{inside.name}"
+    start, end = (0, file.size) if inside is None else (inside.offset, inside.offset + inside.size)
+    offset = start
+    while True:
+        header = file.read(offset, min(BLOCK, max(0, end - offset)))
+        if header == bytes(BLOCK):
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            what = "is cut off" if len(header) < BLOCK else "is damaged, or no uncompressed tar,"
+            raise ValueError(f"{name} {what} at byte {offset - start} ({error}); fetch it again.") from error
+        content = offset + BLOCK
+        if content + member.size > end:
+            raise ValueError(f"{name} is cut off in {member.name}; fetch it again.")
+        if member.isreg():
+            yield Member(member.name, content, member.size)
+        offset = content + -(-member.size // BLOCK) * BLOCK
+
+
+class TarPictures:
+    """Picture files inside an uncompressed tar, at known places."""
+
+    def __init__(
+        self, file: PlacedFile, names: Iterable[str], offsets: np.ndarray, sizes: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """names: for messages; offsets and sizes: int64 (N,), in bytes; labels: integers (N,)."""
+        self.file, self.names, self.labels = file, Names(names), labels.astype(np.int32)
+        self.offsets, self.sizes = offsets, sizes
+        assert len(self.names) == len(offsets) == len(sizes) == len(labels)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def picture(self, index: int, decode: Decode) -> np.ndarray:
+        name = f"{self.file.name}/{self.names[index]}"
+        size = int(self.sizes[index])
+        try:
+            content = self.file.read(int(self.offsets[index]), size)
+        except OSError as error:
+            raise BadPicture(name, "unreadable", error.strerror or str(error)) from error
+        if len(content) < size:
+            raise BadPicture(name, "unreadable", "the tar became shorter while it was read")
+        return decode(content, name)

@@ -1,0 +1,188 @@
+"""COCO (Lin et al. 2014): train2017/ and val2017/ with their instance annotations, or those of 2014.
+
+    PATH/train2017/000000000009.jpg ...    PATH/annotations/instances_train2017.json
+    PATH/val2017/...                       PATH/annotations/instances_val2017.json
+
+A picture shows several objects; its label is the category of the one with the largest area. The official
+validation set is our split `test`: the test pictures were published without annotations.
+"""
+
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from operator import index
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from data_prep.config import SourceConfig
+from data_prep.sources.base import UNLABELLED, FilePictures, Pictures, Source, fingerprint
+
+YEARS = ("2017", "2014")
+SPLITS = {"train": "train", "test": "val"}
+"""Our name of a split: COCO's."""
+LABELS = (
+    "the category of the picture's largest object by area, crowds left out; of equals, that with the smallest "
+    "annotation id; -1 without objects"
+)
+CHUNK = 1 << 20
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Reads the annotations. Raises ValueError naming the folder, annotations or picture that is missing or wrong."""
+    assert config.path is not None
+    root = Path(config.path)
+    year = next((year for year in YEARS if (root / f"train{year}").is_dir()), None)
+    if year is None:
+        raise ValueError(f"source.path {root} holds no folder train2017 (or train2014); extract train2017.zip there.")
+    splits: dict[str, Pictures] = {}
+    categories: dict[int, str] = {}
+    parts: list[str] = []
+    for split, official in SPLITS.items():
+        folder = root / f"{official}{year}"
+        if split != "train" and not folder.is_dir():
+            continue
+        instances = _Instances(root / "annotations" / f"instances_{official}{year}.json")
+        if categories and instances.categories != categories:
+            raise ValueError(f"{instances.file} has other categories than the training pictures'; fetch it again.")
+        categories = instances.categories
+        names, labels = instances.labelled()
+        _check_presence(folder, names, instances.file)
+        splits[split] = FilePictures(str(folder), names, labels)
+        parts += [f"{split}/{name} {label}" for name, label in zip(names, labels.tolist(), strict=True)]
+    classes = [categories[number] for number in sorted(categories)]
+    return Source(f"COCO {year}", classes, splits, {}, fingerprint(parts), facts={"labels": LABELS})
+
+
+class _Instances:
+    """What an instances_*.json says of its pictures."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises ValueError if it is missing, damaged or about something else."""
+        self.file = file
+        self.categories: dict[int, str] = {}
+        self._names: dict[int, str] = {}
+        """File names by picture id."""
+        self._objects: tuple[array[Any], ...] = (array("q"), array("d"), array("q"), array("q"))
+        """Of each object: picture id, area, annotation id, category id."""
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; extract annotations_trainval{file.stem[-4:]}.zip there.")
+        try:
+            with file.open(encoding="utf-8") as text:
+                for part, entry in listed(text):
+                    self._add(part, entry)
+        except ValueError as error:
+            raise ValueError(f"{file} is not readable as JSON ({error}); fetch it again.") from error
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"{file} has a {part} entry that is not COCO's ({error!r}); fetch it again.") from error
+        if not self._names or not self.categories:
+            raise ValueError(f"{file} lists no {'categories' if self._names else 'images'}; fetch it again.")
+
+    def _add(self, part: str, entry: dict[str, Any]) -> None:
+        if part == "images":
+            self._names[index(entry["id"])] = str(entry["file_name"])
+        elif part == "categories":
+            self.categories[index(entry["id"])] = str(entry["name"])
+        elif part == "annotations" and not entry["iscrowd"]:
+            values = entry["image_id"], entry["area"], entry["id"], entry["category_id"]
+            for column, value in zip(self._objects, values, strict=True):
+                column.append(value)
+
+    def labelled(self) -> tuple[list[str], np.ndarray]:
+        """The pictures' file names in the order of their ids, and their labels (N,)."""
+        pictures = np.array(sorted(self._names))
+        owners, areas, numbers, categories = (np.array(column) for column in self._objects)
+        for what, found, known in (("image_id", owners, pictures), ("category_id", categories, [*self.categories])):
+            strange = found[~np.isin(found, known)]
+            if len(strange):
+                raise ValueError(f"{self.file} has an annotation with {what} {strange[0]}, which it does not list.")
+        labels = np.full(len(pictures), UNLABELLED)
+        order = np.lexsort((numbers, -areas, owners))  # by picture, the largest first, then the smallest id
+        owners, first = np.unique(owners[order], return_index=True)
+        ranks = np.searchsorted(sorted(self.categories), categories[order][first])
+        labels[np.searchsorted(pictures, owners)] = ranks
+        return [self._names[number] for number in pictures.tolist()], labels
+
+
+def _check_presence(folder: Path, names: list[str], file: Path) -> None:
+    with os.scandir(folder) as entries:
+        there = {entry.name for entry in entries}
+    absent = [name for name in names if name not in there]
+    if absent:
+        raise ValueError(
+            f"{folder / absent[0]} is missing, as are {len(absent) - 1} others of the {len(names)} pictures that "
+            f"{file.name} lists; extract {folder.name}.zip again."
+        )
+
+
+def listed(file: TextIO) -> Iterator[tuple[str, Any]]:
+    """(key, entry) for each entry of each list in a JSON object, one at a time: the files have up to 450 MB.
+
+    Values that are no lists are passed over. Raises ValueError where the text is no such JSON.
+    """
+    text = _Text(file)
+    text.take("{")
+    while text.peek() != "}":
+        key = text.value()
+        text.take(":")
+        if text.peek() == "[":
+            text.take("[")
+            while text.peek() != "]":
+                yield key, text.value()
+                if text.peek() != "]":
+                    text.take(",")
+            text.take("]")
+        else:
+            text.value()
+        if text.peek() != "}":
+            text.take(",")
+
+
+class _Text:
+    """JSON text that is read as it is needed."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._window, self._position = file, "", 0
+        self._passed = 0
+        """Characters before the window."""
+        self._decode = json.JSONDecoder().raw_decode
+
+    def peek(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            space = SPACE.match(self._window, self._position)
+            assert space is not None
+            self._position = space.end()
+            if self._position < len(self._window) or not self._read_on():
+                return self._window[self._position : self._position + 1]
+
+    def take(self, character: str) -> None:
+        found = self.peek()
+        if found != character:
+            what = f"{found!r} in place of {character!r}" if found else "it ends"
+            raise ValueError(f"{what} at character {self._passed + self._position}")
+        self._position += 1
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, end = self._decode(self._window, self._position)
+            except json.JSONDecodeError as error:  # it may go on beyond the window
+                if not self._read_on():
+                    raise ValueError(f"{error.msg} at character {self._passed + error.pos}") from error
+                continue
+            if end < len(self._window) or not self._read_on():  # a number may go on beyond the window
+                self._position = end
+                return value
+
+    def _read_on(self) -> bool:
+        """Moves the window on; it at least doubles while a value does not fit, so that no text costs a square."""
+        more = self._file.read(max(CHUNK, len(self._window) - self._position))
+        self._passed += self._position
+        self._window, self._position = self._window[self._position :] + more, 0
+        return bool(more)
