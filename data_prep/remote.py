@@ -1,0 +1,313 @@
+"""Reading files where they lie: on disk, behind a command (`pipe:`), over http(s), or in an object store.
+
+A connection that breaks is opened again at the byte reached. That is why http is read here by the standard
+library and a Range header: webdataset's gopen runs `curl`, which can't go on in the middle, and fsspec's http
+needs a package (aiohttp) that nothing else here does. Commands are run as webdataset runs them, by `sh`, but
+with a time-out and an end: gopen waits two hours for one that hangs. Object stores (s3://, gs://, hf://, ...)
+go through fsspec, whose back-ends have time-outs of their own.
+"""
+
+import hashlib
+import http.client
+import io
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+from data_prep.files import written_aside
+
+ATTEMPTS = 6
+"""Openings in a row that bring no byte, before the file is given up."""
+FIRST_PAUSE = 0.1
+"""Seconds before the second attempt; each further pause is four times the one before, half a minute in all."""
+TIMEOUT = 60.0
+"""Seconds without a byte after which a connection or a command is given up."""
+BUFFER = 1 << 18
+"""Bytes read ahead."""
+STORE_BLOCK = 1 << 23
+"""Bytes of one request to an object store."""
+RETRIED_CODES = (408, 425, 429)
+"""HTTP codes that another attempt may mend, besides all from 500 on."""
+PIPE = "pipe:"
+
+
+class Connection(Protocol):
+    """Bytes from where it was opened to the end of the file, or to where it breaks (then OSError, or too early an
+    end)."""
+
+    def readinto(self, buffer: Any, /) -> int | None: ...
+
+    def close(self) -> None: ...
+
+
+def is_remote(address: str) -> bool:
+    """Whether it is `pipe:...` or `scheme://...`, not a path."""
+    return address.startswith(PIPE) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address) is not None
+
+
+def address_of(base: str, file: str) -> str:
+    """The address of a file at a base: `{}` stands for its name, `pipe:aws s3 cp s3://bucket/set/{} -`.
+
+    Without `{}` the name follows the base, after one slash; a command it follows as it is.
+    """
+    if base.startswith(PIPE):
+        file = shlex.quote(file)  # the name may come from a manifest, and the command is run by a shell
+        return base.replace("{}", file) if "{}" in base else base + file
+    return base.replace("{}", file) if "{}" in base else f"{base.rstrip('/')}/{file}"
+
+
+def open_remote(address: str, start: int = 0, size: int | None = None) -> BinaryIO:
+    """Opens a file for reading from byte `start`; `size` is that of the whole file, asked for when left out.
+
+    Raises ValueError naming the address if there is no such file, access is refused or a package is missing,
+    here or at the first read; reading raises OSError naming the address, the byte reached and the last error
+    once ATTEMPTS in a row brought nothing.
+    """
+    return cast(BinaryIO, io.BufferedReader(Remote(address, start, size), BUFFER))
+
+
+def read_remote(address: str) -> bytes:
+    """A small file's content. Raises as `open_remote` does."""
+    with open_remote(address) as file:
+        return file.read()
+
+
+def download(address: str, path: Path, size: int, sha256: str) -> None:
+    """Copies a file of `size` bytes to `path`, whole or not at all.
+
+    Raises ValueError naming the address if its sha256 differs twice, and as `open_remote` does.
+    """
+    with written_aside(path) as aside:
+        for _ in range(2):  # a damaged transfer is mended by another; a damaged file is not
+            found = _copy(address, aside, size)
+            if found == sha256:
+                return
+        raise ValueError(f"{address} has sha256 {found}, not {sha256}; it was changed or damaged.")
+
+
+def _copy(address: str, path: Path, size: int) -> str:
+    """The sha256 of what was copied."""
+    digest = hashlib.sha256()
+    with open_remote(address, size=size) as source, path.open("wb") as target:
+        while block := source.read(1 << 20):
+            digest.update(block)
+            target.write(block)
+    return digest.hexdigest()
+
+
+class Remote(io.RawIOBase):
+    """A file that is read onward from one byte. Use `open_remote`."""
+
+    def __init__(self, address: str, start: int = 0, size: int | None = None) -> None:
+        super().__init__()
+        self.address, self.position, self.size = address, start, size
+        self._connection: Connection | None = None
+        self._failures = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        while len(view) and self.position != self.size:
+            try:
+                if self._connection is None:
+                    self._connect()
+                    continue  # the size may be known now
+                if self.size is not None:
+                    view = view[: self.size - self.position]
+                count = self._connection.readinto(view) or 0
+                if not count and self.size is not None:
+                    raise OSError("the connection ended early")
+            except (OSError, http.client.HTTPException) as error:
+                self._disconnect()
+                self._pause(error)
+            else:
+                self._failures = 0
+                self.position += count
+                return count
+        return 0
+
+    def _connect(self) -> None:
+        self._connection, size = _open(self.address, self.position)
+        if self.size is None:
+            self.size = size
+            if size is not None and self.position > size:
+                raise ValueError(f"{self.address} has {size} bytes; byte {self.position} is asked for.")
+        elif size is not None and size != self.size:
+            raise OSError(f"it has {size} bytes, not {self.size}")
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with suppress(OSError, http.client.HTTPException):
+                self._connection.close()
+        self._connection = None
+
+    def _pause(self, error: Exception) -> None:
+        """Before the next attempt; raises OSError if that was the last."""
+        self._failures += 1
+        if self._failures == ATTEMPTS:
+            place = f"byte {self.position}" + ("" if self.size is None else f" of {self.size}")
+            raise OSError(
+                f"{self.address} broke off at {place}, {ATTEMPTS} times: {str(error) or type(error).__name__}"
+            ) from error
+        time.sleep(FIRST_PAUSE * 4 ** (self._failures - 1))
+
+    def close(self) -> None:
+        self._disconnect()
+        super().close()
+
+
+def _open(address: str, start: int) -> tuple[Connection, int | None]:
+    """A connection at byte `start`, and the size of the whole file where it can be told.
+
+    Raises ValueError where another attempt would not help, else OSError or HTTPException.
+    """
+    if address.startswith(PIPE):
+        return _skipped(Command(address.removeprefix(PIPE)), start), None
+    if address.startswith(("http://", "https://")):
+        return _open_http(address, start)
+    if is_remote(address):
+        return _open_store(address, start)
+    try:
+        file = Path(address).open("rb", buffering=0)  # noqa: SIM115  (the Remote closes it)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"{address} can't be read: {error.strerror}.") from error
+    file.seek(start)
+    return cast(Connection, file), os.fstat(file.fileno()).st_size
+
+
+def _skipped(connection: Connection, start: int) -> Connection:
+    """The connection, read up to byte `start`, for what can't be asked to begin there."""
+    buffer = memoryview(bytearray(1 << 20))
+    try:
+        while start:
+            count = connection.readinto(buffer[:start])
+            if not count:
+                raise OSError(f"it ended {start} bytes before the byte to go on from")
+            start -= count
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class Command:
+    """What a shell command writes, as a connection. Raises OSError if it fails or falls silent."""
+
+    def __init__(self, command: str) -> None:
+        self._process = subprocess.Popen(
+            command,
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,  # so that all of its processes can be ended, not only the shell
+        )
+        assert self._process.stdout is not None
+        self._output = cast(io.FileIO, self._process.stdout)
+        self._poll = select.poll()
+        self._poll.register(self._output, select.POLLIN)
+
+    def readinto(self, buffer: Any, /) -> int:
+        if not self._poll.poll(TIMEOUT * 1000):
+            raise OSError(f"the command wrote nothing for {TIMEOUT:.0f} s")
+        count = self._output.readinto(buffer) or 0
+        if not count:
+            self._check_exit()
+        return count
+
+    def _check_exit(self) -> None:
+        try:
+            code = self._process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise OSError("the command closed its output and does not end") from error
+        if code:
+            raise OSError(f"the command failed with exit code {code}")
+
+    def close(self) -> None:
+        self._output.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
+    # Asked for from byte 0 too: the answer to a range names the whole size, even if its own length is wrong.
+    try:
+        request = urllib.request.Request(
+            address, headers={"Range": f"bytes={start}-", "Accept-Encoding": "identity", "User-Agent": "data_prep"}
+        )
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        size = _size_of_range(error.headers)
+        error.close()
+        if error.code == 416 and size is not None:
+            return io.BytesIO(), size
+        if error.code < 500 and error.code not in RETRIED_CODES:
+            raise ValueError(f"{address} can't be read: HTTP {error.code} {error.reason}.") from error
+        raise
+    except http.client.InvalidURL as error:
+        raise ValueError(f"{address} is no address: {error}.") from error
+    if answer.status == 206:
+        first = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        if not first or int(first[1]) != start:
+            answer.close()
+            raise OSError(f"asked for byte {start}, it sent {answer.headers.get('Content-Range')}")
+        return answer, _size_of_range(answer.headers)
+    length = answer.headers.get("Content-Length", "")
+    return _skipped(answer, start), int(length) if length.isdecimal() else None
+
+
+def _size_of_range(headers: Any) -> int | None:
+    size = re.match(r"bytes .*/(\d+)$", headers.get("Content-Range", ""))
+    return int(size[1]) if size else None
+
+
+def _open_store(address: str, start: int) -> tuple[Connection, int | None]:
+    import fsspec
+
+    try:
+        store, path = fsspec.core.url_to_fs(address)
+    except (ImportError, ValueError) as error:  # a missing back-end, an unknown scheme
+        raise ValueError(f"{address} can't be read: {' '.join(str(error).split())}.") from error
+    try:
+        file = store.open(path, "rb", block_size=STORE_BLOCK)
+        file.seek(start)
+        return Stored(file), file.size
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{address} can't be read: {type(error).__name__}.") from error
+    except OSError:
+        raise
+    except Exception as error:  # back-ends have exceptions of their own
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class Stored:
+    """A file in an object store, as a connection. Raises OSError in place of the back-end's own exceptions."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readinto(self, buffer: Any, /) -> int:
+        try:
+            return self._file.readinto(buffer)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        self._file.close()
