@@ -1,0 +1,349 @@
+"""WebDataset tars of pictures, as img2dataset and webdataset write them, on disk or remote, read as streams.
+
+    00000.tar   000000000.jpg 000000000.json 000000000.txt 000000001.jpg ...
+
+The members of one picture follow each other and share a key: their path up to the first dot of the file's name.
+A tar is trusted in nothing. No member is written to disk, so absolute names, `..` and links can do no harm; and
+what is no whole tar is said to be one, where Python's tarfile takes many kinds of damage for the end.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from data_prep.config import SourceConfig
+from data_prep.decoding import BadPicture
+from data_prep.remote import is_remote, open_remote
+from data_prep.sources.base import UNLABELLED, Encoded, PictureStream, Source, fingerprint
+from data_prep.sources.folders import SPLITS
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+"""Extensions of pictures. Of several with one key the first in this order counts: others are masks and the like."""
+TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)")
+SPLIT_WORD = re.compile(r"(?<![a-z])(train|valid|val|validation|test)(?![a-z])")
+META_NAME = re.compile(r"__[^/]*__($|/)")
+"""Members that are about the tar; webdataset passes over them."""
+KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+"""webdataset's own expression (base_plus_ext), here because importing webdataset imports torch in each worker."""
+MEMBER_LIMIT = 1 << 30
+HEADER_LIMIT = 1 << 20
+"""Bytes of a long name, or of an extended header."""
+LABEL_LIMIT = 1 << 24
+"""Bytes of a .cls or .json."""
+LARGEST_LABEL = (1 << 31) - 1
+EXTENDED_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Lists the tars; opens none, and asks nothing of remote ones.
+
+    Raises ValueError for a folder without tars or with an unclear split, a missing tar, or braces that don't match.
+    """
+    assert config.path is not None
+    path = Path(config.path)
+    if not is_remote(config.path) and path.is_dir():
+        tars, name = _tars_of_folder(path), path.resolve().name
+    else:
+        tars, name = {"train": _expanded(config.path)}, _name(config.path)
+    streams: dict[str, list[PictureStream]] = {
+        split: [
+            Tars(found[first : first + config.tars_per_shard], config.label_column)
+            for first in range(0, len(found), config.tars_per_shard)
+        ]
+        for split, found in tars.items()
+    }
+    label = ".cls, where there is one" if config.label_column is None else f"{config.label_column!r} of the .json"
+    facts = {"tars": {split: len(found) for split, found in tars.items()}, "label": label}
+    parts = (f"{split}/{_identity(tar)}" for split, found in tars.items() for tar in found)
+    return Source(name, [], {}, streams, fingerprint(parts), facts=facts)
+
+
+def _tars_of_folder(root: Path) -> dict[str, list[str]]:
+    """The tars of each split: those in train/ and so on, or all in `root` as train."""
+    folders = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLITS.items()}
+    found = {split: _tars_in(present[0]) for split, present in folders.items() if present}
+    if found:
+        if "train" not in found:
+            raise ValueError(
+                f"source.path {root} holds {next(iter(found))}/ but no train/; training pictures are needed."
+            )
+        return found
+    tars = _tars_in(root)
+    splits = sorted({word for tar in tars for word in SPLIT_WORD.findall(Path(tar).name.lower())})
+    if len(splits) > 1:
+        raise ValueError(
+            f"source.path {root} holds tars of {' and '.join(splits)} side by side, and all would become train; "
+            "move them into folders train/, valid/ and test/, or name those for training by braces."
+        )
+    return {"train": tars}
+
+
+def _tars_in(folder: Path) -> list[str]:
+    tars = sorted(str(file) for file in folder.iterdir() if TAR_NAME.fullmatch(file.name) and file.is_file())
+    if not tars:
+        raise ValueError(f"{folder} holds no tars; it must hold 00000.tar and the like, or folders train/ with such.")
+    return tars
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The addresses that an expression with braces stands for."""
+    from braceexpand import braceexpand
+
+    try:
+        addresses = list(braceexpand(pattern))
+    except ValueError as error:
+        raise ValueError(f"source.path {pattern} has a brace without its other; it must be like {{00..99}}.") from error
+    for address in addresses:
+        if not is_remote(address) and not Path(address).is_file():
+            raise ValueError(
+                f"source.path {pattern}: {address} does not exist; it must be a folder of tars, or tars in braces."
+            )
+        if is_remote(address) and address.endswith("/"):
+            raise ValueError(
+                f"source.path {pattern} is a folder; remote tars are named by braces, {{00000..00099}}.tar."
+            )
+    return addresses
+
+
+def _name(pattern: str) -> str:
+    """What the tars lie in, as the name of the source."""
+    parts = re.split(r"[/\s]+", pattern.partition("{")[0] + "x")
+    return next((part for part in reversed(parts[:-1]) if part.strip(".")), "webdataset")
+
+
+def _identity(tar: str) -> str:
+    return tar if is_remote(tar) else f"{Path(tar).name} {Path(tar).stat().st_size}"
+
+
+class Tars:
+    """A piece of a split: tars read one after the other. A `PictureStream`."""
+
+    def __init__(self, addresses: list[str], label_column: str | None) -> None:
+        self.addresses, self.label_column = addresses, label_column
+        first, last = addresses[0], addresses[-1]
+        self.name = first if first == last else f"{first} to {last}"
+
+    def __iter__(self) -> Iterator[Encoded | BadPicture]:
+        """A damaged tar ends with a BadPicture that says so, and the next tar follows.
+
+        Raises ValueError naming a tar that isn't there, and OSError for one that can't be read to its end: a
+        network that fails is no damaged tar.
+        """
+        for address in self.addresses:
+            yield from read_tar(address, self.label_column)
+
+
+def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadPicture]:
+    """The pictures of one tar, one at a time in memory; see `Tars`."""
+    labels = "cls" if label_column is None else "json"
+    sample: Sample | None = None
+    expects_label = label_column is not None
+    with open_remote(address) as file:
+        tar = Tar(file)
+        try:
+            while member := tar.next():
+                key, extension = key_and_extension(member)
+                if key is None:
+                    continue
+                if sample is None or key != sample.key or extension in sample.extensions:
+                    if sample:
+                        expects_label = expects_label or sample.label is not None
+                        yield sample.outcome(label_column)
+                    sample = Sample(key, address)
+                sample.extensions.append(extension)
+                if extension in PICTURES[: sample.rank]:
+                    sample.content, sample.name = tar.content(member, MEMBER_LIMIT), member.name
+                    sample.rank = PICTURES.index(extension)
+                elif extension == labels:
+                    sample.label = tar.content(member, LABEL_LIMIT)
+            if sample:
+                yield sample.outcome(label_column)
+        except DamagedTar as damage:
+            # Where labels are the rule, a picture whose label is lost must not become one without.
+            if sample and sample.content is not None and (sample.label is not None or not expects_label):
+                yield sample.outcome(label_column)
+            yield BadPicture(f"{address} at byte {tar.place}", "damaged tar", str(damage))
+
+
+def key_and_extension(member: tarfile.TarInfo) -> tuple[str | None, str]:
+    """What webdataset groups by; the key is None for what is no file of a picture.
+
+    So are hidden files, such as `dir/._a.jpg`, which a Mac adds for each file: webdataset takes `dir/` for their key.
+    """
+    parts = KEY_AND_EXTENSION.fullmatch(member.name)
+    if not member.isreg() or parts is None or parts[1].endswith("/") or META_NAME.match(member.name):
+        return None, ""
+    return parts[1], parts[2].lower()
+
+
+@dataclass
+class Sample:
+    """The members of one key, as far as they matter."""
+
+    key: str
+    address: str
+    extensions: list[str] = field(default_factory=list)
+    name: str = ""
+    rank: int = len(PICTURES)
+    """The place in PICTURES of the extension that `content` came with."""
+    content: bytes | None = None
+    label: bytes | None = None
+    """The .cls, or the .json if labels come from there."""
+
+    def outcome(self, label_column: str | None) -> Encoded | BadPicture:
+        """The picture with its label, or why there is none."""
+        name = _printable(f"{self.name or self.key} in {self.address}")
+        if self.content is None:
+            present = _printable(", ".join(f".{extension}" for extension in self.extensions[:5]))
+            return BadPicture(name, "not a picture", f"it has {present}, and no .jpg, .png or the like")
+        try:
+            return Encoded(name, self.content, _label(self.label, label_column))
+        except ValueError as error:
+            return BadPicture(name, "damaged", str(error))
+
+
+def _label(text: bytes | None, column: str | None) -> int:
+    """The class that a .cls, or a column of a .json, says. Raises ValueError saying what is wrong with it."""
+    if column is None:
+        if text is None:
+            return UNLABELLED
+        value: Any = text.decode(errors="backslashreplace").strip()
+    else:
+        value = _column(text, column)
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,10}", str(value)) or int(value) > LARGEST_LABEL:
+        raise ValueError(f"its label is {_printable(repr(value))[:60]}, not a whole number from 0")
+    return int(value)
+
+
+def _column(text: bytes | None, column: str) -> Any:
+    if text is None:
+        raise ValueError("it has no .json for its label")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("its .json can't be read") from error
+    if not isinstance(record, dict) or column not in record:
+        raise ValueError(f"its .json has no field {column!r}")
+    return record[column]
+
+
+def _printable(text: str) -> str:
+    """Names in a tar need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+class DamagedTar(Exception):
+    """The bytes are no whole tar."""
+
+
+class Header(tarfile.TarInfo):
+    """A member's header that is never taken for the end of the tar when it is damaged, nor believed in its size."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "Header":
+        try:
+            return cast(Header, super().fromtarfile(tarfile_))
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros: the end
+            raise
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            # GNU tar, bsdtar, Python, Go and webdataset all end a tar with blocks of zeros, and pad it. It lacks them
+            # if who wrote it died before closing it, or a copy broke off between members: pictures may be missing.
+            what = "it ends without the mark of its end" if tarfile_.offset else "it is empty"
+            raise DamagedTar(what) from error
+        except tarfile.HeaderError as error:
+            raise DamagedTar(str(error)) from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        header.check_size(HEADER_LIMIT if header.type in EXTENDED_HEADERS else MEMBER_LIMIT)
+        return header
+
+    def check_size(self, limit: int) -> None:
+        """Raises DamagedTar, before so much memory is taken."""
+        if not 0 <= self.size <= limit:
+            raise DamagedTar(f"a member claims to have {self.size} bytes")
+
+
+class Tar:
+    """The members of a tar in their order; every damage is a DamagedTar, and every error of the file stays itself."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._bytes = TarBytes(file)
+        self._tar: tarfile.TarFile | None = None
+        self.place = 0
+        """The byte at which the member begins that was asked for last; in a compressed tar, of what it holds."""
+
+    def next(self) -> tarfile.TarInfo | None:
+        with self._damage():
+            if self._tar is None:
+                # No "r|*": it reads the first part of a gzip file of several (pigz, bgzip), and no checksum.
+                self._tar = tarfile.open(fileobj=self._bytes.decompressed(), mode="r|", tarinfo=Header)  # noqa: SIM115
+            else:
+                self.place = self._tar.offset
+            member = self._tar.next()
+            self._tar.members.clear()  # type: ignore[attr-defined]  # else it keeps the header of each member
+            if member is not None:
+                cast(Header, member).check_size(MEMBER_LIMIT)  # an extended header may have changed it
+            return member
+
+    def content(self, member: tarfile.TarInfo, limit: int) -> bytes:
+        """The member's bytes, `limit` of them at most."""
+        with self._damage():
+            assert self._tar is not None
+            file = self._tar.extractfile(member)
+            assert file is not None
+            return file.read(min(member.size, limit))
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # tarfile and the decompressors raise nearly anything on damaged files
+            if self._bytes.error is not None:
+                raise self._bytes.error from None
+            if isinstance(error, DamagedTar | MemoryError):
+                raise
+            raise DamagedTar(str(error) or type(error).__name__) from error
+
+
+class TarBytes:
+    """A file's bytes, and the error if they could not be had, which else could not be told from damage."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._ahead = b""
+        self.error: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        ahead, self._ahead = self._ahead[:size], self._ahead[size:]
+        try:
+            return ahead + self._file.read(size - len(ahead))
+        except Exception as error:
+            self.error = error
+            raise
+
+    def decompressed(self) -> Any:
+        """Something to read the tar from, whatever its name says of compression."""
+        self._ahead = self.read(10)
+        if self._ahead.startswith(b"\x1f\x8b\x08"):
+            return gzip.GzipFile(fileobj=cast(BinaryIO, self))
+        if self._ahead.startswith(b"BZh") and self._ahead[4:10] == b"1AY&SY":
+            return bz2.BZ2File(cast(BinaryIO, self))
+        if self._ahead.startswith(b"\xfd7zXZ\0"):
+            return lzma.LZMAFile(cast(BinaryIO, self))
+        return self
