@@ -59,14 +59,14 @@ class SourceConfig:
             raise ValueError(f"source.path is {self.path!r}; leave it out, photographs come with the packages.")
         if self.kind != "photographs" and not self.path:
             raise ValueError(f"source.path is not set; source.kind {self.kind} needs a folder, archive or name.")
+        for name in ("train_per_class", "valid_per_class", "test_per_class", "tars_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"source.{name} is {getattr(self, name)}; it must be at least 1.")
         for name, kinds in BELONGS_TO.items():
             if getattr(self, name) != SourceConfig.__dataclass_fields__[name].default and self.kind not in kinds:
                 raise ValueError(
                     f"source.{name} belongs to source.kind {' or '.join(kinds)}, not {self.kind}; leave it out."
                 )
-        for name in ("train_per_class", "valid_per_class", "test_per_class", "tars_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"source.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

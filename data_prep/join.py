@@ -8,7 +8,7 @@ from data_prep.palette import load_palette, palette_sha256
 from data_prep.plan import Unit
 from data_prep.shards import FORMAT, MANIFEST, PALETTE, VERSION
 from data_prep.show import draw_result
-from data_prep.skips import SKIPPED, Skip, SkipLimit, counts_by_reason, write_skips
+from data_prep.skips import SKIPPED, Skip, SkipLimit, TooManySkips, counts_by_reason, write_skips
 from data_prep.unfinished import Unfinished
 
 PICTURES = "pictures.png"
@@ -28,7 +28,10 @@ def join_shards(out: Path, max_skipped: float) -> None:
     for note in notes.values():
         limit.pictures += note["pictures"]
         limit.skips += note["skips"]
-    limit.finish()
+    try:
+        limit.finish()
+    except TooManySkips as error:
+        raise ValueError(f"{error}.") from error
     manifest = _manifest(plan, notes, limit.skips, out)
     _draw(unfinished, manifest, out)
     write_skips(out / SKIPPED, limit.skips)

@@ -118,7 +118,7 @@ def _write_units(job: Job, unfinished: Unfinished, part: Part, workers: int) -> 
     except TooManySkips as error:
         file = unfinished.folder / f"{part.number:05d}-{SKIPPED}"
         write_skips(file, error.skips)
-        raise ValueError(f"{error} {file} lists them.") from error
+        raise ValueError(f"{error}; {file} lists them.") from error
 
 
 def _tars(plan: Plan) -> int:

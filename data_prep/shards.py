@@ -91,9 +91,8 @@ def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
 
 def record_crc32(pixels: np.ndarray, labels: np.ndarray) -> int:
     """What a record read on its own is checked by: CRC-32 over the bytes of its tokens, then of its labels."""
-    return zlib.crc32(
-        np.ascontiguousarray(labels, LABELS_DTYPE), zlib.crc32(np.ascontiguousarray(pixels, PIXELS_DTYPE))
-    )
+    pixels, labels = np.ascontiguousarray(pixels, PIXELS_DTYPE), np.ascontiguousarray(labels, LABELS_DTYPE)
+    return zlib.crc32(labels.data, zlib.crc32(pixels.data))
 
 
 def _add_array(tar: tarfile.TarFile, name: str, array: np.ndarray) -> int:

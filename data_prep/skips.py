@@ -62,12 +62,12 @@ class SkipLimit:
         detail = f" ({first['detail']})" if first["detail"] else ""
         return (
             f"{len(skips):,} of {of} can't be used, more than max_skipped {self.share:g} allows; the first: "
-            f"{first['name']} is {first['reason']}{detail}; repair or remove them, or raise --max_skipped."
+            f"{first['name']} is {first['reason']}{detail}; repair or remove them, or raise --max_skipped"
         )
 
 
 class TooManySkips(ValueError):
-    """More skips than max_skipped allows; `skips` are those met so far."""
+    """More skips than max_skipped allows; `skips` are those met so far. The sentence lacks its full stop."""
 
     def __init__(self, sentence: str, skips: list[Skip]) -> None:
         super().__init__(sentence)

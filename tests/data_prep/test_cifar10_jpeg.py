@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from data_prep.palette import encode, lookup_table
-from data_prep.plan import open_plan
-from data_prep.prepare import cut
+from data_prep.plan import make_plan
 from data_prep.shards import open_shard_set
+from data_prep.sources import open_source
+from data_prep.views import EVALUATION
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = Path(os.environ.get("CIFAR10_JPEG", ROOT.parent / "shared/data/cifar10_jpeg.tar.xz"))
@@ -54,9 +55,10 @@ def test_tokens_equal_the_image_processors(prepared: tuple[Path, float]) -> None
     from data_prep.config import DataConfig
 
     shard_set = open_shard_set(prepared[0])
-    _, views, plans = open_plan(DataConfig.from_dict(shard_set.manifest["config"]), prepared[0], 1)
-    plan = plans["test"]
-    pixels = cut(views["test"], plan.pictures[:2000], plan.views[:2000])
+    config = DataConfig.from_dict(shard_set.manifest["config"])
+    plan = make_plan(open_source(config.source), config)
+    views = plan.views("test")
+    pixels = np.stack([views.view(int(picture), EVALUATION) for picture in plan.splits["test"].pictures[:2000]])
     processor = ImageGPTImageProcessor(clusters=shard_set.palette.tolist(), do_resize=False)
     reference = np.concatenate(
         [processor(list(part), return_tensors="np")["input_ids"] for part in np.array_split(pixels, 40)]

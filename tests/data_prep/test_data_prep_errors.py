@@ -98,11 +98,13 @@ def test_a_class_that_training_lacks(folder: Path, options: list[str], fails: Ru
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("content", [b"", b"text", None])
-def test_unreadable_picture(content: bytes | None, workers: int, folder: Path, options: list[str], fails: Run) -> None:
+@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"text", "not a picture"), (None, "truncated")])
+def test_more_unreadable_pictures_than_allowed(
+    content: bytes | None, reason: str, workers: int, folder: Path, options: list[str], fails: Run
+) -> None:
     victim = next((folder / "train/cat").glob("*.png"))
     victim.write_bytes(victim.read_bytes()[:300] if content is None else content)
-    fails([*options, "--workers", workers], str(victim), "not a readable picture")
+    fails([*options, "--workers", workers], "1 of 60 pictures", "max_skipped 0.01", f"{victim} is {reason}")
 
 
 def test_a_picture_that_vanishes(folder: Path, options: list[str], fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +114,11 @@ def test_a_picture_that_vanishes(folder: Path, options: list[str], fails: Run, m
 
     def list_then_delete(*arguments: Any) -> Any:
         found = listed(*arguments)
-        (found.folder / found.names[0]).unlink()
+        Path(found.folder, found.names[0]).unlink()
         return found
 
     monkeypatch.setattr(folders, "_list_split", list_then_delete)
-    fails(options, "000.png: No such file")
+    fails(options, "000.png is unreadable (No such file")
 
 
 @pytest.mark.parametrize(
@@ -206,11 +208,11 @@ def test_an_unfinished_set_of_another_configuration(folder: Path, options: list[
     victim = next((folder / "train/cat").glob("*.png"))
     whole = victim.read_bytes()
     victim.write_bytes(b"")
-    fails(options, "not a readable picture")
+    fails(options, "is empty")
     victim.write_bytes(whole)
     fails([*options, "--seed", 5], "seed 0, now it is 5")
     (folder / "train/cat/one_more.png").write_bytes(whole)
-    fails(options, "pictures")
+    fails(options, "begun with other pictures")
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])

@@ -88,15 +88,15 @@ def test_an_interrupted_run_is_finished(
 
     assert run("shards", *options, "--out", tmp_path / "unbroken").code == 0
     out, written = tmp_path / "broken", []
-    write = prepare.write_shard
+    writer = prepare.ShardWriter
 
-    def write_some(path: Path, records: Any) -> Any:
+    def write_some(path: Path) -> Any:
         written.append(path.name)
         if len(written) == 4:
             raise OSError(28, "No space left on device", str(path))
-        return write(path, records)
+        return writer(path)
 
-    monkeypatch.setattr(prepare, "write_shard", write_some)
+    monkeypatch.setattr(prepare, "ShardWriter", write_some)
     failed = run("shards", *options, "--out", out)
     assert failed.code == 2
     assert failed.err.splitlines()[-1] == f"error: {out / written[3]}: No space left on device."
@@ -106,7 +106,7 @@ def test_an_interrupted_run_is_finished(
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     (out / ".train-000009.tar.99.partial").write_text("half")
     written.clear()
-    monkeypatch.setattr(prepare, "write_shard", write)
+    monkeypatch.setattr(prepare, "ShardWriter", writer)
 
     assert run("shards", *options, "--out", out).code == 0
     assert kept.stat().st_mtime_ns == kept_since
@@ -152,27 +152,6 @@ def test_a_palette_fitted_alone_is_the_same(
     assert open_shard_set(tmp_path / "given").split("train").record(0)[0].tolist() == (
         open_shard_set(shards).split("train").record(0)[0].tolist()
     )
-
-
-def test_a_stream_gives_the_same_images(
-    tmp_path: Path, run: Callable[..., Any], small: tuple[np.ndarray, np.ndarray]
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
-    folder = tmp_path / "parquet"
-    folder.mkdir()
-    for split, part in (("train", slice(0, 50)), ("test", slice(50, 60))):
-        rows = {"image": list(small[0][part]), "label": small[1][part].tolist()}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
-    options = ["--source.kind", "hf_dataset", "--source.path", folder, "--resolution", "8", "--palette.colors", "16"]
-    options += ["--views.random_crop", "always", "--views.train", "2"]
-    for streaming in ("true", "false"):
-        result = run("shards", *options, "--source.streaming", streaming, "--out", tmp_path / streaming)
-        assert result.code == 0, result.err
-    streamed, stored = files_of(tmp_path / "true"), files_of(tmp_path / "false")
-    assert streamed.keys() == stored.keys()
-    assert all(streamed[name] == stored[name] for name in stored if name.endswith(".tar"))
-    assert open_shard_set(tmp_path / "true").split("train").images == 90
 
 
 def config(**changes: Any) -> DataConfig:
@@ -227,7 +206,7 @@ def test_the_manifest_says_how_it_was_made(shards: Path, folder: Path) -> None:
 
 def test_progress_is_plain_lines_in_a_log(tmp_path: Path, options: list[str], run: Callable[..., Any]) -> None:
     result = run("shards", *options, "--out", tmp_path / "shards")
-    assert "shards: 60 of 60 pictures" in result.err
+    assert "shards: 60 of 60 images" in result.err
     assert "\r" not in result.err
     assert "60 pictures" in result.out
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.palette import palette_sha256
-from data_prep.shards import manifest_digest, open_shard_set, write_shard
+from data_prep.shards import VERSION, manifest_digest, open_shard_set, write_shard
 
 Record = tuple[np.ndarray, np.ndarray]
 
@@ -30,7 +30,7 @@ def handmade(tmp_path: Path) -> tuple[Path, list[list[Record]]]:
     np.save(tmp_path / "palette.npy", palette)
     manifest = {
         "format": "image-gpt-shards",
-        "version": 1,
+        "version": VERSION,
         "source": {"name": "handmade", "kind": "none"},
         "resolution": 8,
         "classes": ["a", "b", "c"],
