@@ -109,9 +109,8 @@ def _expanded(pattern: str) -> list[str]:
         raise ValueError(f"source.path {pattern} has a brace without its other; it must be like {{00..99}}.") from error
     for address in addresses:
         if not is_remote(address) and not Path(address).is_file():
-            raise ValueError(
-                f"source.path {pattern}: {address} does not exist; it must be a folder of tars, or tars in braces."
-            )
+            place = pattern if pattern == address else f"{pattern}: {address}"
+            raise ValueError(f"source.path {place} does not exist; it must be a folder of tars, or tars in braces.")
         if is_remote(address) and address.endswith("/"):
             raise ValueError(
                 f"source.path {pattern} is a folder; remote tars are named by braces, {{00000..00099}}.tar."
@@ -224,7 +223,7 @@ def _label(text: bytes | None, column: str | None) -> int:
         value: Any = text.decode(errors="backslashreplace").strip()
     else:
         value = _column(text, column)
-    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,10}", str(value)) or int(value) > LARGEST_LABEL:
+    if not re.fullmatch(r"[0-9]{1,10}", str(value)) or int(value) > LARGEST_LABEL:
         raise ValueError(f"its label is {_printable(repr(value))[:60]}, not a whole number from 0")
     return int(value)
 

@@ -80,7 +80,7 @@ def test_addresses(base: str, address: str) -> None:
 def test_a_file_name_is_no_command(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"1")
     with pytest.raises(OSError, match="exit code"):
-        read_remote(address_of(f"pipe:cat {tmp_path}/", "y; rm -r x || cat x"))
+        read_remote(address_of(f"pipe:cat {tmp_path}/", "y; echo done"))
 
 
 @pytest.mark.parametrize("start", [0, 1, 300_000, SIZE])

@@ -298,7 +298,7 @@ def test_the_fingerprint_sees_names_and_sizes(img2dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("{folder}/nope", r"nope: .*/nope does not exist; it must be a folder of tars"),
+        ("{folder}/nope", r"source.path [^:]*/nope does not exist; it must be a folder of tars"),
         ("{folder}/{{00000..00003}}.tar", r"/00003\.tar does not exist"),
         ("{folder}/{{00000..00003.tar", r"has a brace without its other"),
         ("{folder}/empty", r"empty holds no tars"),
