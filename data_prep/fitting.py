@@ -50,7 +50,9 @@ def count_chunks(plan: Plan, chunks: Sequence[Chunk], workers: int) -> np.ndarra
     """Pixels of each 24-bit colour in these chunks: int64 (2**24,)."""
     histogram = np.zeros(CODES, np.int64)
     counted = in_workers(_count, plan, chunks, workers)
-    with progress("palette", sum(chunk.stop - chunk.start for chunk in chunks)) as advance, closing(counted):
+    streamed = any(chunk.piece is not None for chunk in chunks)  # a piece may be shorter than its share
+    total = None if streamed else sum(chunk.stop - chunk.start for chunk in chunks)
+    with progress("palette", total) as advance, closing(counted):
         for codes, counts in counted:
             histogram[codes] += counts
             advance(int(counts.sum()) // plan.config.resolution**2)

@@ -82,7 +82,8 @@ def encode_stream(job: Job, unit: Unit) -> Iterator[Outcome]:
         if block.images >= IMAGES_PER_SHARD:
             yield from _shuffled(job, unit, outcome.split, block)
     for split, block in blocks.items():
-        yield from _shuffled(job, unit, split, block)
+        if block.images:
+            yield from _shuffled(job, unit, split, block)
 
 
 def _encoded(job: Job, unit: Unit) -> Iterator[Outcome]:
