@@ -62,12 +62,12 @@ def join(arguments: list[str]) -> None:
 def verify(arguments: list[str]) -> None:
     """Re-reads a shard set."""
     parser = new_parser("python -m data_prep verify", "Re-reads all that a shard set's manifest promises.")
-    parser.add_argument("shards", type=str, help="folder of the shard set")
+    parser.add_argument("shards", type=str, help="folder of the shard set, or its address")
     options = parse(parser, arguments)
     from data_prep.progress import progress
     from data_prep.shards import open_shard_set
 
-    shard_set = open_shard_set(Path(options.shards))
+    shard_set = open_shard_set(options.shards)
     sizes = {name: shard_set.split(name).images for name in shard_set.splits}
     with progress("verify", sum(sizes.values()), "images") as advance:
         shard_set.verify(advance=advance)
@@ -81,14 +81,14 @@ def show(arguments: list[str]) -> None:
         "python -m data_prep show",
         "Draws labelled images of a shard set, beside the pictures they were made from where the source is at hand.",
     )
-    parser.add_argument("shards", type=str, help="folder of the shard set")
+    parser.add_argument("shards", type=str, help="folder of the shard set, or its address")
     parser.add_argument("--split", type=str, default="train", help="train, valid or test")
     parser.add_argument("--images", type=int, default=40, help="number of images, from the split's first on")
     parser.add_argument("--out", type=str, required=True, help="PNG file to write")
     options = parse(parser, arguments)
     from data_prep.show import draw
 
-    draw(Path(options.shards), options.split, options.images, Path(options.out))
+    draw(options.shards, options.split, options.images, Path(options.out))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@
     SHARDS/palette.npy            float32 (V, 3)
     SHARDS/shards.json            written last: what the set is, and each shard's size, digests and offsets
 
-The manifest records where each array's first byte lies in its tar, so reading is a memory map away.
+The manifest records where each array's first byte lies in its tar, so reading is a memory map away. A set may also
+lie at an address (see remote.py); then each shard file is copied into a local cache when it is first needed.
 """
 
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +24,7 @@ import numpy as np
 
 from data_prep.files import file_sha256, read_json, written_aside
 from data_prep.palette import load_palette, palette_sha256
+from data_prep.remote import address_of, download, is_remote, read_remote
 
 MANIFEST = "shards.json"
 PALETTE = "palette.npy"
@@ -29,11 +32,15 @@ FORMAT = "image-gpt-shards"
 VERSION = 2
 IMAGES_PER_RECORD = 256
 RECORDS_PER_SHARD = 32
-SHARD_KEYS = {"file", "images", "bytes", "sha256", "record_images", "pixels_offsets", "labels_offsets", "record_crc32"}
+RECORD_KEYS = ("record_images", "pixels_offsets", "labels_offsets", "record_crc32")
+"""Lists in a shard's entry, with one number for each record."""
+SHARD_KEYS = {"file", "images", "bytes", "sha256", *RECORD_KEYS}
 PIXELS_DTYPE, LABELS_DTYPE = np.dtype("<u2"), np.dtype("<i4")
 TAR_BLOCK = 512
 OPEN_SHARDS = 256
 """Memory maps a split keeps open; each takes a file descriptor."""
+CACHE_VARIABLE = "IGPT_CACHE"
+"""Names the folder into which the files of remote sets are copied."""
 
 Record = tuple[np.ndarray, np.ndarray]
 """Tokens uint16 (n, T) and labels int32 (n,) of up to IMAGES_PER_RECORD images."""
@@ -111,9 +118,11 @@ def _add_array(tar: tarfile.TarFile, name: str, array: np.ndarray) -> int:
 class Split:
     """One split of a shard set; images are numbered in file order."""
 
-    def __init__(self, name: str, folder: Path, shards: list[dict[str, Any]], positions: int) -> None:
-        """positions: tokens an image, T."""
-        self.name, self.folder, self.shards, self.positions = name, folder, shards, positions
+    def __init__(
+        self, name: str, folder: Path, shards: list[dict[str, Any]], positions: int, address: str | None = None
+    ) -> None:
+        """positions: tokens an image, T. address: from where the files come into `folder`, if they do."""
+        self.name, self.folder, self.shards, self.positions, self.address = name, folder, shards, positions, address
         self.record_images = np.array([n for shard in shards for n in shard["record_images"]], np.int64)
         self.record_starts = np.concatenate([[0], np.cumsum(self.record_images)])
         self.images = int(self.record_starts[-1])
@@ -124,8 +133,18 @@ class Split:
         ]
         self._map = lru_cache(maxsize=OPEN_SHARDS)(self._open_map)
 
+    def file(self, shard: dict[str, Any]) -> Path:
+        """Where a shard lies on disk; that of a remote set is copied there first, and checked by its digest.
+
+        Processes may ask for the same one at once. Raises ValueError or OSError naming the address.
+        """
+        path = self.folder / shard["file"]
+        if self.address is not None and not (path.is_file() and path.stat().st_size == shard["bytes"]):
+            download(address_of(self.address, shard["file"]), path, shard["bytes"], shard["sha256"])
+        return path
+
     def _open_map(self, shard: int) -> np.ndarray:
-        return np.memmap(self.folder / self.shards[shard]["file"], np.uint8, "r")
+        return np.memmap(self.file(self.shards[shard]), np.uint8, "r")
 
     def record(self, index: int) -> Record:
         """Tokens uint16 (n, T) and labels int32 (n,) of one record, as views of the file: read-only."""
@@ -154,7 +173,7 @@ class Split:
         return pixels, labels
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.name, self.folder, self.shards, self.positions
+        return self.name, self.folder, self.shards, self.positions, self.address
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
@@ -163,7 +182,8 @@ class Split:
 class ShardSet:
     """A whole shard set, opened. Use `open_shard_set`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], palette: np.ndarray) -> None:
+    def __init__(self, path: Path | str, manifest: dict[str, Any], palette: np.ndarray) -> None:
+        """path: the folder, or the address."""
         self.path, self.manifest, self.palette = path, manifest, palette
         self.digest: str = manifest_digest(manifest)
         self.name: str = manifest["source"]["name"]
@@ -172,19 +192,21 @@ class ShardSet:
         self.colors: int = manifest["palette"]["colors"]
         self.palette_sha256: str = manifest["palette"]["sha256"]
         self.splits: list[str] = list(manifest["splits"])
+        self.address = path if isinstance(path, str) else None
 
     def split(self, name: str) -> Split:
         """Raises ValueError naming the splits there are."""
         if name not in self.manifest["splits"]:
             raise ValueError(f"{self.path} has no split {name!r}; it has {', '.join(self.splits)}.")
-        return Split(name, self.path, self.manifest["splits"][name]["shards"], self.resolution**2)
+        folder = self.path if isinstance(self.path, Path) else cache_folder(self.digest)
+        return Split(name, folder, self.manifest["splits"][name]["shards"], self.resolution**2, self.address)
 
     def verify(self, splits: Iterable[str] | None = None, advance: Callable[[int], None] = lambda images: None) -> None:
         """Re-reads all that the manifest promises of some splits (all, when left out).
 
-        That is each shard's bytes against its digest, each record's place, kind and shape, every token's and
-        label's range. `advance` is told the images of each shard read. Raises ValueError naming the first
-        file at fault.
+        That is each shard's bytes against its digest, each record's place, kind, shape and checksum, every
+        token's and label's range. `advance` is told the images of each shard read. Raises ValueError naming the
+        first file at fault.
         """
         for name in self.splits if splits is None else splits:
             split = self.split(name)
@@ -193,12 +215,12 @@ class ShardSet:
                 advance(shard["images"])
 
     def _verify_shard(self, split: Split, shard: dict[str, Any]) -> None:
-        path = self.path / shard["file"]
+        path = split.file(shard)
         if file_sha256(path) != shard["sha256"]:
             raise ValueError(f"{path} does not have the sha256 that {MANIFEST} records; it was changed or damaged.")
-        promised = zip(shard["record_images"], shard["pixels_offsets"], shard["labels_offsets"], strict=True)
+        promised = zip(*(shard[key] for key in RECORD_KEYS), strict=True)
         found = _records_by_reading(path)
-        for number, (images, pixels_offset, labels_offset) in enumerate(promised):
+        for number, (images, pixels_offset, labels_offset, crc32) in enumerate(promised):
             pixels, labels, offsets = next(found, (None, None, None))
             place = f"{path}, record {number}"
             if offsets != (pixels_offset, labels_offset):
@@ -214,6 +236,8 @@ class ShardSet:
                 raise ValueError(f"{place} has token {pixels.max()}; the palette has {self.colors} colours.")
             if labels.size and not -1 <= labels.min() <= labels.max() < len(self.classes):
                 raise ValueError(f"{place} has a label outside -1 to {len(self.classes) - 1}.")
+            if record_crc32(pixels, labels) != crc32:
+                raise ValueError(f"{place} does not have the checksum that {MANIFEST} records.")
         if next(found, None) is not None:
             raise ValueError(f"{path} holds more records than {MANIFEST} says.")
 
@@ -238,48 +262,87 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def open_shard_set(path: Path) -> ShardSet:
-    """Opens a finished shard set, checking what is cheap: the manifest, the palette, each file's presence and size.
+def cache_folder(digest: str) -> Path:
+    """Where the files of the remote set of that digest are kept: below $IGPT_CACHE, or ~/.cache/image-gpt."""
+    root = os.environ.get(CACHE_VARIABLE)
+    return (Path(root) if root else Path.home() / ".cache" / "image-gpt") / digest
 
-    Raises ValueError naming the folder or file that is missing, foreign, truncated or of another set.
+
+def open_shard_set(path: Path | str) -> ShardSet:
+    """Opens a finished shard set in a folder or at an address (https://host/set, s3://..., pipe:cat /mnt/set/{}).
+
+    What is cheap is checked: the manifest, the palette and, in a folder, each file's presence and size. Raises
+    ValueError naming the folder or file that is missing, foreign, truncated or of another set.
     """
-    path = Path(path)
+    remote = is_remote(str(path))
+    manifest, where = _read_remote_manifest(str(path)) if remote else _read_manifest(Path(path))
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{where} is not a manifest of format {FORMAT}, version {VERSION}.")
+    try:
+        _check_manifest(manifest, where)
+        if remote:
+            return ShardSet(str(path), manifest, _read_remote_palette(str(path), manifest))
+        _check_files(Path(path), manifest)
+        return ShardSet(Path(path), manifest, _read_palette(Path(path), manifest))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is incomplete ({error!r}); it was changed after it was written.") from error
+
+
+def _read_manifest(path: Path) -> tuple[Any, str]:
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; a shard set is a folder that `python -m data_prep shards` wrote.")
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{path} has no {MANIFEST}; it is no shard set, or one whose preparation did not finish.")
-    manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path / MANIFEST} is not a manifest of format {FORMAT}, version {VERSION}.")
+    return read_json(path / MANIFEST), str(path / MANIFEST)
+
+
+def _read_remote_manifest(address: str) -> tuple[Any, str]:
+    where = address_of(address, MANIFEST)
     try:
-        palette = _checked_palette(path, manifest)
-        _check_files(path, manifest)
-        return ShardSet(path, manifest, palette)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path / MANIFEST} is incomplete ({error!r}); it was changed after it was written."
-        ) from error
+        return json.loads(read_remote(where)), where
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is not readable as JSON ({error}); it was damaged after it was written.") from error
 
 
-def _checked_palette(path: Path, manifest: dict[str, Any]) -> np.ndarray:
-    promised = manifest["palette"]
-    palette = load_palette(path / PALETTE, promised["colors"], key="the palette")
-    if palette_sha256(palette) != promised["sha256"]:
-        raise ValueError(
-            f"{path / PALETTE} has sha256 {palette_sha256(palette)}, {MANIFEST} names {promised['sha256']}; "
-            "it is another set's palette."
-        )
+def _read_palette(path: Path, manifest: dict[str, Any]) -> np.ndarray:
+    palette = load_palette(path / PALETTE, manifest["palette"]["colors"], key="the palette")
+    return _checked_palette(palette, str(path / PALETTE), manifest)
+
+
+def _read_remote_palette(address: str, manifest: dict[str, Any]) -> np.ndarray:
+    where = address_of(address, PALETTE)
+    content = read_remote(where)
+    try:
+        palette = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{where} is not readable as .npy ({error}).") from error
+    return _checked_palette(palette, where, manifest)
+
+
+def _checked_palette(palette: np.ndarray, where: str, manifest: dict[str, Any]) -> np.ndarray:
+    found, promised = palette_sha256(palette), manifest["palette"]["sha256"]
+    if found != promised or palette.shape != (manifest["palette"]["colors"], 3):
+        raise ValueError(f"{where} has sha256 {found}, {MANIFEST} names {promised}; it is another set's palette.")
     return palette
+
+
+def _check_manifest(manifest: dict[str, Any], where: str) -> None:
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            if not shard.keys() >= SHARD_KEYS:
+                raise KeyError(*sorted(SHARD_KEYS - shard.keys()))
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"{where} names a file {shard['file']!r}; it must lie beside {MANIFEST}.")
+        counts = [shard["images"] for shard in split["shards"]]
+        of_records = [sum(shard["record_images"]) for shard in split["shards"]]
+        lengths = {tuple(len(shard[key]) for key in RECORD_KEYS) for shard in split["shards"]}
+        if sum(counts) != split["images"] or counts != of_records or any(len(set(found)) > 1 for found in lengths):
+            raise ValueError(f"{where} contradicts itself; it was changed after it was written.")
 
 
 def _check_files(path: Path, manifest: dict[str, Any]) -> None:
     for split in manifest["splits"].values():
-        counts = [shard["images"] for shard in split["shards"]]
-        if sum(counts) != split["images"] or counts != [sum(shard["record_images"]) for shard in split["shards"]]:
-            raise ValueError(f"{path / MANIFEST} contradicts itself; it was changed after it was written.")
         for shard in split["shards"]:
-            if not shard.keys() >= SHARD_KEYS:
-                raise KeyError(*sorted(SHARD_KEYS - shard.keys()))
             file = path / shard["file"]
             if not file.is_file():
                 raise ValueError(f"{file} is missing; copy the shard set again, or delete and prepare it again.")

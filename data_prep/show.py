@@ -19,7 +19,7 @@ TEXT = 14
 GAP = 6
 
 
-def draw(path: Path, split: str, images: int, out: Path) -> None:
+def draw(path: Path | str, split: str, images: int, out: Path) -> None:
     """Writes the first images of a split as PNG: each pair is the source's view and the stored image."""
     if images < 1:
         raise ValueError(f"--images is {images}; it must be at least 1.")

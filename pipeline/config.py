@@ -51,7 +51,8 @@ class DataConfig:
     """Where the tokens come from."""
 
     shards: str | None = None
-    """Folder of a shard set (python -m data_prep shards)."""
+    """Folder of a shard set (python -m data_prep shards), or its address: https://host/set, s3://bucket/set,
+    hf://datasets/owner/name/set, pipe:ssh store cat /sets/{}; train is then streamed."""
     flip: bool = False
     """Mirror half of the training pictures, drawn by seed and position."""
     reflect_crop: int = 0

@@ -97,7 +97,7 @@ def load_weights(checkpoint: Checkpoint) -> GPT2LMHeadModel:
 @torch.no_grad()
 def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) -> None:
     """Meets the probe batch's stored loss again, if the run's shard set is still where it was."""
-    shards_path = Path(read_json(run / RECORD_FILE)["shards"]["path"])
+    shards_path = read_json(run / RECORD_FILE)["shards"]["path"]
     try:
         shards = open_shard_set(shards_path)
     except (ValueError, OSError):

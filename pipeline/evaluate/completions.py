@@ -114,8 +114,8 @@ def summary(result: dict[str, Any]) -> str:
 class Command:
     """What to complete and where the figure goes."""
 
-    shards: Path
-    """The shard set whose pictures are completed."""
+    shards: str
+    """The shard set whose pictures are completed: a folder or an address."""
     out: Path
     """The PNG to write."""
     seed: int = 0

@@ -33,8 +33,8 @@ TASKS = {
 class Command:
     """What to measure and where the results go."""
 
-    shards: Path
-    """The shard set to measure on."""
+    shards: str
+    """The shard set to measure on: a folder or an address."""
     out: Path
     """The folder of results."""
     tasks: str = ",".join(TASKS)

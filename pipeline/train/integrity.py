@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_prep.files import file_sha256
-from data_prep.shards import ShardSet
+from data_prep.shards import ShardSet, Split
 from pipeline.train.ranks import Ranks, failing_together, from_first
 from pipeline.train.run_folder import RunFolder
 
@@ -14,9 +14,14 @@ def verify_shards(shards: ShardSet, folder: RunFolder, ranks: Ranks) -> None:
     """Compares every shard of train and valid with its sha256; the ranks share the reading.
 
     A file that an earlier start of the run verified, and whose size and time are the same, is not read again.
-    The shard set
-    must be the same files on every node. Raises ValueError on every rank, naming the file.
+    The shard set must be the same files on every node. Of a remote set, valid is copied to where every node finds
+    it, and checked by that; train is checked record by record as it is streamed. Raises ValueError on every rank,
+    naming the file.
     """
+    if shards.address is not None:
+        fetch_valid(shards.split("valid"), ranks)
+        return
+    place = Path(shards.path)
     promised = {
         shard["file"]: shard["sha256"]
         for name in ("train", "valid")
@@ -26,18 +31,30 @@ def verify_shards(shards: ShardSet, folder: RunFolder, ranks: Ranks) -> None:
     with failing_together():
         if ranks.is_first:
             known = folder.recall(VERIFIED) or {}
-            todo = [name for name in sorted(promised) if known.get(name) != _signature(shards.path / name)]
+            todo = [name for name in sorted(promised) if known.get(name) != _signature(place / name)]
     todo = from_first(todo)
     with failing_together():
         for name in todo[ranks.rank :: ranks.count]:
-            if file_sha256(shards.path / name) != promised[name]:
+            if file_sha256(place / name) != promised[name]:
                 raise ValueError(
-                    f"{shards.path / name} is not what was written (its sha256 differs from shards.json); delete "
+                    f"{place / name} is not what was written (its sha256 differs from shards.json); delete "
                     f"the shard set and prepare it again."
                 )
     with failing_together():
         if ranks.is_first:
-            folder.note("running", **{VERIFIED: {name: _signature(shards.path / name) for name in promised}})
+            folder.note("running", **{VERIFIED: {name: _signature(place / name) for name in promised}})
+
+
+def fetch_valid(split: Split, ranks: Ranks) -> None:
+    """Copies the shards of a remote split into the cache: shared between all ranks, where nodes share the cache, and
+    what is still missing then by each node's first rank. Raises ValueError or OSError on every rank."""
+    with failing_together():
+        for shard in split.shards[ranks.rank :: ranks.count]:
+            split.file(shard)
+    with failing_together():
+        if ranks.local_rank == 0:
+            for shard in split.shards:
+                split.file(shard)
 
 
 def _signature(path: Path) -> list[int]:

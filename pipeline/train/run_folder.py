@@ -98,7 +98,7 @@ class RunFolder:
             "changes": {key: list(pair) for key, pair in changes.items()},
         }
         self._record["shards"] = {
-            "path": str(shards.path.resolve()),
+            "path": shards.address or str(Path(shards.path).resolve()),
             "digest": shards.digest,
             "palette_sha256": shards.palette_sha256,
             "source": shards.name,

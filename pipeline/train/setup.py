@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from transformers import GPT2Config
@@ -58,7 +57,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     """Opens the shard set and checks everything against it. Raises ValueError naming the key."""
     if config.data.shards is None:
         raise ValueError("data.shards is not set; give the folder of a shard set (python -m data_prep shards).")
-    shards = open_shard_set(Path(config.data.shards))
+    shards = open_shard_set(config.data.shards)
     if shards.resolution != config.model.resolution:
         raise ValueError(
             f"model.resolution is {config.model.resolution}; it must be {shards.resolution}, the resolution of the "

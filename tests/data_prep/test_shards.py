@@ -154,7 +154,7 @@ def adopt(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def drop_last_record(shard: dict[str, Any]) -> None:
-    for key in ("record_images", "pixels_offsets", "labels_offsets"):
+    for key in ("record_images", "pixels_offsets", "labels_offsets", "record_crc32"):
         shard[key].pop()
     shard["images"] = sum(shard["record_images"])
 
