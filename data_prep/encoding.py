@@ -87,7 +87,12 @@ def encoded(job: Job, split: str, views: Sequence[np.ndarray], labels: np.ndarra
         return Outcome(split, np.empty((0, resolution**2), np.uint16), np.empty(0, np.int32), 0)
     pixels = np.stack(views)  # (n, R, R, 3)
     tokens = encode(pixels, job.table)  # (n, T)
-    difference = pixels.astype(np.int32) - decode(tokens, job.palette, resolution)
-    return Outcome(
-        split, tokens, labels.astype(np.int32), 0, squared_error=int(np.square(difference).sum(dtype=np.int64))
-    )
+    stored = decode(tokens, job.palette, resolution)
+    return Outcome(split, tokens, labels.astype(np.int32), 0, squared_error=squared_error(pixels, stored))
+
+
+def squared_error(pixels: np.ndarray, stored: np.ndarray) -> int:
+    """Summed over all channels of pictures uint8 (n, R, R, 3); exact: OpenCV adds whole numbers."""
+    import cv2
+
+    return int(cv2.norm(pixels.reshape(len(pixels), -1), stored.reshape(len(stored), -1), cv2.NORM_L2SQR))

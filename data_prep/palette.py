@@ -168,4 +168,4 @@ def encode(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
 def decode(tokens: np.ndarray, palette: np.ndarray, resolution: int) -> np.ndarray:
     """Tokens (..., T) to pictures uint8 (..., H, W, 3), with H = W = resolution."""
     colors = np.rint(127.5 * (palette.astype(np.float64) + 1)).astype(np.uint8)
-    return colors[tokens].reshape(*tokens.shape[:-1], resolution, resolution, 3)
+    return np.take(colors, tokens, axis=0).reshape(*tokens.shape[:-1], resolution, resolution, 3)

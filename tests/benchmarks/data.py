@@ -1,0 +1,125 @@
+"""Pictures to shards, against the straightforward peer: Pillow and ImageGPTImageProcessor, a picture at a time."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_prep.config import SourceConfig
+from data_prep.decoding import Decoder
+from data_prep.palette import save_palette
+from data_prep.sources import open_source
+
+PHOTOGRAPH = (500, 375)
+PHOTOGRAPHS = 5_000
+SMALL = 10_000
+PEER_PICTURES = 600
+ROOT = Path(__file__).parents[2]
+
+
+class Run(NamedTuple):
+    """What a preparation took."""
+
+    pictures: int
+    seconds: float
+    megabytes: float
+    """The largest resident set among its processes."""
+
+    @property
+    def rate(self) -> float:
+        return self.pictures / self.seconds
+
+
+def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """JPEGs of `size`, each a window of an embedded photograph: folder/train/<class>/<number>.jpg."""
+    windows = open_source(SourceConfig(kind="photographs", train_per_class=-(-count // 10))).splits["train"]
+    decode = Decoder()
+    for number in range(count):
+        index = number * len(windows) // count
+        file = folder / f"train/{windows.labels[index]}/{number:06d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        window = Image.fromarray(windows.picture(index, decode))
+        window.resize(size, Image.Resampling.BICUBIC).save(file, quality=90)
+
+
+def small_pictures(folder: Path) -> tuple[str, Path]:
+    """CIFAR-10 as JPEG where the environment names its archive, else windows of photographs; and what they are."""
+    archive = os.environ.get("CIFAR10_JPEG")
+    if archive is None:
+        write_photographs(folder, SMALL, (32, 32))
+        return f"{SMALL:,} JPEGs of 32x32", folder
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return "CIFAR-10 (JPEG copy)", folder
+
+
+def prepare(pictures: Path, palette: Path, out: Path, workers: int, options: Sequence[object] = ()) -> Run:
+    """`python -m data_prep shards` at 32x32 with a given palette, as a user runs it."""
+    command = [sys.executable, "-m", "data_prep", "shards", "--source.kind", "image_folder", "--source.path", pictures]
+    command += ["--palette.file", palette, "--workers", workers, "--out", out, *options]
+    began = time.perf_counter()
+    program = (
+        "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, command)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - began
+    count = sum(1 for _ in pictures.glob("t*/*/*"))
+    return Run(count, seconds, int(done.stderr.split()[-1]) / 1024)
+
+
+def peer(pictures: Path, palette: np.ndarray) -> float:
+    """Pictures a second of the peer, in one process with one thread."""
+    from threadpoolctl import threadpool_limits
+    from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
+
+    processor = ImageGPTImageProcessorPil(clusters=palette, size={"height": 32, "width": 32})
+    files = sorted(pictures.glob("train/*/*"))[:PEER_PICTURES]
+    contents = [file.read_bytes() for file in files]
+    began = time.perf_counter()
+    with threadpool_limits(1):
+        for content in contents:
+            processor(Image.open(io.BytesIO(content)).convert("RGB"))
+    return len(contents) / (time.perf_counter() - began)
+
+
+def preparation(folder: Path) -> list[str]:
+    """Rows of the table: pictures a second and memory, with 1 and 2 processes."""
+    palette = np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32)
+    save_palette(folder / "palette.npy", palette)
+    small_name, small = small_pictures(folder / "small")
+    large = folder / "large"
+    write_photographs(large, PHOTOGRAPHS, PHOTOGRAPH)
+    large_name = f"{PHOTOGRAPHS:,} JPEGs of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}"
+    rows = []
+    for name, pictures, options in (
+        (small_name, small, []),
+        (f"{large_name}, exact", large, []),
+        (f"{large_name}, scaled decode", large, ["--views.scaled_decode", "true"]),
+    ):
+        theirs = peer(pictures, palette)
+        for workers in (1, 2):
+            out = folder / f"{len(rows)}"
+            run = prepare(pictures, folder / "palette.npy", out, workers, options)
+            cores = f"{workers} process{'es' if workers > 1 else ''}"
+            rows.append(
+                f"| {name} | {cores} | {run.rate:,.0f} | {run.megabytes:,.0f} | {theirs:,.0f} | "
+                f"{run.rate / theirs:.1f} | {run.rate / theirs / workers:.1f} |"
+            )
+    return rows
+
+
+HEAD = (
+    "| pictures to shards at 32x32 | ours with | pictures/s | MB, largest process | "
+    "Pillow + ImageGPTImageProcessor, one thread | ratio | a core |\n|---|---|---|---|---|---|---|"
+)
