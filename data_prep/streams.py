@@ -1,7 +1,7 @@
 """A piece of a stream, such as one tar, to shards: one worker reads it once, from beginning to end, in flat memory.
 
 Which pictures are held out for validation is drawn for each picture by its place, since the number of pictures is
-unknown until the end. The images of each split are shuffled in blocks as large as a shard.
+unknown until the end. The images of each split are shuffled in blocks of BLOCK_IMAGES.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,14 @@ import numpy as np
 
 from data_prep.decoding import BadPicture
 from data_prep.encoding import Job, Outcome, encoded, samples
-from data_prep.plan import IMAGES_PER_SHARD, Plan, Unit
+from data_prep.plan import Plan, Unit
 from data_prep.seeding import generator
 from data_prep.shards import IMAGES_PER_RECORD
 from data_prep.skips import DAMAGED_TAR, Skip, skip
 from data_prep.views import EVALUATION
+
+BLOCK_IMAGES = 8 * IMAGES_PER_RECORD
+"""Training mixes many more, so a block needs only be large enough to part neighbours, and is held in memory."""
 
 View = tuple[str, np.ndarray, int]
 """The split of the shard set, the view uint8 (R, R, 3), its label."""
@@ -79,7 +82,7 @@ def encode_stream(job: Job, unit: Unit) -> Iterator[Outcome]:
         block = blocks.setdefault(outcome.split, _Block())
         block.add(outcome)
         yield replace(outcome, tokens=outcome.tokens[:0], labels=outcome.labels[:0])
-        if block.images >= IMAGES_PER_SHARD:
+        if block.images >= BLOCK_IMAGES:
             yield from _shuffled(job, unit, outcome.split, block)
     for split, block in blocks.items():
         if block.images:

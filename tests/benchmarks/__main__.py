@@ -16,6 +16,8 @@ from data_prep.shards import MANIFEST, open_shard_set
 from pipeline.config import BatchConfig, ModelConfig, ScheduleConfig, TrainConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.train.batches import ImageOrder, TrainingBatches
+from tests.benchmarks.data import HEAD as PREPARATION_HEAD
+from tests.benchmarks.data import preparation
 from tests.launch import run
 
 REPEATS = 5
@@ -151,6 +153,9 @@ def main() -> None:
                 f"| {row.what} | {row.unit} | {row.ours:.4g} | {row.peer} | {row.theirs:.4g} | {ratio:.2f} |",
                 flush=True,
             )
+        print(f"\n{PREPARATION_HEAD}", flush=True)
+        for line in preparation(Path(folder)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

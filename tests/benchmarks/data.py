@@ -6,8 +6,9 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +94,7 @@ def peer(pictures: Path, palette: np.ndarray) -> float:
     return len(contents) / (time.perf_counter() - began)
 
 
-def preparation(folder: Path) -> list[str]:
+def preparation(folder: Path) -> Iterator[str]:
     """Rows of the table: pictures a second and memory, with 1 and 2 processes."""
     palette = np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32)
     save_palette(folder / "palette.npy", palette)
@@ -101,7 +102,6 @@ def preparation(folder: Path) -> list[str]:
     large = folder / "large"
     write_photographs(large, PHOTOGRAPHS, PHOTOGRAPH)
     large_name = f"{PHOTOGRAPHS:,} JPEGs of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}"
-    rows = []
     for name, pictures, options in (
         (small_name, small, []),
         (f"{large_name}, exact", large, []),
@@ -109,14 +109,13 @@ def preparation(folder: Path) -> list[str]:
     ):
         theirs = peer(pictures, palette)
         for workers in (1, 2):
-            out = folder / f"{len(rows)}"
-            run = prepare(pictures, folder / "palette.npy", out, workers, options)
+            with TemporaryDirectory(dir=folder) as out:
+                run = prepare(pictures, folder / "palette.npy", Path(out) / "set", workers, options)
             cores = f"{workers} process{'es' if workers > 1 else ''}"
-            rows.append(
+            yield (
                 f"| {name} | {cores} | {run.rate:,.0f} | {run.megabytes:,.0f} | {theirs:,.0f} | "
                 f"{run.rate / theirs:.1f} | {run.rate / theirs / workers:.1f} |"
             )
-    return rows
 
 
 HEAD = (
