@@ -1,15 +1,16 @@
 """Encoded pictures to RGB: simplejpeg where it gives what Pillow would, Pillow for everything else."""
 
 import io
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 Reason = Literal["not a picture", "truncated", "damaged", "too large", "empty", "unreadable", "damaged tar"]
 """Why something was skipped. unreadable: its bytes could not be had; damaged tar: all after this place is lost."""
@@ -17,17 +18,16 @@ Reason = Literal["not a picture", "truncated", "damaged", "too large", "empty", 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 """What Pillow is asked for. Not among them: formats without a signature, which noise can pass for, and EPS, which
 Pillow hands to Ghostscript to run."""
-MAGICS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
-"""How files begin that are pictures, or were."""
-SHORTEST_HEADER = 32
-"""Bytes that the shortest whole header takes."""
-ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n": b"IEND"}
-"""By signature: what the last bytes of a whole file hold."""
+JPEG_MAGIC = b"\xff\xd8\xff"
+END_MARKS = {JPEG_MAGIC: b"\xff\xd9", b"\x89PNG\r\n": b"IEND", b"GIF8": b";"}
+"""How files begin: what a whole one has at its end."""
+END_WITHIN = 64
+"""Bytes from a file's end in which the mark may stand: some writers add a few."""
+TIFF_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
 MAX_PIXELS = 178_956_970
 """Where Pillow takes a picture for a decompression bomb and refuses it."""
 MAX_SCANNED = 16 * MAX_PIXELS
 """Pixels of a progressive JPEG times its scans, of which ten are usual: each scan costs a walk over all pixels."""
-JPEG_MAGIC = b"\xff\xd8\xff"
 START_OF_SCAN, APP1, PROGRESSIVE = 0xDA, 0xE1, (0xC2, 0xCA)
 """JPEG markers; PROGRESSIVE are those of frames with Huffman and with arithmetic codes."""
 EXIF_MAGIC = b"Exif\0\0"
@@ -79,18 +79,19 @@ class Decoder:
         segments = list(jpeg_segments(content))
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
-            if any(marker in PROGRESSIVE for marker, _ in segments):
-                scans = content.count(bytes([0xFF, START_OF_SCAN]))
-                if scans * height * width > MAX_SCANNED:
-                    raise BadPicture(name, "too large", f"{scans:,} scans of {width}x{height} pixels")
-            if colorspace in ("CMYK", "YCCK") or height * width > MAX_PIXELS:
-                return None
-            smallest = {}
-            if self.smallest_side:
-                smallest = {"min_height": self.smallest_side, "min_width": self.smallest_side, "min_factor": 2}
+        except ValueError:
+            return None
+        if any(marker in PROGRESSIVE for marker, _ in segments):
+            scans = content.count(bytes([0xFF, START_OF_SCAN]))
+            if scans * height * width > MAX_SCANNED:
+                raise BadPicture(name, "too large", f"{scans:,} scans of {width}x{height} pixels")
+        if colorspace in ("CMYK", "YCCK") or height * width > MAX_PIXELS:
+            return None
+        smallest = {}
+        if self.smallest_side:
+            smallest = {"min_height": self.smallest_side, "min_width": self.smallest_side, "min_factor": 2}
+        try:
             picture = simplejpeg.decode_jpeg(content, "RGB", **smallest)
-        except BadPicture:
-            raise
         except (ValueError, MemoryError):
             return None
         return _turned(picture, jpeg_orientation(content, segments))
@@ -116,9 +117,7 @@ def jpeg_orientation(content: bytes, segments: Iterable[tuple[int, bytes]]) -> i
     told = (part for marker, part in segments if marker == APP1)
     if not any(part.startswith(EXIF_MAGIC) or XMP_ORIENTATION in part for part in told):
         return 1
-    from PIL import Image
-
-    with suppress(Exception), Image.open(io.BytesIO(content)) as image:  # damaged Exif does not spoil the picture
+    with suppress(Exception), _opened(content) as image:  # a damaged Exif block does not spoil the picture
         return int(image.getexif().get(ORIENTATION, 1))
     return 1
 
@@ -134,45 +133,80 @@ def _turned(picture: np.ndarray, orientation: int) -> np.ndarray:
     return picture
 
 
+@contextmanager
+def _opened(content: bytes) -> Iterator["PIL.Image.Image"]:
+    """Opens a picture with Pillow, quietly: what matters it raises."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            yield image
+
+
 def _by_pillow(content: bytes, name: str) -> np.ndarray:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                image.load()
-                with suppress(Exception):  # a damaged EXIF block does not spoil the picture
-                    ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-                    return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        with _opened(content) as image:
+            image.load()
+            with suppress(Exception):  # a damaged Exif block does not spoil the picture
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UnidentifiedImageError as error:
-        if _cut_short(content):
-            raise BadPicture(name, "truncated", "it is shorter than its header says") from error
-        if content.startswith(MAGICS):
-            raise BadPicture(name, "damaged", "its header can't be read") from error
-        raise BadPicture(name, "not a picture", f"none of {', '.join(FORMATS)}") from error
+        reason = _without_header(content)
+        detail = f"none of {', '.join(FORMATS)}" if reason == "not a picture" else "its header can't be read"
+        raise BadPicture(name, reason, detail) from error
     except Image.DecompressionBombError as error:
         raise BadPicture(name, "too large", str(error)) from error
     except MemoryError as error:
         raise BadPicture(name, "too large", "it does not fit in memory") from error
-    except (EOFError, struct.error, zlib.error) as error:
-        raise BadPicture(name, "truncated", str(error)) from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         detail = str(error) or type(error).__name__
-        raise BadPicture(name, _reason(content, detail), detail) from error
+        if "Decompressed data too large" in detail:  # a text or a colour profile within a PNG
+            raise BadPicture(name, "too large", detail) from error
+        said = any(word in detail for word in ("truncated", "Truncated", "EOF", "not enough image data"))
+        raise BadPicture(name, "truncated" if said or _cut_short(content) else "damaged", detail) from error
+
+
+def _without_header(content: bytes) -> Reason:
+    """What is wrong with a file that Pillow takes for none of the formats."""
+    if _cut_short(content):
+        return "truncated"
+    known = content.startswith((*END_MARKS, *TIFF_ORDERS)) or _is_webp(content) or _is_boxed(content)
+    return "damaged" if known else "not a picture"
 
 
 def _cut_short(content: bytes) -> bool:
-    """Whether a file that has a picture's signature, or the beginning of one, ends before its header does."""
-    return len(content) < SHORTEST_HEADER and any(
-        content.startswith(magic) or magic.startswith(content) for magic in MAGICS
-    )
+    """Whether a file that can't be decoded lacks its end, by what its format says of lengths and ends."""
+    for magic, mark in END_MARKS.items():
+        if content.startswith(magic):
+            return mark not in content[-END_WITHIN:]
+    if _is_webp(content):
+        return int.from_bytes(content[4:8], "little") + 8 > len(content)
+    for magic, order in TIFF_ORDERS.items():
+        if content.startswith(magic):  # the directory of its pictures is mostly at its end
+            return int.from_bytes(content[4:8], order) + 2 > len(content)
+    return _is_boxed(content) and _end_of_boxes(content) > len(content)
 
 
-def _reason(content: bytes, detail: str) -> Reason:
-    """Truncated, if the decoder says so or a JPEG or PNG lacks its end; damaged otherwise."""
-    said = any(word in detail.lower() for word in ("truncated", "not enough data", "end of file", "unexpected end"))
-    ending = next((end for magic, end in ENDINGS.items() if content.startswith(magic)), None)
-    return "truncated" if said or (ending is not None and ending not in content[-64:]) else "damaged"
+def _is_webp(content: bytes) -> bool:
+    return content.startswith(b"RIFF") and b"WEBP".startswith(content[8:12])
+
+
+def _is_boxed(content: bytes) -> bool:
+    """Whether it begins as AVIF or JPEG 2000 do."""
+    return content[4:12] in (b"ftypavif", b"ftypavis", b"jP  \r\n\x87\n")
+
+
+def _end_of_boxes(content: bytes) -> int:
+    """Where the boxes of an ISO media file end, by their own lengths."""
+    place = 0
+    while place + 8 <= len(content):
+        length = int.from_bytes(content[place : place + 4], "big")
+        if length < 8:  # 0: to the file's end; 1: longer than four bytes can say
+            return len(content)
+        place += length
+    return place if place >= len(content) else len(content) + 1
