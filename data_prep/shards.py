@@ -131,6 +131,8 @@ class Split:
             for number, shard in enumerate(shards)
             for pixels, labels in zip(shard["pixels_offsets"], shard["labels_offsets"], strict=True)
         ]
+        self.shard_starts = np.concatenate([[0], np.cumsum([len(shard["record_images"]) for shard in shards])])
+        """The first record of each shard."""
         self._map = lru_cache(maxsize=OPEN_SHARDS)(self._open_map)
 
     def file(self, shard: dict[str, Any]) -> Path:

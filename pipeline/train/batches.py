@@ -8,6 +8,7 @@ local. The whole state of the loader is the position, "images seen".
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,32 @@ from pipeline.train.augmentation import Augmentation, Changes
 WINDOW_RECORDS = 64
 """Records that are mixed with each other: up to 16,384 pictures."""
 FINGERPRINT_IMAGES = 64
+STREAMED = "streamed/"
+"""Begins the fingerprint of a stream's order, before the number of its ranks."""
+
+
+class Order(Protocol):
+    """Which pictures a run reads when; what the run's checkpoints must agree with."""
+
+    def fingerprint(self, position: int) -> str:
+        """Tells this order from others, from a position on."""
+        ...
+
+    def moved_from(self, recorded: str, position: int) -> str | None:
+        """What to say of a run with another fingerprint that can go on all the same; None if it can't."""
+        ...
+
+
+class Batches(Protocol):
+    """A data-parallel rank's share of each batch."""
+
+    def at(self, position: int, global_size: int) -> np.ndarray:
+        """This rank's share of the global batch that starts at `position`: uint16 (global_size / ranks, T)."""
+        ...
+
+    def close(self) -> None:
+        """Ends the reading thread."""
+        ...
 
 
 class ImageOrder:
@@ -52,6 +79,15 @@ class ImageOrder:
         """Digest of the next few pictures; a change of the generator's algorithm would change it."""
         indices, changes = self.at(position, FINGERPRINT_IMAGES)
         return hashlib.sha256(indices.tobytes() + self.augmentation.bytes_of(changes)).hexdigest()[:16]
+
+    def moved_from(self, recorded: str, position: int) -> str | None:
+        """What to say of a run that was streamed so far; None for one that read by index in another order."""
+        if not recorded.startswith(STREAMED):
+            return None
+        return (
+            "the run was streamed so far and is read by index now; from here to the end of the epoch some pictures "
+            "are read again and others left out"
+        )
 
     def _new_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Records in their order of this epoch, and the place in the epoch at which each window starts."""

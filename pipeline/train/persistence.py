@@ -9,7 +9,7 @@ from transformers import GPT2Config
 from data_prep.shards import ShardSet, Split
 from pipeline.config import TrainConfig
 from pipeline.train import checkpoints
-from pipeline.train.batches import ImageOrder
+from pipeline.train.batches import Order
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord
 from pipeline.train.engine import Engine
 from pipeline.train.ranks import Ranks, failing_together, first_word, from_first, gather
@@ -36,7 +36,7 @@ class Store:
     config: TrainConfig
     model_config: GPT2Config
     shards: ShardSet
-    order: ImageOrder
+    order: Order
     probe: Split
     ranks: Ranks
 
@@ -121,11 +121,16 @@ class Store:
         record = checkpoint.record
         made_with = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
         check_shards(made_with, self.shards, checkpoint.folder)
-        if self.order.fingerprint(record.images) != record.order_fingerprint:
+        if self.order.fingerprint(record.images) == record.order_fingerprint:
+            return
+        moved = self.order.moved_from(record.order_fingerprint, record.images)
+        if moved is None:
             raise ValueError(
                 f"{checkpoint.folder} goes on with other pictures than this run would read next; seed, data.flip "
                 f"and data.reflect_crop must be those of the run, and numpy must draw as it did."
             )
+        if self.ranks.is_first:
+            print(f"WARNING: {moved}", flush=True)
 
     def _record(self, progress: Progress, probe: float, files: dict[str, dict[str, object]]) -> CheckpointRecord:
         return CheckpointRecord(

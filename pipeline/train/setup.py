@@ -10,12 +10,14 @@ from data_prep.shards import ShardSet, Split, open_shard_set
 from pipeline.config import TrainConfig
 from pipeline.model.gpt import gpt2_config
 from pipeline.train.augmentation import Augmentation
-from pipeline.train.batches import ImageOrder, TrainingBatches
+from pipeline.train.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import StopRequests
 from pipeline.train.persistence import Progress, Store
 from pipeline.train.ranks import Ranks, failing_together
 from pipeline.train.run_folder import RunFolder
+from pipeline.train.stream_order import StreamOrder
+from pipeline.train.streaming import GUARANTEES, AgreedBatches, StreamedBatches
 from pipeline.train.summary import Throughput, describe
 from pipeline.train.telemetry import RunTelemetry, Telemetry
 
@@ -45,7 +47,7 @@ class Session:
     """What the loop holds between two steps."""
 
     engine: Engine
-    batches: TrainingBatches
+    batches: Batches
     store: Store
     telemetry: Telemetry
     throughput: Throughput
@@ -66,6 +68,11 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     for name in ("train", "valid"):
         if shards.split(name).images == 0:
             raise ValueError(f"{shards.path} has no pictures in its split {name!r}; training reads train and valid.")
+    if shards.address is not None and shards.split("train").images < ranks.count:
+        raise ValueError(
+            f"{shards.path} has {shards.split('train').images} pictures in its split 'train'; streamed to "
+            f"{ranks.count} ranks it needs one for each at least."
+        )
     config.accumulation_steps(ranks.count)
     return Inputs(config, gpt2_config(config.model, shards.colors), shards, ranks)
 
@@ -75,17 +82,30 @@ def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests) -> Session:
     config, shards, ranks = inputs.config, inputs.shards, inputs.ranks
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = build_engine(config, inputs.model_config, ranks)
-    augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
-    order = ImageOrder(inputs.train_split.record_images, config.seed, augmentation)
+    order, batches = choose_reader(inputs, engine)
     store = Store(folder.checkpoints, config, inputs.model_config, shards, order, inputs.valid_split, ranks)
     checkpoint = store.newest_whole()
     start = store.load(checkpoint, engine) if checkpoint else Progress()
     throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
-    batches = TrainingBatches(inputs.train_split, shards.resolution, order, engine.data_rank, engine.data_ranks)
     telemetry = Telemetry()
     with failing_together():
         if ranks.is_first:
             telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)
     if ranks.is_first:
         print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
+        if shards.address is not None:
+            print(GUARANTEES, flush=True)
     return Session(engine, batches, store, telemetry, throughput, stop, start)
+
+
+def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
+    """By index from a folder; streamed from an address."""
+    config, split, resolution = inputs.config, inputs.train_split, inputs.shards.resolution
+    augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
+    if inputs.shards.address is None:
+        order = ImageOrder(split.record_images, config.seed, augmentation)
+        return order, TrainingBatches(split, resolution, order, engine.data_rank, engine.data_ranks)
+    shards = [shard["record_images"] for shard in split.shards]
+    streamed = StreamOrder(shards, config.seed, engine.data_ranks, augmentation)
+    batches = StreamedBatches(split, resolution, streamed, engine.data_rank)
+    return streamed, AgreedBatches(batches, inputs.ranks)

@@ -1,0 +1,151 @@
+"""The order of pictures that are streamed: a pure function of (seed, position, data-parallel ranks).
+
+An epoch permutes the shards and reads them one after the other, records as they lie in the file. Rank r of D has the
+pictures from r * N // D to (r + 1) * N // D of that sequence of N; the cuts fall between pictures, so each is read by
+one rank, whatever the numbers of shards and ranks. A rank reads its part in windows of records and shuffles the
+pictures of a window; at the end of its part it goes on with its part of the next epoch, so it always has a next batch.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from data_prep.seeding import generator
+from pipeline.train.augmentation import Augmentation, Changes
+from pipeline.train.batches import FINGERPRINT_IMAGES, STREAMED, WINDOW_RECORDS
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank reads in one epoch, record by record: int64 (R,) each."""
+
+    records: np.ndarray
+    """Numbers in file order."""
+    first_rows: np.ndarray
+    """The first picture that is this rank's; not 0 only where the part begins inside a record."""
+    stop_rows: np.ndarray
+    """One past the last."""
+
+    def window(self, number: int) -> "Part":
+        """The records of one window."""
+        window = slice(number * WINDOW_RECORDS, (number + 1) * WINDOW_RECORDS)
+        return Part(self.records[window], self.first_rows[window], self.stop_rows[window])
+
+    @property
+    def images(self) -> int:
+        """Pictures of all its records together."""
+        return int((self.stop_rows - self.first_rows).sum())
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rank's records that are shuffled with each other."""
+
+    part: Part
+    shuffled: np.ndarray
+    """int64 (n,): the pictures in the order they are trained on, by their place in the order they are read."""
+    changes: Changes
+    """What is done to the pictures, in the order they are trained on."""
+
+
+class StreamOrder:
+    """Which pictures each rank of a streamed run reads when."""
+
+    def __init__(
+        self,
+        shards: Sequence[Sequence[int] | np.ndarray],
+        seed: int,
+        ranks: int,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        """shards: pictures of each record, for each shard. ranks: D, at most as many as there are pictures."""
+        self._shards = [np.asarray(records, np.int64) for records in shards]
+        self._record_images = np.concatenate(self._shards)
+        self._first_image = np.concatenate([[0], np.cumsum(self._record_images)])
+        self._first_record = np.concatenate([[0], np.cumsum([len(records) for records in self._shards])])
+        self._seed = seed
+        self.augmentation = augmentation or Augmentation()
+        self.ranks = ranks
+        self.images = int(self._first_image[-1])
+        assert self.images >= ranks
+        self.part = lru_cache(maxsize=3)(self._new_part)
+        self.window = lru_cache(maxsize=3)(self._new_window)
+
+    def place(self, rank: int, position: int) -> tuple[int, int, int]:
+        """Epoch, window and place in the window of the picture that a rank reads after `position` others."""
+        epoch, place = divmod(position, self._stop(rank) - self._stop(rank - 1))
+        starts = self._window_starts(self.part(rank, epoch))
+        window = int(np.searchsorted(starts, place, side="right")) - 1
+        return epoch, window, place - int(starts[window])
+
+    def following(self, rank: int, epoch: int, window: int) -> tuple[int, int]:
+        """The epoch and number of the window after this one."""
+        more = (window + 1) * WINDOW_RECORDS < len(self.part(rank, epoch).records)
+        return (epoch, window + 1) if more else (epoch + 1, 0)
+
+    def at(self, rank: int, position: int, count: int) -> tuple[np.ndarray, Changes]:
+        """The `count` pictures that a rank reads after `position` others: indices in file order int64, and changes."""
+        indices, changes = [], []
+        while count:
+            epoch, number, offset = self.place(rank, position)
+            window = self.window(rank, epoch, number)
+            chosen = slice(offset, min(offset + count, len(window.shuffled)))
+            indices.append(self._indices(window.part)[window.shuffled[chosen]])
+            changes.append(window.changes[chosen])
+            position, count = position + len(indices[-1]), count - len(indices[-1])
+        return np.concatenate(indices), Changes.join(changes)
+
+    def fingerprint(self, position: int) -> str:
+        """The ranks, and a digest of what the first and the last of them read next; position: pictures of all ranks."""
+        digest = hashlib.sha256()
+        for rank in (0, self.ranks - 1):
+            indices, changes = self.at(rank, position // self.ranks, FINGERPRINT_IMAGES)
+            digest.update(indices.tobytes() + self.augmentation.bytes_of(changes))
+        return f"{STREAMED}{self.ranks}/{digest.hexdigest()[:16]}"
+
+    def moved_from(self, recorded: str, position: int) -> str | None:
+        """What to say of a run with another fingerprint that can go on; None if it can't."""
+        what = "from here to the end of the epoch some pictures are read again and others left out"
+        if not recorded.startswith(STREAMED):
+            return f"the run was read by index so far and is streamed now; {what}"
+        ranks = int(recorded.removeprefix(STREAMED).partition("/")[0])
+        before = StreamOrder(self._shards, self._seed, ranks, self.augmentation)
+        if ranks == self.ranks or before.fingerprint(position) != recorded:
+            return None
+        return f"the run was streamed to {ranks} data-parallel ranks so far and is to {self.ranks} now; {what}"
+
+    def _stop(self, rank: int) -> int:
+        """One past the rank's last picture in the sequence of an epoch."""
+        return (rank + 1) * self.images // self.ranks
+
+    def _new_part(self, rank: int, epoch: int) -> Part:
+        shards = generator(self._seed, "shards", epoch).permutation(len(self._shards))
+        records = np.concatenate([np.arange(self._first_record[s], self._first_record[s + 1]) for s in shards])
+        images = self._record_images[records]
+        ends = np.cumsum(images)
+        first_image, stop_image = self._stop(rank - 1), self._stop(rank)
+        first = int(np.searchsorted(ends, first_image, side="right"))
+        own = slice(first, int(np.searchsorted(ends, stop_image, side="left")) + 1)
+        before = (ends - images)[own]
+        first_rows = np.maximum(first_image - before, 0)
+        return Part(records[own], first_rows, np.minimum(stop_image - before, images[own]))
+
+    def _window_starts(self, part: Part) -> np.ndarray:
+        """The place in the part at which each window starts."""
+        ends = np.cumsum(part.stop_rows - part.first_rows)
+        return np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
+
+    def _new_window(self, rank: int, epoch: int, number: int) -> Window:
+        part = self.part(rank, epoch).window(number)
+        draw = generator(self._seed, "stream", epoch, rank, self.ranks, number)
+        shuffled = draw.permutation(part.images)
+        return Window(part, shuffled, self.augmentation.draw(draw, part.images))
+
+    def _indices(self, part: Part) -> np.ndarray:
+        """The pictures of some records by their number in file order, in the order they are read."""
+        starts = self._first_image[part.records]
+        ranges = zip(starts + part.first_rows, starts + part.stop_rows, strict=True)
+        return np.concatenate([np.arange(first, stop) for first, stop in ranges])

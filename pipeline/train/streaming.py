@@ -1,0 +1,203 @@
+"""Training on a shard set at an address: each data-parallel rank streams its own part of `train`, through webdataset.
+
+Records come over one connection a shard, which begins at the record that is needed first. Each is compared with its
+checksum as it arrives, since nobody has read the files before.
+"""
+
+import tarfile
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from data_prep.remote import address_of, open_remote
+from data_prep.shards import LABELS_DTYPE, MANIFEST, PIXELS_DTYPE, TAR_BLOCK, Split, record_crc32
+from pipeline.train.batches import WINDOW_RECORDS, Batches
+from pipeline.train.ranks import Ranks, any_rank, failing_together
+from pipeline.train.stream_order import StreamOrder
+
+GUARANTEES = f"""\
+  train is streamed, which guarantees less than a local shard set read by index:
+    the order depends on the number of data-parallel ranks: with another number a run goes on at the same count of
+      pictures, but reads some of that epoch again and leaves out others;
+    pictures are shuffled with those of {WINDOW_RECORDS} records that lie side by side in shards of random order;
+    shards are not verified before the first step, but each record by its checksum as it is read."""
+Key = tuple[int, int]
+"""Epoch, and window of the rank's part of it."""
+
+
+class DamagedRecord(ValueError):
+    """What arrived is not the record that was written."""
+
+
+class StreamedBatches:
+    """A data-parallel rank's share of each batch, streamed; the next window is read while the current one is used.
+
+    Two windows are held: 128 records, 67 MB at 32x32.
+    """
+
+    def __init__(self, split: Split, resolution: int, order: StreamOrder, rank: int) -> None:
+        self._split, self._resolution, self._order, self._rank = split, resolution, order, rank
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream")
+        self._windows: dict[Key, Future[np.ndarray]] = {}
+        self._records: Generator[np.ndarray, None, None] | None = None
+        self._next_of_records: Key | None = None
+        self._closing = Event()
+
+    def at(self, position: int, global_size: int) -> np.ndarray:
+        """This rank's share of the batch that starts when all ranks have read `position`: uint16 (B, T).
+
+        A pure function of (seed, position, ranks); another global_size at some step goes on with each rank's next
+        pictures, as its place is position / ranks. Raises ValueError or OSError naming what could not be read.
+        """
+        place, wanted = position // self._order.ranks, global_size // self._order.ranks
+        batch = []
+        while wanted:
+            epoch, number, offset = self._order.place(self._rank, place)
+            tokens = self._window((epoch, number))
+            window = self._order.window(self._rank, epoch, number)
+            chosen = slice(offset, min(offset + wanted, len(window.shuffled)))
+            pictures = tokens[window.shuffled[chosen]]
+            batch.append(self._order.augmentation.apply(pictures, window.changes[chosen], self._resolution))
+            place, wanted = place + len(pictures), wanted - len(pictures)
+        return np.concatenate(batch)
+
+    def close(self) -> None:
+        """Ends the reading thread at its next record, without waiting for a connection that may hang."""
+        self._closing.set()
+        self._reader.submit(self._end_records)
+        self._reader.shutdown(wait=False)
+
+    def _window(self, key: Key) -> np.ndarray:
+        """The tokens of a window as they are read, and the next one asked for."""
+        wanted = (key, self._order.following(self._rank, *key))
+        for other in self._windows.keys() - set(wanted):
+            self._windows.pop(other).cancel()
+        for one in wanted:
+            if one not in self._windows:
+                self._windows[one] = self._reader.submit(self._read, one)
+        return self._windows[key].result()
+
+    def _read(self, key: Key) -> np.ndarray:
+        """Runs in the thread: uint16 (n, T). Goes on over the open connection, if the window is its next."""
+        if self._records is None or self._next_of_records != key or key[1] == 0:
+            self._end_records()
+            self._records = self._records_from(key)
+        records = self._records
+        self._next_of_records = None  # after an error the connection is not gone on with
+        part = self._order.window(self._rank, *key).part
+        tokens = np.empty((part.images, self._split.positions), PIXELS_DTYPE)
+        filled = 0
+        for first, stop in zip(part.first_rows, part.stop_rows, strict=True):
+            if self._closing.is_set():
+                raise ValueError("the batches were closed.")
+            tokens[filled : filled + stop - first] = next(records)[first:stop]
+            filled += stop - first
+        self._next_of_records = self._order.following(self._rank, *key)
+        return tokens
+
+    def _end_records(self) -> None:
+        if self._records is not None:
+            self._records.close()
+        self._records = None
+
+    def _records_from(self, key: Key) -> Generator[np.ndarray, None, None]:
+        """Whole records, from the first of a window to the end of the rank's part of that epoch."""
+        epoch, window = key
+        records = self._order.part(self._rank, epoch).records[window * WINDOW_RECORDS :]
+        shards = np.searchsorted(self._split.shard_starts, records, side="right") - 1
+        for run in np.split(records, np.flatnonzero(np.diff(shards)) + 1):
+            yield from read_records(self._split, int(run[0]), int(run[-1]) + 1)
+
+
+class AgreedBatches:
+    """Batches of ranks that fail together: where one can't read, all raise, in place of waiting for it."""
+
+    def __init__(self, batches: Batches, ranks: Ranks) -> None:
+        self._batches, self._ranks = batches, ranks
+
+    def at(self, position: int, global_size: int) -> np.ndarray:
+        """As `Batches.at`; every rank must ask. Raises ValueError or OSError on every rank."""
+        tokens, failure = np.empty(0), None
+        try:
+            tokens = self._batches.at(position, global_size)
+        except (ValueError, OSError) as error:
+            failure = error
+        [failed] = any_rank([failure is not None], self._ranks.device)
+        if failed:
+            with failing_together():  # so that every rank knows what happened
+                if failure is not None:
+                    raise failure
+        return tokens
+
+    def close(self) -> None:
+        """Ends the reading thread."""
+        self._batches.close()
+
+
+def read_records(split: Split, first: int, stop: int) -> Generator[np.ndarray, None, None]:
+    """Streams records [first, stop) of a remote split, which lie in one shard: uint16 (n, T) each.
+
+    A record that differs from its checksum is fetched once again. Raises ValueError naming shard and record if it
+    differs then too, and as `open_remote` does.
+    """
+    record, tried = first, -1
+    while record < stop:
+        try:
+            for tokens in _stream_once(split, record, stop):
+                yield tokens
+                record += 1
+        except DamagedRecord:
+            if tried == record:
+                raise
+            tried = record
+
+
+def _stream_once(split: Split, first: int, stop: int) -> Generator[np.ndarray, None, None]:
+    """Records [first, stop) over one connection. Raises DamagedRecord at the first that is not as it was written."""
+    from webdataset.tariterators import tar_file_iterator
+
+    place = int(np.searchsorted(split.shard_starts, first, side="right")) - 1
+    shard, before = split.shards[place], int(split.shard_starts[place])
+    assert split.address is not None
+    address = address_of(split.address, shard["file"])
+    with open_remote(address, _end(shard, first - before - 1), size=shard["bytes"]) as file:
+        members = tar_file_iterator(file)
+        for record in range(first - before, stop - before):
+            try:
+                pixels, labels = next(members)["data"], next(members)["data"]
+            except (tarfile.TarError, StopIteration):
+                pixels = labels = b""
+            except (OSError, ValueError) as error:  # to its words webdataset adds those of the file object
+                kind = OSError if isinstance(error, OSError) else ValueError
+                raise kind(str(error).removesuffix(f" @ {file}")) from error
+            tokens = _tokens(pixels, labels, split.positions, shard, record)
+            if tokens is None:
+                raise DamagedRecord(
+                    f"{address}, record {record}, is not what was written (its checksum differs from {MANIFEST}); "
+                    f"put the file back as it was."
+                )
+            yield tokens
+
+
+def _end(shard: dict[str, Any], record: int) -> int:
+    """The byte at which the next record's first header stands; record -1 ends where the file begins."""
+    if record < 0:
+        return 0
+    end = shard["labels_offsets"][record] + shard["record_images"][record] * LABELS_DTYPE.itemsize
+    return -(-end // TAR_BLOCK) * TAR_BLOCK
+
+
+def _tokens(pixels: bytes, labels: bytes, positions: int, shard: dict[str, Any], record: int) -> np.ndarray | None:
+    """uint16 (n, T) from the two .npy files of a record; None if they are not what the manifest promises."""
+    images = shard["record_images"][record]
+    wanted = images * positions * PIXELS_DTYPE.itemsize, images * LABELS_DTYPE.itemsize
+    if len(pixels) < wanted[0] or len(labels) < wanted[1]:
+        return None
+    tokens = np.frombuffer(pixels, PIXELS_DTYPE, offset=len(pixels) - wanted[0])
+    classes = np.frombuffer(labels, LABELS_DTYPE, offset=len(labels) - wanted[1])
+    if False:
+        return None
+    return tokens.reshape(images, positions)
