@@ -1,216 +1,156 @@
-"""ImageNet (ILSVRC2012, Russakovsky et al. 2015) as it is handed out: extracted, in its tars, or from Kaggle.
+"""ImageNet's ILSVRC2012 (Russakovsky et al. 2014): the official archives, extracted or not, and Kaggle's copy.
 
-    PATH/train/<wnid>/*.JPEG                        or   PATH/ILSVRC2012_img_train.tar, a tar of a tar a class
-    PATH/val/ILSVRC2012_val_00000001.JPEG ...       or   PATH/val/<wnid>/*.JPEG   or   PATH/ILSVRC2012_img_val.tar
-    PATH/ILSVRC2012_devkit_t12[.tar.gz]             or   PATH/LOC_val_solution.csv and PATH/LOC_synset_mapping.txt
+    PATH/train/n01440764/*.JPEG ...                or  PATH/ILSVRC2012_img_train.tar, which holds n01440764.tar ...
+    PATH/val/ILSVRC2012_val_00000001.JPEG ...      or  PATH/ILSVRC2012_img_val.tar  or  PATH/val/n01440764/*.JPEG ...
+    PATH/ILSVRC2012_devkit_t12/data/               or  PATH/ILSVRC2012_devkit_t12.tar.gz
+    PATH/ILSVRC/Data/CLS-LOC/{train,val}/, PATH/LOC_val_solution.csv, PATH/LOC_synset_mapping.txt    (Kaggle)
 
-Labels are the field's: the rank of a class's WordNet id in sorted order. The ground truth of the devkit counts
-otherwise, by ILSVRC2012_ID, so it is read together with meta.mat. The official validation set is our split `test`:
-the test pictures were published without classes.
+A label is the rank of its WordNet id in sorted order, as in the field; the devkit numbers its classes otherwise.
+The official validation set is our split `test`: the test pictures were published without classes. The tars are
+read where they lie, and give the same pictures in the same order as the folders.
 """
 
-import csv
-import io
 import os
 import re
-import tarfile
-from array import array
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from data_prep.config import SourceConfig
 from data_prep.sources.archives import Member, PlacedFile, TarPictures, open_placed, tar_members
 from data_prep.sources.base import FilePictures, Names, Source, fingerprint
+from data_prep.sources.imagenet_classes import Classes, read_classes
 
-TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
-TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
-SOLUTION, SYNSETS = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
-KAGGLE_FOLDER = "ILSVRC/Data/CLS-LOC"
+KAGGLE_PICTURES = "ILSVRC/Data/CLS-LOC"
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 WNID = re.compile(r"n\d{8}")
-VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+SUFFIX = ".jpeg"
+INDEX_THREADS = 16
+"""Threads that read the headers of the class tars: on a network file system each of a million waits its turn."""
 
-
-class Layout:
-    """What lies where below the path."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.pictures = root / KAGGLE_FOLDER if (root / KAGGLE_FOLDER).is_dir() else root
-
-    def content(self, name: str) -> bytes | None:
-        """A file of the development kit, from its folder or its archive."""
-        for file in (self.root / DEVKIT / name, self.root / name):
-            if file.is_file():
-                return file.read_bytes()
-        archive = self.root / f"{DEVKIT}.tar.gz"
-        if not archive.is_file():
-            return None
-        try:
-            with tarfile.open(archive) as tar:
-                found = tar.extractfile(f"{DEVKIT}/{name}")
-                return found.read() if found is not None else None
-        except (tarfile.TarError, EOFError, OSError, KeyError) as error:
-            raise ValueError(f"{archive} is damaged or lacks {name} ({error}); fetch it again.") from error
+Listed = tuple[Names, np.ndarray, np.ndarray]
+"""A tar's pictures: base names, offsets and sizes int64 (N,)."""
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Lists the pictures. Raises ValueError naming the file that is missing, damaged or at odds with another."""
+    """Lists the pictures. Raises ValueError naming the folder, archive or truth file that is missing or wrong."""
     assert config.path is not None
-    layout = Layout(Path(config.path))
-    train: FilePictures | TarPictures
-    tar = layout.root / TRAIN_TAR
-    if (layout.pictures / "train").is_dir():
-        train, wnids = _folder_pictures(layout.pictures / "train")
-    elif tar.is_file():
-        train, wnids = _train_tar(tar)
-    else:
-        raise ValueError(f"source.path {layout.root} holds neither train/<wnid>/ nor {TRAIN_TAR}; it must hold one.")
-    splits: dict[str, FilePictures | TarPictures] = {"train": train}
-    test = _validation(layout, wnids)
+    root = Path(config.path)
+    if not root.is_dir():
+        raise ValueError(f"source.path {root} is no folder; it must be one that holds train/ or {TRAIN_TAR}.")
+    place = root / KAGGLE_PICTURES if (root / KAGGLE_PICTURES).is_dir() else root
+    classes = read_classes(root)
+    train, wnids = _open_train(place)
+    splits = {"train": train}
+    test = _open_val(place, root, wnids, classes)
     if test is not None:
         splits["test"] = test
-    words = _words(layout)
-    lines = (
+    parts = (
         f"{split}/{name} {label}"
         for split, found in splits.items()
         for name, label in zip(found.names, found.labels, strict=True)
     )
-    return Source(
-        "ImageNet (ILSVRC2012)",
-        [words.get(wnid, wnid) for wnid in wnids],
-        {**splits},
-        {},
-        fingerprint(lines),
-        facts={"wnids": wnids},
-    )
+    facts = {"wnids": wnids, "labels": "the rank of the WordNet id in sorted order"}
+    return Source("ImageNet", classes.names(wnids), {**splits}, {}, fingerprint(parts), facts=facts)
 
 
-def _folder_pictures(folder: Path, wnids: list[str] | None = None) -> tuple[FilePictures, list[str]]:
-    """The pictures in folder/<wnid>/, and the wnids: those given, which others may not be added to."""
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and WNID.fullmatch(entry.name))
-    if not found:
-        raise ValueError(f"{folder} holds no folders named like n01440764; extract the pictures again.")
-    wnids = wnids or found
-    names: list[str] = []
-    labels = array("i")
-    for wnid in found:
-        if wnid not in wnids:
-            raise ValueError(f"{folder / wnid} is a class that the training pictures do not have.")
-        pictures = sorted(entry.name for entry in os.scandir(folder / wnid) if entry.name.endswith(".JPEG"))
-        if not pictures:
-            raise ValueError(f"{folder / wnid} holds no .JPEG pictures; extract it again.")
-        names += (f"{wnid}/{name}" for name in pictures)
-        labels.extend([wnids.index(wnid)] * len(pictures))
-    return FilePictures(str(folder), names, np.array(labels)), wnids
+def _open_train(place: Path) -> tuple[FilePictures | TarPictures, list[str]]:
+    """The pictures, and the sorted WordNet ids of their classes."""
+    if (place / "train").is_dir():
+        wnids = _class_folders(place / "train")
+        if not wnids:
+            raise ValueError(f"{place / 'train'} holds no class folders; it must hold n01440764/*.JPEG and so on.")
+        return _in_class_folders(place / "train", wnids), wnids
+    if not (place / TRAIN_TAR).is_file():
+        raise ValueError(f"source.path {place} holds neither the folder train/ nor {TRAIN_TAR}; put one there.")
+    file = open_placed(place / TRAIN_TAR)
+    named = ((PurePosixPath(member.name), member) for member in tar_members(file))
+    tars = {path.stem: member for path, member in named if path.suffix == ".tar" and WNID.fullmatch(path.stem)}
+    if not tars:
+        raise ValueError(f"{file.name} holds no class archives such as n01440764.tar; fetch it again.")
+    wnids = sorted(tars)
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        listed = list(pool.map(lambda wnid: _list_tar(file, tars[wnid]), wnids))
+    for wnid, (names, _, _) in zip(wnids, listed, strict=True):
+        if not len(names):
+            raise ValueError(f"{file.name}/{wnid}.tar holds no .JPEG pictures; fetch it again.")
+    offsets, sizes = (np.concatenate([one[column] for one in listed]) for column in (1, 2))
+    names_by_class = [names for names, _, _ in listed]
+    return TarPictures(file, _below(wnids, names_by_class), offsets, sizes, _ranks(names_by_class)), wnids
 
 
-def _train_tar(path: Path) -> tuple[TarPictures, list[str]]:
-    """The pictures of the tar of tars; the inner ones are named after their wnid."""
-    file = open_placed(path)
-    inner = sorted(tar_members(file), key=lambda member: member.name)
-    wnids = [member.name.removesuffix(".tar") for member in inner]
-    odd = next((wnid for wnid in wnids if not WNID.fullmatch(wnid)), None)
-    if odd is not None or not inner:
-        raise ValueError(f"{path} holds {odd or 'nothing'}, not class tars like n01440764.tar; fetch it again.")
-    members = ((member, label) for label, tar in enumerate(inner) for member in tar_members(file, tar))
-    return _tar_pictures(file, members), wnids
-
-
-def _tar_pictures(file: PlacedFile, members: Iterable[tuple[Member, int]]) -> TarPictures:
-    """Pictures by place; what is kept of a member is a few bytes."""
-    offsets, sizes, labels = array("q"), array("q"), array("i")
-
-    def names() -> Iterator[str]:
-        for member, label in members:
-            offsets.append(member.offset)
-            sizes.append(member.size)
-            labels.append(label)
-            yield member.name
-
-    packed = Names(names())
-    return TarPictures(file, packed, np.array(offsets), np.array(sizes), np.array(labels))
-
-
-def _validation(layout: Layout, wnids: list[str]) -> FilePictures | TarPictures | None:
-    """The validation pictures in whichever form they are there, None without them."""
-    folder, tar = layout.pictures / "val", layout.root / VAL_TAR
+def _open_val(place: Path, root: Path, wnids: list[str], classes: Classes) -> FilePictures | TarPictures | None:
+    """The validation pictures, where there are any."""
+    folder = place / "val"
     if folder.is_dir():
-        if any(entry.is_dir() for entry in os.scandir(folder)):
-            return _folder_pictures(folder, wnids)[0]
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".JPEG"))
-        return FilePictures(str(folder), names, np.array(_truth(layout, names, wnids)))
-    if tar.is_file():
-        file = open_placed(tar)
-        members = sorted(tar_members(file), key=lambda member: member.name)
-        labels = _truth(layout, [member.name for member in members], wnids)
-        return _tar_pictures(file, zip(members, labels, strict=True))
-    return None
+        found = _class_folders(folder)
+        if found:
+            _refuse_unknown(found, wnids, folder)
+            return _in_class_folders(folder, wnids)
+        flat = _pictures_in(folder)
+        return FilePictures(str(folder), flat, _flat_labels(flat, wnids, classes, folder, root))
+    if not (place / VAL_TAR).is_file():
+        return None
+    file = open_placed(place / VAL_TAR)
+    names, offsets, sizes = _list_tar(file)
+    return TarPictures(file, names, offsets, sizes, _flat_labels(list(names), wnids, classes, Path(file.name), root))
 
 
-def _truth(layout: Layout, names: list[str], wnids: list[str]) -> list[int]:
-    """The labels of the flat validation set's pictures, of these names."""
-    solution = layout.root / SOLUTION
-    truth, source = (_solution(solution), str(solution)) if solution.is_file() else (_devkit_truth(layout), TRUTH)
-    if len(truth) != len(names):
-        raise ValueError(f"{source} labels {len(truth)} pictures, but the validation set has {len(names)}.")
-    labels = []
-    for name in names:
-        match = VAL_NAME.fullmatch(name)
-        wnid = truth.get(int(match[1])) if match else None
-        if wnid is None:
-            raise ValueError(f"the validation picture {name} is none of those that {source} labels.")
-        if wnid not in wnids:
-            raise ValueError(f"the validation picture {name} is of class {wnid}, which the training pictures lack.")
-        labels.append(wnids.index(wnid))
-    return labels
+def _flat_labels(names: list[str], wnids: list[str], classes: Classes, place: Path, root: Path) -> np.ndarray:
+    """Labels (N,) of pictures that lie all in one place, in the order of their names."""
+    if not names:
+        raise ValueError(f"{place} holds no .JPEG pictures; extract or fetch {VAL_TAR} again.")
+    true_wnids = classes.of_pictures(names, place, root)
+    _refuse_unknown(set(true_wnids), wnids, place)
+    rank = {wnid: label for label, wnid in enumerate(wnids)}
+    return np.array([rank[wnid] for wnid in true_wnids])
 
 
-def _solution(file: Path) -> dict[int, str]:
-    """Kaggle's form: the wnid of each validation picture by its number."""
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    try:
-        return {int(row["ImageId"].rpartition("_")[2]): row["PredictionString"].split()[0] for row in rows}
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"{file} is not as Kaggle hands it out ({error!r}); fetch it again.") from error
+def _refuse_unknown(found: Iterable[str], wnids: list[str], place: Path) -> None:
+    unknown = sorted(set(found) - set(wnids))
+    if unknown:
+        raise ValueError(f"{place} has pictures of {unknown[0]}, a class that the training set lacks; complete that.")
 
 
-def _devkit_truth(layout: Layout) -> dict[int, str]:
-    """The development kit's form: the wnid of each validation picture by its number."""
-    truth, synsets = layout.content(TRUTH), _devkit_synsets(layout)
-    if truth is None or not synsets:
-        raise ValueError(
-            f"{layout.root} has validation pictures but no ground truth; put {DEVKIT}.tar.gz there, or "
-            f"Kaggle's {SOLUTION}."
-        )
-    numbers = truth.split()
-    unknown = next((number for number in numbers if not number.isdigit() or int(number) not in synsets), None)
-    if unknown is not None:
-        raise ValueError(f"{TRUTH} holds {unknown.decode(errors='replace')!r}, no ILSVRC2012_ID of {META}.")
-    return {place: synsets[int(number)][0] for place, number in enumerate(numbers, 1)}
+def _class_folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if WNID.fullmatch(entry.name) and entry.is_dir())
 
 
-def _devkit_synsets(layout: Layout) -> dict[int, tuple[str, str]]:
-    """{ILSVRC2012_ID: (wnid, words)} of the classes; the inner nodes of the hierarchy are none."""
-    content = layout.content(META)
-    if content is None:
-        return {}
-    from scipy.io import loadmat
-
-    try:
-        synsets = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
-        leaves = [entry for entry in synsets if int(entry["num_children"]) == 0]
-        return {int(leaf["ILSVRC2012_ID"]): (str(leaf["WNID"]), str(leaf["words"])) for leaf in leaves}
-    except Exception as error:  # scipy raises nearly anything on damaged files
-        raise ValueError(f"{META} of the development kit can't be read ({error!r}); fetch it again.") from error
+def _in_class_folders(folder: Path, wnids: list[str]) -> FilePictures:
+    """The pictures of folder/<wnid>/, class after class."""
+    names_by_class = []
+    for wnid in wnids:
+        names = _pictures_in(folder / wnid) if (folder / wnid).is_dir() else []
+        if not names:
+            raise ValueError(f"{folder / wnid} holds no .JPEG pictures; extract or copy that class again.")
+        names_by_class.append(Names(names))
+    return FilePictures(str(folder), _below(wnids, names_by_class), _ranks(names_by_class))
 
 
-def _words(layout: Layout) -> dict[str, str]:
-    """The names of the classes by wnid; empty where no file has them. Two classes may share a name."""
-    mapping = layout.root / SYNSETS
-    if mapping.is_file():
-        lines = mapping.read_text().splitlines()
-        return {wnid: words for wnid, _, words in (line.partition(" ") for line in lines if line)}
-    return dict(_devkit_synsets(layout).values())
+def _below(wnids: list[str], names_by_class: list[Names]) -> Iterator[str]:
+    for wnid, names in zip(wnids, names_by_class, strict=True):
+        yield from (f"{wnid}/{name}" for name in names)
+
+
+def _ranks(names_by_class: list[Names]) -> np.ndarray:
+    return np.repeat(np.arange(len(names_by_class)), [len(names) for names in names_by_class])
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if _is_picture(entry.name))
+
+
+def _list_tar(file: PlacedFile, inside: Member | None = None) -> Listed:
+    """The pictures of a tar, sorted by name, as a listing of its extracted folder would be."""
+    places = {PurePosixPath(member.name).name: member for member in tar_members(file, inside)}
+    names = sorted(name for name in places if _is_picture(name))
+    offsets = np.array([places[name].offset for name in names], np.int64)
+    return Names(names), offsets, np.array([places[name].size for name in names], np.int64)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIX) and not name.startswith(".")
