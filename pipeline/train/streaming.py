@@ -198,6 +198,6 @@ def _tokens(pixels: bytes, labels: bytes, positions: int, shard: dict[str, Any],
         return None
     tokens = np.frombuffer(pixels, PIXELS_DTYPE, offset=len(pixels) - wanted[0])
     classes = np.frombuffer(labels, LABELS_DTYPE, offset=len(labels) - wanted[1])
-    if False:
+    if record_crc32(tokens, classes) != shard["record_crc32"][record]:
         return None
     return tokens.reshape(images, positions)
