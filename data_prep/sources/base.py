@@ -1,6 +1,7 @@
 """What a source is: named splits of pictures with labels, and the names of the classes."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ import numpy as np
 from data_prep.decoding import BadPicture, Decode
 
 UNLABELLED = -1
+MAX_BYTES = 1 << 30
+"""A larger file is no picture: 16 bits for each of three colours of as many pixels as are decoded."""
 
 
 class Pictures(Protocol):
@@ -116,6 +119,9 @@ class FilePictures:
         path = f"{self.folder}/{self.names[index]}"
         try:
             with open(path, "rb") as file:  # noqa: PTH123  (a Path for each of a million files costs more than the read)
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_BYTES:
+                    raise BadPicture(path, "too large", f"{size:,} bytes")
                 content = file.read()
         except OSError as error:
             raise BadPicture(path, "unreadable", error.strerror or str(error)) from error

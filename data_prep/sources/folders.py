@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -38,16 +39,19 @@ def _find(root: Path, names: tuple[str, ...]) -> Path | None:
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(
+            entry.name for entry in entries if _leads_to(entry) == "folder" and not entry.name.startswith(".")
+        )
 
 
 def _list_split(folder: Path, classes: list[str]) -> FilePictures:
     names: list[str] = []
     labels: list[int] = []
+    above = frozenset([folder.resolve(), *folder.resolve().parents])
     for name in _subfolders(folder):
         if name not in classes:
             raise ValueError(f"{folder / name} is a class that train/ does not have; rename or remove it.")
-        found = _pictures_below(folder, name)
+        found = _pictures_below(folder, name, above)
         names += found
         labels += [classes.index(name)] * len(found)
     if not names:
@@ -55,15 +59,35 @@ def _list_split(folder: Path, classes: list[str]) -> FilePictures:
     return FilePictures(str(folder), names, np.array(labels))
 
 
-def _pictures_below(folder: Path, name: str) -> list[str]:
-    """Sorted paths of the pictures in `folder/name` and below, relative to `folder`."""
+def _pictures_below(folder: Path, name: str, above: frozenset[Path]) -> list[str]:
+    """Sorted paths of the pictures in `folder/name` and below, relative to `folder`.
+
+    Links are followed, but not back into a folder they lie in (`above`). A link that leads nowhere counts as a
+    picture, one that can't be read; FIFOs, sockets and devices don't.
+    """
+    here = (folder / name).resolve()
+    if here in above:
+        return []
     found: list[str] = []
     with os.scandir(folder / name) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                found += _pictures_below(folder, f"{name}/{entry.name}")
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122
+            kind = _leads_to(entry)
+            if kind == "folder":
+                found += _pictures_below(folder, f"{name}/{entry.name}", above | {here})
+            elif kind != "other" and os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122
                 found.append(f"{name}/{entry.name}")
     return sorted(found)
+
+
+def _leads_to(entry: os.DirEntry[str]) -> Literal["folder", "file", "nowhere", "other"]:
+    """What an entry is; a link, what is at its end."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "nowhere" if entry.is_symlink() and not os.path.exists(entry.path) else "other"  # noqa: PTH110
+    except OSError:  # links in a circle
+        return "nowhere"
