@@ -1,11 +1,14 @@
-"""A labelled grid of a shard set's images, beside the pictures they were made from."""
+"""A labelled grid of a shard set's images, beside the pictures they were made from, above the palette."""
 
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.config import DataConfig
+from data_prep.decoding import BadPicture
 from data_prep.files import written_aside
 from data_prep.palette import decode
 from data_prep.plan import make_plan
@@ -17,6 +20,10 @@ CELL = 96
 """Pixels a side of a drawn image."""
 TEXT = 14
 GAP = 6
+SWATCH = 8
+"""Pixels a side of a palette's colour."""
+LUMINANCE = (0.299, 0.587, 0.114)
+"""How bright red, green and blue look (Rec. 601)."""
 
 
 def draw(path: Path | str, split: str, images: int, out: Path) -> None:
@@ -27,14 +34,8 @@ def draw(path: Path | str, split: str, images: int, out: Path) -> None:
     stored = shard_set.split(split)
     numbers = np.arange(min(images, stored.images))
     tokens, labels = stored.gather(numbers)
-    rows = [decode(tokens, shard_set.palette, shard_set.resolution)]
-    original, note = _originals(shard_set, split, len(numbers))
-    if original is not None:
-        rows.insert(0, original)
-    names = [shard_set.classes[label] if label >= 0 else "" for label in labels]
-    grid = draw_grid(rows, names)
-    with written_aside(out) as aside, aside.open("wb") as file:
-        grid.save(file, "PNG")
+    views, note = _originals(shard_set, split, len(numbers))
+    draw_result(views, tokens, labels, shard_set.classes, shard_set.palette, out)
     print(f"{out}: {len(numbers)} images of {split}, {note}")
 
 
@@ -53,20 +54,56 @@ def _originals(shard_set: ShardSet, split: str, count: int) -> tuple[np.ndarray 
     plan = make_plan(source, config)
     chosen = plan.splits[split]
     views = plan.views(chosen.source_split)
-    places = zip(chosen.pictures[:count], chosen.views[:count], strict=True)
-    return np.stack(
-        [views.view(int(index), int(number)) for index, number in places]
-    ), "left the source's view, right as stored."
+    found: list[np.ndarray] = []
+    for index, number in zip(chosen.pictures, chosen.views, strict=True):
+        if len(found) == count:
+            break
+        with suppress(BadPicture):  # the preparation passed over it, too
+            found.append(views.view(int(index), int(number)))
+    if len(found) < count:
+        return None, "without the source's pictures, as some of them can't be read any more."
+    return np.stack(found), "left the source's view, right as stored."
 
 
 def draw_result(
-    views: np.ndarray, tokens: np.ndarray, labels: np.ndarray, classes: list[str], palette: np.ndarray, out: Path
+    views: np.ndarray | None,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    classes: list[str],
+    palette: np.ndarray,
+    out: Path,
 ) -> None:
-    """Writes a PNG of views uint8 (N, R, R, 3) beside their tokens (N, T) drawn in the palette's colours."""
-    names = [classes[label] if label >= 0 else "" for label in labels]
-    grid = draw_grid([views, decode(tokens, palette, views.shape[1])], names)
+    """Writes a PNG of views uint8 (N, R, R, 3), where there are any, beside their tokens (N, R*R) in colours.
+
+    Below each pair stands the name of its class, below all of them the palette float32 (V, 3).
+    """
+    resolution = math.isqrt(tokens.shape[1])
+    columns = [decode(tokens, palette, resolution)]
+    if views is not None:
+        columns.insert(0, views)
+    grid = draw_grid(columns, [classes[label] if label >= 0 else "" for label in labels])
+    picture = _above(grid, draw_palette(palette, grid.width - 2 * GAP))
     with written_aside(out) as aside, aside.open("wb") as file:
-        grid.save(file, "PNG")
+        picture.save(file, "PNG")
+
+
+def draw_palette(palette: np.ndarray, width: int) -> Image.Image:
+    """The colours of a palette float32 (V, 3), from dark to bright, in rows of squares of at most `width` pixels."""
+    colors = decode(np.arange(len(palette))[:, None], palette, 1).reshape(-1, 3)
+    colors = colors[np.argsort(colors @ np.array(LUMINANCE), kind="stable")]
+    across = max(1, width // SWATCH)
+    squares = np.full((-(-len(colors) // across) * across, 3), 255, np.uint8)
+    squares[: len(colors)] = colors
+    rows = squares.reshape(-1, across, 3).repeat(SWATCH, axis=0).repeat(SWATCH, axis=1)
+    return Image.fromarray(rows)
+
+
+def _above(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """Two pictures in one, with a margin around the lower."""
+    canvas = Image.new("RGB", (upper.width, upper.height + lower.height + GAP), "white")
+    canvas.paste(upper, (0, 0))
+    canvas.paste(lower, (GAP, upper.height))
+    return canvas
 
 
 def draw_grid(columns: list[np.ndarray], names: list[str]) -> Image.Image:
