@@ -43,6 +43,7 @@ def open_source(config: SourceConfig) -> Source:
     place = root / KAGGLE_PICTURES if (root / KAGGLE_PICTURES).is_dir() else root
     classes = read_classes(root)
     train, wnids = _open_train(place)
+    names = classes.names(wnids)
     splits = {"train": train}
     test = _open_val(place, root, wnids, classes)
     if test is not None:
@@ -53,7 +54,7 @@ def open_source(config: SourceConfig) -> Source:
         for name, label in zip(found.names, found.labels, strict=True)
     )
     facts = {"wnids": wnids, "labels": "the rank of the WordNet id in sorted order"}
-    return Source("ImageNet", classes.names(wnids), {**splits}, {}, fingerprint(parts), facts=facts)
+    return Source("ImageNet", names, {**splits}, {}, fingerprint(parts), facts=facts)
 
 
 def _open_train(place: Path) -> tuple[FilePictures | TarPictures, list[str]]:

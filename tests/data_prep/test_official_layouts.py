@@ -18,10 +18,12 @@ from small_data import archive_of
 
 from data_prep.config import SourceConfig
 from data_prep.decoding import BadPicture, Decoder
+from data_prep.shards import open_shard_set
 from data_prep.sources import open_source
 from data_prep.sources.base import Source
 from data_prep.views import area_resize
 
+CONFIGS = Path(__file__).parents[2] / "configs/data"
 Expected = dict[bytes, Any]
 """Each picture's pixels to its class."""
 
@@ -217,7 +219,7 @@ def damage_imagenet(root: Path, how: str) -> None:
         ("no meta", "devkit_t12 lacks data/meta.mat"),
         ("damaged meta", "meta.mat is not the devkit's"),
         ("class missing", "val has pictures of n03126707, a class that the training set lacks"),
-        ("strange class", "val has pictures of n02119789, a class that the training set lacks"),
+        ("strange class", "has a class n02083346 that .*meta.mat lacks"),
     ],
 )
 def test_mistakes_about_imagenet_are_named(imagenet: Path, how: str, message: str) -> None:
@@ -520,18 +522,14 @@ Change = Callable[[str], str]
         ("train", lambda text: text.replace(" 1\n", " 4\n"), "has no picture of class 1"),
         ("val", lambda text: text.replace(" 1\n", " 204\n"), "val_places205.csv has class 204, which the training"),
         ("train", lambda text: text.replace(" 1\n", " 0\n", 1), "puts class 0 into a/a.*; it must be one folder"),
-        ("train", lambda text: text.replace("y/yard", "a/abbey"), "a/abbey/ is class . and class .; a class has"),
+        ("both", lambda text: text.replace("y/yard", "a/abbey"), "a/abbey/ is class . and class .; a class has"),
         ("train", lambda text: text.replace("yard", "yurt"), "puts class 3 into y/yard/ and y/yurt/"),
     ],
 )
 def test_mistakes_in_the_lists_of_places205_are_named(places205: Path, name: str, change: Change, message: str) -> None:
-    file = places205 / f"trainvalsplit_places205/{name}_places205.csv"
-    file.write_text(change(file.read_text()))
-    if "yard" in message or name == "val" or "abbey" not in message:
-        pass
-    else:
-        other = file.with_name("val_places205.csv")
-        other.write_text(other.read_text().replace("y/yard", "a/abbey"))
+    for one in ("train", "val") if name == "both" else (name,):
+        file = places205 / f"trainvalsplit_places205/{one}_places205.csv"
+        file.write_text(change(file.read_text()))
     with pytest.raises(ValueError, match=message):
         opened("places205", places205)
 
@@ -548,6 +546,117 @@ def test_missing_parts_of_places205_are_named(places205: Path, gone: str, messag
     (places205 / gone).rename(places205 / "elsewhere")
     with pytest.raises(ValueError, match=message):
         opened("places205", places205)
+
+
+# --- prepared by the command
+
+
+def check_shards(out: Path, splits: dict[str, Expected], classes: list[str]) -> None:
+    """Every picture is in the set once, with its class, in the split it belongs to (valid is taken off train).
+
+    splits: the pixels of each official split's pictures, cut and reduced, to their labels. Colours are those of
+    the palette that are nearest, which tells the pictures apart.
+    """
+    shard_set = open_shard_set(out)
+    assert shard_set.classes == classes
+    palette = 127.5 * (shard_set.palette.astype(float) + 1)
+    stored: dict[str, list[tuple[int, ...]]] = {"train": [], "test": []}
+    for name in shard_set.splits:
+        tokens, labels = shard_set.split(name).gather(np.arange(shard_set.split(name).images))
+        rows = zip(labels.tolist(), tokens.tolist(), strict=True)
+        stored["test" if name == "test" else "train"] += [(label, *row) for label, row in rows]
+    for name, expected in splits.items():
+        wanted = []
+        for content, label in expected.items():
+            pixels = np.frombuffer(content, np.uint8).reshape(-1, 1, 3).astype(float)
+            wanted.append((label, *((pixels - palette) ** 2).sum(-1).argmin(-1).tolist()))
+        assert sorted(stored[name]) == sorted(wanted)
+
+
+def reduced(picture: np.ndarray) -> bytes:
+    """The largest centred square, at 8x8."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return area_resize(picture[top : top + side, left : left + side], 8).tobytes()
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, run: Callable[..., Any]) -> Callable[..., Path]:
+    """Prepares a source whole, uncropped, at 8x8 through the command."""
+
+    def prepared(kind: str, path: Path, *more: str) -> Path:
+        out = tmp_path / f"shards-{path.name}"
+        options = ("--resolution", "8", "--palette.colors", "64", "--workers", "2", "--views.random_crop", "never")
+        result = run(
+            *("shards", "--config", CONFIGS / f"{kind}.yaml", "--source.path", path),
+            *(*options, "--out", out, *more),
+        )
+        assert result.code == 0, result.err
+        return out
+
+    return prepared
+
+
+def opened_jpeg(content: bytes | Path) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content) if isinstance(content, bytes) else content).convert("RGB"))
+
+
+def test_imagenet_prepared_from_folders_and_from_tars(
+    imagenet: Path, tmp_path: Path, prepare: Callable[..., Path]
+) -> None:
+    layouts.pack_imagenet(imagenet, tmp_path / "packed")
+    train = {reduced(opened_jpeg(file)): WNIDS.index(file.parent.name) for file in imagenet.glob("train/*/*.JPEG")}
+    truth = imagenet_truth(imagenet / layouts.DEVKIT)
+    pictures = sorted(imagenet.glob("val/*.JPEG"))
+    test = {reduced(opened_jpeg(file)): WNIDS.index(wnid) for file, wnid in zip(pictures, truth, strict=True)}
+    shards = [prepare("imagenet", path, "--valid_fraction", "0.2") for path in (imagenet, tmp_path / "packed")]
+    for out in shards:
+        check_shards(out, {"train": train, "test": test}, words_of_meta(imagenet / layouts.DEVKIT))
+        manifest = open_shard_set(out).manifest
+        assert manifest["source"]["wnids"] == WNIDS
+        assert manifest["splits"]["valid"]["images"] == 3
+    folders, tars = ([file.read_bytes() for file in sorted(out.glob("*.tar"))] for out in shards)
+    assert folders == tars
+
+
+def test_stl10_prepared(stl10: Path, prepare: Callable[..., Path]) -> None:
+    splits: dict[str, Expected] = {}
+    for name in ("train", "test"):
+        labels = np.fromfile(stl10 / f"{name}_y.bin", np.uint8).astype(int) - 1
+        pictures = [np.frombuffer(one, np.uint8).reshape(96, 96, 3) for one in stl10_file(stl10, name)]
+        splits[name] = dict(zip(map(reduced, pictures), labels.tolist(), strict=True))
+    archive = archive_of(stl10)
+    check_shards(prepare("stl10", archive), splits, layouts.STL10_CLASSES)
+    unlabelled = [np.frombuffer(one, np.uint8).reshape(96, 96, 3) for one in stl10_file(stl10, "unlabeled")]
+    splits["train"] |= {reduced(one): -1 for one in unlabelled}
+    check_shards(prepare("stl10", stl10, "--source.unlabelled", "true"), splits, layouts.STL10_CLASSES)
+
+
+def test_coco_prepared(coco: Path, prepare: Callable[..., Path]) -> None:
+    classes = ["person", "car", "dog", "chair", "toothbrush"]
+    splits: dict[str, Expected] = {}
+    for split, name in (("train", "train2017"), ("test", "val2017")):
+        label_of = {
+            pixels: -1 if category is None else classes.index(category)
+            for pixels, category in coco_split(coco, name).items()
+        }
+        pictures = [opened_jpeg(file) for file in (coco / name).iterdir()]
+        splits[split] = {reduced(one): label_of[one.tobytes()] for one in pictures}
+    out = prepare("coco", coco)
+    check_shards(out, splits, classes)
+    assert "largest object" in open_shard_set(out).manifest["source"]["labels"]
+
+
+def test_places205_prepared(places205: Path, prepare: Callable[..., Path]) -> None:
+    images = places205 / "data/vision/torralba/deeplearning/images256"
+    splits: dict[str, Expected] = {}
+    for split, name in (("train", "train"), ("test", "val")):
+        rows = (places205 / f"trainvalsplit_places205/{name}_places205.csv").read_text().splitlines()
+        pairs = [row.split(" ") for row in rows]
+        splits[split] = {reduced(opened_jpeg(images / picture)): int(label) for picture, label in pairs}
+    classes = ["abbey", "airport_terminal", "apartment_building/outdoor", "yard"]
+    check_shards(prepare("places205", places205), splits, classes)
 
 
 # --- memory
