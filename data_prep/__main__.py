@@ -47,7 +47,7 @@ def join(arguments: list[str]) -> None:
     parser = new_parser("python -m data_prep join", "Makes one shard set, or palette, of the parts that --parts left.")
     parser.add_argument("out", type=str, help="folder of the shard set, or file of the palette: the parts' --out")
     parser.add_argument(
-        "--max_skipped", type=float, default=0.01, help="share of pictures and tars that may be skipped"
+        "--max_skipped", type=float | None, help="share of pictures and tars that may be skipped; else as the parts'"
     )
     options = parse(parser, arguments)
     from data_prep.join import join_shards

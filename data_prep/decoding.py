@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -28,8 +28,15 @@ MAX_PIXELS = 178_956_970
 """Where Pillow takes a picture for a decompression bomb and refuses it."""
 MAX_SCANNED = 16 * MAX_PIXELS
 """Pixels of a progressive JPEG times its scans, of which ten are usual: each scan costs a walk over all pixels."""
+SCALES = (8, 4, 2)
+"""What a JPEG's sides may be divided by as it is decoded. libjpeg-turbo offers others, but they take longer."""
+SHORT = 4_096
+"""Bytes of a JPEG up to which a search is quicker than a walk over its segments."""
 START_OF_SCAN, APP1, PROGRESSIVE = 0xDA, 0xE1, (0xC2, 0xCA)
 """JPEG markers; PROGRESSIVE are those of frames with Huffman and with arithmetic codes."""
+SCAN = bytes([0xFF, START_OF_SCAN])
+SMALLEST_SCAN = 10
+"""Bytes of a scan that has nothing but its header."""
 EXIF_MAGIC = b"Exif\0\0"
 XMP_ORIENTATION = b"tiff:Orientation"
 ORIENTATION = 0x0112
@@ -60,8 +67,7 @@ class Decoder:
     """
 
     smallest_side: int = 0
-    """Above 0: JPEGs are decoded at the smallest of the scales 1, 1/2, 3/8, 1/4, 1/8 that leaves the shorter side
-    at least so many pixels. (Scales between 1/2 and 1 take longer than the whole picture does.)"""
+    """Above 0: JPEGs are decoded at the smallest of SCALES that leaves the shorter side at least so many pixels."""
 
     def __call__(self, content: bytes, name: str) -> np.ndarray:
         if not content:
@@ -76,25 +82,33 @@ class Decoder:
         """A faultless RGB or grey JPEG; None leaves it to Pillow."""
         import simplejpeg
 
-        segments = list(jpeg_segments(content))
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
         except ValueError:
             return None
-        if any(marker in PROGRESSIVE for marker, _ in segments):
-            scans = content.count(bytes([0xFF, START_OF_SCAN]))
-            if scans * height * width > MAX_SCANNED:
-                raise BadPicture(name, "too large", f"{scans:,} scans of {width}x{height} pixels")
+        if len(content) // SMALLEST_SCAN * height * width > MAX_SCANNED:
+            _check_scans(content, name, height, width)
         if colorspace in ("CMYK", "YCCK") or height * width > MAX_PIXELS:
             return None
-        smallest = {}
-        if self.smallest_side:
-            smallest = {"min_height": self.smallest_side, "min_width": self.smallest_side, "min_factor": 2}
         try:
-            picture = simplejpeg.decode_jpeg(content, "RGB", **smallest)
+            picture = simplejpeg.decode_jpeg(content, "RGB", **self._smallest(height, width))
         except (ValueError, MemoryError):
             return None
-        return _turned(picture, jpeg_orientation(content, segments))
+        return _turned(picture, jpeg_orientation(content))
+
+    def _smallest(self, height: int, width: int) -> dict[str, int]:
+        """What to ask of simplejpeg for a JPEG of that size; nothing where it is to be decoded whole."""
+        for scale in SCALES if self.smallest_side else ():
+            sides = {"min_height": -(-height // scale), "min_width": -(-width // scale)}
+            if min(sides.values()) >= self.smallest_side:
+                return sides
+        return {}
+
+
+def _check_scans(content: bytes, name: str, height: int, width: int) -> None:
+    scans = content.count(SCAN)
+    if scans * height * width > MAX_SCANNED and any(marker in PROGRESSIVE for marker, _ in jpeg_segments(content)):
+        raise BadPicture(name, "too large", f"{scans:,} scans of {width}x{height} pixels")
 
 
 def jpeg_segments(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -112,9 +126,11 @@ def jpeg_segments(content: bytes) -> Iterator[tuple[int, bytes]]:
         place = end
 
 
-def jpeg_orientation(content: bytes, segments: Iterable[tuple[int, bytes]]) -> int:
+def jpeg_orientation(content: bytes) -> int:
     """The orientation, 1 to 8, that a JPEG's Exif or XMP segment names; 1 where neither does."""
-    told = (part for marker, part in segments if marker == APP1)
+    if len(content) <= SHORT and EXIF_MAGIC not in content and XMP_ORIENTATION not in content:
+        return 1
+    told = (part for marker, part in jpeg_segments(content) if marker == APP1)
     if not any(part.startswith(EXIF_MAGIC) or XMP_ORIENTATION in part for part in told):
         return 1
     with suppress(Exception), _opened(content) as image:  # a damaged Exif block does not spoil the picture

@@ -16,14 +16,17 @@ NOTES = ("squared_error",)
 """What a unit's note adds to its shards' manifest entries."""
 
 
-def join_shards(out: Path, max_skipped: float) -> None:
+def join_shards(out: Path, max_skipped: float | None = None) -> None:
     """Writes the manifest of a shard set whose units are all whole, with skipped.jsonl and a picture of the result.
 
-    Raises ValueError naming what is missing, or if more than `max_skipped` of the pictures or tars were skipped.
+    max_skipped: the share of the pictures, and of the tars, that may be skipped; by default what the parts were
+    allowed. Raises ValueError naming what is missing, or if more were skipped.
     """
     unfinished = Unfinished(out)
     plan = unfinished.plan()
     notes = _whole_notes(unfinished, plan)
+    if max_skipped is None:
+        max_skipped = unfinished.max_skipped()
     limit = SkipLimit(max_skipped, tars_planned=_pieces(plan) * plan["config"]["source"]["tars_per_shard"])
     for note in notes.values():
         limit.pictures += note["pictures"]

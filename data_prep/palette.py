@@ -18,6 +18,8 @@ CODES = 1 << 24
 ITERATIONS = 25
 START_PIXELS = 1 << 16
 """Pixels among which the fit's first centres are drawn."""
+ENCODED_AT_ONCE = 65_536
+"""Pixels: few enough for the codes to stay in the processor's cache."""
 CELL = 16
 """The lookup table is built in cubes of CELL x CELL x CELL colours."""
 
@@ -151,18 +153,24 @@ def _lookup_table(palette_bytes: bytes) -> np.ndarray:
 
 def _nearest(axes: list[np.ndarray], colors: np.ndarray) -> np.ndarray:
     """The nearest of `colors` (C, 3) for each point of the grid that three axes span."""
+    # Scaling by a power of two is exact. Rounding then makes equal what is equal but for the last bits of the sum,
+    # and argmin takes the first.
     red, green, blue = (
-        (axis[:, None] - colors[:, channel]) ** 2 for channel, axis in enumerate(axes)
+        (axis[:, None] - colors[:, channel]) ** 2 * 2.0**44 for channel, axis in enumerate(axes)
     )  # each (CELL, C)
-    distances = red[:, None, None] + green[None, :, None] + blue[None, None, :]  # (CELL, CELL, CELL, C)
-    # Rounding makes equal what is equal but for the last bits of the sum; argmin takes the first.
-    return np.rint(distances * 2.0**44).argmin(axis=-1)
+    distances = (red[:, None] + green)[:, :, None] + blue  # (CELL, CELL, CELL, C)
+    return np.rint(distances, out=distances).argmin(axis=-1)
 
 
 def encode(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Pictures uint8 (..., H, W, 3) to tokens uint16 (..., H*W) in raster order; `table` is `lookup_table`'s."""
     *batch, height, width, _ = pictures.shape
-    return table[color_codes(pictures)].reshape(*batch, height * width)
+    colors = pictures.reshape(-1, 3)
+    tokens = np.empty(len(colors), np.uint16)
+    for start in range(0, len(colors), ENCODED_AT_ONCE):
+        part = slice(start, start + ENCODED_AT_ONCE)
+        np.take(table, color_codes(colors[part]), out=tokens[part], mode="clip")  # no code is out of range
+    return tokens.reshape(*batch, height * width)
 
 
 def decode(tokens: np.ndarray, palette: np.ndarray, resolution: int) -> np.ndarray:

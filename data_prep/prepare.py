@@ -51,13 +51,13 @@ def prepare_shards(config: DataConfig, out: Path, part: Part) -> None:
     plan = make_plan(open_source(config.source), config)
     unfinished = Unfinished(out)
     unfinished.begin(_described(plan))
-    unfinished.begin_part(part)
+    unfinished.begin_part(part, config.max_skipped)
     workers = worker_count(config.workers)
     palette = _palette(plan, out, workers)
     _write_units(Job(plan, palette, lookup_table(palette)), unfinished, part, workers)
-    unfinished.finish_part(part, time.monotonic() - started)
+    unfinished.finish_part(part, config.max_skipped, time.monotonic() - started)
     if part.count == 1:
-        join_shards(out, config.max_skipped)
+        join_shards(out)
     else:
         print(f"{out}: part {part.number} of {part.count} is done. When all are: python -m data_prep join {out}")
 

@@ -58,20 +58,27 @@ class Unfinished:
             raise ValueError(f"{self.out} holds no parts of a shard set; prepare them with --part and --parts first.")
         return read_json(plan_file)
 
-    def begin_part(self, part: Part) -> None:
-        """Notes that a part was begun."""
-        write_json(self._part_file(part), {})
+    def begin_part(self, part: Part, max_skipped: float) -> None:
+        """Notes that a part was begun, and the share of pictures that it may skip."""
+        write_json(self._part_file(part), {"max_skipped": max_skipped})
 
-    def finish_part(self, part: Part, seconds: float) -> None:
+    def finish_part(self, part: Part, max_skipped: float, seconds: float) -> None:
         """Notes that a part is done."""
-        write_json(self._part_file(part), {"seconds": round(seconds, 1)})
+        write_json(self._part_file(part), {"max_skipped": max_skipped, "seconds": round(seconds, 1)})
 
     def parts(self) -> dict[Part, float | None]:
         """The seconds that each part took, None if it did not end, of those begun."""
-        found: dict[Part, float | None] = {}
+        return {part: noted.get("seconds") for part, noted in self._noted_parts().items()}
+
+    def max_skipped(self) -> float:
+        """The largest share that one of the parts was allowed to skip."""
+        return max(noted["max_skipped"] for noted in self._noted_parts().values())
+
+    def _noted_parts(self) -> dict[Part, dict[str, Any]]:
+        found: dict[Part, dict[str, Any]] = {}
         for file in sorted(self.folder.glob("part-*-of-*.json")):
             _, part, _, parts = file.stem.split("-")
-            found[Part(int(part), int(parts))] = read_json(file).get("seconds")
+            found[Part(int(part), int(parts))] = read_json(file)
         return found
 
     def _part_file(self, part: Part) -> Path:

@@ -75,7 +75,7 @@ def test_parts_give_the_same_bytes(tmp_path: Path, source: list[str], palette: P
             assert "first" in refused.err or "holds no parts" in refused.err
             assert run("shards", *options, "--out", out, "--part", part, "--parts", parts).code == 0
             assert not (out / "shards.json").exists()
-        joined = run("join", out, "--max_skipped", 0.1)
+        joined = run("join", out)
         assert joined.code == 0, joined.err
         assert files_of(out) == whole
         open_shard_set(out).verify()
