@@ -1,11 +1,13 @@
 """Pictures to shards, against the straightforward peer: Pillow and ImageGPTImageProcessor, a picture at a time."""
 
+import io
 import os
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -20,6 +22,10 @@ from data_prep.sources import open_source
 
 PHOTOGRAPH = (500, 375)
 PHOTOGRAPHS = 5_000
+GRAIN = 26
+"""Standard deviation of the noise that makes JPEGs of 500x375 as large as ImageNet's are on average, 110 KB: the
+windows alone are smooth, and a decoder's time goes by the bytes as much as by the pixels."""
+WEB_SIDE, WEB_TARS, WEB_PICTURES = 256, 4, 1_000
 SMALL = 10_000
 PEER_PICTURES = 600
 PAGES_KEPT = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
@@ -41,16 +47,44 @@ class Run(NamedTuple):
         return self.pictures / self.seconds
 
 
-def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """JPEGs of `size`, each a window of an embedded photograph: folder/train/<class>/<number>.jpg."""
+def photographs(count: int, size: tuple[int, int], grain: float = 0) -> Iterator[tuple[int, bytes]]:
+    """JPEGs of `size`, each a window of an embedded photograph, with its class."""
     windows = open_source(SourceConfig(kind="photographs", train_per_class=-(-count // 10))).splits["train"]
-    decode = Decoder()
+    random = np.random.default_rng(0)
     for number in range(count):
         index = number * len(windows) // count
-        file = folder / f"train/{windows.labels[index]}/{number:06d}.jpg"
+        window = Image.fromarray(windows.picture(index, Decoder())).resize(size, Image.Resampling.BICUBIC)
+        if grain:
+            noisy = np.asarray(window) + random.normal(0, grain, (size[1], size[0], 3))
+            window = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        content = io.BytesIO()
+        window.save(content, "JPEG", quality=90)
+        yield int(windows.labels[index]), content.getvalue()
+
+
+def write_photographs(folder: Path, count: int, size: tuple[int, int], grain: float = 0) -> int:
+    """Writes `photographs` as folder/train/<class>/<number>.jpg; their mean size in bytes."""
+    total = 0
+    for number, (label, content) in enumerate(photographs(count, size, grain)):
+        file = folder / f"train/{label}/{number:06d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
-        window = Image.fromarray(windows.picture(index, decode))
-        window.resize(size, Image.Resampling.BICUBIC).save(file, quality=90)
+        total += file.write_bytes(content)
+    return total // count
+
+
+def write_tars(folder: Path) -> int:
+    """WEB_TARS tars of WEB_PICTURES JPEGs of 256x256 with their grain, as img2dataset's; their mean size in bytes."""
+    folder.mkdir()
+    total = 0
+    found = photographs(WEB_TARS * WEB_PICTURES, (WEB_SIDE, WEB_SIDE), GRAIN)
+    for tar_number in range(WEB_TARS):
+        with tarfile.open(folder / f"{tar_number:05d}.tar", "w") as tar:
+            for number, (_, content) in enumerate(islice(found, WEB_PICTURES)):
+                member = tarfile.TarInfo(f"{tar_number:05d}{number:04d}.jpg")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                total += len(content)
+    return total // (WEB_TARS * WEB_PICTURES)
 
 
 def small_pictures(folder: Path) -> tuple[str, Path]:
@@ -64,21 +98,19 @@ def small_pictures(folder: Path) -> tuple[str, Path]:
     return "CIFAR-10 (JPEG copy)", folder
 
 
-def prepare(pictures: Path, palette: Path, out: Path, workers: int, options: Sequence[object] = ()) -> Run:
-    """`python -m data_prep shards` at 32x32 with a given palette, as a user runs it."""
-    command = [sys.executable, "-m", "data_prep", "shards", "--source.kind", "image_folder", "--source.path", pictures]
-    command += ["--palette.file", palette, "--workers", workers, "--out", out, *options]
-    began = time.perf_counter()
+def prepare(count: int, palette: Path, out: Path, workers: int, options: Sequence[object]) -> Run:
+    """`python -m data_prep shards` on `count` pictures with a given palette, as a user runs it."""
+    command = [sys.executable, "-m", "data_prep", "shards", "--palette.file", palette, "--out", out]
+    command += ["--workers", workers, *options]
     program = (
         "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(code)"
     )
+    began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, command)], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    seconds = time.perf_counter() - began
-    count = sum(1 for _ in pictures.glob("t*/*/*"))
-    return Run(count, seconds, int(done.stderr.split()[-1]) / 1024)
+    return Run(count, time.perf_counter() - began, int(done.stderr.split()[-1]) / 1024)
 
 
 def peer(pictures: Path, palette: Path, **environment: str) -> float:
@@ -110,31 +142,48 @@ def peer_rate(pictures: Path, palette: Path) -> float:
 
 def preparation(folder: Path) -> Iterator[str]:
     """Rows of the table: pictures a second and memory, with 1 and 2 processes."""
-    palette = np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32)
-    save_palette(folder / "palette.npy", palette)
+    palette = folder / "palette.npy"
+    save_palette(palette, np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32))
     small_name, small = small_pictures(folder / "small")
-    large = folder / "large"
-    write_photographs(large, PHOTOGRAPHS, PHOTOGRAPH)
-    large_name = f"{PHOTOGRAPHS:,} JPEGs of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}"
-    for name, pictures, options in (
-        (small_name, small, []),
-        (f"{large_name}, exact", large, []),
-        (f"{large_name}, scaled decode", large, ["--views.scaled_decode", "true"]),
-    ):
-        theirs = peer(pictures, folder / "palette.npy")
-        tuned = peer(pictures, folder / "palette.npy", **PAGES_KEPT)
-        for workers in (1, 2):
-            with TemporaryDirectory(dir=folder) as out:
-                run = prepare(pictures, folder / "palette.npy", Path(out) / "set", workers, options)
-            cores = f"{workers} process{'es' if workers > 1 else ''}"
-            yield (
-                f"| {name} | {cores} | {run.rate:,.0f} | {run.megabytes:,.0f} | "
-                f"{theirs:,.0f} | {run.rate / theirs / workers:.1f} | {tuned:,.0f} | {run.rate / tuned / workers:.1f} |"
-            )
+    scaled = ("--views.scaled_decode", "true")
+    yield from _rows(f"{small_name} to 32x32", small, palette)
+    for grain in (0, GRAIN):
+        large = folder / f"large{grain}"
+        size = write_photographs(large, PHOTOGRAPHS, PHOTOGRAPH, grain)
+        name = f"{PHOTOGRAPHS:,} JPEGs of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}, {size / 1000:,.0f} KB, to 32x32"
+        yield from _rows(f"{name}, exact", large, palette)
+        yield from _rows(f"{name}, scaled decode", large, palette, *scaled)
+    size = write_tars(folder / "tars")
+    name = f"{WEB_TARS} tars of {WEB_PICTURES:,} JPEGs of {WEB_SIDE}x{WEB_SIDE}, {size / 1000:,.0f} KB, to 64x64"
+    options = ("--source.kind", "webdataset", "--source.path", folder / "tars", "--resolution", 64)
+    for workers in (1, 2):
+        run = _run(WEB_TARS * WEB_PICTURES, palette, workers, options)
+        yield f"| {name} | {_processes(workers)} | {run.rate:,.0f} | {run.megabytes:,.0f} | | | | |"
+
+
+def _rows(name: str, pictures: Path, palette: Path, *options: object) -> Iterator[str]:
+    """Ours with 1 and 2 processes on a folder of pictures, beside the peer."""
+    theirs, tuned = peer(pictures, palette), peer(pictures, palette, **PAGES_KEPT)
+    count = sum(1 for _ in pictures.glob("t*/*/*"))
+    for workers in (1, 2):
+        run = _run(count, palette, workers, ("--source.kind", "image_folder", "--source.path", pictures, *options))
+        yield (
+            f"| {name} | {_processes(workers)} | {run.rate:,.0f} | {run.megabytes:,.0f} | "
+            f"{theirs:,.0f} | {run.rate / theirs / workers:.1f} | {tuned:,.0f} | {run.rate / tuned / workers:.1f} |"
+        )
+
+
+def _run(count: int, palette: Path, workers: int, options: Sequence[object]) -> Run:
+    with TemporaryDirectory(dir=palette.parent) as out:
+        return prepare(count, palette, Path(out) / "set", workers, options)
+
+
+def _processes(workers: int) -> str:
+    return f"{workers} process{'es' if workers > 1 else ''}"
 
 
 HEAD = (
-    "| pictures to shards at 32x32 | ours with | pictures/s | MB, largest process | "
+    "| pictures to shards | ours with | pictures/s | MB, largest process | "
     "Pillow + ImageGPTImageProcessor, one thread | ratio a core | the same, glibc told to keep its pages | "
     "ratio a core |\n|---|---|---|---|---|---|---|---|"
 )
