@@ -6,7 +6,7 @@ from typing import Any
 from data_prep.files import write_json
 from data_prep.palette import load_palette, palette_sha256
 from data_prep.plan import Unit
-from data_prep.shards import FORMAT, MANIFEST, PALETTE, VERSION
+from data_prep.shards import FORMAT, MANIFEST, PALETTE, VERSION, open_shard_set
 from data_prep.show import draw_result
 from data_prep.skips import SKIPPED, Skip, SkipLimit, TooManySkips, counts_by_reason, write_skips
 from data_prep.unfinished import Unfinished
@@ -23,10 +23,15 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
     allowed. Raises ValueError naming what is missing, or if more were skipped.
     """
     unfinished = Unfinished(out)
+    if (out / MANIFEST).is_file() and not unfinished.folder.is_dir():
+        print(f"{out} is joined already: {', '.join(open_shard_set(out).splits)}.")
+        return
     plan = unfinished.plan()
     notes = _whole_notes(unfinished, plan)
     if max_skipped is None:
         max_skipped = unfinished.max_skipped()
+    if not 0 <= max_skipped <= 1:
+        raise ValueError(f"--max_skipped is {max_skipped:g}; it must be between 0 and 1.")
     limit = SkipLimit(max_skipped, tars_planned=_pieces(plan) * plan["config"]["source"]["tars_per_shard"])
     for note in notes.values():
         limit.pictures += note["pictures"]

@@ -292,7 +292,8 @@ def open_shard_set(path: Path | str) -> ShardSet:
 
 def _read_manifest(path: Path) -> tuple[Any, str]:
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist; a shard set is a folder that `python -m data_prep shards` wrote.")
+        found = "is no folder" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {found}; a shard set is a folder that `python -m data_prep shards` wrote.")
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{path} has no {MANIFEST}; it is no shard set, or one whose preparation did not finish.")
     return read_json(path / MANIFEST), str(path / MANIFEST)

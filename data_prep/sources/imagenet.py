@@ -62,7 +62,9 @@ def _open_train(place: Path) -> tuple[FilePictures | TarPictures, list[str]]:
     if (place / "train").is_dir():
         wnids = _class_folders(place / "train")
         if not wnids:
-            raise ValueError(f"{place / 'train'} holds no class folders; it must hold n01440764/*.JPEG and so on.")
+            raise ValueError(
+                f"{place / 'train'} holds no folders named by WordNet ids; it must hold n01440764/*.JPEG and so on."
+            )
         return _in_class_folders(place / "train", wnids), wnids
     if not (place / TRAIN_TAR).is_file():
         raise ValueError(f"source.path {place} holds neither the folder train/ nor {TRAIN_TAR}; put one there.")

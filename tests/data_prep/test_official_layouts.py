@@ -209,7 +209,7 @@ def damage_imagenet(root: Path, how: str) -> None:
     [
         ("no folder", "imagenet is no folder; it must be one that holds train/ or ILSVRC2012_img_train.tar"),
         ("no train", "holds neither the folder train/ nor ILSVRC2012_img_train.tar"),
-        ("no classes", "train holds no class folders"),
+        ("no classes", "train holds no folders named by WordNet ids"),
         ("empty class", "n02119789 holds no .JPEG pictures"),
         ("empty val", "val holds no .JPEG pictures"),
         ("no truth", r"put ILSVRC2012_devkit_t12.tar.gz \(or LOC_val_solution.csv\) into .*imagenet"),

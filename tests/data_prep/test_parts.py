@@ -79,6 +79,9 @@ def test_parts_give_the_same_bytes(tmp_path: Path, source: list[str], palette: P
         assert joined.code == 0, joined.err
         assert files_of(out) == whole
         open_shard_set(out).verify()
+        again = run("join", out)
+        assert again.code == 0
+        assert "joined already" in again.out
 
 
 def test_a_gap_names_the_parts_that_did_not_end(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
