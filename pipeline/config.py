@@ -124,8 +124,26 @@ class ParallelConfig:
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What each rank holds only its share of: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    pipeline_stages: int = 1
+    """Into how many runs of blocks the model is cut, each on ranks of its own; needs ZeRO-1."""
     recompute: bool = False
     """Activation checkpointing: recompute each block in the backward pass."""
+
+    def __post_init__(self) -> None:
+        require_at_least("parallel.pipeline_stages", self.pipeline_stages, 1)
+        if self.pipeline_stages > 1 and self.zero_stage != 1:
+            raise ValueError(
+                f"parallel.zero_stage is {self.zero_stage}; with parallel.pipeline_stages {self.pipeline_stages} it "
+                f"must be 1: DeepSpeed clips wrongly without it, and has no pipeline for 2 and 3."
+            )
+
+    def data_ranks(self, ranks: int) -> int:
+        """How many of `ranks` read different pictures. Raises ValueError if the stages don't divide them."""
+        if ranks % self.pipeline_stages:
+            raise ValueError(
+                f"parallel.pipeline_stages is {self.pipeline_stages}; it must divide the number of ranks, {ranks}."
+            )
+        return ranks // self.pipeline_stages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,15 @@ costs one position's forward pass.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
+
+NextScores = Callable[[torch.Tensor], torch.Tensor]
+"""Of SOS and the colours so far, long (B, P + 1), to the scores of the next colour, (B, V). P grows by one a call."""
 
 
 def complete(
@@ -28,40 +32,73 @@ def complete(
     position: its colours do not depend on the pictures beside it, up to rounding, so a long list may be drawn in
     batches of any size. The keys and values take 2 * layers * B * total * width numbers.
     """
-    pictures, given = prefix.shape
-    config, device = model.config, prefix.device
-    assert given <= total <= config.n_positions, (
-        f"{given} colours given, {total} asked for, {config.n_positions} positions"
-    )
-    thresholds = _thresholds(seed, first_picture, pictures, total).to(device)  # (B, total)
-    tokens = torch.full((pictures, total + 1), config.colors, dtype=torch.long, device=device)  # SOS, then the picture
-    tokens[:, 1 : given + 1] = prefix
-    cache = Cache(layers=[_PreallocatedLayer(total) for _ in range(config.n_layer)])
-    seen = 0
+    colors = model.config.colors
+    assert total <= model.config.n_positions, f"{total} asked for, {model.config.n_positions} positions"
     was_training = model.training
     model.eval()  # GPT-2 ignores the cache while it trains with activation checkpointing
     try:
         with torch.no_grad():
-            for position in range(given, total):
-                new = tokens[:, seen : position + 1]  # at first SOS and the prefix, then one colour
-                output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                scores = output.logits[:, -1, : config.colors]  # (B, V)
-                tokens[:, position + 1] = draw(scores, thresholds[:, position], temperature)
-                seen = position + 1
+            return _drawn(_cached_scores(model, total), prefix, total, colors, seed, temperature, first_picture)
     finally:
         model.train(was_training)
-    return tokens[:, 1:]
 
 
 def complete_halves(
     model: nn.Module, tokens: np.ndarray, *, samples: int, seed: int, temperature: float = 1.0
 ) -> np.ndarray:
     """Draws the lower half of each picture `samples` times: tokens (B, T) to uint16 (B, samples, T)."""
-    pictures, positions = tokens.shape
-    device = next(model.parameters()).device
-    given = tokens[:, : positions // 2].repeat(samples, axis=0).astype(np.int64)  # (B * samples, T / 2)
-    drawn = complete(model, torch.from_numpy(given).to(device), positions, seed=seed, temperature=temperature)
-    return drawn.cpu().numpy().astype(np.uint16).reshape(pictures, samples, positions)
+    given, total = _upper_halves(tokens, samples), tokens.shape[1]
+    prefix = torch.from_numpy(given).to(next(model.parameters()).device)
+    drawn = complete(model, prefix, total, seed=seed, temperature=temperature)
+    return drawn.cpu().numpy().astype(np.uint16).reshape(len(tokens), samples, total)
+
+
+def complete_halves_by(
+    next_scores: NextScores, tokens: np.ndarray, *, colors: int, samples: int, seed: int, device: torch.device
+) -> np.ndarray:
+    """The same for a model that is asked for scores in any other way."""
+    given, total = _upper_halves(tokens, samples), tokens.shape[1]
+    drawn = _drawn(next_scores, torch.from_numpy(given).to(device), total, colors, seed)
+    return drawn.cpu().numpy().astype(np.uint16).reshape(len(tokens), samples, total)
+
+
+def _upper_halves(tokens: np.ndarray, samples: int) -> np.ndarray:
+    """int64 (B * samples, T / 2)."""
+    return tokens[:, : tokens.shape[1] // 2].repeat(samples, axis=0).astype(np.int64)
+
+
+def _drawn(
+    next_scores: NextScores,
+    prefix: torch.Tensor,
+    total: int,
+    colors: int,
+    seed: int,
+    temperature: float = 1.0,
+    first_picture: int = 0,
+) -> torch.Tensor:
+    pictures, given = prefix.shape
+    assert given <= total, f"{given} colours given, {total} asked for"
+    thresholds = _thresholds(seed, first_picture, pictures, total).to(prefix.device)  # (B, total)
+    tokens = torch.full((pictures, total + 1), colors, dtype=torch.long, device=prefix.device)  # SOS, then the picture
+    tokens[:, 1 : given + 1] = prefix
+    for position in range(given, total):
+        scores = next_scores(tokens[:, : position + 1])  # (B, V)
+        tokens[:, position + 1] = draw(scores, thresholds[:, position], temperature)
+    return tokens[:, 1:]
+
+
+def _cached_scores(model: nn.Module, total: int) -> NextScores:
+    """Asks for the new positions alone: at first SOS and the prefix, then one colour."""
+    cache = Cache(layers=[_PreallocatedLayer(total) for _ in range(model.config.n_layer)])
+    seen = 0
+
+    def next_scores(so_far: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        output = model(input_ids=so_far[:, seen:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        seen = so_far.shape[1]
+        return output.logits[:, -1, : model.config.colors]
+
+    return next_scores
 
 
 def draw(logits: torch.Tensor, thresholds: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -60,6 +60,10 @@ class Engine(ABC):
 
 def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> Engine:
     """Builds the model in its place, initialised by config.seed; needs the process group."""
+    if config.parallel.pipeline_stages > 1:
+        from pipeline.train.stages import StagesEngine
+
+        return StagesEngine(config, model_config, ranks)
     from pipeline.train.zero import ZeroEngine
 
     return ZeroEngine(config, model_config, ranks)
@@ -70,7 +74,7 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
-        "gradient_accumulation_steps": config.accumulation_steps(ranks.count),
+        "gradient_accumulation_steps": config.accumulation_steps(config.parallel.data_ranks(ranks.count)),
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
         "zero_optimization": {
@@ -114,3 +118,8 @@ def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parame
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """A parameter's shape before ZeRO-3 cut it over the ranks."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def to_device(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint16 on the host to int64 on the device; widened there, so that two bytes a token are copied."""
+    return torch.from_numpy(np.ascontiguousarray(tokens)).to(device).long()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from pipeline.train.ranks import failing_together
 
@@ -57,10 +58,13 @@ class Partition:
         self.state["step"] = torch.tensor(step, dtype=torch.float32, device=step_device)
 
 
-def partitions_of(engine: Any, rank: int, ranks: int) -> Iterator[Partition]:
-    """What this rank of a DeepSpeed engine owns. rank, ranks: its place among the data-parallel ranks."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    optimizer = engine.optimizer
+def partitions_of(optimizer: Any, model: nn.Module, rank: int, ranks: int) -> Iterator[Partition]:
+    """What this rank of a DeepSpeed optimizer owns.
+
+    model: the whole one, whose names count; layers of other pipeline stages may be without memory. rank, ranks: the
+    place among the data-parallel ranks.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _stage_3(optimizer, names)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -202,27 +206,27 @@ class FragmentReader:
 
 
 @torch.no_grad()
-def restore(engine: Any, rank: int, ranks: int, reader: FragmentReader) -> None:
-    """Fills an engine's weights and moments from a checkpoint of any topology.
+def restore(optimizer: Any, model: nn.Module, rank: int, ranks: int, reader: FragmentReader) -> None:
+    """Fills a rank's weights and moments from a checkpoint of any topology. Arguments as for `partitions_of`.
 
     Raises ValueError if the checkpoint's parameters are not the model's.
     """
-    names = {name for name, _ in engine.module.named_parameters()}
+    names = {name for name, _ in model.named_parameters()}
     if names != reader.shapes.keys():
         odd = sorted(names ^ reader.shapes.keys())
         raise ValueError(f"The checkpoint and the model differ in their parameters: {', '.join(odd[:3])}.")
-    whole = isinstance(engine.optimizer, torch.optim.Optimizer)
+    whole = isinstance(optimizer, torch.optim.Optimizer)
     step = reader.optimizer_step
-    fused = any(group.get("fused") for group in engine.optimizer.param_groups)
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     with failing_together():
-        for partition in partitions_of(engine, 0 if whole else rank, 1 if whole else ranks):
+        for partition in partitions_of(optimizer, model, 0 if whole else rank, 1 if whole else ranks):
             # Fused Adam counts its steps on the device, plain Adam on the host.
             partition.make_state(step, partition.weight.device if fused else torch.device("cpu"))
             for state in STATES:
                 flat = partition.flat(state)
                 for fragment in partition.fragments:
                     reader.fill(flat.narrow(0, fragment.place, fragment.length), fragment, state)
-    _refresh_low_precision(engine.optimizer)
+    _refresh_low_precision(optimizer)
 
 
 def _refresh_low_precision(optimizer: Any) -> None:

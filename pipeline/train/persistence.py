@@ -136,7 +136,11 @@ class Store:
         return CheckpointRecord(
             step=progress.step,
             images=progress.images,
-            topology={"ranks": self.ranks.count, "zero_stage": self.config.parallel.zero_stage},
+            topology={
+                "ranks": self.ranks.count,
+                "zero_stage": self.config.parallel.zero_stage,
+                "pipeline_stages": self.config.parallel.pipeline_stages,
+            },
             model=self.model_config.to_dict(),
             palette_sha256=self.shards.palette_sha256,
             shards_digest=self.shards.digest,

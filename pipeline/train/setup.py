@@ -68,13 +68,19 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     for name in ("train", "valid"):
         if shards.split(name).images == 0:
             raise ValueError(f"{shards.path} has no pictures in its split {name!r}; training reads train and valid.")
-    if shards.address is not None and shards.split("train").images < ranks.count:
+    if shards.address is not None and shards.split("train").images < config.parallel.data_ranks(ranks.count):
         raise ValueError(
             f"{shards.path} has {shards.split('train').images} pictures in its split 'train'; streamed to "
             f"{ranks.count} ranks it needs one for each at least."
         )
-    config.accumulation_steps(ranks.count)
-    return Inputs(config, gpt2_config(config.model, shards.colors), shards, ranks)
+    config.accumulation_steps(config.parallel.data_ranks(ranks.count))
+    model_config = gpt2_config(config.model, shards.colors)
+    if model_config.n_layer < config.parallel.pipeline_stages:
+        raise ValueError(
+            f"parallel.pipeline_stages is {config.parallel.pipeline_stages}; it must be at most the model's blocks, "
+            f"{model_config.n_layer}."
+        )
+    return Inputs(config, model_config, shards, ranks)
 
 
 def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests) -> Session:

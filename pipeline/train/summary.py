@@ -44,7 +44,9 @@ def describe(
     config: TrainConfig, model_config: GPT2Config, train_images: int, throughput: Throughput, ranks: Ranks
 ) -> str:
     """The derived quantities of a run, a line each."""
-    batch, schedule, stage = config.batch, config.schedule, config.parallel.zero_stage
+    batch, schedule, parallel = config.batch, config.schedule, config.parallel
+    data_ranks = parallel.data_ranks(ranks.count)
+    accumulation = config.accumulation_steps(data_ranks)
     parameters = costs.parameter_count(model_config)
     images = schedule.steps * batch.global_size
     total_flops = images * throughput.tokens_per_image * throughput.flops_per_token
@@ -53,17 +55,27 @@ def describe(
         f"{model_config.n_head} heads, block {model_config.block}, {config.precision}",
         "sequence": f"{throughput.tokens_per_image} tokens of {model_config.colors} colours "
         f"({config.model.resolution} x {config.model.resolution})",
-        "batch": f"{batch.global_size} images = {ranks.count} ranks x {batch.micro_size} "
-        f"x {config.accumulation_steps(ranks.count)} accumulated",
+        "batch": f"{batch.global_size} images = {data_ranks} data-parallel ranks x {batch.micro_size} "
+        f"x {accumulation} accumulated",
         "schedule": f"{schedule.steps:,} steps, {images:,} images, {images / train_images:.2f} epochs of "
         f"{train_images:,}; "
         f"rate {config.optimizer.learning_rate:g}, {schedule.warmup_steps:,} steps of warm-up, {schedule.decay}",
         "compute": f"{total_flops:.3g} FLOP; {throughput.flops_per_token / 1e9:.4g} GFLOP a token",
         "MFU": f"(6 x matmul parameters + 12 x layers x tokens x width) FLOP a token, full attention, over "
         f"{throughput.peak_flops / 1e12:.3g} TFLOP/s of {ranks.count} ranks ({throughput.peak_source})",
-        "memory": f"ZeRO stage {stage} over {ranks.count} ranks on {ranks.device.type}; "
+        "memory": f"ZeRO stage {parallel.zero_stage} over {ranks.count} ranks on {ranks.device.type}; "
         f"weights and moments {parameters * STATE_BYTES / 1e9:.3g} GB in all, which is a checkpoint's size",
         "threads": f"{torch.get_num_threads()} a rank",
     }
+    if parallel.pipeline_stages > 1:
+        lines["pipeline"] = (
+            f"{parallel.pipeline_stages} stages, of whose time {bubble(parallel.pipeline_stages, accumulation):.1%} is "
+            f"spent waiting: (stages - 1) / (micro-batches + stages - 1)"
+        )
     width = max(map(len, lines))
     return "\n".join(f"  {key:<{width}}  {text}" for key, text in lines.items())
+
+
+def bubble(stages: int, micro_batches: int) -> float:
+    """The part of a step in which a stage has nothing to do, for stages that take equally long."""
+    return (stages - 1) / (micro_batches + stages - 1)

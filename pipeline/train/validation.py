@@ -31,8 +31,9 @@ def validation_loss(engine: Engine, split: Split, images: int, ranks: Ranks) -> 
         engine.evaluate(split.gather(padded[start : start + CHUNK_IMAGES])[0])
         for start in range(0, share, CHUNK_IMAGES)
     ]
+    # The stages of one data-parallel rank hold the same sum, so the mean over all ranks is that over these.
     total = torch.tensor([np.concatenate(nats)[: len(own)].sum()], dtype=torch.float64, device=ranks.device)
-    return float(mean_over_ranks(total).item() * ranks.count / len(chosen))
+    return float(mean_over_ranks(total).item() * engine.data_ranks / len(chosen))
 
 
 def probe_loss(engine: Engine, split: Split) -> float:

@@ -15,7 +15,7 @@ from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves
 from pipeline.train import fragments
-from pipeline.train.engine import Engine, StepResult, deepspeed_config, full_shape, new_optimizer
+from pipeline.train.engine import Engine, StepResult, deepspeed_config, full_shape, new_optimizer, to_device
 from pipeline.train.ranks import Ranks, mean_over_ranks
 
 
@@ -62,10 +62,12 @@ class ZeroEngine(Engine):
         return torch.cat(pieces).double().cpu().numpy()
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        return fragments.snapshot(fragments.partitions_of(self._engine, self.data_rank, self.data_ranks))
+        return fragments.snapshot(
+            fragments.partitions_of(self._engine.optimizer, self._engine.module, self.data_rank, self.data_ranks)
+        )
 
     def restore(self, reader: fragments.FragmentReader, steps: int) -> None:
-        fragments.restore(self._engine, self.data_rank, self.data_ranks, reader)
+        fragments.restore(self._engine.optimizer, self._engine.module, self.data_rank, self.data_ranks, reader)
         self._engine.global_steps = steps
         self._engine.global_samples = steps * self._config.batch.global_size
         self._engine.micro_steps = steps * self._accumulation
@@ -77,7 +79,7 @@ class ZeroEngine(Engine):
     def _token_nats(self, tokens: np.ndarray) -> torch.Tensor:
         """fp32 (B, T): nats of each token given those before it."""
         colors = self._model_config.colors
-        inputs, targets = objectives.next_color(_to_device(tokens, self._ranks.device), colors)
+        inputs, targets = objectives.next_color(to_device(tokens, self._ranks.device), colors)
         logits = self._engine(input_ids=inputs).logits  # (B, T, V)
         return objectives.per_token_loss(logits, targets, colors)
 
@@ -85,11 +87,6 @@ class ZeroEngine(Engine):
         """ZeRO-0 has no optimizer of DeepSpeed's that would measure and clip the gradient."""
         limit = self._config.optimizer.clip_norm or float("inf")
         return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
-
-
-def _to_device(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint16 on the host to int64 on the device; widened there, so that two bytes a token are copied."""
-    return torch.from_numpy(np.ascontiguousarray(tokens)).to(device).long()
 
 
 def _initialized_model(
