@@ -152,6 +152,10 @@ class CheckpointConfig:
 
     every_steps: int = 5000
     """Steps between checkpoints; the last step is always saved."""
+    every_minutes: float = 0.0
+    """Minutes after which a checkpoint is saved though every_steps did not ask for one; 0 for never."""
+    asynchronous: bool = True
+    """Go on training while a thread writes: the loop waits for a copy to the host only, which has to fit there."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 100_000
@@ -159,6 +163,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require_at_least("checkpoint.every_steps", self.every_steps, 1)
+        require_at_least("checkpoint.every_minutes", self.every_minutes, 0)
         require_at_least("checkpoint.keep_last", self.keep_last, 1)
         require_at_least("checkpoint.keep_every", self.keep_every, 0)
 

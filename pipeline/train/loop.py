@@ -63,7 +63,8 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
 
 def run_loop(inputs: Inputs, session: Session) -> Progress:
     """Trains from session.start; returns how far it came. What happens at a step is recorded before it is saved."""
-    config, ranks, engine, telemetry = inputs.config, inputs.ranks, session.engine, session.telemetry
+    config, ranks, engine, store = inputs.config, inputs.ranks, session.engine, session.store
+    telemetry = session.telemetry
     progress, last, size = session.start, config.schedule.steps, config.batch.global_size
     clock = StepClock()
     [stopping] = any_rank([session.stop.pending()], ranks.device)
@@ -87,9 +88,12 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
                 "memory_bytes": peak_memory_bytes(ranks.device),
             }
         )
-        stopping, broken = any_rank([session.stop.pending(), telemetry.failure is not None], ranks.device)
+        signs = [session.stop.pending(), telemetry.failure is not None, store.writing(), store.overdue()]
+        stopping, broken, writing, overdue = any_rank(signs, ranks.device)
         if broken:
             telemetry.raise_together()
+        if not writing:
+            store.finish()
 
         def due(every: int, step: int = progress.step) -> bool:
             return every > 0 and (step % every == 0 or step == last)
@@ -99,11 +103,12 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
             telemetry.validation({"step": progress.step, "images": progress.images, "valid_loss": loss})
         if due(config.samples.every_steps):
             telemetry.samples(progress.step, completions(inputs, session))
-        if due(config.checkpoint.every_steps) or stopping:
+        if due(config.checkpoint.every_steps) or stopping or overdue:
             telemetry.flush()
             telemetry.raise_together()
-            session.store.save(engine, progress)
+            store.save(engine, progress)
         clock.restart()
+    store.finish()
     if stopping:
         session.stop.honour()
     session.batches.close()

@@ -1,7 +1,10 @@
-"""Saving and resuming across ranks: the newest whole checkpoint is found, loaded, and proven by the probe's loss."""
+"""Saving and resuming across ranks: a thread writes a copy; the newest whole checkpoint is found, loaded and proven."""
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config
@@ -29,38 +32,81 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A checkpoint that is being written."""
+
+    progress: Progress
+    probe: float
+    """The loss of the probe batch."""
+    written: Future[dict[str, Any]]
+    """What this rank's part of it is, once written: bytes and sha256."""
+
+
 class Store:
     """A run's checkpoints, and what they must agree with."""
 
-    folder: Path
-    config: TrainConfig
-    model_config: GPT2Config
-    shards: ShardSet
-    order: Order
-    probe: Split
-    ranks: Ranks
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        model_config: GPT2Config,
+        shards: ShardSet,
+        order: Order,
+        probe: Split,
+        ranks: Ranks,
+    ) -> None:
+        self.folder, self.config, self.model_config, self.shards = folder, config, model_config, shards
+        self.order, self.probe, self.ranks = order, probe, ranks
+        self._pending: Pending | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._last_save = time.monotonic()
 
-    def save(self, engine: Engine, progress: Progress) -> Path:
-        """Writes, publishes, and deletes what the rule does not keep.
+    def overdue(self) -> bool:
+        """Whether checkpoint.every_minutes have passed since the last save, by this rank's clock."""
+        minutes = self.config.checkpoint.every_minutes
+        return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
 
-        Raises ValueError or OSError on every rank if one could not write; then nothing is published and the older
-        checkpoints stay.
+    def writing(self) -> bool:
+        """Whether this rank's part of a checkpoint is still being written."""
+        return self._pending is not None and not self._pending.written.done()
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Copies the state to the host and has it written; `finish` publishes it.
+
+        Waits for the save before, and raises as `finish` does.
         """
+        self.finish()
         with failing_together():
             if self.ranks.is_first:
                 checkpoints.begin(self.folder, progress.step)
-        aside = checkpoints.aside_folder(self.folder, progress.step)
         probe = probe_loss(engine, self.probe)
+        aside = checkpoints.aside_folder(self.folder, progress.step)
         tensors, index = engine.snapshot()
+        written = self._writer.submit(
+            checkpoints.write_rank, aside, self.ranks.rank, tensors, index, torch.get_rng_state()
+        )
+        self._pending, self._last_save = Pending(progress, probe, written), time.monotonic()
+        if not self.config.checkpoint.asynchronous:
+            self.finish()
+
+    def finish(self) -> None:
+        """Publishes what was begun, once all ranks have written it, and deletes what the rule does not keep.
+
+        Every rank calls it. Raises ValueError or OSError on every rank if one could not write; then nothing is
+        published and the older checkpoints stay.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
         written = None
         with failing_together():
-            written = checkpoints.write_rank(aside, self.ranks.rank, tensors, index, torch.get_rng_state())
+            written = pending.written.result()
         files = {checkpoints.rank_file(rank): facts for rank, facts in enumerate(gather(written)) if facts}
         with failing_together():
             if self.ranks.is_first:
-                checkpoints.publish(aside, self._record(progress, probe, files))
-                checkpoints.retain(self.folder, self.config.checkpoint, progress.step)
-        return checkpoints.step_folder(self.folder, progress.step)
+                aside = checkpoints.aside_folder(self.folder, pending.progress.step)
+                checkpoints.publish(aside, self._record(pending.progress, pending.probe, files))
+                checkpoints.retain(self.folder, self.config.checkpoint, pending.progress.step)
 
     def newest_whole(self) -> Checkpoint | None:
         """The newest checkpoint whose files all are what was written; the ranks share the reading.

@@ -1,0 +1,80 @@
+"""How long a save holds up training, asynchronous against synchronous, for iGPT-S (76M parameters) on this machine.
+
+python -m tests.benchmarks.saving
+"""
+
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
+from pipeline.train.health import StopRequests
+from pipeline.train.persistence import Progress
+from pipeline.train.ranks import describe_ranks, start_group
+from pipeline.train.run_folder import RunFolder
+from pipeline.train.setup import Session, check_inputs, set_up
+from pipeline.train.validation import probe_loss
+from tests.launch import run
+
+SAVES = 3
+
+
+def session_on(shards: Path, folder: Path, asynchronous: bool) -> Session:
+    """One rank with ZeRO-1 at 16x16, after its first step, so that Adam has its moments."""
+    config = TrainConfig(
+        model=ModelConfig(size="s", resolution=16),
+        data=DataConfig(shards=str(shards)),
+        precision="fp32",
+        checkpoint=CheckpointConfig(asynchronous=asynchronous, keep_last=1),
+    )
+    config = replace(config, batch=replace(config.batch, global_size=1, micro_size=1))
+    ranks = describe_ranks()
+    inputs = check_inputs(config, ranks)
+    start_group(ranks)
+    runs = RunFolder(folder)
+    runs.open(config, inputs.shards, [], 1)
+    session = set_up(inputs, runs, StopRequests(folder))
+    session.engine.step(session.batches.at(0, 1), 1e-3)
+    return session
+
+
+def measure(shards: Path, folder: Path, asynchronous: bool) -> None:
+    """Prints the mean seconds that `save` held up the loop, those of its probe, and the peak of host memory."""
+    session = session_on(shards, folder, asynchronous)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    stalls, probes = [], []
+    for number in range(1, SAVES + 1):
+        began = time.perf_counter()
+        session.store.save(session.engine, Progress(number, number))
+        stalls.append(time.perf_counter() - began)
+        session.store.finish()
+        began = time.perf_counter()
+        probe_loss(session.engine, session.store.probe)
+        probes.append(time.perf_counter() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    stall, probe = sum(stalls) / SAVES, sum(probes) / SAVES
+    kind = "asynchronous" if asynchronous else "synchronous"
+    print(f"| {kind} | {stall:.2f} | {probe:.2f} | {stall - probe:.2f} | {before:,.0f} | {peak:,.0f} |", flush=True)
+
+
+def main() -> None:
+    """The table; each kind in a process of its own."""
+    print("| save | s a save holds up training | of it the probe's forward pass | the rest | MB before | MB peak |")
+    print("|---|---|---|---|---|---|", flush=True)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        options = ["--config", "configs/data/demo.yaml", "--resolution", 16, "--out", folder / "shards"]
+        assert run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs").codes == [0]
+        for kind in ("synchronous", "asynchronous"):
+            done = run(1, "-m", "tests.benchmarks.saving", folder / "shards", folder / kind, kind, logs=folder / kind)
+            print("\n".join(line for line in done.output.splitlines() if line.startswith("|")) or done.output)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        measure(Path(sys.argv[1]), Path(sys.argv[2]) / "run", sys.argv[3] == "asynchronous")
+    else:
+        main()
