@@ -21,6 +21,8 @@ class ModelConfig:
     """Pixels a side; a sequence has resolution * resolution tokens."""
     block: Literal["igpt", "gpt2"] = "igpt"
     """igpt: the paper's block; gpt2: transformers' stock block."""
+    dropout: float = 0.0
+    """Probability of dropping embeddings, attention weights and residual branches; the paper trained without."""
 
     def __post_init__(self) -> None:
         own = (self.layers, self.width, self.heads)
@@ -34,6 +36,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} is {value}; it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1.")
         if self.width is not None and self.heads is not None and self.width % self.heads:
             raise ValueError(f"model.width is {self.width}; it must be a multiple of model.heads, {self.heads}.")
 
@@ -42,8 +46,17 @@ class ModelConfig:
 class ObjectiveConfig:
     """What the model learns."""
 
-    kind: Literal["next_color"] = "next_color"
-    """next_color: predict each pixel's colour from those before it."""
+    kind: Literal["next_color", "masked_color"] = "next_color"
+    """next_color: predict each pixel's colour from those before it; masked_color: hide pixels and predict them from
+    all others (the paper's BERT objective)."""
+    mask_probability: float = 0.15
+    """Of each pixel to be hidden, under masked_color."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_probability < 1:
+            raise ValueError(
+                f"objective.mask_probability is {self.mask_probability}; it must be above 0 and below 1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +125,39 @@ class BatchConfig:
     """Images of one optimizer step, over all ranks."""
     micro_size: int = 16
     """Images of one forward pass on one rank."""
+    warmup_steps: int = 0
+    """Steps over which the batch grows to global_size."""
+    first_size: int | None = None
+    """Images of the first step, when the batch grows; it grows by as many at a time."""
 
     def __post_init__(self) -> None:
         require_at_least("batch.global_size", self.global_size, 1)
         require_at_least("batch.micro_size", self.micro_size, 1)
+        require_at_least("batch.warmup_steps", self.warmup_steps, 0)
+        if (self.warmup_steps > 0) != (self.first_size is not None):
+            raise ValueError(
+                f"batch.warmup_steps is {self.warmup_steps} and batch.first_size is {self.first_size}; a batch that "
+                f"grows needs both, and one that does not needs neither."
+            )
+        if self.first_size is not None and (self.first_size < 1 or self.global_size % self.first_size):
+            raise ValueError(
+                f"batch.first_size is {self.first_size}; it must divide batch.global_size, {self.global_size}."
+            )
+
+    def size_at(self, step: int) -> int:
+        """Images of the step that makes step - 1 into step; step counts from 1. A pure function of the step.
+
+        Grows in equally long stretches through the multiples of first_size.
+        """
+        if self.first_size is None or step > self.warmup_steps:
+            return self.global_size
+        sizes = self.global_size // self.first_size
+        return self.first_size * (1 + (step - 1) * sizes // self.warmup_steps)
+
+    def images_after(self, steps: int) -> int:
+        """Images that `steps` steps from the first read."""
+        growing = min(steps, self.warmup_steps)
+        return sum(map(self.size_at, range(1, growing + 1))) + (steps - growing) * self.global_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,24 +168,50 @@ class ParallelConfig:
     """What each rank holds only its share of: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     pipeline_stages: int = 1
     """Into how many runs of blocks the model is cut, each on ranks of its own; needs ZeRO-1."""
+    tensor_parallel: int = 1
+    """Ranks that share every block's matrices and heads, each holding a part of them."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What stays in the host's memory between uses: nothing, the optimizer's state, or (with ZeRO-3) weights too."""
     recompute: bool = False
     """Activation checkpointing: recompute each block in the backward pass."""
 
     def __post_init__(self) -> None:
         require_at_least("parallel.pipeline_stages", self.pipeline_stages, 1)
+        require_at_least("parallel.tensor_parallel", self.tensor_parallel, 1)
         if self.pipeline_stages > 1 and self.zero_stage != 1:
             raise ValueError(
                 f"parallel.zero_stage is {self.zero_stage}; with parallel.pipeline_stages {self.pipeline_stages} it "
                 f"must be 1: DeepSpeed clips wrongly without it, and has no pipeline for 2 and 3."
             )
+        if self.pipeline_stages > 1 and self.tensor_parallel > 1:
+            raise ValueError(
+                f"parallel.tensor_parallel is {self.tensor_parallel}; with parallel.pipeline_stages "
+                f"{self.pipeline_stages} it must be 1: DeepSpeed does not combine the two."
+            )
+        if self.tensor_parallel > 1 and self.zero_stage == 3:
+            raise ValueError(
+                f"parallel.zero_stage is 3; with parallel.tensor_parallel {self.tensor_parallel} it must be 1 or 2."
+            )
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(
+                f"parallel.zero_stage is {self.zero_stage}; with parallel.offload {self.offload} it must be at least "
+                f"{needed}."
+            )
+
+    @property
+    def model_ranks(self) -> int:
+        """How many ranks share one copy of the model, by stages or by parts of matrices."""
+        return self.pipeline_stages * self.tensor_parallel
 
     def data_ranks(self, ranks: int) -> int:
-        """How many of `ranks` read different pictures. Raises ValueError if the stages don't divide them."""
-        if ranks % self.pipeline_stages:
-            raise ValueError(
-                f"parallel.pipeline_stages is {self.pipeline_stages}; it must divide the number of ranks, {ranks}."
-            )
-        return ranks // self.pipeline_stages
+        """How many of `ranks` read different pictures. Raises ValueError if the stages or parts don't divide them."""
+        for key in ("pipeline_stages", "tensor_parallel"):
+            if ranks % getattr(self, key):
+                raise ValueError(
+                    f"parallel.{key} is {getattr(self, key)}; it must divide the number of ranks, {ranks}."
+                )
+        return ranks // self.model_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,13 +293,15 @@ class TrainConfig:
             )
 
     def accumulation_steps(self, data_parallel_ranks: int) -> int:
-        """Micro-batches a rank runs in one optimizer step. Raises ValueError if the batch does not divide."""
+        """Micro-batches a rank runs in a step of global_size. Raises ValueError if a batch does not divide."""
         images = self.batch.micro_size * data_parallel_ranks
-        if self.batch.global_size % images:
-            raise ValueError(
-                f"batch.global_size is {self.batch.global_size}; it must be a multiple of batch.micro_size times the "
-                f"data-parallel ranks, {self.batch.micro_size} x {data_parallel_ranks} = {images}."
-            )
+        for key in ("first_size", "global_size"):
+            size = getattr(self.batch, key)
+            if size is not None and size % images:
+                raise ValueError(
+                    f"batch.{key} is {size}; it must be a multiple of batch.micro_size times the data-parallel ranks, "
+                    f"{self.batch.micro_size} x {data_parallel_ranks} = {images}."
+                )
         return self.batch.global_size // images
 
 

@@ -1,8 +1,9 @@
 """The one interface between the loop and DeepSpeed (contract 6), and the one place that configures DeepSpeed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,15 @@ from pipeline.train.ranks import Ranks
 ADAM_EPSILON = 1e-8
 
 
+Accept = Callable[[float, float], bool]
+"""Whether to make the update of a step with this loss and gradient norm; asked on all ranks, alike on all."""
+
+
+def are_finite(loss: float, grad_norm: float) -> bool:
+    """Whether both are numbers. DeepSpeed's norm of what is none may be negative."""
+    return isfinite(loss) and isfinite(grad_norm) and grad_norm >= 0
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did, alike on all ranks."""
@@ -26,7 +36,7 @@ class StepResult:
     grad_norm: float
     """Global norm of the gradient before clipping."""
     applied: bool
-    """False if the engine left the weights as they were."""
+    """False if weights and moments were left as they were."""
 
 
 class Engine(ABC):
@@ -38,8 +48,8 @@ class Engine(ABC):
     """How many ranks read different pictures."""
 
     @abstractmethod
-    def step(self, tokens: np.ndarray, rate: float) -> StepResult:
-        """One optimizer step on this rank's share of the global batch, uint16 (global_size / data_ranks, T)."""
+    def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
+        """One optimizer step on this rank's share of the global batch, uint16 (share, T); the update if accepted."""
 
     @abstractmethod
     def evaluate(self, tokens: np.ndarray) -> np.ndarray:
@@ -56,6 +66,33 @@ class Engine(ABC):
     @abstractmethod
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         """Draws the lower halves of uint16 (B, T) anew: uint16 (B, samples, T), the same on every rank."""
+
+
+class Gate:
+    """Stands between the gradient and the update: the optimizer's `step` asks it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, observe: Callable[[], tuple[float, float]]) -> None:
+        """observe: the loss and gradient norm of the step, called when all gradients are there."""
+        self._optimizer, self._observe, self._update = optimizer, observe, optimizer.step
+        self._accept: Accept | None = None
+        self._open: bool | None = None
+        optimizer.step = self._step  # type: ignore[assignment,method-assign]
+
+    def arm(self, accept: Accept) -> None:
+        """Before each step; until the first, DeepSpeed's own set-up passes."""
+        self._accept, self._open = accept, None
+
+    @property
+    def opened(self) -> bool:
+        """Whether the update of the last step was made: DeepSpeed asks or refuses by itself."""
+        return bool(self._open)
+
+    def _step(self) -> None:
+        """Called once for each of DeepSpeed's parameter groups."""
+        if self._accept is not None and self._open is None:
+            self._open = self._accept(*self._observe())
+        if self._accept is None or self._open:
+            self._update()
 
 
 def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> Engine:
