@@ -54,9 +54,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_probability < 1:
-            raise ValueError(
-                f"objective.mask_probability is {self.mask_probability}; it must be above 0 and below 1."
-            )
+            raise ValueError(f"objective.mask_probability is {self.mask_probability}; it must be above 0 and below 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +253,7 @@ class SamplesConfig:
     """Half pictures completed during training, for TensorBoard and RUN/samples."""
 
     every_steps: int = 50_000
-    """Steps between completions; 0 for none."""
+    """Steps between completions; 0 for none, and none under masked_color, which continues no half picture."""
     images: int = 4
     """Pictures of the `valid` split, each completed twice."""
 
@@ -290,6 +288,12 @@ class TrainConfig:
             raise ValueError(
                 f"data.reflect_crop is {self.data.reflect_crop}; it must be below model.resolution, "
                 f"{self.model.resolution}: a reflection is no larger than the picture."
+            )
+
+        if self.model.dropout and self.parallel.tensor_parallel > 1:
+            raise ValueError(
+                f"model.dropout is {self.model.dropout}; with parallel.tensor_parallel "
+                f"{self.parallel.tensor_parallel} it must be 0: the ranks that share a matrix would drop differently."
             )
 
     def accumulation_steps(self, data_parallel_ranks: int) -> int:

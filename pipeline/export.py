@@ -71,6 +71,11 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes the model folder, whole or not at all, checked by logits and, if the shards are at hand, by the probe."""
     run = checkpoint.folder.parent.parent
     record = checkpoint.record
+    if not record.model.get("is_causal", True):
+        raise ValueError(
+            f"{checkpoint.folder} was trained with objective.kind masked_color; only next_color can be exported, since "
+            f"ImageGPT and GPT-2 folders are read as models that see what comes before a colour alone."
+        )
     palette = load_palette(run / PALETTE_FILE, GPT2Config.from_dict(record.model).colors, key="the run's palette")
     if palette_sha256(palette) != record.palette_sha256:
         raise ValueError(

@@ -40,12 +40,14 @@ SIZES = {
 }
 
 BLOCKS = ("igpt", "gpt2")
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
-def gpt2_config(model: ModelConfig, colors: int = 512) -> GPT2Config:
+def gpt2_config(model: ModelConfig, colors: int = 512, objective: str = "next_color") -> GPT2Config:
     """The GPT2Config of a model over `colors` colours and SOS, with one position a pixel.
 
-    Two attributes are ours, `block` and `colors`; they survive to_dict() and from_dict().
+    Three attributes are ours, `block`, `colors` and `objective`; they survive to_dict() and from_dict(). A model of
+    hidden colours attends in both directions, and its row for SOS stands for a hidden colour: zero, and never learned.
     """
     if model.size is not None:
         size = SIZES[model.size]
@@ -59,7 +61,9 @@ def gpt2_config(model: ModelConfig, colors: int = 512) -> GPT2Config:
         n_positions=model.resolution**2,
         vocab_size=colors + 1,
         activation_function="quick_gelu" if model.block == "igpt" else "gelu_new",
-        **fixed_settings(model.block, colors),
+        objective=objective,
+        is_causal=objective == "next_color",
+        **fixed_settings(model.block, colors) | dict.fromkeys(DROPOUTS, model.dropout),
     )
 
 
@@ -70,9 +74,7 @@ def fixed_settings(block: str, colors: int) -> dict[str, object]:
         "colors": colors,
         "bos_token_id": colors,
         "eos_token_id": None,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
+        **dict.fromkeys(DROPOUTS, 0.0),
         "tie_word_embeddings": False,
         "use_cache": False,
         "attn_implementation": "sdpa",
@@ -91,6 +93,10 @@ def build_model(config: GPT2Config) -> GPT2LMHeadModel:
         model = GPT2LMHeadModel(config)
         if config.block == "igpt":
             _use_paper_block(model)
+    if not getattr(config, "is_causal", True):
+        model.transformer.wte.padding_idx = config.colors  # its row gets no gradient
+        for block in model.transformer.h:
+            block.attn.is_causal = False  # the configuration's word counts for the whole model only
     return model
 
 
@@ -132,7 +138,10 @@ def initial_value(name: str, shape: Sequence[int], config: GPT2Config, seed: int
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     std = _paper_std(name, config) if config.block == "igpt" else _gpt2_std(name, config)
-    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").mul_(std)
+    value = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").mul_(std)
+    if name == "transformer.wte.weight" and not getattr(config, "is_causal", True):
+        value[config.colors] = 0
+    return value
 
 
 def _paper_std(name: str, config: GPT2Config) -> float:

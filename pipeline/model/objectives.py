@@ -1,7 +1,28 @@
-"""What a model learns: the next colour of a picture read in raster order."""
+"""What a model learns: the next colour of a picture read in raster order, or hidden colours from all others.
 
+A hidden colour carries the bit HIDDEN on its way from the data order, which draws it, to the model.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch.nn import functional
+
+from pipeline.config import ObjectiveConfig
+
+HIDDEN = 1 << 15
+"""The bit of a uint16 token that is to be predicted under the masked objective."""
+IGNORED = -100
+"""A target that takes no part in the loss."""
+
+InputsAndTargets = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""Of pictures, integers (B, T), and the number of colours V, to the model's inputs and targets, both long (B, T)."""
+
+
+def inputs_and_targets(objective: ObjectiveConfig) -> InputsAndTargets:
+    """What the model reads and what it is to say, for an objective."""
+    return {"next_color": next_color, "masked_color": masked_color}[objective.kind]
 
 
 def next_color(tokens: torch.Tensor, sos: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -11,14 +32,33 @@ def next_color(tokens: torch.Tensor, sos: int) -> tuple[torch.Tensor, torch.Tens
     return torch.cat([start, targets[:, :-1]], dim=1), targets
 
 
+def masked_color(tokens: torch.Tensor, mask: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs with `mask` for each hidden colour, and targets that are hidden colours or IGNORED; both long (B, T)."""
+    hidden = tokens >= HIDDEN  # (B, T)
+    colors = torch.where(hidden, tokens - HIDDEN, tokens).long()
+    return colors.masked_fill(hidden, mask), colors.masked_fill(~hidden, IGNORED)
+
+
+def hide(tokens: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """uint16 (B, T) with the bit HIDDEN where bool (B, T) `hidden` says so; of each picture at least one is True."""
+    assert tokens.dtype == np.uint16 and hidden.any(axis=1).all()
+    return tokens | (hidden.astype(np.uint16) * np.uint16(HIDDEN))
+
+
+def picture_loss(logits: torch.Tensor, targets: torch.Tensor, colors: int) -> torch.Tensor:
+    """Mean nats of each picture's targets, fp32 (B,); arguments as for `per_token_loss`, targets may be IGNORED."""
+    taking_part = (targets != IGNORED).sum(1)  # (B,)
+    return per_token_loss(logits, targets, colors).sum(1) / taking_part
+
+
 def per_token_loss(logits: torch.Tensor, targets: torch.Tensor, colors: int) -> torch.Tensor:
-    """Cross-entropy of each token in nats, fp32 (B, T).
+    """Cross-entropy of each token in nats, fp32 (B, T); 0 where the target is IGNORED.
 
     `logits` is (B, T, V) or has columns beyond the colours (the stock block's SOS), which take no part;
     `targets` is long (B, T).
     """
     scores = logits[..., :colors].float()  # (B, T, V)
-    return functional.cross_entropy(scores.transpose(1, 2), targets, reduction="none")  # (B, T)
+    return functional.cross_entropy(scores.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)  # (B, T)
 
 
 def token_loss(logits: torch.Tensor, targets: torch.Tensor, colors: int) -> torch.Tensor:

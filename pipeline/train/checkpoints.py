@@ -112,12 +112,11 @@ def write_rank(
     rank: int,
     tensors: dict[str, torch.Tensor],
     index: list[dict[str, Any]],
-    random_state: torch.Tensor,
 ) -> dict[str, Any]:
     """Writes one rank's file and flushes it. Returns its bytes and sha256 for the manifest."""
     path = aside / rank_file(rank)
     try:
-        save_file({**tensors, "random_state": random_state}, path, metadata={"index": json.dumps(index)})
+        save_file(tensors, path, metadata={"index": json.dumps(index)})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     flush_to_disk(path)
@@ -152,10 +151,20 @@ def retain(checkpoints: Path, rule: CheckpointConfig, newest: int) -> None:
             shutil.rmtree(doomed)
 
 
-def load_random_state(checkpoint: Checkpoint, rank: int) -> torch.Tensor | None:
-    """The state of a rank's random generator, if the checkpoint has that rank."""
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of this rank's random generators, which dropout draws from, as tensors of its file."""
+    states = {"random_state": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random_state.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:
+    """Sets this rank's generators as they were saved; a rank that the checkpoint has not goes on with its own."""
     name = rank_file(rank)
     if name not in checkpoint.record.files:
-        return None
+        return
     with safe_open(str(checkpoint.folder / name), framework="pt") as file:
-        return file.get_tensor("random_state")
+        torch.set_rng_state(file.get_tensor("random_state"))
+        if device.type == "cuda" and "random_state.cuda" in file.keys():  # noqa: SIM118 (no mapping)
+            torch.cuda.set_rng_state(file.get_tensor("random_state.cuda"), device)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GPT2Config
 
 from pipeline.config import TrainConfig
+from pipeline.train import tensor_parallel
 from pipeline.train.fragments import FragmentReader
 from pipeline.train.ranks import Ranks
 
@@ -76,21 +77,23 @@ class Gate:
         self._optimizer, self._observe, self._update = optimizer, observe, optimizer.step
         self._accept: Accept | None = None
         self._open: bool | None = None
+        self._seen = (nan, nan)
         optimizer.step = self._step  # type: ignore[assignment,method-assign]
 
     def arm(self, accept: Accept) -> None:
         """Before each step; until the first, DeepSpeed's own set-up passes."""
-        self._accept, self._open = accept, None
+        self._accept, self._open, self._seen = accept, None, (nan, nan)
 
-    @property
-    def opened(self) -> bool:
-        """Whether the update of the last step was made: DeepSpeed asks or refuses by itself."""
-        return bool(self._open)
+    def result(self, loss: float) -> StepResult:
+        """Of the last step. DeepSpeed asks for the update, or refuses one whose gradient is not finite by itself."""
+        norm = self._seen[1]
+        return StepResult(loss, norm if norm >= 0 else nan, applied=bool(self._open))
 
     def _step(self) -> None:
         """Called once for each of DeepSpeed's parameter groups."""
         if self._accept is not None and self._open is None:
-            self._open = self._accept(*self._observe())
+            self._seen = self._observe()
+            self._open = self._accept(*self._seen)
         if self._accept is None or self._open:
             self._update()
 
@@ -120,6 +123,10 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
             "overlap_comm": ranks.device.type == "cuda",
         },
     }
+    if config.parallel.tensor_parallel > 1:
+        # DeepSpeed would check the batch against all ranks, before it knows which of them read the same pictures.
+        del settings["train_batch_size"]
+        settings["tensor_parallel"] = tensor_parallel.settings(config.parallel.tensor_parallel)
     if config.parallel.zero_stage > 0:
         settings["gradient_clipping"] = config.optimizer.clip_norm
     if config.precision == "bf16" and config.parallel.zero_stage == 0:

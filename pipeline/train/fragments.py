@@ -7,7 +7,7 @@ needs. No rank ever holds the model. The layouts are private attributes of DeepS
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,58 @@ STATES = ("weight", *MOMENTS)
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a rank holds of a parameter that tensor parallelism cuts.
+
+    The parameter, transposed if so, is `matrices` equal blocks along `dimension`; of each the rank has an equal part.
+    """
+
+    dimension: int
+    matrices: int
+    rank: int
+    ranks: int
+    transposed: bool
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The part's shape, for that of the whole parameter."""
+        shape = list(reversed(whole) if self.transposed else whole)
+        shape[self.dimension] //= self.ranks
+        return tuple(shape)
+
+    def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape, for that of the part."""
+        shape = list(part)
+        shape[self.dimension] *= self.ranks
+        return tuple(reversed(shape) if self.transposed else shape)
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part as a view of the whole: (.., matrices, size / ranks, ..)."""
+        view = whole.T if self.transposed else whole
+        blocks = view.unflatten(self.dimension, (self.matrices, -1))
+        return blocks.chunk(self.ranks, self.dimension + 1)[self.rank]
+
+
+@dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + length) of the flattened parameter `name`, at `place` in a partition."""
+    """Elements [start, start + length) of the flattened parameter `name`, or of a part of it, at `place` in a
+    partition."""
 
     name: str
     shape: tuple[int, ...]
+    """Of the whole parameter."""
     start: int
     length: int
     place: int
+    part: Part | None = None
 
     def key(self, state: str) -> str:
         """The name of this fragment's tensor in a checkpoint file."""
         return f"{self.name}@{self.start}.{state}"
+
+    @property
+    def whole_length(self) -> int:
+        """Elements of the parameter, or of the part."""
+        return prod(self.shape) // (self.part.ranks if self.part else 1)
 
 
 @dataclass(frozen=True)
@@ -58,23 +98,54 @@ class Partition:
         self.state["step"] = torch.tensor(step, dtype=torch.float32, device=step_device)
 
 
-def partitions_of(optimizer: Any, model: nn.Module, rank: int, ranks: int) -> Iterator[Partition]:
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among those that share the model's state."""
+
+    rank: int
+    """Among the data-parallel ranks."""
+    ranks: int
+    parts: dict[str, Part]
+    """Of the parameters that tensor parallelism cuts, those of this rank."""
+
+    @property
+    def writes_whole(self) -> bool:
+        """Whether this rank writes the parameters that all ranks of a tensor-parallel group hold."""
+        return all(part.rank == 0 for part in self.parts.values())
+
+
+class Names:
+    """The names of an engine's parameters, and their fragments."""
+
+    def __init__(self, model: nn.Module, parts: dict[str, Part]) -> None:
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._parts = parts
+
+    def fragment(
+        self, parameter: nn.Parameter, shape: tuple[int, ...], start: int, length: int, place: int
+    ) -> Fragment:
+        """shape: what this rank holds of the parameter, before ZeRO cuts it."""
+        name = self._names[id(parameter)]
+        part = self._parts.get(name)
+        return Fragment(name, part.whole_shape(shape) if part else shape, start, length, place, part)
+
+
+def partitions_of(optimizer: Any, model: nn.Module, place: Place) -> Iterator[Partition]:
     """What this rank of a DeepSpeed optimizer owns.
 
-    model: the whole one, whose names count; layers of other pipeline stages may be without memory. rank, ranks: the
-    place among the data-parallel ranks.
+    model: the whole one, whose names count; layers of other pipeline stages may be without memory.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = Names(model, place.parts)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _stage_3(optimizer, names)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         return _linked(optimizer, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
     if hasattr(optimizer, "fp32_groups_flat_partition"):
         return _linked(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
-    return _unpartitioned(optimizer, names, rank, ranks)
+    return _unpartitioned(optimizer, names, place.rank, place.ranks)
 
 
-def _stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Partition]:
+def _stage_3(optimizer: Any, names: Names) -> Iterator[Partition]:
     """ZeRO-3: every parameter is cut over the ranks, the last rank's cut padded."""
     for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         fragments = []
@@ -83,11 +154,11 @@ def _stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Partition]:
             start = cut * optimizer._get_param_partition_rank(parameter)
             length = min(cut, parameter.ds_numel - start)
             if length > 0:
-                fragments.append(Fragment(names[id(parameter)], tuple(parameter.ds_shape), start, length, place))
+                fragments.append(names.fragment(parameter, tuple(parameter.ds_shape), start, length, place))
         yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
 
 
-def _linked(optimizer: Any, groups: Any, flats: Any, names: dict[int, str]) -> Iterator[Partition]:
+def _linked(optimizer: Any, groups: Any, flats: Any, names: Names) -> Iterator[Partition]:
     """ZeRO-1 and 2: a group's parameters lie end to end and the whole is cut over the ranks."""
     for group, flat in zip(groups, flats, strict=True):
         fragments = []
@@ -96,16 +167,16 @@ def _linked(optimizer: Any, groups: Any, flats: Any, names: dict[int, str]) -> I
             if mapping is not None:
                 inside, here = mapping.lp_fragment_address, mapping.hp_fragment_address
                 shape = tuple(parameter.shape)
-                fragments.append(Fragment(names[id(parameter)], shape, inside.start, here.numel, here.start))
+                fragments.append(names.fragment(parameter, shape, inside.start, here.numel, here.start))
         yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
 
 
-def _unpartitioned(optimizer: Any, names: dict[int, str], rank: int, ranks: int) -> Iterator[Partition]:
+def _unpartitioned(optimizer: Any, names: Names, rank: int, ranks: int) -> Iterator[Partition]:
     """ZeRO-0: every rank holds everything and writes its share of each parameter."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             first, last = parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks
-            share = Fragment(names[id(parameter)], tuple(parameter.shape), first, last - first, first)
+            share = names.fragment(parameter, tuple(parameter.shape), first, last - first, first)
             state = _Flattened(optimizer.state[parameter], parameter.shape)
             yield Partition(parameter.data.view(-1), state, [share] if last > first else [])
 
@@ -122,11 +193,13 @@ class _Flattened(dict[str, torch.Tensor]):
         self._state[key] = value.view(self._shape) if value.dim() else value
 
 
-def snapshot(partitions: Iterator[Partition]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Copies of this rank's fragments on the host, and their index for the file's header."""
+def snapshot(optimizer: Any, model: nn.Module, place: Place) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Copies of this rank's fragments on the host, and their index for the file's header. As for `partitions_of`."""
     tensors, index = {}, []
-    for partition in partitions:
+    for partition in partitions_of(optimizer, model, place):
         for fragment in partition.fragments:
+            if fragment.part is None and not place.writes_whole:
+                continue
             for state in STATES:
                 flat = partition.flat(state).detach()
                 cut = flat.narrow(0, fragment.place, fragment.length)
@@ -137,10 +210,20 @@ def snapshot(partitions: Iterator[Partition]) -> tuple[dict[str, torch.Tensor], 
                     "shape": list(fragment.shape),
                     "start": fragment.start,
                     "length": fragment.length,
-                    "step": float(partition.state["step"]),
+                    "step": float(partition.state["step"]) if "step" in partition.state else 0.0,
+                    "part": asdict(fragment.part) if fragment.part else None,
                 }
             )
     return tensors, index
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A fragment in a checkpoint's file."""
+
+    fragment: Fragment
+    file: int
+    step: float
 
 
 class FragmentReader:
@@ -152,15 +235,20 @@ class FragmentReader:
     def __init__(self, files: list[Path]) -> None:
         self._files = [safe_open(str(file), framework="pt") for file in files]
         self._folder = files[0].parent
-        self._fragments: dict[str, list[tuple[Fragment, int, float]]] = {}
+        self._stored: dict[str, dict[Part | None, list[Stored]]] = {}
         for number, file in enumerate(self._files):
             for entry in json.loads(file.metadata()["index"]):
-                shape = tuple(entry["shape"])
-                fragment = Fragment(entry["name"], shape, entry["start"], entry["length"], 0)
-                self._fragments.setdefault(entry["name"], []).append((fragment, number, entry["step"]))
-        for name, pieces in self._fragments.items():
-            pieces.sort(key=lambda piece: piece[0].start)
-            self._check_cover(name, [piece[0] for piece in pieces])
+                part = Part(**entry["part"]) if entry.get("part") else None
+                fragment = Fragment(entry["name"], tuple(entry["shape"]), entry["start"], entry["length"], 0, part)
+                pieces = self._stored.setdefault(fragment.name, {}).setdefault(part, [])
+                pieces.append(Stored(fragment, number, entry["step"]))
+        for name, by_part in self._stored.items():
+            expected = max((part.ranks for part in by_part if part), default=1)
+            if len(by_part) != expected:
+                raise ValueError(f"{self._folder}: {name} has {len(by_part)} of its {expected} parts.")
+            for pieces in by_part.values():
+                pieces.sort(key=lambda piece: piece.fragment.start)
+                self._check_cover(name, [piece.fragment for piece in pieces])
 
     def _check_cover(self, name: str, fragments: list[Fragment]) -> None:
         end = 0
@@ -168,45 +256,68 @@ class FragmentReader:
             if fragment.start != end:
                 raise ValueError(f"{self._folder}: the fragments of {name} leave a gap or overlap at element {end}.")
             end += fragment.length
-        if end != prod(fragments[0].shape):
-            raise ValueError(f"{self._folder}: {name} has {end} of {prod(fragments[0].shape)} elements.")
+        if end != fragments[0].whole_length:
+            raise ValueError(f"{self._folder}: {name} has {end} of {fragments[0].whole_length} elements.")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's shape."""
-        return {name: pieces[0][0].shape for name, pieces in self._fragments.items()}
+        return {name: next(iter(by_part.values()))[0].fragment.shape for name, by_part in self._stored.items()}
 
     @property
     def optimizer_step(self) -> float:
         """How many updates Adam has made."""
-        steps = {step for pieces in self._fragments.values() for _, _, step in pieces}
+        steps = {piece.step for by_part in self._stored.values() for pieces in by_part.values() for piece in pieces}
         if len(steps) != 1:
             raise ValueError(f"{self._folder}: the ranks saved different steps of the optimizer, {sorted(steps)}.")
         return steps.pop()
 
     def read(self, name: str, state: str = "weight") -> torch.Tensor:
         """One whole parameter, or one of its moments: fp32, in its shape."""
-        shape = self.shapes[name]
-        flat = torch.empty(prod(shape))
-        self.fill(flat, Fragment(name, shape, 0, flat.numel(), 0), state)
-        return flat.view(shape)
+        shape = self._shape(name)
+        whole = torch.empty(shape)
+        for part in self._stored[name]:
+            wanted = Fragment(name, shape, 0, prod(shape) // (part.ranks if part else 1), 0, part)
+            flat = torch.empty(wanted.length)
+            self._fill_alike(flat, wanted, state)
+            if part is None:
+                return flat.view(shape)
+            view = part.of(whole)
+            view.copy_(flat.view(view.shape))
+        return whole
 
     def fill(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
-        """Writes the wanted elements into `target`, (wanted.length,). Raises ValueError if it is another model's."""
-        if self.shapes.get(wanted.name) != wanted.shape:
-            found = self.shapes.get(wanted.name, "missing")
+        """Writes the wanted elements into `target`, (wanted.length,). Raises ValueError if it is another model's.
+
+        A parameter that is cut otherwise than it was saved is put together first: one, never the model.
+        """
+        if self._stored.get(wanted.name) is None or self._shape(wanted.name) != wanted.shape:
+            found = self._shape(wanted.name) if wanted.name in self._stored else "missing"
             raise ValueError(f"{self._folder}: {wanted.name} is {found}; this model needs {wanted.shape}.")
-        for fragment, number, _ in self._fragments[wanted.name]:
+        if wanted.part in self._stored[wanted.name]:
+            self._fill_alike(target, wanted, state)
+            return
+        whole = self.read(wanted.name, state)
+        own = wanted.part.of(whole) if wanted.part else whole
+        target.copy_(own.reshape(-1)[wanted.start : wanted.start + wanted.length])
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return next(iter(self._stored[name].values()))[0].fragment.shape
+
+    def _fill_alike(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
+        """From fragments of the same part, or of the whole parameter."""
+        for piece in self._stored[wanted.name][wanted.part]:
+            fragment = piece.fragment
             first = max(wanted.start, fragment.start)
             last = min(wanted.start + wanted.length, fragment.start + fragment.length)
             if first < last:
-                stored = self._files[number].get_slice(fragment.key(state))
-                piece = stored[first - fragment.start : last - fragment.start]
-                target[first - wanted.start : last - wanted.start].copy_(piece)
+                stored = self._files[piece.file].get_slice(fragment.key(state))
+                cut = stored[first - fragment.start : last - fragment.start]
+                target[first - wanted.start : last - wanted.start].copy_(cut)
 
 
 @torch.no_grad()
-def restore(optimizer: Any, model: nn.Module, rank: int, ranks: int, reader: FragmentReader) -> None:
+def restore(optimizer: Any, model: nn.Module, place: Place, reader: FragmentReader) -> None:
     """Fills a rank's weights and moments from a checkpoint of any topology. Arguments as for `partitions_of`.
 
     Raises ValueError if the checkpoint's parameters are not the model's.
@@ -219,7 +330,7 @@ def restore(optimizer: Any, model: nn.Module, rank: int, ranks: int, reader: Fra
     step = reader.optimizer_step
     fused = any(group.get("fused") for group in optimizer.param_groups)
     with failing_together():
-        for partition in partitions_of(optimizer, model, 0 if whole else rank, 1 if whole else ranks):
+        for partition in partitions_of(optimizer, model, replace(place, rank=0, ranks=1) if whole else place):
             # Fused Adam counts its steps on the device, plain Adam on the host.
             partition.make_state(step, partition.weight.device if fused else torch.device("cpu"))
             for state in STATES:

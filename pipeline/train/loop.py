@@ -65,10 +65,11 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
     """Trains from session.start; returns how far it came. What happens at a step is recorded before it is saved."""
     config, ranks, engine, store = inputs.config, inputs.ranks, session.engine, session.store
     telemetry = session.telemetry
-    progress, last, size = session.start, config.schedule.steps, config.batch.global_size
+    progress, last = session.start, config.schedule.steps
     clock = StepClock()
     [stopping] = any_rank([session.stop.pending()], ranks.device)
     while progress.step < last and not stopping:
+        size = config.batch.size_at(progress.step + 1)
         tokens = clock.wait_for(partial(session.batches.at, progress.images, size))
         rate = rate_at(progress.step + 1, config.optimizer, config.schedule)
         result = engine.step(tokens, rate)
@@ -99,9 +100,9 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
             return every > 0 and (step % every == 0 or step == last)
 
         if due(config.validation.every_steps):
-            loss = validation_loss(engine, inputs.valid_split, config.validation.images, ranks)
+            loss = validation_loss(engine, inputs.held_out, config.validation.images, ranks)
             telemetry.validation({"step": progress.step, "images": progress.images, "valid_loss": loss})
-        if due(config.samples.every_steps):
+        if due(config.samples.every_steps) and inputs.masks is None:
             telemetry.samples(progress.step, completions(inputs, session))
         if due(config.checkpoint.every_steps) or stopping or overdue:
             telemetry.flush()

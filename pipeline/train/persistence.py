@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GPT2Config
 
-from data_prep.shards import ShardSet, Split
+from data_prep.shards import ShardSet
 from pipeline.config import TrainConfig
 from pipeline.train import checkpoints
 from pipeline.train.batches import Order
@@ -17,7 +16,7 @@ from pipeline.train.checkpoints import Checkpoint, CheckpointRecord
 from pipeline.train.engine import Engine
 from pipeline.train.ranks import Ranks, failing_together, first_word, from_first, gather
 from pipeline.train.run_folder import check_shards
-from pipeline.train.validation import probe_loss
+from pipeline.train.validation import Pictures, probe_loss
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 """Nats per token by which the probe loss may differ after a load: summation order of another topology, no more."""
@@ -52,7 +51,7 @@ class Store:
         model_config: GPT2Config,
         shards: ShardSet,
         order: Order,
-        probe: Split,
+        probe: Pictures,
         ranks: Ranks,
     ) -> None:
         self.folder, self.config, self.model_config, self.shards = folder, config, model_config, shards
@@ -82,9 +81,8 @@ class Store:
         probe = probe_loss(engine, self.probe)
         aside = checkpoints.aside_folder(self.folder, progress.step)
         tensors, index = engine.snapshot()
-        written = self._writer.submit(
-            checkpoints.write_rank, aside, self.ranks.rank, tensors, index, torch.get_rng_state()
-        )
+        tensors |= checkpoints.random_states(self.ranks.device)
+        written = self._writer.submit(checkpoints.write_rank, aside, self.ranks.rank, tensors, index)
         self._pending, self._last_save = Pending(progress, probe, written), time.monotonic()
         if not self.config.checkpoint.asynchronous:
             self.finish()
@@ -145,9 +143,7 @@ class Store:
             reader = checkpoint.reader()
         engine.restore(reader, record.step)
         with failing_together():
-            random_state = checkpoints.load_random_state(checkpoint, self.ranks.rank)
-        if random_state is not None:
-            torch.set_rng_state(random_state)
+            checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
         loss = probe_loss(engine, self.probe)
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         if not abs(loss - record.probe_loss) <= tolerance:
@@ -186,6 +182,7 @@ class Store:
                 "ranks": self.ranks.count,
                 "zero_stage": self.config.parallel.zero_stage,
                 "pipeline_stages": self.config.parallel.pipeline_stages,
+                "tensor_parallel": self.config.parallel.tensor_parallel,
             },
             model=self.model_config.to_dict(),
             palette_sha256=self.shards.palette_sha256,

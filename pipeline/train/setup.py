@@ -13,6 +13,7 @@ from pipeline.train.augmentation import Augmentation
 from pipeline.train.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import StopRequests
+from pipeline.train.masking import MaskedBatches, MaskedSplit, Masks
 from pipeline.train.persistence import Progress, Store
 from pipeline.train.ranks import Ranks, failing_together
 from pipeline.train.run_folder import RunFolder
@@ -20,6 +21,7 @@ from pipeline.train.stream_order import StreamOrder
 from pipeline.train.streaming import GUARANTEES, AgreedBatches, StreamedBatches
 from pipeline.train.summary import Throughput, describe
 from pipeline.train.telemetry import RunTelemetry, Telemetry
+from pipeline.train.validation import Pictures
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ class Inputs:
     def valid_split(self) -> Split:
         """The pictures that are held out of train."""
         return self.shards.split("valid")
+
+
+    @cached_property
+    def held_out(self) -> Pictures:
+        """The same as the engine reads them: some colours hidden, under the masked objective."""
+        return self.valid_split if self.masks is None else MaskedSplit(self.valid_split, self.masks)
+
+    @cached_property
+    def masks(self) -> Masks | None:
+        """What hides colours, if the objective wants it."""
+        objective = self.config.objective
+        return Masks(self.config.seed, objective.mask_probability) if objective.kind == "masked_color" else None
 
 
 @dataclass(frozen=True)
@@ -74,11 +88,16 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
             f"{ranks.count} ranks it needs one for each at least."
         )
     config.accumulation_steps(config.parallel.data_ranks(ranks.count))
-    model_config = gpt2_config(config.model, shards.colors)
+    model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
     if model_config.n_layer < config.parallel.pipeline_stages:
         raise ValueError(
             f"parallel.pipeline_stages is {config.parallel.pipeline_stages}; it must be at most the model's blocks, "
             f"{model_config.n_layer}."
+        )
+    if model_config.n_head % config.parallel.tensor_parallel:
+        raise ValueError(
+            f"parallel.tensor_parallel is {config.parallel.tensor_parallel}; it must divide the model's heads, "
+            f"{model_config.n_head}."
         )
     return Inputs(config, model_config, shards, ranks)
 
@@ -89,7 +108,9 @@ def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests) -> Session:
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = build_engine(config, inputs.model_config, ranks)
     order, batches = choose_reader(inputs, engine)
-    store = Store(folder.checkpoints, config, inputs.model_config, shards, order, inputs.valid_split, ranks)
+    if inputs.masks is not None:
+        batches = MaskedBatches(batches, inputs.masks, engine.data_rank)
+    store = Store(folder.checkpoints, config, inputs.model_config, shards, order, inputs.held_out, ranks)
     checkpoint = store.newest_whole()
     start = store.load(checkpoint, engine) if checkpoint else Progress()
     throughput = Throughput.measure(inputs.model_config, config.precision, ranks)

@@ -23,7 +23,16 @@ from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves_by
 from pipeline.train import fragments
-from pipeline.train.engine import Engine, StepResult, deepspeed_config, new_optimizer, to_device
+from pipeline.train.engine import (
+    Accept,
+    Engine,
+    Gate,
+    StepResult,
+    are_finite,
+    deepspeed_config,
+    new_optimizer,
+    to_device,
+)
 from pipeline.train.ranks import Ranks
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -76,6 +85,7 @@ class StagesEngine(Engine):
 
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
         self._config, self._model_config, self._ranks = config, model_config, ranks
+        self._inputs_and_targets = objectives.inputs_and_targets(config.objective)
         self.data_ranks = config.parallel.data_ranks(ranks.count)
         with torch.device("meta"):
             self._model = build_model(model_config)
@@ -88,34 +98,32 @@ class StagesEngine(Engine):
             )
             self._initialize()
             optimizer = new_optimizer(config, self._own_parameters(), ranks.device)
+            self._gate = Gate(optimizer, self._loss_and_norm)
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=deepspeed_config(config, ranks)
             )
         self.data_rank = self._engine.grid.get_data_parallel_id()
+        self._place = fragments.Place(self.data_rank, self.data_ranks, parts={})
 
-    def step(self, tokens: np.ndarray, rate: float) -> StepResult:
+    def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        self._gate.arm(accept)
+        self._engine.set_train_batch_size(len(tokens) * self.data_ranks)
         loss = self._engine.train_batch(self._micro_batches(tokens))
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(loss=float(loss), grad_norm=float(norm), applied=self._engine.was_step_applied())
+        return self._gate.result(float(loss))
 
     def evaluate(self, tokens: np.ndarray) -> np.ndarray:
-        def picture_nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return objectives.per_token_loss(logits, targets, self._model_config.colors).mean(1)
-
-        return self._evaluated(tokens, picture_nats, ()).double().cpu().numpy()
+        return self._evaluated(tokens, self._picture_nats, ()).double().cpu().numpy()
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        return fragments.snapshot(
-            fragments.partitions_of(self._engine.optimizer, self._model, self.data_rank, self.data_ranks)
-        )
+        return fragments.snapshot(self._engine.optimizer, self._model, self._place)
 
     def restore(self, reader: fragments.FragmentReader, steps: int) -> None:
-        fragments.restore(self._engine.optimizer, self._model, self.data_rank, self.data_ranks, reader)
+        fragments.restore(self._engine.optimizer, self._model, self._place, reader)
         self._engine.global_steps = steps
-        self._engine.global_samples = steps * self._config.batch.global_size
-        self._engine.micro_steps = steps * self._config.accumulation_steps(self.data_ranks)
+        self._engine.global_samples = self._config.batch.images_after(steps)
+        self._engine.micro_steps = 0  # counts from a whole step on
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         """No keys and values are kept: each colour costs a pass of whole pictures through all stages."""
@@ -140,14 +148,21 @@ class StagesEngine(Engine):
             for name, parameter in self._own_parameters():
                 parameter.copy_(initial_value(name, parameter.shape, self._model_config, self._config.seed))
 
+    def _picture_nats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return objectives.picture_loss(logits, targets, self._model_config.colors)
+
     def _mean_nats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return objectives.per_token_loss(logits, targets, self._model_config.colors).mean()
+        return self._picture_nats(logits, targets).mean()
+
+    def _loss_and_norm(self) -> tuple[float, float]:
+        """All stages ask at the same time, after the last micro-batch."""
+        return float(self._engine._aggregate_total_loss()), float(self._engine.optimizer._global_grad_norm)
 
     def _micro_batches(self, tokens: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inputs and targets, each long (micro_size, T); `tokens` must be a multiple of micro_size pictures."""
         for start in range(0, len(tokens), self._config.batch.micro_size):
             micro = to_device(tokens[start : start + self._config.batch.micro_size], self._ranks.device)
-            yield objectives.next_color(micro, self._model_config.colors)
+            yield self._inputs_and_targets(micro, self._model_config.colors)
 
     def _evaluated(self, tokens: np.ndarray, output: LossFunction, shape: tuple[int, ...]) -> torch.Tensor:
         """What `output` makes of logits and targets of tokens (B, T), fp32 (B, *shape), on every stage.

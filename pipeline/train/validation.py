@@ -1,11 +1,27 @@
 """The loss on fixed held-out pictures, shared between the ranks."""
 
+from typing import Protocol
+
 import numpy as np
 import torch
 
-from data_prep.shards import Split
 from pipeline.train.engine import Engine
 from pipeline.train.ranks import Ranks, mean_over_ranks
+
+
+
+class Pictures(Protocol):
+    """Held-out pictures as the engine reads them."""
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        ...
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures by number: uint16 (k, T), and their labels."""
+        ...
+
 
 PROBE_IMAGES = 8
 CHUNK_IMAGES = 512
@@ -17,7 +33,7 @@ def spread(available: int, wanted: int) -> np.ndarray:
     return np.arange(count, dtype=np.int64) * available // count
 
 
-def validation_loss(engine: Engine, split: Split, images: int, ranks: Ranks) -> float:
+def validation_loss(engine: Engine, split: Pictures, images: int, ranks: Ranks) -> float:
     """Mean nats per token over `images` pictures of the split; the same on all ranks.
 
     Ranks must run equally many forward passes (ZeRO-3 gathers weights in each), so a rank with fewer pictures
@@ -36,11 +52,11 @@ def validation_loss(engine: Engine, split: Split, images: int, ranks: Ranks) -> 
     return float(mean_over_ranks(total).item() * engine.data_ranks / len(chosen))
 
 
-def probe_loss(engine: Engine, split: Split) -> float:
+def probe_loss(engine: Engine, split: Pictures) -> float:
     """Nats per token of the probe batch: a few fixed pictures, the same on every rank and topology."""
     return float(engine.evaluate(probe_tokens(split)).mean())
 
 
-def probe_tokens(split: Split) -> np.ndarray:
+def probe_tokens(split: Pictures) -> np.ndarray:
     """The probe batch: uint16 (B, T)."""
     return split.gather(spread(split.images, PROBE_IMAGES))[0]

@@ -14,74 +14,97 @@ from pipeline.config import TrainConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves
-from pipeline.train import fragments
-from pipeline.train.engine import Engine, StepResult, deepspeed_config, full_shape, new_optimizer, to_device
+from pipeline.train import fragments, tensor_parallel
+from pipeline.train.engine import (
+    Accept,
+    Engine,
+    Gate,
+    StepResult,
+    are_finite,
+    deepspeed_config,
+    full_shape,
+    new_optimizer,
+    to_device,
+)
 from pipeline.train.ranks import Ranks, mean_over_ranks
 
 
 class ZeroEngine(Engine):
-    """Every rank runs the whole model on its own pictures; ZeRO spreads what the stage says."""
+    """Every rank, or group of tensor-parallel ranks, runs the whole model on pictures of its own; ZeRO spreads what the
+    stage says."""
 
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
-        self.data_rank, self.data_ranks = ranks.rank, ranks.count
+        self.data_rank, self.data_ranks = (
+            ranks.rank // config.parallel.tensor_parallel,
+            config.parallel.data_ranks(ranks.count),
+        )
         self._config, self._model_config, self._ranks = config, model_config, ranks
-        self._accumulation = config.accumulation_steps(ranks.count)
+        self._inputs_and_targets = objectives.inputs_and_targets(config.objective)
         settings = deepspeed_config(config, ranks)
         model = _initialized_model(config, model_config, settings, ranks.device)
+        self._place = fragments.Place(self.data_rank, self.data_ranks, tensor_parallel.parts(model, config, ranks))
         if config.parallel.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             for block in model.transformer.h:  # the whole model, compiled, would lose its causal attention kernel
                 block.compile()
+        if config.parallel.tensor_parallel > 1:
+            tensor_parallel.prepare(model, config.parallel.tensor_parallel)
         optimizer = new_optimizer(config, model.named_parameters(), ranks.device)
+        self._gate = Gate(optimizer, self._loss_and_norm)
         with redirect_stdout(StringIO()):  # DeepSpeed's bf16 optimizer prints memory tables
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self._loss = 0.0
+        self._own_norm: float | None = None
 
-    def step(self, tokens: np.ndarray, rate: float) -> StepResult:
+    def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        self._gate.arm(accept)
+        micro_batches = np.split(tokens, len(tokens) // self._config.batch.micro_size)
+        self._engine.set_train_batch_size(len(tokens) * self.data_ranks)
         total = torch.zeros(1, device=self._ranks.device)
-        own_norm = None
-        for micro in np.split(tokens, self._accumulation):
-            loss = self._token_nats(micro).mean()
+        for micro in micro_batches:
+            loss = self._picture_nats(micro).mean()
             self._engine.backward(loss)
             total += loss.detach()
-            if self._engine.is_gradient_accumulation_boundary() and self._config.parallel.zero_stage == 0:
-                own_norm = self._clip()
+            if self._engine.is_gradient_accumulation_boundary():
+                self._loss = mean_over_ranks(total / len(micro_batches)).item()
+                self._own_norm = self._clip() if self._config.parallel.zero_stage == 0 else None
             self._engine.step()
-        mean = mean_over_ranks(total / self._accumulation).item()
-        norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
-        return StepResult(loss=mean, grad_norm=float(norm), applied=self._engine.was_step_applied())
+        return self._gate.result(self._loss)
 
     def evaluate(self, tokens: np.ndarray) -> np.ndarray:
         self._engine.eval()
         size = self._config.batch.micro_size
         with torch.no_grad():
-            pieces = [self._token_nats(tokens[at : at + size]).mean(1) for at in range(0, len(tokens), size)]
+            pieces = [self._picture_nats(tokens[at : at + size]) for at in range(0, len(tokens), size)]
         return torch.cat(pieces).double().cpu().numpy()
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        return fragments.snapshot(
-            fragments.partitions_of(self._engine.optimizer, self._engine.module, self.data_rank, self.data_ranks)
-        )
+        return fragments.snapshot(self._engine.optimizer, self._engine.module, self._place)
 
     def restore(self, reader: fragments.FragmentReader, steps: int) -> None:
-        fragments.restore(self._engine.optimizer, self._engine.module, self.data_rank, self.data_ranks, reader)
+        fragments.restore(self._engine.optimizer, self._engine.module, self._place, reader)
         self._engine.global_steps = steps
-        self._engine.global_samples = steps * self._config.batch.global_size
-        self._engine.micro_steps = steps * self._accumulation
+        self._engine.global_samples = self._config.batch.images_after(steps)
+        self._engine.micro_steps = 0  # counts from a whole step on
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         self._engine.eval()
         return complete_halves(self._engine.module, tokens, samples=samples, seed=seed)
 
-    def _token_nats(self, tokens: np.ndarray) -> torch.Tensor:
-        """fp32 (B, T): nats of each token given those before it."""
+    def _picture_nats(self, tokens: np.ndarray) -> torch.Tensor:
+        """fp32 (B,): mean nats of each picture's predicted tokens."""
         colors = self._model_config.colors
-        inputs, targets = objectives.next_color(to_device(tokens, self._ranks.device), colors)
+        inputs, targets = self._inputs_and_targets(to_device(tokens, self._ranks.device), colors)
         logits = self._engine(input_ids=inputs).logits  # (B, T, V)
-        return objectives.per_token_loss(logits, targets, colors)
+        return objectives.picture_loss(logits, targets, colors)
+
+    def _loss_and_norm(self) -> tuple[float, float]:
+        norm = self._engine.optimizer._global_grad_norm if self._own_norm is None else self._own_norm
+        return self._loss, float(norm)
 
     def _clip(self) -> float:
         """ZeRO-0 has no optimizer of DeepSpeed's that would measure and clip the gradient."""

@@ -1,0 +1,66 @@
+"""Tensor parallelism through DeepSpeed's AutoTP: a block's matrices are cut over neighbouring ranks.
+
+c_attn and c_fc are cut by output (c_attn within each of queries, keys and values, so that a rank holds whole heads),
+the two c_proj by input. Everything else is held whole by every rank.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.config import TrainConfig
+from pipeline.train.fragments import Part
+from pipeline.train.ranks import Ranks
+
+CUTS = {  # dimension of a Linear's weight or bias, and how many matrices lie end to end in it
+    r"attn\.c_attn\.(weight|bias)$": (0, 3),
+    r"mlp\.c_fc\.(weight|bias)$": (0, 1),
+    r"(attn|mlp)\.c_proj\.weight$": (1, 1),
+}
+
+
+def settings(size: int) -> dict[str, Any]:
+    """DeepSpeed's `tensor_parallel` section for `size` ranks that share the matrices."""
+    specs = [
+        {"patterns": [r".*attn\.c_attn\.weight$"], "partition_type": "column", "shape": [3, -1], "partition_dim": 0},
+        {"patterns": [r".*mlp\.c_fc\.weight$"], "partition_type": "column"},
+        {"patterns": [r".*c_proj\.weight$"], "partition_type": "row"},
+    ]
+    return {"autotp_size": size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+
+
+def prepare(model: GPT2LMHeadModel, size: int) -> None:
+    """Makes a whole model one that AutoTP can cut: Linear for GPT-2's Conv1D, and a rank's share of the heads."""
+    for block in model.transformer.h:
+        for module in (block.attn, block.mlp):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Conv1D):
+                    setattr(module, name, _linear(child))
+        block.attn.num_heads //= size
+        block.attn.split_size //= size
+
+
+def parts(model: nn.Module, config: TrainConfig, ranks: Ranks) -> dict[str, Part]:
+    """By parameter, the part that this rank holds of those that are cut; empty without tensor parallelism."""
+    size = config.parallel.tensor_parallel
+    if size == 1:
+        return {}
+    found = {}
+    for name, parameter in model.named_parameters():
+        for pattern, (dimension, matrices) in CUTS.items():
+            if re.search(pattern, name):
+                transposed = config.model.block == "gpt2" and parameter.dim() == 2
+                found[name] = Part(dimension, matrices, ranks.rank % size, size, transposed)
+    return found
+
+
+def _linear(conv: Conv1D) -> nn.Linear:
+    linear = nn.Linear(conv.nx, conv.nf, device=conv.weight.device, dtype=conv.weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.T)
+        linear.bias.copy_(conv.bias)
+    return linear
