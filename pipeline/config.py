@@ -186,9 +186,10 @@ class ParallelConfig:
                 f"parallel.tensor_parallel is {self.tensor_parallel}; with parallel.pipeline_stages "
                 f"{self.pipeline_stages} it must be 1: DeepSpeed does not combine the two."
             )
-        if self.tensor_parallel > 1 and self.zero_stage == 3:
+        if self.tensor_parallel > 1 and self.zero_stage not in (1, 2):
             raise ValueError(
-                f"parallel.zero_stage is 3; with parallel.tensor_parallel {self.tensor_parallel} it must be 1 or 2."
+                f"parallel.zero_stage is {self.zero_stage}; with parallel.tensor_parallel {self.tensor_parallel} it "
+                f"must be 1 or 2."
             )
         needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < needed:

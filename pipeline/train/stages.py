@@ -123,7 +123,6 @@ class StagesEngine(Engine):
         fragments.restore(self._engine.optimizer, self._model, self._place, reader)
         self._engine.global_steps = steps
         self._engine.global_samples = self._config.batch.images_after(steps)
-        self._engine.micro_steps = 0  # counts from a whole step on
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         """No keys and values are kept: each colour costs a pass of whole pictures through all stages."""

@@ -9,7 +9,6 @@ from pipeline.train.engine import Engine
 from pipeline.train.ranks import Ranks, mean_over_ranks
 
 
-
 class Pictures(Protocol):
     """Held-out pictures as the engine reads them."""
 

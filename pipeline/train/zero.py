@@ -64,6 +64,7 @@ class ZeroEngine(Engine):
         self._gate.arm(accept)
         micro_batches = np.split(tokens, len(tokens) // self._config.batch.micro_size)
         self._engine.set_train_batch_size(len(tokens) * self.data_ranks)
+        self._engine.micro_steps = 0  # it finds the last micro-batch by dividing, and the batch may have grown
         total = torch.zeros(1, device=self._ranks.device)
         for micro in micro_batches:
             loss = self._picture_nats(micro).mean()
@@ -89,7 +90,6 @@ class ZeroEngine(Engine):
         fragments.restore(self._engine.optimizer, self._engine.module, self._place, reader)
         self._engine.global_steps = steps
         self._engine.global_samples = self._config.batch.images_after(steps)
-        self._engine.micro_steps = 0  # counts from a whole step on
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         self._engine.eval()

@@ -46,6 +46,11 @@ class Runner:
         """Trains to the end, or to the error."""
         return run(ranks, *self.arguments(name, **overrides), logs=self.folder / f"{name}.logs")
 
+    def check_trains(self, name: str, ranks: int, **overrides: Any) -> None:
+        """Trains to the end."""
+        finished = self.train(name, ranks, **overrides)
+        assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """metrics.jsonl."""
         return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]

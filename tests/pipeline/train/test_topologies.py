@@ -1,5 +1,6 @@
 """The same run on other ranks, ZeRO stages and accumulations; and against a plain torch loop without DeepSpeed."""
 
+from collections.abc import Sequence
 from math import log
 from pathlib import Path
 
@@ -20,8 +21,10 @@ FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 2e-2
 
 
-def train_plainly(shards: Path, clip_norm: float = 1.0, weight_decay: float = 0.0) -> list[float]:
-    """The losses of 40 steps of AdamW with clipping, written with torch alone."""
+def train_plainly(
+    shards: Path, clip_norm: float = 1.0, weight_decay: float = 0.0, sizes: Sequence[int] = (8,) * 40
+) -> list[float]:
+    """The losses of 40 steps of AdamW with clipping, written with torch alone; sizes: pictures of each step."""
     torch.set_num_threads(1)
     model = build_model(gpt2_config(ModelConfig(layers=2, width=32, heads=2, resolution=8)))
     initialize(model, seed=0)
@@ -32,12 +35,13 @@ def train_plainly(shards: Path, clip_norm: float = 1.0, weight_decay: float = 0.
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     schedule = ScheduleConfig(steps=40, warmup_steps=4)
-    losses = []
-    for step in range(40):
+    losses, seen = [], 0
+    for step, size in enumerate(sizes):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), schedule)
-        tokens = torch.from_numpy(split.gather(order.at(step * 8, 8)[0])[0].astype(np.int64))
-        inputs = torch.cat([torch.full((8, 1), 512), tokens[:, :-1]], dim=1)
+        tokens = torch.from_numpy(split.gather(order.at(seen, size)[0])[0].astype(np.int64))
+        seen += size
+        inputs = torch.cat([torch.full((size, 1), 512), tokens[:, :-1]], dim=1)
         loss = functional.cross_entropy(model(inputs).logits.reshape(-1, 512), tokens.reshape(-1))
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,73 @@
+"""A checkpoint of any topology resumes on any other, with the same curve (contract 7)."""
+
+import shutil
+
+import pytest
+
+from tests.pipeline.conftest import Runner
+from tests.pipeline.train.test_topologies import FP32_TOLERANCE
+
+TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
+    "1 rank": (1, 1, 1, 1),
+    "Z1x2": (2, 1, 1, 1),
+    "Z2x2": (2, 2, 1, 1),
+    "Z3x2": (2, 3, 1, 1),
+    "Z3x4": (4, 3, 1, 1),
+    "PP2": (2, 1, 2, 1),
+    "PP2xDP2": (4, 1, 2, 1),
+    "tp2": (2, 1, 1, 2),
+    "tp2xDP2": (4, 2, 1, 2),
+}
+SAVED, LAST = 6, 11
+"""The step of the checkpoint that other topologies go on from, and where they end."""
+
+
+def train_on(runner: Runner, topology: str, name: str, steps: int, **overrides: object) -> None:
+    ranks, stage, stages, parts = TOPOLOGIES[topology]
+    settings = {"parallel__zero_stage": stage, "parallel__pipeline_stages": stages, "parallel__tensor_parallel": parts}
+    settings |= {"batch__micro_size": 2, **overrides}
+    runner.check_trains(name, ranks, **settings, schedule__steps=steps, schedule__decay="constant")
+
+
+def train_and_move(runner: Runner, first: str, second: str, **overrides: object) -> float:
+    """Trains on one topology, goes on with another; the largest difference from the unbroken losses of the first."""
+    for name, steps in ((f"{first} unbroken", LAST), (first, SAVED)):
+        if not (runner.folder / name).exists():
+            train_on(runner, first, name, steps, **overrides)
+    moved = f"{first} to {second}"
+    shutil.copytree(runner.folder / first, runner.folder / moved)
+    train_on(runner, second, moved, LAST, **overrides)
+    rows, unbroken = ([row for row in runner.rows(n) if "loss" in row] for n in (moved, f"{first} unbroken"))
+    assert len(rows) == LAST
+    for key in ("step", "images", "learning_rate"):
+        assert [row[key] for row in rows] == [row[key] for row in unbroken]
+    return max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, unbroken, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("PP2", "Z3x2"), ("1 rank", "PP2xDP2"), ("PP2xDP2", "tp2"), ("tp2", "1 rank"), ("Z3x2", "tp2xDP2")],
+)
+def test_a_run_goes_on_elsewhere(runner: Runner, first: str, second: str) -> None:
+    assert train_and_move(runner, first, second) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize(("first", "second"), [("tp2", "PP2"), ("Z2x2", "tp2")])
+def test_the_stock_block_goes_on_elsewhere(runner: Runner, first: str, second: str) -> None:
+    """Its matrices are stored transposed, and have biases."""
+    assert train_and_move(runner, first, second, model__block="gpt2") <= FP32_TOLERANCE
+
+
+@pytest.mark.slow  # eleven minutes
+def test_every_topology_resumes_on_every_other(runner: Runner) -> None:
+    differences = {
+        (first, second): train_and_move(runner, first, second)
+        for first in TOPOLOGIES
+        for second in TOPOLOGIES
+        if first != second
+    }
+    print(f"\nlargest difference of a loss, in 1e-7; from \\ to: {', '.join(TOPOLOGIES)}")
+    for first in TOPOLOGIES:
+        row = (f"{differences.get((first, second), 0) * 1e7:6.1f}" for second in TOPOLOGIES)
+        print(f"{first:8} {' '.join(row)}")
+    assert max(differences.values()) <= FP32_TOLERANCE
