@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config
 
 from pipeline.config import TrainConfig
-from pipeline.train import tensor_parallel
+from pipeline.train import offload, tensor_parallel
 from pipeline.train.fragments import FragmentReader
 from pipeline.train.ranks import Ranks
 
@@ -117,12 +117,15 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation_steps(config.parallel.data_ranks(ranks.count)),
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": config.parallel.offload != "none",  # a class derived from DeepSpeed's own
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "contiguous_gradients": True,
             "overlap_comm": ranks.device.type == "cuda",
         },
     }
+    for what in offload.offloaded(config.parallel.offload):
+        settings["zero_optimization"][what] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
     if config.parallel.tensor_parallel > 1:
         # DeepSpeed would check the batch against all ranks, before it knows which of them read the same pictures.
         del settings["train_batch_size"]
@@ -150,6 +153,8 @@ def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parame
         {"params": decayed, "weight_decay": config.optimizer.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
+    if config.parallel.offload != "none":
+        return offload.new_cpu_adam(groups, config.optimizer, ADAM_EPSILON)
     return torch.optim.AdamW(
         groups,
         lr=config.optimizer.learning_rate,

@@ -90,12 +90,12 @@ class Partition:
         """The flat tensor of one state, on the device."""
         return self.weight if state == "weight" else self.state[state]
 
-    def make_state(self, step: float, step_device: torch.device) -> None:
+    def make_state(self, step: Any) -> None:
         """Gives Adam its step count, and moments (zero) where it has made none yet."""
         for moment in MOMENTS:
             if moment not in self.state:
                 self.state[moment] = torch.zeros_like(self.weight)
-        self.state["step"] = torch.tensor(step, dtype=torch.float32, device=step_device)
+        self.state["step"] = step
 
 
 @dataclass(frozen=True)
@@ -328,16 +328,22 @@ def restore(optimizer: Any, model: nn.Module, place: Place, reader: FragmentRead
         raise ValueError(f"The checkpoint and the model differ in their parameters: {', '.join(odd[:3])}.")
     whole = isinstance(optimizer, torch.optim.Optimizer)
     step = reader.optimizer_step
-    fused = any(group.get("fused") for group in optimizer.param_groups)
     with failing_together():
         for partition in partitions_of(optimizer, model, replace(place, rank=0, ranks=1) if whole else place):
-            # Fused Adam counts its steps on the device, plain Adam on the host.
-            partition.make_state(step, partition.weight.device if fused else torch.device("cpu"))
+            partition.make_state(_step_count(optimizer, step, partition.weight.device))
             for state in STATES:
                 flat = partition.flat(state)
                 for fragment in partition.fragments:
                     reader.fill(flat.narrow(0, fragment.place, fragment.length), fragment, state)
     _refresh_low_precision(optimizer)
+
+
+def _step_count(optimizer: Any, step: float, device: torch.device) -> Any:
+    """As each Adam keeps it: DeepSpeed's as a number, torch's as a tensor on the host, the fused one on the device."""
+    if hasattr(getattr(optimizer, "optimizer", optimizer), "ds_opt_adam"):
+        return int(step)
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    return torch.tensor(step, dtype=torch.float32, device=device if fused else "cpu")
 
 
 def _refresh_low_precision(optimizer: Any) -> None:

@@ -14,6 +14,7 @@ from pipeline.train.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import StopRequests
 from pipeline.train.masking import MaskedBatches, MaskedSplit, Masks
+from pipeline.train.offload import check_compilers
 from pipeline.train.persistence import Progress, Store
 from pipeline.train.ranks import Ranks, failing_together
 from pipeline.train.run_folder import RunFolder
@@ -42,7 +43,6 @@ class Inputs:
     def valid_split(self) -> Split:
         """The pictures that are held out of train."""
         return self.shards.split("valid")
-
 
     @cached_property
     def held_out(self) -> Pictures:
@@ -88,6 +88,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
             f"{ranks.count} ranks it needs one for each at least."
         )
     config.accumulation_steps(config.parallel.data_ranks(ranks.count))
+    check_compilers(config.parallel.offload)
     model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
     if model_config.n_layer < config.parallel.pipeline_stages:
         raise ValueError(
