@@ -4,7 +4,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -123,6 +124,16 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
     except KeyboardInterrupt:
         code = 130
     leave(code)
+
+
+@contextmanager
+def one_voice(speaks: bool) -> Iterator[None]:
+    """Processes of one machine meet the same mistake: only the one that `speaks` says it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        setattr(error, SAID_BY_OTHERS, not speaks)
+        raise
 
 
 def report_error(error: BaseException) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -173,6 +173,16 @@ class Split:
             rows = indices[wanted] - self.record_starts[record]
             pixels[wanted], labels[wanted] = record_pixels[rows], record_labels[rows]
         return pixels, labels
+
+    def places(self, indices: Sequence[int]) -> list[str]:
+        """Where images lie, for a person: "train-000003.tar record 12 picture 5", all counted from 0."""
+        found = []
+        for index in indices:
+            record = int(np.searchsorted(self.record_starts, index, side="right")) - 1
+            shard = int(np.searchsorted(self.shard_starts, record, side="right")) - 1
+            number, picture = record - int(self.shard_starts[shard]), index - int(self.record_starts[record])
+            found.append(f"{self.shards[shard]['file']} record {number} picture {picture}")
+        return found
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.name, self.folder, self.shards, self.positions, self.address

@@ -4,14 +4,15 @@ import os
 import sys
 from typing import NoReturn
 
-from data_prep.command_line import dispatch, report_error
+from data_prep.command_line import dispatch, one_voice, report_error
 
 
 def train(arguments: list[str]) -> int:
     """Trains a run, or goes on with it."""
     from pipeline.config import parse_training
 
-    config, run = parse_training(arguments)
+    with one_voice(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"):
+        config, run = parse_training(arguments)
     from pipeline.train.health import Diverged
     from pipeline.train.loop import train as run_training
 

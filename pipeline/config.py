@@ -264,6 +264,46 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """When a step is not applied, and when a run ends itself."""
+
+    max_skipped: int = 10
+    """Steps in a row that were not applied, after which the run ends; 1 ends it at the first."""
+    spike_sigmas: float = 6.0
+    """A loss or gradient norm so many standard deviations above the mean of the window is a spike; 0 looks for none."""
+    spike_window: int = 128
+    """Applied steps before it that a step is compared with."""
+    skip_spikes: bool = False
+    """Do not apply a spike; otherwise it is only counted and said."""
+    replicas_every_steps: int = 1000
+    """Steps between comparisons of the weights that ranks hold in common; before each save too; 0 for never."""
+    hang_minutes: float = 20.0
+    """Minutes without progress in a step after which a run ends, with its stacks; the first step and what is not a step
+    may take three times as long; 0 for never."""
+
+    def __post_init__(self) -> None:
+        require_at_least("health.max_skipped", self.max_skipped, 1)
+        require_at_least("health.spike_sigmas", self.spike_sigmas, 0)
+        require_at_least("health.spike_window", self.spike_window, 2)
+        require_at_least("health.replicas_every_steps", self.replicas_every_steps, 0)
+        require_at_least("health.hang_minutes", self.hang_minutes, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A window of steps under torch's profiler; a file PROFILE in the run opens one too."""
+
+    first_step: int = 10
+    """The first step of the window."""
+    steps: int = 0
+    """Its steps; 0 for no window (and 3 for one that is asked for by the file)."""
+
+    def __post_init__(self) -> None:
+        require_at_least("profile.first_step", self.first_step, 1)
+        require_at_least("profile.steps", self.steps, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run; `python -m pipeline train --config FILE --run RUN` with dotted overrides."""
 
@@ -283,6 +323,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if self.data.reflect_crop >= self.model.resolution:

@@ -34,6 +34,10 @@ class Order(Protocol):
         """What to say of a run with another fingerprint that can go on all the same; None if it can't."""
         ...
 
+    def pictures(self, position: int, count: int) -> list[int]:
+        """The numbers in file order of the pictures at positions [position, position + count), as far as known."""
+        ...
+
 
 class Batches(Protocol):
     """A data-parallel rank's share of each batch."""
@@ -79,6 +83,10 @@ class ImageOrder:
         """Digest of the next few pictures; a change of the generator's algorithm would change it."""
         indices, changes = self.at(position, FINGERPRINT_IMAGES)
         return hashlib.sha256(indices.tobytes() + self.augmentation.bytes_of(changes)).hexdigest()[:16]
+
+    def pictures(self, position: int, count: int) -> list[int]:
+        """Their numbers in file order."""
+        return [int(number) for number in self.at(position, count)[0]]
 
     def moved_from(self, recorded: str, position: int) -> str | None:
         """What to say of a run that was streamed so far; None for one that read by index in another order."""

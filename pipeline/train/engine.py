@@ -1,9 +1,11 @@
 """The one interface between the loop and DeepSpeed (contract 6), and the one place that configures DeepSpeed."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite, nan
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from pipeline.train.fragments import FragmentReader
 from pipeline.train.ranks import Ranks
 
 ADAM_EPSILON = 1e-8
+DIGEST_PIECE = 1 << 24
 
 
 Accept = Callable[[float, float], bool]
@@ -47,6 +50,11 @@ class Engine(ABC):
     """This process's place among the data-parallel ranks."""
     data_ranks: int
     """How many ranks read different pictures."""
+    work: str
+    """Ranks with the same `work` compute the same part of the model."""
+    replica: str
+    """Ranks with the same `replica` hold the same weights."""
+    _timer: "ForwardTimer"
 
     @abstractmethod
     def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
@@ -63,6 +71,14 @@ class Engine(ABC):
     @abstractmethod
     def restore(self, reader: FragmentReader, steps: int) -> None:
         """Takes weights, moments and step count from a checkpoint of any topology."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Tells this rank's weights, those the forward pass reads, from others."""
+
+    def forward_seconds(self) -> float:
+        """Seconds that this rank spent in forward passes since it was last asked."""
+        return self._timer.read()
 
     @abstractmethod
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
@@ -96,6 +112,46 @@ class Gate:
             self._open = self._accept(*self._seen)
         if self._accept is None or self._open:
             self._update()
+
+
+class ForwardTimer:
+    """Counts the time of a module's forward passes: by events on an accelerator, which is not waited for."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._cuda, self._seconds, self._began = device.type == "cuda", 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end)
+
+    def read(self) -> float:
+        """Seconds since it was last read; on an accelerator the last pass must have ended."""
+        seconds = self._seconds + sum(first.elapsed_time(last) / 1000 for first, last in self._events)
+        self._seconds, self._events = 0.0, []
+        return seconds
+
+    def _begin(self, *_: Any) -> None:
+        if self._cuda:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events.append(pair)
+            pair[0].record()
+        else:
+            self._began = perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += perf_counter() - self._began
+
+
+def weights_digest(parameters: Iterable[torch.Tensor]) -> str:
+    """Of the bits of tensors, in order: their sums, taken where they lie, so that any one changed bit shows."""
+    kinds = {2: torch.int16, 4: torch.int32}
+    sums = []
+    for parameter in parameters:
+        pieces = parameter.detach().view(kinds[parameter.element_size()]).flatten().split(DIGEST_PIECE)
+        sums.append(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())
+    return hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
 
 
 def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> Engine:

@@ -87,8 +87,10 @@ class Partition:
     fragments: list[Fragment]
 
     def flat(self, state: str) -> torch.Tensor:
-        """The flat tensor of one state, on the device."""
-        return self.weight if state == "weight" else self.state[state]
+        """The flat tensor of one state, on the device; Adam has no moments before its first update."""
+        if state == "weight":
+            return self.weight
+        return self.state[state] if state in self.state else torch.zeros_like(self.weight)
 
     def make_state(self, step: Any) -> None:
         """Gives Adam its step count, and moments (zero) where it has made none yet."""

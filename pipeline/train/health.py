@@ -1,14 +1,25 @@
-"""Signs that a run should stop: a request from outside, or numbers that are no longer numbers."""
+"""Signs that a run is not well: requests to stop, numbers that are none or jump, copies that differ, slow ranks."""
 
 import signal
-from math import isfinite
+from collections import Counter, deque
+from collections.abc import Iterable
+from math import sqrt
 from pathlib import Path
+from statistics import median
 from types import FrameType
+from typing import Any
 
-from pipeline.train.engine import StepResult
+from data_prep.command_line import SAID_BY_OTHERS
+from pipeline.config import HealthConfig
+from pipeline.train.engine import Engine, StepResult, are_finite
+from pipeline.train.ranks import Ranks, gather
 
 STOP_FILE = "STOP"
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SLOW = 1.5
+"""Times the median of its peers' own time a step, and a rank is called slow."""
+SLOW_STEPS = 50
+"""Steps between two comparisons."""
 
 
 class StopRequests:
@@ -38,16 +49,105 @@ class StopRequests:
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is not a finite number."""
+    """Training can't go on: numbers that are none, or ranks that no longer train the same model. All ranks raise it."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        setattr(self, SAID_BY_OTHERS, True)
 
 
-def check_finite(step: int, first_image: int, images: int, result: StepResult) -> None:
-    """Raises Diverged, naming the step and its pictures, before such a step can reach a checkpoint."""
-    if isfinite(result.loss) and isfinite(result.grad_norm) and result.applied:
-        return
-    raise Diverged(
-        f"step {step} is not finite: loss {result.loss}, gradient norm {result.grad_norm} (update "
-        f"{'applied' if result.applied else 'not applied'}), on the pictures at positions {first_image} to "
-        f"{first_image + images - 1} of the data order; checkpoints are from before it. A lower "
-        f"optimizer.learning_rate, a longer warm-up or precision fp32 may pass it."
-    )
+class Judge:
+    """Decides which steps are applied, alike on all ranks: they see the same losses and gradient norms."""
+
+    def __init__(self, config: HealthConfig, rows: Iterable[dict[str, Any]] = ()) -> None:
+        """rows: of the last steps of metrics.jsonl, so that a resumed run decides as one that went on."""
+        self._config = config
+        self._window: deque[tuple[float, float]] = deque(maxlen=config.spike_window)
+        self._reason: str | None = None
+        self.skipped_in_a_row = 0
+        for row in rows:
+            self._count(row["applied"], row["loss"], row["grad_norm"])
+
+    def accept(self, loss: float, grad_norm: float) -> bool:
+        """Whether the update of such a step is to be made."""
+        if not are_finite(loss, grad_norm):
+            self._reason = "not finite"
+        elif self._is_spike(loss, grad_norm):
+            self._reason = "a spike"
+        return self._reason is None or (self._reason == "a spike" and not self._config.skip_spikes)
+
+    def verdict(self, result: StepResult) -> str | None:
+        """What was wrong with the step that `accept` was asked about last, or None."""
+        reason, self._reason = self._reason, None
+        self._count(result.applied, result.loss, result.grad_norm)
+        return reason if result.applied else reason or "not finite"
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether health.max_skipped steps in a row were not applied."""
+        return self.skipped_in_a_row >= self._config.max_skipped
+
+    def _count(self, applied: bool, loss: float, grad_norm: float) -> None:
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if applied:
+            self._window.append((loss, grad_norm))
+
+    def _is_spike(self, loss: float, grad_norm: float) -> bool:
+        """Either is beyond spike_sigmas standard deviations of the window, which must be full."""
+        if not self._config.spike_sigmas or len(self._window) < self._config.spike_window:
+            return False
+        return any(
+            value > mean + self._config.spike_sigmas * deviation
+            for value, (mean, deviation) in zip(
+                (loss, grad_norm), map(_mean_and_deviation, zip(*self._window, strict=True)), strict=True
+            )
+        )
+
+
+def _mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    numbers = list(values)
+    mean = sum(numbers) / len(numbers)
+    return mean, sqrt(sum((number - mean) ** 2 for number in numbers) / len(numbers))
+
+
+def check_replicas(engine: Engine, step: int) -> None:
+    """Compares the weights of ranks that should hold the same. Raises Diverged on every rank, naming those that differ.
+
+    Every rank calls it.
+    """
+    holdings = gather((engine.replica, engine.digest()))
+    for replica in dict.fromkeys(name for name, _ in holdings):
+        digests = {rank: digest for rank, (name, digest) in enumerate(holdings) if name == replica}
+        (usual, times), *others = Counter(digests.values()).most_common()
+        if others:
+            odd = [rank for rank, digest in digests.items() if digest != usual]
+            standing = "from the others" if times > len(odd) else f"from {len(digests) - len(odd)} others"
+            raise Diverged(
+                f"at step {step} the weights of ranks {', '.join(map(str, odd))} differ {standing}, though all should "
+                f"hold the same: a device or its memory fails, or a collective went wrong; nothing was saved since, "
+                f"and the last checkpoint is from before step {step}."
+            )
+
+
+class SlowRanks:
+    """Names ranks that compute or read much longer than those that do the same work."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._steps, self._waited = ranks, 0, 0.0
+
+    def look(self, engine: Engine, waited: float) -> str | None:
+        """After each step, on all ranks; `waited`: seconds for data. Now and then a sentence, if a rank is slow."""
+        self._steps, self._waited = self._steps + 1, self._waited + waited
+        if self._steps < SLOW_STEPS:
+            return None
+        own = gather((engine.work, engine.forward_seconds(), self._waited))
+        steps, self._steps, self._waited = self._steps, 0, 0.0
+        slow = []
+        for rank, (work, forward, waiting) in enumerate(own):
+            peers = [other[1] + other[2] for other in own if other[0] == work]
+            if forward + waiting > SLOW * median(peers):
+                slow.append(
+                    f"rank {rank} took {(forward + waiting) / steps:.3f} s a step ({waiting / steps:.3f} s waiting for "
+                    f"data), its peers' median is {median(peers) / steps:.3f} s"
+                )
+        return f"slow over the last {steps} steps: {'; '.join(slow)}" if slow else None

@@ -2,26 +2,30 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.command_line import one_voice
 from pipeline.config import TrainConfig
 from pipeline.model.pictures import completion_grid
-from pipeline.train.health import StopRequests, check_finite
+from pipeline.train.health import Diverged, SlowRanks, StopRequests, check_replicas
 from pipeline.train.integrity import verify_shards
 from pipeline.train.persistence import Progress
 from pipeline.train.ranks import (
-    any_rank,
+    Ranks,
     describe_ranks,
     failing_together,
-    one_voice_a_node,
+    gather,
+    most_over_ranks,
     start_group,
 )
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
-from pipeline.train.telemetry import StepClock, peak_memory_bytes
+from pipeline.train.telemetry import SKIPPED_FILE, StepClock, peak_memory_bytes, peak_memory_table
 from pipeline.train.validation import spread, validation_loss
+from pipeline.train.watchdog import Watchdog
 
 FINISHED = 0
 STOPPED = 75
@@ -35,7 +39,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     Raises ValueError or OSError for a user's mistake, Diverged if the numbers are no longer finite.
     """
     ranks, folder, stop = describe_ranks(), RunFolder(run), StopRequests(run)
-    with one_voice_a_node(ranks):
+    with one_voice(ranks.local_rank == 0):
         inputs = check_inputs(config, ranks)
         folder.check(config)
     if folder.finished_steps() >= config.schedule.steps:
@@ -47,12 +51,14 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
             if ranks.is_first:
                 folder.open(config, inputs.shards, command, ranks.count)
         verify_shards(inputs.shards, folder, ranks)
-        progress = run_loop(inputs, set_up(inputs, folder, stop))
+        watchdog = Watchdog(folder, ranks, config.health.hang_minutes)
+        progress = run_loop(inputs, set_up(inputs, folder, stop, watchdog))
         finished = progress.step >= config.schedule.steps
         with failing_together():  # and leaving together: a rank that leaves early would break the others' connections
             if ranks.is_first:
                 folder.note("finished" if finished else "stopped", step=progress.step, images=progress.images)
                 print(f"{'finished' if finished else 'stopped on request'} at step {progress.step}: {run}", flush=True)
+        watchdog.end()
         return FINISHED if finished else STOPPED
     except BaseException as error:
         folder.note_failure(error)
@@ -64,58 +70,114 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
 def run_loop(inputs: Inputs, session: Session) -> Progress:
     """Trains from session.start; returns how far it came. What happens at a step is recorded before it is saved."""
     config, ranks, engine, store = inputs.config, inputs.ranks, session.engine, session.store
-    telemetry = session.telemetry
+    telemetry, judge, watchdog, profiler = session.telemetry, session.judge, session.watchdog, session.profiler
     progress, last = session.start, config.schedule.steps
-    clock = StepClock()
-    [stopping] = any_rank([session.stop.pending()], ranks.device)
-    while progress.step < last and not stopping:
-        size = config.batch.size_at(progress.step + 1)
+    clock, slow_ranks = StepClock(), SlowRanks(ranks)
+    signs = agree(session, ranks)
+    while progress.step < last and not signs.stopping:
+        step, size = progress.step + 1, config.batch.size_at(progress.step + 1)
+        watchdog.enter("reading", step)
         tokens = clock.wait_for(partial(session.batches.at, progress.images, size))
-        rate = rate_at(progress.step + 1, config.optimizer, config.schedule)
-        result = engine.step(tokens, rate)
-        check_finite(progress.step + 1, progress.images, size, result)
-        progress = Progress(progress.step + 1, progress.images + size)
+        watchdog.enter("training", step)
+        profiler.before(step, bool(signs.profile))
+        rate = rate_at(step, config.optimizer, config.schedule)
+        result = engine.step(tokens, rate, judge.accept)
+        odd = judge.verdict(result)
         seconds, waited = clock.lap()
-        telemetry.training_step(
-            {
-                "step": progress.step,
-                "images": progress.images,
-                "loss": result.loss,
-                "learning_rate": rate,
-                "grad_norm": result.grad_norm,
-                "applied": result.applied,
-                **session.throughput.rates(size, seconds),
-                "data_wait": waited,
-                "memory_bytes": peak_memory_bytes(ranks.device),
-            }
-        )
-        signs = [session.stop.pending(), telemetry.failure is not None, store.writing(), store.overdue()]
-        stopping, broken, writing, overdue = any_rank(signs, ranks.device)
-        if broken:
+        signs = agree(session, ranks, waited)
+        row = {
+            "step": step,
+            "images": progress.images + size,
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "applied": result.applied,
+            **session.throughput.rates(size, seconds),
+            "data_wait": signs.waited / seconds,
+            "memory_bytes": signs.memory_bytes,
+        }
+        telemetry.training_step(row)
+        telemetry.say(profiler.after(step))
+        telemetry.say(slow_ranks.look(engine, waited))
+        if odd is not None:
+            record_odd_step(inputs, session, progress.images, size, row, odd)
+        if signs.broken:
             telemetry.raise_together()
-        if not writing:
+        if not signs.writing:
             store.finish()
+        progress = Progress(step, progress.images + size)
 
-        def due(every: int, step: int = progress.step) -> bool:
+        def due(every: int, step: int = step) -> bool:
             return every > 0 and (step % every == 0 or step == last)
 
+        save = due(config.checkpoint.every_steps) or signs.stopping or signs.overdue
+        watchdog.enter("comparing weights", step)
+        if config.health.replicas_every_steps and (save or due(config.health.replicas_every_steps)):
+            check_replicas(engine, step)
         if due(config.validation.every_steps):
+            watchdog.enter("validation", step)
             loss = validation_loss(engine, inputs.held_out, config.validation.images, ranks)
-            telemetry.validation({"step": progress.step, "images": progress.images, "valid_loss": loss})
+            telemetry.validation({"step": step, "images": progress.images, "valid_loss": loss})
         if due(config.samples.every_steps) and inputs.masks is None:
-            telemetry.samples(progress.step, completions(inputs, session))
-        if due(config.checkpoint.every_steps) or stopping or overdue:
+            watchdog.enter("samples", step)
+            telemetry.samples(step, completions(inputs, session))
+        if save:
+            watchdog.enter("saving", step)
             telemetry.flush()
             telemetry.raise_together()
             store.save(engine, progress)
         clock.restart()
+    watchdog.enter("ending", progress.step)
     store.finish()
-    if stopping:
+    telemetry.say(peak_memory_table(gather(peak_memory_bytes(ranks.device))))
+    if signs.stopping:
         session.stop.honour()
     session.batches.close()
     telemetry.close()
     telemetry.raise_together()
     return progress
+
+
+class Signs(NamedTuple):
+    """What the ranks tell each other once a step: true if it is on one, or the largest."""
+
+    stopping: float
+    broken: float
+    writing: float
+    overdue: float
+    profile: float
+    waited: float
+    memory_bytes: float
+
+
+def agree(session: Session, ranks: Ranks, waited: float = 0.0) -> Signs:
+    """The signs of all ranks; `waited`: this rank's seconds for data."""
+    own = Signs(
+        stopping=session.stop.pending(),
+        broken=session.telemetry.failure is not None,
+        writing=session.store.writing(),
+        overdue=session.store.overdue(),
+        profile=session.profiler.requested(),
+        waited=waited,
+        memory_bytes=peak_memory_bytes(ranks.device),
+    )
+    return Signs(*most_over_ranks(list(own), ranks.device))
+
+
+def record_odd_step(
+    inputs: Inputs, session: Session, position: int, size: int, row: dict[str, Any], reason: str
+) -> None:
+    """Writes the step and its pictures down. Raises Diverged if too many in a row were not applied."""
+    pictures = inputs.train_split.places(session.store.order.pictures(position, size))
+    facts = {"reason": reason, "positions": [position, position + size], "pictures": pictures}
+    session.telemetry.odd_step(row | facts)
+    if session.judge.exhausted:
+        raise Diverged(
+            f"step {row['step']} is {reason} (loss {row['loss']}, gradient norm {row['grad_norm']}), the last of "
+            f"{session.judge.skipped_in_a_row} in a row that were not applied (health.max_skipped); its pictures "
+            f"are {', '.join(pictures[:3])} ... and, with those of the other such steps, in {SKIPPED_FILE} of the run; "
+            f"a lower optimizer.learning_rate, a longer warm-up or precision fp32 may pass it."
+        )
 
 
 def completions(inputs: Inputs, session: Session) -> np.ndarray:

@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """DeepSpeed does not read SLURM's names; MASTER_ADDR and MASTER_PORT come from the batch script."""
-GROUP_TIMEOUT = timedelta(minutes=30)
+GROUP_TIMEOUT = timedelta(hours=2)
+"""Of a collective. The watchdog is there first (health.hang_minutes), and says who is missing."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,14 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     """Each flag is true on all ranks if it is true on one."""
-    vote = torch.tensor(flags, dtype=torch.float32, device=device)
+    return [bool(vote) for vote in most_over_ranks([float(flag) for flag in flags], device)]
+
+
+def most_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over all ranks."""
+    vote = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in vote.tolist()]
+    return [float(value) for value in vote.tolist()]
 
 
 def from_first(value: T) -> T:
@@ -146,13 +152,3 @@ def failing_together() -> Iterator[None]:
     if failure is not None:
         setattr(failure, SAID_BY_OTHERS, True)
         raise failure
-
-
-@contextmanager
-def one_voice_a_node(ranks: Ranks) -> Iterator[None]:
-    """Before the group starts, ranks of one node meet the same mistake: only the first of them says it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        setattr(error, SAID_BY_OTHERS, ranks.local_rank > 0)
-        raise

@@ -12,17 +12,19 @@ from pipeline.model.gpt import gpt2_config
 from pipeline.train.augmentation import Augmentation
 from pipeline.train.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
-from pipeline.train.health import StopRequests
+from pipeline.train.health import Judge, StopRequests
 from pipeline.train.masking import MaskedBatches, MaskedSplit, Masks
 from pipeline.train.offload import check_compilers
 from pipeline.train.persistence import Progress, Store
-from pipeline.train.ranks import Ranks, failing_together
+from pipeline.train.profiling import Profiler
+from pipeline.train.ranks import Ranks, failing_together, from_first
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.stream_order import StreamOrder
 from pipeline.train.streaming import GUARANTEES, AgreedBatches, StreamedBatches
 from pipeline.train.summary import Throughput, describe
-from pipeline.train.telemetry import RunTelemetry, Telemetry
+from pipeline.train.telemetry import RunTelemetry, Telemetry, last_steps
 from pipeline.train.validation import Pictures
+from pipeline.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Session:
     store: Store
     telemetry: Telemetry
     throughput: Throughput
+    judge: Judge
+    watchdog: Watchdog
+    profiler: Profiler
     stop: StopRequests
     start: Progress
 
@@ -103,7 +108,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     return Inputs(config, model_config, shards, ranks)
 
 
-def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests) -> Session:
+def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watchdog) -> Session:
     """Builds the engine, resumes the newest whole checkpoint and says what is about to happen."""
     config, shards, ranks = inputs.config, inputs.shards, inputs.ranks
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
@@ -115,15 +120,18 @@ def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests) -> Session:
     checkpoint = store.newest_whole()
     start = store.load(checkpoint, engine) if checkpoint else Progress()
     throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
-    telemetry = Telemetry()
+    telemetry, rows = Telemetry(), []
     with failing_together():
         if ranks.is_first:
             telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)
+            rows = last_steps(folder.path, start.step, config.health.spike_window)
+    judge = Judge(config.health, from_first(rows))
+    profiler = Profiler(folder.path, config.profile, ranks)
     if ranks.is_first:
         print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
         if shards.address is not None:
             print(GUARANTEES, flush=True)
-    return Session(engine, batches, store, telemetry, throughput, stop, start)
+    return Session(engine, batches, store, telemetry, throughput, judge, watchdog, profiler, stop, start)
 
 
 def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:

@@ -26,12 +26,14 @@ from pipeline.train import fragments
 from pipeline.train.engine import (
     Accept,
     Engine,
+    ForwardTimer,
     Gate,
     StepResult,
     are_finite,
     deepspeed_config,
     new_optimizer,
     to_device,
+    weights_digest,
 )
 from pipeline.train.ranks import Ranks
 
@@ -103,6 +105,8 @@ class StagesEngine(Engine):
                 model=module, optimizer=optimizer, config=deepspeed_config(config, ranks)
             )
         self.data_rank = self._engine.grid.get_data_parallel_id()
+        self._timer = ForwardTimer(self._engine.module, ranks.device)
+        self.work = self.replica = f"stage {self._engine.stage_id}"
         self._place = fragments.Place(self.data_rank, self.data_ranks, parts={})
 
     def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
@@ -123,6 +127,9 @@ class StagesEngine(Engine):
         fragments.restore(self._engine.optimizer, self._model, self._place, reader)
         self._engine.global_steps = steps
         self._engine.global_samples = self._config.batch.images_after(steps)
+
+    def digest(self) -> str:
+        return weights_digest(parameter for _, parameter in self._own_parameters())
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         """No keys and values are kept: each colour costs a pass of whole pictures through all stages."""

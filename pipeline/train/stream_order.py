@@ -98,6 +98,12 @@ class StreamOrder:
             position, count = position + len(indices[-1]), count - len(indices[-1])
         return np.concatenate(indices), Changes.join(changes)
 
+    def pictures(self, position: int, count: int) -> list[int]:
+        """Those that all ranks read, one rank's after the other's; position and count: pictures of all ranks."""
+        share = count // self.ranks
+        read = [self.at(rank, position // self.ranks, share)[0] for rank in range(self.ranks)]
+        return [int(number) for number in np.concatenate(read)]
+
     def fingerprint(self, position: int) -> str:
         """The ranks, and a digest of what the first and the last of them read next; position: pictures of all ranks."""
         digest = hashlib.sha256()

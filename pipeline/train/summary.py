@@ -65,6 +65,9 @@ def describe(
         f"{throughput.peak_flops / 1e12:.3g} TFLOP/s of {ranks.count} ranks ({throughput.peak_source})",
         "memory": f"ZeRO stage {parallel.zero_stage} over {ranks.count} ranks on {ranks.device.type}; "
         f"weights and moments {parameters * STATE_BYTES / 1e9:.3g} GB in all, which is a checkpoint's size",
+        "health": f"ends after {config.health.max_skipped} steps in a row that are not applied, or "
+        f"{config.health.hang_minutes:g} minutes without progress; spikes beyond "
+        f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and said'}",
         "threads": f"{torch.get_num_threads()} a rank",
     }
     if parallel.pipeline_stages > 1:

@@ -5,8 +5,10 @@ import os
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import wraps
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +19,7 @@ from data_prep.files import written_aside
 from pipeline.train.ranks import failing_together
 
 METRICS_FILE = "metrics.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SAMPLES_FOLDER = "samples"
 CONSOLE_SECONDS = 5.0
@@ -39,6 +42,12 @@ class Telemetry:
 
     def validation(self, row: dict[str, Any]) -> None:
         """Records a validation; row has step, images and valid_loss."""
+
+    def odd_step(self, row: dict[str, Any]) -> None:
+        """Records a step that was a spike, or not applied: step, reason, and the batch's pictures."""
+
+    def say(self, words: str | None) -> None:
+        """A line on the console, if there is something to say."""
 
     def samples(self, step: int, grid: np.ndarray) -> None:
         """Records completions: uint8 (H, W, 3), as a PNG in the run and a picture in TensorBoard."""
@@ -71,7 +80,8 @@ class RunTelemetry(Telemetry):
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._steps = run, steps
-        drop_rows_after(run / METRICS_FILE, step)
+        for name in (METRICS_FILE, SKIPPED_FILE):
+            drop_rows_after(run / name, step)
         for picture in (run / SAMPLES_FOLDER).glob("step-*.png"):
             if int(picture.stem.removeprefix("step-")) > step:
                 picture.unlink()
@@ -83,7 +93,7 @@ class RunTelemetry(Telemetry):
     def training_step(self, row: dict[str, Any]) -> None:
         self._write(row)
         for key, value in row.items():
-            if key != "step":
+            if key != "step" and isfinite(value):
                 self._board.add_scalar(f"train/{key}", float(value), row["step"])
         now = time.monotonic()
         if now - self._last_line >= CONSOLE_SECONDS or row["step"] in (1, self._steps):
@@ -95,6 +105,18 @@ class RunTelemetry(Telemetry):
         self._write(row)
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
         print(f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token", flush=True)
+
+    @_keeping_failure
+    def odd_step(self, row: dict[str, Any]) -> None:
+        with (self._run / SKIPPED_FILE).open("a") as rows:
+            rows.write(json.dumps(_with_nulls(row)) + "\n")
+        what = "applied all the same" if row["applied"] else "not applied"
+        print(f"step {row['step']} is {row['reason']}, {what}: its pictures are in {rows.name}", flush=True)
+
+    @_keeping_failure
+    def say(self, words: str | None) -> None:
+        if words is not None:
+            print(words, flush=True)
 
     @_keeping_failure
     def samples(self, step: int, grid: np.ndarray) -> None:
@@ -118,7 +140,7 @@ class RunTelemetry(Telemetry):
         self._board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._rows.write(json.dumps(row) + "\n")
+        self._rows.write(json.dumps(_with_nulls(row)) + "\n")
         self._rows.flush()
 
     def _line(self, row: dict[str, Any]) -> str:
@@ -129,6 +151,11 @@ class RunTelemetry(Telemetry):
             f"{row['images_per_second']:.1f} images/s | {row['tokens_per_second']:,.0f} tokens/s | "
             f"MFU {row['mfu']:.1%} | waited {row['data_wait']:.1%} for data | {_duration(left)} left"
         )
+
+
+def _with_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no word for what is not a number."""
+    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
 
 
 def _duration(seconds: float) -> str:
@@ -151,6 +178,21 @@ def rows_until(path: Path, step: int) -> Iterator[str]:
         yield from (line for line in lines if line.endswith("\n") and _step_of(line) <= step)
 
 
+def last_steps(run: Path, step: int, count: int) -> list[dict[str, Any]]:
+    """The rows of the last training steps up to a step, and those of all that were not applied among them."""
+    if not (run / METRICS_FILE).exists():
+        return []
+    kept: deque[dict[str, Any]] = deque()
+    applied = 0
+    for row in map(json.loads, rows_until(run / METRICS_FILE, step)):
+        if "loss" in row:
+            kept.append(row)
+            applied += row["applied"]
+            while applied > count:
+                applied -= kept.popleft()["applied"]
+    return list(kept)
+
+
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
@@ -163,6 +205,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory_table(bytes_of_ranks: list[int]) -> str:
+    """The peak of every rank, in one line."""
+    return "peak memory, MB, by rank: " + ", ".join(f"{size / 1e6:,.0f}" for size in bytes_of_ranks)
 
 
 class StepClock:
@@ -180,10 +227,10 @@ class StepClock:
         return tokens
 
     def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and the share of them spent waiting."""
+        """Seconds since the last lap, and those of them spent waiting."""
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
-        return seconds, self._waited / seconds
+        return seconds, self._waited
 
     def restart(self) -> None:
         """Leaves out what was not training: validation, samples, a save."""

@@ -18,6 +18,7 @@ from pipeline.train import fragments, tensor_parallel
 from pipeline.train.engine import (
     Accept,
     Engine,
+    ForwardTimer,
     Gate,
     StepResult,
     are_finite,
@@ -25,6 +26,7 @@ from pipeline.train.engine import (
     full_shape,
     new_optimizer,
     to_device,
+    weights_digest,
 )
 from pipeline.train.ranks import Ranks, mean_over_ranks
 
@@ -54,6 +56,9 @@ class ZeroEngine(Engine):
         self._gate = Gate(optimizer, self._loss_and_norm)
         with redirect_stdout(StringIO()):  # DeepSpeed's bf16 optimizer prints memory tables
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self._timer = ForwardTimer(self._engine.module, ranks.device)
+        self.work = f"part {ranks.rank % config.parallel.tensor_parallel}"
+        self.replica = f"rank {ranks.rank}" if config.parallel.zero_stage == 3 else self.work
         self._loss = 0.0
         self._own_norm: float | None = None
 
@@ -90,6 +95,11 @@ class ZeroEngine(Engine):
         fragments.restore(self._engine.optimizer, self._engine.module, self._place, reader)
         self._engine.global_steps = steps
         self._engine.global_samples = self._config.batch.images_after(steps)
+
+    def digest(self) -> str:
+        if self._config.parallel.zero_stage == 3:
+            return ""  # no two ranks hold the same
+        return weights_digest(self._engine.module.parameters())
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         self._engine.eval()

@@ -1,0 +1,78 @@
+"""A few steps under torch's profiler: a trace for TensorBoard or a browser, and how much of them is communication."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.config import ProfileConfig
+from pipeline.train.ranks import Ranks
+
+PROFILE_FOLDER = "profile"
+REQUEST_FILE = "PROFILE"
+COMMUNICATION = ("gloo:", "nccl:", "ncclDevKernel")
+"""How the names of collectives begin: their records on the host, and NCCL's kernels."""
+LONGEST = 5
+
+
+class Profiler:
+    """Opens a window at profile.first_step, or when a file PROFILE appears in the run; all ranks do."""
+
+    def __init__(self, run: Path, config: ProfileConfig, ranks: Ranks) -> None:
+        self._run, self._config, self._ranks = run, config, ranks
+        self._window: profile | None = None
+        self._left, self._first, self._began = 0, 0, 0.0
+
+    def requested(self) -> bool:
+        """Whether this rank sees the request; the ranks must agree before they `start`."""
+        return self._window is None and (self._run / REQUEST_FILE).exists()
+
+    def before(self, step: int, requested: bool) -> None:
+        """Opens the window before a step, if it is due or all agreed on the request."""
+        if self._window is not None or not (requested or (self._config.steps and step == self._config.first_step)):
+            return
+        if requested and self._ranks.is_first:
+            (self._run / REQUEST_FILE).unlink(missing_ok=True)
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._ranks.device.type == "cuda" else [])]
+        self._window = profile(activities=kinds)
+        self._left, self._first, self._began = self._config.steps or 3, step, time.perf_counter()
+        self._window.start()
+
+    def after(self, step: int) -> str | None:
+        """Closes the window after its last step; what was found, in a few lines, on the first rank."""
+        if self._window is None:
+            return None
+        self._left -= 1
+        if self._left:
+            return None
+        window, self._window = self._window, None
+        window.stop()
+        folder = self._run / PROFILE_FOLDER
+        folder.mkdir(exist_ok=True)
+        trace = folder / f"rank-{self._ranks.rank:05d}-step-{self._first:08d}.pt.trace.json.gz"
+        window.export_chrome_trace(str(trace))
+        if not self._ranks.is_first:
+            return None
+        seconds = time.perf_counter() - self._began
+        return f"profile of steps {self._first} to {step}: {describe(window.key_averages(), seconds)}; {trace}"
+
+
+def describe(events: Any, seconds: float) -> str:
+    """The share of the window's time in communication, and in the longest operations."""
+    communication = {e.key: _seconds(e) for e in events if e.key.startswith(COMMUNICATION)}
+    computing = {e.key: _own_seconds(e) for e in events if e.key not in communication}
+    longest = sorted(computing, key=lambda key: -computing[key])[:LONGEST]
+    shares = ", ".join(f"{key} {computing[key] / seconds:.1%}" for key in longest)
+    return f"{sum(communication.values()) / seconds:.1%} in communication; longest: {shares}"
+
+
+def _seconds(event: Any) -> float:
+    """Of a collective: its kernel's on an accelerator, or its record's on the host."""
+    return float(event.device_time_total or event.cpu_time_total) / 1e6
+
+
+def _own_seconds(event: Any) -> float:
+    own = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+    return float(own) / 1e6

@@ -1,0 +1,99 @@
+"""Ends a run that hangs, saying where: each rank watches its own progress, since a hung one can't be asked."""
+
+import faulthandler
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pipeline.train.ranks import Ranks
+from pipeline.train.run_folder import RunFolder
+
+STACKS = "stacks"
+PATIENT = 3
+"""Times the limit that the first step (it compiles and connects) and what is not a step may take."""
+GRACE_SECONDS = 5.0
+"""Between writing one's own stacks and reading the others'."""
+
+
+class Watchdog:
+    """A thread that ends this process with code 1, if the loop does not `enter` a phase for too long.
+
+    Before that it writes the stacks of all threads to RUN/stacks; the first rank that lives says who is behind.
+    """
+
+    def __init__(self, folder: RunFolder, ranks: Ranks, minutes: float) -> None:
+        """minutes: how long a step may take; 0 watches nothing."""
+        self._folder, self._ranks, self._seconds = folder, ranks, 60 * minutes
+        self._stacks = folder.path / STACKS
+        self._step, self._phase, self._since = 0, "starting", time.monotonic()
+        self._limit = PATIENT * self._seconds
+        self._first_step: int | None = None
+        self._ended = threading.Event()
+        if ranks.is_first:
+            shutil.rmtree(self._stacks, ignore_errors=True)
+        if minutes:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def enter(self, phase: str, step: int) -> None:
+        """Says that the loop has come to a phase ("reading", "training", "saving" ...) of a step."""
+        if self._first_step is None:
+            self._first_step = step
+        ordinary = phase in ("reading", "training") and step > self._first_step
+        self._limit = self._seconds if ordinary else PATIENT * self._seconds
+        self._step, self._phase, self._since = step, phase, time.monotonic()
+
+    def end(self) -> None:
+        """Watches no longer."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(5.0, self._seconds / 10)):
+            if time.monotonic() - self._since > self._limit:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        place, waited = f"{self._phase} at step {self._step}", time.monotonic() - self._since
+        self._stacks.mkdir(exist_ok=True)
+        with self._file(self._ranks.rank).open("w") as file:
+            file.write(f"rank {self._ranks.rank}, {place}, for {waited:.0f} s\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        time.sleep(min(GRACE_SECONDS, self._seconds))
+        places = {rank: self._place_of(rank) for rank in range(self._ranks.count)}
+        if self._ranks.rank == min(rank for rank, known in places.items() if known is not None):
+            message = f"no progress for {waited:.0f} s: {describe(places)}; the stacks are in {self._stacks}."
+            self._folder.note_failure(TimeoutError(message))
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _file(self, rank: int) -> Path:
+        return self._stacks / f"rank-{rank:05d}.txt"
+
+    def _place_of(self, rank: int) -> str | None:
+        """What a rank wrote of where it is, or None if it wrote nothing."""
+        try:
+            found = re.match(r"rank \d+, (.*), for", self._file(rank).read_text())
+        except OSError:
+            return None
+        return found[1] if found else None
+
+
+def describe(places: dict[int, str | None]) -> str:
+    """Who is where: the ranks that said nothing first, then the smallest group."""
+    groups: dict[str | None, list[int]] = {}
+    for rank, place in places.items():
+        groups.setdefault(place, []).append(rank)
+    parts = []
+    for place, ranks in sorted(groups.items(), key=lambda item: (item[0] is not None, len(item[1]))):
+        names = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+        one = len(ranks) == 1
+        parts.append(
+            f"{names} {'is' if one else 'are'} silent (stopped, dead, or cut off)"
+            if place is None
+            else f"{names} {'hangs' if one else 'hang'} in {place}"
+        )
+    return ", ".join(parts)
