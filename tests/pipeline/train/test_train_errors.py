@@ -165,5 +165,5 @@ def test_a_rate_that_diverges_stops_with_the_step_named(runner: Runner) -> None:
     assert finished.codes == [1]
     assert "is not finite (loss" in finished.output
     assert "Traceback" not in finished.output
-    assert "checkpoints are from before it" in finished.output
+    assert "skipped.jsonl of the run" in finished.output
     assert json.loads((runner.folder / "run/run.json").read_text())["status"] == "failed"
