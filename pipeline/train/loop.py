@@ -73,8 +73,8 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
     telemetry, judge, watchdog, profiler = session.telemetry, session.judge, session.watchdog, session.profiler
     progress, last = session.start, config.schedule.steps
     clock, slow_ranks = StepClock(), SlowRanks(ranks)
-    signs = agree(session, ranks)
-    while progress.step < last and not signs.stopping:
+    signs, save_owed = agree(session, ranks), False
+    while progress.step < last and (save_owed or not signs.stopping):
         step, size = progress.step + 1, config.batch.size_at(progress.step + 1)
         watchdog.enter("reading", step)
         tokens = clock.wait_for(partial(session.batches.at, progress.images, size))
@@ -110,7 +110,10 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
         def due(every: int, step: int = step) -> bool:
             return every > 0 and (step % every == 0 or step == last)
 
-        save = due(config.checkpoint.every_steps) or signs.stopping or signs.overdue
+        # After a skipped step the weights may be broken: the next applied one shows, and K skipped end the run.
+        sound = judge.skipped_in_a_row == 0 or step == last
+        save_owed |= due(config.checkpoint.every_steps) or bool(signs.stopping or signs.overdue)
+        save, save_owed = save_owed and sound, save_owed and not sound
         watchdog.enter("comparing weights", step)
         if config.health.replicas_every_steps and (save or due(config.health.replicas_every_steps)):
             check_replicas(engine, step)

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.train import checkpoints
 from pipeline.train.batches import Order
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord
 from pipeline.train.engine import Engine
+from pipeline.train.health import Diverged
 from pipeline.train.ranks import Ranks, failing_together, first_word, from_first, gather
 from pipeline.train.run_folder import check_shards
 from pipeline.train.validation import Pictures, probe_loss
@@ -72,13 +74,19 @@ class Store:
     def save(self, engine: Engine, progress: Progress) -> None:
         """Copies the state to the host and has it written; `finish` publishes it.
 
-        Waits for the save before, and raises as `finish` does.
+        Waits for the save before, and raises as `finish` does; Diverged on every rank if the model gives no number.
         """
         self.finish()
+        probe = probe_loss(engine, self.probe)
+        if not isfinite(probe):
+            raise Diverged(
+                f"the model of step {progress.step} is not finite (loss {probe} on the probe batch) and was not saved; "
+                f"the checkpoints in {self.folder} are from before it; a lower optimizer.learning_rate or a longer "
+                f"warm-up may pass it."
+            )
         with failing_together():
             if self.ranks.is_first:
                 checkpoints.begin(self.folder, progress.step)
-        probe = probe_loss(engine, self.probe)
         aside = checkpoints.aside_folder(self.folder, progress.step)
         tensors, index = engine.snapshot()
         tensors |= checkpoints.random_states(self.ranks.device)

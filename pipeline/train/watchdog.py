@@ -53,7 +53,14 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(min(5.0, self._seconds / 10)):
             if time.monotonic() - self._since > self._limit:
-                self._give_up()
+                try:
+                    self._give_up()
+                except OSError as error:
+                    print(
+                        f"error: no progress in {self._phase}, stacks not written: {error}", file=sys.stderr, flush=True
+                    )
+                finally:
+                    os._exit(1)
 
     def _give_up(self) -> None:
         place, waited = f"{self._phase} at step {self._step}", time.monotonic() - self._since
@@ -68,7 +75,6 @@ class Watchdog:
             message = f"no progress for {waited:.0f} s: {describe(places)}; the stacks are in {self._stacks}."
             self._folder.note_failure(TimeoutError(message))
             print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(1)
 
     def _file(self, rank: int) -> Path:
         return self._stacks / f"rank-{rank:05d}.txt"

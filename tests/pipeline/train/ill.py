@@ -1,9 +1,10 @@
 """python -m tests.pipeline.train.ill KIND RANK FIRST LAST -- train ...: a rank falls ill at some steps of a training.
 
 KIND: nan (its gradient), spike (its gradient is a thousand times as large), hang (it stops reading), slow (it
-reads 0.1 s), frozen (the process stops), diverge (one weight changes).
+reads 0.1 s), frozen (the process stops), diverge (one weight changes), broken (it is no number), full (its disk).
 """
 
+import errno
 import os
 import runpy
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pipeline.train import checkpoints
 from pipeline.train.batches import TrainingBatches
 from pipeline.train.stages import StagesEngine
 from pipeline.train.zero import ZeroEngine
@@ -46,6 +48,9 @@ def make_ill(kind: type) -> None:
         if ill() and KIND == "diverge":
             with torch.no_grad():
                 parameters(self)[-1].view(-1)[0] += 1e-3
+        if ill() and KIND == "broken":
+            with torch.no_grad():
+                parameters(self)[-1].fill_(float("nan"))
         return result
 
     kind.__init__, kind.step = init, counted  # type: ignore[method-assign,misc]
@@ -67,5 +72,15 @@ def read_counted(self: TrainingBatches, position: int, global_size: int) -> Any:
 
 
 TrainingBatches.at = read_counted  # type: ignore[method-assign]
+write = checkpoints.write_rank
+
+
+def write_if_well(*arguments: Any) -> Any:
+    if ill() and KIND == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
+    return write(*arguments)
+
+
+checkpoints.write_rank = write_if_well
 sys.argv = ["pipeline", *sys.argv[sys.argv.index("--") + 1 :]]
 runpy.run_module("pipeline", run_name="__main__", alter_sys=True)

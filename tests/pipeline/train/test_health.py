@@ -91,6 +91,38 @@ def test_a_resumed_run_counts_on(runner: Runner) -> None:
     assert "step 7 is not finite" in finished.output
 
 
+def saved(runner: Runner) -> list[str]:
+    return sorted(path.name for path in (runner.folder / "run/checkpoints").glob("step-*[0-9]"))
+
+
+def test_no_checkpoint_is_made_while_steps_are_skipped(runner: Runner) -> None:
+    """The weights may be what is broken, and each save deletes an older one: it waits for an applied step."""
+    finished = train_ill(runner, "run", "nan", 1, (4, 8), checkpoint__every_steps=5, checkpoint__keep_last=9)
+    assert finished.codes == [0, 0], finished.output
+    assert saved(runner) == ["step-00000009", "step-00000010", "step-00000015", "step-00000020"]
+
+
+def test_a_model_that_gives_no_numbers_is_not_saved(runner: Runner) -> None:
+    finished = train_ill(runner, "run", "broken", 0, (10, 10), ranks=1, checkpoint__every_steps=5)
+    assert finished.codes == [1]
+    assert (
+        "error: the model of step 10 is not finite (loss nan on the probe batch) and was not saved" in finished.output
+    )
+    assert saved(runner) == ["step-00000005"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_rank_that_can_not_write_its_part_ends_the_run(runner: Runner, asynchronous: bool) -> None:
+    """Under asynchronous saving it fails in a thread, steps before anyone asks."""
+    settings = {"checkpoint__every_steps": 5, "checkpoint__asynchronous": asynchronous}
+    finished = train_ill(runner, "run", "full", 1, (8, 99), **settings)
+    assert finished.codes == [2, 2], finished.output
+    assert "\n".join(finished.outputs).count("error: ") == 1
+    assert "No space left on device" in "".join(finished.outputs)
+    assert saved(runner) == ["step-00000005"]
+    assert (runner.folder / "run/checkpoints/step-00000005/checkpoint.json").is_file()
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_spike_is_said_and_skipped_if_so_wanted(runner: Runner, skip: bool) -> None:
     settings = {"health__spike_window": 8, "health__skip_spikes": skip, "optimizer__clip_norm": 1}
