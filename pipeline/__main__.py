@@ -23,6 +23,13 @@ def train(arguments: list[str]) -> int:
         return 1
 
 
+def plan(arguments: list[str]) -> int:
+    """Says what a run would take, and which layouts fit."""
+    from pipeline.plan.command import plan_command
+
+    return plan_command(arguments)
+
+
 def export(arguments: list[str]) -> int:
     """Writes a checkpoint as a Hugging Face model folder."""
     from pipeline.export import export_command
@@ -64,6 +71,7 @@ if __name__ == "__main__":
         "Trains Image GPT on a shard set, exports, measures and shows it.",
         {
             "train": ("train a run, or go on with it (alone, under torchrun, or under srun)", train),
+            "plan": ("what a run takes on N accelerators, and the layouts that fit", plan),
             "export": ("write a checkpoint as a Hugging Face model folder", export),
             "evaluate": ("probe and measure a model, with a report", evaluate),
             "complete": ("complete half pictures", complete),

@@ -1,0 +1,149 @@
+"""python -m pipeline plan: what a run would take on N accelerators of a kind, and the layouts that fit, without any."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from data_prep.command_line import new_parser, parse
+from data_prep.files import write_json
+from data_prep.shards import open_shard_set
+from pipeline import costs
+from pipeline.config import TrainConfig
+from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
+
+STATE_BYTES = 12
+"""A parameter's fp32 weight and two moments, as a checkpoint holds them."""
+DISK_BYTES_A_SECOND = 1e9
+HOST_COPY_BYTES_A_SECOND = 20e9
+PROPOSED = 6
+CPU = costs.Accelerator("CPU", 1e12, float("inf"), "", "nominal: a rank on CPU")
+
+
+def plan_command(arguments: list[str]) -> int:
+    """Prints the plan. Returns 0 if the configured layout fits, 1 if not. Raises ValueError naming a wrong key."""
+    parser = new_parser(
+        "python -m pipeline plan", "Memory, time and layouts of a run on accelerators you need not have."
+    )
+    parser.add_argument("--config", action="config", help="A YAML file of the keys below; see configs/.")
+    parser.add_argument("--accelerator", type=str, required=True, help=f"One of {', '.join(costs.ACCELERATORS)}, cpu.")
+    parser.add_argument("--ranks", type=int, required=True, help="Accelerators in all.")
+    parser.add_argument("--ranks_per_node", type=int, default=8, help="Accelerators that share a node.")
+    parser.add_argument("--mfu", type=float, default=0.4, help="Fraction of the peak that computing reaches.")
+    parser.add_argument("--json", type=str, default=None, help="Write the plan to this file too.")
+    parser.add_class_arguments(TrainConfig)
+    parsed = parse(parser, arguments)
+    config = TrainConfig(**{field.name: getattr(parsed, field.name) for field in fields(TrainConfig)})
+    cluster = Cluster(_accelerator(parsed.accelerator), parsed.ranks, parsed.ranks_per_node, parsed.mfu)
+    if not 0 < cluster.mfu <= 1:
+        raise ValueError(f"--mfu is {cluster.mfu}; it must be above 0 and at most 1.")
+    for key in ("ranks", "ranks_per_node"):
+        if getattr(cluster, key) < 1:
+            raise ValueError(f"--{key} is {getattr(cluster, key)}; it must be at least 1.")
+    return _plan(config, cluster, parsed.json)
+
+
+def _accelerator(name: str) -> costs.Accelerator:
+    if name == "cpu":
+        return CPU
+    if name not in costs.ACCELERATORS:
+        raise ValueError(f"--accelerator is {name!r}; it must be one of {', '.join(costs.ACCELERATORS)}, cpu.")
+    return costs.ACCELERATORS[name]
+
+
+def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
+    from pipeline.model.gpt import gpt2_config
+
+    shards = open_shard_set(config.data.shards) if config.data.shards else None
+    model = gpt2_config(config.model, shards.colors if shards else 512, config.objective.kind)
+    chosen = lay_out(config, model, cluster)
+    facts = {
+        **_model_facts(config, model, cluster, chosen, shards.split("train").images if shards else None),
+        "layout": chosen.name(),
+        "micro-batches": f"{config.accumulation_steps(config.parallel.data_ranks(cluster.ranks))} a step and rank",
+        "bubble": f"{chosen.bubble:.1%} of the step",
+    }
+    others = sorted(alternatives(config, model, cluster), key=lambda layout: layout.seconds)
+    _print_facts(facts)
+    print("\nmemory of the rank that needs most, GB")
+    _print_facts({part: f"{size / 1e9:8.2f}" for part, size in chosen.memory.peak_parts.items() if size})
+    limit = cluster.accelerator.memory_bytes / 1e9
+    with_waste = f"x {chosen.memory.fragmentation:g} for fragmentation = " if chosen.memory.fragmentation > 1 else ""
+    print(f"  at the peak {with_waste}{chosen.memory.peak / 1e9:.2f} GB of {limit:g} GB")
+    if not cluster.on_cpu:
+        _print_alternatives(others, cluster)
+    if json is not None:
+        write_json(Path(json), {"facts": facts, "chosen": _as_json(chosen), "layouts": list(map(_as_json, others))})
+    if fits(chosen, cluster):
+        return 0
+    better = next((layout for layout in others if fits(layout, cluster)), None)
+    advice = f"take {better.overrides()}" if better else "no layout does; take more ranks"
+    print(
+        f"\nthe configured layout needs {chosen.memory.peak / 1e9:.1f} GB a rank and {cluster.accelerator.name} has "
+        f"{limit:g} GB: {advice}."
+    )
+    return 1
+
+
+def _model_facts(
+    config: TrainConfig, model: Any, cluster: Cluster, chosen: Layout, pictures: int | None
+) -> dict[str, str]:
+    parameters, per_token = costs.parameter_count(model), costs.flops_per_token(model)
+    images = config.batch.images_after(config.schedule.steps)
+    flops = images * model.n_positions * per_token
+    hours = chosen.seconds * config.schedule.steps / 3600
+    size = parameters * STATE_BYTES
+    own = size / cluster.ranks
+    epochs = f", {images / pictures:.1f} epochs of {pictures:,}" if pictures else ""
+    return {
+        "model": f"{parameters:,} parameters: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, "
+        f"{model.n_positions} positions, {config.precision}",
+        "compute": f"{per_token / 1e9:.3g} GFLOP a token, {flops:.3g} FLOP in all (6 x matmul parameters + 12 x "
+        f"layers x tokens x width)",
+        "data": f"{images:,} images{epochs}; {images * model.n_positions * 2 / 1e12:.3g} TB read as tokens",
+        "time": f"{chosen.seconds:.3f} s a step, {hours / 24:.1f} days, {hours * cluster.ranks:,.0f} accelerator-hours "
+        f"on {cluster.ranks} x {cluster.accelerator.name} at {cluster.mfu:.0%} of "
+        f"{cluster.accelerator.bf16_flops / 1e12:g} TFLOP/s (--mfu; an estimate, as all times here)",
+        "checkpoint": f"{size / 1e9:.1f} GB, {own / 1e9:.2f} GB written by each rank, in its host memory until it is; "
+        f"training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy, {own / DISK_BYTES_A_SECOND:.1f} s for "
+        f"the disk if not asynchronous (at 20 and 1 GB/s a rank)",
+    }
+
+
+def _print_facts(facts: dict[str, str]) -> None:
+    width = max(map(len, facts))
+    print("\n".join(f"  {key:<{width}}  {text}" for key, text in facts.items()))
+
+
+def _print_alternatives(others: list[Layout], cluster: Cluster) -> None:
+    """The fastest that fit, and those that would be faster and don't, with the reason."""
+    fitting = [layout for layout in others if fits(layout, cluster)]
+    print("\nlayouts that fit, by estimated speed")
+    for layout in fitting[:PROPOSED]:
+        print(
+            f"  {layout.seconds:8.3f} s a step  {layout.memory.peak / 1e9:6.1f} GB  bubble {layout.bubble:5.1%}  "
+            f"{layout.name()}"
+        )
+    best = fitting[0].seconds if fitting else float("inf")
+    too_large = [layout for layout in others if not fits(layout, cluster) and layout.seconds < best]
+    if too_large or not fitting:
+        print("faster, but do not fit" if fitting else "none; the nearest")
+        nearest = sorted(too_large or others, key=lambda layout: layout.memory.peak)
+        for layout in nearest[:PROPOSED]:
+            part, size = max(layout.memory.peak_parts.items(), key=lambda item: item[1])
+            print(
+                f"  {layout.seconds:8.3f} s a step  {layout.memory.peak / 1e9:6.1f} GB  {layout.name()}: {part} take "
+                f"{size / 1e9:.1f} GB"
+            )
+
+
+def _as_json(layout: Layout) -> dict[str, Any]:
+    return {
+        "name": layout.name(),
+        "overrides": layout.overrides(),
+        "seconds": layout.seconds,
+        "bubble": layout.bubble,
+        "peak_bytes": layout.memory.peak,
+        "parts": layout.memory.peak_parts,
+        "parallel": asdict(layout.config.parallel),
+        "micro_size": layout.config.batch.micro_size,
+    }

@@ -1,0 +1,128 @@
+"""The plan against what autograd saves, what a process takes, and a calculation by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
+from pipeline.model import objectives
+from pipeline.model.gpt import build_model, gpt2_config
+from pipeline.plan.memory import memory_of_rank, saved_bytes
+from tests.benchmarks.memory import CASES, config_of
+from tests.launch import Finished, run
+
+XL = ["--config", "configs/igpt_xl.yaml", "--accelerator", "h100-80gb", "--ranks", "64"]
+
+
+def plan(tmp_path: Path, *arguments: object) -> Finished:
+    return run(1, "-m", "pipeline", "plan", *arguments, logs=tmp_path / "logs")
+
+
+def autograd_bytes(model_config: ModelConfig, dtype: torch.dtype, images: int) -> int:
+    """Bytes of distinct storages that a forward pass on CPU saves for the backward pass, weights left out."""
+    config = gpt2_config(model_config)
+    model = build_model(config).to(dtype)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.from_numpy(np.zeros((images, config.n_positions), np.int64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        inputs, targets = objectives.next_color(tokens, config.colors)
+        objectives.picture_loss(model(input_ids=inputs).logits, targets, config.colors).mean()
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("block", ["igpt", "gpt2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_block_saves_is_what_autograd_saves(block: str, precision: str) -> None:
+    """Of four blocks less two, so that embeddings, head and loss drop out."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    two, four = (ModelConfig(layers=n, width=128, heads=2, resolution=16, block=block) for n in (2, 4))
+    counted = (autograd_bytes(four, dtype, 3) - autograd_bytes(two, dtype, 3)) / 2
+    config = TrainConfig(model=four, batch=BatchConfig(global_size=3, micro_size=3), precision=precision)
+    assert saved_bytes(config, gpt2_config(four), on_cpu=True) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("number", [4, 7, 10])
+def test_a_run_takes_what_the_plan_says(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3, recomputation and two stages; all eleven cases: python -m tests.benchmarks.memory."""
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.setenv(name, "65536")
+    _, ranks, case = CASES[number]
+    config = config_of(case, ranks)
+    done = run(ranks, "-m", "tests.benchmarks.memory", json.dumps(case), logs=tmp_path)
+    peaks = [int(line.split()[1]) for text in done.outputs for line in text.splitlines() if line.startswith("BYTES")]
+    assert len(peaks) == ranks, done.output
+    planned = memory_of_rank(config, gpt2_config(config.model), ranks, on_cpu=True).peak
+    assert planned == pytest.approx(max(peaks), rel=0.10)
+
+
+def test_xl_on_64_h100_is_as_calculated_by_hand(tmp_path: Path) -> None:
+    finished = plan(tmp_path, *XL, "--json", tmp_path / "plan.json")
+    assert finished.codes == [0]
+    parts = json.loads((tmp_path / "plan.json").read_text())["chosen"]["parts"]
+    parameters = 6_810_875_904
+    assert parts["weights"] == 2 * parameters
+    assert parts["fp32 weights"] + parts["moments"] == pytest.approx(12 * parameters / 64)
+    # A block saves 20 numbers of 2 bytes for each of 4096 positions and 3072 channels; 60 blocks, one picture.
+    assert parts["activations"] == 60 * 20 * 2 * 4096 * 3072
+    assert parts["logits and loss"] == 4.5 * 4 * 4096 * 512
+
+
+def test_proposed_layouts_fit_and_are_in_order(tmp_path: Path) -> None:
+    plan(tmp_path, *XL, "--json", tmp_path / "plan.json")
+    layouts = json.loads((tmp_path / "plan.json").read_text())["layouts"]
+    assert len(layouts) > 50
+    assert [layout["seconds"] for layout in layouts] == sorted(layout["seconds"] for layout in layouts)
+    best = next(layout for layout in layouts if layout["peak_bytes"] <= 80e9)
+    again = plan(tmp_path, *XL, *best["overrides"].split())
+    assert again.codes == [0]
+    assert best["name"] in again.output
+
+
+def test_one_that_does_not_fit_is_said_with_one_that_does(tmp_path: Path) -> None:
+    finished = plan(tmp_path, *XL, "--ranks", 8, "--parallel.zero_stage", 1)
+    assert finished.codes == [1]
+    last = finished.output.splitlines()[-1]
+    assert "the configured layout needs" in last
+    assert "NVIDIA H100 SXM has 80 GB: take --parallel." in last
+
+
+def test_more_of_anything_takes_more_memory() -> None:
+    def peak(**changes: object) -> float:
+        parallel = ParallelConfig(**{k: v for k, v in changes.items() if k != "micro_size"})  # type: ignore[arg-type]
+        micro = int(changes.get("micro_size", 1))  # type: ignore[call-overload]
+        batch = BatchConfig(global_size=512, micro_size=micro)
+        config = TrainConfig(model=ModelConfig(size="xl"), batch=batch, parallel=parallel)
+        return memory_of_rank(config, gpt2_config(config.model), 64, on_cpu=False).peak
+
+    assert peak(zero_stage=1) > peak(zero_stage=2) > peak(zero_stage=3) > peak(zero_stage=3, offload="optimizer")
+    assert peak(zero_stage=2, micro_size=8) > peak(zero_stage=2, micro_size=8, recompute=True)
+    assert peak(zero_stage=1) > peak(zero_stage=1, tensor_parallel=2) > peak(zero_stage=1, tensor_parallel=4)
+    assert peak(zero_stage=1) > peak(zero_stage=1, pipeline_stages=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--accelerator", "h101"], "--accelerator is 'h101'; it must be one of a100-40gb"),
+        (["--ranks", "0"], "--ranks is 0; it must be at least 1"),
+        (["--mfu", "40"], "--mfu is 40.0; it must be above 0 and at most 1"),
+        (["--ranks", "48"], "batch.global_size is 64; it must be a multiple of batch.micro_size"),
+        (["--parallel.tensor_parallel", "5"], "parallel.tensor_parallel is 5; it must divide"),
+    ],
+)
+def test_mistakes_are_said(tmp_path: Path, arguments: list[str], message: str) -> None:
+    finished = plan(tmp_path, *XL, *arguments)
+    assert finished.codes == [2]
+    assert message in finished.output
+    assert finished.output.count("\n") == 1

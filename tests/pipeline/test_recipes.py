@@ -1,0 +1,50 @@
+"""Every recipe opens with what it is, has a layout that fits where it says, and builds the published model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import parse_training
+from pipeline.model.gpt import build_model, gpt2_config
+from tests.launch import ROOT, run
+
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "demo.yaml")
+
+
+def header(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    return "\n".join(lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))])
+
+
+def test_all_sizes_are_there() -> None:
+    names = {path.stem for path in RECIPES}
+    assert {"igpt_s", "igpt_m", "igpt_l", "igpt_xl", "igpt_l_48", "bert_s", "bert_l"} <= names
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_a_lab_record(path: Path) -> None:
+    said = header(path)
+    for word in ("Model", "Schedule", "Cost", "Expect", "Fits", "Command"):
+        assert re.search(rf"^# {word} ", said, re.MULTILINE), word
+    assert f"configs/{path.name}" in said
+    assert "Chen et al., ICML 2020" in said
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_builds_the_published_model(path: Path) -> None:
+    config, _ = parse_training(["--config", str(path), "--run", "RUN"])
+    with torch.device("meta"):
+        model = build_model(gpt2_config(config.model, 512, config.objective.kind))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{parameters:,} parameters" in header(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_where_it_says(path: Path, tmp_path: Path) -> None:
+    where = re.search(r"^# Fits +(\d+) x (\S+)", header(path), re.MULTILINE)
+    assert where
+    options = ["--config", path, "--accelerator", where[2], "--ranks", where[1]]
+    finished = run(1, "-m", "pipeline", "plan", *options, logs=tmp_path)
+    assert finished.codes == [0], finished.output
