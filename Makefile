@@ -1,6 +1,7 @@
 # make demo       sets up, then the whole way from pictures to a measured model, in five to ten minutes on two cores
 # make test       sets up, then the tests; make test-all runs the slow ones too
 # make bench      speed against the peers, as ratios
+# make soak       KILLS=50 SEED=0: kills runs at random moments, goes on with them, and compares
 # make lint       style and types
 
 PYTHON ?= python3
@@ -8,10 +9,12 @@ BIN := .venv/bin
 SET_UP := .venv/.set-up
 DEMO ?= out/demo
 RANKS ?= 2
+KILLS ?= 50
+SEED ?= 0
 # Idle threads sleep instead of spinning: two ranks share two cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-all bench lint set-up
+.PHONY: demo test test-all bench soak lint set-up
 .DELETE_ON_ERROR:
 
 set-up: $(SET_UP)
@@ -53,6 +56,9 @@ test-all: $(SET_UP)
 
 bench: $(SET_UP)
 	$(BIN)/python -m tests.benchmarks
+
+soak: $(SET_UP)
+	$(BIN)/python -m tests.soak --kills $(KILLS) --seed $(SEED)
 
 lint: $(SET_UP)
 	$(BIN)/ruff check .

@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """DeepSpeed does not read SLURM's names; MASTER_ADDR and MASTER_PORT come from the batch script."""
-GROUP_TIMEOUT = timedelta(hours=2)
-"""Of a collective. The watchdog is there first (health.hang_minutes), and says who is missing."""
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""Of a collective. In a step the watchdog is there first (health.hang_minutes), and says who is missing."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,229 @@
+"""Runs killed at random moments and gone on with, until a number of kills: python -m tests.soak --kills 50 --seed 0
+
+One half stays on one topology, and its losses must be bit-equal to those of an unbroken run; the other goes on each
+time on a topology drawn anew, within 1e-5. After every kill, each folder that claims to be a whole checkpoint must be
+one. A checkpoint has one form for all topologies, so what a conversion would be is the load on another topology.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeline.train.checkpoints import PARTIAL, open_checkpoint, published
+from tests.launch import run, start
+from tests.pipeline.conftest import Runner
+
+STEPS, IMAGES = 240, 8
+SETTINGS: dict[str, Any] = {
+    "batch__global_size": IMAGES,
+    "batch__micro_size": 2,
+    "schedule__steps": STEPS,
+    "schedule__decay": "constant",
+    "optimizer__learning_rate": 0.002,
+    "checkpoint__every_steps": 7,
+    "validation__every_steps": 1000,
+    "model__dropout": 0.0,
+}
+TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
+    "1 rank": (1, 1, 1, 1),
+    "Z1x2": (2, 1, 1, 1),
+    "Z2x2": (2, 2, 1, 1),
+    "Z3x2": (2, 3, 1, 1),
+    "PP2": (2, 1, 2, 1),
+    "tp2": (2, 1, 1, 2),
+}
+WAYS = ("kill all", "kill one", "USR1", "STOP file")
+MOMENTS = ("anywhere", "during a save", "during the load")
+PATIENCE = 120.0
+TOLERANCE = 1e-5
+
+
+class Broken(AssertionError):
+    """What should never be."""
+
+
+class Soak:
+    """Counts what was done to the runs."""
+
+    def __init__(self, runner: Runner, seed: int) -> None:
+        self.runner, self.draw = runner, random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.kills, self.saves_cut, self.largest = 0, 0, 0.0
+
+    def round(self, name: str, mixed: bool, kills: int) -> None:
+        """One run from its start to its last step; at most `kills` lives are cut short."""
+        home = self.draw.choice(list(TOPOLOGIES))
+        cut = 0
+        while True:
+            topology = self.draw.choice(list(TOPOLOGIES)) if mixed else home
+            whole = cut >= kills
+            codes = self.live(name, topology, whole)
+            self.check_checkpoints(name)
+            if codes and set(codes) == {0}:
+                break
+            if whole:
+                raise Broken(f"{name} on {topology} ended with {codes}: {self.logs(name)}")
+            cut += 1
+            self.kills += 1
+        self.check_rows(name, home, mixed)
+
+    def live(self, name: str, topology: str, whole: bool) -> list[int]:
+        """Starts or goes on; ends it at a moment drawn, unless `whole`. Returns the exit codes."""
+        ranks, zero, stages, parts = TOPOLOGIES[topology]
+        settings = SETTINGS | {
+            "parallel__zero_stage": zero,
+            "parallel__pipeline_stages": stages,
+            "parallel__tensor_parallel": parts,
+            "checkpoint__asynchronous": self.draw.random() < 0.7,
+        }
+        way, moment = self.draw.choice(WAYS[:2] * 2 + WAYS[2:]), self.draw.choice(MOMENTS)
+        processes = start(ranks, *self.runner.arguments(name, **settings), logs=self.runner.folder / "logs" / name)
+        try:
+            if not whole:
+                self.await_moment(self.runner.folder / name, moment, processes)
+                self.end(processes, way, self.runner.folder / name)
+            codes = self.codes(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if not whole:
+            unfinished = list((self.runner.folder / name / "checkpoints").glob(f"*{PARTIAL}"))
+            self.saves_cut += bool(unfinished)
+            self.counts[f"{way}, {moment}"] += set(codes) != {0}
+            self.say(f"{name} on {topology}: {way}, {moment}: codes {codes}{', in a save' * bool(unfinished)}")
+        return codes
+
+    def codes(self, processes: list[subprocess.Popen[bytes]]) -> list[int]:
+        """Of all ranks. What is left 20 s after the first failure is killed, as srun does (--kill-on-bad-exit)."""
+        until = time.monotonic() + PATIENCE
+        while any(process.poll() is None for process in processes) and time.monotonic() < until:
+            if any(process.poll() not in (None, 0, 75) for process in processes):
+                until = min(until, time.monotonic() + 20)
+            time.sleep(0.01)
+        hung = [process for process in processes if process.poll() is None]
+        if hung and all(process.poll() in (None, 0, 75) for process in processes):
+            raise Broken(f"a rank is still running after {PATIENCE:.0f} s")
+        for process in hung:
+            process.kill()
+        return [process.wait() for process in processes]
+
+    def await_moment(self, folder: Path, moment: str, processes: list[subprocess.Popen[bytes]]) -> None:
+        began, rows = time.monotonic(), folder / "metrics.jsonl"
+        before = rows.stat().st_size if rows.exists() else 0
+
+        def alive() -> bool:
+            return all(process.poll() is None for process in processes) and time.monotonic() - began < PATIENCE
+
+        def until(condition: Callable[[], bool]) -> None:
+            while alive() and not condition():
+                time.sleep(0.002)
+
+        if moment == "during the load":
+            time.sleep(self.draw.uniform(2, 6))
+            return
+        until(lambda: rows.exists() and rows.stat().st_size != before)
+        if moment == "during a save":
+            for _ in range(self.draw.randint(1, 4)):
+                until(lambda: not list((folder / "checkpoints").glob(f"*{PARTIAL}")))
+                until(lambda: bool(list((folder / "checkpoints").glob(f"*{PARTIAL}"))))
+            time.sleep(self.draw.uniform(0, 0.03))
+        else:
+            time.sleep(self.draw.uniform(0, 2))
+
+    def end(self, processes: list[subprocess.Popen[bytes]], way: str, folder: Path) -> None:
+        if way == "kill all":
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+        elif way == "kill one":
+            self.draw.choice(processes).send_signal(signal.SIGKILL)
+        elif way == "USR1" and (folder / "metrics.jsonl").exists():  # before that Python's own handler ends it
+            self.draw.choice(processes).send_signal(signal.SIGUSR1)
+        elif folder.exists():
+            (folder / "STOP").touch()
+        else:
+            processes[0].send_signal(signal.SIGKILL)
+
+    def check_checkpoints(self, name: str) -> None:
+        """Every folder that claims to be whole is."""
+        for folder in published(self.runner.folder / name / "checkpoints"):
+            damage = open_checkpoint(folder).damage()
+            if damage is not None:
+                raise Broken(f"{folder} claims to be whole: {damage}")
+
+    def check_rows(self, name: str, home: str, mixed: bool) -> None:
+        """No step lost or repeated, no picture, and the losses of a run that nothing befell."""
+        reference = f"unbroken {home}"
+        if not (self.runner.folder / reference).exists():
+            ranks, zero, stages, parts = TOPOLOGIES[home]
+            settings = SETTINGS | {"parallel__zero_stage": zero, "parallel__pipeline_stages": stages}
+            self.runner.check_trains(reference, ranks, **settings, parallel__tensor_parallel=parts)
+        rows, wanted = ([r for r in self.runner.rows(n) if "loss" in r] for n in (name, reference))
+        if [row["step"] for row in rows] != list(range(1, STEPS + 1)):
+            raise Broken(f"{name}: steps {[row['step'] for row in rows]}")
+        if [row["images"] for row in rows] != [IMAGES * step for step in range(1, STEPS + 1)]:
+            raise Broken(f"{name}: images are lost or repeated")
+        difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, wanted, strict=True))
+        if difference > (TOLERANCE if mixed else 0):
+            raise Broken(f"{name}: a loss differs by {difference} from {reference}")
+        self.largest = max(self.largest, difference)
+        self.say(f"{name}: {STEPS} steps, {'mixed topologies' if mixed else home}: largest difference {difference:.2g}")
+
+    def logs(self, name: str) -> str:
+        return "\n".join(path.read_text()[-2000:] for path in sorted((self.runner.folder / "logs" / name).iterdir()))
+
+    def say(self, words: str) -> None:
+        print(f"{self.kills:4} kills  {words}", flush=True)
+
+
+def soak(folder: Path, kills: int, seed: int, topologies: str) -> Soak:
+    """Kills so many lives; half of the rounds stay on a topology, half move. Raises Broken."""
+    shards = folder / "shards"
+    options = ["--source.kind=photographs", "--source.train_per_class=30", "--source.test_per_class=4"]
+    done = run(
+        1, "-m", "data_prep", "shards", *options, "--resolution=8", f"--out={shards}", logs=folder / "logs/shards"
+    )
+    assert done.codes == [0], done.output
+    state = Soak(Runner(shards, folder), seed)
+    number = 0
+    while state.kills < kills:
+        mixed = topologies == "mixed" or (topologies == "both" and number % 2 == 1)
+        state.round(f"run-{number}", mixed, min(kills - state.kills, 8))
+        number += 1
+    return state
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--topologies", choices=("same", "mixed", "both"), default="both")
+    chosen = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    began = time.monotonic()
+    with TemporaryDirectory() as name:
+        try:
+            state = soak(Path(name), chosen.kills, chosen.seed, chosen.topologies)
+        except Broken as error:
+            sys.exit(f"BROKEN: {error}")
+    print(json.dumps(dict(sorted(state.counts.items())), indent=2))
+    print(
+        f"{state.kills} kills, {state.saves_cut} of them left an unfinished save, no step lost or repeated, no "
+        f"checkpoint that claims to be whole and is not; largest difference of a loss {state.largest:.2g}; "
+        f"{time.monotonic() - began:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
