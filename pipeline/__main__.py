@@ -51,6 +51,13 @@ def complete(arguments: list[str]) -> int:
     return complete_command(arguments)
 
 
+def doctor(arguments: list[str]) -> int:
+    """Says what this machine has, and tries a small run out."""
+    from pipeline.doctor import doctor_command
+
+    return doctor_command(arguments)
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process.
 
@@ -75,6 +82,7 @@ if __name__ == "__main__":
             "export": ("write a checkpoint as a Hugging Face model folder", export),
             "evaluate": ("probe and measure a model, with a report", evaluate),
             "complete": ("complete half pictures", complete),
+            "doctor": ("what this machine has, and whether a small run saves, dies and resumes on it", doctor),
         },
         leave,
     )

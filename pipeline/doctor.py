@@ -1,0 +1,297 @@
+"""python -m pipeline doctor: what this machine has, and whether a small run saves, is killed, and resumes here.
+
+The trial is a real one: two ranks train a tiny model on pictures that come with the packages, are killed, and go on as
+one rank, and as two pipeline stages; their losses must be those of a run that nothing befell.
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from data_prep.command_line import new_parser, parse
+
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+TOLERANCE = 1e-5
+"""Of a loss after another topology went on."""
+STEPS, SAVED = 30, 10
+LAUNCH_SECONDS = 180
+LEAST_SHARED_MEMORY = 1e9
+LEAST_DISK = 20e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    verdict: Literal["ok", "note", "BAD"]
+    words: str
+    """What was found; of what is bad, what to do."""
+
+
+def doctor_command(arguments: list[str]) -> int:
+    """Prints what was found and a verdict. Returns 0 if a run would be safe here, 1 if not."""
+    parser = new_parser("python -m pipeline doctor", "What this machine can run, and whether a run would be safe here.")
+    parser.add_argument("--folder", type=str, default=".", help="Where runs would be kept; its disk is looked at.")
+    parser.add_argument("--quick", action="store_true", help="Leave out the trial, which takes a minute or two.")
+    chosen = parse(parser, arguments)
+    folder = Path(chosen.folder)
+    if not folder.is_dir():
+        raise ValueError(f"--folder is {chosen.folder!r}, which is no folder; name the one that runs would be kept in.")
+    findings = []
+    for finding in examine(folder, trial=not chosen.quick):
+        print(f"{finding.verdict:<4}  {finding.what:<14} {finding.words}", flush=True)
+        findings.append(finding)
+    bad = [finding.what for finding in findings if finding.verdict == "BAD"]
+    if bad:
+        print(f"\nnot sound: {', '.join(bad)}; what to do stands beside each.")
+        return 1
+    print("\nsound" + (" (without the trial: leave --quick out for it)." if chosen.quick else "."))
+    return 0
+
+
+def examine(folder: Path, trial: bool) -> Iterator[Finding]:
+    """All findings, one after the other; a look that fails is a finding itself."""
+    looks: list[Callable[[], Finding]] = [
+        _system,
+        _packages,
+        _accelerators,
+        _compilers,
+        _shared_memory,
+        lambda: _disk(folder),
+        lambda: _renames(folder),
+        _network,
+        _slurm,
+    ]
+    if trial:
+        looks.append(lambda: try_out(folder))
+    for look in looks:
+        try:
+            yield look()
+        except (OSError, ValueError, ImportError, subprocess.SubprocessError) as error:
+            yield Finding(getattr(look, "__name__", "look").strip("_<>"), "BAD", f"could not be looked at: {error}")
+
+
+def _system() -> Finding:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return Finding(
+        "machine",
+        "ok",
+        f"{os.cpu_count()} cores, {memory:.0f} GB, {platform.system()} {platform.release()}, "
+        f"Python {platform.python_version()}",
+    )
+
+
+def _packages() -> Finding:
+    wrong = []
+    lines = REQUIREMENTS.read_text().splitlines() if REQUIREMENTS.is_file() else []
+    for line in (line.split("#")[0].split(";")[0].strip() for line in lines):
+        name, _, wanted = line.partition("==")
+        if not wanted:
+            continue
+        try:
+            found = version(name.partition("[")[0])
+        except PackageNotFoundError:
+            found = "missing"
+        if found.partition("+")[0] != wanted:
+            wrong.append(f"{name} is {found}, not {wanted}")
+    if wrong:
+        return Finding("packages", "BAD", f"{'; '.join(wrong)}: pip install -r requirements.txt")
+    return Finding("packages", "ok", "as in requirements.txt")
+
+
+def _accelerators() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("accelerators", "note", f"none that torch {torch.__version__} can use; runs take the CPU")
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    free = [torch.cuda.mem_get_info(number)[0] / 1e9 for number in range(len(names))]
+    return Finding(
+        "accelerators", "ok", "; ".join(f"{name}, {left:.0f} GB free" for name, left in zip(names, free, strict=True))
+    )
+
+
+def _compilers() -> Finding:
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
+    if missing:
+        return Finding(
+            "compilers", "note", f"{' and '.join(missing)} missing: no parallel.offload and no compile; all else runs"
+        )
+    return Finding("compilers", "ok", "g++ and ninja: parallel.offload and compile can be used")
+
+
+def _shared_memory() -> Finding:
+    size = shutil.disk_usage("/dev/shm").total
+    if size < LEAST_SHARED_MEMORY:
+        return Finding("/dev/shm", "note", f"{size / 1e9:.2f} GB: NCCL may need 1 GB (docker run --shm-size)")
+    return Finding("/dev/shm", "ok", f"{size / 1e9:.0f} GB")
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    words = f"{free / 1e9:.0f} GB free in {folder.resolve()}"
+    if free < LEAST_DISK:
+        return Finding("disk", "note", f"{words}: a checkpoint takes 12 bytes a parameter, and two or three are kept")
+    return Finding("disk", "ok", words)
+
+
+def _renames(folder: Path) -> Finding:
+    """A checkpoint is whole once its folder is renamed; another process must not see it before."""
+    with TemporaryDirectory(dir=folder) as name:
+        aside, final = Path(name, "aside"), Path(name, "final")
+        aside.mkdir()
+        with (aside / "file").open("wb") as file:
+            file.write(b"x" * 4096)
+            began = time.perf_counter()
+            os.fsync(file.fileno())
+            seconds = time.perf_counter() - began
+        aside.rename(final)
+        if aside.exists() or (final / "file").stat().st_size != 4096:
+            return Finding("file system", "BAD", f"{folder} does not rename folders as a whole; keep runs elsewhere")
+    return Finding("file system", "ok", f"renames folders, flushes a file in {1000 * seconds:.1f} ms")
+
+
+def _network() -> Finding:
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return Finding("network", "note", f"{name} has no address: set MASTER_ADDR by number for several nodes")
+    chosen = {key: os.environ[key] for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if key in os.environ}
+    return Finding("network", "ok", f"{name} is {address}" + (f"; {chosen}" if chosen else ""))
+
+
+def _slurm() -> Finding:
+    if shutil.which("sbatch") is None:
+        return Finding("SLURM", "note", "no sbatch here: start runs with torchrun")
+    said = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=20)
+    if said.returncode:
+        return Finding("SLURM", "note", "sbatch is here, but no controller answers: start runs with torchrun")
+    return Finding("SLURM", "ok", f"{len(said.stdout.splitlines())} partitions and states (sinfo)")
+
+
+def try_out(folder: Path) -> Finding:
+    """Two ranks, killed after a save, and gone on with on other topologies."""
+    began = time.monotonic()
+    with TemporaryDirectory(dir=folder, prefix=".doctor-") as name:
+        trial = _Trial(Path(name))
+        trial.prepare()
+        trial.finish("unbroken", ranks=2)
+        trial.kill_after_a_save("killed")
+        shutil.copytree(trial.folder / "killed", trial.folder / "staged")
+        trial.finish("killed", ranks=1)
+        trial.finish("staged", ranks=2, stages=2)
+        wanted = trial.losses("unbroken")
+        for run in ("killed", "staged"):
+            found = trial.losses(run)
+            apart = max((abs(a - b) for a, b in zip(found, wanted, strict=False)), default=0.0)
+            if len(found) != STEPS or not apart <= TOLERANCE:
+                return Finding(
+                    "trial",
+                    "BAD",
+                    f"a run that was killed and resumed has {len(found)} of {STEPS} steps and losses up to "
+                    f"{apart:.2g} away: do not train here before it is known why",
+                )
+    return Finding(
+        "trial",
+        "ok",
+        f"saved on 2 ranks, killed, resumed on 1 rank and on 2 stages, with the losses of an unbroken run "
+        f"({time.monotonic() - began:.0f} s)",
+    )
+
+
+class _Trial:
+    """Real processes in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def prepare(self) -> None:
+        """A few small pictures."""
+        options = ["--source.kind=photographs", "--source.train_per_class=20", "--source.test_per_class=2"]
+        command = ["-m", "data_prep", "shards", *options, "--resolution=8", f"--out={self.folder / 'shards'}"]
+        self._check("preparing pictures", self._start([command]))
+
+    def finish(self, run: str, ranks: int, stages: int = 1) -> None:
+        """Trains to the last step. Raises ValueError with what the ranks said if one fails."""
+        self._check(f"a run on {ranks} ranks", self._train(run, ranks, stages))
+
+    def kill_after_a_save(self, run: str) -> None:
+        """Two ranks, killed at once as soon as a checkpoint stands."""
+        processes = self._train(run, ranks=2)
+        end = time.monotonic() + LAUNCH_SECONDS
+        while not list((self.folder / run / "checkpoints").glob("step-????????")):
+            if time.monotonic() > end or any(process.poll() is not None for process in processes):
+                self._check("a run that was to be killed", processes)
+                raise ValueError("a run ended, or did not save, before it could be killed.")
+            time.sleep(0.005)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    def losses(self, run: str) -> list[float]:
+        """Of every training step."""
+        rows = map(json.loads, (self.folder / run / "metrics.jsonl").read_text().splitlines())
+        return [row["loss"] for row in rows if "loss" in row]
+
+    def _train(self, run: str, ranks: int, stages: int = 1) -> list[subprocess.Popen[bytes]]:
+        keys = {
+            "data.shards": self.folder / "shards",
+            "model.layers": 2,
+            "model.width": 32,
+            "model.heads": 2,
+            "model.resolution": 8,
+            "schedule.steps": STEPS,
+            "schedule.warmup_steps": 4,
+            "batch.global_size": 8,
+            "batch.micro_size": 4,
+            "parallel.pipeline_stages": stages,
+            "precision": "fp32",
+            "checkpoint.every_steps": SAVED,
+            "validation.every_steps": STEPS,
+            "samples.every_steps": 0,
+        }
+        options = [f"--{key}={value}" for key, value in keys.items()]
+        return self._start([["-m", "pipeline", "train", f"--run={self.folder / run}", *options]] * ranks)
+
+    def _start(self, commands: list[list[str]]) -> list[subprocess.Popen[bytes]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_"))}
+        processes = []
+        for rank, command in enumerate(commands):
+            launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands))}
+            launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+            launch |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+            with (self.folder / f"rank-{rank}.log").open("wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *command], env=inherited | launch, stdout=log, stderr=subprocess.STDOUT
+                    )
+                )
+        return processes
+
+    def _check(self, what: str, processes: list[subprocess.Popen[bytes]]) -> None:
+        try:
+            codes = [process.wait(LAUNCH_SECONDS) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            said = (self.folder / f"rank-{codes.index(max(codes))}.log").read_text().strip().splitlines()
+            raise ValueError(f"{what} ended with {codes}: {said[-1] if said else 'it said nothing'}")
