@@ -39,15 +39,14 @@ def skipped(runner: Runner, name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"parallel__zero_stage": 0},
+        pytest.param({"parallel__zero_stage": 0}, marks=pytest.mark.slow),
         {"parallel__zero_stage": 1, "precision": "bf16"},
-        {"parallel__zero_stage": 2},
+        pytest.param({"parallel__zero_stage": 2}, marks=pytest.mark.slow),
         {"parallel__zero_stage": 3},
         {"parallel__pipeline_stages": 2},
-        {"parallel__pipeline_stages": 2, "precision": "bf16"},
-        {"parallel__tensor_parallel": 2},
+        pytest.param({"parallel__pipeline_stages": 2, "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({"parallel__tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
-    ids=lambda settings: " ".join(map(str, settings.values())),
 )
 def test_a_gradient_that_is_no_number_is_not_applied(runner: Runner, settings: dict[str, Any]) -> None:
     """From the very first step on; the run goes on as if the pictures of those steps had never been."""
@@ -159,6 +158,7 @@ def test_a_frozen_rank_is_named(runner: Runner) -> None:
     assert json.loads((runner.folder / "run" / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_in_reading_is_named(runner: Runner) -> None:
     finished = train_ill(runner, "run", "hang", 1, (5, 5), health__hang_minutes=0.1)
     assert finished.codes == [1, 1]
@@ -174,7 +174,9 @@ def test_ranks_are_grouped_by_where_they_are() -> None:
     )
 
 
-@pytest.mark.parametrize(("ranks", "settings"), [(3, {}), (4, {"parallel__pipeline_stages": 2})])
+@pytest.mark.parametrize(
+    ("ranks", "settings"), [(3, {}), pytest.param(4, {"parallel__pipeline_stages": 2}, marks=pytest.mark.slow)]
+)
 def test_a_copy_that_differs_ends_the_run_before_a_save(runner: Runner, ranks: int, settings: dict[str, Any]) -> None:
     sizes = {"batch__global_size": 6, "batch__micro_size": 1, "validation__every_steps": 100}
     settings = {**settings, **sizes, "checkpoint__every_steps": 5, "health__replicas_every_steps": 100}

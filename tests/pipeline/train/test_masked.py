@@ -58,7 +58,7 @@ def train_plainly(shards: Path, block: str) -> list[float]:
 @pytest.mark.parametrize(
     ("ranks", "block", "settings"),
     [
-        (1, "igpt", {}),
+        pytest.param(1, "igpt", {}, marks=pytest.mark.slow),
         (2, "igpt", {"parallel__zero_stage": 3}),
         (2, "gpt2", {"parallel__pipeline_stages": 2}),
         (2, "igpt", {"parallel__tensor_parallel": 2, "parallel__recompute": True}),

@@ -46,13 +46,19 @@ def train_and_move(runner: Runner, first: str, second: str, **overrides: object)
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("PP2", "Z3x2"), ("1 rank", "PP2xDP2"), ("PP2xDP2", "tp2"), ("tp2", "1 rank"), ("Z3x2", "tp2xDP2")],
+    [
+        ("PP2", "Z3x2"),
+        ("PP2xDP2", "tp2"),
+        pytest.param("1 rank", "PP2xDP2", marks=pytest.mark.slow),
+        pytest.param("tp2", "1 rank", marks=pytest.mark.slow),
+        pytest.param("Z3x2", "tp2xDP2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_goes_on_elsewhere(runner: Runner, first: str, second: str) -> None:
     assert train_and_move(runner, first, second) <= FP32_TOLERANCE
 
 
-@pytest.mark.parametrize(("first", "second"), [("tp2", "PP2"), ("Z2x2", "tp2")])
+@pytest.mark.parametrize(("first", "second"), [("tp2", "PP2"), pytest.param("Z2x2", "tp2", marks=pytest.mark.slow)])
 def test_the_stock_block_goes_on_elsewhere(runner: Runner, first: str, second: str) -> None:
     """Its matrices are stored transposed, and have biases."""
     assert train_and_move(runner, first, second, model__block="gpt2") <= FP32_TOLERANCE

@@ -33,7 +33,7 @@ def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float]) -> Non
     assert runner.losses("run") == pytest.approx(plain_losses, abs=BF16_TOLERANCE)
 
 
-@pytest.mark.parametrize("block", ["igpt", "gpt2"])
+@pytest.mark.parametrize("block", [pytest.param("igpt", marks=pytest.mark.slow), "gpt2"])
 def test_two_parts_are_as_one_rank(runner: Runner, block: str) -> None:
     """Losses, norms, validation and the drawn completions."""
     common = {"model__block": block, "schedule__steps": 10, "samples__every_steps": 10, "validation__images": 13}
