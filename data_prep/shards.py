@@ -289,7 +289,9 @@ def open_shard_set(path: Path | str) -> ShardSet:
     remote = is_remote(str(path))
     manifest, where = _read_remote_manifest(str(path)) if remote else _read_manifest(Path(path))
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{where} is not a manifest of format {FORMAT}, version {VERSION}; prepare the shard set again.")
+        raise ValueError(
+            f"{where} is not a manifest of format {FORMAT}, version {VERSION}; prepare the shard set again."
+        )
     try:
         _check_manifest(manifest, where)
         if remote:

@@ -15,7 +15,7 @@ from transformers import GPT2Config
 
 from pipeline.config import TrainConfig
 from pipeline.train import offload, tensor_parallel
-from pipeline.train.fragments import FragmentReader
+from pipeline.train.fragments import FragmentReader, Tensors
 from pipeline.train.ranks import Ranks
 
 ADAM_EPSILON = 1e-8
@@ -65,8 +65,11 @@ class Engine(ABC):
         """Nats per token of each picture, float64 (B,), for uint16 (B, T); every rank calls it with the same B."""
 
     @abstractmethod
-    def snapshot(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """This rank's fragments of fp32 weights and moments, copied to the host, and their index."""
+    def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
+        """This rank's fragments of fp32 weights and moments, copied to the host, and their index.
+
+        earlier: tensors of a snapshot that may be written over.
+        """
 
     @abstractmethod
     def restore(self, reader: FragmentReader, steps: int) -> None:

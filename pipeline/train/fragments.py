@@ -195,9 +195,19 @@ class _Flattened(dict[str, torch.Tensor]):
         self._state[key] = value.view(self._shape) if value.dim() else value
 
 
-def snapshot(optimizer: Any, model: nn.Module, place: Place) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Copies of this rank's fragments on the host, and their index for the file's header. As for `partitions_of`."""
-    tensors, index = {}, []
+Tensors = dict[str, torch.Tensor]
+
+
+def snapshot(
+    optimizer: Any, model: nn.Module, place: Place, earlier: Tensors | None = None
+) -> tuple[Tensors, list[dict[str, Any]]]:
+    """Copies of this rank's fragments on the host, and their index for the file's header. As for `partitions_of`.
+
+    earlier: those of a snapshot that is no longer needed; they are written over, which is much faster than new memory.
+    """
+    earlier = earlier or {}
+    tensors: Tensors = {}
+    index = []
     for partition in partitions_of(optimizer, model, place):
         for fragment in partition.fragments:
             if fragment.part is None and not place.writes_whole:
@@ -205,7 +215,8 @@ def snapshot(optimizer: Any, model: nn.Module, place: Place) -> tuple[dict[str, 
             for state in STATES:
                 flat = partition.flat(state).detach()
                 cut = flat.narrow(0, fragment.place, fragment.length)
-                tensors[fragment.key(state)] = cut.to("cpu", torch.float32, copy=True)
+                key = fragment.key(state)
+                tensors[key] = earlier[key].copy_(cut) if key in earlier else _host_copy(cut)
             index.append(
                 {
                     "name": fragment.name,
@@ -226,6 +237,12 @@ class Stored:
     fragment: Fragment
     file: int
     step: float
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """fp32 on the host, in pinned memory where an accelerator copies to it."""
+    copy = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor)
 
 
 class FragmentReader:

@@ -15,6 +15,7 @@ from pipeline.train import checkpoints
 from pipeline.train.batches import Order
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord
 from pipeline.train.engine import Engine
+from pipeline.train.fragments import Tensors
 from pipeline.train.health import Diverged
 from pipeline.train.ranks import Ranks, failing_together, first_word, from_first, gather
 from pipeline.train.run_folder import check_shards
@@ -59,6 +60,7 @@ class Store:
         self.folder, self.config, self.model_config, self.shards = folder, config, model_config, shards
         self.order, self.probe, self.ranks = order, probe, ranks
         self._pending: Pending | None = None
+        self._tensors: Tensors = {}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._last_save = time.monotonic()
 
@@ -88,8 +90,8 @@ class Store:
             if self.ranks.is_first:
                 checkpoints.begin(self.folder, progress.step)
         aside = checkpoints.aside_folder(self.folder, progress.step)
-        tensors, index = engine.snapshot()
-        tensors |= checkpoints.random_states(self.ranks.device)
+        self._tensors, index = engine.snapshot(self._tensors)
+        tensors = self._tensors | checkpoints.random_states(self.ranks.device)
         written = self._writer.submit(checkpoints.write_rank, aside, self.ranks.rank, tensors, index)
         self._pending, self._last_save = Pending(progress, probe, written), time.monotonic()
         if not self.config.checkpoint.asynchronous:

@@ -120,8 +120,8 @@ class StagesEngine(Engine):
     def evaluate(self, tokens: np.ndarray) -> np.ndarray:
         return self._evaluated(tokens, self._picture_nats, ()).double().cpu().numpy()
 
-    def snapshot(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        return fragments.snapshot(self._engine.optimizer, self._model, self._place)
+    def snapshot(self, earlier: fragments.Tensors | None = None) -> tuple[fragments.Tensors, list[dict[str, Any]]]:
+        return fragments.snapshot(self._engine.optimizer, self._model, self._place, earlier)
 
     def restore(self, reader: fragments.FragmentReader, steps: int) -> None:
         fragments.restore(self._engine.optimizer, self._model, self._place, reader)

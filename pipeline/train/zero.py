@@ -88,8 +88,8 @@ class ZeroEngine(Engine):
             pieces = [self._picture_nats(tokens[at : at + size]) for at in range(0, len(tokens), size)]
         return torch.cat(pieces).double().cpu().numpy()
 
-    def snapshot(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        return fragments.snapshot(self._engine.optimizer, self._engine.module, self._place)
+    def snapshot(self, earlier: fragments.Tensors | None = None) -> tuple[fragments.Tensors, list[dict[str, Any]]]:
+        return fragments.snapshot(self._engine.optimizer, self._engine.module, self._place, earlier)
 
     def restore(self, reader: fragments.FragmentReader, steps: int) -> None:
         fragments.restore(self._engine.optimizer, self._engine.module, self._place, reader)
