@@ -23,6 +23,13 @@ def train(arguments: list[str]) -> int:
         return 1
 
 
+def search(arguments: list[str]) -> int:
+    """Finds the peak rate."""
+    from pipeline.search import search_command
+
+    return search_command(arguments)
+
+
 def plan(arguments: list[str]) -> int:
     """Says what a run would take, and which layouts fit."""
     from pipeline.plan.command import plan_command
@@ -78,6 +85,7 @@ if __name__ == "__main__":
         "Trains Image GPT on a shard set, exports, measures and shows it.",
         {
             "train": ("train a run, or go on with it (alone, under torchrun, or under srun)", train),
+            "search": ("find the peak rate by runs downward in half-decades, as the paper does", search),
             "plan": ("what a run takes on N accelerators, and the layouts that fit", plan),
             "export": ("write a checkpoint as a Hugging Face model folder", export),
             "evaluate": ("probe and measure a model, with a report", evaluate),

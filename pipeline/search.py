@@ -1,0 +1,160 @@
+"""python -m pipeline search: the paper's search for the peak rate, downward by half-decades (section 3.4 and A.1).
+
+Each rate is an ordinary run; the search starts the next one while the final validation loss still falls. It can be
+started again: finished runs are not run twice, stopped ones are gone on with.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+from data_prep.command_line import value_of
+from data_prep.files import read_json, write_json
+from pipeline.config import parse_training
+
+STOPPED = 75
+RATE_KEY = "--optimizer.learning_rate"
+SEARCH_FILE = "search.json"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A rate and where its run ended."""
+
+    rate: float
+    valid_loss: float
+    """Nats per token at the last step; infinite for a run that diverged."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and so the search."""
+
+
+def search_command(arguments: list[str]) -> int:
+    """Runs the search. Returns 0 when the best rate is known, 75 if a run was stopped. Raises ValueError."""
+    options, rest = _own_options(arguments)
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP)
+        return 0
+    if not options["--runs"]:
+        raise ValueError("--runs is not set; give the folder that the runs of the search are kept in.")
+    for key in (RATE_KEY, "--run"):
+        if value_of(key, rest) is not None:
+            raise ValueError(f"{key} is given, but the search sets it for each run; leave it out.")
+    first, last = (_number(key, options[key]) for key in ("--first", "--last"))
+    if not first >= last > 0:
+        raise ValueError(f"--first is {first:g} and --last is {last:g}; the search goes down from first to last.")
+    folder, launch = (
+        Path(options["--runs"]),
+        shlex.split(options["--launch"]) or [sys.executable, "-m", "pipeline", "train"],
+    )
+    steps = parse_training([*rest, "--run", str(folder / "none")])[0].schedule.steps  # and every mistake is found now
+    folder.mkdir(parents=True, exist_ok=True)
+    tried: list[Tried] = []
+    try:
+        for rate in half_decades(first, last):
+            tried.append(Tried(rate, _final_loss(folder / f"rate-{rate:g}", rate, steps, launch, rest)))
+            print(f"rate {rate:g}: final validation loss {tried[-1].valid_loss:.4f}", flush=True)
+            if len(tried) > 1 and tried[-1].valid_loss >= tried[-2].valid_loss and isfinite(tried[-2].valid_loss):
+                break
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on with it.", flush=True)
+        return STOPPED
+    _report(tried, folder)
+    return 0
+
+
+def half_decades(first: float, last: float) -> list[float]:
+    """first, and down from it in turns by 0.3 and by a third, to a digit: .01, .003, .001, .0003 ..."""
+    rates, number = [first], 1
+    while True:
+        rate = float(f"{first * 10.0 ** -(number // 2) * (0.3 if number % 2 else 1.0):.3g}")
+        if rate < last:
+            return rates
+        rates.append(rate)
+        number += 1
+
+
+HELP = """usage: python -m pipeline search --runs FOLDER [--first 0.01] [--last 1e-05] [--launch COMMAND] [options]
+
+Trains with peak rates from --first downward by half-decades until the final validation loss stops falling, and says
+which was best. --launch is what a run's options are appended to; without it python -m pipeline train, for example:
+  --launch "torchrun --standalone --nproc_per_node 8 -m -- pipeline train"
+  --launch "srun python -m pipeline train"
+All other options are train's (python -m pipeline train --help)."""
+
+
+def _own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The search's own options, and train's."""
+    own = {"--runs": "", "--first": "0.01", "--last": "1e-05", "--launch": ""}
+    rest: list[str] = []
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        key, equals, value = word.partition("=")
+        if key not in own:
+            rest.append(word)
+        elif equals:
+            own[key] = value
+        elif left:
+            own[key] = left.pop(0)
+        else:
+            raise ValueError(f"{key} is the last word; it must be followed by its value.")
+    return own, rest
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{key} is {text!r}; it must be a number.") from error
+
+
+def _final_loss(run: Path, rate: float, steps: int, launch: list[str], rest: list[str]) -> float:
+    """Trains one rate to its end, if that was not done before. Raises Stopped, or ValueError for any other end."""
+    if _diverged(run):
+        return inf
+    if _status(run) != ("finished", steps):
+        code = subprocess.run([*launch, *rest, "--run", str(run), RATE_KEY, f"{rate:g}"]).returncode
+        if _diverged(run):
+            return inf
+        status = _status(run)[0]
+        if code == STOPPED or status == "stopped":
+            raise Stopped(f"{run} was stopped")
+        if status != "finished":
+            raise ValueError(f"{run} ended with code {code} and is {status or 'not begun'}; see what it said above.")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None and row["step"] == steps]
+    return float(losses[-1]) if losses else inf
+
+
+def _status(run: Path) -> tuple[str, int]:
+    record: dict[str, Any] = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    return str(record.get("status", "")), int(record.get("step", 0))
+
+
+def _diverged(run: Path) -> bool:
+    record = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    return record.get("status") == "failed" and str(record.get("error", "")).startswith("Diverged")
+
+
+def _report(tried: list[Tried], folder: Path) -> None:
+    """search.json, and the table."""
+    best = min(tried, key=lambda one: one.valid_loss)
+    if not isfinite(best.valid_loss):
+        raise ValueError(
+            f"all {len(tried)} rates down to {tried[-1].rate:g} diverged; try --first {tried[-1].rate / 10:g}."
+        )
+    rows = [{"rate": one.rate, "valid_loss": one.valid_loss if isfinite(one.valid_loss) else None} for one in tried]
+    write_json(folder / SEARCH_FILE, {"best_rate": best.rate, "tried": rows})
+    print("\n     rate  final validation loss, nats/token")
+    for one in tried:
+        said = f"{one.valid_loss:.4f}" if isfinite(one.valid_loss) else "diverged"
+        print(f"{one.rate:9g}  {said}{'  best' if one is best else ''}")
+    edge = " (the last one tried: a lower --last may find a better)" if best is tried[-1] else ""
+    print(f"\n{RATE_KEY} {best.rate:g}{edge}")

@@ -1,0 +1,76 @@
+"""The search for the peak rate, with real runs."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.search import half_decades
+from tests.launch import Finished, run
+from tests.pipeline.conftest import Runner
+
+
+def search(runner: Runner, *own: object, **overrides: Any) -> Finished:
+    settings = {"schedule__steps": 12, "validation__every_steps": 12, "checkpoint__every_steps": 6, **overrides}
+    train = [
+        word for word in runner.arguments("none", **settings)[4:] if not word.startswith("--optimizer.learning_rate")
+    ]
+    command = ["-m", "pipeline", "search", "--runs", runner.folder / "search", *own, *train]
+    return run(1, *command, logs=runner.folder / "logs")
+
+
+def test_rates_go_down_by_half_decades() -> None:
+    assert half_decades(0.01, 1e-4) == [0.01, 0.003, 0.001, 0.0003, 0.0001]
+    assert half_decades(0.3, 0.01) == [0.3, 0.09, 0.03, 0.009][:3]
+
+
+def test_it_ends_when_the_loss_stops_falling_and_goes_on_where_it_was(runner: Runner) -> None:
+    """From rates far too high, some of which may diverge, to one that is no better than the one before."""
+    wild = {"optimizer__clip_norm": 0, "schedule__warmup_steps": 0, "schedule__decay": "constant"}
+    finished = search(runner, "--first", "3", "--last", "0.0001", **wild)
+    assert finished.codes == [0], finished.output
+    found = json.loads((runner.folder / "search/search.json").read_text())
+    losses = [row["valid_loss"] for row in found["tried"]]
+    known = [loss for loss in losses if loss is not None]
+    best = min(known)
+    assert found["best_rate"] == found["tried"][losses.index(best)]["rate"]
+    assert known[-1] >= known[-2] == best
+    assert finished.output.splitlines()[-1] == f"--optimizer.learning_rate {found['best_rate']:g}"
+    again = search(runner, "--first", "3", "--last", "0.0001", **wild)
+    assert again.codes == [0]
+    assert json.loads((runner.folder / "search/search.json").read_text()) == found
+    assert again.output.count("resumed from") <= losses.count(None)
+
+
+def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
+    folder = runner.folder / "search" / "rate-0.01"
+    runner.check_trains("search/rate-0.01", 1, schedule__steps=6)
+    (folder / "STOP").touch()
+    finished = search(runner, "--last", "0.003")
+    assert finished.codes == [75]
+    assert "rate-0.01 was stopped; the same command goes on with it." in finished.output
+    finished = search(runner, "--last", "0.003")
+    assert finished.codes == [0], finished.output
+
+
+def test_a_launcher_is_what_the_options_are_appended_to(runner: Runner) -> None:
+    launch = "torchrun --standalone --nproc_per_node 2 -m -- pipeline train"
+    finished = search(runner, "--launch", launch, "--last", "0.01", batch__micro_size=2)
+    assert finished.codes == [0], finished.output
+    assert "2 data-parallel ranks" in finished.output
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["--first", "0.001", "--last", "0.01"], "--first is 0.001 and --last is 0.01; the search goes down"),
+        (["--first", "high"], "--first is 'high'; it must be a number"),
+        (["--optimizer.learning_rate", "1"], "--optimizer.learning_rate is given, but the search sets it"),
+        (["--modle.size", "s"], "modle.size is no known key"),
+        (["--launch", "false"], "rate-0.01 ended with code 1 and is not begun"),
+    ],
+)
+def test_mistakes_are_said(runner: Runner, own: list[str], message: str) -> None:
+    finished = search(runner, *own)
+    assert finished.codes == [2]
+    assert message in finished.output
