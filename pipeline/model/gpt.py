@@ -46,8 +46,9 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 def gpt2_config(model: ModelConfig, colors: int = 512, objective: str = "next_color") -> GPT2Config:
     """The GPT2Config of a model over `colors` colours and SOS, with one position a pixel.
 
-    Three attributes are ours, `block`, `colors` and `objective`; they survive to_dict() and from_dict(). A model of
-    hidden colours attends in both directions, and its row for SOS stands for a hidden colour: zero, and never learned.
+    Two attributes are ours, `block` and `colors`; they survive to_dict() and from_dict(). A model of hidden colours has
+    `objective` too and attends in both directions (`is_causal`), and its row for SOS stands for a hidden colour: zero,
+    and never learned.
     """
     if model.size is not None:
         size = SIZES[model.size]
@@ -61,8 +62,7 @@ def gpt2_config(model: ModelConfig, colors: int = 512, objective: str = "next_co
         n_positions=model.resolution**2,
         vocab_size=colors + 1,
         activation_function="quick_gelu" if model.block == "igpt" else "gelu_new",
-        objective=objective,
-        is_causal=objective == "next_color",
+        **({} if objective == "next_color" else {"objective": objective, "is_causal": False}),
         **fixed_settings(model.block, colors) | dict.fromkeys(DROPOUTS, model.dropout),
     )
 
