@@ -28,6 +28,10 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
     part.check()
     if config.palette.file is not None:
         raise ValueError(f"palette.file is {config.palette.file!r}; leave it out to fit a palette.")
+    if out.exists():
+        raise ValueError(
+            f"--out is {str(out)!r}, which is there already and is not written over; delete it, or name another file."
+        )
     plan = make_plan(open_source(config.source), config)
     out.parent.mkdir(parents=True, exist_ok=True)
     if part.count > 1:

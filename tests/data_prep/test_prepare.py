@@ -145,6 +145,9 @@ def test_a_palette_fitted_alone_is_the_same(
     tmp_path: Path, shards: Path, options: list[str], run: Callable[..., Any]
 ) -> None:
     assert run("palette", *options, "--out", tmp_path / "palette.npy").code == 0
+    again = run("palette", *options, "--out", tmp_path / "palette.npy")
+    assert again.code == 2
+    assert "which is there already and is not written over" in again.err
     assert (tmp_path / "palette.npy").read_bytes() == (shards / "palette.npy").read_bytes()
     given = [*options, "--palette.file", tmp_path / "palette.npy", "--out", tmp_path / "given"]
     assert run("shards", *given).code == 0
