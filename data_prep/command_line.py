@@ -122,6 +122,7 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
         report_error(error)
         code = USER_ERROR
     except KeyboardInterrupt:
+        print("interrupted; the same command keeps what is whole and goes on.", file=sys.stderr, flush=True)
         code = 130
     leave(code)
 

@@ -7,9 +7,8 @@ import numpy as np
 
 from data_prep.decoding import BadPicture
 from data_prep.palette import decode, encode
-from data_prep.plan import Plan, Unit
+from data_prep.plan import Plan, Unit, counts
 from data_prep.skips import Skip, skip
-from data_prep.views import EVALUATION
 
 SAMPLES = 24
 """Images whose views are kept for the picture of the result."""
@@ -55,24 +54,20 @@ def encode_record(job: Job, task: tuple[Unit, int]) -> Outcome:
     plan = job.plan.splits[unit.split]
     pictures, numbers = plan.records(unit.number)[record]
     views = job.plan.views(plan.source_split)
+    counted = counts(numbers)
     cut, kept, skips = [], [], []
     for place, (picture, number) in enumerate(zip(pictures, numbers, strict=True)):
         try:
             cut.append(views.view(int(picture), int(number)))
             kept.append(place)
         except BadPicture as bad:
-            if _counts(number):
+            if counted[place]:
                 skips.append(skip(unit.split, bad))
     outcome = encoded(job, unit.split, cut, views.labels[pictures[kept]])
-    outcome.pictures, outcome.skips = sum(map(_counts, numbers)), skips
+    outcome.pictures, outcome.skips = int(counted.sum()), skips
     if (unit.number, record) == (0, 0) and unit.split == "train":
         outcome.samples = samples(cut, outcome)
     return outcome
-
-
-def _counts(number: int) -> bool:
-    """Whether this view stands for its picture in the counts: of several views, the first does."""
-    return number in (EVALUATION, 0)
 
 
 def samples(views: Sequence[np.ndarray], outcome: Outcome) -> Samples | None:

@@ -3,7 +3,7 @@
 Whole numbers add up in any order, so the palette is the same whatever the workers and parts that counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import NamedTuple
@@ -56,6 +56,9 @@ def count_chunks(plan: Plan, chunks: Sequence[Chunk], workers: int) -> np.ndarra
         for codes, counts in counted:
             histogram[codes] += counts
             advance(int(counts.sum()) // plan.config.resolution**2)
+    unusable = 0 if total is None else total - int(histogram.sum()) // plan.config.resolution**2
+    if unusable:
+        print(f"palette: {unusable:,} of {total:,} pictures can't be used; `shards` lists them")
     return histogram
 
 
@@ -75,30 +78,32 @@ def fit(plan: Plan, workers: int) -> np.ndarray:
 
 
 def _count(plan: Plan, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-    pixels = _piece_pixels(plan, chunk) if chunk.piece is not None else _split_pixels(plan, chunk)
-    if not pixels:
-        return np.empty(0, np.uint32), np.empty(0, np.int64)
-    return np.unique(color_codes(np.stack(pixels)), return_counts=True)
+    """The codes of a chunk's colours and how often each occurs; no more than FIT_CHUNK views are held at a time."""
+    views = _piece_views(plan, chunk) if chunk.piece is not None else _split_views(plan, chunk)
+    codes, counts = np.empty(0, np.uint32), np.empty(0, np.int64)
+    while pixels := list(islice(views, FIT_CHUNK)):
+        more, of_more = np.unique(color_codes(np.stack(pixels)), return_counts=True)
+        codes, places = np.unique(np.concatenate([codes, more]), return_inverse=True)
+        counts = np.bincount(places, np.concatenate([counts, of_more]), len(codes)).astype(np.int64)
+    return codes, counts
 
 
-def _split_pixels(plan: Plan, chunk: Chunk) -> list[np.ndarray]:
+def _split_views(plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
     """The views of a chunk that can be had; the others are counted when they are met again."""
     split = plan.splits["train"]
     views = plan.views(split.source_split)
-    pixels = []
     part = slice(chunk.start, chunk.stop)
     for picture, number in zip(split.pictures[part], split.views[part], strict=True):
         try:
-            pixels.append(views.view(int(picture), int(number)))
+            yield views.view(int(picture), int(number))
         except BadPicture:
             continue
-    return pixels
 
 
-def _piece_pixels(plan: Plan, chunk: Chunk) -> list[np.ndarray]:
+def _piece_views(plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
     """The first training view of each of the first pictures of a piece."""
     assert chunk.piece is not None
     found = stream_views(plan, Unit("train", chunk.piece))
     usable = (views for views in found if not isinstance(views, BadPicture))
     first = (next((view for split, view, _ in views if split == "train"), None) for views in usable)
-    return list(islice((view for view in first if view is not None), chunk.stop))
+    return islice((view for view in first if view is not None), chunk.stop)

@@ -5,6 +5,7 @@ from typing import Any
 
 from data_prep.files import write_json
 from data_prep.palette import load_palette, palette_sha256
+from data_prep.parts import Part
 from data_prep.plan import Unit
 from data_prep.shards import FORMAT, MANIFEST, PALETTE, VERSION, open_shard_set
 from data_prep.show import draw_result
@@ -12,6 +13,8 @@ from data_prep.skips import SKIPPED, Skip, SkipLimit, TooManySkips, counts_by_re
 from data_prep.unfinished import Unfinished
 
 PICTURES = "pictures.png"
+NAMED_PARTS = 10
+"""Missing parts that a sentence lists."""
 NOTES = ("squared_error",)
 """What a unit's note adds to its shards' manifest entries."""
 
@@ -20,8 +23,11 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
     """Writes the manifest of a shard set whose units are all whole, with skipped.jsonl and a picture of the result.
 
     max_skipped: the share of the pictures, and of the tars, that may be skipped; by default what the parts were
-    allowed. Raises ValueError naming what is missing, or if more were skipped.
+    allowed. Of the shards it is checked that they are there at their size; `verify` reads them. Raises ValueError
+    naming what is missing, or if more were skipped.
     """
+    if out.is_file():
+        raise ValueError(f"{out} is a file without parts beside it; a palette that is joined is finished.")
     unfinished = Unfinished(out)
     if (out / MANIFEST).is_file() and not unfinished.folder.is_dir():
         print(f"{out} is joined already: {', '.join(open_shard_set(out).splits)}.")
@@ -34,8 +40,7 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
         raise ValueError(f"--max_skipped is {max_skipped:g}; it must be between 0 and 1.")
     limit = SkipLimit(max_skipped, tars_planned=_pieces(plan) * plan["config"]["source"]["tars_per_shard"])
     for note in notes.values():
-        limit.pictures += note["pictures"]
-        limit.skips += note["skips"]
+        limit.take(note["pictures"], note["skips"])
     try:
         limit.finish()
     except TooManySkips as error:
@@ -44,8 +49,7 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
     _draw(unfinished, manifest, out)
     write_skips(out / SKIPPED, limit.skips)
     write_json(out / MANIFEST, manifest)
-    seconds = [seconds for seconds in unfinished.parts().values() if seconds is not None]
-    _report(out, manifest, limit.pictures, len(limit.skips), seconds)
+    _report(out, manifest, limit.pictures, len(limit.skips), unfinished.rates())
     unfinished.remove()
 
 
@@ -59,16 +63,16 @@ def _whole_notes(unfinished: Unfinished, plan: dict[str, Any]) -> dict[Unit, dic
     notes = {unit: unfinished.note(unit) for unit in units}
     gaps = [unit for unit, note in notes.items() if note is None]
     if gaps:
-        undone = [f"{p.number} of {p.count}" for p, seconds in unfinished.parts().items() if seconds is None]
-        blame = f"; parts that were begun and not finished: {', '.join(undone)}" if undone else ""
+        counts = {part.count for part in unfinished.parts()}
+        parts = [Part(number, count) for count in sorted(counts) for number in range(1, count + 1)]
+        lacking = [part for part in parts if not set(gaps).isdisjoint(part.of(units))]
+        names = ", ".join(f"{part.number} of {part.count}" for part in lacking[:NAMED_PARTS])
+        more = f" and {len(lacking) - NAMED_PARTS} more" if len(lacking) > NAMED_PARTS else ""
         raise ValueError(
-            f"{unfinished.out} lacks {len(gaps):,} of {len(units):,} pieces, the first {gaps[0].name}{blame}; run the "
-            f"missing parts, then join again."
+            f"{unfinished.out} lacks {len(gaps):,} of {len(units):,} pieces, the first {gaps[0].name}; run part {names}"
+            f"{more}, then join again."
         )
     whole = {unit: note for unit, note in notes.items() if note is not None}
-    palettes = {note["palette_sha256"] for note in whole.values()}
-    if len(palettes) > 1:
-        raise ValueError(f"the parts of {unfinished.out} were encoded with {len(palettes)} palettes; prepare it again.")
     for note in whole.values():
         for entry in note["shards"].values():
             path = unfinished.out / entry["file"]
@@ -80,6 +84,12 @@ def _whole_notes(unfinished: Unfinished, plan: dict[str, Any]) -> dict[Unit, dic
 def _manifest(plan: dict[str, Any], notes: dict[Unit, dict[str, Any]], skips: list[Skip], out: Path) -> dict[str, Any]:
     config = plan["config"]
     palette = load_palette(out / PALETTE, config["palette"]["colors"], key="the palette")
+    encoded_with = {note["palette_sha256"] for note in notes.values()}
+    if encoded_with != {palette_sha256(palette)}:
+        raise ValueError(
+            f"{out / PALETTE} has sha256 {palette_sha256(palette)}, the parts were encoded with "
+            f"{', '.join(sorted(encoded_with))}; put that palette back, or prepare the set again."
+        )
     labels = 1 + max(note["largest_label"] for note in notes.values())
     classes = plan["classes"] or [str(number) for number in range(labels)]
     if labels > len(classes):
@@ -125,18 +135,22 @@ def _draw(unfinished: Unfinished, manifest: dict[str, Any], out: Path) -> None:
         draw_result(*samples, manifest["classes"], palette, out / PICTURES)
 
 
-def _report(out: Path, manifest: dict[str, Any], pictures: int, skipped: int, seconds: list[float]) -> None:
+def _report(out: Path, manifest: dict[str, Any], pictures: int, skipped: int, rates: list[tuple[float, int]]) -> None:
     splits, palette = manifest["splits"], manifest["palette"]
     images = sum(split["images"] for split in splits.values())
     size = sum(shard["bytes"] for split in splits.values() for shard in split["shards"])
-    parts = f"{len(seconds)} parts, {sum(seconds):,.1f} s in all" if len(seconds) > 1 else f"{sum(seconds):,.1f} s"
-    rate = pictures / max(sum(seconds), 1e-9)
-    print(f"{out}: finished in {parts}, {rate:,.0f} pictures/s{' a part' if len(seconds) > 1 else ''}")
+    seconds, timed = sum(seconds for seconds, _ in rates), sum(pictures for _, pictures in rates)
+    parts = f"{len(rates)} parts, {seconds:,.1f} s in all" if len(rates) > 1 else f"{seconds:,.1f} s"
+    parts += "" if timed == pictures else f" (interrupted calls not counted: {timed:,} pictures)"
+    rate = timed / max(seconds, 1e-9)
+    print(f"{out}: finished in {parts}, {rate:,.0f} pictures/s{' a part' if len(rates) > 1 else ''}")
     print(f"  {pictures:,} pictures, {skipped:,} skipped; {images:,} images, {size / 1e6:,.1f} MB")
     for split, reasons in manifest["skipped"].items():
         print(f"  {split:5} skipped: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}")
     for name, split in splits.items():
         error = split["palette_mean_squared_error"]
         print(f"  {name:5} {split['images']:>10,} images; mean squared error of the colours {error:.2f} a channel")
+    if "valid" not in splits and (manifest["config"]["valid_fraction"] or "valid" in manifest["skipped"]):
+        print("  no picture is left for valid: a run on this set has no validation, a probe can't be chosen")
     print(f"  {len(manifest['classes'])} classes; {palette['colors']} colours, sha256 {palette['sha256']}")
     print(f"  {out / PICTURES} shows some, beside what they were made from")

@@ -45,7 +45,9 @@ def load_palette(path: Path, colors: int, key: str = "palette.file") -> np.ndarr
         raise ValueError(f"{key} {path} is not readable as .npy ({error}).") from error
     found = f"{palette.dtype} {palette.shape}" if isinstance(palette, np.ndarray) else "an archive"
     if not isinstance(palette, np.ndarray) or palette.dtype != np.float32 or palette.shape != (colors, 3):
-        raise ValueError(f"{key} {path} holds {found}; it must hold float32 ({colors}, 3), by palette.colors.")
+        raise ValueError(
+            f"{key} {path} holds {found}; it must hold float32 ({colors}, 3), by palette.colors, scaled to [-1, 1]."
+        )
     if not (np.abs(palette) <= 1).all():
         raise ValueError(f"{key} {path} has numbers outside [-1, 1]; it must hold colours scaled to [-1, 1].")
     return palette

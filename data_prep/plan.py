@@ -75,9 +75,9 @@ class Plan:
         return unit.split in self.source.streams
 
     @property
-    def images(self) -> int | None:
-        """How many there will be if none is skipped; None where streams don't say."""
-        return None if self.source.streams else sum(len(plan.pictures) for plan in self.splits.values())
+    def pictures(self) -> int | None:
+        """How many will be met, each counted once of its views; None where streams don't say."""
+        return None if self.source.streams else sum(int(counts(plan.views).sum()) for plan in self.splits.values())
 
     def cutter(self, source_split: str) -> Cutter:
         """Cuts the views of one of the source's splits."""
@@ -90,6 +90,11 @@ class Plan:
     def views(self, source_split: str) -> PictureViews:
         """The views of one of the source's splits that is no stream."""
         return PictureViews(self.source.splits[source_split], self.cutter(source_split))
+
+
+def counts(views: np.ndarray) -> np.ndarray:
+    """Which of some views (n,) stand for their pictures in the counts: of several, the first does. bool (n,)."""
+    return (views == EVALUATION) | (views == 0)
 
 
 def make_plan(source: Source, config: DataConfig) -> Plan:

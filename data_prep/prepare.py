@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.config import DataConfig
 from data_prep.encoding import Job, Outcome, encode_record
+from data_prep.files import read_json
 from data_prep.fitting import fit
 from data_prep.join import join_shards
 from data_prep.palette import load_palette, lookup_table, palette_sha256, save_palette
@@ -23,7 +24,7 @@ from data_prep.parallel import in_workers, worker_count
 from data_prep.parts import Part
 from data_prep.plan import Plan, Unit, make_plan
 from data_prep.progress import progress
-from data_prep.shards import PALETTE, ShardWriter, shard_name
+from data_prep.shards import MANIFEST, PALETTE, ShardWriter, shard_name
 from data_prep.skips import SKIPPED, Skip, SkipLimit, TooManySkips, write_skips
 from data_prep.sources import open_source
 from data_prep.streams import encode_stream
@@ -45,8 +46,10 @@ def prepare_shards(config: DataConfig, out: Path, part: Part) -> None:
         raise ValueError(
             "palette.file is not set; parts share one palette: fit it first with `python -m data_prep palette`."
         )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is {out}, which is a file; it must be a folder.")
     if finished(out, identity(config)):
-        print(f"{out} is finished: it was prepared with this configuration. Delete it to prepare a changed source.")
+        print(f"{out} is finished: it was prepared with this configuration{_same_source(config, out)}.")
         return
     plan = make_plan(open_source(config.source), config)
     unfinished = Unfinished(out)
@@ -54,12 +57,26 @@ def prepare_shards(config: DataConfig, out: Path, part: Part) -> None:
     unfinished.begin_part(part, config.max_skipped)
     workers = worker_count(config.workers)
     palette = _palette(plan, out, workers)
-    _write_units(Job(plan, palette, lookup_table(palette)), unfinished, part, workers)
-    unfinished.finish_part(part, config.max_skipped, time.monotonic() - started)
+    pictures = _write_units(Job(plan, palette, lookup_table(palette)), unfinished, part, workers)
+    unfinished.finish_part(part, config.max_skipped, time.monotonic() - started, pictures)
     if part.count == 1:
         join_shards(out)
     else:
         print(f"{out}: part {part.number} of {part.count} is done. When all are: python -m data_prep join {out}")
+
+
+def _same_source(config: DataConfig, out: Path) -> str:
+    """Raises ValueError if the source of a finished set has other pictures now."""
+    try:
+        fingerprint = open_source(config.source).fingerprint
+    except (ValueError, OSError):
+        return "; its source can't be opened any more"
+    if fingerprint != read_json(out / MANIFEST)["source"]["fingerprint"]:
+        raise ValueError(
+            f"{out} is finished, but the source has other pictures now; delete it to prepare them, or choose another "
+            f"--out."
+        )
+    return ", from these pictures"
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
@@ -93,18 +110,30 @@ def _palette(plan: Plan, out: Path, workers: int) -> np.ndarray:
     wanted = plan.config.palette
     if wanted.file is None and (out / PALETTE).is_file():
         return load_palette(out / PALETTE, wanted.colors, key="the palette")
-    palette = fit(plan, workers) if wanted.file is None else load_palette(Path(wanted.file), wanted.colors)
+    palette = fit(plan, workers) if wanted.file is None else _given_palette(Path(wanted.file), wanted.colors)
     save_palette(out / PALETTE, palette)
     return palette
 
 
-def _write_units(job: Job, unfinished: Unfinished, part: Part, workers: int) -> None:
-    """Writes the shards of the part's units that no earlier call finished, and a note of each unit."""
+def _given_palette(file: Path, colors: int) -> np.ndarray:
+    palette = load_palette(file, colors)
+    if (palette == palette[0]).all():
+        raise ValueError(f"palette.file {file} has one colour, {colors} times; it must hold different colours.")
+    if palette.min() >= 0:
+        print(f"palette.file {file} has no number below 0; a palette is scaled to [-1, 1], not to [0, 1]")
+    return palette
+
+
+def _write_units(job: Job, unfinished: Unfinished, part: Part, workers: int) -> int:
+    """Writes the shards of the part's units that no earlier call finished, and a note of each unit.
+
+    Returns how many pictures were met now.
+    """
     digest = palette_sha256(job.palette)
     units = part.of(job.plan.units)
     kept = {unit: unfinished.kept(unit, digest) for unit in units}
     missing = [unit for unit, note in kept.items() if note is None]
-    limit = SkipLimit(job.plan.config.max_skipped, job.plan.images, _tars(job.plan))
+    limit = SkipLimit(job.plan.config.max_skipped, job.plan.pictures, _tars(job.plan))
     total = None if job.plan.source.streams else _images(job.plan, units)
     try:
         with progress("shards", total, "images") as advance:
@@ -112,13 +141,14 @@ def _write_units(job: Job, unfinished: Unfinished, part: Part, workers: int) -> 
                 if note is not None:
                     limit.add(note["pictures"], note["skips"])
                     advance(_note_images(note))
-            for unit, note in _notes(job, missing, unfinished, workers, advance):
+            before = limit.pictures
+            for note in _notes(job, missing, unfinished, workers, advance):
                 limit.add(note["pictures"], note["skips"])
-                unfinished.keep(unit, note | {"palette_sha256": digest})
     except TooManySkips as error:
         file = unfinished.folder / f"{part.number:05d}-{SKIPPED}"
         write_skips(file, error.skips)
         raise ValueError(f"{error}; {file} lists them.") from error
+    return limit.pictures - before
 
 
 def _tars(plan: Plan) -> int:
@@ -135,19 +165,19 @@ def _note_images(note: dict[str, Any]) -> int:
 
 def _notes(
     job: Job, units: list[Unit], unfinished: Unfinished, workers: int, advance: Callable[[int], None]
-) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    """The note of each unit, once its shards are written."""
+) -> Iterator[dict[str, Any]]:
+    """The note of each unit, once its shards are written and it is kept."""
     planned = [unit for unit in units if not job.plan.is_stream(unit)]
     tasks = [(unit, n) for unit in planned for n in range(len(job.plan.splits[unit.split].records(unit.number)))]
     with closing(in_workers(encode_record, job, tasks, workers)) as encoded:
         for unit in planned:
             outcomes = islice(encoded, len(job.plan.splits[unit.split].records(unit.number)))
-            yield unit, _write_unit(unfinished, unit, _advancing(outcomes, advance))
+            yield _write_unit(job, unfinished, unit, _advancing(outcomes, advance))
     pieces = [unit for unit in units if job.plan.is_stream(unit)]
     with closing(in_workers(_write_piece, (job, unfinished), pieces, workers)) as written:
-        for unit, note in zip(pieces, written, strict=True):
+        for note in written:
             advance(_note_images(note))
-            yield unit, note
+            yield note
 
 
 def _advancing(outcomes: Iterable[Outcome], advance: Callable[[int], None]) -> Iterator[Outcome]:
@@ -158,11 +188,11 @@ def _advancing(outcomes: Iterable[Outcome], advance: Callable[[int], None]) -> I
 
 def _write_piece(state: tuple[Job, Unfinished], unit: Unit) -> dict[str, Any]:
     job, unfinished = state
-    return _write_unit(unfinished, unit, encode_stream(job, unit))
+    return _write_unit(job, unfinished, unit, encode_stream(job, unit))
 
 
-def _write_unit(unfinished: Unfinished, unit: Unit, outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    """Writes a unit's shards, one a split that it has images of, and returns its note."""
+def _write_unit(job: Job, unfinished: Unfinished, unit: Unit, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    """Writes a unit's shards, one a split that it has images of, then its note, which it returns."""
     errors: dict[str, int] = {}
     pictures, largest_label, shown = 0, -1, False
     skips: list[Skip] = []
@@ -183,4 +213,6 @@ def _write_unit(unfinished: Unfinished, unit: Unit, outcomes: Iterable[Outcome])
                 writers[outcome.split] = open_shards.enter_context(writer)
             writers[outcome.split].add((outcome.tokens, outcome.labels))
     shards = {split: writer.entry | {"squared_error": errors[split]} for split, writer in writers.items()}
-    return {"shards": shards, "pictures": pictures, "skips": skips, "largest_label": largest_label}
+    note = {"shards": shards, "pictures": pictures, "skips": skips, "largest_label": largest_label}
+    unfinished.keep(unit, note | {"palette_sha256": palette_sha256(job.palette)})
+    return note

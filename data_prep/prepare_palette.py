@@ -57,6 +57,8 @@ def has_parts(out: Path) -> bool:
 def join_palette(out: Path) -> None:
     """Fits the palette to the sum of the parts. Raises ValueError naming the parts that are missing."""
     described = read_json(_folder(out) / "plan.json")
+    if out.exists():
+        raise ValueError(f"{out} is there already and is not written over; delete it, then join again.")
     parts = described["parts"]
     files = [_folder(out) / f"{number:05d}-of-{parts:05d}.npz" for number in range(1, parts + 1)]
     missing = [str(number) for number, file in enumerate(files, 1) if not file.is_file()]

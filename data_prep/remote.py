@@ -16,6 +16,7 @@ import select
 import shlex
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +30,8 @@ ATTEMPTS = 6
 """Openings in a row that bring no byte, before the file is given up."""
 FIRST_PAUSE = 0.1
 """Seconds before the second attempt; each further pause is four times the one before, half a minute in all."""
+SAID_AFTER = 3
+"""Openings in a row that bring no byte, before a line says what is waited for."""
 TIMEOUT = 60.0
 """Seconds without a byte after which a connection or a command is given up."""
 BUFFER = 1 << 18
@@ -158,11 +161,13 @@ class Remote(io.RawIOBase):
     def _pause(self, error: Exception) -> None:
         """Before the next attempt; raises OSError if that was the last."""
         self._failures += 1
+        reason = str(error) or type(error).__name__
         if self._failures == ATTEMPTS:
             place = f"byte {self.position}" + ("" if self.size is None else f" of {self.size}")
-            raise OSError(
-                f"{self.address} broke off at {place}, {ATTEMPTS} times: {str(error) or type(error).__name__}"
-            ) from error
+            what = f"broke off at {place}" if self.position or self.size else "can't be reached or read"
+            raise OSError(f"{self.address} {what}, {ATTEMPTS} times: {reason}") from error
+        if self._failures == SAID_AFTER:
+            print(f"{self.address}: {reason}; trying again for half a minute", file=sys.stderr, flush=True)
         time.sleep(FIRST_PAUSE * 4 ** (self._failures - 1))
 
     def close(self) -> None:

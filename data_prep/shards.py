@@ -15,7 +15,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,17 @@ class Split:
             download(address_of(self.address, shard["file"]), path, shard["bytes"], shard["sha256"])
         return path
 
+    @contextmanager
+    def borrowed(self, shard: dict[str, Any]) -> Iterator[Path]:
+        """`file`, for once: a copy that was not there before is removed again."""
+        kept = self.address is None or (self.folder / shard["file"]).is_file()
+        path = self.file(shard)
+        try:
+            yield path
+        finally:
+            if not kept:
+                path.unlink(missing_ok=True)
+
     def _open_map(self, shard: int) -> np.ndarray:
         return np.memmap(self.file(self.shards[shard]), np.uint8, "r")
 
@@ -209,7 +220,10 @@ class ShardSet:
     def split(self, name: str) -> Split:
         """Raises ValueError naming the splits there are."""
         if name not in self.manifest["splits"]:
-            raise ValueError(f"{self.path} has no split {name!r}; it has {', '.join(self.splits)}.")
+            raise ValueError(
+                f"{self.path} has no split {name!r}; it has {', '.join(self.splits)}: name one of these where there is "
+                f"a choice, or prepare the set again from a source that has {name} pictures."
+            )
         folder = self.path if isinstance(self.path, Path) else cache_folder(self.digest)
         return Split(name, folder, self.manifest["splits"][name]["shards"], self.resolution**2, self.address)
 
@@ -227,7 +241,10 @@ class ShardSet:
                 advance(shard["images"])
 
     def _verify_shard(self, split: Split, shard: dict[str, Any]) -> None:
-        path = split.file(shard)
+        with split.borrowed(shard) as path:
+            self._verify_file(path, split, shard)
+
+    def _verify_file(self, path: Path, split: Split, shard: dict[str, Any]) -> None:
         if file_sha256(path) != shard["sha256"]:
             raise ValueError(f"{path} does not have the sha256 that {MANIFEST} records; it was changed or damaged.")
         promised = zip(*(shard[key] for key in RECORD_KEYS), strict=True)

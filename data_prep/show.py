@@ -30,6 +30,8 @@ def draw(path: Path | str, split: str, images: int, out: Path) -> None:
     """Writes the first images of a split as PNG: each pair is the source's view and the stored image."""
     if images < 1:
         raise ValueError(f"--images is {images}; it must be at least 1.")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ValueError(f"--out is {out}; it must be a file whose name ends in .png.")
     shard_set = open_shard_set(path)
     stored = shard_set.split(split)
     numbers = np.arange(min(images, stored.images))

@@ -60,19 +60,35 @@ class Unfinished:
 
     def begin_part(self, part: Part, max_skipped: float) -> None:
         """Notes that a part was begun, and the share of pictures that it may skip."""
-        write_json(self._part_file(part), {"max_skipped": max_skipped})
+        write_json(self._part_file(part), self._noted_parts().get(part, {}) | {"max_skipped": max_skipped})
 
-    def finish_part(self, part: Part, max_skipped: float, seconds: float) -> None:
-        """Notes that a part is done."""
-        write_json(self._part_file(part), {"max_skipped": max_skipped, "seconds": round(seconds, 1)})
+    def finish_part(self, part: Part, max_skipped: float, seconds: float, pictures: int) -> None:
+        """Notes that a part is done, and what its last call took to meet `pictures` of its pictures."""
+        self._check_begun()
+        noted = self._noted_parts().get(part, {})
+        took = {"seconds": noted.get("seconds", 0) + round(seconds, 1), "pictures": noted.get("pictures", 0) + pictures}
+        write_json(self._part_file(part), {"max_skipped": max_skipped} | took)
 
-    def parts(self) -> dict[Part, float | None]:
-        """The seconds that each part took, None if it did not end, of those begun."""
-        return {part: noted.get("seconds") for part, noted in self._noted_parts().items()}
+    def parts(self) -> list[Part]:
+        """Those that were begun."""
+        return list(self._noted_parts())
+
+    def rates(self) -> list[tuple[float, int]]:
+        """Of each part that is done: the seconds that calls took which came to their end, and the pictures they met."""
+        done = [noted for noted in self._noted_parts().values() if "seconds" in noted]
+        return [(noted["seconds"], noted["pictures"]) for noted in done]
 
     def max_skipped(self) -> float:
-        """The largest share that one of the parts was allowed to skip."""
-        return max(noted["max_skipped"] for noted in self._noted_parts().values())
+        """The largest share that one of the parts which are done was allowed to skip."""
+        noted = list(self._noted_parts().values())
+        return max(part["max_skipped"] for part in [one for one in noted if "seconds" in one] or noted)
+
+    def _check_begun(self) -> None:
+        """What comes after the parts were joined, or the folder removed, must not begin it anew."""
+        if not (self.folder / "plan.json").is_file():
+            raise ValueError(
+                f"{self.out} was joined or removed while this call was at work; it is not needed any more."
+            )
 
     def _noted_parts(self) -> dict[Part, dict[str, Any]]:
         found: dict[Part, dict[str, Any]] = {}
@@ -86,6 +102,7 @@ class Unfinished:
 
     def keep(self, unit: Unit, note: dict[str, Any]) -> None:
         """Notes that a unit is whole."""
+        self._check_begun()
         write_json(self._note(unit), note)
 
     def note(self, unit: Unit) -> dict[str, Any] | None:

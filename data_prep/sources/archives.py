@@ -67,6 +67,8 @@ def tar_members(file: PlacedFile, inside: Member | None = None) -> Iterator[Memb
             what = "is cut off" if len(header) < BLOCK else "is damaged, or no uncompressed tar,"
             raise ValueError(f"{name} {what} at byte {offset - start} ({error}); fetch it again.") from error
         content = offset + BLOCK
+        if member.size < 0:
+            raise ValueError(f"{name} is damaged at byte {offset - start} (a size of {member.size}); fetch it again.")
         if content + member.size > end:
             raise ValueError(f"{name} is cut off in {member.name}; fetch it again.")
         if member.isreg():

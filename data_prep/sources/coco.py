@@ -75,7 +75,7 @@ class _Instances:
             with file.open(encoding="utf-8") as text:
                 for part, entry in listed(text):
                     self._add(part, entry)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not readable as JSON ({error}); fetch it again.") from error
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{file} has a {part} entry that is not COCO's ({error!r}); fetch it again.") from error

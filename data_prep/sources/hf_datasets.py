@@ -205,8 +205,8 @@ def _content(value: dict[str, Any] | None, name: str) -> bytes:
 def _labels(table: Any, column: str | None) -> np.ndarray:
     if column is None:
         return np.full(len(table), UNLABELLED)
-    values = table.select_columns([column]).with_format("arrow")[:].column(column).fill_null(UNLABELLED)
-    return np.maximum(values.to_numpy().astype(np.int64), UNLABELLED)
+    values = table.select_columns([column]).with_format("arrow")[:].column(column).cast("int64")
+    return np.maximum(values.fill_null(UNLABELLED).to_numpy(), UNLABELLED)
 
 
 def _label(row: dict[str, Any], column: str | None) -> int:

@@ -123,7 +123,7 @@ class AgreedBatches:
         tokens, failure = np.empty(0), None
         try:
             tokens = self._batches.at(position, global_size)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, the others must not wait for this rank
             failure = error
         [failed] = any_rank([failure is not None], self._ranks.device)
         if failed:

@@ -77,7 +77,10 @@ def test_parquet_files(tmp_path: Path, table: Callable[..., Any], small: Small) 
     assert_same(source, "test", small, slice(40, 60))
 
 
-def test_parquet_files_without_the_types_of_datasets(tmp_path: Path, small: Small) -> None:
+@pytest.mark.parametrize("kind", [pa.int64, pa.uint8])
+def test_parquet_files_without_the_types_of_datasets(
+    tmp_path: Path, small: Small, kind: Callable[[], pa.DataType]
+) -> None:
     """As other tools write them: pictures are structs of bytes and path, labels are bare numbers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -88,7 +91,8 @@ def test_parquet_files_without_the_types_of_datasets(tmp_path: Path, small: Smal
         return buffer.getvalue()
 
     rows = [{"image": {"bytes": png(p), "path": None}, "label": int(n)} for p, n in zip(*small, strict=True)]
-    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
+    kinds = [("bytes", pa.binary()), ("path", pa.string())]
+    schema = pa.schema([("image", pa.struct(kinds)), ("label", kind())])
     (tmp_path / "plain").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "plain/train.parquet")
     source = opened(tmp_path / "plain")

@@ -17,6 +17,7 @@ from data_prep.config import SourceConfig
 from data_prep.decoding import Decoder
 from data_prep.shards import open_shard_set
 from data_prep.sources import open_source
+from data_prep.sources.archives import open_placed, tar_members
 from data_prep.sources.base import Source
 
 # In ILSVRC2012_ID order, which is not the order of the wnids; two classes share a name.
@@ -184,3 +185,13 @@ def test_a_cut_off_tar_is_named(root: Path) -> None:
     tar.write_bytes(tar.read_bytes()[:-12_000])
     with pytest.raises(ValueError, match=r"ILSVRC2012_img_train\.tar.* is cut off"):
         opened(root)
+
+
+def test_a_member_of_negative_size_is_damage(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512 in base 256: the next header would be this one again
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "bad.tar").write_bytes(header + bytes(1024))
+    with pytest.raises(ValueError, match=r"bad\.tar is damaged at byte 0 \(a size of -512\)"):
+        list(tar_members(open_placed(tmp_path / "bad.tar")))

@@ -84,14 +84,27 @@ def test_parts_give_the_same_bytes(tmp_path: Path, source: list[str], palette: P
         assert "joined already" in again.out
 
 
-def test_a_gap_names_the_parts_that_did_not_end(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
+def test_a_gap_names_the_parts_that_left_it(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
     out = tmp_path / "out"
     assert run("shards", *source, "--palette.file", palette, "--out", out, "--part", 1, "--parts", 2).code == 0
     (out / "unfinished/part-00002-of-00002.json").write_text("{}\n")  # as a part leaves that was killed
     refused = run("join", out)
     assert refused.code == 2
-    assert "begun and not finished: 2 of 2" in refused.err
+    assert "run part 2 of 2, then join again" in refused.err
     assert "Traceback" not in refused.err
+
+
+def test_a_palette_changed_between_part_and_join_is_refused(
+    tmp_path: Path, source: list[str], palette: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    for part in (1, 2):
+        assert run("shards", *source, "--palette.file", palette, "--out", out, "--part", part, "--parts", 2).code == 0
+    np.save(out / "palette.npy", np.load(palette)[::-1])
+    refused = run("join", out)
+    assert refused.code == 2
+    assert "palette.npy has sha256" in refused.err and "put that palette back" in refused.err
+    assert not (out / "shards.json").exists()
 
 
 def test_a_shard_lost_between_part_and_join_is_named(

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data_prep.plan
 from data_prep.config import DataConfig, SourceConfig
@@ -139,6 +141,22 @@ def test_a_finished_set_is_left_alone(shards: Path, options: list[str], run: Cal
     assert "is finished" in again.out
     assert {file.name: file.stat().st_mtime_ns for file in shards.iterdir()} == before
     assert "unfinished" not in before
+
+
+def test_a_finished_set_whose_source_changed_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
+    for number in range(20):
+        picture = tmp_path / f"pictures/train/{number % 2}/{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(picture)
+    options = ["--source.kind", "image_folder", "--source.path", tmp_path / "pictures", "--resolution", 8]
+    options += ["--palette.colors", 8, "--out", tmp_path / "out"]
+    assert run("shards", *options).code == 0
+    picture.unlink()
+    refused = run("shards", *options)
+    assert refused.code == 2
+    assert "the source has other pictures now" in refused.err
+    shutil.rmtree(tmp_path / "pictures")
+    assert "its source can't be opened any more" in run("shards", *options).out
 
 
 def test_a_palette_fitted_alone_is_the_same(

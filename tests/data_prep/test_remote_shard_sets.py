@@ -80,6 +80,8 @@ def test_verify_reads_all_of_a_remote_set(address: str, shards: Path, cache: Pat
     result = run("verify", address)
     assert result.code == 0
     assert f"{address}: all as promised" in result.out
+    assert not list(cache.rglob("*.tar")), "what it copied is not kept"
+    open_shard_set(address).split("train").gather(np.arange(1))
     copy = next(cache.rglob("train-000000.tar"))
     content = bytearray(copy.read_bytes())
     content[700] ^= 1

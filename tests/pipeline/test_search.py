@@ -1,6 +1,7 @@
 """The search for the peak rate, with real runs."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
 
 
 def test_a_launcher_is_what_the_options_are_appended_to(runner: Runner) -> None:
-    launch = "torchrun --standalone --nproc_per_node 2 -m -- pipeline train"
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 -m -- pipeline train"
     finished = search(runner, "--launch", launch, "--last", "0.01", batch__micro_size=2)
     assert finished.codes == [0], finished.output
     assert "2 data-parallel ranks" in finished.output
