@@ -1,6 +1,7 @@
 """The configuration of a training run: dataclasses filled from a YAML file and dotted overrides."""
 
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -359,9 +360,9 @@ def require_at_least(key: str, value: float, least: float) -> None:
 
 
 def require_positive(key: str, value: float) -> None:
-    """Raises ValueError naming the key if `value` is not above zero."""
-    if not value > 0:
-        raise ValueError(f"{key} is {value}; it must be above 0.")
+    """Raises ValueError naming the key if `value` is not above zero, or infinite."""
+    if not 0 < value < inf:
+        raise ValueError(f"{key} is {value}; it must be above 0, and finite.")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from transformers import GPT2Config
 
+STATE_BYTES = 12
+"""Of each parameter in a checkpoint: fp32 master weight and two moments."""
+
 
 @dataclass(frozen=True)
 class Accelerator:
@@ -120,3 +123,8 @@ def measured_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds[1:])
+
+
+def bubble(stages: int, micro_batches: int) -> float:
+    """The part of a step in which a pipeline stage has nothing to do, for stages that take equally long."""
+    return (stages - 1) / (micro_batches + stages - 1)

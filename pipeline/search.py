@@ -13,13 +13,18 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data_prep.command_line import value_of
 from data_prep.files import read_json, write_json
-from pipeline.config import parse_training
+from pipeline.config import TrainConfig, changed_keys, parse_training, to_dict
 
 STOPPED = 75
 RATE_KEY = "--optimizer.learning_rate"
 SEARCH_FILE = "search.json"
+DECISIVE = ("seed", "model.", "objective.", "data.", "batch.global_size", "batch.first_size", "batch.warmup_steps",
+            "optimizer.", "schedule.", "precision", "validation.images")  # fmt: skip
+"""Options that the final loss depends on; a run of fewer steps is gone on with."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +52,15 @@ def search_command(arguments: list[str]) -> int:
         if value_of(key, rest) is not None:
             raise ValueError(f"{key} is given, but the search sets it for each run; leave it out.")
     first, last = (_number(key, options[key]) for key in ("--first", "--last"))
-    if not first >= last > 0:
+    if not inf > first >= last > 0:
         raise ValueError(f"--first is {first:g} and --last is {last:g}; the search goes down from first to last.")
-    folder, launch = (
-        Path(options["--runs"]),
-        shlex.split(options["--launch"]) or [sys.executable, "-m", "pipeline", "train"],
-    )
-    steps = parse_training([*rest, "--run", str(folder / "none")])[0].schedule.steps  # and every mistake is found now
+    folder, launch = Path(options["--runs"]), _launcher(options["--launch"])
+    config = parse_training([*rest, "--run", str(folder / "none")])[0]  # every mistake is found now
     folder.mkdir(parents=True, exist_ok=True)
     tried: list[Tried] = []
     try:
         for rate in half_decades(first, last):
-            tried.append(Tried(rate, _final_loss(folder / f"rate-{rate:g}", rate, steps, launch, rest)))
+            tried.append(Tried(rate, _final_loss(folder / f"rate-{rate:g}", rate, config, launch, rest)))
             print(f"rate {rate:g}: final validation loss {tried[-1].valid_loss:.4f}", flush=True)
             if len(tried) > 1 and tried[-1].valid_loss >= tried[-2].valid_loss and isfinite(tried[-2].valid_loss):
                 break
@@ -115,8 +117,27 @@ def _number(key: str, text: str) -> float:
         raise ValueError(f"{key} is {text!r}; it must be a number.") from error
 
 
-def _final_loss(run: Path, rate: float, steps: int, launch: list[str], rest: list[str]) -> float:
+def _launcher(launch: str) -> list[str]:
+    try:
+        return shlex.split(launch) or [sys.executable, "-m", "pipeline", "train"]
+    except ValueError as error:
+        raise ValueError(f"--launch is {launch!r}, which is no command ({error}).") from error
+
+
+def _check_same(run: Path, config: TrainConfig) -> None:
+    """Raises ValueError if a run that is there already was trained with other options that its loss depends on."""
+    if not (run / "config.yaml").exists():
+        return
+    earlier = yaml.safe_load((run / "config.yaml").read_text())
+    for key, (old, new) in changed_keys(earlier, to_dict(config)).items():
+        if key.startswith(DECISIVE) and key not in (RATE_KEY.removeprefix("--"), "schedule.steps"):
+            raise ValueError(f"{run} was trained with {key} {old}, now it is {new}; name another folder for --runs.")
+
+
+def _final_loss(run: Path, rate: float, config: TrainConfig, launch: list[str], rest: list[str]) -> float:
     """Trains one rate to its end, if that was not done before. Raises Stopped, or ValueError for any other end."""
+    steps = config.schedule.steps
+    _check_same(run, config)
     if _diverged(run):
         return inf
     if _status(run) != ("finished", steps):
@@ -133,13 +154,20 @@ def _final_loss(run: Path, rate: float, steps: int, launch: list[str], rest: lis
     return float(losses[-1]) if losses else inf
 
 
+def _record(run: Path) -> dict[str, Any]:
+    record = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    if not isinstance(record, dict):
+        raise ValueError(f"{run / 'run.json'} is no run's record any more; delete {run} to train it again.")
+    return record
+
+
 def _status(run: Path) -> tuple[str, int]:
-    record: dict[str, Any] = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    record = _record(run)
     return str(record.get("status", "")), int(record.get("step", 0))
 
 
 def _diverged(run: Path) -> bool:
-    record = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    record = _record(run)
     return record.get("status") == "failed" and str(record.get("error", "")).startswith("Diverged")
 
 

@@ -73,8 +73,9 @@ class Soak:
                 break
             if whole:
                 raise Broken(f"{name} on {topology} ended with {codes}: {self.logs(name)}")
-            cut += 1
-            self.kills += 1
+            if -signal.SIGKILL in codes:
+                cut += 1
+                self.kills += 1
         self.check_rows(name, home, mixed)
 
     def live(self, name: str, topology: str, whole: bool) -> list[int]:

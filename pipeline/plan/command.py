@@ -11,7 +11,6 @@ from pipeline import costs
 from pipeline.config import TrainConfig
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
 
-STATE_BYTES = 12
 """A parameter's fp32 weight and two moments, as a checkpoint holds them."""
 DISK_BYTES_A_SECOND = 1e9
 HOST_COPY_BYTES_A_SECOND = 20e9
@@ -90,8 +89,8 @@ def _model_facts(
     parameters, per_token = costs.parameter_count(model), costs.flops_per_token(model)
     images = config.batch.images_after(config.schedule.steps)
     flops = images * model.n_positions * per_token
-    hours = chosen.seconds * config.schedule.steps / 3600
-    size = parameters * STATE_BYTES
+    hours = chosen.seconds * images / config.batch.global_size / 3600
+    size = parameters * costs.STATE_BYTES
     own = size / cluster.ranks
     epochs = f", {images / pictures:.1f} epochs of {pictures:,}" if pictures else ""
     return {

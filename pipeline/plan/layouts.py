@@ -79,7 +79,7 @@ def lay_out(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Layout:
             f"{model.n_head}."
         )
     stages = config.parallel.pipeline_stages
-    bubble = (stages - 1) / (micro_batches + stages - 1)
+    bubble = costs.bubble(stages, micro_batches)
     memory = memory_of_rank(config, model, cluster.ranks, cluster.on_cpu)
     return Layout(config, memory, _seconds(config, model, cluster, data_ranks, micro_batches, bubble), bubble)
 

@@ -1,6 +1,8 @@
 """Checkpoints: written aside, verified, published by a rename; kept by rule; the newest whole one found again."""
 
+import hashlib
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from pipeline.train.fragments import FragmentReader
 
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"
+STEP_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +82,28 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder} does not exist; it must be a run, or one of its checkpoints.")
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is not a checkpoint; a finished one holds {MANIFEST}.")
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != manifest_sha256(manifest):
+        raise ValueError(f"{folder / MANIFEST} is not what was written (its sha256 differs).")
     try:
-        return Checkpoint(folder, CheckpointRecord(**read_json(folder / MANIFEST)))
+        return Checkpoint(folder, CheckpointRecord(**manifest))
     except TypeError as error:
         raise ValueError(f"{folder / MANIFEST} is not a manifest of this version ({error}).") from error
 
 
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """What checkpoint.json says of its other fields."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def published(checkpoints: Path) -> list[Path]:
-    """Folders of all published checkpoints, oldest first."""
-    return sorted(path for path in checkpoints.glob("step-*") if not path.name.endswith(PARTIAL))
+    """Folders of all published checkpoints, oldest first; folders of other names are not ours."""
+    return sorted((path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that the name of a checkpoint's folder says."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def aside_folder(checkpoints: Path, step: int) -> Path:
@@ -126,7 +142,8 @@ def write_rank(
 def publish(aside: Path, record: CheckpointRecord) -> Path:
     """Writes the manifest and renames the folder into place; from here on it is whole. One rank calls it."""
     manifest = aside / MANIFEST
-    manifest.write_text(json.dumps(asdict(record), indent=2) + "\n")
+    content = json.loads(json.dumps(asdict(record)))
+    manifest.write_text(json.dumps(content | {"sha256": manifest_sha256(content)}, indent=2) + "\n")
     flush_to_disk(manifest)
     flush_to_disk(aside)
     final = step_folder(aside.parent, record.step)
@@ -142,13 +159,23 @@ def retain(checkpoints: Path, rule: CheckpointConfig, newest: int) -> None:
 
     Checkpoints later than the `newest` step are damaged ones that a resume passed over: they go too.
     """
-    steps = {int(folder.name.removeprefix("step-")): folder for folder in published(checkpoints)}
-    recent = sorted(step for step in steps if step <= newest)[-rule.keep_last :]
+    steps = {step_of(folder): folder for folder in published(checkpoints)}
+    kept = sorted(step for step in steps if step <= newest)
+    recent, permanent = kept[-rule.keep_last :], permanent_steps(kept, rule.keep_every)
     for step, folder in steps.items():
-        permanent = rule.keep_every and step % rule.keep_every == 0 and step <= newest
-        if step not in recent and not permanent:
+        if step not in recent and step not in permanent:
             doomed = folder.rename(folder.with_name(folder.name + PARTIAL))
             shutil.rmtree(doomed)
+
+
+def permanent_steps(steps: list[int], every: int) -> set[int]:
+    """Of saved steps, in order: the first at or after each multiple of `every`; none if it is 0.
+
+    A save may come later than its multiple: at an interval of its own, or put off by a step that was skipped.
+    """
+    if not every:
+        return set()
+    return {step for before, step in zip([0, *steps], steps, strict=False) if step // every > before // every}
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -52,8 +52,6 @@ class Engine(ABC):
     """How many ranks read different pictures."""
     work: str
     """Ranks with the same `work` compute the same part of the model."""
-    replica: str
-    """Ranks with the same `replica` hold the same weights."""
     _timer: "ForwardTimer"
 
     @abstractmethod
@@ -76,8 +74,8 @@ class Engine(ABC):
         """Takes weights, moments and step count from a checkpoint of any topology."""
 
     @abstractmethod
-    def digest(self) -> str:
-        """Tells this rank's weights, those the forward pass reads, from others."""
+    def digests(self) -> dict[str, str]:
+        """Of the weights that the forward pass reads, by what other ranks may hold too: equal names, equal weights."""
 
     def forward_seconds(self) -> float:
         """Seconds that this rank spent in forward passes since it was last asked."""

@@ -3,7 +3,7 @@
 import signal
 from collections import Counter, deque
 from collections.abc import Iterable
-from math import sqrt
+from math import nan, sqrt
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -56,6 +56,10 @@ class Diverged(RuntimeError):
         setattr(self, SAID_BY_OTHERS, True)
 
 
+class ReplicasDiffer(Diverged):
+    """Ranks that should hold the same weights do not."""
+
+
 class Judge:
     """Decides which steps are applied, alike on all ranks: they see the same losses and gradient norms."""
 
@@ -65,8 +69,10 @@ class Judge:
         self._window: deque[tuple[float, float]] = deque(maxlen=config.spike_window)
         self._reason: str | None = None
         self.skipped_in_a_row = 0
+        self.weights_doubtful = False
+        """Whether the last step's loss or gradients were no numbers: the weights may be none either."""
         for row in rows:
-            self._count(row["applied"], row["loss"], row["grad_norm"])
+            self._count(row["applied"], *(nan if row[key] is None else row[key] for key in ("loss", "grad_norm")))
 
     def accept(self, loss: float, grad_norm: float) -> bool:
         """Whether the update of such a step is to be made."""
@@ -89,6 +95,7 @@ class Judge:
 
     def _count(self, applied: bool, loss: float, grad_norm: float) -> None:
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.weights_doubtful = not applied and not are_finite(loss, grad_norm)
         if applied:
             self._window.append((loss, grad_norm))
 
@@ -111,18 +118,19 @@ def _mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
 
 
 def check_replicas(engine: Engine, step: int) -> None:
-    """Compares the weights of ranks that should hold the same. Raises Diverged on every rank, naming those that differ.
+    """Compares the weights of ranks that should hold the same. Raises ReplicasDiffer on every rank, naming the odd.
 
-    Every rank calls it.
+    Every rank calls it. Under ZeRO-1 and 2 each update gathers the weights anew, so what is found there is what went
+    wrong since the last update.
     """
-    holdings = gather((engine.replica, engine.digest()))
-    for replica in dict.fromkeys(name for name, _ in holdings):
-        digests = {rank: digest for rank, (name, digest) in enumerate(holdings) if name == replica}
+    holdings = gather(engine.digests())
+    for replica in dict.fromkeys(name for held in holdings for name in held):
+        digests = {rank: held[replica] for rank, held in enumerate(holdings) if replica in held}
         (usual, times), *others = Counter(digests.values()).most_common()
         if others:
             odd = [rank for rank, digest in digests.items() if digest != usual]
             standing = "from the others" if times > len(odd) else f"from {len(digests) - len(odd)} others"
-            raise Diverged(
+            raise ReplicasDiffer(
                 f"at step {step} the weights of ranks {', '.join(map(str, odd))} differ {standing}, though all should "
                 f"hold the same: a device or its memory fails, or a collective went wrong; nothing was saved since, "
                 f"and the last checkpoint is from before step {step}."
@@ -144,8 +152,8 @@ class SlowRanks:
         steps, self._steps, self._waited = self._steps, 0, 0.0
         slow = []
         for rank, (work, forward, waiting) in enumerate(own):
-            peers = [other[1] + other[2] for other in own if other[0] == work]
-            if forward + waiting > SLOW * median(peers):
+            peers = [their[1] + their[2] for other, their in enumerate(own) if their[0] == work and other != rank]
+            if peers and forward + waiting > SLOW * median(peers):
                 slow.append(
                     f"rank {rank} took {(forward + waiting) / steps:.3f} s a step ({waiting / steps:.3f} s waiting for "
                     f"data), its peers' median is {median(peers) / steps:.3f} s"

@@ -1,17 +1,19 @@
 """The training loop: read, step, record, validate, sample, save, until the last step or a request to stop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.command_line import one_voice
+from data_prep.command_line import SAID_BY_OTHERS, one_voice
 from pipeline.config import TrainConfig
 from pipeline.model.pictures import completion_grid
 from pipeline.train.health import Diverged, SlowRanks, StopRequests, check_replicas
 from pipeline.train.integrity import verify_shards
-from pipeline.train.persistence import Progress
+from pipeline.train.persistence import Progress, Store
 from pipeline.train.ranks import (
     Ranks,
     describe_ranks,
@@ -19,13 +21,14 @@ from pipeline.train.ranks import (
     gather,
     most_over_ranks,
     start_group,
+    together,
 )
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
 from pipeline.train.telemetry import SKIPPED_FILE, StepClock, peak_memory_bytes, peak_memory_table
 from pipeline.train.validation import spread, validation_loss
-from pipeline.train.watchdog import Watchdog
+from pipeline.train.watchdog import Watchdog, group_timeout
 
 FINISHED = 0
 STOPPED = 75
@@ -41,18 +44,20 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     ranks, folder, stop = describe_ranks(), RunFolder(run), StopRequests(run)
     with one_voice(ranks.local_rank == 0):
         inputs = check_inputs(config, ranks)
-        folder.check(config)
+        folder.check(config, inputs.shards)
     if folder.finished_steps() >= config.schedule.steps:
         print(f"{run} has finished its {config.schedule.steps} steps; nothing is left to train.", flush=True)
         return FINISHED
-    start_group(ranks)
+    start_group(ranks, group_timeout(config.health.hang_minutes))
     try:
         with failing_together():
             if ranks.is_first:
                 folder.open(config, inputs.shards, command, ranks.count)
         verify_shards(inputs.shards, folder, ranks)
         watchdog = Watchdog(folder, ranks, config.health.hang_minutes)
-        progress = run_loop(inputs, set_up(inputs, folder, stop, watchdog))
+        session = set_up(inputs, folder, stop, watchdog)
+        with finishing_saves(session.store):
+            progress = run_loop(inputs, session)
         finished = progress.step >= config.schedule.steps
         with failing_together():  # and leaving together: a rank that leaves early would break the others' connections
             if ranks.is_first:
@@ -67,6 +72,17 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         folder.close()
 
 
+@contextmanager
+def finishing_saves(store: Store) -> Iterator[None]:
+    """An error that all ranks raise does not take along the checkpoint that is being written."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, SAID_BY_OTHERS, False):
+            store.finish()
+        raise
+
+
 def run_loop(inputs: Inputs, session: Session) -> Progress:
     """Trains from session.start; returns how far it came. What happens at a step is recorded before it is saved."""
     config, ranks, engine, store = inputs.config, inputs.ranks, session.engine, session.store
@@ -77,7 +93,7 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
     while progress.step < last and (save_owed or not signs.stopping):
         step, size = progress.step + 1, config.batch.size_at(progress.step + 1)
         watchdog.enter("reading", step)
-        tokens = clock.wait_for(partial(session.batches.at, progress.images, size))
+        tokens = together(partial(clock.wait_for, partial(session.batches.at, progress.images, size)), ranks)
         watchdog.enter("training", step)
         profiler.before(step, bool(signs.profile))
         rate = rate_at(step, config.optimizer, config.schedule)
@@ -110,28 +126,29 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
         def due(every: int, step: int = step) -> bool:
             return every > 0 and (step % every == 0 or step == last)
 
-        # After a skipped step the weights may be broken: the next applied one shows, and K skipped end the run.
-        sound = judge.skipped_in_a_row == 0 or step == last
+        # The next step that is applied shows whether the weights are sound; health.max_skipped others end the run.
+        sound = not judge.weights_doubtful or step == last
         save_owed |= due(config.checkpoint.every_steps) or bool(signs.stopping or signs.overdue)
         save, save_owed = save_owed and sound, save_owed and not sound
         watchdog.enter("comparing weights", step)
         if config.health.replicas_every_steps and (save or due(config.health.replicas_every_steps)):
             check_replicas(engine, step)
-        if due(config.validation.every_steps):
-            watchdog.enter("validation", step)
-            loss = validation_loss(engine, inputs.held_out, config.validation.images, ranks)
-            telemetry.validation({"step": step, "images": progress.images, "valid_loss": loss})
-        if due(config.samples.every_steps) and inputs.masks is None:
-            watchdog.enter("samples", step)
-            telemetry.samples(step, completions(inputs, session))
-        if save:
-            watchdog.enter("saving", step)
-            telemetry.flush()
-            telemetry.raise_together()
-            store.save(engine, progress)
-        clock.restart()
+        with clock.paused():
+            if due(config.validation.every_steps):
+                watchdog.enter("validation", step)
+                loss = validation_loss(engine, inputs.held_out, config.validation.images, ranks)
+                telemetry.validation({"step": step, "images": progress.images, "valid_loss": loss})
+            if due(config.samples.every_steps) and inputs.masks is None:
+                watchdog.enter("samples", step)
+                telemetry.samples(step, completions(inputs, session))
+            if save:
+                watchdog.enter("saving", step)
+                telemetry.flush()
+                telemetry.raise_together()
+                store.save(engine, progress)
     watchdog.enter("ending", progress.step)
     store.finish()
+    telemetry.say(profiler.close(progress.step))
     telemetry.say(peak_memory_table(gather(peak_memory_bytes(ranks.device))))
     if signs.stopping:
         session.stop.honour()

@@ -17,12 +17,13 @@ from pipeline.train.checkpoints import Checkpoint, CheckpointRecord
 from pipeline.train.engine import Engine
 from pipeline.train.fragments import Tensors
 from pipeline.train.health import Diverged
-from pipeline.train.ranks import Ranks, failing_together, first_word, from_first, gather
+from pipeline.train.ranks import Ranks, failing_together, first_word, from_first, gather, said_by_all
 from pipeline.train.run_folder import check_shards
 from pipeline.train.validation import Pictures, probe_loss
 
-PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
-"""Nats per token by which the probe loss may differ after a load: summation order of another topology, no more."""
+PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+"""Nats per token by which the probe loss may differ after a load: another topology sums in another order, and ZeRO-0
+keeps fp32 between products where the others round to bf16 (one picture of 64 tokens: 0.015 at most of a thousand)."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Store:
         Waits for the save before, and raises as `finish` does; Diverged on every rank if the model gives no number.
         """
         self.finish()
-        probe = probe_loss(engine, self.probe)
-        if not isfinite(probe):
+        probe, *others = gather(probe_loss(engine, self.probe))
+        if not all(map(isfinite, [probe, *others])):
             raise Diverged(
-                f"the model of step {progress.step} is not finite (loss {probe} on the probe batch) and was not saved; "
-                f"the checkpoints in {self.folder} are from before it; a lower optimizer.learning_rate or a longer "
-                f"warm-up may pass it."
+                f"the model of step {progress.step} is not finite (loss on the probe batch, by rank: "
+                f"{[probe, *others]}) and was not saved; the checkpoints in {self.folder} are from before it; a lower "
+                f"optimizer.learning_rate or a longer warm-up may pass it."
             )
         with failing_together():
             if self.ranks.is_first:
@@ -126,6 +127,8 @@ class Store:
             checkpoint, damage = None, None
             try:
                 checkpoint = checkpoints.open_checkpoint(Path(candidate))
+                if checkpoint.record.step != checkpoints.step_of(checkpoint.folder):
+                    raise ValueError(f"it holds step {checkpoint.record.step}")
                 damage = checkpoint.damage(self.ranks.rank, self.ranks.count)
             except (ValueError, OSError) as error:
                 damage = str(error)
@@ -154,17 +157,20 @@ class Store:
         engine.restore(reader, record.step)
         with failing_together():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
-        loss = probe_loss(engine, self.probe)
+        losses = gather(probe_loss(engine, self.probe))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
-        if not abs(loss - record.probe_loss) <= tolerance:
-            raise ValueError(
-                f"{checkpoint.folder} gives the probe batch a loss of {loss:.7f}, but {record.probe_loss:.7f} when it "
-                f"was saved; the weights were not restored as they were."
-            )
+        for rank, loss in enumerate(losses):
+            if not abs(loss - record.probe_loss) <= tolerance:
+                raise said_by_all(
+                    ValueError(
+                        f"{checkpoint.folder} gives the probe batch a loss of {loss:.7f} on rank {rank}, but "
+                        f"{record.probe_loss:.7f} when it was saved; the weights were not restored as they were."
+                    )
+                )
         if self.ranks.is_first:
             print(
                 f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen, probe loss "
-                f"{loss:.7f} (saved with {record.probe_loss:.7f})",
+                f"{losses[0]:.7f} (saved with {record.probe_loss:.7f})",
                 flush=True,
             )
         return Progress(record.step, record.images)

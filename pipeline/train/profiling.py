@@ -26,7 +26,7 @@ class Profiler:
         self._left, self._first, self._began = 0, 0, 0.0
 
     def requested(self) -> bool:
-        """Whether this rank sees the request; the ranks must agree before they `start`."""
+        """Whether this rank sees the request; the ranks must agree on it."""
         return self._window is None and (self._run / REQUEST_FILE).exists()
 
     def before(self, step: int, requested: bool) -> None:
@@ -45,14 +45,21 @@ class Profiler:
         if self._window is None:
             return None
         self._left -= 1
-        if self._left:
+        return self.close(step) if self._left == 0 else None
+
+    def close(self, step: int) -> str | None:
+        """Closes the window, if one is open, after a step that need not be its last."""
+        if self._window is None:
             return None
         window, self._window = self._window, None
         window.stop()
         folder = self._run / PROFILE_FOLDER
-        folder.mkdir(exist_ok=True)
         trace = folder / f"rank-{self._ranks.rank:05d}-step-{self._first:08d}.pt.trace.json.gz"
-        window.export_chrome_trace(str(trace))
+        try:
+            folder.mkdir(exist_ok=True)
+            window.export_chrome_trace(str(trace))
+        except (OSError, RuntimeError) as error:  # no reason to end a run
+            print(f"WARNING: the profile was not written to {trace}: {error}", flush=True)
         if not self._ranks.is_first:
             return None
         seconds = time.perf_counter() - self._began

@@ -4,11 +4,11 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,12 @@ import torch.distributed as dist
 from data_prep.command_line import SAID_BY_OTHERS
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """DeepSpeed does not read SLURM's names; MASTER_ADDR and MASTER_PORT come from the batch script."""
-GROUP_TIMEOUT = timedelta(minutes=30)
-"""Of a collective. In a step the watchdog is there first (health.hang_minutes), and says who is missing."""
+START_TIMEOUT = timedelta(minutes=10)
+"""How long the ranks that are there wait for one that is not."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,12 @@ def describe_ranks() -> Ranks:
     rank, count, local_rank = _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
     if torch.cuda.is_available():
         # A task that is given one GPU of its own sees it as number 0, whatever its place on the node.
-        local_rank %= torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(local_rank)
+        os.environ["LOCAL_RANK"] = str(local_rank % torch.cuda.device_count())
     if count > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ValueError(f"{name} is not set; with {count} ranks every rank needs rank 0's address and port.")
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     return Ranks(rank, count, local_rank, device)
 
 
@@ -66,8 +66,12 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def start_group(ranks: Ranks) -> None:
-    """Starts DeepSpeed's process group: NCCL on CUDA, gloo on CPU, no compiler needed for either."""
+def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Starts DeepSpeed's process group: NCCL on CUDA, gloo on CPU, no compiler needed for either.
+
+    timeout: of a collective, in this group and in those that DeepSpeed makes; so long that the watchdog is there
+    first and says who is missing.
+    """
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("RANK", "0")
@@ -86,7 +90,11 @@ def start_group(ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=START_TIMEOUT, verbose=False)
+    dist.distributed_c10d._set_pg_timeout(timeout)
+    # DeepSpeed makes groups without a word of time: NCCL's own ten minutes would be before the watchdog.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def _free_port() -> int:
@@ -134,6 +142,12 @@ def first_word(word: str | None) -> str | None:
     return next((said for said in gather(word) if said is not None), None)
 
 
+def said_by_all(error: E) -> E:
+    """The error, marked as one that every rank raises: the first says it for all."""
+    setattr(error, SAID_BY_OTHERS, True)
+    return error
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """If the body raises ValueError or OSError on one rank, every rank raises.
@@ -150,5 +164,22 @@ def failing_together() -> Iterator[None]:
     if failure is None and word is not None:
         failure = ValueError(word)
     if failure is not None:
-        setattr(failure, SAID_BY_OTHERS, True)
-        raise failure
+        raise said_by_all(failure)
+
+
+def together(work: Callable[[], T], ranks: Ranks) -> T:
+    """What this rank's `work` gives. If it fails on one rank, every rank raises, as of `failing_together`.
+
+    For what is done at every step: one small collective where nothing fails.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        failure = error
+    [failed] = any_rank([failure is not None], ranks.device)
+    if failed:
+        with failing_together():  # so that every rank knows what happened
+            if failure is not None:
+                raise failure if isinstance(failure, ValueError | OSError) else ValueError(repr(failure)) from failure
+    return cast(T, result)

@@ -38,7 +38,7 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._record: dict[str, Any] = {}
 
-    def check(self, config: TrainConfig) -> None:
+    def check(self, config: TrainConfig, shards: ShardSet) -> None:
         """Raises ValueError, or OSError, if the folder can't be the run of this configuration. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--run is {self.path}, which is a file; it must be a folder, new or of an earlier run.")
@@ -47,6 +47,8 @@ class RunFolder:
             raise ValueError(f"--run is {self.path}, but nothing can be written in {parent}; name another folder.")
         if (self.path / CONFIG_FILE).exists():
             self._check_fixed_keys(config)
+            if (self.path / RECORD_FILE).exists():
+                check_shards(self._read_record()["shards"], shards, self.path / RECORD_FILE)
         elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
             raise ValueError(f"--run is {self.path}, which holds other files and no {CONFIG_FILE}; name a new folder.")
 
@@ -70,21 +72,26 @@ class RunFolder:
 
     def finished_steps(self) -> int:
         """Steps of a run that has ended, 0 for one that has not."""
-        record = read_json(self.path / RECORD_FILE) if (self.path / RECORD_FILE).exists() else {}
-        return int(record["step"]) if record.get("status") == "finished" else 0
+        record = self._read_record() if (self.path / RECORD_FILE).exists() else {}
+        return int(record.get("step", 0)) if record.get("status") == "finished" else 0
+
+    def _read_record(self) -> dict[str, Any]:
+        record = read_json(self.path / RECORD_FILE)
+        if not isinstance(record, dict) or not isinstance(record.get("shards"), dict):
+            raise ValueError(f"{self.path / RECORD_FILE} is no run's record any more; put it back as it was.")
+        return record
 
     def open(self, config: TrainConfig, shards: ShardSet, command: list[str], ranks: int) -> None:
         """Makes the folder or goes on with it, and says what the configuration changed since the last start.
 
-        Raises ValueError if another process trains in it, or if the shard set is not the run's.
+        Raises ValueError if another process trains in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
         if (self.path / RECORD_FILE).exists():
-            self._record = read_json(self.path / RECORD_FILE)
-            check_shards(self._record["shards"], shards, self.path / RECORD_FILE)
+            self._record = self._read_record()
         changes = self._write_config(config)
         with written_aside(self.path / PALETTE_FILE) as aside, aside.open("wb") as file:
             np.save(file, shards.palette)
@@ -116,7 +123,7 @@ class RunFolder:
 
     def note_failure(self, error: BaseException) -> None:
         """Writes why the run failed, if this rank holds the run and the disk still takes it."""
-        if self._record:
+        if self._record.get("status") == "running":
             with suppress(OSError):
                 self.note("failed", error=f"{type(error).__name__}: {error}")
 

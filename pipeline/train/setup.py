@@ -20,7 +20,7 @@ from pipeline.train.profiling import Profiler
 from pipeline.train.ranks import Ranks, failing_together, from_first
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.stream_order import StreamOrder
-from pipeline.train.streaming import GUARANTEES, AgreedBatches, StreamedBatches
+from pipeline.train.streaming import GUARANTEES, StreamedBatches
 from pipeline.train.summary import Throughput, describe
 from pipeline.train.telemetry import RunTelemetry, Telemetry, last_steps
 from pipeline.train.validation import Pictures
@@ -111,7 +111,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
 def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watchdog) -> Session:
     """Builds the engine, resumes the newest whole checkpoint and says what is about to happen."""
     config, shards, ranks = inputs.config, inputs.shards, inputs.ranks
-    torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
+    torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
     engine = build_engine(config, inputs.model_config, ranks)
     order, batches = choose_reader(inputs, engine)
     if inputs.masks is not None:
@@ -143,5 +143,4 @@ def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
         return order, TrainingBatches(split, resolution, order, engine.data_rank, engine.data_ranks)
     shards = [shard["record_images"] for shard in split.shards]
     streamed = StreamOrder(shards, config.seed, engine.data_ranks, augmentation)
-    batches = StreamedBatches(split, resolution, streamed, engine.data_rank)
-    return streamed, AgreedBatches(batches, inputs.ranks)
+    return streamed, StreamedBatches(split, resolution, streamed, engine.data_rank)

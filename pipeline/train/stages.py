@@ -106,7 +106,7 @@ class StagesEngine(Engine):
             )
         self.data_rank = self._engine.grid.get_data_parallel_id()
         self._timer = ForwardTimer(self._engine.module, ranks.device)
-        self.work = self.replica = f"stage {self._engine.stage_id}"
+        self.work = f"stage {self._engine.stage_id}"
         self._place = fragments.Place(self.data_rank, self.data_ranks, parts={})
 
     def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
@@ -128,8 +128,8 @@ class StagesEngine(Engine):
         self._engine.global_steps = steps
         self._engine.global_samples = self._config.batch.images_after(steps)
 
-    def digest(self) -> str:
-        return weights_digest(parameter for _, parameter in self._own_parameters())
+    def digests(self) -> dict[str, str]:
+        return {self.work: weights_digest(parameter for _, parameter in self._own_parameters())}
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         """No keys and values are kept: each colour costs a pass of whole pictures through all stages."""

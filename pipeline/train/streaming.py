@@ -14,8 +14,7 @@ import numpy as np
 
 from data_prep.remote import address_of, open_remote
 from data_prep.shards import LABELS_DTYPE, MANIFEST, PIXELS_DTYPE, TAR_BLOCK, Split, record_crc32
-from pipeline.train.batches import WINDOW_RECORDS, Batches
-from pipeline.train.ranks import Ranks, any_rank, failing_together
+from pipeline.train.batches import WINDOW_RECORDS
 from pipeline.train.stream_order import StreamOrder
 
 GUARANTEES = f"""\
@@ -110,31 +109,6 @@ class StreamedBatches:
         shards = np.searchsorted(self._split.shard_starts, records, side="right") - 1
         for run in np.split(records, np.flatnonzero(np.diff(shards)) + 1):
             yield from read_records(self._split, int(run[0]), int(run[-1]) + 1)
-
-
-class AgreedBatches:
-    """Batches of ranks that fail together: where one can't read, all raise, in place of waiting for it."""
-
-    def __init__(self, batches: Batches, ranks: Ranks) -> None:
-        self._batches, self._ranks = batches, ranks
-
-    def at(self, position: int, global_size: int) -> np.ndarray:
-        """As `Batches.at`; every rank must ask. Raises ValueError or OSError on every rank."""
-        tokens, failure = np.empty(0), None
-        try:
-            tokens = self._batches.at(position, global_size)
-        except Exception as error:  # whatever it is, the others must not wait for this rank
-            failure = error
-        [failed] = any_rank([failure is not None], self._ranks.device)
-        if failed:
-            with failing_together():  # so that every rank knows what happened
-                if failure is not None:
-                    raise failure
-        return tokens
-
-    def close(self) -> None:
-        """Ends the reading thread."""
-        self._batches.close()
 
 
 def read_records(split: Split, first: int, stop: int) -> Generator[np.ndarray, None, None]:

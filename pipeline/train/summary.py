@@ -9,7 +9,6 @@ from pipeline import costs
 from pipeline.config import TrainConfig
 from pipeline.train.ranks import Ranks
 
-STATE_BYTES = 12
 """A parameter's fp32 weight and two moments, as a checkpoint holds them."""
 
 
@@ -48,7 +47,7 @@ def describe(
     data_ranks = parallel.data_ranks(ranks.count)
     accumulation = config.accumulation_steps(data_ranks)
     parameters = costs.parameter_count(model_config)
-    images = schedule.steps * batch.global_size
+    images = batch.images_after(schedule.steps)
     total_flops = images * throughput.tokens_per_image * throughput.flops_per_token
     lines = {
         "model": f"{parameters:,} parameters: {model_config.n_layer} layers, width {model_config.n_embd}, "
@@ -56,15 +55,16 @@ def describe(
         "sequence": f"{throughput.tokens_per_image} tokens of {model_config.colors} colours "
         f"({config.model.resolution} x {config.model.resolution})",
         "batch": f"{batch.global_size} images = {data_ranks} data-parallel ranks x {batch.micro_size} "
-        f"x {accumulation} accumulated",
+        f"x {accumulation} accumulated"
+        + (f", growing from {batch.first_size} over {batch.warmup_steps:,} steps" if batch.first_size else ""),
         "schedule": f"{schedule.steps:,} steps, {images:,} images, {images / train_images:.2f} epochs of "
         f"{train_images:,}; "
         f"rate {config.optimizer.learning_rate:g}, {schedule.warmup_steps:,} steps of warm-up, {schedule.decay}",
         "compute": f"{total_flops:.3g} FLOP; {throughput.flops_per_token / 1e9:.4g} GFLOP a token",
         "MFU": f"(6 x matmul parameters + 12 x layers x tokens x width) FLOP a token, full attention, over "
         f"{throughput.peak_flops / 1e12:.3g} TFLOP/s of {ranks.count} ranks ({throughput.peak_source})",
-        "memory": f"ZeRO stage {parallel.zero_stage} over {ranks.count} ranks on {ranks.device.type}; "
-        f"weights and moments {parameters * STATE_BYTES / 1e9:.3g} GB in all, which is a checkpoint's size",
+        "memory": f"ZeRO stage {parallel.zero_stage} over {data_ranks} data-parallel ranks on {ranks.device.type}; "
+        f"weights and moments {parameters * costs.STATE_BYTES / 1e9:.3g} GB in all, which is a checkpoint's size",
         "health": f"ends after {config.health.max_skipped} steps in a row that are not applied, or "
         f"{config.health.hang_minutes:g} minutes without progress; spikes beyond "
         f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and said'}",
@@ -72,13 +72,9 @@ def describe(
     }
     if parallel.pipeline_stages > 1:
         lines["pipeline"] = (
-            f"{parallel.pipeline_stages} stages, of whose time {bubble(parallel.pipeline_stages, accumulation):.1%} is "
-            f"spent waiting: (stages - 1) / (micro-batches + stages - 1)"
+            f"{parallel.pipeline_stages} stages, of whose time "
+            f"{costs.bubble(parallel.pipeline_stages, accumulation):.1%} is spent waiting: "
+            f"(stages - 1) / (micro-batches + stages - 1)"
         )
     width = max(map(len, lines))
     return "\n".join(f"  {key:<{width}}  {text}" for key, text in lines.items())
-
-
-def bubble(stages: int, micro_batches: int) -> float:
-    """The part of a step in which a stage has nothing to do, for stages that take equally long."""
-    return (stages - 1) / (micro_batches + stages - 1)

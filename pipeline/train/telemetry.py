@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from math import isfinite
 from pathlib import Path
@@ -232,6 +233,9 @@ class StepClock:
         seconds, self._start = now - self._start, now
         return seconds, self._waited
 
-    def restart(self) -> None:
-        """Leaves out what was not training: validation, samples, a save."""
-        self._start = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what is not training: validation, samples, a save."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from pipeline.train.ranks import Ranks
@@ -17,6 +18,11 @@ PATIENT = 3
 """Times the limit that the first step (it compiles and connects) and what is not a step may take."""
 GRACE_SECONDS = 5.0
 """Between writing one's own stacks and reading the others'."""
+
+
+def group_timeout(minutes: float) -> timedelta:
+    """How long a collective may wait, where a step may hang for `minutes`: longer than any watchdog; 0 is for ever."""
+    return timedelta(minutes=PATIENT * minutes + 5) if minutes else timedelta(days=365)
 
 
 class Watchdog:
@@ -43,8 +49,8 @@ class Watchdog:
         if self._first_step is None:
             self._first_step = step
         ordinary = phase in ("reading", "training") and step > self._first_step
+        self._step, self._phase, self._since = step, phase, time.monotonic()  # first: the old wait has ended
         self._limit = self._seconds if ordinary else PATIENT * self._seconds
-        self._step, self._phase, self._since = step, phase, time.monotonic()
 
     def end(self) -> None:
         """Watches no longer."""

@@ -58,7 +58,6 @@ class ZeroEngine(Engine):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._timer = ForwardTimer(self._engine.module, ranks.device)
         self.work = f"part {ranks.rank % config.parallel.tensor_parallel}"
-        self.replica = f"rank {ranks.rank}" if config.parallel.zero_stage == 3 else self.work
         self._loss = 0.0
         self._own_norm: float | None = None
 
@@ -96,10 +95,13 @@ class ZeroEngine(Engine):
         self._engine.global_steps = steps
         self._engine.global_samples = self._config.batch.images_after(steps)
 
-    def digest(self) -> str:
+    def digests(self) -> dict[str, str]:
         if self._config.parallel.zero_stage == 3:
-            return ""  # no two ranks hold the same
-        return weights_digest(self._engine.module.parameters())
+            return {}  # no two ranks hold the same
+        held: dict[str, list[torch.Tensor]] = {"whole": []}
+        for name, parameter in self._engine.module.named_parameters():
+            held.setdefault(self.work if name in self._place.parts else "whole", []).append(parameter)
+        return {name: weights_digest(parameters) for name, parameters in held.items()}
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         self._engine.eval()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.files import file_sha256
 from pipeline.config import CheckpointConfig
-from pipeline.train.checkpoints import retain
+from pipeline.train.checkpoints import manifest_sha256, permanent_steps, retain
 from tests.pipeline.conftest import Runner
 
 
@@ -36,6 +36,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(run_at_30: Runner, finishe
     assert f"passed over {newest.parent}" in finished.output
     assert "step-00000020: step 20" in finished.output
     assert run_at_30.losses("run") == finished_run.losses("reference")
+
+
+def test_a_changed_manifest_and_folders_of_other_names_are_passed_over(run_at_30: Runner, finished_run: Runner) -> None:
+    newest = run_at_30.folder / "run/checkpoints/step-00000030"
+    shutil.copytree(newest, newest.with_name("step-00000030-backup"))
+    manifest = newest / "checkpoint.json"
+    manifest.write_text(manifest.read_text().replace('"step": 30', '"step": 50'))
+    finished = run_at_30.train("run", 2, batch__micro_size=2)
+    assert finished.codes == [0, 0], "\n".join(finished.outputs)
+    assert f"passed over {newest}: {manifest} is not what was written" in finished.output
+    assert "step-00000020: step 20" in finished.output
+    assert run_at_30.losses("run") == finished_run.losses("reference")
+
+
+def test_a_save_that_came_late_is_as_permanent_as_its_multiple() -> None:
+    assert permanent_steps([5, 10, 15, 21, 25, 40, 45], 20) == {21, 40}
+    assert permanent_steps([21, 40, 45, 63], 20) == {21, 40, 63}
+    assert permanent_steps([5, 10], 0) == set()
 
 
 def flip_a_byte(path: Path) -> None:
@@ -63,7 +81,8 @@ def test_weights_that_were_changed_and_signed_again_are_found_by_the_probe(run_a
     tensors[name] += 0.05 * torch.randn_like(tensors[name])
     save_file(tensors, path, metadata=metadata)
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (folder / "checkpoint.json").write_text(json.dumps(manifest | {"sha256": manifest_sha256(manifest)}))
     finished = run_at_30.train("run", 2, batch__micro_size=2)
     assert set(finished.codes) == {2}
     assert "the weights were not restored as they were" in finished.output

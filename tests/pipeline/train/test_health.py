@@ -105,7 +105,8 @@ def test_a_model_that_gives_no_numbers_is_not_saved(runner: Runner) -> None:
     finished = train_ill(runner, "run", "broken", 0, (10, 10), ranks=1, checkpoint__every_steps=5)
     assert finished.codes == [1]
     assert (
-        "error: the model of step 10 is not finite (loss nan on the probe batch) and was not saved" in finished.output
+        "error: the model of step 10 is not finite (loss on the probe batch, by rank: [nan]) and was not saved"
+        in finished.output
     )
     assert saved(runner) == ["step-00000005"]
 
