@@ -1,7 +1,8 @@
 """python -m tests.pipeline.train.ill KIND RANK FIRST LAST -- train ...: a rank falls ill at some steps of a training.
 
 KIND: nan (its gradient), spike (its gradient is a thousand times as large), hang (it stops reading), slow (it
-reads 0.1 s), frozen (the process stops), diverge (one weight changes), broken (it is no number), full (its disk).
+reads 0.1 s), frozen (the process stops), diverge (one weight changes), unreadable (its shard), broken (it is
+no number), full (its disk).
 """
 
 import errno
@@ -68,6 +69,8 @@ def read_counted(self: TrainingBatches, position: int, global_size: int) -> Any:
         time.sleep(1000)
     if ill() and KIND == "slow":
         time.sleep(0.1)
+    if ill() and KIND == "unreadable":
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "the shard")
     return read(self, position, global_size)
 
 

@@ -176,7 +176,12 @@ def test_ranks_are_grouped_by_where_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "settings"), [(3, {}), pytest.param(4, {"parallel__pipeline_stages": 2}, marks=pytest.mark.slow)]
+    ("ranks", "settings"),
+    [
+        (3, {}),
+        (2, {"parallel__tensor_parallel": 2}),
+        pytest.param(4, {"parallel__pipeline_stages": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_copy_that_differs_ends_the_run_before_a_save(runner: Runner, ranks: int, settings: dict[str, Any]) -> None:
     sizes = {"batch__global_size": 6, "batch__micro_size": 1, "validation__every_steps": 100}
@@ -206,6 +211,15 @@ def test_a_file_in_the_run_asks_for_a_profile(runner: Runner) -> None:
     assert finished.codes == [0, 0], finished.output
     assert "profile of steps 6 to 8" in finished.output
     assert not (runner.folder / "run/PROFILE").exists()
+
+
+def test_a_rank_that_cannot_read_ends_all_with_its_sentence(runner: Runner) -> None:
+    """And the checkpoint that was being written when it happened is whole."""
+    finished = train_ill(runner, "run", "unreadable", 1, (7, 7), checkpoint__every_steps=6)
+    assert finished.codes == [2, 2], "\n".join(finished.outputs)
+    assert "error: the shard: Input/output error" in finished.output or "Errno 5" in finished.output
+    assert "Traceback" not in "".join(finished.outputs)
+    assert saved(runner) == ["step-00000006"]
 
 
 def test_a_slow_rank_is_named(runner: Runner) -> None:
