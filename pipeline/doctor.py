@@ -80,7 +80,7 @@ def examine(folder: Path, trial: bool) -> Iterator[Finding]:
     for look in looks:
         try:
             yield look()
-        except (OSError, ValueError, ImportError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
             yield Finding(getattr(look, "__name__", "look").strip("_<>"), "BAD", f"could not be looked at: {error}")
 
 
@@ -209,7 +209,7 @@ def try_out(folder: Path) -> Finding:
     return Finding(
         "trial",
         "ok",
-        f"saved on 2 ranks, killed, resumed on 1 rank and on 2 stages, with the losses of an unbroken run "
+        f"on the CPU: saved on 2 ranks, killed, resumed on 1 rank and on 2 stages, with the losses of an unbroken run "
         f"({time.monotonic() - began:.0f} s)",
     )
 
