@@ -65,6 +65,13 @@ def doctor(arguments: list[str]) -> int:
     return doctor_command(arguments)
 
 
+def status(arguments: list[str]) -> int:
+    """Says where a run stands."""
+    from pipeline.status import status_command
+
+    return status_command(arguments)
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process.
 
@@ -90,6 +97,7 @@ if __name__ == "__main__":
             "export": ("write a checkpoint as a Hugging Face model folder", export),
             "evaluate": ("probe and measure a model, with a report", evaluate),
             "complete": ("complete half pictures", complete),
+            "status": ("where a run stands", status),
             "doctor": ("what this machine has, and whether a small run saves, dies and resumes on it", doctor),
         },
         leave,

@@ -26,6 +26,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
 """A run keeps these: with others it would go on as another model, or with other pictures."""
+LEFT_BY_JOBS = ("logs", "accidents.jsonl")
 Status = Literal["running", "stopped", "failed", "finished"]
 
 
@@ -49,7 +50,7 @@ class RunFolder:
             self._check_fixed_keys(config)
             if (self.path / RECORD_FILE).exists():
                 check_shards(self._read_record()["shards"], shards, self.path / RECORD_FILE)
-        elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
+        elif self.path.is_dir() and any(_is_foreign(child) for child in self.path.iterdir()):
             raise ValueError(f"--run is {self.path}, which holds other files and no {CONFIG_FILE}; name a new folder.")
 
     def _check_fixed_keys(self, config: TrainConfig) -> None:
@@ -149,6 +150,11 @@ class RunFolder:
         with written_aside(path) as aside:
             aside.write_text(yaml.safe_dump(new, sort_keys=False))
         return changes
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file of a folder that holds no run shows that it is not meant for one; job scripts come before us."""
+    return not path.name.startswith(".") and path.name not in LEFT_BY_JOBS
 
 
 def check_shards(recorded: dict[str, str], shards: ShardSet, where: Path) -> None:

@@ -1,0 +1,134 @@
+"""python -m pipeline status RUN: where a run stands; and, for the job scripts, what is to be done after it ended."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.command_line import new_parser, parse
+from data_prep.files import read_json
+
+Action = Literal["done", "requeue", "failed"]
+USER_ERROR, STOPPED = 2, 75
+ACCIDENTS = "accidents.jsonl"
+ROWS_READ = 1 << 16
+"""Bytes of metrics.jsonl's end that are looked at."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a run's folder says."""
+
+    status: str
+    """new, running, stopped, failed or finished."""
+    error: str
+    step: int
+    """The last step that was recorded."""
+    steps: int | None
+    """All that it will make; None before the first start."""
+    row: dict[str, Any]
+    """The last step's row of metrics.jsonl."""
+    starts: int
+
+
+def standing(run: Path) -> Standing:
+    """Reads run.json, config.yaml and the end of metrics.jsonl. Raises ValueError if there is no such run."""
+    if not (run / "run.json").is_file():
+        return Standing("new", "", 0, None, {}, 0)
+    record = read_json(run / "run.json")
+    if not isinstance(record, dict):
+        raise ValueError(f"{run / 'run.json'} is no run's record any more; put it back as it was.")
+    row = _last_row(run / "metrics.jsonl")
+    step = max(int(row.get("step", 0)), int(record.get("step", 0)))
+    starts = len(record.get("starts", []))
+    return Standing(str(record.get("status", "")), str(record.get("error", "")), step, _steps(run), row, starts)
+
+
+def _steps(run: Path) -> int | None:
+    import yaml
+
+    try:
+        return int(yaml.safe_load((run / "config.yaml").read_text())["schedule"]["steps"])
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    """The last training step's row, {} without one."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - ROWS_READ))
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off, by a crash or by where we began
+            continue
+        if isinstance(row, dict) and "loss" in row:
+            return row
+    return {}
+
+
+def next_action(run: Path, code: int, restarts: int, max_restarts: int, max_accidents: int) -> tuple[Action, str]:
+    """What is to be done with a run whose ranks ended with `code`, and why; an accident is noted in the run.
+
+    restarts: how often the job was queued again so far. An end that no one asked for (a killed rank, a hang, a lost
+    node) is an accident; `max_accidents` of them without a further step in between are a failure.
+    """
+    now = standing(run)
+    if now.status == "finished":
+        return "done", f"finished at step {now.step:,}"
+    if code == USER_ERROR or (now.status == "failed" and now.error.startswith(("ValueError", "Diverged", "Replicas"))):
+        return "failed", now.error or "the command refused its options; see the log"
+    if restarts >= max_restarts:
+        return "failed", f"it was queued {restarts} times again, which is MAX_RESTARTS"
+    if now.status == "stopped":
+        return "requeue", f"stopped on request at step {now.step:,}"
+    with (run / ACCIDENTS).open("a") as file:
+        file.write(json.dumps({"time": time.time(), "step": now.step, "code": code, "error": now.error}) + "\n")
+    noted = [json.loads(line)["step"] for line in (run / ACCIDENTS).read_text().splitlines()]
+    here = noted[-max_accidents:]
+    if len(here) == max_accidents and max(here) == min(here):
+        return "failed", f"it ended {max_accidents} times at step {now.step:,} without anyone asking (MAX_ACCIDENTS)"
+    return "requeue", f"it ended with code {code} after step {now.step:,}" + (f": {now.error}" if now.error else "")
+
+
+def status_command(arguments: list[str]) -> int:
+    """Prints where a run stands. With --after, one word for a job script: done, requeue or failed."""
+    parser = new_parser("python -m pipeline status", "Where a run stands.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--after", type=int | None, help="exit code of its ranks: print done, requeue or failed")
+    parser.add_argument("--restarts", type=int, default=0, help="how often its job was queued again")
+    parser.add_argument("--max_restarts", type=int, default=100, help="how often it may be")
+    parser.add_argument(
+        "--max_accidents", type=int, default=3, help="accidents without a step between that are too many"
+    )
+    chosen = parse(parser, arguments)
+    if chosen.after is not None:
+        chosen.run.mkdir(parents=True, exist_ok=True)
+        limits = chosen.restarts, chosen.max_restarts, chosen.max_accidents
+        action, why = next_action(chosen.run, chosen.after, *limits)
+        print(f"{chosen.run}: {why}", file=sys.stderr, flush=True)
+        print(action)
+        return 0
+    if not (chosen.run / "run.json").is_file():
+        raise ValueError(f"{chosen.run} holds no run.json; it must be the folder of a run that was started.")
+    print(describe(standing(chosen.run)))
+    return 0
+
+
+def describe(now: Standing) -> str:
+    """A few lines for a person."""
+    lines = [f"{now.status}{': ' + now.error if now.error else ''}"]
+    of = f" of {now.steps:,} ({now.step / now.steps:.1%})" if now.steps else ""
+    lines.append(f"  step      {now.step:,}{of}; started {now.starts} times")
+    if now.row:
+        rate = now.row.get("images_per_second") or 0.0
+        lines.append(f"  loss      {now.row['loss']} nats per token, {rate:,.1f} images/s")
+        if now.step and rate and now.steps and now.status != "finished":
+            a_step = (now.row["images"] / now.step) / rate
+            lines.append(f"  left      {(now.steps - now.step) * a_step / 3600:,.1f} hours at this rate")
+    return "\n".join(lines)

@@ -1,0 +1,44 @@
+# The one file that a site edits. `source slurm/site.sh` in the shell that submits: sbatch takes its SBATCH_ variables
+# in place of the scripts' own options, and what stands on its command line in place of both. The jobs read this file
+# again on their nodes. SITE_FILE=/path/to/other.sh names another.
+# shellcheck shell=bash disable=SC2034
+
+# Where jobs are sent. Empty: the cluster's defaults.
+# export SBATCH_ACCOUNT=vision
+# export SBATCH_PARTITION=train
+# export SBATCH_QOS=normal
+# export SBATCH_CONSTRAINT=h100
+# export SBATCH_TIMELIMIT=24:00:00
+
+# Accelerators (and so ranks) of a node, and their kind as `python -m pipeline plan` knows it. 0: CPUs, and as many ranks
+# a node as --ntasks-per-node says.
+ACCELERATORS_PER_NODE=${ACCELERATORS_PER_NODE:-0}
+ACCELERATOR=${ACCELERATOR:-h100-80gb}
+if [ "$ACCELERATORS_PER_NODE" -gt 0 ]; then
+  export SBATCH_GPUS_PER_NODE=$ACCELERATORS_PER_NODE
+fi
+
+# The Python of the jobs. Empty: .venv of this checkout.
+SITE_PYTHON=${SITE_PYTHON:-}
+
+# What a node needs before Python starts: modules, a container's mounts, a proxy.
+site_prepare() {
+  # module load cuda/12.8
+  :
+}
+
+# Put before each rank's Python, for a container: (apptainer exec --nv image.sif)
+SITE_LAUNCH=()
+
+# Network. NCCL finds its way on most clusters; name the interface where it does not.
+# export NCCL_SOCKET_IFNAME=ib0
+# export GLOO_SOCKET_IFNAME=eth0
+
+# false where users may not requeue jobs: then submit with --array=1-20%1, whose later copies go on with the run, and
+# exit at once when it is finished.
+SITE_REQUEUES=${SITE_REQUEUES:-true}
+
+# How often one job may be queued again, and how many accidents (a killed rank, a lost node, a hang) may follow each other
+# without a further step.
+MAX_RESTARTS=${MAX_RESTARTS:-100}
+MAX_ACCIDENTS=${MAX_ACCIDENTS:-3}

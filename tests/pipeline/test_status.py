@@ -1,0 +1,65 @@
+"""Where a run stands, and what a job script does after its end."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.status import next_action, standing
+from tests.launch import run
+from tests.pipeline.conftest import Runner
+
+
+def ended(folder: Path, status: str, step: int, error: str | None = None) -> Path:
+    record = {"status": status, "step": step, "starts": [{}]} | ({"error": error} if error else {})
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0, "images": step}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "code", "action"),
+    [
+        ("finished", None, 0, "done"),
+        ("finished", None, 137, "done"),  # a rank was killed after the last word
+        ("stopped", None, 75, "requeue"),
+        ("stopped", None, 137, "requeue"),  # srun killed the slower ranks, which had saved
+        ("running", None, 137, "requeue"),
+        ("failed", "TimeoutError: no progress", 1, "requeue"),
+        ("failed", "RuntimeError: Connection reset by peer", 1, "requeue"),
+        ("failed", "Diverged: step 9 is not finite", 1, "failed"),
+        ("failed", "ValueError: data.shards", 2, "failed"),
+        ("running", None, 2, "failed"),
+    ],
+)
+def test_what_follows_an_end(tmp_path: Path, status: str, error: str | None, code: int, action: str) -> None:
+    assert next_action(ended(tmp_path, status, 7, error), code, 0, 100, 3)[0] == action
+
+
+def test_accidents_at_the_same_step_are_too_many_and_progress_forgives_them(tmp_path: Path) -> None:
+    for step in (5, 5, 8, 8):
+        assert next_action(ended(tmp_path, "running", step), 137, 0, 100, 3)[0] == "requeue"
+    action, why = next_action(ended(tmp_path, "running", 8), 137, 0, 100, 3)
+    assert (action, "3 times at step 8" in why) == ("failed", True)
+
+
+def test_restarts_have_an_end(tmp_path: Path) -> None:
+    assert next_action(ended(tmp_path, "stopped", 5), 75, 99, 100, 3)[0] == "requeue"
+    assert next_action(ended(tmp_path, "stopped", 5), 75, 100, 100, 3)[0] == "failed"
+
+
+def test_a_run_that_never_began_is_tried_again(tmp_path: Path) -> None:
+    assert next_action(tmp_path, 1, 0, 100, 3)[0] == "requeue"
+    assert next_action(tmp_path, 2, 0, 100, 3)[0] == "failed"
+
+
+def test_a_real_run_is_described(finished_run: Runner, tmp_path: Path) -> None:
+    folder = finished_run.folder / "reference"
+    now = standing(folder)
+    assert (now.status, now.step, now.steps, now.starts) == ("finished", 40, 40, 1)
+    said = run(1, "-m", "pipeline", "status", folder, logs=tmp_path / "logs")
+    assert said.codes == [0]
+    assert "step      40 of 40 (100.0%)" in said.output
+    nothing = run(1, "-m", "pipeline", "status", tmp_path, logs=tmp_path / "logs")
+    assert nothing.codes == [2]
+    assert "holds no run.json" in nothing.output

@@ -1,0 +1,86 @@
+"""slurm/pretrain_s.sh as it is committed, with a tiny model on CPU ranks: stopped in every way, and gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.conftest import Runner
+from tests.slurm.conftest import Cluster
+
+STEPS = 250
+SIZES = {"model__size": "null", "schedule__steps": STEPS, "batch__micro_size": 2, "checkpoint__every_steps": 40, "checkpoint__keep_last": 2}
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the same run on four ranks, without a scheduler."""
+    runner = Runner(shards, tmp_path_factory.mktemp("unbroken"))
+    runner.check_trains("run", 4, **SIZES)
+    return runner.losses("run")
+
+
+def submit(cluster: Cluster, runner: Runner, *options: str) -> str:
+    return cluster.submit("pretrain_s.sh", *runner.arguments("run", **SIZES)[3:], options=(*TWO_BY_TWO, *options))
+
+
+def await_step(cluster: Cluster, runner: Runner, step: int) -> None:
+    rows = runner.folder / "run/metrics.jsonl"
+    cluster.until(lambda: rows.is_file() and len(rows.read_text().splitlines()) > step, f"step {step}")
+
+
+def check_finished(cluster: Cluster, runner: Runner, job: str, unbroken: list[float], restarts: int) -> None:
+    assert cluster.until_ended(job, 180) == "COMPLETED", cluster.log(job)
+    assert runner.losses("run") == unbroken
+    record = json.loads((runner.folder / "run/run.json").read_text())
+    assert record["status"] == "finished"
+    assert len(record["starts"]) == restarts + 1
+    assert cluster.job(job)["Restarts"] == str(restarts)
+
+
+def test_an_urgent_job_preempts_and_the_run_goes_on(cluster: Cluster, runner: Runner, unbroken: list[float]) -> None:
+    job = submit(cluster, runner)
+    await_step(cluster, runner, 60)
+    urgent = cluster.client(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"
+    ).strip()
+    assert cluster.until_ended(urgent) == "COMPLETED"
+    check_finished(cluster, runner, job, unbroken, restarts=1)
+    assert "stopped on request at step" in cluster.log(job)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_batch_script_saves_and_requeues(
+    cluster: Cluster, runner: Runner, unbroken: list[float]
+) -> None:
+    job = submit(cluster, runner)
+    await_step(cluster, runner, 60)
+    cluster.client("scancel", "--signal=USR1", "--batch", job)
+    check_finished(cluster, runner, job, unbroken, restarts=1)
+
+
+@pytest.mark.slow
+def test_a_stop_file_saves_and_requeues(cluster: Cluster, runner: Runner, unbroken: list[float]) -> None:
+    job = submit(cluster, runner)
+    await_step(cluster, runner, 60)
+    (runner.folder / "run/STOP").touch()
+    check_finished(cluster, runner, job, unbroken, restarts=1)
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_an_accident_that_the_run_survives(
+    cluster: Cluster, runner: Runner, unbroken: list[float]
+) -> None:
+    job = submit(cluster, runner)
+    await_step(cluster, runner, 60)
+    cluster.node("off", 2)
+    check_finished(cluster, runner, job, unbroken, restarts=1)
+    cluster.node("on", 2)
+
+
+def test_a_mistake_is_said_and_not_requeued(cluster: Cluster, runner: Runner) -> None:
+    job = cluster.submit("pretrain_s.sh", "--run", runner.folder / "run", "--modle.size=s", options=TWO_BY_TWO)
+    assert cluster.until_ended(job) == "FAILED"
+    assert "modle.size is no known key" in cluster.log(job)
+    assert cluster.job(job)["Restarts"] == "0"
