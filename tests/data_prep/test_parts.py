@@ -212,7 +212,7 @@ def test_one_damaged_tar_of_eight_is_too_many(tmp_path: Path, tars: Path, run: R
     assert open_shard_set(tmp_path / "out").manifest["skipped"]["train"]["damaged tar"] == 1
 
 
-@pytest.mark.parametrize("kind", ["stream", "folder"])
+@pytest.mark.parametrize("kind", ["stream", pytest.param("folder", marks=pytest.mark.slow)])
 def test_kills_at_ten_random_moments_change_nothing(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """SIGKILL to the whole process group; then a run to the end."""
     small = request.getfixturevalue("small")

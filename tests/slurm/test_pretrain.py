@@ -9,7 +9,13 @@ from tests.pipeline.conftest import Runner
 from tests.slurm.conftest import Cluster
 
 STEPS = 250
-SIZES = {"model__size": "null", "schedule__steps": STEPS, "batch__micro_size": 2, "checkpoint__every_steps": 40, "checkpoint__keep_last": 2}
+SIZES = {
+    "model__size": "null",
+    "schedule__steps": STEPS,
+    "batch__micro_size": 2,
+    "checkpoint__every_steps": 40,
+    "checkpoint__keep_last": 2,
+}
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
 

@@ -52,7 +52,7 @@ def test_what_a_block_saves_is_what_autograd_saves(block: str, precision: str) -
     assert saved_bytes(config, gpt2_config(four), on_cpu=True) == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("number", [10, *(pytest.param(n, marks=pytest.mark.slow) for n in range(10))])
+@pytest.mark.parametrize("number", [pytest.param(n, marks=pytest.mark.slow) for n in range(11)])
 def test_a_run_takes_what_the_plan_says(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages; the slow ones are the other cases of python -m tests.benchmarks.memory."""
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):

@@ -22,7 +22,10 @@ def test_sizes_are_a_function_of_the_step() -> None:
     assert [batch.images_after(steps) for steps in range(41)] == [sum(SIZES[:steps]) for steps in range(41)]
 
 
-@pytest.mark.parametrize(("ranks", "stages"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "stages"),
+    [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)],
+)
 def test_a_growing_batch_is_as_in_plain_torch(runner: Runner, shards: Path, ranks: int, stages: int) -> None:
     """Stopped while it grows, and gone on with."""
     settings = {**GROWING, "parallel__pipeline_stages": stages, "optimizer__learning_rate": RATE}
@@ -49,7 +52,7 @@ def test_mistakes_about_it_are_said(runner: Runner) -> None:
     ("ranks", "settings"),
     [
         pytest.param(1, {"parallel__zero_stage": 0}, marks=pytest.mark.slow),
-        (2, {"parallel__zero_stage": 1, "parallel__recompute": True}),
+        pytest.param(2, {"parallel__zero_stage": 1, "parallel__recompute": True}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__zero_stage": 3}, marks=pytest.mark.slow),
         (2, {"parallel__pipeline_stages": 2}),
     ],

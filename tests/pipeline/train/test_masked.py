@@ -71,6 +71,7 @@ def test_losses_are_those_of_plain_torch(
     assert runner.losses("run") == pytest.approx(plain[block], abs=FP32_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_validation_and_resume_on_another_engine(runner: Runner) -> None:
     """The same pictures are hidden on any ranks, so a run that moves keeps its curve and its validation."""
     runner.check_trains("one", 1, **MASKED, validation__every_steps=5)

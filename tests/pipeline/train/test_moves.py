@@ -48,7 +48,7 @@ def train_and_move(runner: Runner, first: str, second: str, **overrides: object)
     ("first", "second"),
     [
         ("PP2", "Z3x2"),
-        ("PP2xDP2", "tp2"),
+        pytest.param("PP2xDP2", "tp2", marks=pytest.mark.slow),
         pytest.param("1 rank", "PP2xDP2", marks=pytest.mark.slow),
         pytest.param("tp2", "1 rank", marks=pytest.mark.slow),
         pytest.param("Z3x2", "tp2xDP2", marks=pytest.mark.slow),

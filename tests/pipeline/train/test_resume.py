@@ -52,7 +52,7 @@ def test_killed_at_random_moments_the_joined_curve_is_bit_equal(
     assert valid[0] == valid[1]
 
 
-@pytest.mark.parametrize("ask", ["SIGTERM", "SIGUSR1", "STOP file"])
+@pytest.mark.parametrize("ask", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGUSR1", "STOP file"])
 def test_a_request_to_stop_saves_and_asks_for_a_requeue(runner: Runner, finished_run: Runner, ask: str) -> None:
     logs, path = runner.folder / "logs", runner.folder / "run"
     long = {**SAME, "checkpoint__every_steps": 1000}
@@ -84,7 +84,9 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [((2, 1), (1, 0)), ((1, 0), (2, 3)), ((2, 3), (2, 2))], ids=lambda pair: f"{pair[0]}x{pair[1]}"
+    ("first", "second"),
+    [((2, 1), (1, 0)), ((1, 0), (2, 3)), pytest.param((2, 3), (2, 2), marks=pytest.mark.slow)],
+    ids=lambda pair: f"{pair[0]}x{pair[1]}",
 )
 def test_another_topology_goes_on_with_the_same_curve(
     runner: Runner, finished_run: Runner, first: tuple[int, int], second: tuple[int, int]

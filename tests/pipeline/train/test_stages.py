@@ -49,6 +49,7 @@ def test_four_stages_are_as_one_rank(runner: Runner, block: str) -> None:
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_curve_is_bit_equal(runner: Runner) -> None:
     settings = {**PP2, "schedule__steps": 20, "checkpoint__every_steps": 4}
     runner.check_trains("unbroken", 4, **settings)

@@ -19,7 +19,9 @@ def plain_losses(shards: Path) -> list[float]:
     return train_plainly(shards)
 
 
-@pytest.mark.parametrize(("ranks", "stage", "recompute"), [(2, 1, True), (4, 2, False)])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "recompute"), [(2, 1, True), pytest.param(4, 2, False, marks=pytest.mark.slow)]
+)
 def test_fp32_losses_are_those_of_plain_torch(
     runner: Runner, plain_losses: list[float], ranks: int, stage: int, recompute: bool
 ) -> None:
@@ -49,6 +51,7 @@ def test_two_parts_are_as_one_rank(runner: Runner, block: str) -> None:
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_curve_is_bit_equal(runner: Runner) -> None:
     settings = {**TP2, "schedule__steps": 20, "checkpoint__every_steps": 4}
     runner.check_trains("unbroken", 4, **settings)
