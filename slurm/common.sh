@@ -95,6 +95,16 @@ requeue() {
   sleep 60 # the job is ended here
 }
 
+# Submits the evaluation of a finished run's checkpoints, once, where EVALUATE names tasks.
+follow_up() {
+  local run=$1 shards=$2 checkpoints tasks
+  if [ -z "$EVALUATE" ] || [ -e "$run/logs/evaluation.txt" ]; then return 0; fi
+  checkpoints=$(find "$run/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' | wc -l)
+  tasks=$(tr ',' '\n' <<<"$EVALUATE" | wc -l)
+  sbatch --array="0-$((checkpoints * tasks - 1))" "$SCRIPTS/evaluate.sh" --run "$run" --shards "$shards" \
+    --out "$run/results" --tasks "$EVALUATE" | tee "$run/logs/evaluation.txt"
+}
+
 # Trains with a recipe until the run is finished, over any number of starts of this job.
 pretrain() {
   local recipe=$1 run action restarts
@@ -109,7 +119,7 @@ pretrain() {
   site_prepare
   restarts=${SLURM_RESTART_COUNT:-0}
   mkdir -p "$run/logs"
-  echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((restarts + 1)): $RANKS ranks on $SLURM_JOB_NODELIST"
+  echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((restarts + 1)): $RANKS ranks on $SLURM_JOB_NODELIST" | tee -a "$run/logs/jobs.txt"
   trap ask_to_stop USR1 TERM
   tail --follow=name --retry --lines=0 "$run/logs/rank-0000.txt" 2>/dev/null &
   local tail=$!
@@ -121,7 +131,7 @@ pretrain() {
     --max_restarts "$MAX_RESTARTS" --max_accidents "$MAX_ACCIDENTS")
   echo "$(date +%FT%T) the ranks ended with code $CODE: $action"
   case $action in
-    done) return 0 ;;
+    done) follow_up "$run" "$(value_of --data.shards "$@")" ;;
     requeue) requeue ;;
     *)
       tail -n 5 "$run"/logs/rank-*.txt

@@ -42,3 +42,6 @@ SITE_REQUEUES=${SITE_REQUEUES:-true}
 # without a further step.
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 MAX_ACCIDENTS=${MAX_ACCIDENTS:-3}
+
+# Evaluation tasks that follow a finished training for each of its kept checkpoints (slurm/evaluate.sh); empty: none.
+EVALUATE=${EVALUATE:-}

@@ -64,3 +64,8 @@ def finish(processes: list[subprocess.Popen[bytes]], logs: Path) -> Finished:
 def run(ranks: int, *arguments: object, logs: Path) -> Finished:
     """Starts the ranks and waits for them."""
     return finish(start(ranks, *arguments, logs=logs), logs)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What a folder holds: the content of each file, by its path below it."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

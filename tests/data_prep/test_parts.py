@@ -18,14 +18,11 @@ from tar_files import picture_bytes, tar_bytes
 import data_prep.plan
 import data_prep.streams
 from data_prep.shards import open_shard_set
+from tests.launch import files_of
 
 ROOT = Path(__file__).parents[2]
 Small = tuple[np.ndarray, np.ndarray]
 Run = Callable[..., Any]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture

@@ -19,12 +19,9 @@ from data_prep.palette import decode
 from data_prep.plan import plan_splits
 from data_prep.shards import Split, open_shard_set
 from data_prep.views import area_resize
+from tests.launch import files_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture

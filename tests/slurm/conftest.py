@@ -27,19 +27,19 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def client(self, name: str, *arguments: object) -> str:
-        """What a client prints."""
+    def client(self, name: str, *arguments: object, **variables: str) -> str:
+        """What a client prints, with these variables besides ours."""
         command = [str(self.folder / "bin" / name), *map(str, arguments)]
-        environment = {**os.environ, "SITE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "SITE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
         finished = subprocess.run(
             command, capture_output=True, text=True, timeout=60, env=environment, cwd=self.folder / "jobs"
         )
         assert finished.returncode == 0, f"{command}: {finished.stderr}"
         return finished.stdout
 
-    def submit(self, script: str, *arguments: object, options: tuple[str, ...] = ()) -> str:
+    def submit(self, script: str, *arguments: object, options: tuple[str, ...] = (), **variables: str) -> str:
         """The job's number."""
-        return self.client("sbatch", "--parsable", *options, SCRIPTS / script, *arguments).strip()
+        return self.client("sbatch", "--parsable", *options, SCRIPTS / script, *arguments, **variables).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """`scontrol show job`, by key."""

@@ -27,8 +27,8 @@ def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
     return runner.losses("run")
 
 
-def submit(cluster: Cluster, runner: Runner, *options: str) -> str:
-    return cluster.submit("pretrain_s.sh", *runner.arguments("run", **SIZES)[3:], options=(*TWO_BY_TWO, *options))
+def submit(cluster: Cluster, runner: Runner, **variables: str) -> str:
+    return cluster.submit("pretrain_s.sh", *runner.arguments("run", **SIZES)[3:], options=TWO_BY_TWO, **variables)
 
 
 def await_step(cluster: Cluster, runner: Runner, step: int) -> None:
@@ -45,8 +45,10 @@ def check_finished(cluster: Cluster, runner: Runner, job: str, unbroken: list[fl
     assert cluster.job(job)["Restarts"] == str(restarts)
 
 
-def test_an_urgent_job_preempts_and_the_run_goes_on(cluster: Cluster, runner: Runner, unbroken: list[float]) -> None:
-    job = submit(cluster, runner)
+def test_an_urgent_job_preempts_the_run_goes_on_and_is_evaluated(
+    cluster: Cluster, runner: Runner, unbroken: list[float]
+) -> None:
+    job = submit(cluster, runner, EVALUATE="density")
     await_step(cluster, runner, 60)
     urgent = cluster.client(
         "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"
@@ -54,6 +56,9 @@ def test_an_urgent_job_preempts_and_the_run_goes_on(cluster: Cluster, runner: Ru
     assert cluster.until_ended(urgent) == "COMPLETED"
     check_finished(cluster, runner, job, unbroken, restarts=1)
     assert "stopped on request at step" in cluster.log(job)
+    results = runner.folder / "run/results"
+    cluster.until(lambda: len(list(results.glob("step-*/density.json"))) == 2, "the evaluation of two checkpoints")
+    assert sorted(path.name for path in results.iterdir()) == ["step-00000240", "step-00000250"]
 
 
 @pytest.mark.slow
