@@ -1,6 +1,9 @@
 """slurm/pretrain_s.sh as it is committed, with a tiny model on CPU ranks: stopped in every way, and gone on with."""
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,34 @@ def test_a_lost_node_is_an_accident_that_the_run_survives(
     cluster.node("off", 2)
     check_finished(cluster, runner, job, unbroken, restarts=1)
     cluster.node("on", 2)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_an_accident_that_the_run_survives(
+    cluster: Cluster, runner: Runner, unbroken: list[float]
+) -> None:
+    job = submit(cluster, runner)
+    await_step(cluster, runner, 60)
+    pattern = f"pipeline train --config .* --run={runner.folder}/run"
+    ranks = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
+    python = [rank for rank in ranks if "python" in Path(f"/proc/{rank}/exe").resolve().name]
+    os.kill(int(python[-1]), signal.SIGKILL)
+    check_finished(cluster, runner, job, unbroken, restarts=1)
+    assert ": requeue" in cluster.log(job)
+
+
+@pytest.mark.slow
+def test_without_requeueing_the_next_copy_of_an_array_goes_on(
+    cluster: Cluster, runner: Runner, unbroken: list[float]
+) -> None:
+    arguments = runner.arguments("run", **SIZES)[3:]
+    cluster.submit("pretrain_s.sh", *arguments, options=(*TWO_BY_TWO, "--array=1-3%1"))
+    await_step(cluster, runner, 60)
+    (runner.folder / "run/STOP").touch()
+    cluster.until(lambda: not cluster.client("squeue", "--noheader").strip(), "the end of the array", 180)
+    assert runner.losses("run") == unbroken
+    record = json.loads((runner.folder / "run/run.json").read_text())
+    assert (record["status"], len(record["starts"])) == ("finished", 2)
 
 
 def test_a_mistake_is_said_and_not_requeued(cluster: Cluster, runner: Runner) -> None:
