@@ -79,11 +79,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip("there is no slurmctld, and no apt-get to install it with")
     folder = Path("/tmp") / f"igpt-slurm-{os.getpid()}"  # short: munge's socket has a name of 107 characters at most
     environment = {**os.environ, "CLUSTER_DIR": str(folder), "CLUSTER_GPUS": "0"}
-    started = subprocess.run(
-        ["bash", str(CLUSTER_SCRIPTS / "start_cluster.sh"), "4"], env=environment, capture_output=True, text=True
-    )
-    if started.returncode:
-        pytest.skip(f"SLURM did not start: {started.stderr[-500:]}")
+    start = ["bash", str(CLUSTER_SCRIPTS / "start_cluster.sh"), "4"]
+    try:
+        subprocess.run(start, env=environment, capture_output=True, text=True, timeout=400, check=True)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"SLURM did not start: {error.stderr[-500:]}")
+    except subprocess.TimeoutExpired:
+        pytest.skip("SLURM did not start in 400 s")
     (folder / "jobs").mkdir()
     try:
         yield Cluster(folder)
