@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 USER_ERROR = 2
 SAID_BY_OTHERS = "said_by_others"
 """Attribute of an error that another rank is sure to print."""
+SILENT_SECONDS = 2.0
+"""Between two ranks of one launch, of which one loads its packages more slowly."""
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
 
 
@@ -138,12 +141,17 @@ def one_voice(speaks: bool) -> Iterator[None]:
 
 
 def report_error(error: BaseException) -> None:
-    """Prints the error as one sentence. Another rank than 0 prints it only if rank 0 may not have met it."""
+    """Prints the error as one sentence. Another rank than 0 prints it only if rank 0 may not have met it.
+
+    A rank that stays silent waits a little: launchers end the others with the first that leaves.
+    """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0":
         print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
     elif not getattr(error, SAID_BY_OTHERS, False):
         print(f"error: {_describe(error)} (on rank {rank})", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SILENT_SECONDS)
 
 
 def _describe(error: BaseException) -> str:
