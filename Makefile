@@ -49,7 +49,7 @@ demo: $(SET_UP)
 	@echo "      --run RUN --data.shards SHARDS"
 
 test: $(SET_UP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: $(SET_UP)
 	$(BIN)/python -m pytest -m "slow or not slow"

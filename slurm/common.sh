@@ -53,13 +53,14 @@ describe_ranks() {
 }
 
 # One process a rank, ranks of a node next to each other (stages of one pipeline are neighbours). Runs in the background.
+# What is left 30 s after the first rank ended is killed: not at once, or the sentence and the code of a mistake are lost.
 start_ranks() {
   local logs=$1
   shift
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
   export OMP_NUM_THREADS=$SRUN_CPUS_PER_TASK
   srun --nodes="$NODES" --ntasks="$RANKS" --ntasks-per-node="$RANKS_PER_NODE" --distribution=block:block \
-    --cpu-bind=none --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank-%4t.txt" \
+    --cpu-bind=none --wait=30 --open-mode=append --output="$logs/rank-%4t.txt" \
     "${SITE_LAUNCH[@]}" "$PYTHON" "$@" &
   STEP=$!
 }

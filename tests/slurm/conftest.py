@@ -15,10 +15,14 @@ import pytest
 from tests.launch import ROOT
 from tests.pipeline.conftest import runner, shards
 
-__all__ = ["Cluster", "cluster", "runner", "shards"]
+__all__ = ["Cluster", "cluster", "job_scripts", "runner", "shards"]
 SCRIPTS = ROOT / "slurm"
 PATIENCE = 120.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def job_scripts() -> list[Path]:
+    return sorted(path for path in SCRIPTS.glob("*.sh") if path.read_text().startswith("#!") and path.stem != "status")
 
 
 class Cluster:

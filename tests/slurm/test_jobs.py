@@ -1,4 +1,4 @@
-"""slurm/pretrain_s.sh as it is committed, with a tiny model on CPU ranks: stopped in every way, and gone on with."""
+"""The scripts as committed, on a SLURM of four nodes: a tiny training stopped in every way, and gone on with."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import files_of, run
 from tests.pipeline.conftest import Runner
-from tests.slurm.conftest import Cluster
+from tests.slurm.conftest import Cluster, job_scripts
 
 STEPS = 250
 SIZES = {
@@ -19,6 +20,12 @@ SIZES = {
     "checkpoint__every_steps": 40,
     "checkpoint__keep_last": 2,
 }
+SMALL_PICTURES = [
+    "--source.kind=photographs",
+    "--source.train_per_class=30",
+    "--source.test_per_class=4",
+    "--resolution=8",
+]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
 
@@ -126,3 +133,19 @@ def test_a_mistake_is_said_and_not_requeued(cluster: Cluster, runner: Runner) ->
     assert cluster.until_ended(job) == "FAILED"
     assert "modle.size is no known key" in cluster.log(job)
     assert cluster.job(job)["Restarts"] == "0"
+
+
+def test_slurm_takes_every_script(cluster: Cluster) -> None:
+    for script in job_scripts():
+        cluster.client("sbatch", "--test-only", "--nodes=2", script)
+
+
+def test_an_array_prepares_a_set_and_joins_it(cluster: Cluster, tmp_path: Path) -> None:
+    palette, out = tmp_path / "palette.npy", tmp_path / "shards"
+    for command in (["palette", "--out", palette], ["shards", "--palette.file", palette, "--out", tmp_path / "whole"]):
+        finished = run(1, "-m", "data_prep", *command, *SMALL_PICTURES, logs=tmp_path / "logs")
+        assert finished.codes == [0], finished.output
+    options = ("--array=1-3", "--cpus-per-task=1")
+    cluster.submit("prepare_shards.sh", *SMALL_PICTURES, "--palette.file", palette, "--out", out, options=options)
+    cluster.until(lambda: (out / "shards.json").is_file() and not (out / "unfinished").exists(), "the join")
+    assert files_of(out) == files_of(tmp_path / "whole")
