@@ -6,6 +6,7 @@ started again: finished runs are not run twice, stopped ones are gone on with.
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import yaml
 
 from data_prep.command_line import value_of
 from data_prep.files import read_json, write_json
+from data_prep.shards import open_shard_set
 from pipeline.config import TrainConfig, changed_keys, parse_training, to_dict
 
 STOPPED = 75
@@ -24,7 +26,7 @@ RATE_KEY = "--optimizer.learning_rate"
 SEARCH_FILE = "search.json"
 DECISIVE = ("seed", "model.", "objective.", "data.", "batch.global_size", "batch.first_size", "batch.warmup_steps",
             "optimizer.", "schedule.", "precision", "validation.images")  # fmt: skip
-"""Options that the final loss depends on; a run of fewer steps is gone on with."""
+"""Options that the final loss depends on."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ def search_command(arguments: list[str]) -> int:
         raise ValueError(f"--first is {first:g} and --last is {last:g}; the search goes down from first to last.")
     folder, launch = Path(options["--runs"]), _launcher(options["--launch"])
     config = parse_training([*rest, "--run", str(folder / "none")])[0]  # every mistake is found now
+    if config.data.shards is None:
+        raise ValueError("data.shards is not set; give the folder of a shard set (python -m data_prep shards).")
+    open_shard_set(config.data.shards)
     folder.mkdir(parents=True, exist_ok=True)
     tried: list[Tried] = []
     try:
@@ -119,9 +124,12 @@ def _number(key: str, text: str) -> float:
 
 def _launcher(launch: str) -> list[str]:
     try:
-        return shlex.split(launch) or [sys.executable, "-m", "pipeline", "train"]
+        words = shlex.split(launch) or [sys.executable, "-m", "pipeline", "train"]
     except ValueError as error:
         raise ValueError(f"--launch is {launch!r}, which is no command ({error}).") from error
+    if shutil.which(words[0]) is None:
+        raise ValueError(f"--launch begins with {words[0]!r}; it must be a program that can be started here.")
+    return words
 
 
 def _check_same(run: Path, config: TrainConfig) -> None:
@@ -130,7 +138,7 @@ def _check_same(run: Path, config: TrainConfig) -> None:
         return
     earlier = yaml.safe_load((run / "config.yaml").read_text())
     for key, (old, new) in changed_keys(earlier, to_dict(config)).items():
-        if key.startswith(DECISIVE) and key not in (RATE_KEY.removeprefix("--"), "schedule.steps"):
+        if key.startswith(DECISIVE) and key != RATE_KEY.removeprefix("--"):
             raise ValueError(f"{run} was trained with {key} {old}, now it is {new}; name another folder for --runs.")
 
 
@@ -148,7 +156,7 @@ def _final_loss(run: Path, rate: float, config: TrainConfig, launch: list[str], 
         if code == STOPPED or status == "stopped":
             raise Stopped(f"{run} was stopped")
         if status != "finished":
-            raise ValueError(f"{run} ended with code {code} and is {status or 'not begun'}; see what it said above.")
+            raise ValueError(f"{run} ended with code {code} before it was finished; see what it said above.")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None and row["step"] == steps]
     return float(losses[-1]) if losses else inf

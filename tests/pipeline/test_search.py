@@ -1,6 +1,7 @@
 """The search for the peak rate, with real runs."""
 
 import json
+import shutil
 import sys
 from typing import Any
 
@@ -45,13 +46,24 @@ def test_it_ends_when_the_loss_stops_falling_and_goes_on_where_it_was(runner: Ru
 
 def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
     folder = runner.folder / "search" / "rate-0.01"
-    runner.check_trains("search/rate-0.01", 1, schedule__steps=6)
+    runner.check_trains("search/rate-0.01", 1, schedule__steps=12, validation__every_steps=12)
+    shutil.rmtree(folder / "checkpoints")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "stopped", "step": 0}))
     (folder / "STOP").touch()
     finished = search(runner, "--last", "0.003")
     assert finished.codes == [75]
     assert "rate-0.01 was stopped; the same command goes on with it." in finished.output
     finished = search(runner, "--last", "0.003")
     assert finished.codes == [0], finished.output
+
+
+def test_runs_of_other_steps_are_not_gone_on_with(runner: Runner) -> None:
+    """Their rate has decayed already: what they would reach is not what a run of so many steps does."""
+    assert search(runner, "--last", "0.01").codes == [0]
+    finished = search(runner, "--last", "0.01", schedule__steps=24)
+    assert finished.codes == [2]
+    assert "was trained with schedule.steps 12, now it is 24; name another folder" in finished.output
 
 
 def test_a_launcher_is_what_the_options_are_appended_to(runner: Runner) -> None:
@@ -67,8 +79,9 @@ def test_a_launcher_is_what_the_options_are_appended_to(runner: Runner) -> None:
         (["--first", "0.001", "--last", "0.01"], "--first is 0.001 and --last is 0.01; the search goes down"),
         (["--first", "high"], "--first is 'high'; it must be a number"),
         (["--optimizer.learning_rate", "1"], "--optimizer.learning_rate is given, but the search sets it"),
+        (["--launch", "nosuchprogram"], "--launch begins with 'nosuchprogram'; it must be a program"),
         (["--modle.size", "s"], "modle.size is no known key"),
-        (["--launch", "false"], "rate-0.01 ended with code 1 and is not begun"),
+        (["--launch", "false"], "rate-0.01 ended with code 1 before it was finished"),
     ],
 )
 def test_mistakes_are_said(runner: Runner, own: list[str], message: str) -> None:
