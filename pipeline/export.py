@@ -46,6 +46,8 @@ def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
 
     Raises ValueError if there is none or its files are damaged.
     """
+    if (source / RECORD_FILE).is_file() and not (source / CHECKPOINTS_FOLDER).is_dir():
+        raise ValueError(f"{source} is a run without a folder {CHECKPOINTS_FOLDER}; put it back, or train again.")
     if not (source / CHECKPOINTS_FOLDER).is_dir():
         return _undamaged(open_checkpoint(source))
     folders = published(source / CHECKPOINTS_FOLDER)

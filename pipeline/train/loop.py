@@ -46,7 +46,9 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         inputs = check_inputs(config, ranks)
         folder.check(config, inputs.shards)
     if folder.finished_steps() >= config.schedule.steps:
-        print(f"{run} has finished its {config.schedule.steps} steps; nothing is left to train.", flush=True)
+        print(f"{run} has finished its {folder.finished_steps()} steps; nothing is left to train.", flush=True)
+        for line in folder.changes(config):
+            print(f"without effect on a finished run: {line}", flush=True)
         return FINISHED
     start_group(ranks, group_timeout(config.health.hang_minutes))
     try:

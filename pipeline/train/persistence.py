@@ -169,8 +169,8 @@ class Store:
                 )
         if self.ranks.is_first:
             print(
-                f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen, probe loss "
-                f"{losses[0]:.7f} (saved with {record.probe_loss:.7f})",
+                f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; a few "
+                f"held-out pictures give the loss {losses[0]:.7f} (when it was saved: {record.probe_loss:.7f})",
                 flush=True,
             )
         return Progress(record.step, record.images)

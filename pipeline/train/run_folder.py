@@ -18,6 +18,7 @@ import yaml
 from data_prep.files import read_json, write_json, written_aside
 from data_prep.shards import ShardSet
 from pipeline.config import TrainConfig, changed_keys, to_dict
+from pipeline.train.checkpoints import published
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"
@@ -50,6 +51,7 @@ class RunFolder:
             self._check_fixed_keys(config)
             if (self.path / RECORD_FILE).exists():
                 check_shards(self._read_record()["shards"], shards, self.path / RECORD_FILE)
+                self._check_saved()
         elif self.path.is_dir() and any(_is_foreign(child) for child in self.path.iterdir()):
             raise ValueError(f"--run is {self.path}, which holds other files and no {CONFIG_FILE}; name a new folder.")
 
@@ -76,6 +78,22 @@ class RunFolder:
         record = self._read_record() if (self.path / RECORD_FILE).exists() else {}
         return int(record.get("step", 0)) if record.get("status") == "finished" else 0
 
+    def _check_saved(self) -> None:
+        """Raises ValueError if the run has ended once, which it does with a checkpoint, and has none any more."""
+        made = int(self._read_record().get("step", 0))
+        if made and not published(self.checkpoints):
+            raise ValueError(
+                f"{self.path} has made {made:,} steps, but there is no checkpoint in {self.checkpoints}; put them "
+                f"back, or name a new --run."
+            )
+
+    def changes(self, config: TrainConfig) -> list[str]:
+        """What the configuration changes since the last start, a line a key."""
+        return [f"{key} was {old}, is {new}" for key, (old, new) in self._changed(config).items()]
+
+    def _changed(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        return changed_keys(self._earlier_config(), to_dict(config)) if (self.path / CONFIG_FILE).exists() else {}
+
     def _read_record(self) -> dict[str, Any]:
         record = read_json(self.path / RECORD_FILE)
         if not isinstance(record, dict) or not isinstance(record.get("shards"), dict):
@@ -93,7 +111,9 @@ class RunFolder:
             leftover.unlink()
         if (self.path / RECORD_FILE).exists():
             self._record = self._read_record()
-        changes = self._write_config(config)
+        lines, changes = self.changes(config), self._changed(config)
+        with written_aside(self.path / CONFIG_FILE) as aside:
+            aside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         with written_aside(self.path / PALETTE_FILE) as aside, aside.open("wb") as file:
             np.save(file, shards.palette)
         start = {
@@ -113,8 +133,8 @@ class RunFolder:
         }
         self._record["starts"] = [*self._record.get("starts", []), start]
         self.note("running")
-        for key, (old, new) in changes.items():
-            print(f"changed since the last start: {key} was {old}, is {new}", flush=True)
+        for line in lines:
+            print(f"changed since the last start: {line}", flush=True)
 
     def note(self, status: Status, **facts: Any) -> None:
         """Writes the status, and whatever else should be known of the run, to run.json."""
@@ -138,18 +158,18 @@ class RunFolder:
             self._lock.close()
 
     def _take_lock(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = (self.path / ".lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{self.path} is being trained by another process; wait for it or stop it.") from error
-
-    def _write_config(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        path, new = self.path / CONFIG_FILE, to_dict(config)
-        changes = changed_keys(self._earlier_config(), new) if path.exists() else {}
-        with written_aside(path) as aside:
-            aside.write_text(yaml.safe_dump(new, sort_keys=False))
-        return changes
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "not named"
+            raise ValueError(
+                f"{self.path} is being trained by another process ({holder}); wait for it or stop it."
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
 
 
 def _is_foreign(path: Path) -> bool:

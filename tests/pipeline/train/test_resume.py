@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -110,6 +111,23 @@ def test_a_finished_run_is_left_alone(finished_run: Runner) -> None:
     assert finished.codes == [0]
     assert "nothing is left to train" in finished.output
     assert (finished_run.folder / "reference/metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_says_what_it_does_not_change(finished_run: Runner) -> None:
+    finished = finished_run.train("reference", 1, batch__micro_size=2, schedule__steps=20)
+    assert finished.codes == [0]
+    assert "without effect on a finished run: schedule.steps was 40, is 20" in finished.output
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_begin_again(runner: Runner) -> None:
+    runner.check_trains("run", 1, schedule__steps=10)
+    shutil.rmtree(runner.folder / "run/checkpoints")
+    before = (runner.folder / "run/metrics.jsonl").read_bytes()
+    for steps in (10, 20):
+        finished = runner.train("run", 1, schedule__steps=steps)
+        assert finished.codes == [2]
+        assert "has made 10 steps, but there is no checkpoint in" in finished.output
+    assert (runner.folder / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_tensorboard_shows_every_step_once(runner: Runner) -> None:
