@@ -78,11 +78,19 @@ def _check_config_file(path: str | None) -> None:
         content = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if content is None:
+        raise ValueError(f"{path} is empty; it must hold keys and values, see configs/ for examples.")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not keys and values; see configs/ for examples.")
 
 
-TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a list in brackets",
+}
 
 
 def _one_sentence(message: str, known: list[str]) -> str:

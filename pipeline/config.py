@@ -135,8 +135,9 @@ class BatchConfig:
         require_at_least("batch.warmup_steps", self.warmup_steps, 0)
         if (self.warmup_steps > 0) != (self.first_size is not None):
             raise ValueError(
-                f"batch.warmup_steps is {self.warmup_steps} and batch.first_size is {self.first_size}; a batch that "
-                f"grows needs both, and one that does not needs neither."
+                f"batch.warmup_steps is {self.warmup_steps} and batch.first_size is "
+                f"{'not set' if self.first_size is None else self.first_size}; a batch that grows needs both, and one "
+                f"that does not needs neither."
             )
         if self.first_size is not None and (self.first_size < 1 or self.global_size % self.first_size):
             raise ValueError(
@@ -333,7 +334,11 @@ class TrainConfig:
                 f"data.reflect_crop is {self.data.reflect_crop}; it must be below model.resolution, "
                 f"{self.model.resolution}: a reflection is no larger than the picture."
             )
-
+        if self.profile.steps and self.profile.first_step > self.schedule.steps:
+            raise ValueError(
+                f"profile.first_step is {self.profile.first_step}; it must be at most schedule.steps, "
+                f"{self.schedule.steps}."
+            )
         if self.model.dropout and self.parallel.tensor_parallel > 1:
             raise ValueError(
                 f"model.dropout is {self.model.dropout}; with parallel.tensor_parallel "

@@ -66,8 +66,9 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     print("\nmemory of the rank that needs most, GB")
     _print_facts({part: f"{size / 1e9:8.2f}" for part, size in chosen.memory.peak_parts.items() if size})
     limit = cluster.accelerator.memory_bytes / 1e9
+    of = "" if cluster.on_cpu else f" of {limit:g} GB"
     with_waste = f"x {chosen.memory.fragmentation:g} for fragmentation = " if chosen.memory.fragmentation > 1 else ""
-    print(f"  at the peak {with_waste}{chosen.memory.peak / 1e9:.2f} GB of {limit:g} GB")
+    print(f"  at the peak {with_waste}{chosen.memory.peak / 1e9:.2f} GB{of}")
     if not cluster.on_cpu:
         _print_alternatives(others, cluster)
     if json is not None:

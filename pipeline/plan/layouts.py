@@ -1,12 +1,13 @@
 """Layouts of a run on N accelerators: which fit, and how fast each would be, by a model that is stated and simple.
 
-A step takes its FLOPs at the stated MFU, a third more where blocks are computed again, the pipeline's bubble, and the
-messages that nothing hides: tensor parallelism's inside a node, ZeRO's between nodes.
+A step takes its FLOPs at the stated MFU, a third more where blocks are computed again, the pipeline's bubble, the wait
+for its fullest stage, and the messages that nothing hides: tensor parallelism's inside a node, ZeRO's between nodes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil
 from typing import Literal
 
 from transformers import GPT2Config
@@ -120,7 +121,11 @@ def _seconds(
     parallel, parameters = config.parallel, costs.parameter_count(model) / config.parallel.model_ranks
     tokens = config.batch.global_size * model.n_positions
     computing = tokens * costs.flops_per_token(model) * (4 / 3 if parallel.recompute else 1)
-    seconds = computing / (cluster.accelerator.bf16_flops * cluster.mfu * cluster.ranks) / (1 - bubble)
+    stages = parallel.pipeline_stages
+    fullest = (
+        ceil(model.n_layer / stages) * stages / model.n_layer
+    )  # the other stages wait for the one with most blocks
+    seconds = fullest * computing / (cluster.accelerator.bf16_flops * cluster.mfu * cluster.ranks) / (1 - bubble)
     width = 4 if config.precision == "fp32" else 2
     stream = config.batch.micro_size * model.n_positions * model.n_embd * width
     if parallel.tensor_parallel > 1:
