@@ -6,16 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data_prep.command_line import new_parser, parse
 from data_prep.files import read_json, write_json
 from data_prep.palette import load_palette, palette_sha256
-from data_prep.shards import open_shard_set
+from data_prep.shards import ShardSet, open_shard_set
+from pipeline.config import ObjectiveConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model
-from pipeline.model.huggingface import save_model_folder
+from pipeline.model.huggingface import is_masked, save_model_folder
+from pipeline.model.masks import Masks
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
+from pipeline.train.masking import MaskedSplit
 from pipeline.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
 from pipeline.train.telemetry import METRICS_FILE, rows_until
 from pipeline.train.validation import probe_tokens
@@ -24,6 +28,14 @@ TRAINING_FOLDER = "training"
 CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision", "probe_loss")
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Nats per token between the exported fp32 weights and what the run computed in its own precision."""
+
+
+MASKED_CARD = """# Image GPT of hidden colours, step {step:,}
+
+A model that predicts hidden colours from all others (the paper's BERT objective), trained on {images:,} pictures. It
+attends both ways, which no class of transformers does for this block: `python -m pipeline evaluate` reads this folder.
+`training/` has the configuration, the record and the curve of the run.
+"""
 
 
 def export_command(arguments: list[str]) -> int:
@@ -73,11 +85,6 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes the model folder, whole or not at all, checked by logits and, if the shards are at hand, by the probe."""
     run = checkpoint.folder.parent.parent
     record = checkpoint.record
-    if not record.model.get("is_causal", True):
-        raise ValueError(
-            f"{checkpoint.folder} was trained with objective.kind masked_color; only next_color can be exported, since "
-            f"ImageGPT and GPT-2 folders are read as models that see what comes before a colour alone."
-        )
     palette = load_palette(run / PALETTE_FILE, GPT2Config.from_dict(record.model).colors, key="the run's palette")
     if palette_sha256(palette) != record.palette_sha256:
         raise ValueError(
@@ -85,6 +92,8 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
             f"with {record.palette_sha256[:12]}."
         )
     model = load_weights(checkpoint)
+    if is_masked(model.config):
+        model.config.mask_probability = _run_config(run)["objective"]["mask_probability"]
     _check_probe(model, record, run)
     save_model_folder(model, model.config, palette, folder, add_files=lambda aside: _add_record(aside, checkpoint, run))
 
@@ -113,14 +122,27 @@ def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) ->
     if shards.digest != record.shards_digest:
         print(f"{shards_path} is another shard set by now, so the probe batch's loss was not compared")
         return
-    tokens = torch.from_numpy(probe_tokens(shards.split("valid")).astype(np.int64))
-    inputs, targets = objectives.next_color(tokens, shards.colors)
-    loss = float(objectives.token_loss(model(inputs).logits, targets, shards.colors))
+    loss = _probe_loss(model, shards, run)
     if not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:
         raise ValueError(
             f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
             f"step {record.step} was saved; the checkpoint does not hold what was trained."
         )
+
+
+def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path) -> float:
+    """Nats per token of the probe batch, read as the run reads it."""
+    config, split = _run_config(run), shards.split("valid")
+    objective = ObjectiveConfig(**config["objective"])
+    masks = Masks(config["seed"], objective.mask_probability) if objective.kind == "masked_color" else None
+    probe = probe_tokens(split if masks is None else MaskedSplit(split, masks))
+    tokens = torch.from_numpy(probe.astype(np.int64))
+    inputs, targets = objectives.inputs_and_targets(objective)(tokens, shards.colors)
+    return float(objectives.picture_loss(model(inputs).logits, targets, shards.colors).mean())
+
+
+def _run_config(run: Path) -> dict[str, Any]:
+    return yaml.safe_load((run / CONFIG_FILE).read_text())
 
 
 def _add_record(aside: Path, checkpoint: Checkpoint, run: Path) -> None:
@@ -137,6 +159,8 @@ def _add_record(aside: Path, checkpoint: Checkpoint, run: Path) -> None:
 
 def _card(checkpoint: Checkpoint) -> str:
     facts: dict[str, Any] = checkpoint.record.model
+    if not facts.get("is_causal", True):
+        return MASKED_CARD.format(step=checkpoint.record.step, images=checkpoint.record.images)
     kind = "ImageGPTForCausalImageModeling" if facts["block"] == "igpt" else "GPT2LMHeadModel"
     return f"""---
 library_name: transformers

@@ -2,6 +2,9 @@
 
 A folder is published only after transformers has loaded it and given our logits. The names of the weights are the same
 on both sides. ImageGPT keeps its projections as (in, out) with a bias; ours are bias-free `nn.Linear`, (out, in).
+
+A model of hidden colours attends both ways, and transformers would read it as one that sees only what came before. Its
+folder has a `model_type` of ours, which transformers refuses, and our names and shapes.
 """
 
 import copy
@@ -16,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import load_torch_model, save_torch_state_dict
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -32,13 +35,14 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from data_prep.files import flush_to_disk, read_json
+from data_prep.files import flush_to_disk, read_json, write_json
 from pipeline.model.gpt import build_model, fixed_settings
 
 CLASSES = {"imagegpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
 CONFIGS = {"imagegpt": ImageGPTConfig, "gpt2": GPT2Config}
 BLOCK_OF_TYPE = {"imagegpt": "igpt", "gpt2": "gpt2"}
 TYPE_OF_BLOCK = {block: model_type for model_type, block in BLOCK_OF_TYPE.items()}
+MASKED_TYPE = "image_gpt_masked"
 
 SHARED_SETTINGS = (
     "vocab_size",
@@ -73,6 +77,8 @@ class LoadedModel:
     resolution: int
     """Pixels a side."""
     block: str
+    mask_probability: float | None = None
+    """Of a colour to be hidden, for a model of hidden colours; None for one of the next colour."""
 
 
 def save_model_folder(
@@ -93,14 +99,14 @@ def save_model_folder(
     if palette.shape != (config.colors, 3):
         raise ValueError(f"The palette has shape {palette.shape}; the model needs ({config.colors}, 3).")
     _check_replaceable(folder)
-    model_type = TYPE_OF_BLOCK[config.block]
+    model_type = MASKED_TYPE if is_masked(config) else TYPE_OF_BLOCK[config.block]
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         _write_configs(model_type, config, palette, aside)
-        _write_weights(_exported_state(model, config.block), aside)
+        _write_weights(_own_state(model) if is_masked(config) else _exported_state(model, config.block), aside)
         add_files(aside)
         _check_logits(model, config, model_type, aside)
         for file in aside.rglob("*"):
@@ -117,6 +123,8 @@ def load_model_folder(folder: Path) -> LoadedModel:
     """
     settings, palette = _read_settings(folder), _read_palette(folder)
     model_type = settings["model_type"]
+    if model_type == MASKED_TYPE:
+        return _load_masked(folder, settings, palette)
     try:
         config = CONFIGS[model_type].from_dict(settings)
     except Exception as error:  # transformers checks types with exceptions of its own
@@ -131,6 +139,26 @@ def load_model_folder(folder: Path) -> LoadedModel:
         model = build_model(ours)
     model.load_state_dict(state, assign=True)
     return LoadedModel(model.eval(), ours, palette, resolution, block)
+
+
+def is_masked(config: GPT2Config) -> bool:
+    """Whether a model of ours predicts hidden colours, from all others."""
+    return not getattr(config, "is_causal", True)
+
+
+def _load_masked(folder: Path, settings: dict[str, Any], palette: np.ndarray | None) -> LoadedModel:
+    try:
+        config = GPT2Config.from_dict({key: value for key, value in settings.items() if key != "model_type"})
+        probability = float(config.mask_probability)
+        model = build_model(config)
+    except Exception as error:  # transformers checks types with exceptions of its own
+        raise ValueError(f"{folder / 'config.json'} is no {MASKED_TYPE} configuration: {_one_line(error)}.") from error
+    resolution = _check_fits(config, palette, folder)
+    try:
+        load_torch_model(model, folder, strict=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"The weights in {folder} can't be read: {_one_line(error)}.") from error
+    return LoadedModel(model.eval(), config, palette, resolution, config.block, probability)
 
 
 def _shared(config: PreTrainedConfig) -> dict[str, Any]:
@@ -150,6 +178,14 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, folder: Path) -> None:
+    side = int(np.sqrt(config.n_positions))
+    processor = ImageGPTImageProcessorPil(
+        clusters=palette.astype(np.float32).tolist(), size={"height": side, "width": side}
+    )
+    processor.save_pretrained(folder)
+    if model_type == MASKED_TYPE:
+        write_json(folder / "config.json", config.to_dict() | {"model_type": MASKED_TYPE})
+        return
     settings = fixed_settings(config.block, config.colors)
     del settings["attn_implementation"]
     theirs = CONFIGS[model_type](**_shared(config), **settings | {"use_cache": True})
@@ -166,18 +202,17 @@ def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, fol
     )
     generation.save_pretrained(folder)
 
-    side = int(np.sqrt(config.n_positions))
-    processor = ImageGPTImageProcessorPil(
-        clusters=palette.astype(np.float32).tolist(), size={"height": side, "width": side}
-    )
-    processor.save_pretrained(folder)
-
 
 def _write_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
     try:
         save_torch_state_dict(state, folder)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{folder} can't be written: {_one_line(error)}.") from error
+
+
+def _own_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights under our names and shapes, fp32 on the CPU."""
+    return {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
 
 
 def _exported_state(model: nn.Module, block: str) -> dict[str, torch.Tensor]:
@@ -193,8 +228,14 @@ def _exported_state(model: nn.Module, block: str) -> dict[str, torch.Tensor]:
 
 
 def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder: Path) -> None:
-    """Raises RuntimeError unless transformers' own class gives our logits for a random picture."""
-    theirs = _read_model(CLASSES[model_type], CONFIGS[model_type].from_pretrained(folder), folder)
+    """Raises RuntimeError unless transformers' own class gives our logits for a random picture.
+
+    No class of theirs attends both ways as the paper's block does: a model of hidden colours is read back by ours.
+    """
+    if model_type == MASKED_TYPE:
+        theirs = load_model_folder(folder).model
+    else:
+        theirs = _read_model(CLASSES[model_type], CONFIGS[model_type].from_pretrained(folder), folder)
     weights = next(model.parameters())
     ours = model if weights.dtype == torch.float32 else copy.deepcopy(model).float()
     generator = torch.Generator("cpu").manual_seed(0)
@@ -235,8 +276,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no config.json; give a model folder, as `python -m pipeline export` writes it.")
     settings = read_json(path)
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if model_type not in CLASSES:
-        raise ValueError(f"{path} has model_type {model_type!r}; imagegpt and gpt2 can be read.")
+    if model_type not in (*CLASSES, MASKED_TYPE):
+        raise ValueError(f"{path} has model_type {model_type!r}; imagegpt, gpt2 and {MASKED_TYPE} can be read.")
     if settings.get("add_cross_attention"):
         raise ValueError(f"{path} has add_cross_attention true; only models without it can be read.")
     return settings

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoConfig
 
 from data_prep.shards import open_shard_set
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
-from pipeline.model.objectives import HIDDEN
+from pipeline.model.huggingface import load_model_folder
+from pipeline.model.masks import Masks
+from pipeline.model.objectives import HIDDEN, masked_color
 from pipeline.train.batches import ImageOrder
-from pipeline.train.masking import Masks
 from pipeline.train.schedule import rate_at
+from pipeline.train.validation import spread
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.test_topologies import FP32_TOLERANCE, RATE
@@ -97,10 +100,25 @@ def test_masks_are_a_function_of_the_place() -> None:
     assert (rare.sum(axis=1) == 1).all()
 
 
-def test_it_cannot_be_exported_as_a_model_that_sees_the_past_alone(runner: Runner) -> None:
-    runner.check_trains("run", 1, **{**MASKED, "schedule__steps": 5})
-    command = ["-m", "pipeline", "export", runner.folder / "run", "--out", runner.folder / "model"]
-    finished = run(1, *command, logs=runner.folder / "export")
-    assert finished.codes == [2]
-    assert "was trained with objective.kind masked_color; only next_color can be exported" in finished.output
-    assert not (runner.folder / "model").exists()
+def test_its_model_folder_is_ours_alone(runner: Runner) -> None:
+    """transformers would read it as a model that sees the past alone: it must refuse, and we must read it whole."""
+    runner.check_trains("run", 1, **{**MASKED, "schedule__steps": 10})
+    folder = runner.folder / "model"
+    finished = run(1, "-m", "pipeline", "export", runner.folder / "run", "--out", folder, logs=runner.folder / "export")
+    assert finished.codes == [0], finished.output
+    with pytest.raises(ValueError, match="image_gpt_masked"):
+        AutoConfig.from_pretrained(folder)
+    loaded = load_model_folder(folder)
+    assert loaded.mask_probability == 0.15
+    split, masks = open_shard_set(runner.shards).split("valid"), Masks(0, 0.15)
+    chosen = spread(split.images, 33)
+    tokens = masks.hide(split.gather(chosen)[0], "valid", chosen)
+    inputs, targets = masked_color(torch.from_numpy(tokens.astype(np.int64)), 512)
+    with torch.no_grad():
+        logits = loaded.model(inputs).logits
+        later = inputs.clone()
+        later[:, -1] = 0
+        assert not torch.equal(loaded.model(later).logits[:, 0], logits[:, 0])  # it sees what comes after
+    loss = torch.stack([functional.cross_entropy(*of) for of in zip(logits, targets, strict=True)]).mean().item()
+    validation = [row["valid_loss"] for row in runner.rows("run") if "valid_loss" in row]
+    assert loss == pytest.approx(validation[-1], abs=1e-5)
