@@ -1,11 +1,15 @@
-"""Pooled features of every layer, in one forward pass over a split.
+"""Pooled features of every layer, in one forward pass over a split, cached on disk.
 
 The feature of layer l is the mean over positions of the input of attention block l after its ln_1,
 l = 0 .. L-1; layer L is the mean after ln_f (Chen et al. 2020, section 3.3). The sequence is the
 training one, [SOS, x0 .. x(n-2)]: without SOS every colour would sit one position off.
 """
 
+import fcntl
+import hashlib
+import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from data_prep.files import file_sha256, write_json
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
-from pipeline.model.objectives import next_color
+
+SECONDS_BETWEEN_NOTES = 20.0
+"""A killed extraction does at most so much again."""
 
 
 @contextmanager
@@ -39,34 +46,147 @@ def pooled_layers(model: nn.Module) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
-def pooled_features(evaluation: Evaluation, pictures: Pictures, store: Path) -> np.ndarray:
-    """Features of every layer: float32 (L+1, N, D), a memory map of the file `store` on every rank.
+def pooled_features(evaluation: Evaluation, pictures: Pictures, draw: int = 0) -> np.ndarray:
+    """Features of every layer: float32 (L+1, N, D), a memory map that every rank reads.
 
-    The file (4 * (L+1) * N * D bytes) lies on a file system that all ranks share. Each rank computes
-    and writes its own batches; the numbers do not depend on how many ranks there are.
+    draw: which colours are hidden, for a model that hides some. The file (4 * (L+1) * N * D bytes) lies in
+    `evaluation.features`, on a file system that all ranks share, under a name that tells the model, the pictures and
+    all else that it depends on. Each rank computes and writes its own batches; the numbers do not depend on how many
+    ranks there are. What was computed before is not computed again: all of it, compared with its digest, or the
+    batches that a killed extraction had noted.
     """
-    model, accelerator = evaluation.model.model, evaluation.accelerator
-    config = evaluation.model.config
+    config, accelerator = evaluation.model.config, evaluation.accelerator
     shape = (config.n_layer + 1, len(pictures), config.n_embd)
-    from_first(accelerator, lambda: _reserve(store, shape))
-    features = np.load(store, mmap_mode="r+")  # (L+1, N, D)
-    label = f"features of {pictures.split.name}"
+    facts = _facts(evaluation, pictures, draw)
+    cache = Cache(evaluation.features, f"{pictures.split.name}-{_digest(facts)[:16]}")
+    with cache.held(evaluation):
+        if not from_first(accelerator, cache.is_whole):
+            from_first(accelerator, lambda: cache.reserve(shape))
+            _compute(evaluation, pictures, draw, cache)
+            accelerator.wait_for_everyone()
+            from_first(accelerator, lambda: cache.seal(facts))
+    return np.load(cache.path, mmap_mode="r")
+
+
+def _facts(evaluation: Evaluation, pictures: Pictures, draw: int) -> dict[str, object]:
+    """All that features depend on."""
+    return {
+        "model_digest": evaluation.model_digest,
+        "dataset_digest": evaluation.shards.digest,
+        "split": pictures.split.name,
+        "pictures": hashlib.sha256(pictures.indices.tobytes()).hexdigest(),
+        "precision": str(evaluation.accelerator.mixed_precision),
+        "batch_size": evaluation.sizes.batch_size,
+        "draw": [evaluation.seed, draw] if evaluation.masked else None,
+    }
+
+
+def _compute(evaluation: Evaluation, pictures: Pictures, draw: int, cache: "Cache") -> None:
+    """This rank's batches, as far as they were not noted."""
+    model, accelerator = evaluation.model.model, evaluation.accelerator
+    features, done = np.load(cache.path, mmap_mode="r+"), cache.noted()  # (L+1, N, D)
+    fresh: list[int] = []
+    noted_at = time.monotonic()
     with torch.inference_mode(), accelerator.autocast(), pooled_layers(model) as pooled:
-        for place, tokens in evaluation.batches(pictures, label):
-            inputs, _ = next_color(tokens, config.colors)  # (B, T)
+        for place, tokens in evaluation.batches(pictures, f"features of {pictures.split.name}", done):
+            inputs, _ = evaluation.inputs_and_targets(tokens, pictures.indices[place], draw)  # (B, T)
             model.transformer(inputs)
             features[:, place] = torch.stack(pooled).cpu().numpy()  # (L+1, B, D)
+            fresh.append(place.start)
+            if time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
+                features.flush()
+                cache.note(accelerator.process_index, fresh)
+                fresh, noted_at = [], time.monotonic()
     features.flush()
-    accelerator.wait_for_everyone()
-    return np.load(store, mmap_mode="r")
+    cache.note(accelerator.process_index, fresh)
 
 
-def _reserve(store: Path, shape: tuple[int, ...]) -> None:
-    """Creates the file with its space taken: writing to a map on a full disk would kill the process."""
-    store.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        np.lib.format.open_memmap(store, mode="w+", dtype=np.float32, shape=shape)
-        with store.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(store)) from error
+class Cache:
+    """One file of features: NAME.npy, whole once NAME.json with its digest stands beside it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / f"{name}.npy"
+        self._manifest, self._notes = folder / f"{name}.json", folder / f"{name}.batches"
+        self._lock = folder / f".{name}.lock"
+
+    @contextmanager
+    def held(self, evaluation: Evaluation) -> Iterator[None]:
+        """Keeps other commands out, such as another task of the same array: they wait, and find the file whole."""
+
+        def take() -> None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._held = self._lock.open("a")
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                evaluation.say(f"waiting for another command that computes {self.path.name}")
+                fcntl.flock(self._held, fcntl.LOCK_EX)
+
+        from_first(evaluation.accelerator, take)
+        try:
+            yield
+        finally:
+            if evaluation.is_first:
+                self._held.close()
+
+    def is_whole(self) -> bool:
+        """Whether the file stands there as it was written; a damaged one is said and removed."""
+        if not self._manifest.is_file():
+            return False
+        try:
+            promised = json.loads(self._manifest.read_text())["sha256"]
+            if file_sha256(self.path) == promised:
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        print(f"{self.path} is not what was written; its features are computed anew", flush=True)
+        self._remove()
+        return False
+
+    def reserve(self, shape: tuple[int, ...]) -> None:
+        """Creates the file, unless a killed extraction left it, with its space taken: writing to a map on a full disk
+        would kill the process."""
+        try:
+            if self.path.is_file() and np.load(self.path, mmap_mode="r").shape == shape:
+                return
+        except (OSError, ValueError):
+            pass
+        self._remove()
+        try:
+            np.lib.format.open_memmap(self.path, mode="w+", dtype=np.float32, shape=shape)
+            with self.path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            self._remove()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def noted(self) -> set[int]:
+        """First pictures of the batches that are on disk."""
+        lines = [line for file in self._notes.glob("rank-*") for line in file.read_text().splitlines()]
+        return {int(line[:-1]) for line in lines if line.endswith(";")}  # the last line may be cut off
+
+    def note(self, rank: int, batches: list[int]) -> None:
+        """Notes batches that this rank has flushed to disk."""
+        self._notes.mkdir(exist_ok=True)
+        with (self._notes / f"rank-{rank}").open("a") as file:
+            file.writelines(f"{first};\n" for first in batches)
+
+    def seal(self, facts: dict[str, object]) -> None:
+        """Writes the manifest: from now on the file is whole."""
+        write_json(self._manifest, facts | {"sha256": file_sha256(self.path)})
+        self._remove_notes()
+
+    def _remove(self) -> None:
+        self._manifest.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        self._remove_notes()
+
+    def _remove_notes(self) -> None:
+        for file in self._notes.glob("rank-*"):
+            file.unlink()
+        if self._notes.is_dir():
+            self._notes.rmdir()
+
+
+def _digest(facts: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

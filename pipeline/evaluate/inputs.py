@@ -1,6 +1,6 @@
 """What every task is given: the model, the shard set, the ranks, and the pictures of a split in fixed batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +13,7 @@ from data_prep.palette import palette_sha256
 from data_prep.progress import progress
 from data_prep.seeding import generator
 from data_prep.shards import ShardSet, Split
+from pipeline.evaluate.kept import Kept
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.model.huggingface import LoadedModel
 
 Outcome = TypeVar("Outcome")
+Weights = Literal["trained", "random"]
+"""The model's own, or initial ones in their place: what the architecture knows untaught."""
 GROUP_TIMEOUT = timedelta(hours=12)
 """Ranks wait for the one that fits the slowest probe."""
 
@@ -101,6 +104,39 @@ class Evaluation:
     accelerator: "Accelerator"
     seed: int
     sizes: Sizes
+    kept: Kept
+    """Finished pieces of the task at work."""
+    features: Path
+    """Where features are cached."""
+    model_digest: str
+    """Of the weights that are measured."""
+    weights: Weights = "trained"
+
+    @property
+    def masked(self) -> bool:
+        """Whether the model predicts hidden colours, and sees all others."""
+        return self.model.mask_probability is not None
+
+    def inputs_and_targets(
+        self, tokens: "torch.Tensor", indices: np.ndarray, draw: int = 0
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """What the model reads and what it is to say, both long (B, T), of pictures long (B, T).
+
+        indices: the pictures' numbers in their split, int64 (B,). Of a model of hidden colours they and `draw` decide
+        what is hidden (the paper hides colours at evaluation too), and targets are IGNORED elsewhere.
+        """
+        import torch
+
+        from pipeline.model import objectives
+        from pipeline.model.masks import Masks
+
+        colors = self.model.config.colors
+        if self.model.mask_probability is None:
+            return objectives.next_color(tokens, colors)
+        masks = Masks(self.seed, self.model.mask_probability)
+        hidden = masks.hide(tokens.cpu().numpy().astype(np.uint16), f"draw {draw}", indices)
+        marked = torch.from_numpy(hidden.astype(np.int64)).to(tokens.device)
+        return objectives.masked_color(marked, colors)
 
     @property
     def is_first(self) -> bool:
@@ -112,21 +148,25 @@ class Evaluation:
         limit = self.sizes.limit(split_name)
         return choose_pictures(self.shards, split_name, limit=limit, seed=self.seed, labelled=labelled)
 
-    def batches(self, pictures: Pictures, label: str) -> Iterator[tuple[slice, "torch.Tensor"]]:
+    def batches(
+        self, pictures: Pictures, label: str, done: Container[int] = ()
+    ) -> Iterator[tuple[slice, "torch.Tensor"]]:
         """This rank's batches: (their place in `pictures`, tokens long (B, T) on the device).
 
         Batch k goes to rank k modulo the ranks. A batch holds the same pictures whatever the number of
-        ranks, so that what is computed from it has the same bits.
+        ranks, so that what is computed from it has the same bits. Batches whose first picture is in `done` are left
+        out before they are shared.
         """
         import torch
 
         size, ranks = self.sizes.batch_size, self.accelerator.num_processes
-        starts = range(0, len(pictures), size)[self.accelerator.process_index :: ranks]
-        with self.progress(label, len(pictures)) as advance:
-            for start in starts:
+        starts = [start for start in range(0, len(pictures), size) if start not in done]
+        left = sum(min(size, len(pictures) - start) for start in starts)
+        with self.progress(label, left) as advance:
+            for number, start in enumerate(starts[self.accelerator.process_index :: ranks]):
                 tokens = pictures.tokens(start, start + size).astype(np.int64)  # (B, T)
                 yield slice(start, start + len(tokens)), torch.from_numpy(tokens).to(self.accelerator.device)
-                advance(min(len(tokens) * ranks, len(pictures) - start))
+                advance(min(size * ranks, left - number * size * ranks))
 
     def progress(
         self, label: str, total: int, unit: str = "pictures"

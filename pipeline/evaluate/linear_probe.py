@@ -7,7 +7,6 @@ on the validation split too; the test split is looked at once, with the chosen l
 on raw pixels and on colour histograms stands beside it.
 """
 
-import shutil
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -117,15 +116,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     classes = len(np.unique(pictures["train"].labels))
     if classes < 2:
         raise ValueError(f"{evaluation.shards.path} has one class in train; a probe needs two or more.")
-    store = evaluation.results / ".features"
-    if evaluation.is_first:
-        shutil.rmtree(store, ignore_errors=True)
-    try:
-        result = _probe_layers(evaluation, pictures, store, options.l2)
-    finally:
-        evaluation.accelerator.wait_for_everyone()
-        if evaluation.is_first:
-            shutil.rmtree(store, ignore_errors=True)
+    result = _probe_layers(evaluation, pictures, options.l2)
     result = {"classes": classes, **{f"{name}_images": len(chosen) for name, chosen in pictures.items()}} | result
     from_first(evaluation.accelerator, lambda: draw(result, evaluation.results / "linear_probe.png"))
     return result
@@ -142,9 +133,7 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def _probe_layers(
-    evaluation: Evaluation, pictures: dict[str, Pictures], store: Path, strengths: list[float]
-) -> dict[str, Any]:
+def _probe_layers(evaluation: Evaluation, pictures: dict[str, Pictures], strengths: list[float]) -> dict[str, Any]:
     from pipeline.evaluate.features import pooled_features
 
     def baseline(represent: Callable[[np.ndarray], np.ndarray]) -> Callable[[str], Labelled]:
@@ -153,7 +142,7 @@ def _probe_layers(
     def of_layer(layer: int) -> Callable[[str], Labelled]:
         return lambda name: (features[name][layer], pictures[name].labels)
 
-    features = {name: pooled_features(evaluation, pictures[name], store / f"{name}.npy") for name in ("train", "valid")}
+    features = {name: pooled_features(evaluation, pictures[name]) for name in ("train", "valid")}
     palette, colors = evaluation.shards.palette, evaluation.shards.colors
     jobs: dict[str | int, Callable[[str], Labelled]] = {
         "raw_pixel": baseline(lambda tokens: raw_pixels(tokens, palette)),
@@ -165,7 +154,7 @@ def _probe_layers(
 
     layers = [probes[layer].valid_accuracy for layer in range(len(features["train"]))]
     best = int(np.argmax(layers))
-    features["test"] = pooled_features(evaluation, pictures["test"], store / "test.npy")
+    features["test"] = pooled_features(evaluation, pictures["test"])
     test_labels = pictures["test"].labels
     test_accuracy = probes[best].accuracy(features["test"][best], test_labels)
     result: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,13 @@ def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
         metrics=metrics if metrics.is_file() else None,
         training_commands=tuple(dict.fromkeys(" ".join(start["command"]) for start in run.get("starts", []))),
     )
+
+
+def untrained(facts: ModelFacts, seed: int) -> ModelFacts:
+    """The facts of the same model with initial weights drawn from `seed`."""
+    digest = _digest([facts.digest, "initial weights", seed])
+    return replace(facts, digest=digest, checkpoint_step=None, images_seen=None, source="nothing: initial weights",
+                   metrics=None, training_commands=())  # fmt: skip
 
 
 def model_digest(folder: Path) -> str:

@@ -1,14 +1,15 @@
 """`python -m pipeline evaluate`: the tasks there are, and the command that runs some of them on one model.
 
-A task is one file with a dataclass `Options` and a function `measure(evaluation, options) -> dict`, and one line
-in TASKS. `measure` runs on every rank, writes its figures into `evaluation.results` from the first rank alone, and
-returns numbers that JSON can hold. Raises ValueError for a user's mistake.
+A task is one file with a dataclass `Options`, a function `measure(evaluation, options) -> dict`, a function
+`summary(result) -> str`, and one line in TASKS. `measure` runs on every rank, writes its figures into
+`evaluation.results` from the first rank alone, and returns numbers that JSON can hold. Raises ValueError for a user's
+mistake.
 """
 
 import os
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +20,11 @@ from jsonargparse import Namespace
 from data_prep.command_line import new_parser, parse
 from data_prep.files import read_json, write_json
 from data_prep.shards import open_shard_set
-from pipeline.evaluate.inputs import Evaluation, Sizes, check_match, from_first, start_accelerator
-from pipeline.evaluate.provenance import ModelFacts, inputs_digest, model_facts, options_of
+from pipeline.evaluate.inputs import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
+from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
 
+FEATURES = ".features"
 TASKS = {
     "linear_probe": "pipeline.evaluate.linear_probe",
     "density": "pipeline.evaluate.density",
@@ -43,6 +46,10 @@ class Command:
     """Chooses pictures where there is a cap, and draws completions."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward passes."""
+    weights: Weights = "trained"
+    """random: initial weights in place of the model's, as a baseline; give it a folder of results of its own."""
+    features: Path | None = None
+    """Where features of pictures are cached, for all tasks and later calls; OUT/.features if not set."""
     again: bool = False
     """Measure again what was already measured with the same inputs."""
 
@@ -59,6 +66,7 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError(f"--out is {command.out}, which is a file; it must be a folder.")
 
     from pipeline.locate import model_folder
+    from pipeline.model.gpt import initialize
     from pipeline.model.huggingface import load_model_folder
 
     accelerator = start_accelerator(command.precision)
@@ -66,9 +74,23 @@ def evaluate(arguments: list[str]) -> int:
     model = load_model_folder(folder)
     check_match(model, folder, shards)
     facts = from_first(accelerator, lambda: model_facts(folder, model))
+    if command.weights == "random":
+        initialize(model.model, command.seed)
+        facts = untrained(facts, command.seed)
     from_first(accelerator, lambda: command.out.mkdir(parents=True, exist_ok=True))
     model.model.to(accelerator.device).eval()
-    evaluation = Evaluation(model, shards, command.out, accelerator, command.seed, sizes)
+    evaluation = Evaluation(
+        model,
+        shards,
+        command.out,
+        accelerator,
+        command.seed,
+        sizes,
+        Kept(command.out, "none", facts.digest),
+        command.features or command.out / FEATURES,
+        facts.digest,
+        command.weights,
+    )
     evaluation.say(_describe(facts, evaluation))
 
     words = shlex.join(["python", "-m", "pipeline", "evaluate", *arguments])
@@ -116,11 +138,13 @@ def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any
         evaluation.say(f"{name}: already measured with these inputs, kept (--again measures anew)")
         return
     start = time.monotonic()
-    result = _module(name).measure(evaluation, options)
+    kept = Kept(evaluation.results, name, digest)
+    result = _module(name).measure(replace(evaluation, kept=kept), options)
     provenance = {
         "task": name,
         "checkpoint_step": facts.checkpoint_step,
         "model_digest": facts.digest,
+        "weights": evaluation.weights,
         "dataset": evaluation.shards.name,
         "dataset_digest": evaluation.shards.digest,
         "palette_sha256": evaluation.shards.palette_sha256,
@@ -131,6 +155,7 @@ def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any
         "seconds": round(time.monotonic() - start, 1),
     }
     from_first(evaluation.accelerator, lambda: write_json(path, provenance | result))
+    from_first(evaluation.accelerator, kept.clear)
     evaluation.say(f"{name}: {_module(name).summary(result)} ({provenance['seconds']:.0f} s)")
 
 

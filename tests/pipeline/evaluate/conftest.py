@@ -10,6 +10,8 @@ from tiny_sets import random_palette, random_pictures, write_model, write_shard_
 
 from data_prep.shards import ShardSet, open_shard_set
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
+from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.provenance import model_digest
 from pipeline.model.huggingface import load_model_folder
 
 torch.set_num_threads(1)
@@ -42,13 +44,29 @@ def model_folder(model_folders: dict[str, Path]) -> Path:
     return model_folders["igpt"]
 
 
+@pytest.fixture(scope="session")
+def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of hidden colours."""
+    return write_model(tmp_path_factory.mktemp("masked") / "model", objective="masked_color")
+
+
 @pytest.fixture
 def evaluation_of(shards: ShardSet, tmp_path: Path) -> Callable[..., Evaluation]:
     """Makes an evaluation of a model folder on the shard set (or on another), with any sizes."""
 
-    def make(folder: Path, shards: ShardSet = shards, **sizes: int) -> Evaluation:
-        model = load_model_folder(folder)
-        return Evaluation(model, shards, tmp_path / "results", start_accelerator("fp32"), 0, Sizes(**sizes))
+    def make(folder: Path, shards: ShardSet = shards, features: str = "features", **sizes: int) -> Evaluation:
+        results = tmp_path / "results"
+        return Evaluation(
+            model=load_model_folder(folder),
+            shards=shards,
+            results=results,
+            accelerator=start_accelerator("fp32"),
+            seed=0,
+            sizes=Sizes(**sizes),
+            kept=Kept(results, "test", "0" * 64),
+            features=tmp_path / features,
+            model_digest=model_digest(folder),
+        )
 
     return make
 

@@ -9,19 +9,21 @@ import torch
 from transformers import GPT2Model, ImageGPTModel
 
 from data_prep.shards import ShardSet
+from pipeline.evaluate import features as features_module
 from pipeline.evaluate.features import pooled_features
-from pipeline.evaluate.inputs import choose_pictures
+from pipeline.evaluate.inputs import Evaluation, choose_pictures
+from pipeline.model.objectives import IGNORED
 
 HUGGING_FACE = {"igpt": ImageGPTModel, "gpt2": GPT2Model}
 
 
 @pytest.mark.parametrize("block", ["igpt", "gpt2"])
 def test_features_are_the_hidden_states_after_ln_1(
-    block: str, model_folders: dict[str, Path], evaluation_of: Callable, tmp_path: Path
+    block: str, model_folders: dict[str, Path], evaluation_of: Callable
 ) -> None:
     evaluation = evaluation_of(model_folders[block], batch_size=48)  # the last batch is smaller
     pictures = evaluation.pictures("test")
-    features = pooled_features(evaluation, pictures, tmp_path / "test.npy")  # (L+1, N, D)
+    features = pooled_features(evaluation, pictures)  # (L+1, N, D)
 
     reference = HUGGING_FACE[block].from_pretrained(model_folders[block]).eval()
     tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
@@ -35,10 +37,96 @@ def test_features_are_the_hidden_states_after_ln_1(
     np.testing.assert_allclose(features, torch.stack(expected).numpy(), atol=1e-5)
 
 
-def test_the_model_has_no_hooks_left(model_folder: Path, evaluation_of: Callable, tmp_path: Path) -> None:
+def test_the_model_has_no_hooks_left(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder)
-    pooled_features(evaluation, evaluation.pictures("valid"), tmp_path / "valid.npy")
+    pooled_features(evaluation, evaluation.pictures("valid"))
     assert not any(module._forward_hooks for module in evaluation.model.model.modules())
+
+
+class Counted:
+    """Counts the pictures that a model reads, and may be made to fail after some."""
+
+    def __init__(self, evaluation: Evaluation, fails_after: int | None = None) -> None:
+        self.read = 0
+        self._fails_after = fails_after
+        self._hook = evaluation.model.model.transformer.register_forward_pre_hook(self._count)
+
+    def _count(self, _module: object, inputs: tuple[torch.Tensor]) -> None:
+        if self._fails_after is not None and self.read >= self._fails_after:
+            raise KeyboardInterrupt
+        self.read += len(inputs[0])
+
+
+def test_features_are_computed_once_for_all_tasks(model_folder: Path, evaluation_of: Callable) -> None:
+    first, later = evaluation_of(model_folder), evaluation_of(model_folder)
+    counted = [Counted(first), Counted(later)]
+    features = [pooled_features(evaluation, evaluation.pictures("test")) for evaluation in (first, later)]
+    np.testing.assert_array_equal(*features)
+    assert [counter.read for counter in counted] == [130, 0]
+    pooled_features(later, choose_pictures(later.shards, "test", limit=20, seed=0))  # other pictures
+    assert counted[1].read == 20
+
+
+def test_another_model_has_features_of_its_own(model_folders: dict[str, Path], evaluation_of: Callable) -> None:
+    igpt, gpt2 = (evaluation_of(model_folders[block]) for block in ("igpt", "gpt2"))
+    features = [pooled_features(evaluation, evaluation.pictures("test")) for evaluation in (igpt, gpt2)]
+    assert not np.array_equal(*features)
+
+
+def test_a_killed_extraction_goes_on(
+    model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features_module, "SECONDS_BETWEEN_NOTES", 0.0)
+    expected = evaluation_of(model_folder, batch_size=20, features="elsewhere")
+    expected = np.array(pooled_features(expected, expected.pictures("test")))
+    killed = evaluation_of(model_folder, batch_size=20)
+    Counted(killed, fails_after=60)
+    with pytest.raises(KeyboardInterrupt):
+        pooled_features(killed, killed.pictures("test"))
+    again = evaluation_of(model_folder, batch_size=20)
+    counted = Counted(again)
+    np.testing.assert_array_equal(pooled_features(again, again.pictures("test")), expected)
+    assert counted.read == 130 - 60
+    assert sorted(path.suffix for path in again.features.iterdir() if path.suffix != ".lock") == [".json", ".npy"]
+
+
+def test_a_damaged_cache_is_said_and_computed_anew(
+    model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = evaluation_of(model_folder)
+    pictures = evaluation.pictures("test")
+    expected = np.array(pooled_features(evaluation, pictures))
+    (file,) = evaluation.features.glob("*.npy")
+    content = bytearray(file.read_bytes())
+    for damaged in (content[:-7] + bytes([content[-7] ^ 1]) + content[-6:], content[:999], b""):
+        file.write_bytes(damaged)
+        np.testing.assert_array_equal(pooled_features(evaluation, pictures), expected)
+        assert f"{file} is not what was written" in capsys.readouterr().out
+    file.with_suffix(".json").write_text("{")
+    np.testing.assert_array_equal(pooled_features(evaluation, pictures), expected)
+    assert "is not what was written" in capsys.readouterr().out
+
+
+def test_hidden_colours_are_drawn_by_picture_and_draw(masked_folder: Path, evaluation_of: Callable) -> None:
+    """The features are those of the hidden pictures: plain GPT-2 modules under an explicit mask, all else seen."""
+    evaluation = evaluation_of(masked_folder, batch_size=48)
+    pictures = evaluation.pictures("test")
+    model, tokens = evaluation.model.model, torch.from_numpy(pictures.tokens().astype(np.int64))
+    for draw in (0, 1):
+        inputs, targets = evaluation.inputs_and_targets(tokens, pictures.indices, draw)
+        hidden = targets != IGNORED
+        assert hidden.float().mean() == pytest.approx(0.15, abs=0.02)
+        assert (inputs[hidden] == evaluation.shards.colors).all() and torch.equal(inputs[~hidden], tokens[~hidden])
+        assert torch.equal(targets[hidden], tokens[hidden])
+        with torch.no_grad():
+            states = model.transformer(inputs, output_hidden_states=True).hidden_states
+            expected = [
+                block.ln_1(state).mean(1) for block, state in zip(model.transformer.h, states[:-1], strict=True)
+            ]
+            expected.append(states[-1].mean(1))
+        features = pooled_features(evaluation, pictures, draw)
+        np.testing.assert_allclose(features, torch.stack(expected).numpy(), atol=1e-5)
+    assert not np.array_equal(pooled_features(evaluation, pictures, 0), features)
 
 
 def test_pictures_are_chosen_by_seed_and_without_unlabelled_ones(shards: ShardSet) -> None:

@@ -79,7 +79,7 @@ def test_the_task_measures_the_layer_that_did_best_on_validation(
     result = measure(evaluation, Options(l2=STRENGTHS))
 
     pictures = {name: evaluation.pictures(name, labelled=True) for name in ("train", "valid", "test")}
-    features = {name: pooled_features(evaluation, pictures[name], tmp_path / f"{name}.npy") for name in pictures}
+    features = {name: pooled_features(evaluation, pictures[name]) for name in pictures}
     expected = []
     for layer in range(4):
         data = {name: (features[name][layer], pictures[name].labels) for name in pictures}

@@ -1,6 +1,7 @@
 """`python -m pipeline evaluate`: results, what is done again and what is not, mistakes, ranks."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_sets import random_palette, random_pictures, write_model, write_shard_set
+from tiny_sets import COLORS, random_palette, random_pictures, write_model, write_shard_set
 
 from data_prep.shards import open_shard_set
+from pipeline.evaluate.provenance import model_digest
 from pipeline.evaluate.tasks import TASKS, evaluate
 
 QUICK = ["--linear_probe.l2", "[0.1, 0.01]", "--completions.images", "3", "--completions.samples", "2"]
@@ -38,7 +40,7 @@ def test_every_task_leaves_its_results_and_where_they_come_from(
     run: Callable[..., Path], shards_folder: Path, model_folder: Path
 ) -> None:
     folder = run("--seed", "3")
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.iterdir() if path.name != ".features"} == {
         *(f"{task}.json" for task in TASKS), "linear_probe.png", "completions.png", "report.html",
     }  # fmt: skip
     for task, result in results_of(folder).items():
@@ -91,6 +93,15 @@ def test_options_come_from_a_file_too(run: Callable[..., Path], tmp_path: Path) 
     )
     result = results_of(run("--config", str(tmp_path / "evaluate.yaml")))["density"]
     assert (result["split"], result["images"]) == ("valid", 30)
+
+
+def test_initial_weights_are_another_model(run: Callable[..., Path], model_folder: Path) -> None:
+    """The zero head of the paper's initial weights makes every colour as likely."""
+    trained = results_of(run("--tasks", "density"))["density"]
+    random = results_of(run("--tasks", "density", "--weights", "random"))["density"]
+    assert (trained["weights"], random["weights"]) == ("trained", "random")
+    assert random["nats_per_color"] == pytest.approx(math.log(COLORS), abs=1e-6)
+    assert random["model_digest"] != trained["model_digest"] == model_digest(model_folder)
 
 
 @pytest.mark.parametrize(

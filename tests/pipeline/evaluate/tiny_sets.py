@@ -53,9 +53,12 @@ def write_shard_set(
     return folder
 
 
-def write_model(folder: Path, block: str = "igpt", resolution: int = RESOLUTION) -> Path:
+def write_model(folder: Path, block: str = "igpt", resolution: int = RESOLUTION, objective: str = "next_color") -> Path:
     """A model folder with random weights, the head's too: nothing in it is zero that training would change."""
-    config = gpt2_config(ModelConfig(layers=3, width=16, heads=2, resolution=resolution, block=block), COLORS)
+    shape = ModelConfig(layers=3, width=16, heads=2, resolution=resolution, block=block)
+    config = gpt2_config(shape, COLORS, objective)
+    if objective == "masked_color":
+        config.mask_probability = 0.15
     model = build_model(config)
     initialize(model, seed=0)
     with torch.no_grad():

@@ -5,9 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+import numpy as np
+
 from data_prep.shards import open_shard_set
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
+from pipeline.evaluate.kept import Kept
 from pipeline.evaluate.tasks import evaluate
 from pipeline.model.huggingface import load_model_folder
 
@@ -15,8 +18,18 @@ if __name__ == "__main__":
     file, model, _, shards, *_ = sys.argv[1:]
     accelerator = start_accelerator("fp32")
     evaluation = Evaluation(
-        load_model_folder(Path(model)), open_shard_set(Path(shards)), Path(), accelerator, 0, Sizes(batch_size=20)
+        model=load_model_folder(Path(model)),
+        shards=open_shard_set(Path(shards)),
+        results=Path(),
+        accelerator=accelerator,
+        seed=0,
+        sizes=Sizes(batch_size=20),
+        kept=Kept(Path(file).parent, "test", ""),
+        features=Path(file).with_suffix(".features"),
+        model_digest="",
     )
-    pooled_features(evaluation, evaluation.pictures("test"), Path(file))
+    features = pooled_features(evaluation, evaluation.pictures("test"))
+    if accelerator.is_main_process:
+        np.save(file, features)
     if accelerator.num_processes > 1:
         evaluate(sys.argv[2:])
