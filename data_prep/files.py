@@ -1,6 +1,7 @@
 """Files written aside and renamed into place, so that what stands under its name is whole."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +31,19 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, waiting_for: str) -> Iterator[None]:
+    """Keeps other processes that lock the same file out, on all nodes that share it; says if it must wait for one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another command that writes {waiting_for}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def flush_to_disk(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from data_prep.files import locked
+
 EXPORTED_FOLDER = "exported"
 
 
@@ -18,6 +20,7 @@ def model_folder(path: Path) -> Path:
 
     checkpoint = find_checkpoint(path)
     folder = checkpoint.folder.parent.parent / EXPORTED_FOLDER / checkpoint.folder.name
-    if not (folder / "config.json").is_file():
-        export(checkpoint, folder)
+    with locked(folder.parent / ".lock", str(folder)):  # the tasks of an array begin with one checkpoint at once
+        if not (folder / "config.json").is_file():
+            export(checkpoint, folder)
     return folder

@@ -5,20 +5,19 @@ l = 0 .. L-1; layer L is the mean after ln_f (Chen et al. 2020, section 3.3). Th
 training one, [SOS, x0 .. x(n-2)]: without SOS every colour would sit one position off.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from data_prep.files import file_sha256, write_json
+from data_prep.files import file_sha256, locked, write_json
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
 
 SECONDS_BETWEEN_NOTES = 20.0
@@ -107,27 +106,14 @@ class Cache:
     def __init__(self, folder: Path, name: str) -> None:
         self.path = folder / f"{name}.npy"
         self._manifest, self._notes = folder / f"{name}.json", folder / f"{name}.batches"
-        self._lock = folder / f".{name}.lock"
 
     @contextmanager
     def held(self, evaluation: Evaluation) -> Iterator[None]:
         """Keeps other commands out, such as another task of the same array: they wait, and find the file whole."""
-
-        def take() -> None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._held = self._lock.open("a")
-            try:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                evaluation.say(f"waiting for another command that computes {self.path.name}")
-                fcntl.flock(self._held, fcntl.LOCK_EX)
-
-        from_first(evaluation.accelerator, take)
-        try:
+        with ExitStack() as stack:
+            lock = self.path.with_name(f".{self.path.name}.lock")
+            from_first(evaluation.accelerator, lambda: stack.enter_context(locked(lock, str(self.path))))
             yield
-        finally:
-            if evaluation.is_first:
-                self._held.close()
 
     def is_whole(self) -> bool:
         """Whether the file stands there as it was written; a damaged one is said and removed."""

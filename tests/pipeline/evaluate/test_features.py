@@ -1,5 +1,7 @@
 """Features against transformers' own hidden states; the choice of pictures."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +90,22 @@ def test_a_killed_extraction_goes_on(
     np.testing.assert_array_equal(pooled_features(again, again.pictures("test")), expected)
     assert counted.read == 130 - 60
     assert sorted(path.suffix for path in again.features.iterdir() if path.suffix != ".lock") == [".json", ".npy"]
+
+
+def test_tasks_of_an_array_wait_for_each_other(
+    model_folder: Path, evaluation_of: Callable, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While another process holds the file, nothing is computed; afterwards it is there."""
+    first, later = evaluation_of(model_folder), evaluation_of(model_folder)
+    pooled_features(first, first.pictures("test"))
+    (lock,) = first.features.glob(".*.lock")
+    words = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
+    words += "print('held', flush=True); time.sleep(1)"
+    holder = subprocess.Popen([sys.executable, "-c", words, str(lock)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    pooled_features(later, later.pictures("test"))
+    assert holder.wait() == 0
+    assert "waiting for another command that writes" in capfd.readouterr().out
 
 
 def test_a_damaged_cache_is_said_and_computed_anew(
