@@ -1,10 +1,12 @@
 """Files written aside and renamed into place, so that what stands under its name is whole."""
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 from uuid import uuid4
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RENAME_EXCHANGE, HERE = 2, -100
+"""Of Linux's renameat2: swap the two names; paths are as usual."""
 
 
 @contextmanager
@@ -44,6 +48,44 @@ def locked(path: Path, waiting_for: str) -> Iterator[None]:
             print(f"waiting for another command that writes {waiting_for}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def folder_written_aside(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside `folder`; on success it is flushed to disk and takes that one's place, else it goes.
+
+    What stood there goes once the new one is in place; both change in one step where the file system can swap names.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}-{uuid4().hex[:8]}.partial")
+    aside.mkdir()
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            flush_to_disk(path)
+        flush_to_disk(aside)
+        if folder.exists():
+            _exchange(aside, folder)
+        else:
+            aside.rename(folder)
+        flush_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swaps two folders' names; on a file system that can't (NFS, for one), the second is missing for a moment."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and renameat2(HERE, bytes(first), HERE, bytes(second), RENAME_EXCHANGE) == 0:
+        return
+    former = first.with_suffix(".former")
+    second.rename(former)
+    try:
+        first.rename(second)
+    except OSError:
+        former.rename(second)
+        raise
+    former.rename(first)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -58,6 +58,13 @@ def complete(arguments: list[str]) -> int:
     return complete_command(arguments)
 
 
+def publish(arguments: list[str]) -> int:
+    """Publishes a model with its results and a card."""
+    from pipeline.publish.command import publish_command
+
+    return publish_command(arguments)
+
+
 def doctor(arguments: list[str]) -> int:
     """Says what this machine has, and tries a small run out."""
     from pipeline.doctor import doctor_command
@@ -89,7 +96,7 @@ def leave(code: int) -> NoReturn:
 if __name__ == "__main__":
     dispatch(
         "python -m pipeline",
-        "Trains Image GPT on a shard set, exports, measures and shows it.",
+        "Trains Image GPT on a shard set, exports, measures, shows and publishes it.",
         {
             "train": ("train a run, or go on with it (alone, under torchrun, or under srun)", train),
             "search": ("find the peak rate by runs downward in half-decades, as the paper does", search),
@@ -97,6 +104,7 @@ if __name__ == "__main__":
             "export": ("write a checkpoint as a Hugging Face model folder", export),
             "evaluate": ("probe and measure a model, with a report", evaluate),
             "complete": ("complete half pictures", complete),
+            "publish": ("a model, its results and a card to a hub or a folder", publish),
             "status": ("where a run stands", status),
             "doctor": ("what this machine has, and whether a small run saves, dies and resumes on it", doctor),
         },

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from pipeline.model import objectives
 from pipeline.model.gpt import build_model
 from pipeline.model.huggingface import is_masked, save_model_folder
 from pipeline.model.masks import Masks
+from pipeline.publish.card import write_card
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
 from pipeline.train.masking import MaskedSplit
 from pipeline.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
@@ -28,14 +28,6 @@ TRAINING_FOLDER = "training"
 CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision", "probe_loss")
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Nats per token between the exported fp32 weights and what the run computed in its own precision."""
-
-
-MASKED_CARD = """# Image GPT of hidden colours, step {step:,}
-
-A model that predicts hidden colours from all others (the paper's BERT objective), trained on {images:,} pictures. It
-attends both ways, which no class of transformers does for this block: `python -m pipeline evaluate` reads this folder.
-`training/` has the configuration, the record and the curve of the run.
-"""
 
 
 def export_command(arguments: list[str]) -> int:
@@ -95,7 +87,13 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     if is_masked(model.config):
         model.config.mask_probability = _run_config(run)["objective"]["mask_probability"]
     _check_probe(model, record, run)
-    save_model_folder(model, model.config, palette, folder, add_files=lambda aside: _add_record(aside, checkpoint, run))
+    save_model_folder(
+        model,
+        model.config,
+        palette,
+        folder,
+        add_files=lambda aside: _add_record(aside, checkpoint, folder.resolve().name),
+    )
 
 
 def load_weights(checkpoint: Checkpoint) -> GPT2LMHeadModel:
@@ -145,39 +143,14 @@ def _run_config(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / CONFIG_FILE).read_text())
 
 
-def _add_record(aside: Path, checkpoint: Checkpoint, run: Path) -> None:
-    """How the model was made travels with it: the card, and the run's record, configuration and curve."""
-    (aside / "README.md").write_text(_card(checkpoint))
+def _add_record(aside: Path, checkpoint: Checkpoint, name: str) -> None:
+    """How the model was made travels with it: the run's record, configuration and curve, and the card of `name`."""
+    run = checkpoint.folder.parent.parent
     training = aside / TRAINING_FOLDER
     training.mkdir()
-    for name in (CONFIG_FILE, RECORD_FILE):
-        shutil.copyfile(run / name, training / name)
+    for file in (CONFIG_FILE, RECORD_FILE):
+        shutil.copyfile(run / file, training / file)
     with (training / METRICS_FILE).open("w") as rows:
         rows.writelines(rows_until(run / METRICS_FILE, checkpoint.record.step))
     write_json(training / "checkpoint.json", {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
-
-
-def _card(checkpoint: Checkpoint) -> str:
-    facts: dict[str, Any] = checkpoint.record.model
-    if not facts.get("is_causal", True):
-        return MASKED_CARD.format(step=checkpoint.record.step, images=checkpoint.record.images)
-    kind = "ImageGPTForCausalImageModeling" if facts["block"] == "igpt" else "GPT2LMHeadModel"
-    return f"""---
-library_name: transformers
-pipeline_tag: unconditional-image-generation
-tags: [image-gpt]
----
-
-# Image GPT, step {checkpoint.record.step:,}
-
-{facts["n_layer"]} layers, width {facts["n_embd"]}, {facts["n_head"]} heads; pictures of {facts["n_positions"]} tokens,
-{facts["colors"]} palette colours. Trained on {checkpoint.record.images:,} pictures; `training/` has the
-configuration, the record and the curve of the run.
-
-```python
-from transformers import {kind}, ImageGPTImageProcessor
-
-model = {kind}.from_pretrained("PATH")
-processor = ImageGPTImageProcessor.from_pretrained("PATH")  # its clusters are the palette
-```
-"""
+    write_card(aside, name)

@@ -5,6 +5,7 @@ from pathlib import Path
 from data_prep.files import locked
 
 EXPORTED_FOLDER = "exported"
+HUB = "hub:"
 
 
 def model_folder(path: Path) -> Path:

@@ -8,9 +8,7 @@ folder has a `model_type` of ours, which transformers refuses, and our names and
 """
 
 import copy
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from data_prep.files import flush_to_disk, read_json, write_json
+from data_prep.files import folder_written_aside, read_json, write_json
 from pipeline.model.gpt import build_model, fixed_settings
 
 CLASSES = {"imagegpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
@@ -100,20 +98,11 @@ def save_model_folder(
         raise ValueError(f"The palette has shape {palette.shape}; the model needs ({config.colors}, 3).")
     _check_replaceable(folder)
     model_type = MASKED_TYPE if is_masked(config) else TYPE_OF_BLOCK[config.block]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with folder_written_aside(folder) as aside:
         _write_configs(model_type, config, palette, aside)
         _write_weights(_own_state(model) if is_masked(config) else _exported_state(model, config.block), aside)
         add_files(aside)
         _check_logits(model, config, model_type, aside)
-        for file in aside.rglob("*"):
-            flush_to_disk(file)
-        _take_place(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_model_folder(folder: Path) -> LoadedModel:
@@ -250,21 +239,6 @@ def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder:
     if not torch.allclose(found, expected, **LOGITS_TOLERANCE):
         difference = (found - expected).abs().max().item()
         raise RuntimeError(f"The exported model's logits differ from ours by {difference:.2g}; nothing was published.")
-
-
-def _take_place(aside: Path, folder: Path) -> None:
-    """Renames `aside` to `folder`; what stood there goes away once the new one is in place."""
-    former = aside.with_suffix(".former")
-    if folder.exists():
-        folder.rename(former)
-    try:
-        aside.rename(folder)
-    except OSError:
-        if former.exists():
-            former.rename(folder)
-        raise
-    flush_to_disk(folder.parent)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 # Reading

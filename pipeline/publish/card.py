@@ -1,0 +1,420 @@
+"""The model card: README.md of a model folder, written from what the folder itself holds.
+
+Nothing is asked of the network or of the run, so that the same folder gives the same card, here and on a login node.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from data_prep.files import read_json
+from pipeline.evaluate.published import NATS, PROBE, PUBLISHED
+
+CARD = "README.md"
+TRAINING, RESULTS = Path("training"), Path("results")
+"""Subfolders of a model folder."""
+
+
+class Metric(NamedTuple):
+    """How a number is shown."""
+
+    name: str
+    form: str
+
+
+CLASSES = {"imagegpt": "ImageGPTForCausalImageModeling", "gpt2": "GPT2LMHeadModel"}
+HUB_DATASETS = {
+    "CIFAR-10": "uoft-cs/cifar10",
+    "CIFAR-100": "uoft-cs/cifar100",
+    "ImageNet": "ILSVRC/imagenet-1k",
+}
+"""What the hub calls the sources that it has."""
+PAPER = "https://cdn.openai.com/papers/Generative_Pretraining_from_Pixels_V2.pdf"
+METRICS = {
+    "nats_per_color": Metric("nats per colour", "{:.4f}"),
+    "bits_per_color": Metric("bits per colour", "{:.4f}"),
+    "test_accuracy": Metric("test accuracy", "{:.1%}"),
+}
+"""The numbers of a task's JSON that the card shows. One whose name ends so, raw_pixel_test_accuracy, is a baseline."""
+PUBLISHED_LIKE = {("density", "nats_per_color"): NATS, ("linear_probe", "test_accuracy"): PROBE}
+"""The published measure that a task's number stands beside."""
+FIGURES = {
+    "training.png": "The training curve",
+    "completions.png": "Half pictures and their completions: the given half, samples, the original",
+    "linear_probe.png": "Accuracy of a linear probe by layer",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model folder says of itself; empty where it says nothing."""
+
+    config: dict[str, Any]
+    """config.json."""
+    checkpoint: dict[str, Any]
+    """training/checkpoint.json: step, images, digests."""
+    run: dict[str, Any]
+    """training/run.json: shard set, starts with their hardware and packages."""
+    settings: dict[str, Any]
+    """training/config.yaml."""
+    rows: list[dict[str, Any]]
+    """training/metrics.jsonl."""
+    results: dict[str, dict[str, Any]]
+    """results/<task>.json, by task."""
+    figures: list[str]
+    """Names of the PNGs in results/."""
+
+    @property
+    def step(self) -> int | None:
+        return self.checkpoint.get("step")
+
+    @property
+    def source(self) -> str | None:
+        """The name of the pictures it was trained on."""
+        return self.run.get("shards", {}).get("source")
+
+
+def read_facts(folder: Path) -> Facts:
+    """Raises ValueError naming a file that is damaged."""
+    metrics = folder / TRAINING / "metrics.jsonl"
+    settings = folder / TRAINING / "config.yaml"
+    return Facts(
+        config=read_json(folder / "config.json"),
+        checkpoint=_optional_json(folder / TRAINING / "checkpoint.json"),
+        run=_optional_json(folder / TRAINING / "run.json"),
+        settings=yaml.safe_load(settings.read_text()) if settings.is_file() else {},
+        rows=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
+        results=read_results(folder / RESULTS),
+        figures=sorted(file.name for file in (folder / RESULTS).glob("*.png")),
+    )
+
+
+def read_results(results: Path) -> dict[str, dict[str, Any]]:
+    """The content of each task's JSON in a folder, by task; files of other kinds are passed over."""
+    contents = [read_json(path) for path in sorted(results.glob("*.json"))]
+    return {
+        content["task"]: content for content in contents if isinstance(content, dict) and "inputs_digest" in content
+    }
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def write_card(folder: Path, name: str, license_id: str | None = None, dataset: str | None = None) -> None:
+    """Writes README.md of a model folder.
+
+    name: what from_pretrained will be given. license_id, dataset: the hub's identifiers of the licence and of the
+    pictures; those of the card that stands there are kept where none are given.
+    """
+    facts = read_facts(folder)
+    earlier = _earlier_metadata(folder)
+    license_id = license_id or earlier.license
+    datasets = [dataset] if dataset else earlier.datasets or _known_dataset(facts)
+    metadata = ModelCardData(
+        license=license_id,
+        library_name="transformers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["image-gpt", "generative-pretraining"],
+        datasets=datasets,
+        metrics=sorted({result.metric_type for result in eval_results(facts)}) or None,
+        model_name=name.rpartition("/")[2],
+        eval_results=eval_results(facts) or None,
+    )
+    sections = [
+        _what_it_is(facts),
+        _loading(facts, name),
+        _training(facts),
+        _results(facts),
+        _beside_the_paper(facts),
+        _limits(facts),
+        _licence(license_id),
+        _contents(folder),
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
+
+
+def _earlier_metadata(folder: Path) -> ModelCardData:
+    path = folder / CARD
+    try:
+        return ModelCard.load(path).data if path.is_file() else ModelCardData()
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} has a head that is no YAML of a model card; mend it or delete the file.") from error
+
+
+def _known_dataset(facts: Facts) -> list[str] | None:
+    return [HUB_DATASETS[facts.source]] if facts.source in HUB_DATASETS else None
+
+
+def eval_results(facts: Facts) -> list[EvalResult]:
+    """The results as the hub's model-index has them: accuracies are of classification, the rest of generation."""
+    return [
+        EvalResult(
+            task_type="image-classification" if key == "test_accuracy" else "unconditional-image-generation",
+            dataset_type=HUB_DATASETS.get(result["dataset"], _slug(result["dataset"])),
+            dataset_name=result["dataset"],
+            dataset_split=result.get("split", "test"),
+            metric_type="accuracy" if key == "test_accuracy" else key,
+            metric_name=f"{_task_name(task)}: {METRICS[key].name}",
+            metric_value=result[key],
+        )
+        for task, key, result in _headlines(facts)
+    ]
+
+
+def _headlines(facts: Facts) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(task, key of a number, the task's JSON)."""
+    for task, result in facts.results.items():
+        for key in METRICS:
+            if isinstance(result.get(key), (int, float)):
+                yield task, key, result
+
+
+def _task_name(task: str) -> str:
+    return task.replace("_", " ")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "pictures"
+
+
+def _what_it_is(facts: Facts) -> str:
+    config = facts.config
+    side, colors = math.isqrt(config["n_positions"]), config["vocab_size"] - 1
+    step = f", step {facts.step:,}" if facts.step is not None else ""
+    pictures = f" It was trained on {facts.source}." if facts.source else ""
+    block = "the paper's block" if config["model_type"] == "imagegpt" else "stock GPT-2 blocks"
+    return (
+        f"# Image GPT{step}\n\n"
+        f"A transformer that reads a picture as a row of palette colours and predicts the next one, as in "
+        f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} pictures, {colors} colours, "
+        f"{config['n_layer']} layers of {block}, width {config['n_embd']}, {config['n_head']} heads, "
+        f"{parameters(config):,} parameters.{pictures}"
+    )
+
+
+def parameters(config: dict[str, Any]) -> int:
+    """Parameters of the model of a config.json; ImageGPT's biases, all zero, do not count."""
+    from transformers import GPT2Config
+
+    from pipeline.costs import parameter_count
+
+    block = "igpt" if config["model_type"] == "imagegpt" else "gpt2"
+    return parameter_count(GPT2Config(**config | {"block": block, "colors": config["vocab_size"] - 1}))
+
+
+def _loading(facts: Facts, name: str) -> str:
+    kind = CLASSES[facts.config["model_type"]]
+    return f"""## Use
+
+```python
+import torch
+from PIL import Image
+from transformers import {kind}, ImageGPTImageProcessorPil
+
+model = {kind}.from_pretrained("{name}")
+palette = torch.tensor(ImageGPTImageProcessorPil.from_pretrained("{name}").clusters)  # (colours, 3) in [-1, 1]
+
+start = torch.tensor([[model.config.vocab_size - 1]])  # SOS
+tokens = model.generate(start, max_length=model.config.n_positions + 1, do_sample=True, top_k=0)[0, 1:]
+side = round(model.config.n_positions ** 0.5)
+pixels = (127.5 * (palette[tokens] + 1)).round().to(torch.uint8).view(side, side, 3)
+Image.fromarray(pixels.numpy()).save("sample.png")
+```
+
+A picture becomes tokens by the nearest palette colour of each pixel, row by row; the model wants the start token in
+front of them, and the last one left out."""
+
+
+def _training(facts: Facts) -> str:
+    if not facts.checkpoint:
+        return ""
+    settings, starts = facts.settings, facts.run.get("starts", [])
+    lines = {
+        "Pictures": facts.source,
+        "Shard set": _short(facts.checkpoint.get("shards_digest")),
+        "Palette": _short(facts.checkpoint.get("palette_sha256")),
+        "Objective": _chosen(settings, "objective", "kind"),
+        "Steps": _steps(facts),
+        "Pictures seen": f"{facts.checkpoint['images']:,}",
+        "Batch": _chosen(settings, "batch", "global_size"),
+        "Optimiser": _optimiser(settings),
+        "Schedule": _schedule(settings),
+        "Augmentation": _augmentation(settings),
+        "Precision": settings.get("precision"),
+        "Last training loss": _last(facts.rows, "loss"),
+        "Last validation loss": _last(facts.rows, "valid_loss"),
+        "Time in steps": _duration(facts.rows),
+        "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
+        "Layout": _layout(settings),
+        "Code": starts[-1]["code"] if starts else None,
+        "Packages": ", ".join(f"{name} {version}" for name, version in starts[-1]["packages"].items())
+        if starts
+        else None,
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
+    return f"## Training\n\n| | |\n|---|---|\n{rows}\n\n{_figure(facts, 'training.png')}".rstrip()
+
+
+def _short(digest: str | None) -> str | None:
+    return f"sha256 {digest[:12]}" if digest else None
+
+
+def _chosen(settings: dict[str, Any], section: str, key: str) -> Any:
+    return settings.get(section, {}).get(key)
+
+
+def _steps(facts: Facts) -> str:
+    planned = _chosen(facts.settings, "schedule", "steps")
+    return f"{facts.step:,}" + (f" of {planned:,}" if planned else "")
+
+
+def _optimiser(settings: dict[str, Any]) -> str | None:
+    if "optimizer" not in settings:
+        return None
+    chosen = settings["optimizer"]
+    return (
+        f"Adam, peak rate {chosen['learning_rate']:g}, betas {', '.join(f'{beta:g}' for beta in chosen['betas'])}, "
+        f"weight decay {chosen['weight_decay']:g}, gradients clipped at {chosen['clip_norm']:g}"
+    )
+
+
+def _schedule(settings: dict[str, Any]) -> str | None:
+    chosen = settings.get("schedule")
+    return f"{chosen['warmup_steps']:,} steps of warm-up, then {chosen['decay']}" if chosen else None
+
+
+def _augmentation(settings: dict[str, Any]) -> str | None:
+    chosen = settings.get("data", {})
+    flip = ["random flips"] if chosen.get("flip") else []
+    crop = [f"random crops of pictures padded by {chosen['reflect_crop']}"] if chosen.get("reflect_crop") else []
+    return ", ".join(flip + crop) or ("none" if chosen else None)
+
+
+def _layout(settings: dict[str, Any]) -> str | None:
+    chosen = settings.get("parallel")
+    if not chosen:
+        return None
+    parts = [f"ZeRO-{chosen['zero_stage']}"]
+    parts += [f"{chosen['pipeline_stages']} pipeline stages"] if chosen.get("pipeline_stages", 1) > 1 else []
+    parts += [f"tensor parallelism {chosen['tensor_parallel']}"] if chosen.get("tensor_parallel", 1) > 1 else []
+    return ", ".join(parts)
+
+
+def _last(rows: list[dict[str, Any]], key: str) -> str | None:
+    found = [row[key] for row in rows if row.get(key) is not None]
+    return f"{found[-1]:.4f} nats per token" if found else None
+
+
+def _duration(rows: list[dict[str, Any]]) -> str | None:
+    """The time that the steps took, saving and validation left out."""
+    seconds, images = 0.0, 0
+    for row in rows:
+        if row.get("images_per_second"):
+            seconds += (row["images"] - images) / row["images_per_second"]
+            images = row["images"]
+    if not seconds:
+        return None
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+
+
+def _hardware(start: dict[str, Any]) -> str:
+    device = start["hardware"]["accelerator"] or f"CPU ({start['hardware']['cpu']})"
+    return f"{start['ranks']} {'rank' if start['ranks'] == 1 else 'ranks'} on {device}"
+
+
+def _figure(facts: Facts, name: str) -> str:
+    return f"![{FIGURES[name]}]({RESULTS / name})" if name in facts.figures else ""
+
+
+def _results(facts: Facts) -> str:
+    rows = [
+        f"| {_task_name(task)} | {result['dataset']} | {METRICS[key].name} | {_shown(key, result[key])} "
+        f"| {_baselines(key, result)} |"
+        for task, key, result in _headlines(facts)
+    ]
+    figures = [_figure(facts, name) for name in FIGURES if name != "training.png"]
+    if not rows and not any(figures):
+        return ""
+    table = "\n".join(["| task | pictures | | this model | for comparison |", "|---|---|---|---:|---|", *rows])
+    return "\n\n".join(part for part in ("## Results", table if rows else "", *figures) if part)
+
+
+def _shown(key: str, value: float) -> str:
+    return METRICS[key].form.format(value)
+
+
+def _baselines(key: str, result: dict[str, Any]) -> str:
+    """What the same JSON says of others: numbers whose names end in `_<key>`."""
+    found = {name.removesuffix(f"_{key}"): value for name, value in result.items() if name.endswith(f"_{key}")}
+    return ", ".join(
+        f"{_task_name(name).replace('color', 'colour')} {_shown(key, value)}" for name, value in found.items()
+    )
+
+
+def _beside_the_paper(facts: Facts) -> str:
+    parts = []
+    for task, key, result in _headlines(facts):
+        measure = PUBLISHED_LIKE.get((task, key))
+        if measure:
+            lines: list[tuple[str, ...]] = [(result["dataset"], "**this model**", _shown(key, result[key]), "measured")]
+            lines += [tuple(row[1:]) for row in PUBLISHED if row.measure == measure]
+            rows = [f"| {' | '.join(line)} |" for line in lines]
+            parts.append(
+                "\n".join([f"**{measure}**\n", "| pictures | system | | source |", "|---|---|---:|---|", *rows])
+            )
+    if not parts:
+        return ""
+    note = (
+        "Numbers compare only on the same pictures, and losses only under the same palette too; the others stand here "
+        "for scale. Published probes use features learned on ImageNet."
+    )
+    return "\n\n".join(["### Beside the published numbers", *parts, note])
+
+
+def _limits(facts: Facts) -> str:
+    side = math.isqrt(facts.config["n_positions"])
+    return f"""## Limits and biases
+
+- It sees and draws {side}x{side} pictures in {facts.config["vocab_size"] - 1} colours, and nothing finer.
+- It repeats what its pictures show, and how often. Trained on pictures of the web, models of this kind take over what
+  people are made to stand for there: [Steed and Caliskan (2021)](https://arxiv.org/abs/2010.15052) found associations
+  of race and gender in the published Image GPT like those that psychology measures in humans. Such pictures also show
+  people who were never asked. Do not use the model to depict people, or to judge them.
+- Its samples are no evidence of anything. Parts of training pictures may come back in them.
+- It was made for research on representations; a probe's accuracy on one data set says little about another."""
+
+
+def _licence(license_id: str | None) -> str:
+    if license_id:
+        return ""
+    return "## Licence\n\nNone was named by whoever published this; ask before you use it."
+
+
+def _contents(folder: Path) -> str:
+    known = {
+        "training/config.yaml": "the run's configuration as resolved",
+        "training/run.json": "how it was run: commands, code, packages, hardware",
+        "training/metrics.jsonl": "every step: loss in nats per token, rate, gradient norm, speed",
+        "training/tensorboard": "the same as TensorBoard events",
+        "results": "what was measured, a JSON a task, with figures and report.html",
+    }
+    lines = [f"- `{path}`: {meaning}" for path, meaning in known.items() if (folder / path).exists()]
+    return "\n".join(
+        [
+            "## What is here",
+            "",
+            "- the model (safetensors), its configuration, and an image processor with the palette",
+            *lines,
+        ]
+    )

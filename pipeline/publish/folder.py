@@ -1,0 +1,142 @@
+"""What is published: a model folder with its results and its card, put together whole."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from data_prep.files import folder_written_aside, read_json
+from pipeline.evaluate.provenance import model_digest
+from pipeline.publish.card import CARD, RESULTS, read_facts, read_results, write_card
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NEEDED = ("config.json", "preprocessor_config.json")
+RESULT_FILES = (".json", ".png", ".html")
+CREDENTIALS = re.compile(r"(?<=://)[^/\s\"'@]+@")
+"""A name and a password in an address."""
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+"""The form of the hub's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What the card can't know from the folder."""
+
+    name: str
+    """What from_pretrained will be given."""
+    license: str | None = None
+    dataset: str | None = None
+
+
+def publish_to_folder(model: Path, results: Path | None, target: Path, about: About) -> None:
+    """Writes `target` as a repository would hold it, whole or not at all; an earlier publication there is replaced.
+
+    Raises ValueError if `target` holds something else or a later step.
+    """
+    target = target.resolve()
+    if target == model.resolve():
+        raise ValueError(f"--to is dir:{target}, which is the model itself; name another folder.")
+    _check_replaceable(model, target)
+    with folder_written_aside(target) as aside:
+        assemble(model, results, aside, about)
+
+
+def assemble(model: Path, results: Path | None, folder: Path, about: About) -> None:
+    """Fills an empty folder with the model, its results (those that lie in the model folder if None), and the card.
+
+    Raises ValueError if the model is not whole, the results are of another model, or a file holds a token.
+    """
+    check_whole(model)
+    for file in _files_of(model):
+        if results is None or RESULTS not in file.parents:
+            _copy(model / file, folder / file)
+    if results is not None:
+        check_results(results, model)
+        for file in _files_of(results):
+            if file.suffix in RESULT_FILES:
+                _copy(results / file, folder / RESULTS / file)
+    _hide_credentials(folder)
+    write_card(folder, about.name, about.license, about.dataset)
+
+
+def step_of(folder: Path) -> int | None:
+    """The training step of a model folder; None where it does not say."""
+    return read_facts(folder).step
+
+
+def check_whole(model: Path) -> None:
+    """Raises ValueError naming the first file that a model folder lacks, or that is damaged."""
+    for name in NEEDED:
+        if not (model / name).is_file():
+            raise ValueError(f"{model} has no {name}; publish a run, a checkpoint, or a folder that `export` wrote.")
+    for name in weight_files(model):
+        try:
+            with safe_open(str(model / name), framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{model / name} can't be read ({error}); export the model again.") from error
+
+
+def weight_files(model: Path) -> list[str]:
+    """The names of the files that hold the weights. Raises ValueError if there are none in safetensors."""
+    if (model / INDEX).is_file():
+        return sorted(set(read_json(model / INDEX)["weight_map"].values()))
+    if not (model / WEIGHTS).is_file():
+        raise ValueError(f"{model} has no {WEIGHTS}; only weights in safetensors are published, since loading is safe.")
+    return [WEIGHTS]
+
+
+def check_results(results: Path, model: Path) -> None:
+    """Raises ValueError if the folder holds no results, or some of another model."""
+    if not results.is_dir():
+        raise ValueError(f"--results is {results}, which is no folder; name one that `evaluate` wrote.")
+    found = read_results(results)
+    if not found:
+        raise ValueError(f"--results is {results}, which holds no task's results; name a folder that `evaluate` wrote.")
+    digest = model_digest(model)
+    for task, result in found.items():
+        if result["model_digest"] != digest:
+            raise ValueError(
+                f"{results} has {task} of the model {result['model_digest'][:12]}, but {model} is {digest[:12]}; "
+                f"evaluate this model, or name its results."
+            )
+
+
+def _check_replaceable(model: Path, target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"--to is dir:{target}, which is a file; name a folder.")
+    if not any(target.iterdir()):
+        return
+    if not (target / "config.json").is_file() or not (target / CARD).is_file():
+        raise ValueError(f"--to is dir:{target}, which holds other files; name a new folder, or a published one.")
+    there, here = step_of(target), step_of(model)
+    if there is not None and here is not None and here < there:
+        raise ValueError(f"--to is dir:{target}, which holds step {there}; name another folder for step {here}.")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Paths below a folder of what is published of it: nothing hidden."""
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [file for file in files if not any(part.startswith(".") for part in file.parts)]
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _hide_credentials(folder: Path) -> None:
+    """Takes names and passwords out of addresses. Raises ValueError naming a file that holds a token."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".json", ".jsonl", ".yaml", ".html", ".md"):
+            continue
+        text = path.read_text()
+        if TOKEN.search(text):
+            raise ValueError(f"{path.relative_to(folder)} would show a token (hf_...); take it out before publishing.")
+        hidden = CREDENTIALS.sub("", text)
+        if hidden != text:
+            path.write_text(hidden)
