@@ -1,22 +1,24 @@
-"""What a user may call a model: a model folder, a run, or one of its checkpoints."""
+"""What a user may call a model: a model folder, a run, one of its checkpoints, or its name on a hub."""
 
 from pathlib import Path
 
 from data_prep.files import locked
+from pipeline.hub import HUB, pull
 
 EXPORTED_FOLDER = "exported"
-HUB = "hub:"
 
 
 def model_folder(path: Path) -> Path:
     """The model folder that `path` names; a checkpoint, or a run's newest, is exported into its run first.
 
-    Raises ValueError if it is none of these.
+    hub:ORG/NAME or hub:ORG/NAME@REVISION is fetched into the cache. Raises ValueError if it is none of these.
     """
+    if str(path).startswith(HUB):
+        return pull(str(path).removeprefix(HUB))
     if (path / "config.json").is_file():
         return path
     if not (path / "checkpoints").is_dir() and not (path / "checkpoint.json").is_file():
-        raise ValueError(f"{path} is no model: it must be a model folder, a run, or a run's checkpoint.")
+        raise ValueError(f"{path} is no model: it must be a model folder, a run, a run's checkpoint, or {HUB}ORG/NAME.")
     from pipeline.export import export, find_checkpoint
 
     checkpoint = find_checkpoint(path)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
 from data_prep.files import read_json
 from pipeline.evaluate.published import NATS, PROBE, PUBLISHED
@@ -58,6 +59,7 @@ class Facts:
 
     config: dict[str, Any]
     """config.json."""
+    parameters: int
     checkpoint: dict[str, Any]
     """training/checkpoint.json: step, images, digests."""
     run: dict[str, Any]
@@ -85,8 +87,10 @@ def read_facts(folder: Path) -> Facts:
     """Raises ValueError naming a file that is damaged."""
     metrics = folder / TRAINING / "metrics.jsonl"
     settings = folder / TRAINING / "config.yaml"
+    config = read_json(folder / "config.json")
     return Facts(
-        config=read_json(folder / "config.json"),
+        config=config,
+        parameters=parameters(folder, config),
         checkpoint=_optional_json(folder / TRAINING / "checkpoint.json"),
         run=_optional_json(folder / TRAINING / "run.json"),
         settings=yaml.safe_load(settings.read_text()) if settings.is_file() else {},
@@ -197,18 +201,19 @@ def _what_it_is(facts: Facts) -> str:
         f"A transformer that reads a picture as a row of palette colours and predicts the next one, as in "
         f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} pictures, {colors} colours, "
         f"{config['n_layer']} layers of {block}, width {config['n_embd']}, {config['n_head']} heads, "
-        f"{parameters(config):,} parameters.{pictures}"
+        f"{facts.parameters:,} parameters.{pictures}"
     )
 
 
-def parameters(config: dict[str, Any]) -> int:
-    """Parameters of the model of a config.json; ImageGPT's biases, all zero, do not count."""
-    from transformers import GPT2Config
-
-    from pipeline.costs import parameter_count
-
-    block = "igpt" if config["model_type"] == "imagegpt" else "gpt2"
-    return parameter_count(GPT2Config(**config | {"block": block, "colors": config["vocab_size"] - 1}))
+def parameters(folder: Path, config: dict[str, Any]) -> int:
+    """Parameters of a model folder by its weights' headers; ImageGPT's biases, all zero, do not count."""
+    count = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="np") as weights:
+            for name in weights.keys():  # noqa: SIM118 (no mapping)
+                if config["model_type"] != "imagegpt" or not name.endswith(".bias"):
+                    count += math.prod(weights.get_slice(name).get_shape())
+    return count
 
 
 def _loading(facts: Facts, name: str) -> str:

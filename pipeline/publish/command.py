@@ -3,9 +3,16 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from data_prep.command_line import new_parser, parse
-from pipeline.locate import HUB, model_folder
+from pipeline.hub import HUB, parse_name
+from pipeline.locate import model_folder
+
+if TYPE_CHECKING:
+    from pipeline.publish.folder import About
+    from pipeline.publish.push import Pushed
 
 DIR = "dir:"
 
@@ -24,20 +31,60 @@ class Options:
     """The hub's identifier of the licence, such as mit; a card without one says so."""
     dataset: str | None = None
     """The hub's name of the pictures it was trained on, ORG/NAME."""
+    patience: float = 15.0
+    """Minutes after which a hub that stays away or busy is given up."""
 
 
 def publish_command(arguments: list[str]) -> int:
     """`publish SOURCE [--results RESULTS] --to hub:ORG/NAME|dir:PATH`. Raises ValueError for a user's mistake."""
     source, options = _parse(arguments)
-    folder = model_folder(source)
-    from pipeline.publish.folder import About, publish_to_folder
-
     kind, target = _target(options.to)
-    if kind == DIR:
-        about = About(name=Path(target).resolve().name, license=options.license, dataset=options.dataset)
-        publish_to_folder(folder, options.results, Path(target), about)
-        print(f"published to {target}")
+    if kind == HUB:
+        _to_hub(source, options, target)
+    else:
+        _to_folder(source, options, Path(target))
     return os.EX_OK
+
+
+def _to_folder(source: Path, options: Options, target: Path) -> None:
+    from pipeline.publish.folder import publish_to_folder
+
+    publish_to_folder(model_folder(source), options.results, target, _about(options, target.resolve().name))
+    print(f"published to {target}")
+
+
+def _to_hub(source: Path, options: Options, name: str) -> None:
+    from pipeline.publish.folder import assemble, step_of
+    from pipeline.publish.push import Target, check_login, push
+
+    repository, revision = parse_name(name)
+    if revision is not None:
+        raise ValueError(f"--to is {HUB}{name}; give no revision, a step is tagged by itself.")
+    check_login(repository)
+    model = model_folder(source)
+    with TemporaryDirectory(prefix="publish-") as aside:
+        folder = Path(aside)
+        assemble(model, options.results, folder, _about(options, repository), link_weights=True)
+        target = Target(repository=repository, public=options.public)
+        pushed = push(folder, target, step=step_of(folder), patience=60 * options.patience)
+    _say(pushed, options.public)
+
+
+def _say(pushed: "Pushed", wanted_public: bool) -> None:
+    files = f"{len(pushed.sent)} files" if len(pushed.sent) != 1 else "1 file"
+    what = f"sent {files}" if pushed.sent else "nothing to send"
+    where = f"{pushed.url}, commit {pushed.commit[:12]}" + (f", tag {pushed.tag}" if pushed.tag else "")
+    print(f"published to {where}: {what}; the repository is {'private' if pushed.private else 'public'}")
+    if not pushed.on_main:
+        print("main keeps a later step")
+    if wanted_public and pushed.private:
+        print("it was private before, and stays so: change that on the hub")
+
+
+def _about(options: Options, name: str) -> "About":
+    from pipeline.publish.folder import About
+
+    return About(name=name, license=options.license, dataset=options.dataset)
 
 
 def _parse(arguments: list[str]) -> tuple[Path, Options]:

@@ -43,15 +43,17 @@ def publish_to_folder(model: Path, results: Path | None, target: Path, about: Ab
         assemble(model, results, aside, about)
 
 
-def assemble(model: Path, results: Path | None, folder: Path, about: About) -> None:
+def assemble(model: Path, results: Path | None, folder: Path, about: About, *, link_weights: bool = False) -> None:
     """Fills an empty folder with the model, its results (those that lie in the model folder if None), and the card.
+
+    link_weights: put symbolic links in place of the weights' copies.
 
     Raises ValueError if the model is not whole, the results are of another model, or a file holds a token.
     """
     check_whole(model)
     for file in _files_of(model):
         if results is None or RESULTS not in file.parents:
-            _copy(model / file, folder / file)
+            _copy(model / file, folder / file, link=link_weights and file.suffix == ".safetensors")
     if results is not None:
         check_results(results, model)
         for file in _files_of(results):
@@ -73,7 +75,7 @@ def check_whole(model: Path) -> None:
             raise ValueError(f"{model} has no {name}; publish a run, a checkpoint, or a folder that `export` wrote.")
     for name in weight_files(model):
         try:
-            with safe_open(str(model / name), framework="pt"):
+            with safe_open(str(model / name), framework="np"):
                 pass
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{model / name} can't be read ({error}); export the model again.") from error
@@ -124,9 +126,12 @@ def _files_of(folder: Path) -> list[Path]:
     return [file for file in files if not any(part.startswith(".") for part in file.parts)]
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, *, link: bool = False) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    if link:
+        target.symlink_to(source.resolve())
+    else:
+        shutil.copyfile(source, target)
 
 
 def _hide_credentials(folder: Path) -> None:
