@@ -105,7 +105,14 @@ def reason(error: BaseException) -> str:
         return reason(error.__cause__) if error.__cause__ else "HF_HUB_OFFLINE is set"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
+    if lacks_xet(error):
+        return f"{ENDPOINT} has no xet storage; set HF_HUB_DISABLE_XET=1"
     return f"{ENDPOINT} gave no answer: {type(error).__name__}"
+
+
+def lacks_xet(error: BaseException) -> bool:
+    """Whether huggingface_hub wanted to upload by xet, and the hub knows no such thing."""
+    return isinstance(error, ConnectionError) and "xet-write-token" in str(error) and "404" in str(error)
 
 
 def status_of(error: BaseException) -> int | None:

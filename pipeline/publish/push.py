@@ -23,7 +23,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from data_prep.files import file_sha256, read_json
-from pipeline.hub import LOG_IN, quiet_hub, reason, status_of
+from pipeline.hub import LOG_IN, lacks_xet, quiet_hub, reason, status_of
 
 Outcome = TypeVar("Outcome")
 MAIN = "main"
@@ -111,7 +111,7 @@ def _cause(error: BaseException) -> BaseException | None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, OfflineModeIsEnabled) or lacks_xet(error):
         return False
     status = status_of(error)
     return status is None or status in PASSING or status >= 500
