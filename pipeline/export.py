@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from pipeline.model.gpt import build_model
 from pipeline.model.huggingface import is_masked, save_model_folder
 from pipeline.model.masks import Masks
 from pipeline.publish.card import write_card
+from pipeline.publish.events import copy_events
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
 from pipeline.train.masking import MaskedSplit
 from pipeline.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
-from pipeline.train.telemetry import METRICS_FILE, rows_until
+from pipeline.train.telemetry import METRICS_FILE, TENSORBOARD_FOLDER, rows_until
 from pipeline.train.validation import probe_tokens
 
 TRAINING_FOLDER = "training"
@@ -152,5 +154,6 @@ def _add_record(aside: Path, checkpoint: Checkpoint, name: str) -> None:
         shutil.copyfile(run / file, training / file)
     with (training / METRICS_FILE).open("w") as rows:
         rows.writelines(rows_until(run / METRICS_FILE, checkpoint.record.step))
+    copy_events(run / TENSORBOARD_FOLDER, training / TENSORBOARD_FOLDER, checkpoint.record.step)
     write_json(training / "checkpoint.json", {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
     write_card(aside, name)

@@ -3,24 +3,19 @@
 Nothing is asked of the network or of the run, so that the same folder gives the same card, here and on a login node.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
-from data_prep.files import read_json
 from pipeline.evaluate.published import NATS, PROBE, PUBLISHED
+from pipeline.publish.facts import RESULTS, Facts, read_facts
 
 CARD = "README.md"
-TRAINING, RESULTS = Path("training"), Path("results")
-"""Subfolders of a model folder."""
 
 
 class Metric(NamedTuple):
@@ -53,65 +48,6 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a model folder says of itself; empty where it says nothing."""
-
-    config: dict[str, Any]
-    """config.json."""
-    parameters: int
-    checkpoint: dict[str, Any]
-    """training/checkpoint.json: step, images, digests."""
-    run: dict[str, Any]
-    """training/run.json: shard set, starts with their hardware and packages."""
-    settings: dict[str, Any]
-    """training/config.yaml."""
-    rows: list[dict[str, Any]]
-    """training/metrics.jsonl."""
-    results: dict[str, dict[str, Any]]
-    """results/<task>.json, by task."""
-    figures: list[str]
-    """Names of the PNGs in results/."""
-
-    @property
-    def step(self) -> int | None:
-        return self.checkpoint.get("step")
-
-    @property
-    def source(self) -> str | None:
-        """The name of the pictures it was trained on."""
-        return self.run.get("shards", {}).get("source")
-
-
-def read_facts(folder: Path) -> Facts:
-    """Raises ValueError naming a file that is damaged."""
-    metrics = folder / TRAINING / "metrics.jsonl"
-    settings = folder / TRAINING / "config.yaml"
-    config = read_json(folder / "config.json")
-    return Facts(
-        config=config,
-        parameters=parameters(folder, config),
-        checkpoint=_optional_json(folder / TRAINING / "checkpoint.json"),
-        run=_optional_json(folder / TRAINING / "run.json"),
-        settings=yaml.safe_load(settings.read_text()) if settings.is_file() else {},
-        rows=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
-        results=read_results(folder / RESULTS),
-        figures=sorted(file.name for file in (folder / RESULTS).glob("*.png")),
-    )
-
-
-def read_results(results: Path) -> dict[str, dict[str, Any]]:
-    """The content of each task's JSON in a folder, by task; files of other kinds are passed over."""
-    contents = [read_json(path) for path in sorted(results.glob("*.json"))]
-    return {
-        content["task"]: content for content in contents if isinstance(content, dict) and "inputs_digest" in content
-    }
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def write_card(folder: Path, name: str, license_id: str | None = None, dataset: str | None = None) -> None:
     """Writes README.md of a model folder.
 
@@ -124,8 +60,8 @@ def write_card(folder: Path, name: str, license_id: str | None = None, dataset: 
     datasets = [dataset] if dataset else earlier.datasets or _known_dataset(facts)
     metadata = ModelCardData(
         license=license_id,
-        library_name="transformers",
-        pipeline_tag="unconditional-image-generation",
+        library_name=None if facts.masked else "transformers",
+        pipeline_tag="image-feature-extraction" if facts.masked else "unconditional-image-generation",
         tags=["image-gpt", "generative-pretraining"],
         datasets=datasets,
         metrics=sorted({result.metric_type for result in eval_results(facts)}) or None,
@@ -195,28 +131,20 @@ def _what_it_is(facts: Facts) -> str:
     side, colors = math.isqrt(config["n_positions"]), config["vocab_size"] - 1
     step = f", step {facts.step:,}" if facts.step is not None else ""
     pictures = f" It was trained on {facts.source}." if facts.source else ""
-    block = "the paper's block" if config["model_type"] == "imagegpt" else "stock GPT-2 blocks"
+    block = "stock GPT-2 blocks" if config["model_type"] == "gpt2" else "the paper's block"
+    task = "predicts hidden colours from all others" if facts.masked else "predicts the next one"
     return (
         f"# Image GPT{step}\n\n"
-        f"A transformer that reads a picture as a row of palette colours and predicts the next one, as in "
+        f"A transformer that reads a picture as a row of palette colours and {task}, as in "
         f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} pictures, {colors} colours, "
         f"{config['n_layer']} layers of {block}, width {config['n_embd']}, {config['n_head']} heads, "
         f"{facts.parameters:,} parameters.{pictures}"
     )
 
 
-def parameters(folder: Path, config: dict[str, Any]) -> int:
-    """Parameters of a model folder by its weights' headers; ImageGPT's biases, all zero, do not count."""
-    count = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
-                if config["model_type"] != "imagegpt" or not name.endswith(".bias"):
-                    count += math.prod(weights.get_slice(name).get_shape())
-    return count
-
-
 def _loading(facts: Facts, name: str) -> str:
+    if facts.masked:
+        return _loading_by_us(name)
     kind = CLASSES[facts.config["model_type"]]
     return f"""## Use
 
@@ -237,6 +165,22 @@ Image.fromarray(pixels.numpy()).save("sample.png")
 
 A picture becomes tokens by the nearest palette colour of each pixel, row by row; the model wants the start token in
 front of them, and the last one left out."""
+
+
+def _loading_by_us(name: str) -> str:
+    where = f"hub:{name}" if "/" in name else name
+    return f"""## Use
+
+No class of transformers attends both ways as this model does; the project that trained it reads it:
+
+```python
+from pathlib import Path
+
+from pipeline.locate import model_folder
+from pipeline.model.huggingface import load_model_folder
+
+model = load_model_folder(model_folder(Path("{where}"))).model
+```"""
 
 
 def _training(facts: Facts) -> str:

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.files import folder_written_aside, read_json
 from pipeline.evaluate.provenance import model_digest
-from pipeline.publish.card import CARD, RESULTS, read_facts, read_results, write_card
+from pipeline.publish.card import CARD, write_card
+from pipeline.publish.facts import RESULTS, read_facts, read_results
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json")
