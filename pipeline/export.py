@@ -1,6 +1,7 @@
 """A run's checkpoint as a Hugging Face model folder, read parameter by parameter from its fragments."""
 
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.model import objectives
 from pipeline.model.gpt import build_model
 from pipeline.model.huggingface import is_masked, save_model_folder
 from pipeline.model.masks import Masks
+from pipeline.model.streamed import fetching_model
 from pipeline.publish.card import write_card
 from pipeline.publish.events import copy_events
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
@@ -27,7 +29,8 @@ from pipeline.train.telemetry import METRICS_FILE, TENSORBOARD_FOLDER, rows_unti
 from pipeline.train.validation import probe_tokens
 
 TRAINING_FOLDER = "training"
-CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision", "probe_loss")
+CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision")
+"""What a model folder tells of its checkpoint: nothing that depends on the ranks."""
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Nats per token between the exported fp32 weights and what the run computed in its own precision."""
 
@@ -85,7 +88,8 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
             f"{run / PALETTE_FILE} has the palette {palette_sha256(palette)[:12]}, but {checkpoint.folder} was made "
             f"with {record.palette_sha256[:12]}."
         )
-    model = load_weights(checkpoint)
+    weights = CheckpointWeights(checkpoint)
+    model = fetching_model(weights.config, weights)
     if is_masked(model.config):
         model.config.mask_probability = _run_config(run)["objective"]["mask_probability"]
     _check_probe(model, record, run)
@@ -94,20 +98,32 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
         model.config,
         palette,
         folder,
+        weights=weights,
         add_files=lambda aside: _add_record(aside, checkpoint, folder.resolve().name),
     )
 
 
-def load_weights(checkpoint: Checkpoint) -> GPT2LMHeadModel:
-    """The model with a checkpoint's fp32 weights, on the CPU. Raises ValueError if its parameters are others."""
-    reader = checkpoint.reader()
-    model = build_model(GPT2Config.from_dict(checkpoint.record.model))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if reader.shapes.get(name) != tuple(parameter.shape):
+class CheckpointWeights(Mapping[str, torch.Tensor]):
+    """A checkpoint's fp32 weights by name, each put together from its fragments when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises ValueError if its parameters are not those of its configuration."""
+        self.config = GPT2Config.from_dict(checkpoint.record.model)
+        self._reader = checkpoint.reader()
+        with torch.device("meta"):
+            self._names = dict(build_model(self.config).named_parameters())
+        for name, parameter in self._names.items():
+            if self._reader.shapes.get(name) != tuple(parameter.shape):
                 raise ValueError(f"{checkpoint.folder} has no {name} of shape {tuple(parameter.shape)}.")
-            parameter.copy_(reader.read(name))
-    return model.eval()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._reader.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -110,10 +110,12 @@ class Hub:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:
-        """Refuses connections."""
+        """Refuses connections, and breaks off those that stand."""
         assert self._server is not None
         self._server.shutdown()
         self._server.server_close()
+        for connection in self._server.connections:
+            _reset(connection)
 
     def away(self, seconds: float) -> None:
         """Stops, and comes back by itself."""
@@ -159,8 +161,24 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
+    def __init__(self, *arguments: Any) -> None:
+        self.connections: list[socket.socket] = []
+        super().__init__(*arguments)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
     def handle_error(self, *_: Any) -> None:
         """Clients that leave early are no news."""
+
+
+def _reset(connection: socket.socket) -> None:
+    with suppress(OSError):  # closed already
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
 
 
 class _Refused(Exception):
@@ -203,8 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _break_off(self) -> None:
         """Reads some of the body, then resets the connection."""
         self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0)))
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        self.connection.close()
+        _reset(self.connection)
         self.close_connection = True
 
     def _read_body(self) -> bytes:
@@ -247,8 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 raise _Refused(404, "NotFound", f"no such path: {path}")
         if lost:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            self.connection.close()
+            _reset(self.connection)
             self.close_connection = True
         else:
             self._answer(status, answer, headers)

@@ -8,6 +8,7 @@ folder has a `model_type` of ours, which transformers refuses, and our names and
 """
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import load_torch_model, save_torch_state_dict
+from huggingface_hub import load_torch_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -35,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from data_prep.files import folder_written_aside, read_json, write_json
 from pipeline.model.gpt import build_model, fixed_settings
+from pipeline.model.streamed import Convert, Weights, fetching_model, stored_weights, write_weights
 
 CLASSES = {"imagegpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
 CONFIGS = {"imagegpt": ImageGPTConfig, "gpt2": GPT2Config}
@@ -60,6 +62,8 @@ SHARED_SETTINGS = (
 PROJECTION = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 OLD_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")
 """Causal masks that old versions of transformers stored among the weights."""
+FROM_DISK = {"transformer": "disk", "lm_head": "cpu"}
+"""transformers' word for weights that are read as the model runs; not all may be."""
 LOGITS_TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 
 
@@ -85,9 +89,12 @@ def save_model_folder(
     palette: np.ndarray,
     folder: Path,
     *,
+    weights: Weights | None = None,
     add_files: Callable[[Path], None] = lambda aside: None,
 ) -> None:
     """Writes `folder`: fp32 weights, configurations, the palette (V, 3), and what `add_files` puts beside them.
+
+    weights: those of a model that fetches them as it runs. No more than one file's are in memory then.
 
     transformers reads it back and must give the model's logits within 1e-4 before the folder takes its place; a model
     folder that stood there is replaced, whole by whole. Raises ValueError if the palette does not fit the model or if
@@ -100,7 +107,8 @@ def save_model_folder(
     model_type = MASKED_TYPE if is_masked(config) else TYPE_OF_BLOCK[config.block]
     with folder_written_aside(folder) as aside:
         _write_configs(model_type, config, palette, aside)
-        _write_weights(_own_state(model) if is_masked(config) else _exported_state(model, config.block), aside)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        write_weights(_own_weights(model) if weights is None else weights, shapes, _converter(config), aside)
         add_files(aside)
         _check_logits(model, config, model_type, aside)
 
@@ -192,28 +200,24 @@ def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, fol
     generation.save_pretrained(folder)
 
 
-def _write_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
-    try:
-        save_torch_state_dict(state, folder)
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{folder} can't be written: {_one_line(error)}.") from error
-
-
-def _own_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights under our names and shapes, fp32 on the CPU."""
+def _own_weights(model: nn.Module) -> Weights:
     return {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
 
 
-def _exported_state(model: nn.Module, block: str) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face's names and shapes, fp32 on the CPU."""
-    state = {}
-    for name, value in model.state_dict().items():
-        value = value.detach().to("cpu", torch.float32)
-        if block == "igpt" and PROJECTION.search(name):
-            state[name.removesuffix("weight") + "bias"] = torch.zeros(value.shape[0])
-            value = value.t().contiguous()  # (out, in) to (in, out)
-        state[name] = value
-    return state
+def _converter(config: GPT2Config) -> Convert:
+    """Our names and shapes to Hugging Face's, where they differ."""
+    return _to_imagegpt if config.block == "igpt" and not is_masked(config) else _as_it_is
+
+
+def _as_it_is(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    yield name, value
+
+
+def _to_imagegpt(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if PROJECTION.search(name):
+        yield name.removesuffix("weight") + "bias", value.new_zeros(value.shape[0])
+        value = value.t().contiguous()  # (out, in) to (in, out)
+    yield name, value
 
 
 def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder: Path) -> None:
@@ -222,10 +226,12 @@ def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder:
     No class of theirs attends both ways as the paper's block does: a model of hidden colours is read back by ours.
     """
     if model_type == MASKED_TYPE:
-        theirs = load_model_folder(folder).model
+        theirs: nn.Module = fetching_model(config, stored_weights(folder))
     else:
-        theirs = _read_model(CLASSES[model_type], CONFIGS[model_type].from_pretrained(folder), folder)
+        theirs_config = CONFIGS[model_type].from_pretrained(folder)
+        theirs = _read_model(CLASSES[model_type], theirs_config, folder, device_map=FROM_DISK)
     weights = next(model.parameters())
+    device = "cpu" if weights.is_meta else weights.device
     ours = model if weights.dtype == torch.float32 else copy.deepcopy(model).float()
     generator = torch.Generator("cpu").manual_seed(0)
     picture = torch.randint(config.colors, (1, config.n_positions), generator=generator, device="cpu")  # (1, T)
@@ -233,7 +239,7 @@ def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder:
     was_training = ours.training
     ours.eval()
     with torch.no_grad():
-        expected = ours(input_ids=picture.to(weights.device)).logits.cpu()  # (1, T, V)
+        expected = ours(input_ids=picture.to(device)).logits.cpu()  # (1, T, V)
         found = theirs(input_ids=picture).logits
     ours.train(was_training)
     if not torch.allclose(found, expected, **LOGITS_TOLERANCE):
@@ -299,7 +305,9 @@ def _check_fits(config: PreTrainedConfig, palette: np.ndarray | None, folder: Pa
     return resolution
 
 
-def _read_model(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+def _read_model(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, device_map: dict[str, str] | None = None
+) -> PreTrainedModel:
     """transformers' own model, fp32. Raises ValueError if a weight is missing, misshapen or of another model."""
     try:
         with _quiet():
@@ -308,6 +316,7 @@ def _read_model(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: P
                 config=config,
                 dtype=torch.float32,
                 local_files_only=True,
+                device_map=device_map,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -347,11 +356,15 @@ def _imported_state(theirs: PreTrainedModel, block: str, folder: Path) -> dict[s
 def _quiet() -> Iterator[None]:
     """No progress bars and reports from transformers: what goes wrong is said by the errors raised here."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    offloading = logging.getLogger("accelerate.big_modeling")
+    level = offloading.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    offloading.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        offloading.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

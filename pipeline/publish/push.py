@@ -16,8 +16,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
@@ -78,7 +77,7 @@ def push(folder: Path, target: Target, *, step: int | None, patience: float) -> 
 def check_login(repository: str) -> None:
     """Raises ValueError if there is no token at all; whether it is a good one, the hub will say."""
     if get_token() is None:
-        raise ValueError(f"{ENDPOINT} wants to know who publishes {repository}; {LOG_IN}.")
+        raise ValueError(f"{constants.ENDPOINT} wants to know who publishes {repository}; {LOG_IN}.")
 
 
 def persistently(work: Callable[[], Outcome], what: str, patience: float) -> Outcome:

@@ -252,7 +252,7 @@ class FragmentReader:
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = [safe_open(str(file), framework="pt") for file in files]
+        self._files = [safe_open(str(file), framework="pt", backend="pread") for file in files]
         self._folder = files[0].parent
         self._stored: dict[str, dict[Part | None, list[Stored]]] = {}
         for number, file in enumerate(self._files):

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
 from data_prep.shards import open_shard_set
-from pipeline.export import export, find_checkpoint, load_weights
+from pipeline.export import CheckpointWeights, export, find_checkpoint
 from pipeline.locate import model_folder
+from pipeline.model.gpt import build_model
 from pipeline.model.huggingface import load_model_folder
 from pipeline.train.validation import spread
 from tests.launch import run
@@ -67,7 +68,9 @@ def test_the_stock_block_exports_to_gpt2(runner: Runner, tmp_path: Path) -> None
     assert runner.train("run", model__block="gpt2", schedule__steps=10).codes == [0]
     checkpoint = find_checkpoint(runner.folder / "run")
     export(checkpoint, tmp_path / "model")
-    theirs, ours = GPT2LMHeadModel.from_pretrained(tmp_path / "model"), load_weights(checkpoint)
+    theirs, weights = GPT2LMHeadModel.from_pretrained(tmp_path / "model"), CheckpointWeights(checkpoint)
+    ours = build_model(weights.config)
+    ours.load_state_dict(dict(weights))
     tokens = torch.randint(0, 512, (2, 64))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, atol=1e-4, rtol=0)

@@ -217,15 +217,14 @@ def test_a_model_folder_is_replaced_whole(tmp_path):
 
 def test_a_wrong_export_is_not_published(tmp_path, monkeypatch):
     model, config = our_model("igpt")
-    right = huggingface._exported_state
+    right = huggingface._to_imagegpt
 
-    def wrong(model, block):
-        state = right(model, block)
-        state["transformer.h.1.mlp.c_fc.weight"].mul_(1.01)
-        return state
+    def wrong(name, value):
+        for stored, tensor in right(name, value):
+            yield stored, tensor * 1.01 if stored == "transformer.h.1.mlp.c_fc.weight" else tensor
 
     save_model_folder(model, config, PALETTE, tmp_path / "model", add_files=card_of("old"))
-    monkeypatch.setattr(huggingface, "_exported_state", wrong)
+    monkeypatch.setattr(huggingface, "_to_imagegpt", wrong)
     with pytest.raises(RuntimeError, match="logits differ"):
         save_model_folder(model, config, PALETTE, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
