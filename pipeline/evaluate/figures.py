@@ -1,7 +1,11 @@
 """The look that all figures share: matplotlib without a display, one size, one set of colours."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,3 +48,35 @@ def label_line(axes: "Axes", height: float, words: str, color: str) -> None:
         color=color,
         fontsize=9,
     )
+
+
+def draw_by_layer(result: dict[str, Any], path: Path) -> None:
+    """Draws a probe's accuracy by layer in percent, with its baselines, all on the validation pictures.
+
+    result: of linear_probe or knn; a bar shows the accuracy of `concatenated` layers, over those layers.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = new_figure()
+    accuracy = 100 * np.asarray(result["valid_accuracy_by_layer"])  # (L+1,)
+    layers, best = np.arange(len(accuracy)), result["best_layer"]
+    axes.plot(layers, accuracy, "-o", color=ACCENT, markersize=4, label="features of the model")
+    axes.plot(best, accuracy[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=ACCENT)
+    if "concatenated" in result:
+        joined = result["concatenated"]
+        height, count = 100 * joined["valid_accuracy"], len(joined["layers"])
+        axes.plot(
+            [joined["layers"][0], joined["layers"][-1]], [height, height],
+            color=BASELINES[2], linewidth=3, alpha=0.8, label=f"{count} layers side by side",
+        )  # fmt: skip
+    for (name, words), color in zip(
+        (("color_histogram", "colour histogram"), ("raw_pixel", "raw pixels")), BASELINES[:2], strict=True
+    ):
+        value = 100 * result[f"{name}_valid_accuracy"]
+        axes.axhline(value, color=color, linestyle="--", linewidth=1.2, label=words)
+    axes.set_xlabel(f"layer (0 = input of the first block, {len(accuracy) - 1} = after the final norm)")
+    axes.set_ylabel("validation accuracy (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    with written_aside(path) as aside:
+        save_figure(figure, aside)

@@ -1,110 +1,102 @@
-"""The linear probe: multinomial logistic regression by L-BFGS on the features of every layer.
+"""The linear probe: a linear classifier on the features of every layer.
 
-As the paper does on CIFAR and STL-10 (section 3.4; scikit-learn's solver, `openai/image-gpt#12`). What
-the paper leaves open is decided here: features are standardised with the training pictures' mean and
-deviation, and the L2 strength is searched for each layer on the validation split. The layer is chosen
-on the validation split too; the test split is looked at once, with the chosen layer. The same probe
-on raw pixels and on colour histograms stands beside it.
+`solver lbfgs` is multinomial logistic regression, as the paper fits on CIFAR and STL-10; `solver sgd` is what it does
+on ImageNet, for training sets that do not fit in memory. What the paper leaves open is decided here: features are
+standardised with the training pictures' mean and deviation, and the L2 strength of L-BFGS is searched for each layer on
+the validation split. The layer is chosen on the validation split too; the test split is looked at once, with the chosen
+layer. A second number puts 5 layers centred at the best one side by side, as the paper does for iGPT-XL. The same probe
+on raw pixels and on colour histograms stands beside it. Of a masked model the single-mask accuracy and the vote over
+five masks are given (votes.py); training and choices see one mask.
+
+`linear_probe.json` has, besides what every result has (fractions for accuracies):
+
+    solver                            lbfgs or sgd
+    valid_accuracy_by_layer           layers 0..L
+    best_layer, best_l2 or best_rate, best_layer_converged
+    test_accuracy, test_standard_error (binomial), test_accuracy_by_class (None: no test picture of that class)
+    test_accuracy_by_seed, test_accuracy_deviation (n - 1)    sgd, 2 or more seeds; other test numbers are their means
+    masks, test_accuracy_by_mask, ensembled_test_accuracy     masked models only
+    concatenated                      {layers, features, l2 or rate, converged, valid_accuracy, and test_... as above}
+    raw_pixel_{valid_accuracy,test_accuracy}, color_histogram_{...}
+    classes (in train), class_names, {train,valid,test}_images, images_by_class {split: [count, ...]},
+    absent_classes {split: [name, ...]}, majority_class_test_accuracy
 """
 
-import warnings
-from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.files import written_aside
-from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
+from pipeline.evaluate.classifier import L2_STRENGTHS, LinearClassifier, fit_logistic
+from pipeline.evaluate.figures import draw_by_layer
+from pipeline.evaluate.inputs import Evaluation, from_first
+from pipeline.evaluate.labelled import (
+    BASELINES,
+    Labelled,
+    description,
+    known_features,
+    labelled_splits,
+    layer_name,
+    side_by_side,
+)
+from pipeline.evaluate.pieces import Piece, shared_out
+from pipeline.evaluate.sgd import SgdOptions, fit_sgd, search_rate
+from pipeline.evaluate.votes import judged, looks
 
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
-
-ITERATIONS = 1000
-TOLERANCE = 1e-4
-L2_STRENGTHS = (1.0, 0.1, 0.01, 0.001, 0.0001)
+FIGURE = "linear_probe.png"
+JOINED = "concatenated"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The linear probe over every layer."""
 
+    solver: Literal["lbfgs", "sgd"] = "lbfgs"
+    """lbfgs holds a layer of the training set in memory; sgd does not, and is for sets of ImageNet's size."""
     l2: list[float] = field(default_factory=lambda: list(L2_STRENGTHS))
-    """Strengths to try: each is s in (mean loss) + s/2 * (sum of squared weights)."""
+    """Strengths to try with lbfgs: each is s in (mean loss) + s/2 * (sum of squared weights)."""
+    sgd: SgdOptions = field(default_factory=SgdOptions)
+    """How to train with sgd."""
+    concatenate: int = 5
+    """A second probe on so many layers side by side, centred at the best; 0 for none."""
 
     def __post_init__(self) -> None:
         if not self.l2 or min(self.l2) <= 0:
             raise ValueError(f"linear_probe.l2 is {self.l2}; it must be a list of numbers above 0.")
+        if self.concatenate < 0 or self.concatenate == 1:
+            raise ValueError(f"linear_probe.concatenate is {self.concatenate}; it must be 0, or 2 or more layers.")
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A fitted probe and how it did on the validation split."""
+class Solver:
+    """Fits probes by the chosen solver, in pieces."""
 
-    mean: np.ndarray  # (D,)
-    deviation: np.ndarray  # (D,)
-    classifier: "LogisticRegression"
-    l2: float
-    valid_accuracy: float
+    evaluation: Evaluation
+    options: Options
 
     @property
-    def converged(self) -> bool:
-        """False if L-BFGS ran into its limit of iterations."""
-        return int(self.classifier.n_iter_.max()) < ITERATIONS
+    def setting(self) -> str:
+        """What is searched for each probe."""
+        return "l2" if self.options.solver == "lbfgs" else "rate"
 
-    def accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
-        """Fraction of the pictures, features (N, D), whose label (N,) is predicted."""
-        return float((self.classifier.predict(self._standardise(features)) == labels).mean())
+    @property
+    def repeats(self) -> range:
+        """Further trainings of a chosen probe, where there is randomness."""
+        return range(1, self.options.sgd.seeds if self.options.solver == "sgd" else 1)
 
-    def _standardise(self, features: np.ndarray) -> np.ndarray:
-        return ((features - self.mean) / self.deviation).astype(np.float32)
+    def search(self, name: str, train: Labelled, valid: Labelled) -> Piece:
+        """The piece that fits a probe with every setting and keeps the best on `valid`."""
+        if self.options.solver == "lbfgs":
+            return lambda: fit_logistic(train, valid, self.options.l2)
+        return lambda: search_rate(name, train, valid, *self._how())
 
+    def repeat(self, name: str, train: Labelled, valid: Labelled, rate: float, repeat: int) -> Piece:
+        """The piece that trains a probe once more by SGD, in another order."""
+        return lambda: fit_sgd(name, train, valid, rate, repeat, *self._how())
 
-Labelled = tuple[np.ndarray, np.ndarray]
-"""(features float32 (N, D), labels int (N,))"""
-
-
-def fit_probe(train: Labelled, valid: Labelled, strengths: list[float]) -> Probe:
-    """The probe whose L2 strength does best on `valid`; the strongest of equals.
-
-    From strong to weak, each fit starts where the one before ended.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    features, labels = train
-    mean = features.mean(axis=0, dtype=np.float64)
-    deviation = features.std(axis=0, dtype=np.float64)
-    deviation[deviation == 0] = 1.0
-    standardised = ((features - mean) / deviation).astype(np.float32)  # (N, D)
-    classifier = LogisticRegression(tol=TOLERANCE, max_iter=ITERATIONS, warm_start=True)
-    best: Probe | None = None
-    for strength in sorted(strengths, reverse=True):
-        classifier.set_params(C=1 / (strength * len(labels)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier.fit(standardised, labels)
-        probe = Probe(mean, deviation, deepcopy(classifier), strength, 0.0)
-        accuracy = probe.accuracy(*valid)
-        if best is None or accuracy > best.valid_accuracy:
-            best = Probe(mean, deviation, probe.classifier, strength, accuracy)
-    assert best is not None
-    return best
-
-
-def raw_pixels(tokens: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Baseline features: the colours themselves, float32 (N, 3 T), of tokens (N, T)."""
-    return palette[tokens].reshape(len(tokens), -1)
-
-
-def color_histogram(tokens: np.ndarray, colors: int) -> np.ndarray:
-    """Baseline features: the share of each palette colour, float32 (N, V), of tokens (N, T)."""
-    pictures, positions = tokens.shape
-    cells = tokens.astype(np.int64) + colors * np.arange(pictures)[:, None]
-    counts = np.bincount(cells.ravel(), minlength=pictures * colors)
-    return (counts.reshape(pictures, colors) / positions).astype(np.float32)
+    def _how(self) -> tuple[Any, ...]:
+        evaluation = self.evaluation
+        return self.options.sgd, evaluation.seed, evaluation.accelerator.device, evaluation.kept.once
 
 
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
@@ -112,101 +104,102 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
     Raises ValueError if train, valid or test is absent or unlabelled, or train has a single class.
     """
-    pictures = {name: evaluation.pictures(name, labelled=True) for name in ("train", "valid", "test")}
-    classes = len(np.unique(pictures["train"].labels))
-    if classes < 2:
-        raise ValueError(f"{evaluation.shards.path} has one class in train; a probe needs two or more.")
-    result = _probe_layers(evaluation, pictures, options.l2)
-    result = {"classes": classes, **{f"{name}_images": len(chosen) for name, chosen in pictures.items()}} | result
-    from_first(evaluation.accelerator, lambda: draw(result, evaluation.results / "linear_probe.png"))
+    pictures = labelled_splits(evaluation, "linear_probe")
+    solver = Solver(evaluation, options)
+    train, valid = (known_features(evaluation, pictures[split]) for split in ("train", "valid"))
+    pieces = {name: solver.search(name, train[name], valid[name]) for name in train}
+    found = shared_out(evaluation, "linear probes", pieces)
+    accuracies = [found[name]["valid_accuracy"] for name in train if name not in BASELINES]  # (L+1,)
+    best = int(np.argmax(accuracies))
+
+    chosen, joined = [layer_name(best)], layers_around(best, len(accuracies), options.concatenate)
+    if joined:
+        chosen.append(JOINED)
+        for features in (train, valid):
+            features[JOINED] = side_by_side([features[layer_name(layer)] for layer in joined])
+        pieces[JOINED] = solver.search(JOINED, train[JOINED], valid[JOINED])
+        found |= shared_out(evaluation, "layers side by side", {JOINED: pieces[JOINED]})
+    again = {
+        f"{name}-again-{repeat}": solver.repeat(name, train[name], valid[name], found[name]["setting"], repeat)
+        for name in chosen
+        for repeat in solver.repeats
+    }
+    if again:
+        shared_out(evaluation, "other seeds", again)
+
+    test = looks(evaluation, pictures["test"])
+    if joined:
+        by_mask = zip(*(test[layer_name(layer)] for layer in joined), strict=True)
+        test[JOINED] = [side_by_side(layers) for layers in by_mask]
+
+    def scores(name: str) -> dict[str, Any]:
+        names = [name, *(other for other in again if other.startswith(f"{name}-again-"))]
+        kept = [evaluation.kept.once(each, (pieces | again)[each]) for each in names]
+        return over_seeds([judged(evaluation, test[name], LinearClassifier.of(piece).predict) for piece in kept])
+
+    def on_test() -> dict[str, Any]:
+        return {name: scores(name) for name in (*chosen, *BASELINES)}
+
+    tested = from_first(evaluation.accelerator, lambda: evaluation.kept.once("test", on_test))
+    probe = found[chosen[0]]
+    result = description(evaluation, pictures) | {
+        "solver": options.solver,
+        "valid_accuracy_by_layer": accuracies,
+        "best_layer": best,
+        f"best_{solver.setting}": probe["setting"],
+        "best_layer_converged": probe["converged"],
+        **tested[chosen[0]],
+    }
+    for name in BASELINES:
+        result[f"{name}_valid_accuracy"] = found[name]["valid_accuracy"]
+        result[f"{name}_test_accuracy"] = tested[name]["test_accuracy"]
+    if joined:
+        result[JOINED] = {
+            "layers": joined,
+            "features": train[JOINED].features[:1].shape[1],
+            solver.setting: found[JOINED]["setting"],
+            "converged": found[JOINED]["converged"],
+            "valid_accuracy": found[JOINED]["valid_accuracy"],
+            **tested[JOINED],
+        }
+    from_first(evaluation.accelerator, lambda: draw_by_layer(result, evaluation.results / FIGURE))
     return result
+
+
+def layers_around(best: int, layers: int, count: int) -> list[int]:
+    """`count` neighbouring layers centred at the best; at the first and last layers moved inwards; all if too few."""
+    first = max(0, min(best - count // 2, layers - count))
+    return list(range(first, min(first + count, layers)))
+
+
+def over_seeds(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """One training's scores as they are; of several the means, with each one's accuracy and their deviation."""
+    if len(scores) == 1:
+        return scores[0]
+    accuracies = [each["test_accuracy"] for each in scores]
+    return {key: _mean([each[key] for each in scores]) for key in scores[0]} | {
+        "test_accuracy_by_seed": accuracies,
+        "test_accuracy_deviation": float(np.std(accuracies, ddof=1)),
+    }
+
+
+def _mean(values: list[Any]) -> Any:
+    if isinstance(values[0], list):
+        return [_mean(list(entries)) for entries in zip(*values, strict=True)]
+    return float(np.mean(values)) if isinstance(values[0], float) else values[0]
 
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a line."""
     layers = result["valid_accuracy_by_layer"]
+    deviation = f" +- {100 * result['test_accuracy_deviation']:.1f}" if "test_accuracy_deviation" in result else ""
+    voted = f", {result['ensembled_test_accuracy']:.1%} by vote" if "ensembled_test_accuracy" in result else ""
+    joined = ""
+    if JOINED in result:
+        joined = f"{result[JOINED]['test_accuracy']:.1%} from {len(result[JOINED]['layers'])} layers side by side, "
     return (
-        f"test accuracy {result['test_accuracy']:.1%} at layer {result['best_layer']}, best on validation "
-        f"({layers[0]:.1%} at the first layer, {max(layers):.1%} at the best); "
-        f"raw pixels {result['raw_pixel_test_accuracy']:.1%}, "
+        f"test accuracy {result['test_accuracy']:.1%}{deviation}{voted} at layer {result['best_layer']}, best on "
+        f"validation ({layers[0]:.1%} at the first layer, {max(layers):.1%} at the best); "
+        f"{joined}raw pixels {result['raw_pixel_test_accuracy']:.1%}, "
         f"colour histogram {result['color_histogram_test_accuracy']:.1%}"
     )
-
-
-def _probe_layers(evaluation: Evaluation, pictures: dict[str, Pictures], strengths: list[float]) -> dict[str, Any]:
-    from pipeline.evaluate.features import pooled_features
-
-    def baseline(represent: Callable[[np.ndarray], np.ndarray]) -> Callable[[str], Labelled]:
-        return lambda name: (represent(pictures[name].tokens()), pictures[name].labels)
-
-    def of_layer(layer: int) -> Callable[[str], Labelled]:
-        return lambda name: (features[name][layer], pictures[name].labels)
-
-    features = {name: pooled_features(evaluation, pictures[name]) for name in ("train", "valid")}
-    palette, colors = evaluation.shards.palette, evaluation.shards.colors
-    jobs: dict[str | int, Callable[[str], Labelled]] = {
-        "raw_pixel": baseline(lambda tokens: raw_pixels(tokens, palette)),
-        "color_histogram": baseline(lambda tokens: color_histogram(tokens, colors)),
-    }
-    for layer in range(len(features["train"])):
-        jobs[layer] = of_layer(layer)
-    probes = _fit_shared(evaluation, jobs, strengths)
-
-    layers = [probes[layer].valid_accuracy for layer in range(len(features["train"]))]
-    best = int(np.argmax(layers))
-    features["test"] = pooled_features(evaluation, pictures["test"])
-    test_labels = pictures["test"].labels
-    test_accuracy = probes[best].accuracy(features["test"][best], test_labels)
-    result: dict[str, Any] = {
-        "valid_accuracy_by_layer": layers,
-        "best_layer": best,
-        "best_l2": probes[best].l2,
-        "best_layer_converged": probes[best].converged,
-        "test_accuracy": test_accuracy,
-        "test_standard_error": float(np.sqrt(test_accuracy * (1 - test_accuracy) / len(test_labels))),
-        "majority_class_test_accuracy": float((test_labels == np.bincount(pictures["train"].labels).argmax()).mean()),
-    }
-    for name in ("raw_pixel", "color_histogram"):
-        result[f"{name}_valid_accuracy"] = probes[name].valid_accuracy
-        result[f"{name}_test_accuracy"] = probes[name].accuracy(*jobs[name]("test"))
-    return result
-
-
-def _fit_shared(
-    evaluation: Evaluation, jobs: dict[str | int, Callable[[str], Labelled]], strengths: list[float]
-) -> dict[str | int, Probe]:
-    """Fits every job's probe, the jobs shared out among the ranks."""
-    from accelerate.utils import gather_object
-
-    accelerator = evaluation.accelerator
-    mine = list(jobs)[accelerator.process_index :: accelerator.num_processes]
-    fitted = []
-    with evaluation.progress("linear probes", len(mine), "probes") as advance:
-        for name in mine:
-            fitted.append((name, fit_probe(jobs[name]("train"), jobs[name]("valid"), strengths)))
-            advance(1)
-    return dict(gather_object(fitted))
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws accuracy by layer, in percent, with the baselines on the same validation pictures."""
-    from matplotlib.ticker import MaxNLocator
-
-    from pipeline.evaluate.figures import ACCENT, BASELINES, new_figure, save_figure
-
-    figure, axes = new_figure()
-    accuracy = 100 * np.asarray(result["valid_accuracy_by_layer"])  # (L+1,)
-    layers, best = np.arange(len(accuracy)), result["best_layer"]
-    axes.plot(layers, accuracy, "-o", color=ACCENT, markersize=4, label="features of the model")
-    axes.plot(best, accuracy[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=ACCENT)
-    for (name, words), color in zip(
-        (("color_histogram", "colour histogram"), ("raw_pixel", "raw pixels")), BASELINES[:2], strict=True
-    ):
-        value = 100 * result[f"{name}_valid_accuracy"]
-        axes.axhline(value, color=color, linestyle="--", linewidth=1.2, label=words)
-    axes.set_xlabel(f"layer (0 = input of the first block, {len(accuracy) - 1} = after the final norm)")
-    axes.set_ylabel("validation accuracy (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
-    with written_aside(path) as aside:
-        save_figure(figure, aside)

@@ -1,0 +1,115 @@
+"""A linear classifier on standardised features, and its fit by L-BFGS.
+
+Multinomial logistic regression, as the paper fits on CIFAR and STL-10 (section 3.4; scikit-learn's solver,
+`openai/image-gpt#12`). Features are standardised with the training pictures' mean and deviation.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from pipeline.evaluate.labelled import Labelled, Rows, in_blocks
+
+ITERATIONS = 1000
+TOLERANCE = 1e-4
+L2_STRENGTHS = (1.0, 0.1, 0.01, 0.001, 0.0001)
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """Log odds of the classes as a linear function of the standardised features."""
+
+    mean: np.ndarray  # (D,)
+    deviation: np.ndarray  # (D,)
+    weight: np.ndarray  # (C, D)
+    bias: np.ndarray  # (C,)
+    classes: np.ndarray  # int (C,), ascending: the labels that occurred in training
+    setting: float
+    """The L2 strength or the learning rate that it was fitted with."""
+    converged: bool
+    """False if L-BFGS ran into its limit of iterations, or a loss by SGD was no number."""
+
+    def log_probabilities(self, features: Rows) -> np.ndarray:
+        """ln p of each class it knows, float32 (N, C)."""
+        from scipy.special import log_softmax
+
+        blocks = [log_softmax(self._scores(block), axis=1) for _, block in in_blocks(features)]
+        return np.concatenate([np.empty((0, len(self.classes)), np.float32), *blocks])
+
+    def predict(self, features: Rows) -> np.ndarray:
+        """The most probable label of each picture, int (N,)."""
+        best = [self._scores(block).argmax(axis=1) for _, block in in_blocks(features)]
+        return self.classes[np.concatenate([np.empty(0, np.int64), *best])]
+
+    def accuracy(self, data: Labelled) -> float:
+        """Fraction of the pictures whose label is predicted."""
+        return float((self.predict(data.features) == data.labels).mean())
+
+    def losses(self, data: Labelled) -> np.ndarray:
+        """-ln p of the label of each picture, (n,); pictures of a class that training lacked are left out."""
+        known = np.isin(data.labels, self.classes)
+        log_probabilities = self.log_probabilities(data.features)[known]  # (n, C)
+        return -log_probabilities[np.arange(known.sum()), np.searchsorted(self.classes, data.labels[known])]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for the pieces that are kept."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> "LinearClassifier":
+        """From a dict that holds the fields, and may hold more."""
+        return cls(**{field.name: kept[field.name] for field in fields(cls)})
+
+    def _scores(self, features: np.ndarray) -> np.ndarray:  # (n, D) -> (n, C)
+        return standardised(features, self.mean, self.deviation) @ self.weight.T + self.bias
+
+
+def standardised(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """float32 (n, D) of mean 0 and deviation 1 over the pictures that mean and deviation were taken from."""
+    return ((features - mean) / deviation).astype(np.float32)
+
+
+def moments(features: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each feature, float64 (D,); a feature that does not vary has deviation 1."""
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler()
+    for _, block in in_blocks(features):
+        scaler.partial_fit(block)
+    return scaler.mean_, scaler.scale_
+
+
+def logistic_path(train: Labelled, strengths: Sequence[float]) -> Iterator[LinearClassifier]:
+    """A classifier for each L2 strength, from strong to weak; each fit starts where the one before ended.
+
+    The strength s is that of (mean loss) + s/2 * (sum of squared weights).
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, deviation = moments(train.features)
+    blocks = [standardised(block, mean, deviation) for _, block in in_blocks(train.features)]
+    inputs = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)  # (N, D)
+    solver = LogisticRegression(tol=TOLERANCE, max_iter=ITERATIONS, warm_start=True)
+    for strength in sorted(strengths, reverse=True):
+        solver.set_params(C=1 / (strength * len(train.labels)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            solver.fit(inputs, train.labels)
+        weight, bias = solver.coef_, solver.intercept_
+        if len(weight) == 1:  # of two classes scikit-learn keeps the second's log odds alone
+            weight, bias = (np.concatenate([np.zeros_like(values), values]) for values in (weight, bias))
+        converged = int(solver.n_iter_.max()) < ITERATIONS
+        yield LinearClassifier(
+            mean, deviation, weight.astype(np.float32), bias.astype(np.float32), solver.classes_, strength, converged
+        )
+
+
+def fit_logistic(train: Labelled, valid: Labelled, strengths: Sequence[float]) -> dict[str, Any]:
+    """The classifier whose L2 strength does best on `valid`, the strongest of equals, with its `valid_accuracy`."""
+    fitted = [(classifier, classifier.accuracy(valid)) for classifier in logistic_path(train, strengths)]
+    best, accuracy = max(fitted, key=lambda pair: pair[1])
+    return best.as_dict() | {"valid_accuracy": accuracy}

@@ -1,0 +1,171 @@
+"""Labelled pictures as a classifier sees them: rows of features and labels, and how many there are of each class."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from pipeline.evaluate.inputs import Evaluation, Pictures
+
+SPLITS = ("train", "valid", "test")
+BASELINES = ("raw_pixel", "color_histogram")
+ROWS_AT_ONCE = 8192
+
+
+class Rows(Protocol):
+    """Features of N pictures, some rows at a time. An array or a memory map (N, D) is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: Any, /) -> np.ndarray:
+        """float32 (n, D) at a slice or at an array of row numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Features of several layers put one behind the other, when they are read."""
+
+    parts: Sequence[Rows]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, chosen: Any, /) -> np.ndarray:
+        return np.concatenate([part[chosen] for part in self.parts], axis=1)
+
+
+@dataclass(frozen=True)
+class Represented:
+    """Features made of the colours alone, when they are read: the baselines of every probe."""
+
+    tokens: np.ndarray  # uint16 (N, T)
+    represent: Callable[[np.ndarray], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, chosen: Any, /) -> np.ndarray:
+        return self.represent(self.tokens[chosen])
+
+
+class Labelled(NamedTuple):
+    """Pictures and their classes."""
+
+    features: Rows  # float32 (N, D)
+    labels: np.ndarray  # int (N,)
+
+
+def side_by_side(layers: Sequence[Labelled]) -> Labelled:
+    """Several layers' features of the same pictures as one, (N, sum of D)."""
+    return Labelled(SideBySide([layer.features for layer in layers]), layers[0].labels)
+
+
+def in_blocks(features: Rows) -> Iterator[tuple[slice, np.ndarray]]:
+    """(place, float32 (n, D)) of all rows in order, so that a large memory map is never wholly in memory."""
+    for start in range(0, len(features), ROWS_AT_ONCE):
+        place = slice(start, min(start + ROWS_AT_ONCE, len(features)))
+        yield place, np.asarray(features[place], np.float32)
+
+
+def raw_pixels(tokens: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """The colours themselves, float32 (N, 3 T), of tokens (N, T)."""
+    return palette[tokens].reshape(len(tokens), -1)
+
+
+def color_histogram(tokens: np.ndarray, colors: int) -> np.ndarray:
+    """The share of each palette colour, float32 (N, V), of tokens (N, T)."""
+    pictures, positions = tokens.shape
+    cells = tokens.astype(np.int64) + colors * np.arange(pictures)[:, None]
+    counts = np.bincount(cells.ravel(), minlength=pictures * colors)
+    return (counts.reshape(pictures, colors) / positions).astype(np.float32)
+
+
+def baselines(evaluation: Evaluation, pictures: Pictures) -> dict[str, Labelled]:
+    """Raw pixels and colour histograms of the pictures, by name."""
+    tokens = pictures.tokens()  # uint16 (N, T)
+    palette, colors = evaluation.shards.palette, evaluation.shards.colors
+    ways = (lambda chosen: raw_pixels(chosen, palette), lambda chosen: color_histogram(chosen, colors))
+    return {
+        name: Labelled(Represented(tokens, represent), pictures.labels)
+        for name, represent in zip(BASELINES, ways, strict=True)
+    }
+
+
+def layer_name(layer: int) -> str:
+    """What a layer is called among the pieces of a task."""
+    return f"layer-{layer:03d}"
+
+
+def layers_of(features: np.ndarray, labels: np.ndarray) -> dict[str, Labelled]:
+    """Each layer of float32 (L+1, N, D), by name."""
+    return {layer_name(layer): Labelled(features[layer], labels) for layer in range(len(features))}
+
+
+def known_features(evaluation: Evaluation, pictures: Pictures) -> dict[str, Labelled]:
+    """The baselines and every layer of pictures, by name; a masked model sees the first mask. All ranks call it."""
+    from pipeline.evaluate.features import pooled_features
+
+    return baselines(evaluation, pictures) | layers_of(pooled_features(evaluation, pictures), pictures.labels)
+
+
+def labelled_splits(evaluation: Evaluation, task: str) -> dict[str, Pictures]:
+    """The labelled pictures of train, valid and test. Says which classes `valid` or `test` lacks.
+
+    Raises ValueError if a split is absent or unlabelled, or if train has a single class.
+    """
+    pictures = {name: evaluation.pictures(name, labelled=True) for name in SPLITS}
+    if len(np.unique(pictures["train"].labels)) < 2:
+        raise ValueError(f"{evaluation.shards.path} has one class in train; {task} needs two or more.")
+    for name, absent in absent_classes(evaluation, pictures).items():
+        if absent:
+            evaluation.say(f"{task}: no labelled picture in {name} of {_some(absent)}")
+    return pictures
+
+
+def images_by_class(evaluation: Evaluation, pictures: Pictures) -> list[int]:
+    """How many of the pictures are of each class, in the order of the shard set's classes."""
+    return np.bincount(pictures.labels, minlength=len(evaluation.shards.classes)).tolist()
+
+
+def absent_classes(evaluation: Evaluation, pictures: dict[str, Pictures]) -> dict[str, list[str]]:
+    """By split, the names of the classes that it has no picture of while another split has."""
+    counts = {name: np.array(images_by_class(evaluation, chosen)) for name, chosen in pictures.items()}  # (C,) each
+    known = np.sum(list(counts.values()), axis=0) > 0
+    names = evaluation.shards.classes
+    return {split: [names[n] for n in np.flatnonzero(known & (count == 0))] for split, count in counts.items()}
+
+
+def description(evaluation: Evaluation, pictures: dict[str, Pictures]) -> dict[str, Any]:
+    """What a result says of its pictures: see the docstring of linear_probe.py."""
+    train, test = pictures["train"].labels, pictures["test"].labels
+    return {
+        "classes": len(np.unique(train)),
+        "class_names": evaluation.shards.classes,
+        **{f"{name}_images": len(chosen) for name, chosen in pictures.items()},
+        "images_by_class": {name: images_by_class(evaluation, chosen) for name, chosen in pictures.items()},
+        "absent_classes": absent_classes(evaluation, pictures),
+        "majority_class_test_accuracy": float((test == np.bincount(train).argmax()).mean()),
+    }
+
+
+def scores_on_test(predicted: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Any]:
+    """Accuracy on the test pictures, its binomial standard error, and by class (None where there is no picture).
+
+    predicted and labels: int (N,). A class that train lacks is never predicted: its pictures count as wrong.
+    """
+    right = predicted == labels  # (N,)
+    counts = np.bincount(labels, minlength=classes)
+    hits = np.bincount(labels, weights=right, minlength=classes)
+    accuracy = float(right.mean())
+    return {
+        "test_accuracy": accuracy,
+        "test_standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(labels))),
+        "test_accuracy_by_class": [float(h / n) if n else None for h, n in zip(hits, counts, strict=True)],
+    }
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more classes"

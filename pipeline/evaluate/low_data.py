@@ -1,0 +1,297 @@
+"""Few labels: the linear probe (L-BFGS) trained on random subsets of the labelled pictures.
+
+As the paper measures CIFAR-10 (4, 25 and 400 labels of each class, 5 random subsets), and as others measure ImageNet
+(1% and 10% of the labels). The paper does not say how it chose the layer and the regularisation. Here both are chosen,
+for each subset on its own, by cross-validation within the subset's labels (five folds, or as many as a class has
+labels): first the layer, with the middle one of the L2 strengths, then the strength; by the mean loss of the held-out
+labels, which tells more than accuracy where labels are few. So nothing but the setting's labels is used. Two options
+use more, and the result says so: `choose_on valid` chooses on the whole split valid, as the paper could; `layer` takes
+a layer that is known from elsewhere. The test split is looked at once for each subset. A masked model sees one mask.
+
+A subset has as many pictures of each class as the setting says; a share of the labels is spread evenly over the classes
+as far as they reach. The settings that are measured unless others are asked for are left out where a class has too few
+labels, and `left_out` says so; one that was asked for is then a mistake.
+
+`low_data.json` has, besides what every result has (fractions for accuracies):
+
+    settings              a list of {name, per_class or fraction, labels, test_accuracy (mean over the subsets),
+                          test_accuracy_deviation (n - 1; None for one subset),
+                          subsets: [{labels, layer, l2, converged, test_accuracy}, ...]}
+    left_out              a list of {name, reason}
+    choice                in words, how layer and strength were chosen
+    labels_for_choice     how many labels beyond the setting's the choice used
+    classes, class_names, {train,valid,test}_images, images_by_class, absent_classes, majority_class_test_accuracy
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_prep.files import written_aside
+from data_prep.seeding import generator
+from pipeline.evaluate.classifier import L2_STRENGTHS, logistic_path
+from pipeline.evaluate.inputs import Evaluation, from_first
+from pipeline.evaluate.labelled import Labelled, description, labelled_splits, layers_of
+from pipeline.evaluate.pieces import Piece, shared_out
+
+FIGURE = "low_data.png"
+PER_CLASS = (4, 25, 400)
+FRACTIONS = (0.01, 0.1)
+FOLDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The linear probe with few labels."""
+
+    per_class: list[int] | None = None
+    """Labels of each class; if not set those of 4, 25, 400 that train has."""
+    fractions: list[float] | None = None
+    """Shares of train's labels; if not set those of 0.01, 0.1 that give each class enough."""
+    subsets: int = 5
+    """Random subsets of each setting."""
+    choose_on: Literal["labels", "valid"] = "labels"
+    """labels: layer and strength by cross-validation in the subset; valid: on the split valid, more labels."""
+    layer: int | None = None
+    """Take this layer instead of choosing one."""
+    l2: list[float] = field(default_factory=lambda: list(L2_STRENGTHS))
+    """Strengths to try: each is s in (mean loss) + s/2 * (sum of squared weights)."""
+
+    def __post_init__(self) -> None:
+        if self.per_class is not None and any(number < self.least for number in self.per_class):
+            instead = "" if self.least == 1 else ", or choose_on valid"
+            raise ValueError(
+                f"low_data.per_class is {self.per_class}; layer and strength are chosen on {self.choose_on}, "
+                f"which takes {self.least} or more labels of a class{instead}."
+            )
+        if self.fractions is not None and not all(0 < share <= 1 for share in self.fractions):
+            raise ValueError(f"low_data.fractions is {self.fractions}; shares of the labels are above 0 and at most 1.")
+        if self.per_class == [] and self.fractions == []:
+            raise ValueError("low_data.per_class and low_data.fractions are both empty; give one setting or more.")
+        if self.subsets < 1:
+            raise ValueError(f"low_data.subsets is {self.subsets}; it must be at least 1.")
+        if not self.l2 or min(self.l2) <= 0:
+            raise ValueError(f"low_data.l2 is {self.l2}; it must be a list of numbers above 0.")
+
+    @property
+    def least(self) -> int:
+        """Labels of a class that the choice takes: one is held out, one is learned from."""
+        return 2 if self.choose_on == "labels" else 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How many labels there are: of each class, or in all."""
+
+    name: str
+    per_class: int | None
+    fraction: float | None
+    labels: int
+
+    def draw(self, labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Rows of a random subset, ascending, of int (N,) labels."""
+        classes, available = np.unique(labels, return_counts=True)
+        wanted = balanced(available, self.labels, random)
+        rows = [
+            random.choice(np.flatnonzero(labels == label), count, replace=False)
+            for label, count in zip(classes, wanted, strict=True)
+        ]
+        return np.sort(np.concatenate(rows))
+
+
+def balanced(available: np.ndarray, total: int, random: np.random.Generator) -> np.ndarray:
+    """How many of each class to take, int (C,), that `total` is spread evenly as far as `available` (C,) reaches."""
+    taken = np.zeros_like(available)
+    while (left := total - taken.sum()) > 0:
+        open_classes = np.flatnonzero(taken < available)
+        share = left // len(open_classes)
+        if share == 0:  # the last ones, to some of the classes
+            open_classes, share = random.choice(open_classes, left, replace=False), 1
+        taken[open_classes] += np.minimum(share, (available - taken)[open_classes])
+    return taken
+
+
+def settings_for(labels: np.ndarray, options: Options, where: str) -> tuple[list[Setting], list[dict[str, str]]]:
+    """The settings to measure with the labels int (N,) of train, and those left out with the reason.
+
+    Raises ValueError if one that was asked for can't be, or if none is left; `where` is the shard set.
+    """
+    counts = np.unique(labels, return_counts=True)[1]  # (C,)
+    rarest, least = int(counts.min()), options.least * len(counts)
+    possible: list[tuple[Setting, str, bool]] = []
+    for number in PER_CLASS if options.per_class is None else options.per_class:
+        reason = f"the rarest class has {rarest} labels in train" if rarest < number else ""
+        setting = Setting(f"{number} per class", number, None, number * len(counts))
+        possible.append((setting, reason, options.per_class is not None))
+    for share in FRACTIONS if options.fractions is None else options.fractions:
+        total = round(share * len(labels))
+        reason = f"{total} of train's {len(labels)} labels are fewer than {options.least} for each class"
+        setting = Setting(f"{100 * share:g}%", None, share, total)
+        possible.append((setting, reason if total < least else "", options.fractions is not None))
+    for setting, reason, asked in possible:
+        if reason and asked:
+            raise ValueError(f"low_data is to use {setting.name}, but in {where} {reason}.")
+    settings = [setting for setting, reason, _ in possible if not reason]
+    left_out = [{"name": setting.name, "reason": reason} for setting, reason, _ in possible if reason]
+    if not settings:
+        raise ValueError(f"{where} has {len(labels)} labels in train, too few for low_data; the rarest class {rarest}.")
+    return settings, left_out
+
+
+def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
+    """Fits and tests the probe on every subset of every setting, and draws accuracy by number of labels.
+
+    Raises ValueError if train, valid or test is absent or unlabelled, train has a single class, `layer` is none of the
+    model's, or train has fewer labels than asked for.
+    """
+    from pipeline.evaluate.features import pooled_features
+
+    last = evaluation.model.config.n_layer
+    if options.layer is not None and not 0 <= options.layer <= last:
+        raise ValueError(f"low_data.layer is {options.layer}; the model has the layers 0 to {last}.")
+    pictures = labelled_splits(evaluation, "low_data")
+    settings, left_out = settings_for(pictures["train"].labels, options, str(evaluation.shards.path))
+    for each in left_out:
+        evaluation.say(f"low_data: {each['name']} left out, {each['reason']}")
+    wanted = ("train", "test") if options.choose_on == "labels" else ("train", "valid", "test")
+    known = {
+        split: list(layers_of(pooled_features(evaluation, pictures[split]), pictures[split].labels).values())
+        for split in wanted
+    }
+    pieces = {
+        f"{setting.name}-{number}".replace(" ", "-"): _piece(evaluation, options, setting, number, known)
+        for number in range(options.subsets)
+        for setting in settings
+    }
+    done = list(shared_out(evaluation, "few labels", pieces).values())
+    result = description(evaluation, pictures) | {
+        "settings": [_summed_up(setting, done[place :: len(settings)]) for place, setting in enumerate(settings)],
+        "left_out": left_out,
+        "choice": _choice(options),
+        "labels_for_choice": len(pictures["valid"]) if options.choose_on == "valid" else 0,
+    }
+    from_first(evaluation.accelerator, lambda: draw(result, evaluation.results / FIGURE))
+    return result
+
+
+def _piece(
+    evaluation: Evaluation, options: Options, setting: Setting, number: int, known: dict[str, list[Labelled]]
+) -> Piece:
+    """Draws one subset, chooses its layer and strength, and tests it."""
+
+    def work() -> dict[str, Any]:
+        random = generator(evaluation.seed, "low_data", setting.name, number)
+        rows = setting.draw(known["train"][0].labels, random)
+        subset = [Labelled(layer.features[rows], layer.labels[rows]) for layer in known["train"]]
+        layer, strength = choose(subset, known.get("valid"), options, int(random.integers(2**31)))
+        probe = next(logistic_path(subset[layer], [strength]))
+        return {
+            "labels": len(rows),
+            "layer": layer,
+            "l2": strength,
+            "converged": probe.converged,
+            "test_accuracy": probe.accuracy(known["test"][layer]),
+        }
+
+    return work
+
+
+def choose(
+    subset: Sequence[Labelled], valid: Sequence[Labelled] | None, options: Options, seed: int
+) -> tuple[int, float]:
+    """The layer and the L2 strength with the least loss on held-out labels; of equals the first and the strongest.
+
+    subset, valid: by layer. Without `valid` folds of the subset are held out in turn, divided by `seed`.
+    """
+
+    def losses(layer: int, strengths: Sequence[float]) -> dict[float, float]:
+        found: dict[float, list[np.ndarray]] = {strength: [] for strength in sorted(strengths, reverse=True)}
+        held = [(subset[layer], valid[layer])] if valid is not None else _folds(subset[layer], seed)
+        for train, others in held:
+            for probe in logistic_path(train, strengths):
+                found[probe.setting].append(probe.losses(others))
+        return {strength: float(np.concatenate(parts).mean(dtype=np.float64)) for strength, parts in found.items()}
+
+    layer = options.layer
+    if layer is None:
+        middle = sorted(options.l2)[len(options.l2) // 2]
+        layer = min(range(len(subset)), key=lambda each: losses(each, [middle])[middle])
+    by_strength = losses(layer, options.l2)
+    return layer, min(by_strength, key=lambda strength: by_strength[strength])
+
+
+def _folds(subset: Labelled, seed: int) -> Iterator[tuple[Labelled, Labelled]]:
+    """(to learn from, held out), by turns; the only label of a class is never held out."""
+    from sklearn.model_selection import StratifiedKFold
+
+    features, labels = subset
+    classes, counts = np.unique(labels, return_counts=True)
+    single = np.isin(labels, classes[counts == 1])
+    several, always = np.flatnonzero(~single), np.flatnonzero(single)
+    folds = StratifiedKFold(min(FOLDS, int(counts.max())), shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class may have fewer labels than there are folds
+        divided = list(folds.split(several, labels[several]))
+    for learned, held in divided:
+        parts = np.concatenate([several[learned], always]), several[held]
+        yield Labelled(features[parts[0]], labels[parts[0]]), Labelled(features[parts[1]], labels[parts[1]])
+
+
+def _summed_up(setting: Setting, subsets: list[dict[str, Any]]) -> dict[str, Any]:
+    accuracies = [subset["test_accuracy"] for subset in subsets]
+    size = {"per_class": setting.per_class} if setting.fraction is None else {"fraction": setting.fraction}
+    return {
+        "name": setting.name,
+        **size,
+        "labels": setting.labels,
+        "test_accuracy": float(np.mean(accuracies)),
+        "test_accuracy_deviation": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
+        "subsets": subsets,
+    }
+
+
+def _choice(options: Options) -> str:
+    what = "layer and L2 strength" if options.layer is None else f"layer {options.layer} given; L2 strength"
+    how = "cross-validation within each subset's labels" if options.choose_on == "labels" else "loss on the split valid"
+    return f"{what} by {how}"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result in a line."""
+    parts = []
+    for setting in result["settings"]:
+        deviation = setting["test_accuracy_deviation"]
+        spread = "" if deviation is None else f" +- {100 * deviation:.1f}"
+        parts.append(f"{100 * setting['test_accuracy']:.1f}{spread}% with {setting['name']}")
+    return f"test accuracy {', '.join(parts)}; {result['choice']}"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draws test accuracy by number of labels, in percent: mean and deviation over the subsets."""
+    from pipeline.evaluate.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
+
+    figure, axes = new_figure()
+    for key, words, color in (("per_class", "labels of each class", ACCENT), ("fraction", "share", BASELINES[0])):
+        shown = [setting for setting in result["settings"] if key in setting]
+        if shown:
+            axes.errorbar(
+                [setting["labels"] for setting in shown],
+                [100 * setting["test_accuracy"] for setting in shown],
+                yerr=[100 * (setting["test_accuracy_deviation"] or 0) for setting in shown],
+                fmt="-o", color=color, markersize=5, capsize=3, linewidth=1.4, label=words,
+            )  # fmt: skip
+        for setting in shown:
+            place = (setting["labels"], 100 * setting["test_accuracy"])
+            axes.annotate(setting["name"], place, xytext=(5, -12), textcoords="offset points", fontsize=8, color=color)
+    label_line(axes, 100 * result["majority_class_test_accuracy"], "commonest class", BASELINES[1])
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"labels in all ({result['classes']} classes)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.legend(frameon=False, loc="upper left")
+    with written_aside(path) as aside:
+        save_figure(figure, aside)

@@ -1,0 +1,115 @@
+"""A linear classifier by SGD, for training sets that L-BFGS can't hold in memory, and the search for its rate.
+
+As the paper does on ImageNet (section 3.4): momentum .9, no weight decay, a cosine schedule to 0 without warm-up, and
+rates 30, 10, 3, ... downward until the final validation loss stops falling. Features are standardised, as for L-BFGS,
+so the search ends at lower rates than on features as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.seeding import generator
+from pipeline.evaluate.classifier import LinearClassifier, moments, standardised
+from pipeline.evaluate.labelled import Labelled
+
+if TYPE_CHECKING:
+    import torch
+
+MOMENTUM = 0.9
+BATCHES_AT_ONCE = 64
+RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+
+KeepPiece = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""once(name, work) of the kept pieces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdOptions:
+    """Training by SGD."""
+
+    rates: list[float] = field(default_factory=lambda: list(RATES))
+    """Peak rates to try, from large to small, until the final validation loss stops falling."""
+    epochs: int = 100
+    """Times that each training picture is seen; on ImageNet 100 are the paper's million steps at batch 128."""
+    batch_size: int = 128
+    """Pictures in a step."""
+    seeds: int = 3
+    """Trainings of the chosen layer and rate, each with another order of the pictures."""
+
+    def __post_init__(self) -> None:
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"sgd.rates is {self.rates}; it must be a list of numbers above 0.")
+        for name in ("epochs", "batch_size", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sgd.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def search_rate(
+    name: str, train: Labelled, valid: Labelled, options: SgdOptions, seed: int, device: "torch.device", once: KeepPiece
+) -> dict[str, Any]:
+    """The classifier of the rate with the least final loss on `valid`, with `valid_accuracy` and `valid_loss`.
+
+    Each rate is a piece of its own, `NAME-rate-RATE-order-0`.
+    """
+    best: dict[str, Any] | None = None
+    for rate in sorted(options.rates, reverse=True):
+        tried = fit_sgd(name, train, valid, rate, 0, options, seed, device, once)
+        if best is not None and isfinite(best["valid_loss"]) and tried["valid_loss"] >= best["valid_loss"]:
+            break
+        best = tried
+    assert best is not None
+    return best
+
+
+def fit_sgd(
+    name: str, train: Labelled, valid: Labelled, rate: float, repeat: int, options: SgdOptions, seed: int,
+    device: "torch.device", once: KeepPiece,
+) -> dict[str, Any]:  # fmt: skip
+    """A classifier trained at one rate, kept as a piece; `repeat` numbers the trainings of one rate."""
+
+    def train_and_validate() -> dict[str, Any]:
+        classifier = train_sgd(train, rate, options.epochs, options.batch_size, generator(seed, "sgd", repeat), device)
+        losses = classifier.losses(valid)
+        loss = float(losses.mean(dtype=np.float64)) if len(losses) and classifier.converged else np.inf
+        return classifier.as_dict() | {"valid_accuracy": classifier.accuracy(valid), "valid_loss": loss}
+
+    return once(f"{name}-rate-{rate:g}-order-{repeat}", train_and_validate)
+
+
+def train_sgd(
+    train: Labelled, rate: float, epochs: int, batch_size: int, random: np.random.Generator, device: "torch.device"
+) -> LinearClassifier:
+    """Trains from zero weights; `random` gives the order of the pictures in each epoch."""
+    import torch
+    from torch.nn import functional
+    from torch.optim.lr_scheduler import CosineAnnealingLR
+
+    mean, deviation = moments(train.features)
+    classes, targets = np.unique(train.labels, return_inverse=True)  # (C,), (N,)
+    weight, bias = torch.zeros(len(classes), len(mean), device=device), torch.zeros(len(classes), device=device)
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=MOMENTUM)
+    schedule = CosineAnnealingLR(optimizer, T_max=epochs * -(-len(targets) // batch_size))
+    for rows in _batches(len(targets), epochs, batch_size, random):
+        inputs = torch.from_numpy(standardised(train.features[rows], mean, deviation)).to(device)  # (n, D)
+        wanted = torch.from_numpy(targets[rows]).to(device)  # (n,)
+        for batch, labels in zip(inputs.split(batch_size), wanted.split(batch_size), strict=True):
+            optimizer.zero_grad()
+            functional.cross_entropy(functional.linear(batch, weight, bias), labels).backward()
+            optimizer.step()
+            schedule.step()
+    weights = [parameter.detach().cpu().numpy() for parameter in parameters]
+    finite = all(np.isfinite(values).all() for values in weights)
+    return LinearClassifier(mean, deviation, weights[0], weights[1], classes, rate, bool(finite))
+
+
+def _batches(count: int, epochs: int, batch_size: int, random: np.random.Generator) -> Iterator[np.ndarray]:
+    """Row numbers of each epoch in a new order; whole batches, read many at once."""
+    for _epoch in range(epochs):
+        order = random.permutation(count)
+        for start in range(0, count, batch_size * BATCHES_AT_ONCE):
+            yield order[start : start + batch_size * BATCHES_AT_ONCE]

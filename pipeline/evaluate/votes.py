@@ -1,0 +1,52 @@
+"""Several looks at one picture: a masked model hides other colours each time, and the predictions are put to a vote.
+
+The paper's way with BERT models: five masks, the commonest prediction, ties at random.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from data_prep.seeding import generator
+from pipeline.evaluate.inputs import Evaluation, Pictures
+from pipeline.evaluate.labelled import Labelled, Rows, baselines, layers_of, scores_on_test
+
+MASKS = 5
+
+
+def looks(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[Labelled]]:
+    """By name, each layer under each of the masks (one where nothing is hidden), and each baseline. All ranks call it.
+
+    The test pictures are read by this, once, when everything is chosen.
+    """
+    from pipeline.evaluate.features import pooled_features
+
+    masks = range(MASKS if evaluation.masked else 1)
+    seen = [layers_of(pooled_features(evaluation, pictures, mask), pictures.labels) for mask in masks]
+    return {name: [layers[name] for layers in seen] for name in seen[0]} | {
+        name: [base] for name, base in baselines(evaluation, pictures).items()
+    }
+
+
+def most_votes(predicted: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The commonest label of each picture, int (N,), of predictions (masks, N); among equals one at random."""
+    votes = (predicted[:, None] == predicted[None]).sum(axis=0)  # (masks, N): how many agree with each
+    # Labels with equally many votes have equally many voters, so a random voter is a random label.
+    chosen = (votes + random.uniform(0, 0.5, votes.shape)).argmax(axis=0)  # (N,)
+    return np.take_along_axis(predicted, chosen[None], axis=0)[0]
+
+
+def judged(evaluation: Evaluation, test: list[Labelled], predict: Callable[[Rows], np.ndarray]) -> dict[str, Any]:
+    """Scores of `predict` on looks at the test pictures: at the first alone, and of a masked model also by vote."""
+    labels = test[0].labels
+    predicted = np.stack([predict(look.features) for look in test])  # (masks, N)
+    scores = scores_on_test(predicted[0], labels, len(evaluation.shards.classes))
+    if len(test) == 1:
+        return scores
+    voted = most_votes(predicted, generator(evaluation.seed, "votes"))
+    return scores | {
+        "masks": len(predicted),
+        "test_accuracy_by_mask": (predicted == labels).mean(axis=1).tolist(),
+        "ensembled_test_accuracy": float((voted == labels).mean()),
+    }
