@@ -89,7 +89,7 @@ def _of_length_one(features: Rows, device: "torch.device") -> "Iterator[tuple[sl
     from torch.nn import functional
 
     for place, block in in_blocks(features):
-        yield place, functional.normalize(torch.from_numpy(np.ascontiguousarray(block)).to(device), dim=1)
+        yield place, functional.normalize(torch.from_numpy(block).to(device), dim=1)
 
 
 def predictions(

@@ -66,7 +66,7 @@ def in_blocks(features: Rows) -> Iterator[tuple[slice, np.ndarray]]:
     """(place, float32 (n, D)) of all rows in order, so that a large memory map is never wholly in memory."""
     for start in range(0, len(features), ROWS_AT_ONCE):
         place = slice(start, min(start + ROWS_AT_ONCE, len(features)))
-        yield place, np.asarray(features[place], np.float32)
+        yield place, np.array(features[place], np.float32)
 
 
 def raw_pixels(tokens: np.ndarray, palette: np.ndarray) -> np.ndarray:

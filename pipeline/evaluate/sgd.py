@@ -42,10 +42,10 @@ class SgdOptions:
 
     def __post_init__(self) -> None:
         if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"sgd.rates is {self.rates}; it must be a list of numbers above 0.")
+            raise ValueError(f"linear_probe.sgd.rates is {self.rates}; it must be a list of numbers above 0.")
         for name in ("epochs", "batch_size", "seeds"):
             if getattr(self, name) < 1:
-                raise ValueError(f"sgd.{name} is {getattr(self, name)}; it must be at least 1.")
+                raise ValueError(f"linear_probe.sgd.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 def search_rate(

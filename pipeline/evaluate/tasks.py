@@ -27,6 +27,8 @@ from pipeline.evaluate.provenance import ModelFacts, inputs_digest, model_facts,
 FEATURES = ".features"
 TASKS = {
     "linear_probe": "pipeline.evaluate.linear_probe",
+    "knn": "pipeline.evaluate.knn",
+    "low_data": "pipeline.evaluate.low_data",
     "density": "pipeline.evaluate.density",
     "completions": "pipeline.evaluate.completions",
 }

@@ -1,0 +1,37 @@
+"""Run by test_restarts.py: PIECES, then the arguments of `evaluate`. Is killed after so many pieces, 0 for never.
+
+Prints a line for each piece that it did.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.tasks import evaluate
+
+if __name__ == "__main__":
+    pieces, done = int(sys.argv[1]), 0
+    once = Kept.once
+
+    def counted(kept: Kept, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        def noted() -> dict[str, Any]:
+            global done
+            value = work()
+            done += 1
+            print(f"did {kept.folder.parent.name} {name}", flush=True)
+            return value
+
+        before = done
+        value = once(kept, name, noted)
+        if done > before and done == pieces:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+    Kept.once = counted  # type: ignore[method-assign]
+    sys.exit(evaluate(sys.argv[2:]))

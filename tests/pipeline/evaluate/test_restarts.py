@@ -1,0 +1,93 @@
+"""Probes that were killed: what was finished is not done again, and the numbers are the same."""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.files import read_json
+from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.linear_probe import Options as LinearProbe
+from pipeline.evaluate.sgd import SgdOptions
+from pipeline.evaluate.tasks import TASKS
+from tests import launch
+
+SCRIPT = Path(__file__).with_name("killed.py")
+SGD = LinearProbe(solver="sgd", sgd=SgdOptions(rates=[0.1, 0.01], epochs=2, seeds=2))
+TASK_OPTIONS = {
+    "linear_probe": {"l2": [0.1, 0.01]},
+    "knn": {},
+    "low_data": {"per_class": [4], "fractions": [0.1], "subsets": 2, "l2": [0.1, 0.01]},
+}
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("task", [*TASK_OPTIONS, "linear_probe by sgd"])
+def test_a_killed_task_does_what_is_left_and_finds_the_same(
+    task: str, model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module(TASKS[task.split()[0]])
+    options = module.Options(**TASK_OPTIONS[task]) if task in TASK_OPTIONS else SGD
+    once, done, last = Kept.once, [], None
+
+    def counted(kept: Kept, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        def noted() -> dict[str, Any]:
+            value = work()
+            done.append(name)
+            return value
+
+        value = once(kept, name, noted)
+        if len(done) == last:
+            raise Killed
+        return value
+
+    monkeypatch.setattr(Kept, "once", counted)
+    evaluation = evaluation_of(model_folder)
+    expected = module.measure(evaluation, options)
+    pieces = sorted(done)
+    assert len(set(pieces)) == len(pieces) > 3
+    evaluation.kept.clear()
+    done.clear()
+    for last in (len(pieces) // 3, 2 * len(pieces) // 3, len(pieces)):  # the last one before the result is written
+        with pytest.raises(Killed):
+            module.measure(evaluation, options)
+    last = None
+    assert module.measure(evaluation, options) == expected
+    assert sorted(done) == pieces  # each once
+
+
+@pytest.mark.slow
+def test_processes_that_were_killed_go_on_elsewhere(shards_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    """SIGKILL on one rank, then on two; the third start finishes on two ranks what one rank finds undisturbed."""
+
+    def command(out: str) -> list[object]:
+        return [
+            model_folder, "--shards", shards_folder, "--out", tmp_path / out, "--tasks", "linear_probe,knn,low_data",
+            "--batch_size", "50", "--linear_probe.solver", "sgd", "--linear_probe.sgd.rates", "[0.1, 0.01]",
+            "--linear_probe.sgd.epochs", "3", "--linear_probe.sgd.seeds", "2", "--low_data.per_class", "[4]",
+            "--low_data.fractions", "[0.1]", "--low_data.subsets", "3", "--low_data.l2", "[0.1, 0.01]",
+        ]  # fmt: skip
+
+    def did(outputs: list[str]) -> list[str]:
+        return re.findall(r"^did (.*)$", "\n".join(outputs), re.MULTILINE)
+
+    whole = launch.run(1, SCRIPT, 0, *command("whole"), logs=tmp_path / "log-0")
+    assert whole.codes == [0], whole.output
+    pieces = sorted(did(whole.outputs))
+    done = []
+    for ranks, last in ((1, 9), (2, 12), (2, 0)):
+        finished = launch.run(ranks, SCRIPT, last, *command("killed"), logs=tmp_path / f"log-{ranks}-{last}")
+        assert (finished.codes == [0] * ranks) == (last == 0), finished.outputs
+        done += did(finished.outputs)
+    assert set(done) == set(pieces)
+    assert len(done) <= len(pieces) + 1  # the rank beside the killed one may lose the piece it was at
+    for task in ("linear_probe", "knn", "low_data"):
+        ours, theirs = (read_json(tmp_path / folder / f"{task}.json") for folder in ("killed", "whole"))
+        for key in set(theirs) - {"command", "seconds"}:
+            assert ours[key] == theirs[key], (task, key)
