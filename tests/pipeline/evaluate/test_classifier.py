@@ -89,7 +89,9 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     expected[3] = 1.0  # the constant one
     np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(deviation, expected, rtol=1e-6)
-    parted = next(logistic_path(Labelled(SideBySide([train.features[:, :5], train.features[:, 5:]]), train.labels), [0.1]))
+    parted = next(
+        logistic_path(Labelled(SideBySide([train.features[:, :5], train.features[:, 5:]]), train.labels), [0.1])
+    )
     np.testing.assert_allclose(parted.weight, whole.weight, atol=1e-3)
     np.testing.assert_array_equal(whole.predict(valid.features), whole.classes[whole._scores(valid.features).argmax(1)])
 

@@ -39,6 +39,26 @@ def test_features_are_the_hidden_states_after_ln_1(
     np.testing.assert_allclose(features, torch.stack(expected).numpy(), atol=1e-5)
 
 
+def test_the_traps_of_the_public_tutorial_are_far_outside_the_tolerance(
+    model_folder: Path, evaluation_of: Callable
+) -> None:
+    """Without SOS every colour sits one position off; states pooled before the norm are others. Both in every layer."""
+    evaluation = evaluation_of(model_folder)
+    pictures = evaluation.pictures("test")
+    features = pooled_features(evaluation, pictures)  # (L+1, N, D)
+    reference = ImageGPTModel.from_pretrained(model_folder).eval()
+    tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
+    inputs = torch.cat([torch.full((len(tokens), 1), evaluation.shards.colors), tokens[:, :-1]], dim=1)
+    norms = [*(layer.ln_1 for layer in reference.h), torch.nn.Identity()]  # the last state is after ln_f
+    with torch.no_grad():
+        without_sos = reference(input_ids=tokens, output_hidden_states=True).hidden_states
+        before_norm = reference(input_ids=inputs, output_hidden_states=True).hidden_states[:-1]
+        wrong = [norm(state).mean(1).numpy() for norm, state in zip(norms, without_sos, strict=True)]
+        wrong += [state.mean(1).numpy() for state in before_norm]
+    for layer, trap in zip([0, 1, 2, 3, 0, 1, 2], wrong, strict=True):
+        assert np.abs(features[layer] - trap).mean() > 1e-3  # the tolerance is 1e-5
+
+
 def test_the_model_has_no_hooks_left(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder)
     pooled_features(evaluation, evaluation.pictures("valid"))

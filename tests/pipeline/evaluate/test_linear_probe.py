@@ -182,7 +182,10 @@ def test_splits_that_cannot_be_probed(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"l2": [0.0]}, r"linear_probe\.l2 is \[0\.0\]"), ({"concatenate": 1}, r"linear_probe\.concatenate is 1; it must")],
+    [
+        ({"l2": [0.0]}, r"linear_probe\.l2 is \[0\.0\]"),
+        ({"concatenate": 1}, r"linear_probe\.concatenate is 1; it must"),
+    ],
 )
 def test_options_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

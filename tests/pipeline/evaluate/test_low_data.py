@@ -92,9 +92,7 @@ def test_layer_and_strength_are_those_of_the_least_loss_by_scikit_learn(choose_o
             probability = scikit_learn(strength, 60).fit(train, labels).predict_proba(valid[layer].features)
         else:
             folds = StratifiedKFold(5, shuffle=True, random_state=11)
-            probability = cross_val_predict(
-                scikit_learn(strength, 48), train, labels, cv=folds, method="predict_proba"
-            )
+            probability = cross_val_predict(scikit_learn(strength, 48), train, labels, cv=folds, method="predict_proba")
         return -np.log(probability[np.arange(60), labels]).mean()
 
     assert layer == 1 == np.argmin([loss(number, 0.03) for number in range(3)])

@@ -34,7 +34,7 @@ def test_a_killed_task_does_what_is_left_and_finds_the_same(
 ) -> None:
     module = import_module(TASKS[task.split()[0]])
     options = module.Options(**TASK_OPTIONS[task]) if task in TASK_OPTIONS else SGD
-    once, done, last = Kept.once, [], None
+    once, done, ends = Kept.once, [], [None]
 
     def counted(kept: Kept, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         def noted() -> dict[str, Any]:
@@ -43,7 +43,7 @@ def test_a_killed_task_does_what_is_left_and_finds_the_same(
             return value
 
         value = once(kept, name, noted)
-        if len(done) == last:
+        if len(done) == ends[-1]:
             raise Killed
         return value
 
@@ -54,10 +54,11 @@ def test_a_killed_task_does_what_is_left_and_finds_the_same(
     assert len(set(pieces)) == len(pieces) > 3
     evaluation.kept.clear()
     done.clear()
-    for last in (len(pieces) // 3, 2 * len(pieces) // 3, len(pieces)):  # the last one before the result is written
+    for count in (len(pieces) // 3, 2 * len(pieces) // 3, len(pieces)):  # the last one before the result is written
+        ends.append(count)
         with pytest.raises(Killed):
             module.measure(evaluation, options)
-    last = None
+    ends.append(None)
     assert module.measure(evaluation, options) == expected
     assert sorted(done) == pieces  # each once
 

@@ -16,7 +16,10 @@ from data_prep.shards import open_shard_set
 from pipeline.evaluate.provenance import model_digest
 from pipeline.evaluate.tasks import TASKS, evaluate
 
-QUICK = ["--linear_probe.l2", "[0.1, 0.01]", "--completions.images", "3", "--completions.samples", "2"]
+QUICK = [
+    "--linear_probe.l2", "[0.1, 0.01]", "--low_data.l2", "[0.1, 0.01]", "--low_data.subsets", "2",
+    "--low_data.per_class", "[4]", "--low_data.layer", "1", "--completions.images", "3", "--completions.samples", "2",
+]  # fmt: skip
 TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 
 
@@ -40,9 +43,9 @@ def test_every_task_leaves_its_results_and_where_they_come_from(
     run: Callable[..., Path], shards_folder: Path, model_folder: Path
 ) -> None:
     folder = run("--seed", "3")
-    assert {path.name for path in folder.iterdir() if path.name != ".features"} == {
-        *(f"{task}.json" for task in TASKS), "linear_probe.png", "completions.png", "report.html",
-    }  # fmt: skip
+    figures = {f"{task}.png" for task in ("linear_probe", "knn", "low_data", "completions")}
+    shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert shown == {f"{task}.json" for task in TASKS} | figures | {"report.html"}
     for task, result in results_of(folder).items():
         assert result["task"] == task
         assert result["seed"] == 3
@@ -107,7 +110,7 @@ def test_initial_weights_are_another_model(run: Callable[..., Path], model_folde
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "density,magic"], "--tasks has 'magic'; the tasks are linear_probe, density, completions"),
+        (["--tasks", "density,magic"], "--tasks has 'magic'; the tasks are linear_probe, .*, completions"),
         (["--shards", "nowhere"], "nowhere does not exist"),
         (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
         (["--precision", "fp8"], "precision"),
