@@ -3,10 +3,11 @@
 As the paper measures CIFAR-10 (4, 25 and 400 labels of each class, 5 random subsets), and as others measure ImageNet
 (1% and 10% of the labels). The paper does not say how it chose the layer and the regularisation. Here both are chosen,
 for each subset on its own, by cross-validation within the subset's labels (five folds, or as many as a class has
-labels): first the layer, with the middle one of the L2 strengths, then the strength; by the mean loss of the held-out
-labels, which tells more than accuracy where labels are few. So nothing but the setting's labels is used. Two options
-use more, and the result says so: `choose_on valid` chooses on the whole split valid, as the paper could; `layer` takes
-a layer that is known from elsewhere. The test split is looked at once for each subset. A masked model sees one mask.
+labels), by the mean loss of the held-out labels: it tells more than their accuracy where they are few. For each layer
+the L2 strengths are tried from strong to weak while that loss falls. So nothing but the setting's labels is used. Two
+options use more, and the result says so: `choose_on valid` chooses on the whole split valid, as the paper could;
+`layer` takes a layer that is known from elsewhere. The test split is looked at once for each subset. A masked model
+sees one mask.
 
 A subset has as many pictures of each class as the setting says; a share of the labels is spread evenly over the classes
 as far as they reach. The settings that are measured unless others are asked for are left out where a class has too few
@@ -26,6 +27,7 @@ labels, and `left_out` says so; one that was asked for is then a mistake.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf, nan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,21 +209,25 @@ def choose(
 
     subset, valid: by layer. Without `valid` folds of the subset are held out in turn, divided by `seed`.
     """
+    best, layer, strength = inf, -1, nan
+    for number in range(len(subset)) if options.layer is None else [options.layer]:
+        held_out = [(subset[number], valid[number])] if valid is not None else list(_folds(subset[number], seed))
+        for tried, loss in _losses(held_out, options.l2):
+            if loss < best:
+                best, layer, strength = loss, number, tried
+    return layer, strength
 
-    def losses(layer: int, strengths: Sequence[float]) -> dict[float, float]:
-        found: dict[float, list[np.ndarray]] = {strength: [] for strength in sorted(strengths, reverse=True)}
-        held = [(subset[layer], valid[layer])] if valid is not None else _folds(subset[layer], seed)
-        for train, others in held:
-            for probe in logistic_path(train, strengths):
-                found[probe.setting].append(probe.losses(others))
-        return {strength: float(np.concatenate(parts).mean(dtype=np.float64)) for strength, parts in found.items()}
 
-    layer = options.layer
-    if layer is None:
-        middle = sorted(options.l2)[len(options.l2) // 2]
-        layer = min(range(len(subset)), key=lambda each: losses(each, [middle])[middle])
-    by_strength = losses(layer, options.l2)
-    return layer, min(by_strength, key=lambda strength: by_strength[strength])
+def _losses(held_out: list[tuple[Labelled, Labelled]], strengths: Sequence[float]) -> Iterator[tuple[float, float]]:
+    """(L2 strength, mean loss of all held-out labels), from strong to weak while the loss falls."""
+    before = inf
+    for probes in zip(*(logistic_path(train, strengths) for train, _ in held_out), strict=True):
+        parts = [probe.losses(others) for probe, (_, others) in zip(probes, held_out, strict=True)]
+        loss = float(np.concatenate(parts).mean(dtype=np.float64))
+        if loss >= before:
+            return
+        yield probes[0].setting, loss
+        before = loss
 
 
 def _folds(subset: Labelled, seed: int) -> Iterator[tuple[Labelled, Labelled]]:
