@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.seeding import generator
 from data_prep.shards import Split
-from pipeline.train.augmentation import Augmentation, Changes
+from pipeline.model.augmentation import Augmentation, Changes
 
 WINDOW_RECORDS = 64
 """Records that are mixed with each other: up to 16,384 pictures."""

@@ -8,9 +8,9 @@ from transformers import GPT2Config
 
 from data_prep.shards import ShardSet, Split, open_shard_set
 from pipeline.config import TrainConfig
+from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt import gpt2_config
 from pipeline.model.masks import Masks
-from pipeline.train.augmentation import Augmentation
 from pipeline.train.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import Judge, StopRequests

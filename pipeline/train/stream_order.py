@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from data_prep.seeding import generator
-from pipeline.train.augmentation import Augmentation, Changes
+from pipeline.model.augmentation import Augmentation, Changes
 from pipeline.train.batches import FINGERPRINT_IMAGES, STREAMED, WINDOW_RECORDS
 
 

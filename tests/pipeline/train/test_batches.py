@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.train.augmentation import Augmentation
+from pipeline.model.augmentation import Augmentation
 from pipeline.train.batches import ImageOrder, TrainingBatches
 
 RECORDS = np.array([256] * 150 + [77])

@@ -14,8 +14,8 @@ import pytest
 from data_prep import remote
 from data_prep.palette import palette_sha256
 from data_prep.shards import VERSION, Split, open_shard_set, write_shard
+from pipeline.model.augmentation import Augmentation
 from pipeline.train import batches, stream_order, streaming
-from pipeline.train.augmentation import Augmentation
 from pipeline.train.batches import ImageOrder
 from pipeline.train.stream_order import StreamOrder
 from pipeline.train.streaming import StreamedBatches

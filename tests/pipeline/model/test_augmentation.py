@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import DataConfig, ModelConfig, TrainConfig
-from pipeline.train.augmentation import Augmentation, Changes, mirror
+from pipeline.model.augmentation import Augmentation, Changes, mirror
 
 
 def by_numpy(tokens: np.ndarray, changes: Changes, padding: int, resolution: int) -> np.ndarray:
