@@ -1,9 +1,10 @@
 """`python -m pipeline evaluate`: the tasks there are, and the command that runs some of them on one model.
 
-A task is one file with a dataclass `Options`, a function `measure(evaluation, options) -> dict`, a function
+A task is one file with a dataclass `Options`, functions `measure(evaluation, options) -> dict` and
 `summary(result) -> str`, and one line in TASKS. `measure` runs on every rank, writes its figures into
 `evaluation.results` from the first rank alone, and returns numbers that JSON can hold. Raises ValueError for a user's
-mistake.
+mistake. A task that reads more than the model and the shard set has `read_besides(results, options) -> dict` too: what
+it gives, such as digests, is written down, and a task is done again when it changed.
 """
 
 import os
@@ -29,9 +30,14 @@ TASKS = {
     "linear_probe": "pipeline.evaluate.linear_probe",
     "knn": "pipeline.evaluate.knn",
     "low_data": "pipeline.evaluate.low_data",
+    "attentive_probe": "pipeline.evaluate.attentive_probe",
+    "fine_tune": "pipeline.evaluate.fine_tune",
+    "distill": "pipeline.evaluate.distill",
     "density": "pipeline.evaluate.density",
     "completions": "pipeline.evaluate.completions",
 }
+LONG = ("attentive_probe", "fine_tune", "distill")
+"""Trainings of many epochs: they run only where they are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,9 @@ class Command:
     """The shard set to measure on: a folder or an address."""
     out: Path
     """The folder of results."""
-    tasks: str = ",".join(TASKS)
-    """Names of tasks, with commas between."""
+    tasks: str = ",".join(name for name in TASKS if name not in LONG)
+    """Names of tasks, with commas between, in the order in which they run; beside the default's there are
+    attentive_probe, fine_tune and distill, which train for many epochs."""
     seed: int = 0
     """Chooses pictures where there is a cap, and draws completions."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -135,7 +142,8 @@ def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any
     """Runs one task and writes its JSON, last, unless the same was measured before."""
     path = evaluation.results / f"{name}.json"
     settings = {"precision": command.precision} | options_of(evaluation.sizes, options)
-    digest = inputs_digest(facts, evaluation.shards.digest, evaluation.seed, settings)
+    besides = from_first(evaluation.accelerator, lambda: _read_besides(name, evaluation, options))
+    digest = inputs_digest(facts, evaluation.shards.digest, evaluation.seed, settings | besides)
     if not command.again and from_first(evaluation.accelerator, lambda: _inputs_of(path)) == digest:
         evaluation.say(f"{name}: already measured with these inputs, kept (--again measures anew)")
         return
@@ -153,12 +161,18 @@ def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any
         "seed": evaluation.seed,
         "command": words,
         "options": settings,
+        **besides,
         "inputs_digest": digest,
         "seconds": round(time.monotonic() - start, 1),
     }
     from_first(evaluation.accelerator, lambda: write_json(path, provenance | result))
     from_first(evaluation.accelerator, kept.clear)
     evaluation.say(f"{name}: {_module(name).summary(result)} ({provenance['seconds']:.0f} s)")
+
+
+def _read_besides(name: str, evaluation: Evaluation, options: Any) -> dict[str, str]:
+    task = _module(name)
+    return task.read_besides(evaluation.results, options) if hasattr(task, "read_besides") else {}
 
 
 def _inputs_of(path: Path) -> str | None:

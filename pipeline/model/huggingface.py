@@ -43,6 +43,7 @@ CONFIGS = {"imagegpt": ImageGPTConfig, "gpt2": GPT2Config}
 BLOCK_OF_TYPE = {"imagegpt": "igpt", "gpt2": "gpt2"}
 TYPE_OF_BLOCK = {block: model_type for model_type, block in BLOCK_OF_TYPE.items()}
 MASKED_TYPE = "image_gpt_masked"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 SHARED_SETTINGS = (
     "vocab_size",
@@ -152,7 +153,7 @@ def _load_masked(folder: Path, settings: dict[str, Any], palette: np.ndarray | N
         raise ValueError(f"{folder / 'config.json'} is no {MASKED_TYPE} configuration: {_one_line(error)}.") from error
     resolution = _check_fits(config, palette, folder)
     try:
-        load_torch_model(model, folder, strict=True)
+        load_torch_model(model, folder if (folder / WEIGHTS_INDEX).is_file() else folder / WEIGHTS, strict=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"The weights in {folder} can't be read: {_one_line(error)}.") from error
     return LoadedModel(model.eval(), config, palette, resolution, config.block, probability)

@@ -1,4 +1,5 @@
-"""What a model learns: the next colour of a picture read in raster order, or hidden colours from all others.
+"""What a model learns: the next colour of a picture read in raster order, or hidden colours from all others; and, when
+it learns classes too, both at once, or what a teacher says of a picture.
 
 A hidden colour carries the bit HIDDEN on its way from the data order, which draws it, to the model.
 """
@@ -65,3 +66,34 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor, colors: int) -> torc
     """Mean cross-entropy over all tokens, in nats: an fp32 scalar. Arguments as for `per_token_loss`."""
     scores = logits[..., :colors].float()  # (B, T, V)
     return functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
+
+
+def joint_loss(
+    token_logits: torch.Tensor,
+    targets: torch.Tensor,
+    class_logits: torch.Tensor,
+    labels: torch.Tensor,
+    colors: int,
+    generative_weight: float = 1.0,
+) -> torch.Tensor:
+    """Generative and class loss of each picture in nats, fp32 (B,): what fine-tuning lowers (the paper's section 2.3).
+
+    `token_logits`, `targets` and `colors` as for `picture_loss`; `class_logits` is (B, C), `labels` long (B,).
+    """
+    generative = picture_loss(token_logits, targets, colors)  # (B,)
+    return generative_weight * generative + class_loss(class_logits, labels)
+
+
+def class_loss(class_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each picture's class in nats, fp32 (B,); `class_logits` (B, C), `labels` long (B,)."""
+    return functional.cross_entropy(class_logits.float(), labels, reduction="none")
+
+
+def softened_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Cross-entropy of two softened distributions over classes, - sum p_teacher ln p_student, in nats: fp32 (B,).
+
+    Both are logits (B, C), divided by the temperature before their softmax: the distillation loss of SimCLRv2 (Chen et
+    al. 2020b, section 2), which knows no labels.
+    """
+    wanted = functional.softmax(teacher.float() / temperature, dim=1)  # (B, C)
+    return functional.cross_entropy(student.float() / temperature, wanted, reduction="none")

@@ -1,0 +1,153 @@
+"""The parts of the attentive probe: token features of a frozen model, how they are standardised, and the pooling."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from data_prep.seeding import generator
+from pipeline.evaluate.inputs import Evaluation, Pictures
+from pipeline.evaluate.pieces import Piece, shared_out
+
+EPSILON = 1e-6
+"""Added to the variance, as in AIM's batch norm."""
+PICTURES_A_PIECE = 4096
+
+
+class AttentivePooling(nn.Module):
+    """A learned query over token features (B, T, D), and a linear classifier: see attentive_probe.py."""
+
+    def __init__(self, width: int, classes: int, heads: int, random: np.random.Generator) -> None:
+        """random: draws the initial weights as AIM's code does; the classifier begins at zero, as class heads here."""
+        super().__init__()
+        bound = width**-0.5
+        query = 0.02 * random.standard_normal((heads, width // heads))
+        key, value = random.uniform(-bound, bound, (2, heads, width // heads, width))
+        self.query, self.key, self.value = (
+            nn.Parameter(torch.from_numpy(initial.astype(np.float32))) for initial in (query, key, value)
+        )
+        self.score = nn.Parameter(torch.zeros(classes, width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C). Keys and values are linear, so they are applied to the query and to what was pooled: nothing
+        as large as the features is made."""
+        scale = self.query.shape[1] ** -0.5
+        asked = torch.einsum("he,hed->hd", self.query, self.key) * scale  # (H, D)
+        scores = torch.einsum("btd,hd->bht", features, asked)
+        weights = functional.softmax(scores.float(), dim=-1).to(features.dtype)  # (B, H, T)
+        pooled = torch.einsum("bht,btd->bhd", weights, features)
+        values = torch.einsum("bhd,hed->bhe", pooled, self.value).flatten(1)  # (B, D)
+        return functional.linear(values, self.score)
+
+
+class Probes(nn.Module):
+    """A probe for each layer and rate, over the features of the same pass; all rates of a layer begin alike."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(
+        self,
+        layers: list[int],
+        rates: int,
+        mean: np.ndarray,
+        deviation: np.ndarray,
+        classes: int,
+        heads: int,
+        seed: int,
+    ) -> None:
+        """mean and deviation: of each layer's features, float32 (layers, D)."""
+        super().__init__()
+        self.layers = [layer for layer in layers for _ in range(rates)]
+        """The layer of each probe."""
+        self._places = [place for place in range(len(layers)) for _ in range(rates)]
+        self.register_buffer("mean", torch.from_numpy(mean))
+        self.register_buffer("deviation", torch.from_numpy(deviation))
+        width = mean.shape[1]
+        self.probes = nn.ModuleList(
+            AttentivePooling(width, classes, heads, generator(seed, "attentive_probe", layer)) for layer in self.layers
+        )
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Logits of every probe (B, K, C), of the features (B, T, D) of every layer."""
+        standardised = [self._standardise(place, of_layer) for place, of_layer in enumerate(features)]
+        logits = [probe(standardised[place]) for place, probe in zip(self._places, self.probes, strict=True)]
+        return torch.stack(logits, dim=1)
+
+    def one(self, number: int, features: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C) of one probe, of the features (B, T, D) of its layer."""
+        return self.probes[number](self._standardise(self._places[number], features))
+
+    def _standardise(self, place: int, features: torch.Tensor) -> torch.Tensor:
+        return (features - self.mean[place]) / self.deviation[place]
+
+
+@torch.no_grad()
+def token_features(
+    evaluation: Evaluation, tokens: torch.Tensor, indices: np.ndarray, layers: list[int], draw: int = 0
+) -> list[torch.Tensor]:
+    """Each layer's features of pictures, (B, T, D) each, by one pass of the frozen trunk.
+
+    tokens, indices and draw as of `Evaluation.inputs_and_targets`.
+    """
+    inputs, _ = evaluation.inputs_and_targets(tokens, indices, draw)  # (B, T)
+    with _normed(evaluation.model.model, layers) as features:
+        evaluation.model.model.transformer(inputs)
+    return [features[layer] for layer in layers]
+
+
+@contextmanager
+def _normed(model: nn.Module, layers: list[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """While open, a pass of the model leaves these layers' features in what is yielded."""
+    norms = [*(block.ln_1 for block in model.transformer.h), model.transformer.ln_f]
+    features: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int, normed: torch.Tensor) -> None:
+        features[layer] = normed
+
+    hooks = [
+        norms[layer].register_forward_hook(lambda _module, _inputs, normed, layer=layer: keep(layer, normed))
+        for layer in layers
+    ]
+    try:
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def standardisation(evaluation: Evaluation, pictures: Pictures, layers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each layer's features over pictures and positions, float32 (layers, D) each.
+
+    The pictures are shared out among the ranks in pieces, which are kept; the numbers do not depend on the ranks.
+    """
+
+    def sums(start: int) -> dict[str, Any]:
+        """Sum and sum of squares over a piece, float64 (layers, D) each."""
+        total, squares = [], []
+        stop = min(start + PICTURES_A_PIECE, len(pictures))
+        for first in range(start, stop, evaluation.sizes.batch_size):
+            last = min(first + evaluation.sizes.batch_size, stop)
+            tokens = torch.from_numpy(pictures.tokens(first, last).astype(np.int64)).to(evaluation.accelerator.device)
+            with evaluation.accelerator.autocast():
+                features = token_features(evaluation, tokens, pictures.indices[first:last], layers)
+            total.append([of_layer.sum((0, 1), dtype=torch.float64) for of_layer in features])
+            squares.append([of_layer.double().square().sum((0, 1)) for of_layer in features])
+        return {
+            name: sum(torch.stack(part).cpu().numpy() for part in parts)
+            for name, parts in (("sum", total), ("squares", squares))
+        }
+
+    starts = range(0, len(pictures), PICTURES_A_PIECE)
+    pieces: dict[str, Piece] = {f"moments-{start:09d}": partial(sums, start) for start in starts}
+    shared_out(evaluation, "attentive_probe, mean and deviation", pieces)
+    done = [evaluation.kept.once(name, piece) for name, piece in pieces.items()]
+    count = len(pictures) * evaluation.shards.resolution**2
+    mean = sum(piece["sum"] for piece in done) / count  # (layers, D)
+    variance = np.maximum(sum(piece["squares"] for piece in done) / count - mean**2, 0)
+    return mean.astype(np.float32), np.sqrt(variance + EPSILON).astype(np.float32)

@@ -1,0 +1,361 @@
+"""The one training loop of the tasks that learn from labels, or from a teacher: small, restartable, on any ranks.
+
+    order       pass p over the pictures is a permutation drawn from (seed, p); changes of pictures from (seed, epoch)
+    ranks       each takes its part of every global batch; gradients are averaged by DistributedDataParallel, so one
+                rank and several give the same numbers up to the rounding of sums
+    a kill      after each epoch its state is written aside and renamed; the same command goes on after the last whole
+                epoch, and on the same ranks gives the same bits (on a GPU up to what its attention kernels leave open)
+    the end     when the epochs are over, or validation has not improved for `patience` epochs; the weights of the best
+                epoch on validation are what is left in the module
+
+A module may hold several candidates that do not touch each other, such as probes of several layers and rates: they see
+the same batches, and the best of candidates and epochs is taken.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data_prep.files import written_aside
+from data_prep.seeding import generator
+from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
+from pipeline.evaluate.recipe import Recipe
+from pipeline.model.augmentation import Augmentation
+
+STATE_FILE = "state.pt"
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some training pictures on the device, changed by the augmentation."""
+
+    tokens: torch.Tensor  # long (B, T)
+    indices: np.ndarray  # int64 (B,), their numbers in the split
+    labels: torch.Tensor  # long (B,), -1 where unlabelled
+    epoch: int
+    """Counts from 1: what is drawn anew at each pass, such as hidden colours, depends on it."""
+
+
+Losses = Callable[[nn.Module, Batch], torch.Tensor]
+"""Calls the (wrapped) module once: the loss of each picture and candidate, fp32 (B, K)."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and on what. K is the number of candidates in the module."""
+
+    name: str
+    """Of its folder among the finished pieces; one task's trainings have different names."""
+    module: nn.Module
+    """On the device; what requires a gradient is trained and kept."""
+    optimizer: torch.optim.Optimizer
+    losses: Losses
+    accuracies: Callable[[], np.ndarray]
+    """Accuracy of each candidate on the validation pictures, (K,), the same on every rank."""
+    pictures: Pictures
+    images_per_epoch: int | None = None
+    """Pictures that count as an epoch, taken from as many passes as it needs; all of `pictures` if not set."""
+    clip_norm: float = 0.0
+    """Largest norm of a gradient; 0 leaves it as it is, as candidates that do not touch each other need."""
+    cosine: bool = False
+    """Let the rate fall to zero by half a cosine over all epochs; otherwise it is constant."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What happened, epoch by epoch."""
+
+    losses: list[list[float]] = field(default_factory=list)
+    """Mean training loss, (E, K)."""
+    accuracies: list[list[float]] = field(default_factory=list)
+    """Validation accuracy, (E, K)."""
+
+    def __len__(self) -> int:
+        return len(self.accuracies)
+
+    def with_epoch(self, losses: np.ndarray, accuracies: np.ndarray) -> "Record":
+        """The record and one epoch more; both arrays are (K,)."""
+        return Record([*self.losses, losses.tolist()], [*self.accuracies, accuracies.tolist()])
+
+    @property
+    def best(self) -> tuple[int, int]:
+        """(epoch from 1, candidate) of the best validation accuracy; the earliest of equals."""
+        table = np.array(self.accuracies)  # (E, K)
+        epoch, candidate = np.unravel_index(table.argmax(), table.shape)
+        return int(epoch) + 1, int(candidate)
+
+    @property
+    def valid_accuracy(self) -> float:
+        """The best validation accuracy."""
+        epoch, candidate = self.best
+        return self.accuracies[epoch - 1][candidate]
+
+    def is_over(self, recipe: Recipe) -> bool:
+        """True if there were enough epochs, or none helped lately, or all losses are lost."""
+        if not len(self):
+            return False
+        stale = recipe.patience > 0 and len(self) - self.best[0] >= recipe.patience
+        return len(self) >= recipe.epochs or stale or not np.isfinite(self.losses[-1]).any()
+
+
+def train(evaluation: Evaluation, training: Training, recipe: Recipe) -> Record:
+    """Trains to the end, or goes on where a former process was; leaves the best epoch's weights in the module."""
+    folder = evaluation.kept.folder / training.name
+    record = _resume(evaluation, training, folder)
+    if not record.is_over(recipe):
+        wrapped = _wrap(evaluation, training.module)
+        while not record.is_over(recipe):
+            epoch = len(record) + 1
+            losses = _train_epoch(evaluation, training, recipe, wrapped, epoch)  # (K,)
+            training.module.eval()
+            record = record.with_epoch(losses, training.accuracies())
+            evaluation.say(_line(training.name, record))
+            _keep(evaluation, training, folder, record, recipe)
+    _load_best(training.module, folder, record)
+    evaluation.accelerator.wait_for_everyone()
+    return record
+
+
+def search(
+    evaluation: Evaluation, rates: list[float], training_at: Callable[[float], Training], recipe: Recipe
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The module that did best on validation, of one training at each rate, and what happened at each.
+
+    Of equals the first is taken. What is said of a rate is `learning_rate`, `valid_accuracy`, `best_epoch`,
+    `valid_accuracy_by_epoch` and `train_loss_by_epoch`.
+    """
+    trials = []
+    for rate in rates:
+        record = train(evaluation, training_at(rate), recipe)
+        trials.append(
+            {
+                "learning_rate": rate,
+                "valid_accuracy": record.valid_accuracy,
+                "best_epoch": record.best[0],
+                "valid_accuracy_by_epoch": [accuracies[0] for accuracies in record.accuracies],
+                "train_loss_by_epoch": [losses[0] for losses in record.losses],
+            }
+        )
+    chosen = training_at(best_of(trials)["learning_rate"])
+    train(evaluation, chosen, recipe)  # reads the weights that were kept
+    return chosen.module, trials
+
+
+def best_of(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """The trial that `search` took. Raises ValueError if every loss was lost."""
+    best = max(trials, key=lambda trial: trial["valid_accuracy"])
+    if not any(math.isfinite(loss) for trial in trials for loss in trial["train_loss_by_epoch"]):
+        rates = ", ".join(f"{trial['learning_rate']:g}" for trial in trials)
+        raise ValueError(f"learning_rates is {rates}, and at each the loss became no number; try smaller ones.")
+    return best
+
+
+def adam(module: nn.Module, rate: float) -> torch.optim.Adam:
+    """Adam as in pretraining (the paper's appendix A.1), over what is trained."""
+    return torch.optim.Adam(trainable(module).values(), lr=rate, betas=BETAS)
+
+
+def predictions(
+    evaluation: Evaluation,
+    pictures: Pictures,
+    label: str,
+    logits: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+) -> np.ndarray:
+    """The class that is said of each picture, int64 (N, ...), the same on every rank; -1 where logits are no numbers.
+
+    logits: of tokens long (B, T) and their numbers in the split, int64 (B,), to (B, ..., C).
+    """
+    from accelerate.utils import gather_object
+
+    mine = []
+    with torch.inference_mode(), evaluation.accelerator.autocast():
+        for place, tokens in evaluation.batches(pictures, label):
+            scores = logits(tokens, pictures.indices[place]).float()  # (B, ..., C)
+            said = scores.argmax(-1).masked_fill(~scores.isfinite().all(-1), -1)  # (B, ...)
+            mine.append((place, said.cpu().numpy()))
+    parts = sorted(gather_object(mine), key=lambda part: part[0].start)
+    return np.concatenate([said for _, said in parts])
+
+
+def epoch_order(seed: int, pictures: int, images: int, epoch: int) -> np.ndarray:
+    """Which of some pictures make up an epoch, int64 (images,): the stream of all passes cut into equal pieces."""
+    first = (epoch - 1) * images
+    passes = range(first // pictures, (first + images - 1) // pictures + 1)
+    stream = np.concatenate([generator(seed, "supervised", "order", number).permutation(pictures) for number in passes])
+    start = first - passes[0] * pictures
+    return stream[start : start + images]
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def _wrap(evaluation: Evaluation, module: nn.Module) -> nn.Module:
+    if evaluation.accelerator.num_processes == 1:
+        return module
+    device = evaluation.accelerator.device
+    return nn.parallel.DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        # Otherwise buckets are filled anew after the first step, and sums are rounded otherwise after a restart.
+        find_unused_parameters=True,
+    )
+
+
+class _Epoch:
+    """The pictures of one epoch, in their order and with their changes."""
+
+    def __init__(self, evaluation: Evaluation, training: Training, recipe: Recipe, number: int) -> None:
+        self.number, self.images = number, training.images_per_epoch or len(training.pictures)
+        self._evaluation, self._pictures = evaluation, training.pictures
+        self._order = epoch_order(evaluation.seed, len(training.pictures), self.images, number)  # (images,)
+        self._augmentation = Augmentation(recipe.flip, recipe.reflect_crop)
+        draw = generator(evaluation.seed, "supervised", "changes", number)
+        self._changes = self._augmentation.draw(draw, self.images)
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """The pictures at the places start..stop of the order."""
+        places, changes = self._order[start:stop], self._changes[slice(start, stop)]
+        indices, labels = self._pictures.indices[places], self._pictures.labels[places]
+        tokens = self._pictures.split.gather(indices)[0]  # uint16 (B, T)
+        changed = self._augmentation.apply(tokens, changes, self._evaluation.shards.resolution)
+        tokens_on_device, labels_on_device = (
+            torch.from_numpy(array.astype(np.int64)).to(self._evaluation.accelerator.device)
+            for array in (changed, labels)
+        )
+        return Batch(tokens_on_device, indices, labels_on_device, self.number)
+
+
+def _train_epoch(
+    evaluation: Evaluation, training: Training, recipe: Recipe, wrapped: nn.Module, number: int
+) -> np.ndarray:
+    """Mean loss of each candidate over the epoch, (K,), the same on every rank."""
+    epoch = _Epoch(evaluation, training, recipe, number)
+    steps = math.ceil(epoch.images / recipe.global_size)
+    groups = training.optimizer.param_groups
+    peaks = [group.setdefault("initial_lr", group["lr"]) for group in groups]
+    total: torch.Tensor | float = 0.0
+    training.module.train()
+    with evaluation.progress(f"{training.name}, epoch {number}", epoch.images) as advance:
+        for step in range(steps):
+            if training.cosine:
+                done = ((number - 1) * steps + step) / (recipe.epochs * steps)
+                for group, peak in zip(groups, peaks, strict=True):
+                    group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
+            start, stop = step * recipe.global_size, min((step + 1) * recipe.global_size, epoch.images)
+            total = total + _backward(evaluation, training, wrapped, epoch, start, stop)
+            if training.clip_norm:
+                nn.utils.clip_grad_norm_(trainable(training.module).values(), training.clip_norm)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            advance(stop - start)
+    return (evaluation.accelerator.reduce(total, "sum") / epoch.images).cpu().numpy()
+
+
+def _backward(
+    evaluation: Evaluation, training: Training, wrapped: nn.Module, epoch: _Epoch, start: int, stop: int
+) -> torch.Tensor:
+    """Gradients of a global batch's mean loss; returns the sum of this rank's losses, float64 (K,)."""
+    accelerator, size = evaluation.accelerator, evaluation.sizes.batch_size
+    ranks = accelerator.num_processes
+    mine = np.array_split(np.arange(start, stop), ranks)[accelerator.process_index]
+    weight = ranks / (stop - start)  # the wrapper averages over ranks
+    if not len(mine):  # a rank without a picture must take part in the average all the same
+        mine, weight = np.array([start]), 0.0
+    sums = []
+    for first in range(mine[0], mine[-1] + 1, size):
+        batch = epoch.batch(first, min(first + size, mine[-1] + 1))
+        is_last = first + size > mine[-1]
+        with nullcontext() if is_last else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                losses = training.losses(wrapped, batch)  # (B, K)
+            accelerator.backward(losses.sum() * weight)
+        sums.append(losses.detach().double().sum(0) * (weight > 0))  # (K,)
+    return torch.stack(sums).sum(0)
+
+
+def _line(name: str, record: Record) -> str:
+    _, candidate = record.best
+    here = record.accuracies[-1][candidate]
+    loss = record.losses[-1][candidate]
+    return f"{name}, epoch {len(record)}: loss {loss:.4f}, validation {here:.1%} (best {record.valid_accuracy:.1%})"
+
+
+# What is kept of an epoch
+
+
+def _best_file(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:04d}.safetensors"
+
+
+def _keep(evaluation: Evaluation, training: Training, folder: Path, record: Record, recipe: Recipe) -> None:
+    """Writes the state of the last epoch, and before it the weights if it was the best one."""
+    best, is_over = record.best[0], record.is_over(recipe)
+
+    def write() -> None:
+        weights = {name: value.detach().cpu().contiguous() for name, value in trainable(training.module).items()}
+        if best == len(record):
+            with written_aside(_best_file(folder, best)) as aside:
+                save_file(weights, aside)
+        state: dict[str, Any] = {"record": asdict(record)}
+        if not is_over:
+            state |= {"weights": weights, "optimizer": training.optimizer.state_dict()}
+        with written_aside(folder / STATE_FILE) as aside:
+            torch.save(state, aside)
+        for file in folder.glob("epoch-*.safetensors"):
+            if file != _best_file(folder, best):
+                file.unlink()
+
+    from_first(evaluation.accelerator, write)
+
+
+def _resume(evaluation: Evaluation, training: Training, folder: Path) -> Record:
+    """The record of what was done before, its last epoch's weights and moments taken up; an empty one if none was."""
+    from accelerate.utils import gather_object
+
+    state = _read_state(folder)
+    if not all(gather_object([state is not None])):
+        return Record()
+    assert state is not None
+    record = Record(**state["record"])
+    if "weights" in state:
+        _set_weights(training.module, state["weights"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        evaluation.say(f"{training.name}: goes on after epoch {len(record)}")
+    return record
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    """What `_keep` wrote last; None if there is nothing, or, as is said, if it was damaged since."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        load_file(_best_file(folder, Record(**state["record"]).best[0]))
+    except Exception:  # pickle, zip and safetensors have exceptions of their own
+        print(f"{folder} holds a training that can't be read; it is done again", flush=True)
+        return None
+    return state
+
+
+def _load_best(module: nn.Module, folder: Path, record: Record) -> None:
+    _set_weights(module, load_file(_best_file(folder, record.best[0])))
+    module.eval()
+
+
+def _set_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in trainable(module).items():
+            parameter.copy_(weights[name])
