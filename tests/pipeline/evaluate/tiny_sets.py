@@ -19,16 +19,23 @@ def random_palette(colors: int = COLORS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (colors, 3)).astype(np.float32)
 
 
-def random_pictures(count: int, seed: int, unlabelled: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def random_pictures(
+    count: int, seed: int, unlabelled: int = 0, preference: float = 1.6
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens uint16 (count, T) of classes that prefer some colours, and labels int32; the first ones unlabelled."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, count)
     weights = np.ones((CLASSES, COLORS))
     for label in range(CLASSES):
-        weights[label, label * 8 : label * 8 + 8] = 1.6
+        weights[label, label * 8 : label * 8 + 8] = preference
     tokens = np.stack([random.choice(COLORS, RESOLUTION**2, p=weights[n] / weights[n].sum()) for n in labels])
     labels[:unlabelled] = -1
     return tokens.astype(np.uint16), labels.astype(np.int32)
+
+
+def separable_pictures(count: int, seed: int, unlabelled: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """As random_pictures, of classes that whoever counts colours tells apart."""
+    return random_pictures(count, seed, unlabelled, preference=6.0)
 
 
 def write_shard_set(

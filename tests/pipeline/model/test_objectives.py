@@ -1,9 +1,10 @@
-"""The objective against its definition in numpy."""
+"""The objectives against their definitions in numpy."""
 
 import numpy as np
+import pytest
 import torch
 
-from pipeline.model.objectives import next_color, per_token_loss, token_loss
+from pipeline.model.objectives import IGNORED, joint_loss, next_color, per_token_loss, softened_loss, token_loss
 
 
 def test_next_color_shifts_by_one_behind_sos():
@@ -31,3 +32,38 @@ def test_half_precision_logits_are_widened():
     targets = torch.zeros(2, 3, dtype=torch.long)
     assert per_token_loss(logits, targets, 4).dtype == torch.float32
     assert torch.equal(token_loss(logits, targets, 4), token_loss(logits.float(), targets, 4))
+
+
+def in_float64(logits: torch.Tensor) -> np.ndarray:
+    """ln of the softmax over the last axis, from the definition."""
+    scores = logits.double().numpy()
+    scores = scores - scores.max(-1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_joint_loss_is_colours_and_class_in_nats(weight: float, masked: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    token_logits, class_logits = torch.randn(4, 6, 9, generator=random), 3 * torch.randn(4, 5, generator=random)
+    targets, labels = torch.randint(9, (4, 6), generator=random), torch.tensor([0, 4, 2, 2])
+    hidden = np.ones((4, 6), bool)
+    if masked:
+        hidden = np.random.default_rng(0).random((4, 6)) < 0.5
+        hidden[:, 0] = True
+        targets = targets.masked_fill(torch.from_numpy(~hidden), IGNORED)
+    of_colours = -np.take_along_axis(in_float64(token_logits), np.maximum(targets.numpy(), 0)[..., None], -1)[..., 0]
+    of_class = -in_float64(class_logits)[np.arange(4), labels.numpy()]
+    expected = weight * (of_colours * hidden).sum(1) / hidden.sum(1) + of_class
+    found = joint_loss(token_logits, targets, class_logits, labels, 9, weight)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+def test_a_student_is_compared_with_the_softened_teacher() -> None:
+    random = torch.Generator().manual_seed(0)
+    student, teacher = 4 * torch.randn(2, 7, 5, generator=random)
+    for temperature in (0.5, 1.0, 4.0):
+        expected = -(np.exp(in_float64(teacher / temperature)) * in_float64(student / temperature)).sum(1)
+        np.testing.assert_allclose(softened_loss(student, teacher, temperature).numpy(), expected, rtol=1e-5)
+    entropy = softened_loss(teacher, teacher, 2.0)
+    assert (entropy < softened_loss(student, teacher, 2.0)).all()  # nothing is nearer to it than itself
