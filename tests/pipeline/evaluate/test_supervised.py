@@ -29,7 +29,9 @@ class Counter(nn.Module):
         return torch.stack([counts @ weight.T for weight in self.weights], dim=1)  # (B, K, C)
 
 
-def training_of(XX) -> Training:
+def training_of(
+    evaluation: Evaluation, rates: tuple[float, ...] = (0.5,), name: str = "counter", **more: object
+) -> Training:
     pictures = {split: evaluation.pictures(split, labelled=True) for split in ("train", "valid")}
     module = Counter(len(rates))
 
