@@ -118,8 +118,8 @@ def train(evaluation: Evaluation, training: Training, recipe: Recipe) -> Record:
             losses = _train_epoch(evaluation, training, recipe, wrapped, epoch)  # (K,)
             training.module.eval()
             record = record.with_epoch(losses, training.accuracies())
-            evaluation.say(_line(training.name, record))
             _keep(evaluation, training, folder, record, recipe)
+            evaluation.say(_line(training.name, record))  # what is said is kept
     _load_best(training.module, folder, record)
     evaluation.accelerator.wait_for_everyone()
     return record

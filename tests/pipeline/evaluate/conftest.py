@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_sets import random_palette, random_pictures, write_model, write_shard_set
+from tiny_sets import random_palette, random_pictures, separable_pictures, write_model, write_shard_set
 
 from data_prep.shards import ShardSet, open_shard_set
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
@@ -30,6 +30,17 @@ def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(shards_folder: Path) -> ShardSet:
     return open_shard_set(shards_folder)
+
+
+@pytest.fixture(scope="session")
+def separable(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Of classes that can be told apart."""
+    splits = {
+        "train": separable_pictures(240, 1, unlabelled=40),
+        "valid": separable_pictures(90, 2),
+        "test": separable_pictures(100, 3),
+    }
+    return open_shard_set(write_shard_set(tmp_path_factory.mktemp("separable"), splits, random_palette()))
 
 
 @pytest.fixture(scope="session")

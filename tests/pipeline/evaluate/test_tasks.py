@@ -19,6 +19,8 @@ from pipeline.evaluate.tasks import TASKS, evaluate
 QUICK = [
     "--linear_probe.l2", "[0.1, 0.01]", "--low_data.l2", "[0.1, 0.01]", "--low_data.subsets", "2",
     "--low_data.per_class", "[4]", "--low_data.layer", "1", "--completions.images", "3", "--completions.samples", "2",
+    "--attentive_probe.epochs", "1", "--attentive_probe.layers", "[1]", "--fine_tune.epochs", "1",
+    "--fine_tune.learning_rates", "[0.001]", "--distill.epochs", "1", "--distill.learning_rates", "[0.001]",
 ]  # fmt: skip
 TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 
@@ -42,10 +44,10 @@ def results_of(folder: Path) -> dict[str, dict]:
 def test_every_task_leaves_its_results_and_where_they_come_from(
     run: Callable[..., Path], shards_folder: Path, model_folder: Path
 ) -> None:
-    folder = run("--seed", "3")
-    figures = {f"{task}.png" for task in ("linear_probe", "knn", "low_data", "completions")}
+    folder = run("--seed", "3", "--tasks", ",".join(TASKS))
+    figures = {f"{task}.png" for task in TASKS if task != "density"}
     shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert shown == {f"{task}.json" for task in TASKS} | figures | {"report.html"}
+    assert shown == {f"{task}.json" for task in TASKS} | figures | {"report.html", "fine_tuned", "distilled"}
     for task, result in results_of(folder).items():
         assert result["task"] == task
         assert result["seed"] == 3
