@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from data_prep.files import written_aside
-from data_prep.seeding import generator
 from pipeline.evaluate.inputs import Evaluation, Pictures
-from pipeline.evaluate.labelled import scores_on_test
 from pipeline.evaluate.supervised import predictions
-from pipeline.evaluate.votes import MASKS, most_votes
+from pipeline.evaluate.votes import MASKS, scores_of_looks
 
 NAMES_SHOWN = 30
 """A confusion matrix of more classes has no names beside it."""
@@ -45,16 +43,8 @@ def test_scores(evaluation: Evaluation, pictures: Pictures, said: Callable[[int]
     said: of the draw of hidden colours to the classes of the test pictures, int (N,).
     """
     predicted = np.stack([said(draw) for draw in range(MASKS if evaluation.masked else 1)])  # (masks, N)
-    labels, classes = pictures.labels, len(evaluation.shards.classes)
-    scores = scores_on_test(predicted[0], labels, classes)
-    if evaluation.masked:
-        voted = most_votes(predicted, generator(evaluation.seed, "votes"))
-        scores |= {
-            "masks": len(predicted),
-            "test_accuracy_by_mask": (predicted == labels).mean(axis=1).tolist(),
-            "ensembled_test_accuracy": float((voted == labels).mean()),
-        }
-    return scores | {"confusion": confusion(predicted[0], labels, classes).tolist()}
+    table = confusion(predicted[0], pictures.labels, len(evaluation.shards.classes))
+    return scores_of_looks(evaluation, predicted, pictures.labels) | {"confusion": table.tolist()}
 
 
 def test_words(result: dict[str, Any]) -> str:

@@ -39,10 +39,13 @@ def most_votes(predicted: np.ndarray, random: np.random.Generator) -> np.ndarray
 
 def judged(evaluation: Evaluation, test: list[Labelled], predict: Callable[[Rows], np.ndarray]) -> dict[str, Any]:
     """Scores of `predict` on looks at the test pictures: at the first alone, and of a masked model also by vote."""
-    labels = test[0].labels
-    predicted = np.stack([predict(look.features) for look in test])  # (masks, N)
+    return scores_of_looks(evaluation, np.stack([predict(look.features) for look in test]), test[0].labels)
+
+
+def scores_of_looks(evaluation: Evaluation, predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Scores of predictions int (masks, N): of the first alone, and, where there are several, also by vote."""
     scores = scores_on_test(predicted[0], labels, len(evaluation.shards.classes))
-    if len(test) == 1:
+    if len(predicted) == 1:
         return scores
     voted = most_votes(predicted, generator(evaluation.seed, "votes"))
     return scores | {

@@ -99,7 +99,7 @@ def test_a_student_may_begin_from_a_model(
 ) -> None:
     """One of hidden colours reads with masks, while its teacher does not."""
     evaluation = evaluation_of(model_folder, separable)
-    result = measure(evaluation, replace(QUICK, student=str(masked_folder)))
+    result = measure(evaluation, replace(QUICK, student=str(masked_folder), epochs=3))
     assert result["student"]["masks"] == 5
     assert "masks" not in result["teacher"]
     assert result["student"]["test_accuracy"] > 0.85

@@ -13,8 +13,8 @@ from pipeline.evaluate.tasks import evaluate
 from tests.launch import finish, run, start
 
 QUICK = [
-    "--batch_size", "15", "--fine_tune.epochs", "8", "--fine_tune.learning_rates", "[0.01, 0.003]",
-    "--fine_tune.reflect_crop", "1", "--fine_tune.patience", "0", "--attentive_probe.epochs", "3",
+    "--batch_size", "15", "--fine_tune.epochs", "4", "--fine_tune.learning_rates", "[0.01, 0.003]",
+    "--fine_tune.reflect_crop", "1", "--fine_tune.patience", "0", "--attentive_probe.epochs", "2",
     "--attentive_probe.layers", "[1, 2]", "--attentive_probe.learning_rates", "[0.02]", "--distill.epochs", "2",
     "--distill.learning_rates", "[0.02]",
 ]  # fmt: skip
@@ -73,14 +73,14 @@ def test_a_killed_process_goes_on_and_says_the_same(
     alone: Path, model_folder: Path, separable: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = command(model_folder, separable, tmp_path / "results", "fine_tune")
-    kill_when_said("fine_tune-rate-0.003, epoch 2: loss", 1, arguments, tmp_path / "logs")
+    kill_when_said("fine_tune-rate-0.003, epoch 1: loss", 1, arguments, tmp_path / "logs")
     assert not (tmp_path / "results" / "fine_tune.json").exists()
     capsys.readouterr()
     assert evaluate(arguments) == 0
     said = capsys.readouterr().out
     assert "fine_tune-rate-0.003: goes on after epoch" in said
     assert "fine_tune-rate-0.01, epoch" not in said  # finished before
-    assert "fine_tune-rate-0.003, epoch 2:" not in said
+    assert "fine_tune-rate-0.003, epoch 1:" not in said
     found, expected = result_of(tmp_path / "results", "fine_tune"), result_of(alone, "fine_tune")
     assert found == expected, differences(found, expected)
     weights = [folder / "fine_tuned" / "model.safetensors" for folder in (alone, tmp_path / "results")]
@@ -107,7 +107,7 @@ def test_two_killed_ranks_go_on_with_the_same_bits(model_folder: Path, separable
     whole, killed = (command(model_folder, separable, folder, "fine_tune,distill") for folder in folders)
     finished = run(2, "-m", "pipeline", "evaluate", *whole, logs=tmp_path / "logs-whole")
     assert finished.codes == [0, 0], "\n".join(finished.outputs)
-    kill_when_said("fine_tune-rate-0.01, epoch 3: loss", 2, killed, tmp_path / "logs-killed")
+    kill_when_said("fine_tune-rate-0.01, epoch 2: loss", 2, killed, tmp_path / "logs-killed")
     kill_when_said("distill-student-rate-0.02, epoch 1: loss", 2, killed, tmp_path / "logs-killed-again")
     finished = run(2, "-m", "pipeline", "evaluate", *killed, logs=tmp_path / "logs-finished")
     assert finished.codes == [0, 0], "\n".join(finished.outputs)
