@@ -295,7 +295,7 @@ def _training(
     classifier = Classifier(model, len(learning.shards.classes))
     classifier.prepare_training(generative=False, recompute=options.recompute)
     return Training(
-        name=f"{Options.TASK}-{name}-rate-{rate:g}",
+        name=f"{Options.TASK}-{name}-rate-{rate}",
         module=classifier,
         optimizer=adam(classifier, rate),
         losses=losses,

@@ -118,7 +118,7 @@ def _training(evaluation: Evaluation, pictures: dict[str, Pictures], options: Op
         return joint_loss(token_logits, targets, class_logits, batch.labels, colors, options.generative_weight)[:, None]
 
     return Training(
-        name=f"{Options.TASK}-rate-{rate:g}",
+        name=f"{Options.TASK}-rate-{rate}",
         module=classifier,
         optimizer=adam(classifier, rate),
         losses=losses,

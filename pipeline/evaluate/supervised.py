@@ -112,7 +112,7 @@ def train(evaluation: Evaluation, training: Training, recipe: Recipe) -> Record:
     folder = evaluation.kept.folder / training.name
     record = _resume(evaluation, training, folder)
     if not record.is_over(recipe):
-        wrapped = _wrap(evaluation, training.module)
+        wrapped = _wrap(evaluation, training, recipe)
         while not record.is_over(recipe):
             epoch = len(record) + 1
             losses = _train_epoch(evaluation, training, recipe, wrapped, epoch)  # (K,)
@@ -200,17 +200,18 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in module.named_parameters() if value.requires_grad}
 
 
-def _wrap(evaluation: Evaluation, module: nn.Module) -> nn.Module:
+def _wrap(evaluation: Evaluation, training: Training, recipe: Recipe) -> nn.Module:
+    """The module, averaging gradients over the ranks if there are several."""
     if evaluation.accelerator.num_processes == 1:
-        return module
+        return training.module
     device = evaluation.accelerator.device
-    return nn.parallel.DistributedDataParallel(
-        module,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        # Otherwise buckets are filled anew after the first step, and sums are rounded otherwise after a restart.
-        find_unused_parameters=True,
-    )
+    device_ids = [device.index] if device.type == "cuda" else None
+    wrapped = nn.parallel.DistributedDataParallel(training.module, device_ids=device_ids, forward_sync_buffers=False)
+    # After its first step it lays gradients out anew, and sums are rounded otherwise: with a step that is thrown away
+    # before, the layout is the same whether a training begins or goes on.
+    _backward(evaluation, training, wrapped, _Epoch(evaluation, training, recipe, 1), 0, 1)
+    training.optimizer.zero_grad()
+    return wrapped
 
 
 class _Epoch:

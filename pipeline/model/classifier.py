@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         """Trains the colours' head only if `generative`; recomputes blocks in the backward pass if asked to."""
         self.model.lm_head.requires_grad_(generative)
         if recompute:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @dataclass(frozen=True)
