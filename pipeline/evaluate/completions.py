@@ -1,4 +1,9 @@
-"""Completions: the lower halves of pictures drawn anew, as a task and as `python -m pipeline complete`."""
+"""Completions: the lower halves of pictures drawn anew, as a task and as `python -m pipeline complete`.
+
+The task also says how far completions are from true pictures (completion_distance.py). JSON: `split`, `images` (the
+numbers of the pictures shown), `classes`, `samples`, `temperature`, `seed`, and `distance` as completion_distance.py
+describes it, or null.
+"""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +16,9 @@ from data_prep.command_line import new_parser, parse
 from data_prep.files import written_aside
 from data_prep.seeding import generator
 from data_prep.shards import ShardSet, open_shard_set
+from pipeline.evaluate.html import figure, note, table
 from pipeline.evaluate.inputs import Evaluation, check_match, from_first, split_labels, start_accelerator
+from pipeline.evaluate.sections import Headline
 from pipeline.model.pictures import completion_grid
 
 if TYPE_CHECKING:
@@ -19,10 +26,16 @@ if TYPE_CHECKING:
 
 FIGURE = "completions.png"
 TITLE_PIXELS = 22
+"""Height of the strip of titles above the grid, and of the caption below it."""
+GREY = (70, 70, 70)
+CANT_COMPLETE = (
+    "completions need a model of the next colour, but this one was trained with masked_color: it says hidden colours "
+    "from all others and draws no sequence; leave completions out."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Shown:
     """Half pictures completed."""
 
     images: int = 8
@@ -42,6 +55,21 @@ class Options:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or above.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(Shown):
+    """Half pictures completed, and how far completions are from true pictures."""
+
+    distance_images: int = 1000
+    """Complete so many more pictures for the Fréchet distance; half the split if it has fewer; 0 leaves it out."""
+    feature_network: str | None = None
+    """A TorchScript file of a network to compare features of, such as Inception; EfficientNet-Lite0 if not set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distance_images < 0 or self.distance_images == 1:
+            raise ValueError(f"distance_images is {self.distance_images}; it must be 0, or 2 and above.")
+
+
 def choose_examples(shards: ShardSet, split_name: str, images: int, seed: int) -> np.ndarray:
     """Numbers of `images` random pictures of a split, of different classes as far as there are; int64 (images,).
 
@@ -59,7 +87,7 @@ def choose_examples(shards: ShardSet, split_name: str, images: int, seed: int) -
     return np.concatenate([shuffled[np.sort(first_of_class)], others])[:images]
 
 
-def draw_completions(model: "LoadedModel", shards: ShardSet, options: Options, seed: int, path: Path) -> dict[str, Any]:
+def draw_completions(model: "LoadedModel", shards: ShardSet, options: Shown, seed: int, path: Path) -> dict[str, Any]:
     """Writes the grid of completions as a PNG, and returns what it shows."""
     from PIL import Image
 
@@ -69,7 +97,8 @@ def draw_completions(model: "LoadedModel", shards: ShardSet, options: Options, s
     tokens, labels = shards.split(options.split).gather(chosen)
     drawn = complete_halves(model.model, tokens, samples=options.samples, seed=seed, temperature=options.temperature)
     columns = ["given half", *(f"sample {number}" for number in range(1, options.samples + 1)), "original"]
-    grid = with_titles(completion_grid(tokens, drawn, shards.palette, shards.resolution), columns)
+    caption = f"{options.split}, seed {seed}, temperature {options.temperature:g}"
+    grid = with_titles(completion_grid(tokens, drawn, shards.palette, shards.resolution), columns, caption)
     with written_aside(path) as aside:
         Image.fromarray(grid).save(aside, format="png")
     return {
@@ -78,36 +107,99 @@ def draw_completions(model: "LoadedModel", shards: ShardSet, options: Options, s
         "classes": [shards.classes[label] if label >= 0 else None for label in labels],
         "samples": options.samples,
         "temperature": options.temperature,
+        "seed": seed,
     }
 
 
-def with_titles(grid: np.ndarray, columns: list[str]) -> np.ndarray:
-    """A grid of pictures, uint8 (height, width, 3), with a small title above each column of equal width."""
+def with_titles(grid: np.ndarray, columns: list[str], caption: str) -> np.ndarray:
+    """A grid of pictures, uint8 (height, width, 3), a small title above each column of equal width, a caption below."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width, _ = grid.shape
-    page = Image.new("RGB", (width, height + TITLE_PIXELS), "white")
+    page = Image.new("RGB", (width, height + 2 * TITLE_PIXELS), "white")
     page.paste(Image.fromarray(grid), (0, TITLE_PIXELS))
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=TITLE_PIXELS * 0.6)
     for number, title in enumerate(columns):
         place = ((number + 0.5) * width / len(columns), TITLE_PIXELS * 0.6)
-        pen.text(place, title, fill=(70, 70, 70), font=font, anchor="mm")
+        pen.text(place, title, fill=GREY, font=font, anchor="mm")
+    pen.text((TITLE_PIXELS * 0.3, height + TITLE_PIXELS * 1.5), caption, fill=GREY, font=font, anchor="lm")
     return np.asarray(page)
 
 
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
-    """Draws `completions.png`. The first rank samples alone, so that the draws do not depend on the ranks."""
+    """Draws `completions.png` on the first rank alone; the distance's completions are shared out among the ranks.
+
+    Raises ValueError for a masked model, which can't draw one colour after the other.
+    """
+    if evaluation.masked:
+        raise ValueError(CANT_COMPLETE)
     evaluation.say(f"completing {options.images} half pictures, {options.samples} times each")
     path = evaluation.results / FIGURE
-    return from_first(
+    result = from_first(
         evaluation.accelerator,
         lambda: draw_completions(evaluation.model, evaluation.shards, options, evaluation.seed, path),
+    )
+    return result | {"distance": _distance(evaluation, options) if options.distance_images else None}
+
+
+def _distance(evaluation: Evaluation, options: Options) -> dict[str, Any]:
+    from pipeline.evaluate.completion_distance import completion_distance
+
+    return completion_distance(
+        evaluation, options.split, options.distance_images, options.temperature, options.feature_network
     )
 
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a line."""
-    return f"{len(result['images'])} pictures, {result['samples']} samples each, in {FIGURE}"
+    shown = f"{len(result['images'])} pictures, {result['samples']} samples each, in {FIGURE}"
+    distance = result["distance"]
+    if distance is None:
+        return shown
+    return (
+        f"{shown}; Fréchet distance of {distance['images']} completions {distance['completions']:.3f}, of their "
+        f"originals {distance['originals']:.3f}, with shuffled lower halves {distance['shuffled_lower_halves']:.3f} "
+        f"({distance['network']})"
+    )
+
+
+def headlines(result: dict[str, Any]) -> list[Headline]:
+    """For the report: the distance, between what bounds it."""
+    distance = result["distance"]
+    if distance is None:
+        return []
+    bounds = f"floor {distance['originals']:.3f}, shuffled {distance['shuffled_lower_halves']:.3f}"
+    return [Headline("completions", "Fréchet distance of completions", f"{distance['completions']:.3f}", bounds)]
+
+
+def section(result: dict[str, Any], folder: Path) -> str:
+    """For the report: the grid, and the distances."""
+    caption = (
+        f"The first column is what the model was given, the last the whole picture; between them are "
+        f"{result['samples']} samples at temperature {result['temperature']:g}, seed {result['seed']}. Pictures of "
+        f"{result['split']} chosen at random; no sample was picked by hand."
+    )
+    shown = figure(folder / FIGURE, "completions of half pictures", caption)
+    distance = result["distance"]
+    if distance is None:
+        return shown
+    rows = [
+        ["Completions", f"{distance['completions']:.4f}"],
+        ["Their originals (the floor)", f"{distance['originals']:.4f}"],
+        ["Lower halves with their colours shuffled", f"{distance['shuffled_lower_halves']:.4f}"],
+    ]
+    completions, rows = rows[0], sorted(rows, key=lambda row: float(row[1]))
+    return (
+        shown
+        + table(["Fréchet distance to other pictures of the split", "d²"], rows, ours=[rows.index(completions)])
+        + note(
+            f"{distance['images']:,} pictures completed once each, against {distance['images']:,} others of "
+            f"{result['split']}; features of {distance['network']}. Distances depend on the number of pictures and on "
+            "the network: they compare with each other, not with published FIDs. Against the very pictures that were "
+            "completed, whose upper halves the completions share, the distance is "
+            f"{distance['completions_to_their_originals']:.4f}."
+        )
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +221,10 @@ def complete_command(arguments: list[str]) -> int:
     parser = new_parser("python -m pipeline complete", "Completes half pictures and shows them beside the originals.")
     parser.add_argument("model", type=Path, help="a run, a checkpoint, or a model folder")
     parser.add_class_arguments(Command)
-    parser.add_class_arguments(Options)
+    parser.add_class_arguments(Shown)
     values = vars(parse(parser, arguments))
     path, command = values["model"], Command(**{name: values[name] for name in Command.__dataclass_fields__})
-    options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
+    options = Shown(**{name: values[name] for name in Shown.__dataclass_fields__})
     if command.out.suffix.lower() != ".png":
         raise ValueError(f"--out is {command.out}; it must be a file that ends in .png.")
     shards = open_shard_set(command.shards)

@@ -1,6 +1,11 @@
-"""Density: how many nats and bits per colour a model needs for a split, beside models of counts.
+"""Density: how many nats and bits per colour a model needs for a split, and where, beside models of counts.
 
-Baselines, from weak to strong; their counts come from the whole train split:
+A masked model says hidden colours only, given all others: its nats are no density of the picture, and compare with
+those of other masked models alone. Each draw hides other colours; every picture weighs the same.
+
+JSON: `split`, `images`, `masked`, `draws`, `nats_per_color`, `bits_per_color`, `nats_standard_error` (over pictures),
+`nats_by_position` (H lists of W numbers, rows from the top), of a masked model `nats_by_draw`, and
+`<baseline>_nats_per_color`. Baselines, from weak to strong; their counts come from the whole train split:
 
     uniform        each of the V colours alike: ln V
     unigram        how often a colour occurs
@@ -11,14 +16,35 @@ Baselines, from weak to strong; their counts come from the whole train split:
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.files import written_aside
 from data_prep.shards import Split
+from pipeline.evaluate.html import figure, note, table
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
+from pipeline.evaluate.published import NATS
+from pipeline.evaluate.sections import Headline
 
+FIGURE = "density.png"
 PICTURES_AT_ONCE = 4096
+NAMES = {
+    "model": "This model",
+    "uniform": "Every colour alike",
+    "unigram": "Colour frequencies",
+    "bigram": "Given the previous colour (bigram)",
+    "left_times_above": "Given the colours to the left and above (product)",
+}
+BASELINES = ("uniform", "unigram", "bigram", "left_times_above")
+BATCHES_OF_PIECE = 32
+"""A killed measurement loses at most so many batches of a rank."""
+
+Piece = dict[str, np.ndarray]
+"""Of some pictures, float64: `losses` (n,), the mean nats of each; `sums` and `counts` (T,), the nats and the number
+of targets at each position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,59 +53,161 @@ class Options:
 
     split: str = "test"
     """The split to score."""
+    draws: int = 5
+    """Masks drawn for each picture, for a model of masked colours."""
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"density.draws is {self.draws}; it must be at least 1.")
 
 
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
-    """Mean loss of the model and of the baselines on one split; each picture weighs the same."""
+    """Mean loss of the model and of the baselines on one split, and a heat map over positions."""
     pictures = evaluation.pictures(options.split)
-    losses = picture_losses(evaluation, pictures)  # (N,)
-    nats = float(losses.mean())
-    baselines = from_first(evaluation.accelerator, lambda: baseline_losses(evaluation, pictures))
-    return {
+    draws = options.draws if evaluation.masked else 1
+    scored = [score(evaluation, pictures, draw) for draw in range(draws)]
+    losses = np.mean([piece["losses"] for piece in scored], axis=0)  # (N,)
+    nats, side = float(losses.mean()), evaluation.shards.resolution
+    result = {
         "split": options.split,
         "images": len(pictures),
+        "masked": evaluation.masked,
+        "draws": draws,
         "nats_per_color": nats,
         "bits_per_color": nats / math.log(2),
         "nats_standard_error": float(losses.std() / math.sqrt(len(losses))),
-        **{f"{name}_nats_per_color": loss for name, loss in baselines.items()},
+        "nats_by_position": nats_by_position(scored, side),
     }
+    if evaluation.masked:
+        result["nats_by_draw"] = [float(piece["losses"].mean()) for piece in scored]
+    baselines = from_first(
+        evaluation.accelerator,
+        lambda: evaluation.kept.once("baselines", lambda: baseline_losses(evaluation, pictures)),
+    )
+    result |= {f"{name}_nats_per_color": loss for name, loss in baselines.items()}
+    from_first(evaluation.accelerator, lambda: draw_heat_map(result, evaluation.results / FIGURE))
+    return result
 
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a line."""
+    what = "hidden colour" if result["masked"] else "colour"
     return (
-        f"{result['nats_per_color']:.4f} nats, {result['bits_per_color']:.4f} bits per colour on {result['split']}; "
+        f"{result['nats_per_color']:.4f} nats, {result['bits_per_color']:.4f} bits per {what} on {result['split']}; "
         f"uniform {result['uniform_nats_per_color']:.4f}, colour frequencies {result['unigram_nats_per_color']:.4f}, "
         f"previous colour {result['bigram_nats_per_color']:.4f}, "
         f"left x above {result['left_times_above_nats_per_color']:.4f}"
     )
 
 
-def picture_losses(evaluation: Evaluation, pictures: Pictures) -> np.ndarray:
-    """Mean nats per colour of each picture, float64 (N,), the same on every rank."""
-    import torch
+def headlines(result: dict[str, Any]) -> list[Headline]:
+    """For the report: nats, which the paper gives too."""
+    text = f"{result['nats_per_color']:.4f}"
+    if result["masked"]:
+        return [Headline("density", "Nats per hidden colour", text, f"{result['draws']} masks a picture")]
+    return [Headline(NATS, "Nats per colour", text, result["split"])]
+
+
+def section(result: dict[str, Any], folder: Path) -> str:
+    """For the report: the model among the baselines, and the heat map."""
+    what = "hidden colour" if result["masked"] else "colour"
+    nats = {"model": result["nats_per_color"]} | {key: result[f"{key}_nats_per_color"] for key in BASELINES}
+    rows = sorted([(NAMES[key], value) for key, value in nats.items()], key=lambda row: row[1])
+    shown = table(
+        ["Predicting colours", f"nats per {what}", f"bits per {what}"],
+        [[name, f"{value:.4f}", f"{value / math.log(2):.4f}"] for name, value in rows],
+        ours=[number for number, (name, _) in enumerate(rows) if name == NAMES["model"]],
+    )
+    masks = f", each under {result['draws']} masks" if result["masked"] else ""
+    explained = note(
+        f"Mean over {result['images']:,} pictures of {result['split']}{masks}, standard error "
+        f"{result['nats_standard_error']:.4f} nats; lower is better. The baselines count the whole train split."
+        + (" A masked model sees all other colours: its nats do not compare with the baselines'." if masks else "")
+    )
+    caption = "Mean nats at each position: " + (
+        "what is hidden at a border has fewer neighbours to be told from."
+        if masks
+        else "the first colours of a picture, and of each row, have the least above and before them to be told from."
+    )
+    return shown + explained + figure(folder / FIGURE, "nats by position", caption)
+
+
+def score(evaluation: Evaluation, pictures: Pictures, draw: int) -> Piece:
+    """The piece of all pictures under one draw of masks, the same on every rank.
+
+    Pieces are shared out among the ranks and kept; they are of the same pictures and summed in the same order whatever
+    the number of ranks.
+    """
     from accelerate.utils import gather_object
 
-    from pipeline.model.objectives import next_color, per_token_loss
+    accelerator, size = evaluation.accelerator, evaluation.sizes.batch_size * BATCHES_OF_PIECE
+    starts = range(0, len(pictures), size)
+    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    label = f"loss on {pictures.split.name}" + (f", draw {draw + 1}" if evaluation.masked else "")
+    done = []
+    with evaluation.progress(label, len(pictures)) as advance:
+        for start in mine:
+            stop = min(start + size, len(pictures))
+            work = partial(_score_piece, evaluation, pictures, start, stop, draw)
+            done.append((start, evaluation.kept.once(f"draw-{draw}-{start}", work)))
+            advance(min((stop - start) * accelerator.num_processes, len(pictures) - start))
+    pieces = [piece for _, piece in sorted(gather_object(done), key=lambda pair: pair[0])]
+    return {
+        "losses": np.concatenate([piece["losses"] for piece in pieces]),
+        "sums": np.sum([piece["sums"] for piece in pieces], axis=0),
+        "counts": np.sum([piece["counts"] for piece in pieces], axis=0),
+    }
+
+
+def _score_piece(evaluation: Evaluation, pictures: Pictures, start: int, stop: int, draw: int) -> Piece:
+    """The piece of the pictures start..stop, batch by batch."""
+    import torch
+
+    from pipeline.model.objectives import IGNORED, per_token_loss
 
     model, colors = evaluation.model.model, evaluation.model.config.colors
-    mine = []
-    with torch.inference_mode(), evaluation.accelerator.autocast():
-        for place, tokens in evaluation.batches(pictures, f"loss on {pictures.split.name}"):
-            inputs, targets = next_color(tokens, colors)  # (B, T)
-            nats = per_token_loss(model(inputs).logits, targets, colors)  # (B, T)
-            mine.append((place, nats.double().mean(dim=1).cpu().numpy()))
-    losses = np.full(len(pictures), np.nan)
-    for place, values in gather_object(mine):
-        losses[place] = values
-    return losses
+    positions = evaluation.shards.resolution**2
+    losses, sums, counts = [], np.zeros(positions), np.zeros(positions)
+    for first in range(start, stop, evaluation.sizes.batch_size):
+        last = min(first + evaluation.sizes.batch_size, stop)
+        tokens = torch.from_numpy(pictures.tokens(first, last).astype(np.int64)).to(evaluation.accelerator.device)
+        inputs, targets = evaluation.inputs_and_targets(tokens, pictures.indices[first:last], draw)  # (B, T)
+        with torch.inference_mode(), evaluation.accelerator.autocast():
+            nats = per_token_loss(model(inputs).logits, targets, colors).double().cpu().numpy()  # (B, T)
+        wanted = (targets != IGNORED).cpu().numpy()  # (B, T)
+        losses.append(nats.sum(axis=1) / wanted.sum(axis=1))
+        sums += nats.sum(axis=0)
+        counts += wanted.sum(axis=0)
+    return {"losses": np.concatenate(losses), "sums": sums, "counts": counts}
+
+
+def nats_by_position(scored: list[Piece], side: int) -> list[list[float | None]]:
+    """Mean nats at each position over pictures and draws, H lists of W; None where nothing was ever hidden."""
+    sums, counts = (np.sum([piece[name] for piece in scored], axis=0) for name in ("sums", "counts"))  # (T,)
+    means = [float(nats / count) if count else None for nats, count in zip(sums, counts, strict=True)]
+    return [means[start : start + side] for start in range(0, side * side, side)]
+
+
+def draw_heat_map(result: dict[str, Any], path: Path) -> None:
+    """Draws the mean nats at each position of the picture."""
+    from pipeline.evaluate.figures import new_figure, save_figure
+
+    figure, axes = new_figure()
+    axes.grid(False)
+    shown = axes.imshow(np.asarray(result["nats_by_position"], float), cmap="viridis", interpolation="nearest")
+    bar = figure.colorbar(shown, ax=axes)
+    bar.set_label("nats per hidden colour" if result["masked"] else "nats per colour")
+    axes.set_xlabel("column")
+    axes.set_ylabel("row (read from the top, left to right)")
+    with written_aside(path) as aside:
+        save_figure(figure, aside)
 
 
 def baseline_losses(evaluation: Evaluation, pictures: Pictures) -> dict[str, float]:
     """Mean nats per colour of the baselines on `pictures`, counts taken from the whole train split."""
     colors, side = evaluation.shards.colors, evaluation.shards.resolution
     counts = Counts.of(evaluation.shards.split("train"), colors, side)
-    totals = {"uniform": 0.0, "unigram": 0.0, "bigram": 0.0, "left_times_above": 0.0}
+    totals = dict.fromkeys(BASELINES, 0.0)
     for start in range(0, len(pictures), PICTURES_AT_ONCE):
         tokens = pictures.tokens(start, start + PICTURES_AT_ONCE).astype(np.int64)  # (n, T)
         for name, log_probability in counts.log_probabilities(tokens, side).items():

@@ -1,10 +1,11 @@
-"""What the paper and its authors published, to stand beside our numbers."""
+"""What the paper, its authors and related systems published, to stand beside our numbers."""
 
 from typing import NamedTuple
 
 PAPER = "Chen et al., ICML 2020"
 CODE = "github.com/openai/image-gpt"
 BLOG = "openai.com/research/image-gpt"
+LATER = "a later table of the authors"
 
 
 class Published(NamedTuple):
@@ -19,20 +20,48 @@ class Published(NamedTuple):
 
 NATS = "Test loss, nats per colour"
 PROBE = "Linear probe, test accuracy"
+FINE_TUNING = "Fine-tuned, test accuracy"
+LOW_DATA = "With 4 / 25 / 400 labels a class, test accuracy"
+RELATED = "Related systems on ImageNet, top-1 (each by its own protocol)"
 
 PUBLISHED = (
     Published(NATS, "ImageNet 32x32", "iGPT-S (76M)", "2.0895", CODE),
     Published(NATS, "ImageNet 32x32", "iGPT-M (455M)", "2.0614", CODE),
     Published(NATS, "ImageNet 32x32", "iGPT-L (1.4B)", "2.0466", CODE),
     Published(PROBE, "CIFAR-10", "iGPT-L, from ImageNet", "96.3 %", PAPER),
+    Published(PROBE, "CIFAR-10", "iGPT-S, from ImageNet", "above 90 %", PAPER),
     Published(PROBE, "CIFAR-10", "SimCLR", "95.3 %", PAPER),
     Published(PROBE, "CIFAR-10", "ResNet-152, supervised on ImageNet", "94.0 %", PAPER),
     Published(PROBE, "CIFAR-100", "iGPT-L, from ImageNet", "82.8 %", PAPER),
     Published(PROBE, "CIFAR-100", "SimCLR", "80.2 %", PAPER),
+    Published(PROBE, "CIFAR-100", "ResNet-152, supervised on ImageNet", "78.0 %", PAPER),
     Published(PROBE, "STL-10", "iGPT-L, from ImageNet", "95.5 %", BLOG),
+    Published(PROBE, "STL-10", "iGPT-L, from ImageNet", "97.1 %", LATER),
     Published(PROBE, "STL-10", "AMDIM-L", "94.2 %", PAPER),
     Published(PROBE, "ImageNet 32x32", "iGPT-S / M / L", "41.9 / 54.5 / 60.3 %", PAPER),
     Published(PROBE, "ImageNet 48x48", "iGPT-L", "65.2 %", PAPER),
     Published(PROBE, "ImageNet 64x64", "iGPT-XL (6.8B)", "68.7 %", PAPER),
+    Published(PROBE, "ImageNet 64x64", "iGPT-XL, 15,360 features of 5 layers", "72.0 %", PAPER),
+    Published(PROBE, "ImageNet", "MoCo", "68.6 %", PAPER),
     Published(PROBE, "ImageNet", "SimCLR", "76.5 %", PAPER),
+    Published(LOW_DATA, "CIFAR-10", "iGPT-L, linear probe", "73.2 ± 1.5 / 87.6 ± 0.6 / 94.3 ± 0.1 %", PAPER),
+    Published(LOW_DATA, "CIFAR-10", "FixMatch (CTA)", "88.6 / 94.9 / 95.7 %", PAPER),
+    Published(LOW_DATA, "CIFAR-10", "MixMatch", "52.5 / 89.0 / 93.6 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-10", "iGPT-L", "99.0 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-10", "iGPT-L, BERT objective", "98.6 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-10", "GPipe", "99.0 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-10", "SimCLR", "98.6 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-10", "AutoAugment", "98.5 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-100", "iGPT-L", "88.5 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-100", "EfficientNet", "91.7 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-100", "AutoAugment", "89.3 %", PAPER),
+    Published(FINE_TUNING, "CIFAR-100", "SimCLR", "89.0 %", PAPER),
+    Published(FINE_TUNING, "ImageNet 32x32", "iGPT-L", "66.3 %", PAPER),
+    Published(FINE_TUNING, "ImageNet", "iGPT-L, BERT objective", "66.5 %", PAPER),
+    Published(FINE_TUNING, "ImageNet 48x48", "iGPT-L", "72.6 %", PAPER),
+    Published(FINE_TUNING, "ImageNet 48x48", "iGPT-L, from scratch", "53.2 %", PAPER),
+    Published(RELATED, "ImageNet", "EsViT, Swin-B", "81.3 %", "Li et al. 2021 (EsViT)"),
+    Published(RELATED, "ImageNet", "SwAV, ResNet-50", "75.3 %", "Caron et al. 2020 (SwAV)"),
+    Published(RELATED, "ImageNet", "SimCLRv2", "80.5 %", "Chen et al. 2020 (SimCLRv2)"),
+    Published(RELATED, "ImageNet", "SEER, RegNetY-256", "84.2 %", "Goyal et al. 2021 (SEER)"),
 )

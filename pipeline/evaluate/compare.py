@@ -1,0 +1,243 @@
+"""`python -m pipeline compare RESULTS...`: accuracy against validation loss over checkpoints, as the paper's figure 3.
+
+A RESULTS holds step-*/ as slurm/evaluate.sh writes them, a folder a checkpoint, and gives a line; a folder of a single
+model's results gives a point. The loss is that of the density task on `valid` where every checkpoint has it: the same pictures
+in the same arithmetic for all. Else it is what each run logged at the checkpoint's step. The accuracy is by default
+that on the validation split, since to compare checkpoints is to choose among them.
+
+Writes compare.html, compare.png and compare.json: `task`, `accuracy` (valid or test), `loss` (density or run), and
+`models`, each with `name` and `points`: step, images_seen, parameters, valid_loss (nats per colour), valid_accuracy,
+test_accuracy, best_layer.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.command_line import new_parser, parse
+from data_prep.files import read_json, write_json, written_aside
+from pipeline.evaluate.html import MISSING, figure, note, percent, table, words, write_page
+from pipeline.evaluate.results import FORMAT, RESULTS
+
+PAGE, FIGURE, NUMBERS = "compare.html", "compare.png", "compare.json"
+LOSSES = {
+    "density": "the density task on the validation split",
+    "run": "what the runs logged when they validated at the checkpoint's step",
+}
+WITHOUT_EFFECT = ("batch_size",)
+"""Options that may differ between models: they change nothing but rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What to compare and where it goes."""
+
+    out: Path
+    """The folder that the page, the figure and the numbers are written to."""
+    task: str = "linear_probe"
+    """The task whose accuracy is shown."""
+    accuracy: Literal["valid", "test"] = "valid"
+    """The split of the accuracy."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One checkpoint."""
+
+    step: int | None
+    images_seen: int | None
+    parameters: int
+    valid_loss: float
+    valid_accuracy: float | None
+    test_accuracy: float | None
+    best_layer: int | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model's checkpoints, in the order of their steps."""
+
+    name: str
+    points: list[Point]
+
+
+def compare_command(arguments: list[str]) -> int:
+    """Writes the comparison. Raises ValueError for a user's mistake."""
+    parser = new_parser("python -m pipeline compare", "Shows accuracy against validation loss over checkpoints.")
+    parser.add_argument("results", nargs="+", type=Path, help="folders of results: RESULTS/step-*/, or one model's")
+    parser.add_class_arguments(Command)
+    values = vars(parse(parser, arguments))
+    command = Command(**{name: values[name] for name in Command.__dataclass_fields__})
+    if command.out.exists() and not command.out.is_dir():
+        raise ValueError(f"--out is {command.out}, which is a file; it must be a folder.")
+    measured = {name: read_checkpoints(path, command.task) for name, path in _named(values["results"]).items()}
+    lines, loss = lines_of(measured, command.task)
+    write_comparison(lines, loss, command)
+    print(f"comparison: {command.out / PAGE}")
+    return os.EX_OK
+
+
+def _named(paths: list[Path]) -> dict[str, Path]:
+    """A name for each line: the folder's own where they differ, else the path."""
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{max(names, key=names.count)} is given twice; name each folder of results once.")
+    return dict(zip(names, paths, strict=True))
+
+
+def read_checkpoints(folder: Path, task: str) -> list[dict[str, Any]]:
+    """results.json of each checkpoint in which `task` was measured. Raises ValueError if there is none."""
+    files = sorted(folder.glob(f"step-*/{RESULTS}")) or [folder / RESULTS]
+    found = []
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {RESULTS} and no step-*/{RESULTS}; give a folder that evaluate wrote.")
+        results = read_json(file)
+        if not isinstance(results, dict) or results.get("format") != FORMAT:
+            raise ValueError(f"{file} is no results.json of ours; python -m pipeline evaluate writes it.")
+        if task in results["tasks"]:
+            found.append(results | {"file": file})
+        else:
+            print(f"{file.parent} has no {task} yet and is left out", flush=True)
+    if not found:
+        raise ValueError(
+            f"{folder} has no checkpoint with {task}; measure it with --tasks {task}, or name another --task."
+        )
+    return sorted(found, key=lambda results: results["model"]["checkpoint_step"] or 0)
+
+
+def lines_of(measured: dict[str, list[dict[str, Any]]], task: str) -> tuple[list[Line], str]:
+    """The lines, and which of LOSSES theirs are.
+
+    Raises ValueError if the checkpoints were measured on different shard sets or with different options, or if
+    some have no validation loss.
+    """
+    every = [results for checkpoints in measured.values() for results in checkpoints]
+    loss = next((kind for kind in LOSSES if all(_loss(results, kind) is not None for results in every)), None)
+    if loss is None:
+        lacking = next(results["file"].parent for results in every if _loss(results, "run") is None)
+        raise ValueError(
+            f"{lacking} has no validation loss: its run did not validate at that step, and not every checkpoint has "
+            f"density on valid; measure all with --tasks density --density.split valid."
+        )
+    _check_comparable(every, [task, "density"] if loss == "density" else [task])
+    lines = [
+        Line(name, [_point(results, task, loss) for results in checkpoints]) for name, checkpoints in measured.items()
+    ]
+    return lines, loss
+
+
+def _check_comparable(every: list[dict[str, Any]], tasks: list[str]) -> None:
+    first = every[0]
+    for results in every[1:]:
+        if results["dataset"]["digest"] != first["dataset"]["digest"]:
+            raise ValueError(
+                f"{results['file'].parent} was measured on shard set {results['dataset']['digest'][:12]}, but "
+                f"{first['file'].parent} on {first['dataset']['digest'][:12]}; compare on one."
+            )
+        for name in tasks:
+            here, there = (_conditions(one["tasks"][name]) for one in (results, first))
+            for key in sorted(set(here) | set(there)):
+                if key not in WITHOUT_EFFECT and here.get(key) != there.get(key):
+                    raise ValueError(
+                        f"{results['file'].parent} measured {name} with {key} {here.get(key)}, but "
+                        f"{first['file'].parent} with {there.get(key)}; measure both alike."
+                    )
+
+
+def _conditions(result: dict[str, Any]) -> dict[str, Any]:
+    """What has to be alike: options, the seed, and of density whether colours were hidden."""
+    return result["options"] | {key: result[key] for key in ("seed", "masked") if key in result}
+
+
+def _loss(results: dict[str, Any], kind: str) -> float | None:
+    if kind == "run":
+        return results["model"]["valid_loss"]
+    density = results["tasks"].get("density")
+    return density["nats_per_color"] if density is not None and density["split"] == "valid" else None
+
+
+def _point(results: dict[str, Any], task: str, loss: str) -> Point:
+    model, result = results["model"], results["tasks"][task]
+    valid, best = result.get("valid_accuracy"), result.get("best_layer")
+    if valid is None and best is not None:
+        valid = result["valid_accuracy_by_layer"][best]
+    valid_loss = _loss(results, loss)
+    assert valid_loss is not None
+    return Point(
+        model["checkpoint_step"],
+        model["images_seen"],
+        model["parameters"],
+        valid_loss,
+        valid,
+        result.get("test_accuracy"),
+        best,
+    )
+
+
+def write_comparison(lines: list[Line], loss: str, command: Command) -> None:
+    """The figure, the page, and last the numbers. Raises ValueError if the task has no such accuracy."""
+    key = f"{command.accuracy}_accuracy"
+    if any(getattr(point, key) is None for line in lines for point in line.points):
+        raise ValueError(f"--task is {command.task}, whose results have no {words(key)}; name a task that classifies.")
+    command.out.mkdir(parents=True, exist_ok=True)
+    draw(lines, command, command.out / FIGURE)
+    rows = [
+        [
+            line.name,
+            *(MISSING if count is None else f"{count:,}" for count in (point.step, point.images_seen)),
+            f"{point.valid_loss:.4f}",
+            MISSING if point.best_layer is None else str(point.best_layer),
+            percent(point.valid_accuracy),
+            percent(point.test_accuracy),
+        ]
+        for line in lines
+        for point in line.points
+    ]
+    head = ["Model", "step", "pictures seen", "validation loss", "layer", "validation accuracy", "test accuracy"]
+    caption = (
+        f"Accuracy of {words(command.task)} on the {SPLITS[command.accuracy]} split against validation loss, a line a "
+        "model, a point a checkpoint; training goes to the right. Figure 3 of Chen et al. 2020 shows the same for "
+        "checkpoints at 65K to 1M steps."
+    )
+    sections = [
+        f"<h1>{words(command.task).capitalize()} against validation loss</h1>",
+        figure(command.out / FIGURE, "accuracy against validation loss", caption),
+        "<h2>Checkpoints</h2>",
+        table(head, rows),
+        note(f"Validation loss in nats per colour: {LOSSES[loss]}."),
+    ]
+    write_page(command.out / PAGE, "Image GPT: accuracy against validation loss", sections)
+    models = [{"name": line.name, "points": [asdict(point) for point in line.points]} for line in lines]
+    content = {"task": command.task, "accuracy": command.accuracy, "loss": loss, "models": models}
+    write_json(command.out / NUMBERS, content)
+
+
+SPLITS = {"valid": "validation", "test": "test"}
+
+
+def draw(lines: list[Line], command: Command, path: Path) -> None:
+    """Draws accuracy in percent against loss, with the steps at the ends of each line."""
+    from pipeline.evaluate.figures import ACCENT, BASELINES, new_figure, save_figure
+
+    figure, axes = new_figure()
+    colors = (ACCENT, *BASELINES)
+    for number, line in enumerate(lines):
+        losses = [point.valid_loss for point in line.points]
+        accuracies = [100 * getattr(point, f"{command.accuracy}_accuracy") for point in line.points]
+        axes.plot(losses, accuracies, "-o", color=colors[number % len(colors)], markersize=5, label=line.name)
+        for place in {0, len(line.points) - 1}:
+            if line.points[place].step is not None:
+                axes.annotate(
+                    f"{line.points[place].step:,}", (losses[place], accuracies[place]), xytext=(5, -11),
+                    textcoords="offset points", fontsize=8, color=colors[number % len(colors)],
+                )  # fmt: skip
+    axes.invert_xaxis()
+    axes.set_xlabel("validation loss (nats per colour)")
+    axes.set_ylabel(f"{SPLITS[command.accuracy]} accuracy (%)")
+    axes.legend(frameon=False)
+    with written_aside(path) as aside:
+        save_figure(figure, aside)

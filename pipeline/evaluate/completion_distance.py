@@ -1,0 +1,121 @@
+"""How far completed pictures are from true ones: the Fréchet distance, with what bounds it from both sides.
+
+A split is halved at random. Pictures of the first half are completed, one sample each, and compared with as many of the
+other half. From the same other half are measured: the originals that were completed, which no completion can beat but
+by chance, and the originals with the colours of their lower halves in random order: the right colours, and no order.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.palette import decode
+from data_prep.seeding import generator
+from pipeline.evaluate.feature_network import FeatureNetwork, feature_network
+from pipeline.evaluate.frechet import Gaussian, frechet_distance
+from pipeline.evaluate.inputs import Evaluation
+
+FEWEST = 2
+COMPLETED, ORIGINAL, SHUFFLED, OTHER = SETS = ("completed", "original", "shuffled", "other")
+
+
+def completion_distance(
+    evaluation: Evaluation, split_name: str, images: int, temperature: float, network_file: str | None
+) -> dict[str, Any]:
+    """The distances, the same on every rank. Raises ValueError if the split has too few pictures.
+
+    images: completed pictures; half the split if it has not twice as many. Keys: `network`, `images`, and squared
+    distances to the other half: `completions`, `originals` (the floor), `shuffled_lower_halves` (the ceiling);
+    `completions_to_their_originals` compares with the very pictures that were completed.
+    """
+    split = evaluation.shards.split(split_name)
+    images = min(images, split.images // 2)
+    if images < FEWEST:
+        raise ValueError(
+            f"{evaluation.shards.path} has {split.images} pictures in its split {split_name}, too few for a distance; "
+            f"set completions.distance_images 0."
+        )
+    chosen = generator(evaluation.seed, "completion distance", split_name).permutation(split.images)
+    halves = np.stack([chosen[:images], chosen[images : 2 * images]])  # completed, other
+    network = feature_network(None if network_file is None else Path(network_file), evaluation.accelerator.device)
+    features = _features(evaluation, split_name, halves, temperature, network)
+    gaussians = {name: Gaussian.of(features[name]) for name in SETS}
+    return {
+        "network": network.name,
+        "images": images,
+        "completions": frechet_distance(gaussians[COMPLETED], gaussians[OTHER]),
+        "originals": frechet_distance(gaussians[ORIGINAL], gaussians[OTHER]),
+        "shuffled_lower_halves": frechet_distance(gaussians[SHUFFLED], gaussians[OTHER]),
+        "completions_to_their_originals": frechet_distance(gaussians[COMPLETED], gaussians[ORIGINAL]),
+    }
+
+
+def _features(
+    evaluation: Evaluation, split_name: str, halves: np.ndarray, temperature: float, network: FeatureNetwork
+) -> dict[str, np.ndarray]:
+    """Features of the four sets, float32 (N, F) each; batches are shared out among the ranks and kept."""
+    from accelerate.utils import gather_object
+
+    accelerator, size, images = evaluation.accelerator, evaluation.sizes.batch_size, halves.shape[1]
+    done = []
+    with evaluation.progress("completions compared", images) as advance:
+        for start in range(0, images, size)[accelerator.process_index :: accelerator.num_processes]:
+            places = halves[:, start : start + size]
+            work = partial(_batch_features, evaluation, split_name, places, start, temperature, network)
+            done.append((start, evaluation.kept.once(f"distance-{start}", work)))
+            advance(min(size * accelerator.num_processes, images - start))
+    pieces = [piece for _, piece in sorted(gather_object(done), key=lambda pair: pair[0])]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in SETS}
+
+
+def _batch_features(
+    evaluation: Evaluation,
+    split_name: str,
+    places: np.ndarray,
+    start: int,
+    temperature: float,
+    network: FeatureNetwork,
+) -> dict[str, np.ndarray]:
+    import torch
+
+    from pipeline.model.sampling import complete
+
+    shards = evaluation.shards
+    originals, others = (shards.split(split_name).gather(indices)[0] for indices in places)  # (B, T) each
+    half = originals.shape[1] // 2
+    prefix = torch.from_numpy(originals[:, :half].astype(np.int64)).to(evaluation.accelerator.device)
+    with evaluation.accelerator.autocast():
+        completed = complete(
+            evaluation.model.model,
+            prefix,
+            originals.shape[1],
+            seed=evaluation.seed,
+            temperature=temperature,
+            first_picture=start,
+        )
+    sets = {
+        COMPLETED: completed.cpu().numpy().astype(np.uint16),
+        ORIGINAL: originals,
+        SHUFFLED: _shuffled(originals, half, evaluation.seed, start),
+        OTHER: others,
+    }
+    return {name: _network_features(evaluation, tokens, network) for name, tokens in sets.items()}
+
+
+def _shuffled(originals: np.ndarray, half: int, seed: int, start: int) -> np.ndarray:
+    """The pictures (B, T) with the colours behind position `half` in random order, each picture its own."""
+    shuffled = originals.copy()
+    random = generator(seed, "shuffled lower halves", start)
+    shuffled[:, half:] = random.permuted(originals[:, half:], axis=1)
+    return shuffled
+
+
+def _network_features(evaluation: Evaluation, tokens: np.ndarray, network: FeatureNetwork) -> np.ndarray:
+    """float32 (B, F) of tokens (B, T)."""
+    import torch
+
+    pictures = decode(tokens, evaluation.shards.palette, evaluation.shards.resolution)  # (B, H, W, 3)
+    channels_first = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+    return network.features(channels_first.to(evaluation.accelerator.device)).cpu().numpy()

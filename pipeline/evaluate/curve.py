@@ -1,0 +1,68 @@
+"""The training curve of a report, out of a run's metrics.jsonl."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.files import written_aside
+
+CURVE_POINTS = 120
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def has_losses(rows: list[dict[str, Any]]) -> bool:
+    """Whether there is a finite training loss to draw."""
+    return any(math.isfinite(row.get("loss", math.nan)) for row in rows)
+
+
+def valid_loss_at(rows: list[dict[str, Any]], step: int | None) -> float | None:
+    """The run's own validation loss at a step, nats per token; None if it did not validate there."""
+    found = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None and row["step"] == step]
+    return found[-1] if found else None
+
+
+def draw_curve(rows: list[dict[str, Any]], colors: int, density: dict[str, Any] | None, path: Path) -> None:
+    """Draws metrics.jsonl's losses over the pictures seen, with the baselines of `density` if it was measured."""
+    from pipeline.evaluate.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
+
+    training = [row for row in rows if "loss" in row]
+    validation = [row for row in rows if "valid_loss" in row]
+    images, low, mean, high = summarised(training)
+    figure, axes = new_figure()
+    axes.fill_between(images, low, high, color=ACCENT, alpha=0.18, linewidth=0)
+    axes.plot(images, mean, color=ACCENT, linewidth=1.6, label="training")
+    if validation:
+        axes.plot(
+            [row["images"] for row in validation], [row["valid_loss"] for row in validation],
+            "o-", color="#111111", markersize=4, linewidth=1, label="validation",
+        )  # fmt: skip
+    label_line(axes, density["uniform_nats_per_color"] if density else math.log(colors), "uniform", BASELINES[1])
+    if density:
+        label_line(axes, density["unigram_nats_per_color"], "colour frequencies", BASELINES[0])
+        label_line(axes, density["bigram_nats_per_color"], "previous colour", BASELINES[2])
+    axes.set_xlabel("pictures seen")
+    axes.set_ylabel("loss (nats per colour)")
+    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, loc="center right")
+    with written_aside(path) as aside:
+        save_figure(figure, aside)
+
+
+def summarised(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pictures seen, and least, mean and greatest loss, of at most CURVE_POINTS groups of neighbouring steps.
+
+    Steps without a finite loss are left out.
+    """
+    finite = np.array([(row["images"], row["loss"]) for row in rows if math.isfinite(row["loss"])])  # (steps, 2)
+    groups = np.array_split(finite, min(CURVE_POINTS, len(finite)))
+    images = np.array([group[:, 0].mean() for group in groups])
+    low, mean, high = (np.array([reduce(group[:, 1]) for group in groups]) for reduce in (np.min, np.mean, np.max))
+    return images, low, mean, high

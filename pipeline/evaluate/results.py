@@ -1,0 +1,95 @@
+"""results.json: everything that was measured of one model on one shard set, for other programs.
+
+    format, version    "image-gpt-results", 1
+    model           digest, block, parameters, layers, width, heads, resolution, palette_sha256, checkpoint_step,
+                    images_seen, source (what it was trained on), shards_digest (of its training set), and
+                    valid_loss, the run's own validation loss at that step in nats per token; null where unknown
+    dataset         name, digest, resolution, colors, classes, images (by split)
+    tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and where they are from
+    random_weights  the same of the model with initial weights (`--weights random`), as far as it was measured
+    published       numbers of the paper and related systems: measure, dataset, system, value, source
+    commands        of the training and of the measurements
+
+The file is written after each task, whole or not at all.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import read_json, write_json
+from data_prep.shards import ShardSet
+from pipeline.evaluate.curve import read_metrics, valid_loss_at
+from pipeline.evaluate.provenance import ModelFacts, untrained
+from pipeline.evaluate.published import PUBLISHED
+
+RESULTS = "results.json"
+RANDOM_WEIGHTS = "random_weights"
+"""Where a folder of results keeps those of initial weights."""
+FORMAT, VERSION = "image-gpt-results", 1
+
+Results = dict[str, dict[str, Any]]
+"""Task name to the content of its JSON."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a folder holds of one model on one shard set."""
+
+    tasks: Results
+    random_weights: Results
+    others: list[str]
+    """Names of files that are of another model or shard set."""
+
+
+def read_measured(folder: Path, random_weights: Path, facts: ModelFacts, shards: ShardSet) -> Measured:
+    """The results in a folder, and those of the same model with initial weights in another, which may be absent."""
+    tasks, others = _read(folder, lambda result: result["model_digest"] == facts.digest, shards)
+    untaught, _ = _read(
+        random_weights, lambda result: result["model_digest"] == untrained(facts, result["seed"]).digest, shards
+    )
+    return Measured(tasks, untaught, others)
+
+
+def write_results(folder: Path, facts: ModelFacts, shards: ShardSet, measured: Measured) -> None:
+    """Writes results.json into the folder."""
+    metrics = read_metrics(facts.metrics) if facts.metrics else []
+    model = {key: value for key, value in asdict(facts).items() if key not in ("metrics", "training_commands")}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model | {"valid_loss": valid_loss_at(metrics, facts.checkpoint_step)},
+        "dataset": {
+            "name": shards.name,
+            "digest": shards.digest,
+            "resolution": shards.resolution,
+            "colors": shards.colors,
+            "classes": list(shards.classes),
+            "images": {name: split["images"] for name, split in shards.manifest["splits"].items()},
+        },
+        "tasks": measured.tasks,
+        "random_weights": measured.random_weights,
+        "published": [row._asdict() for row in PUBLISHED],
+        "commands": commands(facts, measured),
+    }
+    write_json(folder / RESULTS, content)
+
+
+def commands(facts: ModelFacts, measured: Measured) -> list[str]:
+    """The commands that made the model and the results, in that order, each once."""
+    said = [result["command"] for results in (measured.tasks, measured.random_weights) for result in results.values()]
+    return list(dict.fromkeys([*facts.training_commands, *said]))
+
+
+def _read(folder: Path, is_of_model: Any, shards: ShardSet) -> tuple[Results, list[str]]:
+    found: Results = {}
+    others = []
+    for path in sorted(folder.glob("*.json")):
+        result = read_json(path)
+        if not isinstance(result, dict) or "inputs_digest" not in result:
+            continue  # ours, or a file of the user's
+        if result["dataset_digest"] == shards.digest and is_of_model(result):
+            found[result["task"]] = result
+        else:
+            others.append(path.name)
+    return found, others

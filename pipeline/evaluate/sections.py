@@ -1,0 +1,122 @@
+"""What the report shows of a task: a row or more in the table of all numbers, and a section.
+
+A task's file may say both itself, else they are made from its JSON:
+
+    headlines(result) -> list[Headline]     without it: `test_accuracy`, if the JSON has one
+    section(result, folder) -> str          without it: the summary, the PNGs whose names begin with the task's, and
+                                            a table of all numbers
+"""
+
+from html import escape
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from pipeline.evaluate.html import figure, number, percent, table, words
+from pipeline.evaluate.published import FINE_TUNING, LOW_DATA, PROBE
+
+PROVENANCE = (
+    "task", "checkpoint_step", "model_digest", "weights", "dataset", "dataset_digest", "palette_sha256", "seed",
+    "command", "options", "inputs_digest", "seconds",
+)  # fmt: skip
+SHORT_LIST = 12
+NAMES = {"knn": "k-NN", "low_data": "Few labels"}
+MEASURES = {"linear_probe": PROBE, "fine_tune": FINE_TUNING, "low_data": LOW_DATA}
+
+
+class Headline(NamedTuple):
+    """One number of a task that a reader looks for."""
+
+    measure: str
+    """As published.py calls it, or the task's name where nothing was published."""
+    name: str
+    """What was measured; the same words for every model."""
+    text: str
+    """The number, with its unit and error."""
+    detail: str = ""
+    """How it came about: the layer chosen, for one."""
+
+
+def name_of(task: str) -> str:
+    """linear_probe as "Linear probe"."""
+    return NAMES.get(task, words(task).capitalize())
+
+
+def headlines(task: str, result: dict[str, Any]) -> list[Headline]:
+    """The task's own, or its test accuracies."""
+    own = getattr(_module(task), "headlines", None)
+    if own is not None:
+        return own(result)
+    measure, name = MEASURES.get(task, task), name_of(task)
+    return accuracy_headlines(measure, name, result) + [
+        Headline(
+            measure, f"{name}: {setting['name']}", percent(setting["test_accuracy"], setting["test_accuracy_deviation"])
+        )
+        for setting in result.get("settings", [])
+    ]
+
+
+def accuracy_headlines(measure: str, name: str, result: dict[str, Any]) -> list[Headline]:
+    """The test accuracy of a result that has one, of a masked model that of the vote over masks too."""
+    rows = []
+    layer = f"layer {result['best_layer']}" if "best_layer" in result else ""
+    for key, suffix in (("test_accuracy", ""), ("ensembled_test_accuracy", ", vote over masks")):
+        if result.get(key) is not None:
+            error = result.get("test_standard_error") if key == "test_accuracy" else None
+            rows.append(Headline(measure, name + suffix, percent(result[key], error), layer))
+    return rows
+
+
+def section(task: str, result: dict[str, Any], folder: Path) -> str:
+    """The task's own, or the generic one, under its heading."""
+    module = _module(task)
+    own = getattr(module, "section", None)
+    body = own(result, folder) if own is not None else _generic(task, result, folder, module)
+    return f"<h2>{escape(name_of(task))}</h2>\n{body}"
+
+
+def _generic(task: str, result: dict[str, Any], folder: Path, module: ModuleType | None) -> str:
+    parts = [f"<p>{escape(module.summary(result))}</p>"] if module is not None else []
+    parts += [figure(path, words(path.stem), "") for path in sorted(folder.glob(f"{task}*.png"))]
+    parts += [_table_of(value) for value in result.values() if _is_table(value)]
+    parts.append(all_numbers(result))
+    return "\n".join(parts)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _table_of(rows: list[dict[str, Any]]) -> str:
+    """A list of objects, a column for each of their plain values."""
+    keys = [key for key, value in rows[0].items() if not isinstance(value, (dict, list))]
+    return table([words(key) for key in keys], [[number(row.get(key)) for key in keys] for row in rows])
+
+
+def all_numbers(result: dict[str, Any]) -> str:
+    """A folded table of every number and short list of a result; long lists stand in the JSON alone."""
+    rows = [
+        (words(key), value)
+        for key, value in _flat({name: part for name, part in result.items() if name not in PROVENANCE})
+    ]
+    shown = [[key, value] for key, value in rows if value]
+    if not shown:
+        return ""
+    return f"<details><summary>All numbers</summary>{table(['', 'value'], shown)}</details>"
+
+
+def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [pair for name, part in value.items() for pair in _flat(part, f"{key} {name}".strip())]
+    if isinstance(value, list):
+        if len(value) > SHORT_LIST or any(isinstance(part, (list, dict)) for part in value):
+            return []
+        return [(key, ", ".join(number(part) for part in value))]
+    return [(key, number(value))]
+
+
+def _module(task: str) -> ModuleType | None:
+    from pipeline.evaluate.tasks import TASKS
+
+    return import_module(TASKS[task]) if task in TASKS else None

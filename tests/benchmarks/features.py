@@ -1,0 +1,94 @@
+"""Features of all layers in one pass against a pass a layer: python -m tests.benchmarks.features
+
+A 24-layer model and 10,000 pictures. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
+that is probed, run all pictures with output_hidden_states and pool that layer's states. It is given the right
+sequence (SOS first) and the right states (after ln_1), so that both must give the same features. Both run in batches of the same size
+on the same threads; ours includes writing the cache and its digest.
+"""
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from data_prep.shards import open_shard_set
+from pipeline.config import ModelConfig
+from pipeline.evaluate.features import pooled_features
+from pipeline.evaluate.inputs import Evaluation, Pictures, Sizes, start_accelerator
+from pipeline.evaluate.kept import Kept
+from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.huggingface import load_model_folder, save_model_folder
+from tests.launch import run
+
+LAYERS, WIDTH, RESOLUTION, IMAGES, BATCH = 24, 32, 8, 10_000, 100
+
+
+def evaluation_in(folder: Path) -> Evaluation:
+    """A model of 24 layers with initial weights, and 10,000 pictures, written into `folder`."""
+    options = ["--config", "configs/data/demo.yaml", "--resolution", RESOLUTION, "--out", folder / "shards"]
+    prepared = run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs")
+    assert prepared.codes == [0], prepared.output
+    shards = open_shard_set(folder / "shards")
+    config = gpt2_config(ModelConfig(layers=LAYERS, width=WIDTH, heads=2, resolution=RESOLUTION))
+    model = build_model(config)
+    initialize(model, 0)
+    save_model_folder(model, config, shards.palette, folder / "model")
+    return Evaluation(
+        load_model_folder(folder / "model"),
+        shards,
+        folder,
+        start_accelerator("fp32"),
+        0,
+        Sizes(batch_size=BATCH),
+        Kept(folder, "features", "benchmark"),
+        folder / "features",
+        "benchmark",
+    )
+
+
+def pass_a_layer(model_folder: Path, pictures: Pictures) -> np.ndarray:
+    """The peer: float32 (L+1, N, D)."""
+    from transformers import ImageGPTModel
+
+    model = ImageGPTModel.from_pretrained(model_folder).eval()
+    norms = [*(block.ln_1 for block in model.h), lambda states: states]  # the last states are after ln_f
+    tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
+    inputs = torch.cat([torch.full((len(tokens), 1), model.config.vocab_size - 1), tokens[:, :-1]], dim=1)
+    layers = []
+    with torch.no_grad():
+        for layer, norm in enumerate(norms):
+            pooled = [
+                norm(model(input_ids=batch, output_hidden_states=True).hidden_states[layer]).mean(1)
+                for batch in inputs.split(BATCH)
+            ]
+            layers.append(torch.cat(pooled).numpy())
+    return np.stack(layers)
+
+
+def main() -> None:
+    """Prints both times and their ratio."""
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; {LAYERS} layers of {WIDTH} on {IMAGES:,} pictures"
+    )
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        evaluation = evaluation_in(folder)
+        pictures = evaluation.pictures("train")
+        assert len(pictures) == IMAGES
+        start = time.perf_counter()
+        ours = pooled_features(evaluation, pictures)
+        middle = time.perf_counter()
+        theirs = pass_a_layer(folder / "model", pictures)
+        end = time.perf_counter()
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    print("| features of all layers | s |\n|---|---|")
+    print(f"| one pass, ours | {middle - start:.1f} |\n| a pass a layer, HF ImageGPT | {end - middle:.1f} |")
+    print(
+        f"\n{(end - middle) / (middle - start):.1f} times shorter; largest difference {np.abs(ours - theirs).max():.1g}"
+    )
+
+
+if __name__ == "__main__":
+    main()
