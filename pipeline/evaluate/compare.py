@@ -1,9 +1,9 @@
 """`python -m pipeline compare RESULTS...`: accuracy against validation loss over checkpoints, as the paper's figure 3.
 
 A RESULTS holds step-*/ as slurm/evaluate.sh writes them, a folder a checkpoint, and gives a line; a folder of a single
-model's results gives a point. The loss is that of the density task on `valid` where every checkpoint has it: the same pictures
-in the same arithmetic for all. Else it is what each run logged at the checkpoint's step. The accuracy is by default
-that on the validation split, since to compare checkpoints is to choose among them.
+model's results gives a point. The loss is that of the density task on `valid` where every checkpoint has it: the same
+pictures in the same arithmetic for all. Else it is what each run logged at the checkpoint's step. The accuracy is by
+default that on the validation split, since to compare checkpoints is to choose among them.
 
 Writes compare.html, compare.png and compare.json: `task`, `accuracy` (valid or test), `loss` (density or run), and
 `models`, each with `name` and `points`: step, images_seen, parameters, valid_loss (nats per colour), valid_accuracy,

@@ -2,8 +2,8 @@
 
 A 24-layer model and 10,000 pictures. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
 that is probed, run all pictures with output_hidden_states and pool that layer's states. It is given the right
-sequence (SOS first) and the right states (after ln_1), so that both must give the same features. Both run in batches of the same size
-on the same threads; ours includes writing the cache and its digest.
+sequence (SOS first) and the right states (after ln_1), so that both must give the same features. Both run in batches
+of the same size on the same threads; ours includes writing the cache and its digest.
 """
 
 import time
@@ -22,7 +22,7 @@ from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.huggingface import load_model_folder, save_model_folder
 from tests.launch import run
 
-LAYERS, WIDTH, RESOLUTION, IMAGES, BATCH = 24, 32, 8, 10_000, 100
+LAYERS, WIDTH, RESOLUTION, IMAGES, BATCH = 24, 16, 6, 10_000, 250
 
 
 def evaluation_in(folder: Path) -> Evaluation:
@@ -70,7 +70,8 @@ def pass_a_layer(model_folder: Path, pictures: Pictures) -> np.ndarray:
 def main() -> None:
     """Prints both times and their ratio."""
     print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; {LAYERS} layers of {WIDTH} on {IMAGES:,} pictures"
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; {LAYERS} layers of {WIDTH}, "
+        f"{IMAGES:,} pictures of {RESOLUTION}x{RESOLUTION}"
     )
     with TemporaryDirectory() as name:
         folder = Path(name)
