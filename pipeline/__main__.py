@@ -58,6 +58,13 @@ def complete(arguments: list[str]) -> int:
     return complete_command(arguments)
 
 
+def compare(arguments: list[str]) -> int:
+    """Shows accuracy against validation loss over checkpoints."""
+    from pipeline.evaluate.compare import compare_command
+
+    return compare_command(arguments)
+
+
 def publish(arguments: list[str]) -> int:
     """Publishes a model with its results and a card."""
     from pipeline.publish.command import publish_command
@@ -103,6 +110,7 @@ if __name__ == "__main__":
             "plan": ("what a run takes on N accelerators, and the layouts that fit", plan),
             "export": ("write a checkpoint as a Hugging Face model folder", export),
             "evaluate": ("probe and measure a model, with a report", evaluate),
+            "compare": ("accuracy against validation loss over checkpoints and models", compare),
             "complete": ("complete half pictures", complete),
             "publish": ("a model, its results and a card to a hub or a folder", publish),
             "status": ("where a run stands", status),

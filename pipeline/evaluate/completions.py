@@ -126,13 +126,13 @@ def with_titles(grid: np.ndarray, columns: list[str], caption: str) -> np.ndarra
     return np.asarray(page)
 
 
-def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
-    """Draws `completions.png` on the first rank alone; the distance's completions are shared out among the ranks.
+def unfit(evaluation: Evaluation) -> str | None:
+    """Why this model can't complete pictures."""
+    return CANT_COMPLETE if evaluation.masked else None
 
-    Raises ValueError for a masked model, which can't draw one colour after the other.
-    """
-    if evaluation.masked:
-        raise ValueError(CANT_COMPLETE)
+
+def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
+    """Draws `completions.png` on the first rank alone; the distance's completions are shared out among the ranks."""
     evaluation.say(f"completing {options.images} half pictures, {options.samples} times each")
     path = evaluation.results / FIGURE
     result = from_first(
@@ -236,6 +236,8 @@ def complete_command(arguments: list[str]) -> int:
     folder = model_folder(path)
     model = load_model_folder(folder)
     check_match(model, folder, shards)
+    if model.mask_probability is not None:
+        raise ValueError(CANT_COMPLETE)
     accelerator = start_accelerator(command.precision)
     model.model.to(accelerator.device).eval()
     with accelerator.autocast():

@@ -22,6 +22,7 @@ class ModelFacts:
 
     digest: str
     block: str
+    objective: str
     parameters: int
     layers: int
     width: int
@@ -46,6 +47,7 @@ def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
     return ModelFacts(
         digest=model_digest(folder),
         block=model.block,
+        objective="next_color" if model.mask_probability is None else "masked_color",
         parameters=sum(parameter.numel() for parameter in model.model.parameters()),
         layers=model.config.n_layer,
         width=model.config.n_embd,

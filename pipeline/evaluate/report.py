@@ -21,15 +21,15 @@ BASELINES = {
 """What the probes' JSON holds of classifiers that do without the model."""
 
 
-def write_report(
-    folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None = None, order: tuple[str, ...] = ()
-) -> Path:
+def write_report(folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None = None) -> Path:
     """Writes RESULTS/report.html and results.json from the results that stand in the folder; returns the page's path.
 
     random_weights: the folder of results of the same model with initial weights; RESULTS/random_weights if not given.
-    order: of the sections, by task; others follow. Results of another model or shard set are left out, and the report
-    says so.
+    Results of another model or shard set are left out, and the report says so.
     """
+    from pipeline.evaluate.tasks import TASKS
+
+    order = list(TASKS)
     measured = read_measured(folder, random_weights or folder / RANDOM_WEIGHTS, facts, shards)
     tasks = sorted(measured.tasks, key=lambda task: order.index(task) if task in order else len(order))
     sections = [
@@ -52,6 +52,7 @@ def _header(facts: ModelFacts, shards: ShardSet) -> str:
         "Parameters": f"{facts.parameters:,}",
         "Layers × width × heads": f"{facts.layers} × {facts.width} × {facts.heads}",
         "Block": "the paper's (RMSNorm, no biases)" if facts.block == "igpt" else "stock GPT-2",
+        "Objective": {"next_color": "the next colour", "masked_color": "hidden colours (BERT)"}[facts.objective],
         "Pictures": f"{facts.resolution} × {facts.resolution}, {shards.colors} colours",
         "Training step": _count(facts.checkpoint_step),
         "Pictures seen in training": _count(facts.images_seen),

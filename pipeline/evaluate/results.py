@@ -1,9 +1,9 @@
 """results.json: everything that was measured of one model on one shard set, for other programs.
 
     format, version    "image-gpt-results", 1
-    model           digest, block, parameters, layers, width, heads, resolution, palette_sha256, checkpoint_step,
-                    images_seen, source (what it was trained on), shards_digest (of its training set), and
-                    valid_loss, the run's own validation loss at that step in nats per token; null where unknown
+    model           digest, block, objective, parameters, layers, width, heads, resolution, palette_sha256,
+                    checkpoint_step, images_seen, source (what it was trained on), shards_digest (of its training set),
+                    valid_loss (the run's own at that step, nats per token); null where unknown
     dataset         name, digest, resolution, colors, classes, images (by split)
     tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and where they are from
     random_weights  the same of the model with initial weights (`--weights random`), as far as it was measured

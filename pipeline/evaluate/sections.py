@@ -3,8 +3,8 @@
 A task's file may say both itself, else they are made from its JSON:
 
     headlines(result) -> list[Headline]     without it: `test_accuracy`, if the JSON has one
-    section(result, folder) -> str          without it: the summary, the PNGs whose names begin with the task's, and
-                                            a table of all numbers
+    section(result, folder) -> str          HTML, by the pieces of html.py; without it: the summary, the PNGs whose
+                                            names begin with the task's, lists of objects as tables, and all numbers
 """
 
 from html import escape

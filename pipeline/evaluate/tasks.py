@@ -3,8 +3,10 @@
 A task is one file with a dataclass `Options`, functions `measure(evaluation, options) -> dict` and
 `summary(result) -> str`, and one line in TASKS. `measure` runs on every rank, writes its figures into
 `evaluation.results` from the first rank alone, and returns numbers that JSON can hold. Raises ValueError for a user's
-mistake. A task that reads more than the model and the shard set has `read_besides(results, options) -> dict` too: what
-it gives, such as digests, is written down, and a task is done again when it changed.
+mistake. A function `unfit(evaluation) -> str | None` may say in a sentence why a model can't be measured so; sections.py
+tells how a task may word its part of the report. A task that reads more than the model and the shard set has
+`read_besides(results, options) -> dict` too: what it gives, such as digests, is written down, and a task is done again
+when it changed.
 """
 
 import os
@@ -57,6 +59,8 @@ class Command:
     """Arithmetic of the forward passes."""
     weights: Weights = "trained"
     """random: initial weights in place of the model's, as a baseline; give it a folder of results of its own."""
+    random_weights: Path | None = None
+    """The results of a call with `--weights random`, for the report; OUT/random_weights if not set."""
     features: Path | None = None
     """Where features of pictures are cached, for all tasks and later calls; OUT/.features if not set."""
     again: bool = False
@@ -103,9 +107,9 @@ def evaluate(arguments: list[str]) -> int:
     evaluation.say(_describe(facts, evaluation))
 
     words = shlex.join(["python", "-m", "pipeline", "evaluate", *arguments])
-    for name in names:
+    for name in _fit_tasks(names, evaluation, asked=command.tasks != Command.tasks):
         _run_task(name, evaluation, facts, options[name], command, words)
-    from_first(accelerator, lambda: _report(evaluation, facts))
+    from_first(accelerator, lambda: _report(evaluation, facts, command.random_weights))
     accelerator.end_training()
     return os.EX_OK
 
@@ -136,6 +140,20 @@ def _chosen_tasks(tasks: str) -> list[str]:
         if name not in TASKS:
             raise ValueError(f"--tasks has {name!r}; the tasks are {', '.join(TASKS)}.")
     return list(dict.fromkeys(names))
+
+
+def _fit_tasks(names: list[str], evaluation: Evaluation, *, asked: bool) -> list[str]:
+    """The tasks that this model can be measured by; one that was asked for by name and can't raises ValueError."""
+    fit = []
+    for name in names:
+        unfit = getattr(_module(name), "unfit", lambda _evaluation: None)(evaluation)
+        if unfit is None:
+            fit.append(name)
+        elif asked:
+            raise ValueError(unfit)
+        else:
+            evaluation.say(f"{name}: left out; {unfit}")
+    return fit
 
 
 def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any, command: Command, words: str) -> None:
@@ -180,10 +198,11 @@ def _inputs_of(path: Path) -> str | None:
     return result.get("inputs_digest") if isinstance(result, dict) else None
 
 
-def _report(evaluation: Evaluation, facts: ModelFacts) -> None:
+def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None) -> None:
     from pipeline.evaluate.report import write_report
 
-    print(f"report: {write_report(evaluation.results, facts, evaluation.shards)}", flush=True)
+    page = write_report(evaluation.results, facts, evaluation.shards, random_weights)
+    print(f"report: {page}", flush=True)
 
 
 def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:

@@ -51,10 +51,14 @@ def test_examples_are_of_different_classes_first(shards: ShardSet) -> None:
 
 def test_titles_stand_above_an_unchanged_grid() -> None:
     grid = np.random.default_rng(0).integers(0, 256, (50, 300, 3), dtype=np.uint8)
-    titled = with_titles(grid, ["given half", "sample 1", "original"])
-    strip = titled[:-50]
-    np.testing.assert_array_equal(titled[-50:], grid)
-    assert all((strip[:, start : start + 100] < 128).any() for start in (0, 100, 200))
+    titled = with_titles(grid, ["given half", "sample 1", "original"], "test, seed 3, temperature 1")
+    height = (len(titled) - 50) // 2
+    above, below = titled[:height], titled[-height:]
+    np.testing.assert_array_equal(titled[height:-height], grid)
+    assert all((above[:, start : start + 100] < 128).any() for start in (0, 100, 200))
+    assert (below[:, :200] < 128).any()
+    other = with_titles(grid, ["given half", "sample 1", "original"], "test, seed 4, temperature 1")
+    assert (other != titled).any()
 
 
 def test_the_command_writes_the_grid(command: Callable[..., Path], shards: ShardSet) -> None:
@@ -66,6 +70,11 @@ def test_the_command_writes_the_grid(command: Callable[..., Path], shards: Shard
     assert (picture == colors[-1]).all(axis=2).any()
     again = np.asarray(Image.open(command("--images", "3", "--samples", "2", "--split", "valid")))
     np.testing.assert_array_equal(picture, again)
+
+
+def test_a_model_of_hidden_colours_cant_complete(command: Callable[..., Path], masked_folder: Path) -> None:
+    with pytest.raises(ValueError, match="trained with masked_color: it says hidden colours from all others"):
+        command(model=masked_folder)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
 from data_prep.shards import ShardSet
-from pipeline.evaluate.density import Counts, Options, measure
+from pipeline.evaluate import density as density_module
+from pipeline.evaluate.density import Counts, Options, measure, nats_by_position
 
 HUGGING_FACE = {"igpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
 
@@ -49,6 +50,73 @@ def test_density_agrees_with_the_loss_transformers_computes_itself(model_folder:
     positions = RESOLUTION**2
     expected = (theirs * (positions - 1) + of_last) / positions
     assert measure(evaluation, Options())["nats_per_color"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_heat_map_is_the_loss_at_each_position(model_folder: Path, evaluation_of: Callable) -> None:
+    evaluation = evaluation_of(model_folder, batch_size=48)
+    result = measure(evaluation, Options())
+    tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
+    inputs = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)
+    with torch.no_grad():
+        logits = ImageGPTForCausalImageModeling.from_pretrained(model_folder).eval()(input_ids=inputs).logits
+    nats = functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").numpy()  # (N, T)
+    heat = np.array(result["nats_by_position"])
+    np.testing.assert_allclose(heat, nats.mean(axis=0).reshape(RESOLUTION, RESOLUTION), atol=1e-5)
+    assert heat.mean() == pytest.approx(result["nats_per_color"])
+    assert (evaluation.results / "density.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_masked_model_is_scored_on_hidden_colours_alone(masked_folder: Path, evaluation_of: Callable) -> None:
+    """Against log probabilities in float64, gathered by hand under the evaluation's own masks."""
+    evaluation = evaluation_of(masked_folder, batch_size=48)
+    pictures = evaluation.pictures("test")
+    result = measure(evaluation, Options(draws=2))
+    tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
+    by_draw, nats, hidden = [], [], []
+    for draw in (0, 1):
+        inputs, targets = evaluation.inputs_and_targets(tokens, pictures.indices, draw)
+        with torch.no_grad():
+            logits = evaluation.model.model(inputs).logits[..., :COLORS].numpy().astype(np.float64)
+        log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))  # (N, T, V)
+        surprise = -np.take_along_axis(log_probabilities, tokens.numpy()[..., None], axis=-1)[..., 0]
+        wanted = targets.numpy() >= 0
+        by_draw.append(np.mean([row[mask].mean() for row, mask in zip(surprise, wanted, strict=True)]))
+        nats.append(np.where(wanted, surprise, 0))
+        hidden.append(wanted)
+    assert result["nats_by_draw"] == pytest.approx(by_draw, abs=1e-5)
+    assert by_draw[0] != by_draw[1]
+    assert result["nats_per_color"] == pytest.approx(np.mean(by_draw), abs=1e-5)
+    heat = np.concatenate(nats).sum(axis=0) / np.concatenate(hidden).sum(axis=0)
+    np.testing.assert_allclose(np.array(result["nats_by_position"]).ravel(), heat, atol=1e-5)
+
+
+def test_a_position_that_was_never_hidden_has_no_nats() -> None:
+    piece = {"losses": np.ones(1), "sums": np.array([2.0, 0, 3, 4]), "counts": np.array([2.0, 0, 1, 1])}
+    assert nats_by_position([piece], 2) == [[1.0, None], [3.0, 4.0]]
+
+
+def test_a_killed_measurement_goes_on(
+    model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(density_module, "BATCHES_OF_PIECE", 2)
+    whole = evaluation_of(model_folder, batch_size=20)
+    expected = measure(whole, Options())
+    whole.kept.clear()
+    killed, read = evaluation_of(model_folder, batch_size=20), []
+
+    def count(_module: object, inputs: tuple[torch.Tensor]) -> None:
+        if len(read) == 5:  # in the third piece
+            raise KeyboardInterrupt
+        read.append(len(inputs[0]))
+
+    killed.model.model.transformer.register_forward_pre_hook(count)
+    with pytest.raises(KeyboardInterrupt):
+        measure(killed, Options())
+    read.clear()
+    again = evaluation_of(model_folder, batch_size=20)
+    again.model.model.transformer.register_forward_pre_hook(count)
+    assert measure(again, Options()) == expected
+    assert sum(read) == 130 - 80
 
 
 @pytest.fixture
