@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_sets import random_palette, random_pictures, separable_pictures, write_model, write_shard_set
+from toy_network import write_toy_network
 
 from data_prep.shards import ShardSet, open_shard_set
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
@@ -59,6 +60,12 @@ def model_folder(model_folders: dict[str, Path]) -> Path:
 def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of hidden colours."""
     return write_model(tmp_path_factory.mktemp("masked") / "model", objective="masked_color")
+
+
+@pytest.fixture(scope="session")
+def toy_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TorchScript file that gives mean colours: a quick feature network for the Fréchet distance."""
+    return write_toy_network(tmp_path_factory.mktemp("network") / "toy.pt")
 
 
 @pytest.fixture

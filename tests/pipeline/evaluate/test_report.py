@@ -1,19 +1,29 @@
 """The report: in one file, with what was found, without what is another model's."""
 
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.neighbors import NearestCentroid
+from tiny_sets import COLORS
 
 from data_prep.shards import ShardSet
+from pipeline.evaluate.curve import summarised
+from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.provenance import model_facts
-from pipeline.evaluate.report import summarised, write_report
-from pipeline.evaluate.tasks import evaluate
+from pipeline.evaluate.report import write_report
+from pipeline.evaluate.sections import headlines, section
+from pipeline.evaluate.tasks import TASKS, evaluate
 from pipeline.model.huggingface import load_model_folder
+
+QUICK = ["--linear_probe.l2", "[0.1]", "--completions.images", "3", "--completions.samples", "2"]
+README = Path(__file__).parents[3] / "README.md"
 
 
 class Page(HTMLParser):
@@ -49,6 +59,7 @@ def trained_model(model_folder: Path, tmp_path: Path) -> Path:
     rows = [{"step": step, "images": 16 * step, "loss": 3.2 / step**0.1} for step in range(1, 60)]
     rows[5]["loss"] = float("nan")
     rows.insert(30, {"step": 30, "images": 480, "valid_loss": 2.5})
+    rows.append({"step": 59, "images": 944, "valid_loss": 2.25})
     (folder / "training/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "training/checkpoint.json").write_text(json.dumps({"step": 59, "images": 944, "shards_digest": "ab"}))
     start = {"command": ["python", "-m", "pipeline", "train", "--run", "<RUN>"]}
@@ -56,28 +67,89 @@ def trained_model(model_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_report_needs_no_other_file(trained_model: Path, shards_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "results"
-    evaluate([str(trained_model), "--shards", str(shards_folder), "--out", str(out), "--linear_probe.l2", "[0.1]"])
+@pytest.fixture
+def measure_all(shards_folder: Path, toy_network: Path) -> Callable[..., Path]:
+    """Measures a model with every task and writes its report; returns the folder of results."""
+
+    def measure(model: Path, out: Path, *arguments: str) -> Path:
+        quick = [*QUICK, "--completions.feature_network", str(toy_network)]
+        assert evaluate([str(model), "--shards", str(shards_folder), "--out", str(out), *quick, *arguments]) == 0
+        return out
+
+    return measure
+
+
+def test_the_report_needs_no_other_file(trained_model: Path, measure_all: Callable[..., Path], tmp_path: Path) -> None:
+    out = measure_all(trained_model, tmp_path / "results")
     text = (out / "report.html").read_text()
     page = Page(text)
     assert page.open == []
-    assert len(page.addresses) == 3  # the curve, the completions, the probe
+    figures = {"training.png", *(path.name for task in TASKS for path in out.glob(f"{task}*.png"))}
+    assert len(page.addresses) == len(figures)
+    assert {"density.png", "completions.png", "linear_probe.png"} <= figures
     assert all(address.startswith("data:image/png;base64,iVBOR") for address in page.addresses)
     assert "url(" not in text
     assert "$" not in re.sub(r"base64,[^\"]+", "", text)
-    assert json.loads((out / "density.json").read_text())["checkpoint_step"] == 59
-    density, probe = (json.loads((out / f"{task}.json").read_text()) for task in ("density", "linear_probe"))
+    density, probe, completions = (
+        json.loads((out / f"{task}.json").read_text()) for task in ("density", "linear_probe", "completions")
+    )
+    assert density["checkpoint_step"] == 59
     for shown in (
         f"{density['nats_per_color']:.4f}",
         f"{100 * probe['test_accuracy']:.1f} %",
+        f"{completions['distance']['completions']:.3f}",
+        "seed 0",
+        "toy.pt",
         "944",
         "96.3 %",
         "2.0895",
+        "EsViT",
     ):
         assert shown in text
     assert "dots &amp; lines" in text
     assert "--run &lt;RUN&gt;" in text
+
+
+def test_results_json_has_everything(trained_model: Path, measure_all: Callable[..., Path], tmp_path: Path) -> None:
+    out = measure_all(trained_model, tmp_path / "results")
+    results = json.loads((out / "results.json").read_text())
+    assert (results["format"], results["version"]) == ("image-gpt-results", 1)
+    assert results["tasks"] == {task: json.loads((out / f"{task}.json").read_text()) for task in TASKS}
+    assert results["random_weights"] == {}
+    model = results["model"]
+    assert (model["checkpoint_step"], model["images_seen"], model["valid_loss"]) == (59, 944, 2.25)
+    assert model["objective"] == "next_color"
+    assert results["dataset"]["images"] == {"train": 330, "valid": 110, "test": 130}
+    assert {row["system"] for row in results["published"]} >= {"iGPT-L, from ImageNet", "MoCo", "AMDIM-L", "GPipe"}
+    assert results["commands"][0] == "python -m pipeline train --run <RUN>"
+    assert results["commands"][1].startswith("python -m pipeline evaluate ")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_initial_weights_stand_beside(
+    named: bool, trained_model: Path, measure_all: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    beside = tmp_path / "beside" if named else out / "random_weights"
+    quick = ["--tasks", "density,linear_probe"]
+    measure_all(trained_model, beside, *quick, "--weights", "random")
+    measure_all(trained_model, out, *quick, *(["--random_weights", str(beside)] if named else []))
+    results = json.loads((out / "results.json").read_text())
+    untaught = results["random_weights"]
+    assert set(untaught) == {"density", "linear_probe"}
+    assert {result["weights"] for result in untaught.values()} == {"random"}
+    row = next(line for line in (out / "report.html").read_text().split("<tr>") if "<td>Nats per colour</td>" in line)
+    numbers = re.findall(r'<td class="number">([^<]*)</td>', row)
+    assert numbers[:2] == [f"{results['tasks']['density']['nats_per_color']:.4f}", f"{math.log(COLORS):.4f}"]
+
+
+def test_initial_weights_of_another_model_do_not(
+    trained_model: Path, model_folders: dict[str, Path], measure_all: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    measure_all(model_folders["gpt2"], out / "random_weights", "--tasks", "density", "--weights", "random")
+    measure_all(trained_model, out, "--tasks", "density")
+    assert json.loads((out / "results.json").read_text())["random_weights"] == {}
 
 
 def test_what_was_not_measured_has_no_section(trained_model: Path, shards: ShardSet, tmp_path: Path) -> None:
@@ -90,14 +162,58 @@ def test_what_was_not_measured_has_no_section(trained_model: Path, shards: Shard
 
 
 def test_results_of_another_model_are_left_out(
-    trained_model: Path, model_folders: dict[str, Path], shards: ShardSet, shards_folder: Path, tmp_path: Path
+    trained_model: Path,
+    model_folders: dict[str, Path],
+    shards: ShardSet,
+    measure_all: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    out = tmp_path / "results"
-    evaluate([str(model_folders["gpt2"]), "--shards", str(shards_folder), "--out", str(out), "--tasks", "density"])
+    out = measure_all(model_folders["gpt2"], tmp_path / "results", "--tasks", "density")
     (out / "notes.json").write_text("[1]")
     text = write_report(out, model_facts(trained_model, load_model_folder(trained_model)), shards).read_text()
     assert "of another model or shard set: density.json" in text
     assert "The numbers" not in Page(text).headings
+
+
+def test_a_new_task_is_a_file_and_a_line(
+    trained_model: Path,
+    measure_all: Callable[..., Path],
+    evaluation_of: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The README's example, as it stands there, does what it says and comes into the report."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (tmp_path / "nearest_mean.py").write_text(next(block for block in blocks if "def measure(" in block))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(TASKS, "nearest_mean", "nearest_mean")
+    out = measure_all(trained_model, tmp_path / "results", "--tasks", "nearest_mean", "--nearest_mean.layer", "1")
+    result = json.loads((out / "nearest_mean.json").read_text())
+    evaluation = evaluation_of(trained_model)
+    train, test = (evaluation.pictures(name, labelled=True) for name in ("train", "test"))
+    features = [pooled_features(evaluation, pictures)[1] for pictures in (train, test)]
+    reference = NearestCentroid().fit(features[0], train.labels)
+    assert result["test_accuracy"] == pytest.approx(reference.score(features[1], test.labels))
+    text = (out / "report.html").read_text()
+    assert "Nearest mean" in Page(text).headings
+    assert f"{100 * result['test_accuracy']:.1f} %" in text
+
+
+def test_a_section_of_lists_and_long_lists(tmp_path: Path) -> None:
+    (tmp_path / "few.png").write_bytes(b"\x89PNG")
+    result = {
+        "task": "few",
+        "command": "secret",
+        "settings": [{"name": "4 a class", "test_accuracy": 0.25, "test_accuracy_deviation": 0.01, "subsets": [1]}],
+        "layers": list(range(13)),
+        "best": {"layer": 7, "rates": [0.1, 0.01]},
+        "nothing": None,
+    }
+    shown = section("few", result, tmp_path)
+    for part in ("<h2>Few</h2>", "data:image/png", "<td>4 a class</td>", "best layer", "0.1, 0.01"):
+        assert part in shown
+    assert "secret" not in shown and "layers" not in shown and "subsets" not in shown
+    assert headlines("few", result)[0].text == "25.0 % ± 1.0"
 
 
 def test_the_curve_is_grouped_and_leaves_out_what_is_not_finite() -> None:

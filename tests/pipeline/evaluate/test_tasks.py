@@ -26,28 +26,37 @@ TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 
 
 @pytest.fixture
-def run(shards_folder: Path, model_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+def quick(toy_network: Path) -> list[str]:
+    """Options that make every task quick."""
+    return [*QUICK, "--completions.feature_network", str(toy_network)]
+
+
+@pytest.fixture
+def run(shards_folder: Path, model_folder: Path, tmp_path: Path, quick: list[str]) -> Callable[..., Path]:
     """Runs the command with defaults that later arguments override; returns the folder of results."""
 
     def command(*arguments: str, model: Path = model_folder) -> Path:
         out = tmp_path / "results"
-        assert evaluate([str(model), "--shards", str(shards_folder), "--out", str(out), *QUICK, *arguments]) == 0
+        assert evaluate([str(model), "--shards", str(shards_folder), "--out", str(out), *quick, *arguments]) == 0
         return out
 
     return command
 
 
 def results_of(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    """What each task left."""
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if path.stem in TASKS}
 
 
 def test_every_task_leaves_its_results_and_where_they_come_from(
     run: Callable[..., Path], shards_folder: Path, model_folder: Path
 ) -> None:
     folder = run("--seed", "3", "--tasks", ",".join(TASKS))
-    figures = {f"{task}.png" for task in TASKS if task != "density"}
     shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert shown == {f"{task}.json" for task in TASKS} | figures | {"report.html", "fine_tuned", "distilled"}
+    figures = {f"{task}.png" for task in TASKS}
+    assert shown == {f"{task}.json" for task in TASKS} | figures | {
+        "report.html", "results.json", "fine_tuned", "distilled",
+    }  # fmt: skip
     for task, result in results_of(folder).items():
         assert result["task"] == task
         assert result["seed"] == 3
@@ -109,6 +118,16 @@ def test_initial_weights_are_another_model(run: Callable[..., Path], model_folde
     assert random["model_digest"] != trained["model_digest"] == model_digest(model_folder)
 
 
+def test_a_model_of_hidden_colours_is_measured_by_what_fits_it(
+    run: Callable[..., Path], masked_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="completions need a model of the next colour"):
+        run("--tasks", "density,completions", model=masked_folder)
+    assert not list((tmp_path / "results").glob("*.json"))  # said before anything was measured
+    assert set(results_of(run(model=masked_folder))) == set(TASKS) - {"completions"}
+    assert "completions: left out; completions need a model of the next colour" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -154,13 +173,18 @@ def test_a_model_without_palette_is_refused(run: Callable[..., Path], model_fold
 
 
 def test_two_ranks_measure_what_one_measures(
-    run: Callable[..., Path], shards_folder: Path, model_folder: Path, one_thread: dict[str, str], tmp_path: Path
+    run: Callable[..., Path],
+    quick: list[str],
+    shards_folder: Path,
+    model_folder: Path,
+    one_thread: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     """Real processes under torchrun, gloo between them: the same features, losses and accuracies, to the last bit."""
     options = ["--batch_size", "20", "--train_images", "150"]
     one = results_of(run(*options))
     folders = [tmp_path / "results", tmp_path / "two"]
-    command = [str(model_folder), "--shards", str(shards_folder), "--out", str(folders[1]), *QUICK, *options]
+    command = [str(model_folder), "--shards", str(shards_folder), "--out", str(folders[1]), *quick, *options]
     features = []
     for ranks in (1, 2):
         file = tmp_path / f"features-{ranks}.npy"
