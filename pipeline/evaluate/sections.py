@@ -2,7 +2,7 @@
 
 A task's file may say both itself, else they are made from its JSON:
 
-    headlines(result) -> list[Headline]     without it: `test_accuracy`, if the JSON has one
+    headlines(result) -> list[Headline]     without it: each `test_accuracy` in its JSON
     section(result, folder) -> str          HTML, by the pieces of html.py; without it: the summary, the PNGs whose
                                             names begin with the task's, lists of objects as tables, and all numbers
 """
@@ -21,7 +21,8 @@ PROVENANCE = (
     "command", "options", "inputs_digest", "seconds",
 )  # fmt: skip
 SHORT_LIST = 12
-NAMES = {"knn": "k-NN", "low_data": "Few labels"}
+CHOSEN = {"best_layer": "layer", "best_k": "k", "learning_rate": "rate", "best_rate": "rate", "best_epoch": "epoch"}
+NAMES = {"distill": "Distillation", "knn": "k-NN", "low_data": "Few labels"}
 MEASURES = {"linear_probe": PROBE, "fine_tune": FINE_TUNING, "low_data": LOW_DATA}
 
 
@@ -44,28 +45,39 @@ def name_of(task: str) -> str:
 
 
 def headlines(task: str, result: dict[str, Any]) -> list[Headline]:
-    """The task's own, or its test accuracies."""
+    """The task's own, or each test accuracy in its JSON: the task's, of objects within, and of objects in lists."""
     own = getattr(_module(task), "headlines", None)
     if own is not None:
         return own(result)
     measure, name = MEASURES.get(task, task), name_of(task)
-    return accuracy_headlines(measure, name, result) + [
-        Headline(
-            measure, f"{name}: {setting['name']}", percent(setting["test_accuracy"], setting["test_accuracy_deviation"])
-        )
-        for setting in result.get("settings", [])
-    ]
-
-
-def accuracy_headlines(measure: str, name: str, result: dict[str, Any]) -> list[Headline]:
-    """The test accuracy of a result that has one, of a masked model that of the vote over masks too."""
-    rows = []
-    layer = f"layer {result['best_layer']}" if "best_layer" in result else ""
-    for key, suffix in (("test_accuracy", ""), ("ensembled_test_accuracy", ", vote over masks")):
-        if result.get(key) is not None:
-            error = result.get("test_standard_error") if key == "test_accuracy" else None
-            rows.append(Headline(measure, name + suffix, percent(result[key], error), layer))
+    rows = _accuracies(measure, name, result)
+    for key, value in result.items():
+        if isinstance(value, dict):
+            rows += _accuracies(measure, f"{name}: {words(key)}", value)
+        elif _is_table(value):
+            rows += [row for part in value for row in _accuracies(measure, f"{name}: {part.get('name', key)}", part)]
     return rows
+
+
+def _accuracies(measure: str, name: str, result: dict[str, Any]) -> list[Headline]:
+    """The test accuracy of an object that has one, of a masked model that of the vote over masks too."""
+    rows = []
+    for key, suffix in (("test_accuracy", ""), ("ensembled_test_accuracy", ", vote over masks")):
+        if isinstance(result.get(key), float):
+            error = result.get("test_accuracy_deviation", result.get("test_standard_error"))
+            text = percent(result[key], error if key == "test_accuracy" else None)
+            rows.append(Headline(measure, name + suffix, text, _chosen(result)))
+    return rows
+
+
+def _chosen(result: dict[str, Any]) -> str:
+    """What was chosen on the validation split."""
+    parts = [
+        f"{name} {number(result[key])}" for key, name in CHOSEN.items() if isinstance(result.get(key), (int, float))
+    ]
+    if isinstance(result.get("layers"), list):
+        parts.append(f"layers {', '.join(map(str, result['layers']))}")
+    return ", ".join(parts)
 
 
 def section(task: str, result: dict[str, Any], folder: Path) -> str:

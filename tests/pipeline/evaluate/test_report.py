@@ -213,7 +213,18 @@ def test_a_section_of_lists_and_long_lists(tmp_path: Path) -> None:
     for part in ("<h2>Few</h2>", "data:image/png", "<td>4 a class</td>", "best layer", "0.1, 0.01"):
         assert part in shown
     assert "secret" not in shown and "layers" not in shown and "subsets" not in shown
-    assert headlines("few", result)[0].text == "25.0 % ± 1.0"
+    assert [row[1:3] for row in headlines("few", result)] == [("Few: 4 a class", "25.0 % ± 1.0")]
+
+
+def test_every_accuracy_is_a_headline() -> None:
+    """Of the task itself, of objects within it; a masked model's vote too; what was chosen beside."""
+    score = {"test_accuracy": 0.5, "test_standard_error": 0.02, "ensembled_test_accuracy": 0.75}
+    result = score | {"best_layer": 7, "best_k": 20, "concatenated": {"layers": [6, 7, 8], "test_accuracy": 0.625}}
+    assert [row[1:] for row in headlines("some_probe", result)] == [
+        ("Some probe", "50.0 % ± 2.0", "layer 7, k 20"),
+        ("Some probe, vote over masks", "75.0 %", "layer 7, k 20"),
+        ("Some probe: concatenated", "62.5 %", "layers 6, 7, 8"),
+    ]
 
 
 def test_the_curve_is_grouped_and_leaves_out_what_is_not_finite() -> None:
