@@ -190,10 +190,15 @@ def nats_by_position(scored: list[Piece], side: int) -> list[list[float | None]]
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     """Draws the mean nats at each position of the picture."""
+    from matplotlib.ticker import MaxNLocator
+
     from pipeline.evaluate.figures import new_figure, save_figure
 
     figure, axes = new_figure()
     axes.grid(False)
+    axes.set_anchor("W")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     shown = axes.imshow(np.asarray(result["nats_by_position"], float), cmap="viridis", interpolation="nearest")
     bar = figure.colorbar(shown, ax=axes)
     bar.set_label("nats per hidden colour" if result["masked"] else "nats per colour")

@@ -87,9 +87,10 @@ def _numbers(tasks: list[str], measured: Measured) -> str:
     if not rows:
         return ""
     head = ["Measure", "Chosen", "This model", "Random weights", *BASELINES]
+    kept = [place for place in range(len(head)) if place < 3 or any(row[place] != MISSING for row in rows)]
     return (
         "<h2>The numbers</h2>\n"
-        + table(head, rows, text=2)
+        + table([head[place] for place in kept], [[row[place] for place in kept] for row in rows], text=2)
         + note(
             "Accuracies on the test split; ± is the binomial standard error, or the deviation where a measure is "
             "repeated. Layers, strengths, rates and k were chosen on the validation split, and the test split was "

@@ -89,11 +89,15 @@ def section(task: str, result: dict[str, Any], folder: Path) -> str:
 
 
 def _generic(task: str, result: dict[str, Any], folder: Path, module: ModuleType | None) -> str:
-    parts = [f"<p>{escape(module.summary(result))}</p>"] if module is not None else []
+    parts = [f"<p>{_sentence(module.summary(result))}</p>"] if module is not None else []
     parts += [figure(path, words(path.stem), "") for path in sorted(folder.glob(f"{task}*.png"))]
     parts += [_table_of(value) for value in result.values() if _is_table(value)]
     parts.append(all_numbers(result))
     return "\n".join(parts)
+
+
+def _sentence(summary: str) -> str:
+    return escape(f"{summary[:1].upper()}{summary[1:]}.")
 
 
 def _is_table(value: Any) -> bool:
@@ -101,9 +105,16 @@ def _is_table(value: Any) -> bool:
 
 
 def _table_of(rows: list[dict[str, Any]]) -> str:
-    """A list of objects, a column for each of their plain values."""
+    """A list of objects, a column for each of their plain values, words first."""
     keys = [key for key, value in rows[0].items() if not isinstance(value, (dict, list))]
-    return table([words(key) for key in keys], [[number(row.get(key)) for key in keys] for row in rows])
+    text = [key for key in keys if isinstance(rows[0][key], str)]
+    keys = text + [key for key in keys if key not in text]
+    shown = [[_shown(key, row.get(key)) for key in keys] for row in rows]
+    return table([words(key) for key in keys], shown, text=len(text))
+
+
+def _shown(key: str, value: Any) -> str:
+    return percent(value) if "accuracy" in key and isinstance(value, float) else number(value)
 
 
 def all_numbers(result: dict[str, Any]) -> str:
@@ -124,8 +135,8 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
     if isinstance(value, list):
         if len(value) > SHORT_LIST or any(isinstance(part, (list, dict)) for part in value):
             return []
-        return [(key, ", ".join(number(part) for part in value))]
-    return [(key, number(value))]
+        return [(key, ", ".join(_shown(key, part) for part in value))]
+    return [(key, _shown(key, value))]
 
 
 def _module(task: str) -> ModuleType | None:
