@@ -68,6 +68,10 @@ class Options(Shown):
         super().__post_init__()
         if self.distance_images < 0 or self.distance_images == 1:
             raise ValueError(f"distance_images is {self.distance_images}; it must be 0, or 2 and above.")
+        if self.feature_network is not None and not Path(self.feature_network).is_file():
+            raise ValueError(
+                f"feature_network is {self.feature_network}, which is no file; give a TorchScript network."
+            )
 
 
 def choose_examples(shards: ShardSet, split_name: str, images: int, seed: int) -> np.ndarray:

@@ -59,8 +59,6 @@ def _efficientnet_lite0(device: "torch.device") -> FeatureNetwork:
 def _torchscript(file: Path, device: "torch.device") -> FeatureNetwork:
     import torch
 
-    if not file.is_file():
-        raise ValueError(f"completions.feature_network is {file}, which is no file; it must be a TorchScript network.")
     try:
         network = torch.jit.load(file, map_location=device).eval()
     except RuntimeError as error:

@@ -85,9 +85,8 @@ def test_a_network_of_the_users(returns_features: bool, tmp_path: Path) -> None:
 
 def test_what_is_no_network_is_said(tmp_path: Path) -> None:
     (tmp_path / "words.pt").write_text("words")
-    for file, message in (("none.pt", "which is no file"), ("words.pt", r"which torch\.jit\.load can't read")):
-        with pytest.raises(ValueError, match=f"feature_network is .*{file}, {message}"):
-            feature_network(tmp_path / file, CPU)
+    with pytest.raises(ValueError, match=r"feature_network is .*words\.pt, which torch\.jit\.load can't read"):
+        feature_network(tmp_path / "words.pt", CPU)
     file = tmp_path / "flat.pt"
     torch.jit.trace(torch.nn.Flatten(0), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).save(file)
     with pytest.raises(

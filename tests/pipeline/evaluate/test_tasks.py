@@ -137,6 +137,9 @@ def test_a_model_of_hidden_colours_is_measured_by_what_fits_it(
         (["--precision", "fp8"], "precision"),
         (["--linear_probe.l2", "[]"], r"linear_probe\.l2"),
         (["--seeds", "1"], "seeds is no known key"),
+        (["--density.draws", "0"], r"density\.draws is 0; it must be at least 1"),
+        (["--completions.distance_images", "1"], "distance_images is 1; it must be 0, or 2 and above"),
+        (["--completions.feature_network", "none.pt"], r"feature_network is none\.pt, which is no file"),
         (["--out", __file__], "which is a file; it must be a folder"),
     ],
 )
