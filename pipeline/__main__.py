@@ -86,6 +86,13 @@ def status(arguments: list[str]) -> int:
     return status_command(arguments)
 
 
+def preflight(arguments: list[str]) -> int:
+    """Looks at the nodes of a job."""
+    from pipeline.preflight.command import preflight_command
+
+    return preflight_command(arguments)
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process.
 
@@ -114,6 +121,7 @@ if __name__ == "__main__":
             "complete": ("complete half pictures", complete),
             "publish": ("a model, its results and a card to a hub or a folder", publish),
             "status": ("where a run stands", status),
+            "preflight": ("whether the nodes of a job are sound; the job scripts ask it before they train", preflight),
             "doctor": ("what this machine has, and whether a small run saves, dies and resumes on it", doctor),
         },
         leave,

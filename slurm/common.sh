@@ -9,6 +9,11 @@ PYTHON=${SITE_PYTHON:-$REPOSITORY/.venv/bin/python}
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 export OMP_WAIT_POLICY=passive
 
+# The pipeline's Python, in the container if there is one.
+run_python() {
+  "${SITE_LAUNCH[@]}" "$PYTHON" "$@"
+}
+
 die() {
   echo "error: $*" >&2
   exit 2
@@ -27,6 +32,21 @@ value_of() {
   done
 }
 
+# The arguments without those options and what follows them, in REST.
+without() {
+  local options=" $1 "
+  shift
+  REST=()
+  while [ $# -gt 0 ]; do
+    if [[ $options == *" ${1%%=*} "* ]]; then
+      [[ $1 == *=* ]] || shift
+    else
+      REST+=("$1")
+    fi
+    shift || true
+  done
+}
+
 # Whether --test is among the arguments; ARGUMENTS are the others.
 take_test() {
   local test=1 argument
@@ -37,7 +57,8 @@ take_test() {
   return $test
 }
 
-# NODES, RANKS_PER_NODE, RANKS and the address where they meet, from what SLURM granted.
+# NODES, RANKS_PER_NODE, RANKS and the address where they meet, from what SLURM granted. Four ports after MASTER_PORT are
+# the preflight's.
 describe_ranks() {
   [ -n "${SLURM_JOB_ID:-}" ] || die "this is a job script: submit it with sbatch, or add --test to see what it would do."
   NODES=$SLURM_JOB_NUM_NODES
@@ -47,9 +68,32 @@ describe_ranks() {
       "before sbatch, or give sbatch --gpus-per-node=$ACCELERATORS_PER_NODE."
   fi
   RANKS=$((NODES * RANKS_PER_NODE))
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+  MASTER_ADDR=${NODE_NAMES%%,*}
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 4000 * 5))
   export MASTER_ADDR MASTER_PORT
+}
+
+# Looks at every node before training. A fault of all nodes ends the job as a mistake; after one of some, it is queued
+# again without them.
+preflight() {
+  local run=$1 word
+  [ "$PREFLIGHT_SECONDS" -gt 0 ] || return 0
+  shift
+  set -- -m pipeline preflight --nodes "$NODE_NAMES" --accelerators "$ACCELERATORS_PER_NODE" \
+    --seconds "$PREFLIGHT_SECONDS" "$@"
+  word=$(
+    set +o pipefail
+    # Four times: the meeting of all and three of pairs.
+    timeout --kill-after=10 $((4 * PREFLIGHT_SECONDS + 60)) srun --nodes="$NODES" --ntasks="$NODES" \
+      --ntasks-per-node=1 --cpu-bind=none --wait=0 --kill-on-bad-exit=0 "${SITE_LAUNCH[@]}" "$PYTHON" "$@" </dev/null |
+      run_python "$@" --judge
+  ) || exit 2
+  case $word in
+    sound) ;;
+    again) again ;;
+    *) again "${word#exclude }" ;;
+  esac
 }
 
 # One process a rank, ranks of a node next to each other (stages of one pipeline are neighbours). Runs in the background.
@@ -76,15 +120,27 @@ await_ranks() {
 
 # Asks the ranks to stop at the next step boundary: they save, and the script goes on after `await_ranks`.
 ask_to_stop() {
+  STOPPING=true
   echo "$(date +%FT%T) asked to stop: the ranks save"
   [ -z "${STEP:-}" ] || kill -USR1 "$STEP" 2>/dev/null || true
 }
 
-# Queues this job again; where that is not allowed, its successor (a dependency, a later copy of the array) goes on.
-requeue() {
-  local job=$SLURM_JOB_ID
+# Queues this job again, without the nodes that are named; where that is not allowed, its successor (a dependency, a
+# later copy of the array) goes on.
+again() {
+  local job=$SLURM_JOB_ID nodes
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
+    echo "it was queued $SLURM_RESTART_COUNT times again, which is MAX_RESTARTS"
+    exit 1
+  fi
+  nodes=$(left_out "${1:-}")
+  if [ -n "$nodes" ] && [ "$(tr ',' '\n' <<<"$nodes" | wc -l)" -gt "$MAX_EXCLUDED" ]; then
+    echo "$nodes would be left out, which are more than MAX_EXCLUDED ($MAX_EXCLUDED) nodes"
+    exit 1
+  fi
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
     echo "the array's next copy goes on"
+    [ -z "${1:-}" ] || scontrol update JobId="$SLURM_ARRAY_JOB_ID" ExcNodeList="$nodes" >/dev/null 2>&1 || true
     exit 75
   fi
   if [ "$SITE_REQUEUES" != true ]; then
@@ -92,18 +148,64 @@ requeue() {
     exit 75
   fi
   trap '' TERM USR1
-  scontrol requeue "$job"
+  reach_controller scontrol requeue "$job" || exit 75
+  # Only a job that waits may be told so; SLURM is ending this script by now, and waits for it.
+  [ -z "${1:-}" ] || reach_controller scontrol update JobId="$job" ExcNodeList="$nodes"
   sleep 60 # the job is ended here
 }
 
-# Submits the evaluation of a finished run's checkpoints, once, where EVALUATE names tasks.
+# Nodes that this job leaves out, with those that are named, with commas.
+left_out() {
+  local before
+  before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p' | head -n 1)
+  scontrol show hostnames "$before,$1" 2>/dev/null | sort -u | paste -sd, || true
+}
+
+# Runs a command of SLURM's; again for ten minutes while the controller does not answer.
+reach_controller() {
+  local said try
+  for try in {1..60}; do
+    said=$("$@" 2>&1) && return
+    [[ $said == *[Uu]nable\ to\ contact* || $said == *onnection* ]] || break
+    sleep 10
+  done
+  echo "after $try tries: $said"
+  return 1
+}
+
+# Submits what follows a finished run, once for its last checkpoint: the evaluation of all that are kept, where EVALUATE
+# names tasks, then their publishing, where PUBLISH says where to.
 follow_up() {
-  local run=$1 shards=$2 checkpoints tasks
-  if [ -z "$EVALUATE" ] || [ -e "$run/logs/evaluation.txt" ]; then return 0; fi
-  checkpoints=$(find "$run/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' | wc -l)
-  tasks=$(tr ',' '\n' <<<"$EVALUATE" | wc -l)
-  sbatch --array="0-$((checkpoints * tasks - 1))" "$SCRIPTS/evaluate.sh" --run "$run" --shards "$shards" \
-    --out "$run/results" --tasks "$EVALUATE" | tee "$run/logs/evaluation.txt"
+  local run=$1 newest shards tasks after=()
+  newest=$(checkpoints_of "$run" | tail -n 1)
+  [ ! -e "$run/logs/followed-$(basename "$newest").txt" ] || return 0
+  if [ -n "$EVALUATE" ]; then
+    shards=$(run_python -c 'import json, sys; print(json.load(open(sys.argv[1]))["shards"]["path"])' "$run/run.json")
+    tasks=$(tr ',' '\n' <<<"$EVALUATE" | wc -l)
+    submit_job --array="0-$(($(checkpoints_of "$run" | wc -l) * tasks - 1))" "$SCRIPTS/evaluate.sh" --run "$run" \
+      --shards "$shards" --out "$run/results" --tasks "$EVALUATE"
+    after=(--dependency="afterok:$SUBMITTED" --kill-on-invalid-dep=yes)
+  fi
+  if [ -n "$PUBLISH" ]; then
+    submit_job "${after[@]}" "$SCRIPTS/publish.sh" --run "$run" --results "$run/results" --to "$PUBLISH"
+  fi
+  date +%FT%T >"$run/logs/followed-$(basename "$newest").txt"
+}
+
+# sbatch without this job's own variables, which the other would take for its own. SUBMITTED is the job's number.
+submit_job() {
+  local name own=()
+  for name in "${!SLURM_@}"; do
+    [ "$name" = SLURM_CONF ] || own+=(--unset="$name")
+  done
+  SUBMITTED=$(env "${own[@]}" sbatch --parsable "$@") ||
+    die "jobs can't be submitted from this node; from a login node: sbatch $*"
+  echo "submitted job $SUBMITTED: $*"
+}
+
+# Folders of a run's whole checkpoints, the oldest first.
+checkpoints_of() {
+  find "$1/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' | sort
 }
 
 # Trains with a recipe until the run is finished, over any number of starts of this job.
@@ -122,18 +224,24 @@ pretrain() {
   mkdir -p "$run/logs"
   echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((restarts + 1)): $RANKS ranks on $SLURM_JOB_NODELIST" | tee -a "$run/logs/jobs.txt"
   trap ask_to_stop USR1 TERM
+  set -- --config "$REPOSITORY/configs/$recipe.yaml" "$@"
+  preflight "$run" "$@"
+  [ -z "${STOPPING:-}" ] || again
+  rm -rf "$run/stacks"
   tail --follow=name --retry --lines=0 "$run/logs/rank-0000.txt" 2>/dev/null &
   local tail=$!
-  start_ranks "$run/logs" -m pipeline train --config "$REPOSITORY/configs/$recipe.yaml" "$@"
+  start_ranks "$run/logs" -m pipeline train "$@"
   await_ranks
   sleep 1
   kill "$tail" 2>/dev/null || true
-  action=$("$PYTHON" -m pipeline status "$run" --after "$CODE" --restarts "$restarts" \
+  # The stacks of a run that hung; the next start deletes them.
+  tail -n +1 "$run"/stacks/*.txt 2>/dev/null || true
+  action=$(run_python -m pipeline status "$run" --after "$CODE" --restarts "$restarts" \
     --max_restarts "$MAX_RESTARTS" --max_accidents "$MAX_ACCIDENTS")
   echo "$(date +%FT%T) the ranks ended with code $CODE: $action"
   case $action in
-    done) follow_up "$run" "$(value_of --data.shards "$@")" ;;
-    requeue) requeue ;;
+    done) follow_up "$run" ;;
+    requeue) again ;;
     *)
       tail -n 5 "$run"/logs/rank-*.txt
       exit 1
@@ -143,14 +251,25 @@ pretrain() {
 
 # What a job would be: the plan, and SLURM's word on the script. Submits nothing.
 test_pretrain() {
-  local recipe=$1 script ranks
+  local recipe=$1 script nodes each
   shift
   script=$SCRIPTS/$(basename "$0")
-  ranks=$(awk -F= '/^#SBATCH --nodes=/ {print $2}' "$script")
-  ranks=$((ranks * (ACCELERATORS_PER_NODE > 0 ? ACCELERATORS_PER_NODE : 1)))
-  "$PYTHON" -m pipeline plan --config "$REPOSITORY/configs/$recipe.yaml" --accelerator "$ACCELERATOR" --ranks "$ranks" \
-    "$@"
+  nodes=$(awk -F= '/^#SBATCH --nodes=/ {print $2}' "$script")
+  each=$((ACCELERATORS_PER_NODE > 0 ? ACCELERATORS_PER_NODE : 1))
+  without "--run" "$@"
+  echo "$nodes nodes of $each ranks (sbatch --nodes=N takes others)"
+  run_python -m pipeline plan --config "$REPOSITORY/configs/$recipe.yaml" --accelerator "$ACCELERATOR" \
+    --ranks $((nodes * each)) --ranks_per_node "$each" "${REST[@]}"
   echo
-  echo "would be submitted: sbatch $script"
-  sbatch --test-only "$script"
+  test_script "$script" "$@"
+}
+
+# What sbatch would be given, and its word on the script.
+test_script() {
+  echo "would be submitted: sbatch $*"
+  if command -v sbatch >/dev/null; then
+    sbatch --test-only "$1"
+  else
+    echo "(there is no sbatch here to ask)"
+  fi
 }

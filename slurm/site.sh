@@ -34,8 +34,8 @@ SITE_LAUNCH=()
 # export NCCL_SOCKET_IFNAME=ib0
 # export GLOO_SOCKET_IFNAME=eth0
 
-# false where users may not requeue jobs: then submit with --array=1-20%1, whose later copies go on with the run, and
-# exit at once when it is finished.
+# false where users may not requeue jobs: then submit with --array=1-20%1, whose later copies go on with the run and
+# exit at once when it is finished; or as a chain, each with --dependency=afterany:JOB on the one before.
 SITE_REQUEUES=${SITE_REQUEUES:-true}
 
 # How often one job may be queued again, and how many accidents (a killed rank, a lost node, a hang) may follow each other
@@ -43,5 +43,14 @@ SITE_REQUEUES=${SITE_REQUEUES:-true}
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 MAX_ACCIDENTS=${MAX_ACCIDENTS:-3}
 
+# Seconds in which the nodes of a job must add numbers together before it trains; 0 looks at no node. And how many nodes
+# that are not sound one job may leave out.
+PREFLIGHT_SECONDS=${PREFLIGHT_SECONDS:-60}
+MAX_EXCLUDED=${MAX_EXCLUDED:-4}
+
 # Evaluation tasks that follow a finished training for each of its kept checkpoints (slurm/evaluate.sh); empty: none.
 EVALUATE=${EVALUATE:-}
+
+# Where the checkpoints go after that (slurm/publish.sh): hub:ORG/NAME, or dir:PATH where nodes reach no hub; empty:
+# nowhere.
+PUBLISH=${PUBLISH:-}

@@ -4,6 +4,12 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 [ $# -eq 1 ] || die "give one folder of a run: slurm/status.sh RUN"
-"$PYTHON" -m pipeline status "$1"
-jobs=$(awk '/ job [0-9]+, start / {sub(",", "", $3); print $3}' "$1/logs/jobs.txt" 2>/dev/null | sort -un | paste -sd,)
-[ -z "$jobs" ] || squeue --noheader --format="  job       %i %T on %N %r, %L left" --jobs="$jobs" 2>/dev/null || true
+if [ -e "$1/run.json" ]; then
+  run_python -m pipeline status "$1"
+else
+  echo "$1 was not started yet"
+fi
+squeue --noheader --array --Format='JobID:.10 ,Name:16 ,State:10 ,RestartCnt:.4 ,TimeLeft:.12 ,ReasonList:24 ,Command:1024' |
+  awk -v run="$1" -v whole="$(realpath "$1")" 'BEGIN {print "  jobs in the queue: number, name, state, restarts, time left, nodes or reason"}
+    index($0 " ", "--run " run " ") || index($0 " ", "--run=" run " ") || index($0 " ", "--run " whole " ") || index($0 " ", "--run=" whole " ") {
+      print "  " substr($0, 1, 80)}'

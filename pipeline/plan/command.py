@@ -1,6 +1,6 @@
 """python -m pipeline plan: what a run would take on N accelerators of a kind, and the layouts that fit, without any."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from data_prep.command_line import new_parser, parse
 from data_prep.files import write_json
 from data_prep.shards import open_shard_set
 from pipeline import costs
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, training_config
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
 
 """A parameter's fp32 weight and two moments, as a checkpoint holds them."""
@@ -31,7 +31,7 @@ def plan_command(arguments: list[str]) -> int:
     parser.add_argument("--json", type=str, default=None, help="Write the plan to this file too.")
     parser.add_class_arguments(TrainConfig)
     parsed = parse(parser, arguments)
-    config = TrainConfig(**{field.name: getattr(parsed, field.name) for field in fields(TrainConfig)})
+    config = training_config(parsed)
     cluster = Cluster(_accelerator(parsed.accelerator), parsed.ranks, parsed.ranks_per_node, parsed.mfu)
     if not 0 < cluster.mfu <= 1:
         raise ValueError(f"--mfu is {cluster.mfu}; it must be above 0 and at most 1.")

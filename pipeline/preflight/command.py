@@ -1,0 +1,73 @@
+"""python -m pipeline preflight: looks at the nodes of a job before it trains on them.
+
+srun starts it once on each node; what they print goes to one that judges. Both take the options of `train`.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_prep.command_line import USER_ERROR, new_parser
+from data_prep.files import read_json
+from pipeline.config import TrainConfig, parse_run, training_config
+from pipeline.preflight.judge import judge
+from pipeline.preflight.node import look
+from pipeline.preflight.report import read_line
+
+
+def preflight_command(arguments: list[str]) -> int:
+    """Prints one node's report, or with --judge one word on all of them: sound, again, or exclude NODES.
+
+    Raises ValueError for a user's mistake, and with --judge for a fault that all nodes share.
+    """
+    parser = new_parser("python -m pipeline preflight", "Whether the nodes of a job are sound; options are train's.")
+    parser.add_argument("--nodes", type=str, required=True, help="Names of the job's nodes, with commas.")
+    parser.add_argument("--accelerators", type=int, default=0, help="That each node should have.")
+    parser.add_argument("--seconds", type=float, default=60, help="For the all-reduce between all nodes.")
+    parser.add_argument("--judge", action="store_true", help="Read the nodes' reports on standard input.")
+    try:
+        parsed = parse_run(parser, arguments)
+    except ValueError:
+        if "--judge" in arguments:
+            raise
+        return USER_ERROR  # the judge has the same options, and says it once
+    config, run, nodes = training_config(parsed), Path(parsed.run), parsed.nodes.split(",")
+    if parsed.judge:
+        return _judge(config, run, nodes, sys.stdin)
+    node = os.environ.get("SLURMD_NODENAME", platform.node())
+    if node not in nodes:
+        raise ValueError(f"--nodes is {parsed.nodes}; it must name this node too, {node}.")
+    print(look(node, nodes, run, config.data.shards, parsed.accelerators, parsed.seconds).line(), flush=True)
+    return 0
+
+
+def _judge(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str]) -> int:
+    needed, digest = _needed_bytes(config, run), _digest_of(run)  # while the nodes are being looked at
+    reports = [report for report in map(read_line, lines) if report is not None]
+    verdict = judge(reports, nodes, needed, digest)
+    for node, sentence in verdict.bad.items():
+        print(f"preflight: {node} is left out: {sentence}", file=sys.stderr)
+    if verdict.again:
+        print(f"preflight: {verdict.again}", file=sys.stderr)
+    seconds = max(report.seconds for report in reports)
+    print(f"preflight: {len(nodes)} nodes in {seconds:.1f} s: {verdict.word}", file=sys.stderr, flush=True)
+    print(verdict.word)
+    return 0
+
+
+def _needed_bytes(config: TrainConfig, run: Path) -> float:
+    """Of checkpoints that are still to be written before the oldest is deleted."""
+    from pipeline import costs
+    from pipeline.model.gpt import gpt2_config
+
+    one = costs.STATE_BYTES * costs.parameter_count(gpt2_config(config.model, objective=config.objective.kind))
+    kept = len(list((run / "checkpoints").glob("step-*[0-9]")))
+    return float(one * max(1, config.checkpoint.keep_last + 1 - kept))
+
+
+def _digest_of(run: Path) -> str | None:
+    record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    shards = record.get("shards") if isinstance(record, dict) else None
+    return shards.get("digest") if isinstance(shards, dict) else None

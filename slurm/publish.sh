@@ -1,0 +1,34 @@
+#!/bin/bash
+# Publishes the kept checkpoints of a run, the oldest first, each with its results where there are some:
+#   sbatch slurm/publish.sh --run RUN [--results RESULTS] --to hub:ORG/NAME [options of python -m pipeline publish]
+# To a folder, --to dir:PATH, only the newest goes: push that from a node that reaches the hub.
+#SBATCH --job-name=publish
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.txt
+SCRIPTS=$(cd "$(dirname "$0")" && pwd)
+[ -e "$SCRIPTS/common.sh" ] || SCRIPTS=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\)\/[^ ]*.*/\1/p')
+# shellcheck source=common.sh
+source "$SCRIPTS/common.sh"
+
+if take_test "$@"; then
+  test_script "$SCRIPTS/publish.sh" "${ARGUMENTS[@]}"
+  exit
+fi
+[ -n "${SLURM_JOB_ID:-}" ] || die "this is a job script: submit it with sbatch, or add --test to see what it would do."
+run=$(value_of --run "$@")
+results=$(value_of --results "$@")
+[ -n "$run" ] || die "--run is not given; name the folder of the run."
+mapfile -t checkpoints < <(checkpoints_of "$run")
+[ ${#checkpoints[@]} -gt 0 ] || die "$run holds no checkpoints."
+[[ $(value_of --to "$@") != dir:* ]] || checkpoints=("${checkpoints[-1]}")
+site_prepare
+without "--run --results" "$@"
+for checkpoint in "${checkpoints[@]}"; do
+  own=()
+  [ ! -d "$results/$(basename "$checkpoint")" ] || own=(--results "$results/$(basename "$checkpoint")")
+  run_python -m pipeline publish "$checkpoint" "${own[@]}" "${REST[@]}"
+done
