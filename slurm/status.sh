@@ -9,7 +9,10 @@ if [ -e "$1/run.json" ]; then
 else
   echo "$1 was not started yet"
 fi
-squeue --noheader --array --Format='JobID:.10 ,Name:16 ,State:10 ,RestartCnt:.4 ,TimeLeft:.12 ,ReasonList:24 ,Command:1024' |
-  awk -v run="$1" -v whole="$(realpath "$1")" 'BEGIN {print "  jobs in the queue: number, name, state, restarts, time left, nodes or reason"}
-    index($0 " ", "--run " run " ") || index($0 " ", "--run=" run " ") || index($0 " ", "--run " whole " ") || index($0 " ", "--run=" whole " ") {
-      print "  " substr($0, 1, 80)}'
+# Found by the run in their command.
+squeue --noheader --array \
+  --Format='JobID:.10 ,Name:16 ,State:10 ,RestartCnt:.4 ,TimeLeft:.12 ,ReasonList:24 ,Command:1024' 2>/dev/null |
+  awk -v run="$1" -v whole="$(realpath "$1")" '
+    function names(path) { return index($0 " ", "--run " path " ") || index($0 " ", "--run=" path " ") }
+    (names(run) || names(whole)) && !count++ { print "  jobs: number, name, state, restarts, time left, nodes or reason" }
+    names(run) || names(whole) { print "  " substr($0, 1, 82) }' || true

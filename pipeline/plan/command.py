@@ -57,6 +57,8 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     chosen = lay_out(config, model, cluster)
     facts = {
         **_model_facts(config, model, cluster, chosen, shards.split("train").images if shards else None),
+        "ranks": f"{cluster.ranks} ranks = {config.parallel.data_ranks(cluster.ranks)} data-parallel x "
+        f"{config.parallel.pipeline_stages} pipeline stages x {config.parallel.tensor_parallel} tensor-parallel",
         "layout": chosen.name(),
         "micro-batches": f"{config.accumulation_steps(config.parallel.data_ranks(cluster.ranks))} a step and rank",
         "bubble": f"{chosen.bubble:.1%} of the step",

@@ -1,6 +1,7 @@
 """Ends a run that hangs, saying where: each rank watches its own progress, since a hung one can't be asked."""
 
 import faulthandler
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,9 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
+
+import torch
 
 from pipeline.train.ranks import Ranks
 from pipeline.train.run_folder import RunFolder
@@ -18,6 +22,9 @@ PATIENT = 3
 """Times the limit that the first step (it compiles and connects) and what is not a step may take."""
 GRACE_SECONDS = 5.0
 """Between writing one's own stacks and reading the others'."""
+STANDARD_ERROR = 2
+COLLECTIVES = 12
+"""Of the last ones that are written below the stacks."""
 
 
 def group_timeout(minutes: float) -> timedelta:
@@ -28,7 +35,9 @@ def group_timeout(minutes: float) -> timedelta:
 class Watchdog:
     """A thread that ends this process with code 1, if the loop does not `enter` a phase for too long.
 
-    Before that it writes the stacks of all threads to RUN/stacks; the first rank that lives says who is behind.
+    Before that it writes the stacks of all threads, and the last collectives, to RUN/stacks; the first rank that lives
+    says who is behind. Where code that holds Python's lock does not return, no thread runs any more: then faulthandler,
+    which needs none, writes the stacks to standard error a little later and ends the process.
     """
 
     def __init__(self, folder: RunFolder, ranks: Ranks, minutes: float) -> None:
@@ -51,9 +60,12 @@ class Watchdog:
         ordinary = phase in ("reading", "training") and step > self._first_step
         self._step, self._phase, self._since = step, phase, time.monotonic()  # first: the old wait has ended
         self._limit = self._seconds if ordinary else PATIENT * self._seconds
+        if self._seconds:
+            faulthandler.dump_traceback_later(self._limit + 3 * GRACE_SECONDS, exit=True, file=STANDARD_ERROR)
 
     def end(self) -> None:
         """Watches no longer."""
+        faulthandler.cancel_dump_traceback_later()
         self._ended.set()
 
     def _watch(self) -> None:
@@ -75,6 +87,7 @@ class Watchdog:
             file.write(f"rank {self._ranks.rank}, {place}, for {waited:.0f} s\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+            write_collectives(file)
         time.sleep(min(GRACE_SECONDS, self._seconds))
         places = {rank: self._place_of(rank) for rank in range(self._ranks.count)}
         if self._ranks.rank == min(rank for rank, known in places.items() if known is not None):
@@ -92,6 +105,27 @@ class Watchdog:
         except OSError:
             return None
         return found[1] if found else None
+
+
+def write_collectives(file: TextIO) -> None:
+    """Writes the last collectives of this rank as torch's flight recorder holds them, the newest last.
+
+    The rank that is behind has a smaller number in a group than the others, or another collective at the same one.
+    """
+    from torch._C import _distributed_c10d as recorder
+
+    # What NCCL's groups did is a record of its own.
+    dump = getattr(recorder, "_dump_nccl_trace_json" if torch.cuda.is_available() else "_dump_fr_trace_json", None)
+    if dump is None:
+        return
+    file.write("\nlast collectives\n")
+    for entry in json.loads(dump()).get("entries", [])[-COLLECTIVES:]:
+        state = "done" if entry.get("retired") else entry.get("state")
+        group = " ".join(entry.get("process_group", []))
+        sizes = entry.get("input_sizes")
+        file.write(
+            f"  group {group} number {entry.get('collective_seq_id')}: {entry.get('profiling_name')} {sizes} {state}\n"
+        )
 
 
 def describe(places: dict[int, str | None]) -> str:

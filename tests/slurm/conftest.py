@@ -1,8 +1,10 @@
-"""A real SLURM of four nodes on this machine (tests/slurm/cluster), and jobs on it through sbatch."""
+"""A real SLURM of eight nodes on this machine (tests/slurm/cluster), and the tiny training that the jobs do on it."""
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,12 +15,22 @@ from typing import Any
 import pytest
 
 from tests.launch import ROOT
-from tests.pipeline.conftest import runner, shards
+from tests.pipeline.conftest import Runner, runner, shards
 
-__all__ = ["Cluster", "cluster", "job_scripts", "runner", "shards"]
+__all__ = ["Cluster", "Training", "cluster", "job_scripts", "runner", "shards", "training", "unbroken"]
 SCRIPTS = ROOT / "slurm"
-PATIENCE = 120.0
+CLUSTER_SCRIPTS = Path(__file__).parent / "cluster"
+NODES, ACCELERATORS = 8, 8
+PATIENCE = 240.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+SIZES = {
+    "model__size": "null",
+    "schedule__steps": 250,
+    "batch__micro_size": 2,
+    "checkpoint__every_steps": 40,
+    "checkpoint__keep_last": 2,
+}
 
 
 def job_scripts() -> list[Path]:
@@ -45,6 +57,16 @@ class Cluster:
         """The job's number."""
         return self.client("sbatch", "--parsable", *options, SCRIPTS / script, *arguments, **variables).strip()
 
+    def run_script(self, script: str, *arguments: object, **variables: str) -> str:
+        """What a script prints that is started on the login node itself."""
+        environment = {**os.environ, "SITE_PYTHON": sys.executable, **variables}
+        environment["PATH"] = f"{self.folder / 'bin'}:{environment['PATH']}"
+        finished = subprocess.run(
+            [SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment
+        )
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout + finished.stderr
+
     def job(self, number: str) -> dict[str, str]:
         """`scontrol show job`, by key."""
         shown = self.client("scontrol", "--oneliner", "show", "job", number)
@@ -66,24 +88,44 @@ class Cluster:
         """off, on, unplug or plug a node."""
         subprocess.run(["bash", str(CLUSTER_SCRIPTS / "node.sh"), str(self.folder), what, str(number)], check=True)
 
+    def processes(self, pattern: str) -> list[int]:
+        """Those of this cluster whose command line matches, the oldest first."""
+        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()
+        own = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        return [int(number) for number in found if own in Path(f"/proc/{number}/environ").read_bytes()]
+
+    def on_node(self, number: int, *command: str) -> None:
+        """Runs a command in a node's own network and file systems."""
+        [daemon] = self.processes(f"slurmd -D -N node{number}$")
+        subprocess.run(["nsenter", f"--target={daemon}", "--mount", "--net", "--", *command], check=True)
+
+    def stop_controller(self) -> None:
+        """As when its machine fails."""
+        for daemon in self.processes("^slurmctld"):
+            os.kill(daemon, signal.SIGKILL)
+
+    def start_controller(self) -> None:
+        """It takes up the state that it saved."""
+        init = (self.folder / "run/init.pid").read_text().strip()
+        command = ["env", f"SLURM_CONF={self.folder}/slurm.conf", "slurmctld"]
+        spaces = ["--net", "--uts", "--mount", "--pid"]
+        subprocess.run(["nsenter", f"--target={init}", *spaces, "--", *command], check=True, capture_output=True)
+
     def log(self, number: str) -> str:
         """What the job printed, over all its starts."""
         return "".join(path.read_text() for path in (self.folder / "jobs").glob(f"*-{number}.txt"))
 
 
-CLUSTER_SCRIPTS = Path(__file__).parent / "cluster"
-
-
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes; skipped where there is no root, or SLURM can't be installed."""
+    """Its nodes; skipped where there is no root, or SLURM can't be installed."""
     if os.geteuid() != 0:
         pytest.skip("a SLURM of our own needs root, for namespaces")
     if shutil.which("apt-get") is None and shutil.which("slurmctld") is None:
         pytest.skip("there is no slurmctld, and no apt-get to install it with")
     folder = Path("/tmp") / f"igpt-slurm-{os.getpid()}"  # short: munge's socket has a name of 107 characters at most
-    environment = {**os.environ, "CLUSTER_DIR": str(folder), "CLUSTER_GPUS": "0"}
-    start = ["bash", str(CLUSTER_SCRIPTS / "start_cluster.sh"), "4"]
+    environment = {**os.environ, "CLUSTER_DIR": str(folder), "CLUSTER_GPUS": str(ACCELERATORS)}
+    start = ["bash", str(CLUSTER_SCRIPTS / "start_cluster.sh"), str(NODES)]
     try:
         subprocess.run(start, env=environment, capture_output=True, text=True, timeout=400, check=True)
     except subprocess.CalledProcessError as error:
@@ -96,3 +138,62 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     finally:
         subprocess.run(["bash", str(CLUSTER_SCRIPTS / "stop_cluster.sh")], env=environment)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class Training:
+    """One run of the tiny model by slurm/pretrain_s.sh."""
+
+    def __init__(self, cluster: Cluster, runner: Runner, losses: list[float]) -> None:
+        self.cluster, self.runner, self.unbroken = cluster, runner, losses
+        self.run = runner.folder / "run"
+        self.job = ""
+
+    def submit(self, *options: str, overrides: dict[str, Any] | None = None, **variables: str) -> None:
+        """options: of sbatch, beside 2 nodes x 2 ranks; overrides: of train."""
+        arguments = self.runner.arguments("run", **SIZES | (overrides or {}))[3:]
+        self.job = self.cluster.submit("pretrain_s.sh", *arguments, options=(*TWO_BY_TWO, *options), **variables)
+
+    def await_step(self, step: int) -> None:
+        """Waits for the step to be recorded."""
+        rows = self.run / "metrics.jsonl"
+        self.cluster.until(lambda: rows.is_file() and len(rows.read_text().splitlines()) > step, f"step {step}")
+
+    def ranks(self) -> list[int]:
+        """Processes of the training, as this machine numbers them."""
+        found = self.cluster.processes(f"pipeline train --config .* --run={self.run} ")
+        return [number for number in found if "python" in Path(f"/proc/{number}/exe").resolve().name]
+
+    def record(self) -> dict[str, Any]:
+        """run.json."""
+        return json.loads((self.run / "run.json").read_text())
+
+    def log(self) -> str:
+        """What the job printed."""
+        return self.cluster.log(self.job)
+
+    def restarts(self) -> int:
+        return int(self.cluster.job(self.job)["Restarts"])
+
+    def check_finishes(self, restarts: int | None = None, starts: int | None = None) -> None:
+        """With the losses of an unbroken run, bit for bit. starts: of the training; else one more than restarts."""
+        state = self.cluster.until_ended(self.job, 400)
+        assert state == "COMPLETED", self.log()
+        assert self.runner.losses("run") == self.unbroken
+        assert self.record()["status"] == "finished"
+        if restarts is not None:
+            assert self.restarts() == restarts, self.log()
+            assert len(self.record()["starts"]) == (restarts + 1 if starts is None else starts)
+
+
+@pytest.fixture(scope="session")
+def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the same run on four ranks, without a scheduler."""
+    runner = Runner(shards, tmp_path_factory.mktemp("unbroken"))
+    runner.check_trains("run", 4, **SIZES)
+    return runner.losses("run")
+
+
+@pytest.fixture
+def training(cluster: Cluster, runner: Runner, unbroken: list[float]) -> Training:
+    """Not yet submitted."""
+    return Training(cluster, runner, unbroken)

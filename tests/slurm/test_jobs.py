@@ -1,143 +1,59 @@
-"""The scripts as committed, on a SLURM of four nodes: a tiny training stopped in every way, and gone on with."""
+"""The scripts as committed, on a real SLURM: a tiny training is asked to stop in every way, and goes on."""
 
-import json
-import os
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.launch import files_of, run
 from tests.pipeline.conftest import Runner
-from tests.slurm.conftest import Cluster, job_scripts
+from tests.slurm.conftest import ACCELERATORS, NODES, Cluster, Training, job_scripts
 
-STEPS = 250
-SIZES = {
-    "model__size": "null",
-    "schedule__steps": STEPS,
-    "batch__micro_size": 2,
-    "checkpoint__every_steps": 40,
-    "checkpoint__keep_last": 2,
-}
 SMALL_PICTURES = [
     "--source.kind=photographs",
     "--source.train_per_class=30",
     "--source.test_per_class=4",
     "--resolution=8",
 ]
-TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+SLOW_STEPS = {"schedule__steps": 700, "batch__global_size": 64}
+"""So long that SLURM, which looks at time limits every 30 s, sees the limit come."""
 
 
-@pytest.fixture(scope="module")
-def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of the same run on four ranks, without a scheduler."""
-    runner = Runner(shards, tmp_path_factory.mktemp("unbroken"))
-    runner.check_trains("run", 4, **SIZES)
-    return runner.losses("run")
-
-
-def submit(cluster: Cluster, runner: Runner, **variables: str) -> str:
-    return cluster.submit("pretrain_s.sh", *runner.arguments("run", **SIZES)[3:], options=TWO_BY_TWO, **variables)
-
-
-def await_step(cluster: Cluster, runner: Runner, step: int) -> None:
-    rows = runner.folder / "run/metrics.jsonl"
-    cluster.until(lambda: rows.is_file() and len(rows.read_text().splitlines()) > step, f"step {step}")
-
-
-def check_finished(cluster: Cluster, runner: Runner, job: str, unbroken: list[float], restarts: int) -> None:
-    assert cluster.until_ended(job, 180) == "COMPLETED", cluster.log(job)
-    assert runner.losses("run") == unbroken
-    record = json.loads((runner.folder / "run/run.json").read_text())
-    assert record["status"] == "finished"
-    assert len(record["starts"]) == restarts + 1
-    assert cluster.job(job)["Restarts"] == str(restarts)
-
-
-def test_an_urgent_job_preempts_the_run_goes_on_and_is_evaluated(
-    cluster: Cluster, runner: Runner, unbroken: list[float]
-) -> None:
-    job = submit(cluster, runner, EVALUATE="density")
-    await_step(cluster, runner, 60)
+def test_an_urgent_job_preempts_the_run_goes_on_and_is_evaluated(training: Training) -> None:
+    cluster = training.cluster
+    training.submit(EVALUATE="density")
+    training.await_step(60)
     urgent = cluster.client(
-        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"
-    ).strip()
+        "sbatch", "--parsable", "--partition=urgent", f"--nodes={NODES}", "--exclusive", "--output=/dev/null",
+        "--wrap=sleep 3",
+    ).strip()  # fmt: skip
     assert cluster.until_ended(urgent) == "COMPLETED"
-    check_finished(cluster, runner, job, unbroken, restarts=1)
-    assert "stopped on request at step" in cluster.log(job)
-    results = runner.folder / "run/results"
+    training.check_finishes(restarts=1)
+    assert "stopped on request at step" in training.log()
+    results = training.run / "results"
     cluster.until(lambda: len(list(results.glob("step-*/density.json"))) == 2, "the evaluation of two checkpoints")
     assert sorted(path.name for path in results.iterdir()) == ["step-00000240", "step-00000250"]
 
 
-@pytest.mark.slow
-def test_a_signal_to_the_batch_script_saves_and_requeues(
-    cluster: Cluster, runner: Runner, unbroken: list[float]
-) -> None:
-    job = submit(cluster, runner)
-    await_step(cluster, runner, 60)
-    cluster.client("scancel", "--signal=USR1", "--batch", job)
-    check_finished(cluster, runner, job, unbroken, restarts=1)
-
-
-@pytest.mark.slow
-def test_a_stop_file_saves_and_requeues(cluster: Cluster, runner: Runner, unbroken: list[float]) -> None:
-    job = submit(cluster, runner)
-    await_step(cluster, runner, 60)
-    (runner.folder / "run/STOP").touch()
-    check_finished(cluster, runner, job, unbroken, restarts=1)
-
-
-@pytest.mark.slow
-def test_a_lost_node_is_an_accident_that_the_run_survives(
-    cluster: Cluster, runner: Runner, unbroken: list[float]
-) -> None:
-    job = submit(cluster, runner)
-    await_step(cluster, runner, 60)
-    cluster.node("off", 2)
-    check_finished(cluster, runner, job, unbroken, restarts=1)
-    cluster.node("on", 2)
-
-
-@pytest.mark.slow
-def test_a_killed_rank_is_an_accident_that_the_run_survives(
-    cluster: Cluster, runner: Runner, unbroken: list[float]
-) -> None:
-    job = submit(cluster, runner)
-    await_step(cluster, runner, 60)
-    pattern = f"pipeline train --config .* --run={runner.folder}/run"
-    ranks = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
-    python = [rank for rank in ranks if "python" in Path(f"/proc/{rank}/exe").resolve().name]
-    os.kill(int(python[-1]), signal.SIGKILL)
-    check_finished(cluster, runner, job, unbroken, restarts=1)
-    assert ": requeue" in cluster.log(job)
-
-
-@pytest.mark.slow
-def test_without_requeueing_the_next_copy_of_an_array_goes_on(
-    cluster: Cluster, runner: Runner, unbroken: list[float]
-) -> None:
-    arguments = runner.arguments("run", **SIZES)[3:]
-    cluster.submit("pretrain_s.sh", *arguments, options=(*TWO_BY_TWO, "--array=1-3%1"))
-    await_step(cluster, runner, 60)
-    (runner.folder / "run/STOP").touch()
-    cluster.until(lambda: not cluster.client("squeue", "--noheader").strip(), "the end of the array", 180)
-    assert runner.losses("run") == unbroken
-    record = json.loads((runner.folder / "run/run.json").read_text())
-    assert (record["status"], len(record["starts"])) == ("finished", 2)
-
-
 def test_a_mistake_is_said_and_not_requeued(cluster: Cluster, runner: Runner) -> None:
-    job = cluster.submit("pretrain_s.sh", "--run", runner.folder / "run", "--modle.size=s", options=TWO_BY_TWO)
+    job = cluster.submit("pretrain_s.sh", "--run", runner.folder / "run", "--modle.size=s", options=("--nodes=2",))
     assert cluster.until_ended(job) == "FAILED"
-    assert "modle.size is no known key" in cluster.log(job)
+    assert cluster.log(job).count("modle.size is no known key") == 1
     assert cluster.job(job)["Restarts"] == "0"
 
 
 def test_slurm_takes_every_script(cluster: Cluster) -> None:
     for script in job_scripts():
-        cluster.client("sbatch", "--test-only", "--nodes=2", script)
+        cluster.client("sbatch", "--test-only", script)
+
+
+def test_a_plan_for_64_accelerators_is_printed_and_nothing_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    site = Path(__file__).parent / "site_64.sh"
+    said = cluster.run_script("pretrain_xl.sh", "--test", "--run", tmp_path / "run", SITE_FILE=str(site))
+    for words in ("8 nodes of 8 ranks", "64 ranks", "pipeline stage", "micro-batches", "bubble", "days", "GB of 80 GB"):
+        assert words in said
+    assert "to start at" in said  # SLURM's word on the script
+    assert not (tmp_path / "run").exists()
+    assert not cluster.client("squeue", "--noheader").strip()
 
 
 def test_an_array_prepares_a_set_and_joins_it(cluster: Cluster, tmp_path: Path) -> None:
@@ -149,3 +65,89 @@ def test_an_array_prepares_a_set_and_joins_it(cluster: Cluster, tmp_path: Path) 
     cluster.submit("prepare_shards.sh", *SMALL_PICTURES, "--palette.file", palette, "--out", out, options=options)
     cluster.until(lambda: (out / "shards.json").is_file() and not (out / "unfinished").exists(), "the join")
     assert files_of(out) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_batch_script_saves_and_requeues(training: Training) -> None:
+    training.submit()
+    training.await_step(60)
+    training.cluster.client("scancel", "--signal=USR1", "--batch", training.job)
+    training.check_finishes(restarts=1)
+
+
+@pytest.mark.slow
+def test_a_stop_file_saves_and_requeues_and_status_says_so(training: Training) -> None:
+    training.submit()
+    training.await_step(60)
+    said = training.cluster.run_script("status.sh", training.run)
+    assert "of 250" in said
+    assert "nats per token" in said
+    assert "hours at this rate" in said
+    assert f"{training.job} igpt-s" in said
+    (training.run / "STOP").touch()
+    training.check_finishes(restarts=1)
+
+
+@pytest.mark.slow
+def test_before_the_time_limit_the_run_is_saved_and_requeued(cluster: Cluster, shards: Path, runner: Runner) -> None:
+    reference = Runner(shards, runner.folder / "reference")
+    sizes = {"model__size": "null", "batch__micro_size": 2, **SLOW_STEPS}
+    reference.check_trains("run", 4, **sizes)
+    training = Training(cluster, runner, reference.losses("run"))
+    training.submit("--time=2", "--signal=B:USR1@60", overrides=SLOW_STEPS)
+    training.check_finishes()
+    assert training.restarts() >= 1
+    assert "asked to stop: the ranks save" in training.log()
+    assert not (training.run / "accidents.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_without_requeueing_the_next_copy_of_an_array_goes_on(training: Training) -> None:
+    training.submit("--array=1-3%1")
+    training.await_step(60)
+    (training.run / "STOP").touch()
+    cluster = training.cluster
+    cluster.until(lambda: not cluster.client("squeue", "--noheader").strip(), "the end of the array", 400)
+    assert training.runner.losses("run") == training.unbroken
+    assert (training.record()["status"], len(training.record()["starts"])) == ("finished", 2)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_nodes(training: Training) -> None:
+    """Contract 7: what was trained before the move is the same bit for bit, what comes after up to rounding."""
+    cluster = training.cluster
+    training.submit("--nodes=1-2")
+    training.await_step(60)
+    [first, *others] = [f"node{number}" for number in range(1, NODES + 1)]
+    assert cluster.job(training.job)["NodeList"] == "node[1-2]"
+    cluster.client("scontrol", "update", f"NodeName={','.join(others)}", "State=DRAIN", "Reason=test")
+    try:
+        cluster.client("scancel", "--signal=USR1", "--batch", training.job)
+        assert cluster.until_ended(training.job, 400) == "COMPLETED", training.log()
+    finally:
+        cluster.client("scontrol", "update", f"NodeName={','.join(others)}", "State=RESUME")
+    assert cluster.job(training.job)["NodeList"] == first
+    record, losses = training.record(), training.runner.losses("run")
+    assert [start["ranks"] for start in record["starts"]] == [4, 2]
+    assert losses[:60] == training.unbroken[:60]
+    assert losses == pytest.approx(training.unbroken, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_follow_the_accelerators_that_slurm_grants(training: Training) -> None:
+    """They are counted and scheduled only: without CUDA the ranks take the CPU, and a look at the nodes would fail."""
+    granted = str(ACCELERATORS // 4)
+    training.submit(
+        "--ntasks-per-node=2", ACCELERATORS_PER_NODE=granted, SBATCH_GPUS_PER_NODE=granted, PREFLIGHT_SECONDS="0"
+    )
+    training.check_finishes(restarts=0)
+    assert [start["ranks"] for start in training.record()["starts"]] == [4]
+
+
+@pytest.mark.slow
+def test_accelerators_that_cannot_be_used_anywhere_are_a_mistake(training: Training) -> None:
+    training.submit(ACCELERATORS_PER_NODE="2", SBATCH_GPUS_PER_NODE="2")
+    assert training.cluster.until_ended(training.job) == "FAILED"
+    assert training.log().count("0 of 2 accelerators can be used (on all of node1, node2).") == 1
+    assert training.restarts() == 0
+    assert [path.name for path in training.run.iterdir()] == ["logs"]

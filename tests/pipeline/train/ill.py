@@ -1,10 +1,11 @@
 """python -m tests.pipeline.train.ill KIND RANK FIRST LAST -- train ...: a rank falls ill at some steps of a training.
 
-KIND: nan (its gradient), spike (its gradient is a thousand times as large), hang (it stops reading), slow (it
-reads 0.1 s), frozen (the process stops), diverge (one weight changes), unreadable (its shard), broken (it is
-no number), full (its disk).
+KIND: nan (its gradient), spike (its gradient is a thousand times as large), hang (it stops reading), stuck (it holds
+Python's lock and does not return), slow (it reads 0.1 s), frozen (the process stops), diverge (one weight changes),
+unreadable (its shard), broken (it is no number), full (its disk).
 """
 
+import ctypes
 import errno
 import os
 import runpy
@@ -67,6 +68,8 @@ def read_counted(self: TrainingBatches, position: int, global_size: int) -> Any:
     step = position // global_size + 1
     if ill() and KIND == "hang":
         time.sleep(1000)
+    if ill() and KIND == "stuck":
+        ctypes.PyDLL(None).sleep(1000)
     if ill() and KIND == "slow":
         time.sleep(0.1)
     if ill() and KIND == "unreadable":

@@ -167,6 +167,17 @@ def test_a_rank_that_hangs_in_reading_is_named(runner: Runner) -> None:
     assert "read_counted" in (runner.folder / "run/stacks/rank-00001.txt").read_text()
 
 
+def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_collectives(runner: Runner) -> None:
+    finished = train_ill(runner, "run", "stuck", 1, (5, 5), health__hang_minutes=0.1)
+    assert finished.codes == [1, 1]
+    assert "rank 1 is silent" in finished.output
+    assert "read_counted" in finished.outputs[1]  # the stuck rank's own stack
+    peer = (runner.folder / "run/stacks/rank-00000.txt").read_text()
+    last = peer.partition("last collectives\n")[2].splitlines()[-1]
+    assert "all_reduce" in last
+    assert not last.endswith("done")
+
+
 def test_ranks_are_grouped_by_where_they_are() -> None:
     words = describe({0: "training at step 7", 1: None, 2: "reading at step 7", 3: "training at step 7"})
     assert words == (

@@ -1,0 +1,71 @@
+"""What no one asks for, on a real SLURM: the job ends, is queued again, and the run goes on as if nothing had been."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.slurm.conftest import Training
+
+pytestmark = pytest.mark.slow
+HANG_SECONDS = 20
+
+
+def test_a_killed_rank(training: Training) -> None:
+    training.submit()
+    training.await_step(60)
+    os.kill(training.ranks()[-1], signal.SIGKILL)
+    training.check_finishes(restarts=1)
+    assert ": requeue" in training.log()
+    assert len((training.run / "accidents.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_node_that_loses_power(training: Training) -> None:
+    training.submit()
+    training.await_step(60)
+    training.cluster.node("off", 2)
+    try:
+        training.check_finishes(restarts=1)
+    finally:
+        training.cluster.node("on", 2)
+
+
+@pytest.mark.parametrize("node", [1, 2])
+def test_a_node_that_is_cut_off(training: Training, node: int) -> None:
+    """The first node holds the job's script and the run's first rank, which go on living there."""
+    training.submit()
+    training.await_step(60)
+    training.cluster.node("unplug", node)
+    try:
+        training.check_finishes(restarts=1)
+    finally:
+        training.cluster.node("plug", node)
+
+
+def test_a_controller_that_is_away_when_the_job_wants_to_be_queued_again(training: Training) -> None:
+    training.submit()
+    training.await_step(60)
+    training.cluster.stop_controller()
+    (training.run / "STOP").touch()
+    time.sleep(20)
+    assert not (training.run / "STOP").exists()
+    training.cluster.start_controller()
+    training.check_finishes(restarts=1)
+
+
+def test_a_rank_that_hangs_ends_the_job_with_all_stacks_in_its_log(training: Training) -> None:
+    training.submit(overrides={"health__hang_minutes": HANG_SECONDS / 60})
+    training.await_step(60)
+    stopped = training.ranks()[-1]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    training.cluster.until(lambda: ": requeue" in training.log(), "the end of the hanging job")
+    seconds = time.monotonic() - began
+    training.check_finishes(restarts=1)
+    log = training.log()
+    assert "is silent (stopped, dead, or cut off)" in log
+    assert log.count("in run_loop") >= 3  # of the ranks that wait for it
+    assert "hang" in json.loads((training.run / "accidents.jsonl").read_text())["error"]
+    assert seconds < HANG_SECONDS + 60
