@@ -182,12 +182,12 @@ follow_up() {
   if [ -n "$EVALUATE" ]; then
     shards=$(run_python -c 'import json, sys; print(json.load(open(sys.argv[1]))["shards"]["path"])' "$run/run.json")
     tasks=$(tr ',' '\n' <<<"$EVALUATE" | wc -l)
-    submit_job --array="0-$(($(checkpoints_of "$run" | wc -l) * tasks - 1))" "$SCRIPTS/evaluate.sh" --run "$run" \
-      --shards "$shards" --out "$run/results" --tasks "$EVALUATE"
+    submit_job "${SITE_EVALUATE[@]}" --array="0-$(($(checkpoints_of "$run" | wc -l) * tasks - 1))" "$SCRIPTS/evaluate.sh" --run "$run" \
+      --shards "$shards" --out "$run/results" --tasks "$EVALUATE" || return 0
     after=(--dependency="afterok:$SUBMITTED" --kill-on-invalid-dep=yes)
   fi
   if [ -n "$PUBLISH" ]; then
-    submit_job "${after[@]}" "$SCRIPTS/publish.sh" --run "$run" --results "$run/results" --to "$PUBLISH"
+    submit_job "${SITE_CPU[@]}" "${after[@]}" "$SCRIPTS/publish.sh" --run "$run" --results "$run/results" --to "$PUBLISH" || return 0
   fi
   date +%FT%T >"$run/logs/followed-$(basename "$newest").txt"
 }
@@ -198,9 +198,12 @@ submit_job() {
   for name in "${!SLURM_@}"; do
     [ "$name" = SLURM_CONF ] || own+=(--unset="$name")
   done
-  SUBMITTED=$(env "${own[@]}" sbatch --parsable "$@") ||
-    die "jobs can't be submitted from this node; from a login node: sbatch $*"
-  echo "submitted job $SUBMITTED: $*"
+  if SUBMITTED=$(env "${own[@]}" sbatch --parsable "$@"); then
+    echo "submitted job $SUBMITTED: sbatch $*"
+  else
+    echo "not submitted from here; on a login node: sbatch $*"
+    return 1
+  fi
 }
 
 # Folders of a run's whole checkpoints, the oldest first.

@@ -27,7 +27,7 @@ site_prepare
 part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))
 if [ "$part" -eq 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
   printf -v join '%q ' env PYTHONPATH="$PYTHONPATH" "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep join "$out"
-  submit_job --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name=join-shards --ntasks=1 \
-    --output=%x-%j.txt --wrap "$join"
+  submit_job "${SITE_CPU[@]}" --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes \
+    --job-name=join-shards --ntasks=1 --output=%x-%j.txt --wrap "$join" || true
 fi
 exec "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep shards "$@" --part "$part" --parts "$SLURM_ARRAY_TASK_COUNT"

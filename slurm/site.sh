@@ -18,6 +18,10 @@ if [ "$ACCELERATORS_PER_NODE" -gt 0 ]; then
   export SBATCH_GPUS_PER_NODE=$ACCELERATORS_PER_NODE
 fi
 
+# Options of sbatch for jobs that jobs submit: evaluations; and what needs no accelerator, publishing and joining shards.
+SITE_EVALUATE=() # (--partition=small --gpus-per-node=1)
+SITE_CPU=()      # (--partition=cpu --gpus-per-node=0)
+
 # The Python of the jobs. Empty: .venv of this checkout.
 SITE_PYTHON=${SITE_PYTHON:-}
 
@@ -30,8 +34,14 @@ site_prepare() {
 # Put before each rank's Python, for a container: (apptainer exec --nv image.sif)
 SITE_LAUNCH=()
 
+# Paths: copies of remote shard sets, and of what comes from the hub.
+# export IGPT_CACHE=/scratch/$USER/image-gpt
+# export HF_HOME=/scratch/$USER/huggingface
+
 # Network. NCCL finds its way on most clusters; name the interface where it does not.
 # export NCCL_SOCKET_IFNAME=ib0
+# export NCCL_IB_HCA=mlx5
+# export NCCL_DEBUG=WARN
 # export GLOO_SOCKET_IFNAME=eth0
 
 # false where users may not requeue jobs: then submit with --array=1-20%1, whose later copies go on with the run and

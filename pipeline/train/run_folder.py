@@ -27,6 +27,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
 """A run keeps these: with others it would go on as another model, or with other pictures."""
+LEFT_BEHIND = 3
+"""Times health.hang_minutes after which a rank that waits for others has ended."""
 LEFT_BY_JOBS = ("logs", "accidents.jsonl")
 Status = Literal["running", "stopped", "failed", "finished"]
 
@@ -103,10 +105,11 @@ class RunFolder:
     def open(self, config: TrainConfig, shards: ShardSet, command: list[str], ranks: int) -> None:
         """Makes the folder or goes on with it, and says what the configuration changed since the last start.
 
-        Raises ValueError if another process trains in it.
+        Raises ValueError if another process trains in it. A rank that a job left behind on a node that SLURM lost ends
+        with its watchdog, and is waited for.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._take_lock(LEFT_BEHIND * 60 * config.health.hang_minutes)
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
         if (self.path / RECORD_FILE).exists():
@@ -157,19 +160,31 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def _take_lock(self) -> None:
-        self._lock = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    def _take_lock(self, patience: float) -> None:
+        """patience: seconds for which what an earlier start of the same SLURM job left behind is waited for."""
+        self._lock, end, said = (self.path / ".lock").open("a+"), time.monotonic() + patience, False
+        job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        while not _locked(self._lock):
             self._lock.seek(0)
             holder = self._lock.read().strip() or "not named"
-            raise ValueError(
-                f"{self.path} is being trained by another process ({holder}); wait for it or stop it."
-            ) from error
+            left_behind = job and holder.endswith(job) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+            if not left_behind or time.monotonic() > end:
+                raise ValueError(f"{self.path} is being trained by another process ({holder}); wait for it or stop it.")
+            if not said:
+                print(f"an earlier start of this job still holds the run ({holder}); it is waited for", flush=True)
+            said = True
+            time.sleep(1)
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.write(f"process {os.getpid()} on {platform.node()}{job}")
         self._lock.flush()
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_foreign(path: Path) -> bool:

@@ -34,8 +34,8 @@ def test_a_node_that_loses_power(training: Training) -> None:
 
 @pytest.mark.parametrize("node", [1, 2])
 def test_a_node_that_is_cut_off(training: Training, node: int) -> None:
-    """The first node holds the job's script and the run's first rank, which go on living there."""
-    training.submit()
+    """The first node holds the job's script and the run's first rank, which go on living there and hold the run."""
+    training.submit(overrides={"health__hang_minutes": HANG_SECONDS / 60})
     training.await_step(60)
     training.cluster.node("unplug", node)
     try:

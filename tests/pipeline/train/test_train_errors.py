@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,6 +159,31 @@ def test_two_trainings_of_one_run(runner: Runner, shards: Path) -> None:
         finished = runner.train("run")
     assert finished.codes == [2]
     assert "is being trained by another process" in finished.output
+
+
+def test_what_an_earlier_start_of_the_same_job_left_behind_is_waited_for(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+    import threading
+
+    (runner.folder / "run").mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    log = runner.folder / "run.logs/rank-0.log"
+    with (runner.folder / "run/.lock").open("w+") as lock:
+        lock.write("process 1 on node1, SLURM job 7")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def release() -> None:
+            while not (log.is_file() and "it is waited for" in log.read_text()):
+                time.sleep(0.1)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        threading.Thread(target=release, daemon=True).start()
+        runner.check_trains("run", 1)
+    assert "still holds the run (process 1 on node1, SLURM job 7)" in log.read_text()
 
 
 def test_a_rate_that_diverges_stops_with_the_step_named(runner: Runner) -> None:
