@@ -135,7 +135,7 @@ again() {
   fi
   nodes=$(left_out "${1:-}")
   if [ -n "$nodes" ] && [ "$(tr ',' '\n' <<<"$nodes" | wc -l)" -gt "$MAX_EXCLUDED" ]; then
-    echo "$nodes would be left out, which are more than MAX_EXCLUDED ($MAX_EXCLUDED) nodes"
+    echo "$nodes would be left out; MAX_EXCLUDED allows $MAX_EXCLUDED nodes"
     exit 1
   fi
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
@@ -166,6 +166,7 @@ reach_controller() {
   local said try
   for try in {1..60}; do
     said=$("$@" 2>&1) && return
+    [[ $said != *"Job is pending"* ]] || return 0 # SLURM queued it again itself, over a lost node
     [[ $said == *[Uu]nable\ to\ contact* || $said == *onnection* ]] || break
     sleep 10
   done
