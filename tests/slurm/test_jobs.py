@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.files import read_json
 from tests.launch import files_of, run
 from tests.pipeline.conftest import Runner
 from tests.slurm.conftest import ACCELERATORS, NODES, Cluster, Training, job_scripts
@@ -18,9 +19,9 @@ SLOW_STEPS = {"schedule__steps": 700, "batch__global_size": 64}
 """So long that SLURM, which looks at time limits every 30 s, sees the limit come."""
 
 
-def test_an_urgent_job_preempts_the_run_goes_on_and_is_evaluated(training: Training) -> None:
-    cluster = training.cluster
-    training.submit(EVALUATE="density")
+def test_an_urgent_job_preempts_the_run_goes_on_is_evaluated_and_published(training: Training) -> None:
+    cluster, published = training.cluster, training.runner.folder / "published"
+    training.submit(EVALUATE="density", PUBLISH=f"dir:{published}")
     training.await_step(60)
     urgent = cluster.client(
         "sbatch", "--parsable", "--partition=urgent", f"--nodes={NODES}", "--exclusive", "--output=/dev/null",
@@ -32,6 +33,8 @@ def test_an_urgent_job_preempts_the_run_goes_on_and_is_evaluated(training: Train
     results = training.run / "results"
     cluster.until(lambda: len(list(results.glob("step-*/density.json"))) == 2, "the evaluation of two checkpoints")
     assert sorted(path.name for path in results.iterdir()) == ["step-00000240", "step-00000250"]
+    cluster.until((published / "config.json").is_file, "the publishing")
+    assert read_json(published / "results/density.json") == read_json(results / "step-00000250/density.json")
 
 
 def test_a_mistake_is_said_and_not_requeued(cluster: Cluster, runner: Runner) -> None:
