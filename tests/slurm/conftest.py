@@ -21,7 +21,7 @@ __all__ = ["Cluster", "Training", "cluster", "job_scripts", "runner", "shards", 
 SCRIPTS = ROOT / "slurm"
 CLUSTER_SCRIPTS = Path(__file__).parent / "cluster"
 NODES, ACCELERATORS = 8, 8
-PATIENCE = 240.0
+PATIENCE = 300.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 SIZES = {
@@ -171,12 +171,17 @@ class Training:
         """What the job printed."""
         return self.cluster.log(self.job)
 
+    def nodes(self) -> list[int]:
+        """Numbers of the nodes that the job runs on."""
+        listed = self.cluster.client("scontrol", "show", "hostnames", self.cluster.job(self.job)["NodeList"])
+        return [int(name.removeprefix("node")) for name in listed.split()]
+
     def restarts(self) -> int:
         return int(self.cluster.job(self.job)["Restarts"])
 
     def check_finishes(self, restarts: int | None = None, starts: int | None = None) -> None:
         """With the losses of an unbroken run, bit for bit. starts: of the training; else one more than restarts."""
-        state = self.cluster.until_ended(self.job, 400)
+        state = self.cluster.until_ended(self.job, 600)
         assert state == "COMPLETED", self.log()
         assert self.runner.losses("run") == self.unbroken
         assert self.record()["status"] == "finished"

@@ -25,18 +25,20 @@ def test_a_killed_rank(training: Training) -> None:
 def test_a_node_that_loses_power(training: Training) -> None:
     training.submit()
     training.await_step(60)
-    training.cluster.node("off", 2)
+    node = training.nodes()[1]
+    training.cluster.node("off", node)
     try:
         training.check_finishes(restarts=1)
     finally:
-        training.cluster.node("on", 2)
+        training.cluster.node("on", node)
 
 
-@pytest.mark.parametrize("node", [1, 2])
-def test_a_node_that_is_cut_off(training: Training, node: int) -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_node_that_is_cut_off(training: Training, place: int) -> None:
     """The first node holds the job's script and the run's first rank, which go on living there and hold the run."""
     training.submit(overrides={"health__hang_minutes": HANG_SECONDS / 60})
     training.await_step(60)
+    node = training.nodes()[place]
     training.cluster.node("unplug", node)
     try:
         training.check_finishes(restarts=1)

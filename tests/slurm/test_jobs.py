@@ -110,7 +110,7 @@ def test_without_requeueing_the_next_copy_of_an_array_goes_on(training: Training
     training.await_step(60)
     (training.run / "STOP").touch()
     cluster = training.cluster
-    cluster.until(lambda: not cluster.client("squeue", "--noheader").strip(), "the end of the array", 400)
+    cluster.until(lambda: not cluster.client("squeue", "--noheader").strip(), "the end of the array", 600)
     assert training.runner.losses("run") == training.unbroken
     assert (training.record()["status"], len(training.record()["starts"])) == ("finished", 2)
 
@@ -126,7 +126,7 @@ def test_a_run_goes_on_with_fewer_nodes(training: Training) -> None:
     cluster.client("scontrol", "update", f"NodeName={','.join(others)}", "State=DRAIN", "Reason=test")
     try:
         cluster.client("scancel", "--signal=USR1", "--batch", training.job)
-        assert cluster.until_ended(training.job, 400) == "COMPLETED", training.log()
+        assert cluster.until_ended(training.job, 600) == "COMPLETED", training.log()
     finally:
         cluster.client("scontrol", "update", f"NodeName={','.join(others)}", "State=RESUME")
     assert cluster.job(training.job)["NodeList"] == first
