@@ -3,10 +3,10 @@
 A task is one file with a dataclass `Options`, functions `measure(evaluation, options) -> dict` and
 `summary(result) -> str`, and one line in TASKS. `measure` runs on every rank, writes its figures into
 `evaluation.results` from the first rank alone, and returns numbers that JSON can hold. Raises ValueError for a user's
-mistake. A function `unfit(evaluation) -> str | None` may say in a sentence why a model can't be measured so; sections.py
-tells how a task may word its part of the report. A task that reads more than the model and the shard set has
-`read_besides(results, options) -> dict` too: what it gives, such as digests, is written down, and a task is done again
-when it changed.
+mistake. A function `unfit(evaluation) -> str | None` may say in a sentence why a model can't be measured so;
+sections.py tells how a task may word its part of the report. A task that reads more than the model and the shard set
+has `read_besides(results, options) -> dict` too: what it gives, such as digests, is written down, and a task is done
+again when it changed.
 """
 
 import os
