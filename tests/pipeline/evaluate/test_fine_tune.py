@@ -56,39 +56,40 @@ def test_it_learns_classes_and_leaves_a_classifier(
     assert (evaluation.results / result["figure"]).is_file()
 
 
-def test_the_first_step_is_adams_on_the_joint_loss(
-    model_folder: Path, evaluation_of: Callable, shards: ShardSet
-) -> None:
-    """One batch without changes of pictures: the loss and the weights after it, by transformers' own modules."""
-    evaluation = evaluation_of(model_folder, train_images=32)
-    options = Options(epochs=1, learning_rates=[1e-3], global_size=32, flip=False, reflect_crop=0, clip_norm=1.0)
+def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of: Callable, shards: ShardSet) -> None:
+    """Six batches without changes of pictures: losses and weights, by transformers' own modules."""
+    evaluation = evaluation_of(model_folder, train_images=48)
+    options = Options(epochs=1, learning_rates=[1e-3], global_size=8, flip=False, reflect_crop=0, clip_norm=1.0)
     result = measure(evaluation, options)
 
     theirs = ImageGPTForImageClassification.from_pretrained(model_folder, num_labels=CLASSES).eval()
     head = torch.nn.Linear(16, COLORS, bias=False)
     head.load_state_dict({"weight": load_model_folder(model_folder).model.lm_head.weight})
     torch.nn.init.zeros_(theirs.score.weight)
-    pictures = evaluation.pictures("train", labelled=True)
-    tokens = torch.from_numpy(pictures.tokens().astype(np.int64))[epoch_order(0, 32, 32, 1)]
-    labels = torch.from_numpy(pictures.labels.astype(np.int64))[epoch_order(0, 32, 32, 1)]
-    inputs = torch.cat([torch.full((32, 1), COLORS), tokens[:, :-1]], dim=1)
-    # Biases and tied copies are no parameters of ours.
+    # Biases are no parameters of ours.
     names = {name for name, _ in load_model_folder(model_folder).model.named_parameters()} | {"score.weight"}
     trained = {name: p for name, p in [*theirs.named_parameters(), ("lm_head.weight", head.weight)] if name in names}
     optimizer = torch.optim.Adam(trained.values(), 1e-3, betas=(0.9, 0.95))
-    states = theirs.transformer(input_ids=inputs).last_hidden_state
-    loss = torch.nn.functional.cross_entropy(head(states).flatten(0, 1), tokens.flatten())
-    loss = loss + torch.nn.functional.cross_entropy(theirs.score(states.mean(1)), labels)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-    optimizer.step()
-    assert result["trials"][0]["train_loss_by_epoch"] == [pytest.approx(loss.item(), rel=1e-5)]
+    pictures = evaluation.pictures("train", labelled=True)
+    losses = []
+    for places in epoch_order(0, 48, 48, 1).reshape(6, 8):
+        tokens, labels = (torch.from_numpy(of[places].astype(np.int64)) for of in (pictures.tokens(), pictures.labels))
+        inputs = torch.cat([torch.full((8, 1), COLORS), tokens[:, :-1]], dim=1)
+        states = theirs.transformer(input_ids=inputs).last_hidden_state
+        loss = torch.nn.functional.cross_entropy(head(states).flatten(0, 1), tokens.flatten())
+        loss = loss + torch.nn.functional.cross_entropy(theirs.score(states.mean(1)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert result["trials"][0]["train_loss_by_epoch"] == [pytest.approx(np.mean(losses), rel=1e-5)]
     saved = load_file(evaluation.results / "fine_tuned" / "model.safetensors")
     saved |= load_file(evaluation.results / "fine_tuned" / "class_head.safetensors")
     for name, parameter in trained.items():
         # Adam's first step is the rate times a sign, so a gradient of rounding alone may go either way.
         apart = (saved[name] - parameter.detach()).abs()
-        assert (apart > 1e-5).float().mean() < 0.01, name
+        assert (apart > 2e-5).float().mean() < 0.01, name
 
 
 def test_classes_alone_leave_the_colours_head_as_it_was(
