@@ -249,12 +249,12 @@ class _Handler(BaseHTTPRequestHandler):
         status = 200
         if match := re.fullmatch(r"/lfs/(\w{64})", path):  # its address is its permission
             answer = self._upload(match[1])
+        elif path == "/api/validate-yaml":  # anybody may ask
+            answer = self._validate()
         else:
             self._check_token()
             if path == "/api/repos/create":
                 answer = self._create()
-            elif path == "/api/validate-yaml":
-                answer = self._validate()
             elif match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
                 answer = self._batch()
             elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(\w+))?(?:/(.+))?", path):

@@ -223,7 +223,7 @@ class Command:
 def complete_command(arguments: list[str]) -> int:
     """`python -m pipeline complete MODEL --shards SHARDS --out FILE`. Raises ValueError for a user's mistake."""
     parser = new_parser("python -m pipeline complete", "Completes half pictures and shows them beside the originals.")
-    parser.add_argument("model", type=Path, help="a run, a checkpoint, or a model folder")
+    parser.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, or hub:ORG/NAME")
     parser.add_class_arguments(Command)
     parser.add_class_arguments(Shown)
     values = vars(parse(parser, arguments))

@@ -117,7 +117,7 @@ def evaluate(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> tuple[Path, Command, Sizes, Namespace]:
     parser = new_parser("python -m pipeline evaluate", "Measures a model: probes, density, completions, and a report.")
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
-    parser.add_argument("model", type=Path, help="a run, a checkpoint, or a model folder")
+    parser.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, or hub:ORG/NAME")
     parser.add_argument("--again", action="store_true", help="measure again what was measured with the same inputs")
     parser.add_class_arguments(Command, skip={"again"})
     parser.add_class_arguments(Sizes)

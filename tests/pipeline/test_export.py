@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 from data_prep.shards import open_shard_set
 from pipeline.export import CheckpointWeights, export, find_checkpoint
 from pipeline.locate import model_folder
+from pipeline.model import streamed
 from pipeline.model.gpt import build_model
 from pipeline.model.huggingface import load_model_folder
 from pipeline.train.validation import spread
@@ -74,6 +75,31 @@ def test_the_stock_block_exports_to_gpt2(runner: Runner, tmp_path: Path) -> None
     tokens = torch.randint(0, 512, (2, 64))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_model_of_several_files(finished_run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = find_checkpoint(finished_run.folder / "reference")
+    export(checkpoint, tmp_path / "one")
+    monkeypatch.setattr(streamed, "FILE_SIZE", "100KB")
+    export(checkpoint, tmp_path / "several")
+    files = sorted(file.name for file in (tmp_path / "several").glob("*.safetensors"))
+    assert files == [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    weights = load_file(tmp_path / "one/model.safetensors")
+    loaded = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "several").state_dict()
+    assert weights.keys() <= loaded.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_a_model_that_fetches_its_weights_holds_none(finished_run: Runner) -> None:
+    checkpoint = find_checkpoint(finished_run.folder / "reference")
+    weights = CheckpointWeights(checkpoint)
+    fetching, holding = streamed.fetching_model(weights.config, weights), build_model(weights.config)
+    holding.load_state_dict(dict(weights))
+    tokens = torch.randint(512, (2, 64))
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(fetching(tokens).logits, holding(tokens).logits, atol=0, rtol=0)
+        assert all(parameter.is_meta for parameter in fetching.parameters())
 
 
 def test_a_run_stands_for_its_model(finished_run: Runner, tmp_path: Path) -> None:

@@ -1,0 +1,319 @@
+"""`python -m pipeline publish` from a run to a folder and to a hub, and back from there."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from transformers import ImageGPTForCausalImageModeling
+
+from pipeline.evaluate.tasks import evaluate
+from pipeline.locate import model_folder
+from pipeline.model.huggingface import load_model_folder
+from pipeline.publish.command import publish_command
+from tests.hub_server import TOKEN, Hub
+from tests.launch import files_of
+from tests.pipeline.conftest import Runner
+from tests.pipeline.publish.conftest import REPOSITORY, environment
+
+TO_HUB = ("--to", f"hub:{REPOSITORY}")
+TOPOLOGIES = {"ZeRO-3": {"parallel__zero_stage": 3}, "two stages": {"parallel__pipeline_stages": 2}}
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json")
+
+
+@pytest.fixture(scope="module")
+def results(models: dict[int, Path], shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `evaluate` says of step 40."""
+    folder = tmp_path_factory.mktemp("measured") / "results"
+    sizes = ["--completions.images=2", "--completions.samples=1", "--test_images=20"]
+    assert (
+        evaluate([str(models[40]), f"--shards={shards}", f"--out={folder}", "--tasks=density,completions", *sizes]) == 0
+    )
+    return folder
+
+
+def publish(*arguments: object) -> None:
+    assert publish_command([str(argument) for argument in arguments]) == 0
+
+
+def logits(folder: Path | str, **options: str) -> torch.Tensor:
+    tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return ImageGPTForCausalImageModeling.from_pretrained(folder, **options)(input_ids=tokens).logits
+
+
+def card_code(card: bytes) -> str:
+    found = re.search(r"```python\n(.*?)```", card.decode(), re.S)
+    assert found is not None
+    return found[1]
+
+
+# To a hub
+
+
+def test_published_pulled_and_measured_from_the_hub(
+    hub: Hub, models: dict[int, Path], results: Path, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    publish(models[20], *TO_HUB)
+    publish(models[40], "--results", results, *TO_HUB)
+    sent = hub.bytes_sent
+    publish(models[40], "--results", results, *TO_HUB)
+    assert hub.bytes_sent == sent
+    assert re.search(r"step-00000040: nothing to send; the repository is private", capfd.readouterr().out)
+    assert set(hub.repository(REPOSITORY).tags) == {"step-00000020", "step-00000040"}
+    assert {"results/density.json", "results/completions.png"} <= set(hub.files(REPOSITORY))
+    assert "results/density.json" not in hub.files(REPOSITORY, "step-00000020")
+
+    for name, step in ((f"hub:{REPOSITORY}", 40), (f"hub:{REPOSITORY}@step-00000020", 20)):
+        pulled = model_folder(Path(name))
+        torch.testing.assert_close(logits(pulled), logits(models[step]), atol=0, rtol=0)
+    arguments = [f"hub:{REPOSITORY}", f"--shards={shards}", "--tasks=density", "--test_images=20"]
+    assert evaluate([*arguments, f"--out={tmp_path / 'again'}"]) == 0
+    here, there = (json.loads((folder / "density.json").read_text()) for folder in (results, tmp_path / "again"))
+    assert here["nats_per_color"] == there["nats_per_color"]
+    assert here["model_digest"] == there["model_digest"]
+    assert TOKEN not in "".join(capfd.readouterr())
+
+
+def test_the_cards_code_runs_for_a_stranger(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
+    """A process of its own, that knows transformers and the hub, and not this project."""
+    publish(models[40], *TO_HUB, "--public")
+    code = card_code(hub.files(REPOSITORY)["README.md"])
+    code += 'import numpy; numpy.save("tokens.npy", tokens.numpy()); torch.save(model.state_dict(), "weights.pt")\n'
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=variables | environment(hub, tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    from PIL import Image
+
+    assert Image.open(tmp_path / "sample.png").size == (8, 8)
+    loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+    mine = ImageGPTForCausalImageModeling.from_pretrained(models[40]).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in mine.items())
+
+
+def test_offline_the_cache_answers(hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(models[40], *TO_HUB)
+    fetched = model_folder(Path(f"hub:{REPOSITORY}"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert model_folder(Path(f"hub:{REPOSITORY}")) == fetched
+    with pytest.raises(ValueError, match=r"hub:lab/other is not in the cache, and the hub can't be reached"):
+        model_folder(Path("hub:lab/other"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lab/none", "has no such repository, or shows it to others only"),
+        (f"{REPOSITORY}@step-00000007", "there is no such revision"),
+        ("image-gpt", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
+        ("a/b/c", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
+    ],
+)
+def test_a_name_that_is_none(name: str, said: str, hub: Hub, models: dict[int, Path]) -> None:
+    publish(models[40], *TO_HUB)
+    with pytest.raises(ValueError, match=said):
+        model_folder(Path(f"hub:{name}"))
+
+
+# The card
+
+
+def test_the_hub_accepts_the_metadata(hub: Hub, models: dict[int, Path], results: Path) -> None:
+    publish(models[40], "--results", results, *TO_HUB, "--license", "mit", "--dataset", "lab/photographs")
+    card = ModelCard(hub.files(REPOSITORY)["README.md"].decode())
+    card.validate()
+    assert (card.data.license, card.data.datasets) == ("mit", ["lab/photographs"])
+    density = json.loads((results / "density.json").read_text())
+    name, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    values = {result.metric_type: result.metric_value for result in found}
+    assert name == "image-gpt"
+    assert values["nats_per_color"] == density["nats_per_color"]
+    assert {result.dataset_name for result in found} == {"photographs"}
+
+
+def test_the_card_tells_how_it_was_made(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
+    publish(models[40], "--results", results, "--to", f"dir:{tmp_path / 'model'}")
+    card = (tmp_path / "model/README.md").read_text()
+    density = json.loads((results / "density.json").read_text())
+    for words in (
+        "Image GPT, step 40",
+        "| Pictures seen | 320 |",
+        "| Hardware | 2 ranks on CPU",
+        "| Layout | ZeRO-1 |",
+        "59,584 parameters",
+        f"| density | photographs | nats per colour | {density['nats_per_color']:.4f} | uniform 6.2383",
+        "iGPT-L (1.4B) | 2.0466",
+        "## Limits and biases",
+        "## Licence",
+    ):
+        assert words in card, words
+    for path in re.findall(r"\]\((results/[^)]*)\)", card):
+        assert (tmp_path / "model" / path).is_file(), path
+
+
+# To a folder
+
+
+def test_a_folder_holds_what_a_repository_would(
+    hub: Hub, models: dict[int, Path], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(models[40], "--results", results, "--to", f"dir:{tmp_path / 'image-gpt'}", "--license", "mit")
+    publish("--from", f"dir:{tmp_path / 'image-gpt'}", *TO_HUB)
+    there, here = hub.files(REPOSITORY), files_of(tmp_path / "image-gpt")
+    cards = {there.pop("README.md"), here.pop("README.md").replace(b'"image-gpt"', f'"{REPOSITORY}"'.encode())}
+    there.pop(".gitattributes")
+    assert there == here
+    assert len(cards) == 1, "the same card but for where the model is"
+    events = EventFile(tmp_path / "image-gpt/training/tensorboard")
+    assert events.steps("train/loss") == list(range(1, 41))
+    monkeypatch.chdir(tmp_path)
+    exec(card_code((tmp_path / "image-gpt/README.md").read_bytes()), {})
+    assert (tmp_path / "sample.png").is_file()
+
+
+class EventFile:
+    """TensorBoard's own reader."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        self.events = EventAccumulator(str(folder)).Reload()
+
+    def steps(self, tag: str) -> list[int]:
+        return [scalar.step for scalar in self.events.Scalars(tag)]
+
+
+def test_another_publication_takes_the_place_whole(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    publish(models[20], "--to", f"dir:{target}")
+    publish(models[40], "--results", results, "--to", f"dir:{target}")
+    assert (target / "results/density.json").is_file()
+    publish(models[40], "--to", f"dir:{target}")
+    assert not (target / "results").exists()
+    before = files_of(target)
+    with pytest.raises(ValueError, match="holds step 40; name another folder for step 20"):
+        publish(models[20], "--to", f"dir:{target}")
+    assert files_of(target) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_broken_publication_leaves_what_stood_there(
+    models: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    publish(models[20], "--to", f"dir:{target}")
+    before = files_of(target)
+    monkeypatch.setattr(shutil, "copyfile", _full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        publish(models[40], "--to", f"dir:{target}")
+    assert files_of(target) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def _full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_file_system_that_cannot_swap_names(
+    models: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda *_arguments, **_options: object())
+    for step in (20, 40):
+        publish(models[step], "--to", f"dir:{tmp_path / 'model'}")
+    assert load_model_folder(tmp_path / "model").resolution == 8
+    assert json.loads((tmp_path / "model/training/checkpoint.json").read_text())["step"] == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# From any topology
+
+
+def test_the_same_repository_from_any_topology(finished_run: Runner, runner: Runner, tmp_path: Path) -> None:
+    """A last step at rate zero changes no weight: what two topologies save after it must be the same repository."""
+    for name, layout in TOPOLOGIES.items():
+        shutil.copytree(finished_run.folder / "reference", runner.folder / name)
+        runner.check_trains(name, 2, schedule__steps=41, batch__micro_size=2, **layout)
+    step = "checkpoints/step-00000041"
+    zero, stages = (runner.folder / name for name in TOPOLOGIES)
+    for path in (zero, stages):
+        publish_run(path, tmp_path / path.name / "model")
+    first, second = (files_of(tmp_path / name / "model") for name in TOPOLOGIES)
+    assert first.keys() == second.keys()
+    assert [name for name in MODEL_FILES if first[name] != second[name]] == []
+
+    shutil.rmtree(zero / step)
+    shutil.rmtree(zero / "exported")
+    shutil.copytree(stages / step, zero / step)
+    publish_run(zero, tmp_path / "one record/model")
+    third = files_of(tmp_path / "one record/model")
+    assert [name for name in first if first[name] != third[name]] == [], "but for the record of the run, the same"
+    assert first.keys() == third.keys()
+
+
+def publish_run(path: Path, target: Path) -> None:
+    publish(path, "--to", f"dir:{target}")
+
+
+# Mistakes
+
+
+def test_results_of_another_model(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has completions of the model \w{12}, but .*step-20 is \w{12}"):
+        publish(models[20], "--results", results, "--to", f"dir:{tmp_path / 'model'}")
+    with pytest.raises(ValueError, match="holds no task's results"):
+        publish(models[20], "--results", models[40], "--to", f"dir:{tmp_path / 'model'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_whole(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(models[40], tmp_path / "broken"))
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors can't be read"):
+        publish(broken, *TO_HUB)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
+        publish(broken, *TO_HUB)
+    assert not hub.repositories
+
+
+def test_secrets_are_not_published(models: dict[int, Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(models[40], tmp_path / "model"))
+    record = json.loads((model / "training/run.json").read_text())
+    record["shards"]["path"] = "https://me:secret@host/set"
+    (model / "training/run.json").write_text(json.dumps(record))
+    publish(model, "--to", f"dir:{tmp_path / 'public'}")
+    assert json.loads((tmp_path / "public/training/run.json").read_text())["shards"]["path"] == "https://host/set"
+    record["shards"]["path"] = f"pipe:curl -H 'Authorization: Bearer {TOKEN}' https://host/set"
+    (model / "training/run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"training/run\.json would show a token"):
+        publish(model, "--to", f"dir:{tmp_path / 'other'}")
+    assert not (tmp_path / "other").exists()
+
+
+def test_mistakes_are_one_sentence(models: dict[int, Path], tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_text("meow")
+    for arguments, said in (
+        ((models[40], "--to", tmp_path), "it must be hub:ORG/NAME or dir:PATH"),
+        ((models[40], "--to", f"dir:{tmp_path / 'photos'}"), "holds other files"),
+        ((models[40], "--to", f"dir:{models[40]}"), "which is the model itself"),
+        ((models[40], "--to", "hub:lab/model@main"), "give no revision"),
+        (("--to", f"dir:{tmp_path / 'x'}"), "Name one model"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            publish(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
