@@ -4,48 +4,19 @@ Nothing is asked of the network or of the run, so that the same folder gives the
 """
 
 import math
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from pipeline.evaluate.published import NATS, PROBE, PUBLISHED
-from pipeline.publish.facts import RESULTS, Facts, read_facts
+from pipeline.publish.facts import Facts, read_facts
+from pipeline.publish.measured import HUB_DATASETS, curve, eval_results, published_section, results_section
 
 CARD = "README.md"
 
-
-class Metric(NamedTuple):
-    """How a number is shown."""
-
-    name: str
-    form: str
-
-
 CLASSES = {"imagegpt": "ImageGPTForCausalImageModeling", "gpt2": "GPT2LMHeadModel"}
-HUB_DATASETS = {
-    "CIFAR-10": "uoft-cs/cifar10",
-    "CIFAR-100": "uoft-cs/cifar100",
-    "ImageNet": "ILSVRC/imagenet-1k",
-}
-"""What the hub calls the sources that it has."""
 PAPER = "https://cdn.openai.com/papers/Generative_Pretraining_from_Pixels_V2.pdf"
-METRICS = {
-    "nats_per_color": Metric("nats per colour", "{:.4f}"),
-    "bits_per_color": Metric("bits per colour", "{:.4f}"),
-    "test_accuracy": Metric("test accuracy", "{:.1%}"),
-}
-"""The numbers of a task's JSON that the card shows. One whose name ends so, raw_pixel_test_accuracy, is a baseline."""
-PUBLISHED_LIKE = {("density", "nats_per_color"): NATS, ("linear_probe", "test_accuracy"): PROBE}
-"""The published measure that a task's number stands beside."""
-FIGURES = {
-    "training.png": "The training curve",
-    "completions.png": "Half pictures and their completions: the given half, samples, the original",
-    "linear_probe.png": "Accuracy of a linear probe by layer",
-}
 
 
 def write_card(folder: Path, name: str, license_id: str | None = None, dataset: str | None = None) -> None:
@@ -55,6 +26,7 @@ def write_card(folder: Path, name: str, license_id: str | None = None, dataset: 
     pictures; those of the card that stands there are kept where none are given.
     """
     facts = read_facts(folder)
+    results = eval_results(facts)
     earlier = _earlier_metadata(folder)
     license_id = license_id or earlier.license
     datasets = [dataset] if dataset else earlier.datasets or _known_dataset(facts)
@@ -64,16 +36,16 @@ def write_card(folder: Path, name: str, license_id: str | None = None, dataset: 
         pipeline_tag="image-feature-extraction" if facts.masked else "unconditional-image-generation",
         tags=["image-gpt", "generative-pretraining"],
         datasets=datasets,
-        metrics=sorted({result.metric_type for result in eval_results(facts)}) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
         model_name=name.rpartition("/")[2],
-        eval_results=eval_results(facts) or None,
+        eval_results=results or None,
     )
     sections = [
         _what_it_is(facts),
         _loading(facts, name),
         _training(facts),
-        _results(facts),
-        _beside_the_paper(facts),
+        results_section(facts),
+        published_section(facts),
         _limits(facts),
         _licence(license_id),
         _contents(folder),
@@ -92,38 +64,6 @@ def _earlier_metadata(folder: Path) -> ModelCardData:
 
 def _known_dataset(facts: Facts) -> list[str] | None:
     return [HUB_DATASETS[facts.source]] if facts.source in HUB_DATASETS else None
-
-
-def eval_results(facts: Facts) -> list[EvalResult]:
-    """The results as the hub's model-index has them: accuracies are of classification, the rest of generation."""
-    return [
-        EvalResult(
-            task_type="image-classification" if key == "test_accuracy" else "unconditional-image-generation",
-            dataset_type=HUB_DATASETS.get(result["dataset"], _slug(result["dataset"])),
-            dataset_name=result["dataset"],
-            dataset_split=result.get("split", "test"),
-            metric_type="accuracy" if key == "test_accuracy" else key,
-            metric_name=f"{_task_name(task)}: {METRICS[key].name}",
-            metric_value=result[key],
-        )
-        for task, key, result in _headlines(facts)
-    ]
-
-
-def _headlines(facts: Facts) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(task, key of a number, the task's JSON)."""
-    for task, result in facts.results.items():
-        for key in METRICS:
-            if isinstance(result.get(key), (int, float)):
-                yield task, key, result
-
-
-def _task_name(task: str) -> str:
-    return task.replace("_", " ")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "pictures"
 
 
 def _what_it_is(facts: Facts) -> str:
@@ -210,7 +150,7 @@ def _training(facts: Facts) -> str:
         else None,
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
-    return f"## Training\n\n| | |\n|---|---|\n{rows}\n\n{_figure(facts, 'training.png')}".rstrip()
+    return f"## Training\n\n| | |\n|---|---|\n{rows}\n\n{curve(facts)}".rstrip()
 
 
 def _short(digest: str | None) -> str | None:
@@ -280,55 +220,6 @@ def _duration(rows: list[dict[str, Any]]) -> str | None:
 def _hardware(start: dict[str, Any]) -> str:
     device = start["hardware"]["accelerator"] or f"CPU ({start['hardware']['cpu']})"
     return f"{start['ranks']} {'rank' if start['ranks'] == 1 else 'ranks'} on {device}"
-
-
-def _figure(facts: Facts, name: str) -> str:
-    return f"![{FIGURES[name]}]({RESULTS / name})" if name in facts.figures else ""
-
-
-def _results(facts: Facts) -> str:
-    rows = [
-        f"| {_task_name(task)} | {result['dataset']} | {METRICS[key].name} | {_shown(key, result[key])} "
-        f"| {_baselines(key, result)} |"
-        for task, key, result in _headlines(facts)
-    ]
-    figures = [_figure(facts, name) for name in FIGURES if name != "training.png"]
-    if not rows and not any(figures):
-        return ""
-    table = "\n".join(["| task | pictures | | this model | for comparison |", "|---|---|---|---:|---|", *rows])
-    return "\n\n".join(part for part in ("## Results", table if rows else "", *figures) if part)
-
-
-def _shown(key: str, value: float) -> str:
-    return METRICS[key].form.format(value)
-
-
-def _baselines(key: str, result: dict[str, Any]) -> str:
-    """What the same JSON says of others: numbers whose names end in `_<key>`."""
-    found = {name.removesuffix(f"_{key}"): value for name, value in result.items() if name.endswith(f"_{key}")}
-    return ", ".join(
-        f"{_task_name(name).replace('color', 'colour')} {_shown(key, value)}" for name, value in found.items()
-    )
-
-
-def _beside_the_paper(facts: Facts) -> str:
-    parts = []
-    for task, key, result in _headlines(facts):
-        measure = PUBLISHED_LIKE.get((task, key))
-        if measure:
-            lines: list[tuple[str, ...]] = [(result["dataset"], "**this model**", _shown(key, result[key]), "measured")]
-            lines += [tuple(row[1:]) for row in PUBLISHED if row.measure == measure]
-            rows = [f"| {' | '.join(line)} |" for line in lines]
-            parts.append(
-                "\n".join([f"**{measure}**\n", "| pictures | system | | source |", "|---|---|---:|---|", *rows])
-            )
-    if not parts:
-        return ""
-    note = (
-        "Numbers compare only on the same pictures, and losses only under the same palette too; the others stand here "
-        "for scale. Published probes use features learned on ImageNet."
-    )
-    return "\n\n".join(["### Beside the published numbers", *parts, note])
 
 
 def _limits(facts: Facts) -> str:

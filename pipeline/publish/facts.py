@@ -10,9 +10,12 @@ import yaml
 from safetensors import safe_open
 
 from data_prep.files import read_json
+from pipeline.evaluate.results import RANDOM_WEIGHTS
 
 TRAINING, RESULTS = Path("training"), Path("results")
 """Subfolders of a model folder."""
+CURVE = "training.png"
+"""The training curve, in the subfolder of results."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Facts:
     """training/metrics.jsonl."""
     results: dict[str, dict[str, Any]]
     """results/<task>.json, by task."""
+    random_weights: dict[str, dict[str, Any]]
+    """results/random_weights/<task>.json, by task."""
     figures: list[str]
     """Names of the PNGs in results/."""
 
@@ -63,6 +68,7 @@ def read_facts(folder: Path) -> Facts:
         settings=yaml.safe_load(settings.read_text()) if settings.is_file() else {},
         rows=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
         results=read_results(folder / RESULTS),
+        random_weights=read_results(folder / RESULTS / RANDOM_WEIGHTS),
         figures=sorted(file.name for file in (folder / RESULTS).glob("*.png")),
     )
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from data_prep.files import folder_written_aside, read_json
+from pipeline.evaluate.curve import draw_curve, has_losses
 from pipeline.evaluate.provenance import model_digest
 from pipeline.publish.card import CARD, write_card
-from pipeline.publish.facts import RESULTS, read_facts, read_results
+from pipeline.publish.facts import CURVE, RESULTS, read_facts, read_results
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json")
@@ -61,6 +62,7 @@ def assemble(model: Path, results: Path | None, folder: Path, about: About, *, l
             if file.suffix in RESULT_FILES:
                 _copy(results / file, folder / RESULTS / file)
     _hide_credentials(folder)
+    _draw_missing_curve(folder)
     write_card(folder, about.name, about.license, about.dataset)
 
 
@@ -133,6 +135,13 @@ def _copy(source: Path, target: Path, *, link: bool = False) -> None:
         target.symlink_to(source.resolve())
     else:
         shutil.copyfile(source, target)
+
+
+def _draw_missing_curve(folder: Path) -> None:
+    """A report brings its curve; without one it is drawn here, if the run's metrics are at hand."""
+    facts, path = read_facts(folder), folder / RESULTS / CURVE
+    if not path.exists() and has_losses(facts.rows):
+        draw_curve(facts.rows, facts.config["vocab_size"] - 1, facts.results.get("density"), path)
 
 
 def _hide_credentials(folder: Path) -> None:

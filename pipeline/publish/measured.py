@@ -1,0 +1,114 @@
+"""What was measured of a model, as its card shows it: tables, figures, and the hub's model-index."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from pipeline.evaluate.published import PUBLISHED, RELATED
+from pipeline.evaluate.sections import Headline, headlines, name_of
+from pipeline.publish.facts import CURVE, RESULTS, Facts
+
+HUB_DATASETS = {
+    "CIFAR-10": "uoft-cs/cifar10",
+    "CIFAR-100": "uoft-cs/cifar100",
+    "ImageNet": "ILSVRC/imagenet-1k",
+}
+"""What the hub calls the sources that it has."""
+METRICS = {
+    "nats_per_color": "nats per colour",
+    "bits_per_color": "bits per colour",
+    "test_accuracy": "test accuracy",
+}
+"""The numbers of a task's JSON that go into the model-index."""
+
+
+def eval_results(facts: Facts) -> list[EvalResult]:
+    """The results as the hub's model-index has them: accuracies are of classification, the rest of generation."""
+    return [
+        EvalResult(
+            task_type="image-classification" if key == "test_accuracy" else "unconditional-image-generation",
+            dataset_type=HUB_DATASETS.get(result["dataset"], _slug(result["dataset"])),
+            dataset_name=result["dataset"],
+            dataset_split=result.get("split", "test"),
+            metric_type="accuracy" if key == "test_accuracy" else key,
+            metric_name=f"{name}: {METRICS[key]}",
+            metric_value=value,
+        )
+        for task, result in facts.results.items()
+        for name, key, value in _numbers(name_of(task), result)
+    ]
+
+
+def _numbers(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """(what, key, value) of a task's JSON and of the objects in it."""
+    for key in METRICS:
+        if isinstance(result.get(key), float):
+            yield name, key, result[key]
+    for key, value in result.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                yield from _numbers(f"{name}, {part.get('name', key)}".replace("_", " "), part)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "pictures"
+
+
+def results_section(facts: Facts) -> str:
+    """Every task's numbers, beside those of initial weights where they were measured, and the figures."""
+    untaught = {row.name: row.text for _, row in _headlines(facts.random_weights)}
+    rows = [
+        [result["dataset"], row.name, row.detail, row.text, untaught.get(row.name, "")]
+        for result, row in _headlines(facts.results)
+    ]
+    head = ["Pictures", "Measure", "Chosen", "This model", "Random weights"]
+    kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    table = _table([head[place] for place in kept], [[row[place] for place in kept] for row in rows])
+    parts = [table, *(_figure(name) for name in facts.figures if name != CURVE)]
+    shown = "\n\n".join(part for part in parts if part)
+    return f"## Results\n\n{shown}" if shown else ""
+
+
+def published_section(facts: Facts) -> str:
+    """Groups of published numbers, ours on top of those that we measured too."""
+    ours: dict[str, list[list[str]]] = {}
+    for result, row in _headlines(facts.results):
+        line = [result["dataset"], f"**this model: {row.name}**", row.text, "measured"]
+        ours.setdefault(row.measure, []).append(line)
+    measures = [measure for measure in dict.fromkeys(row.measure for row in PUBLISHED) if measure in ours]
+    if not measures:
+        return ""
+    parts = ["### Beside the published numbers"]
+    for measure in [*measures, RELATED]:
+        theirs = [list(row[1:]) for row in PUBLISHED if row.measure == measure]
+        table = _table(["Pictures", "System", "Value", "Source"], ours.get(measure, []) + theirs)
+        parts += [f"**{measure}**", table]
+    parts.append(
+        "Numbers compare only on the same pictures, and losses only under the same palette too; the others stand here "
+        "for scale. Published probes use features learned on ImageNet."
+    )
+    return "\n\n".join(parts)
+
+
+def _headlines(results: dict[str, dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Headline]]:
+    for task, result in results.items():
+        for row in headlines(task, result):
+            yield result, row
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def curve(facts: Facts) -> str:
+    """The training curve, where there is one."""
+    return _figure(CURVE) if CURVE in facts.figures else ""
+
+
+def _figure(name: str) -> str:
+    return f"![{name.removesuffix('.png').replace('_', ' ')}]({RESULTS / name})"
