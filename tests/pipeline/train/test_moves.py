@@ -1,9 +1,11 @@
 """A checkpoint of any topology resumes on any other, with the same curve (contract 7)."""
 
+import json
 import shutil
 
 import pytest
 
+from tests.launch import run
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.test_topologies import FP32_TOLERANCE
 
@@ -22,21 +24,41 @@ SAVED, LAST = 6, 11
 """The step of the checkpoint that other topologies go on from, and where they end."""
 
 
-def train_on(runner: Runner, topology: str, name: str, steps: int, **overrides: object) -> None:
-    ranks, stage, stages, parts = TOPOLOGIES[topology]
+def settings_of(topology: str, steps: int) -> dict[str, object]:
+    _, stage, stages, parts = TOPOLOGIES[topology]
     settings = {"parallel__zero_stage": stage, "parallel__pipeline_stages": stages, "parallel__tensor_parallel": parts}
-    settings |= {"batch__micro_size": 2, **overrides}
-    runner.check_trains(name, ranks, **settings, schedule__steps=steps, schedule__decay="constant")
+    return {"batch__micro_size": 2, **settings, "schedule__steps": steps, "schedule__decay": "constant"}
+
+
+def train_on(runner: Runner, topology: str, name: str, steps: int, **overrides: object) -> None:
+    runner.check_trains(name, TOPOLOGIES[topology][0], **settings_of(topology, steps), **overrides)
+
+
+def train_several_on(runner: Runner, topology: str, steps_of_runs: dict[str, int]) -> None:
+    """One run after the other in the same processes, whose start takes longer than the runs."""
+    ranks, file = TOPOLOGIES[topology][0], runner.folder / "runs.json"
+    runs = [runner.arguments(name, **settings_of(topology, steps))[3:] for name, steps in steps_of_runs.items()]
+    file.write_text(json.dumps(runs))
+    finished = run(ranks, "-m", "tests.pipeline.train.several", file, logs=runner.folder / f"{topology}.logs")
+    assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
 
 
 def train_and_move(runner: Runner, first: str, second: str, **overrides: object) -> float:
     """Trains on one topology, goes on with another; the largest difference from the unbroken losses of the first."""
-    for name, steps in ((f"{first} unbroken", LAST), (first, SAVED)):
-        if not (runner.folder / name).exists():
-            train_on(runner, first, name, steps, **overrides)
+    train_on(runner, first, f"{first} unbroken", LAST, **overrides)
+    train_on(runner, first, first, SAVED, **overrides)
+    moved = copy_to_move(runner, first, second)
+    train_on(runner, second, moved, LAST, **overrides)
+    return difference_from_unbroken(runner, first, moved)
+
+
+def copy_to_move(runner: Runner, first: str, second: str) -> str:
     moved = f"{first} to {second}"
     shutil.copytree(runner.folder / first, runner.folder / moved)
-    train_on(runner, second, moved, LAST, **overrides)
+    return moved
+
+
+def difference_from_unbroken(runner: Runner, first: str, moved: str) -> float:
     rows, unbroken = ([row for row in runner.rows(n) if "loss" in row] for n in (moved, f"{first} unbroken"))
     assert len(rows) == LAST
     for key in ("step", "images", "learning_rate"):
@@ -64,16 +86,20 @@ def test_the_stock_block_goes_on_elsewhere(runner: Runner, first: str, second: s
     assert train_and_move(runner, first, second, model__block="gpt2") <= FP32_TOLERANCE
 
 
-@pytest.mark.slow  # eleven minutes
+@pytest.mark.slow  # minutes
 def test_every_topology_resumes_on_every_other(runner: Runner) -> None:
+    """And on itself, bit for bit."""
+    for first in TOPOLOGIES:
+        train_several_on(runner, first, {f"{first} unbroken": LAST, first: SAVED})
+    for second in TOPOLOGIES:
+        train_several_on(runner, second, {copy_to_move(runner, first, second): LAST for first in TOPOLOGIES})
     differences = {
-        (first, second): train_and_move(runner, first, second)
+        (first, second): difference_from_unbroken(runner, first, f"{first} to {second}")
         for first in TOPOLOGIES
         for second in TOPOLOGIES
-        if first != second
     }
     print(f"\nlargest difference of a loss, in 1e-7; from \\ to: {', '.join(TOPOLOGIES)}")
     for first in TOPOLOGIES:
-        row = (f"{differences.get((first, second), 0) * 1e7:6.1f}" for second in TOPOLOGIES)
-        print(f"{first:8} {' '.join(row)}")
+        print(f"{first:8} {' '.join(f'{differences[first, second] * 1e7:6.1f}' for second in TOPOLOGIES)}")
     assert max(differences.values()) <= FP32_TOLERANCE
+    assert all(differences[topology, topology] == 0 for topology in TOPOLOGIES)
