@@ -50,10 +50,10 @@ def start(ranks: int, *arguments: object, logs: Path) -> list[subprocess.Popen[b
     return processes
 
 
-def finish(processes: list[subprocess.Popen[bytes]], logs: Path) -> Finished:
+def finish(processes: list[subprocess.Popen[bytes]], logs: Path, seconds: float = SECONDS) -> Finished:
     """Waits for all ranks; ends them if they take too long."""
     try:
-        codes = [process.wait(SECONDS) for process in processes]
+        codes = [process.wait(seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -61,9 +61,9 @@ def finish(processes: list[subprocess.Popen[bytes]], logs: Path) -> Finished:
     return Finished(codes, outputs)
 
 
-def run(ranks: int, *arguments: object, logs: Path) -> Finished:
+def run(ranks: int, *arguments: object, logs: Path, seconds: float = SECONDS) -> Finished:
     """Starts the ranks and waits for them."""
-    return finish(start(ranks, *arguments, logs=logs), logs)
+    return finish(start(ranks, *arguments, logs=logs), logs, seconds)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

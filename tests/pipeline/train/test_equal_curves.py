@@ -135,7 +135,9 @@ def test_every_topology_is_as_plain_torch(
     runs = [(*kind, precision) for kind in KINDS for precision in ("fp32", "bf16")]
     (tmp_path / "runs.json").write_text(json.dumps([arguments(runner, topology, *kind) for kind in runs]))
     ranks = TOPOLOGIES[topology][0]
-    finished = run(ranks, "-m", "tests.pipeline.train.several", tmp_path / "runs.json", logs=tmp_path / "logs")
+    finished = run(
+        ranks, "-m", "tests.pipeline.train.several", tmp_path / "runs.json", logs=tmp_path / "logs", seconds=1800
+    )
     assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
     print()
     for block, objective, precision in runs:

@@ -39,7 +39,9 @@ def train_several_on(runner: Runner, topology: str, steps_of_runs: dict[str, int
     ranks, file = TOPOLOGIES[topology][0], runner.folder / "runs.json"
     runs = [runner.arguments(name, **settings_of(topology, steps))[3:] for name, steps in steps_of_runs.items()]
     file.write_text(json.dumps(runs))
-    finished = run(ranks, "-m", "tests.pipeline.train.several", file, logs=runner.folder / f"{topology}.logs")
+    finished = run(
+        ranks, "-m", "tests.pipeline.train.several", file, logs=runner.folder / f"{topology}.logs", seconds=1800
+    )
     assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
 
 
