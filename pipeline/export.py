@@ -138,7 +138,7 @@ def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) ->
     if shards.digest != record.shards_digest:
         print(f"{shards_path} is another shard set by now, so the probe batch's loss was not compared")
         return
-    loss = _probe_loss(model, shards, run)
+    loss = _probe_loss(model, shards, run, record.probe_tokens)
     if not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:
         raise ValueError(
             f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
@@ -146,12 +146,12 @@ def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) ->
         )
 
 
-def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path) -> float:
+def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path, tokens_read: int) -> float:
     """Nats per token of the probe batch, read as the run reads it."""
     config, split = _run_config(run), shards.split("valid")
     objective = ObjectiveConfig(**config["objective"])
     masks = Masks(config["seed"], objective.mask_probability) if objective.kind == "masked_color" else None
-    probe = probe_tokens(split if masks is None else MaskedSplit(split, masks))
+    probe = probe_tokens(split if masks is None else MaskedSplit(split, masks), tokens_read)
     tokens = torch.from_numpy(probe.astype(np.int64))
     inputs, targets = objectives.inputs_and_targets(objective)(tokens, shards.colors)
     return float(objectives.picture_loss(model(inputs).logits, targets, shards.colors).mean())

@@ -46,6 +46,11 @@ def hide(tokens: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return tokens | (hidden.astype(np.uint16) * np.uint16(HIDDEN))
 
 
+def is_hidden(tokens: np.ndarray) -> np.ndarray:
+    """Which tokens, uint16, carry the bit HIDDEN."""
+    return tokens >= HIDDEN
+
+
 def picture_loss(logits: torch.Tensor, targets: torch.Tensor, colors: int) -> torch.Tensor:
     """Mean nats of each picture's targets, fp32 (B,); arguments as for `per_token_loss`, targets may be IGNORED."""
     taking_part = (targets != IGNORED).sum(1)  # (B,)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class CheckpointRecord:
     precision: str
     files: dict[str, dict[str, Any]]
     """Each rank's file: bytes and sha256."""
+    probe_tokens: int | None = None
+    """Tokens of the probe batch; None for those of a whole picture, as older checkpoints have it."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Exact sums of all weights and moments, met again after every load; older checkpoints have none."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ needs. No rank ever holds the model. The layouts are private attributes of DeepS
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -67,6 +68,12 @@ class Fragment:
     length: int
     place: int
     part: Part | None = None
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> "Fragment":
+        """From an entry of a file's index, where its place in a partition no longer counts."""
+        part = Part(**entry["part"]) if entry.get("part") else None
+        return cls(entry["name"], tuple(entry["shape"]), entry["start"], entry["length"], 0, part)
 
     def key(self, state: str) -> str:
         """The name of this fragment's tensor in a checkpoint file."""
@@ -149,7 +156,9 @@ def partitions_of(optimizer: Any, model: nn.Module, place: Place) -> Iterator[Pa
 
 def _stage_3(optimizer: Any, names: Names) -> Iterator[Partition]:
     """ZeRO-3: every parameter is cut over the ranks, the last rank's cut padded."""
-    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+    for number, (group, flat) in enumerate(
+        zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+    ):
         fragments = []
         for parameter in group:
             _, place, cut = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -157,7 +166,19 @@ def _stage_3(optimizer: Any, names: Names) -> Iterator[Partition]:
             length = min(cut, parameter.ds_numel - start)
             if length > 0:
                 fragments.append(names.fragment(parameter, tuple(parameter.ds_shape), start, length, place))
-        yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
+        with _in_memory(optimizer, number):
+            yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
+
+
+@contextmanager
+def _in_memory(optimizer: Any, number: int) -> Iterator[None]:
+    """Reads a partition of ZeRO-3 that lies on NVMe, and writes it back afterwards."""
+    away = optimizer._swappable_optimizer_subgroup(number)
+    if away:
+        optimizer._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if away:
+        optimizer._optimizer_states_and_gradient_swap_out(number)
 
 
 def _linked(optimizer: Any, groups: Any, flats: Any, names: Names) -> Iterator[Partition]:
@@ -257,9 +278,8 @@ class FragmentReader:
         self._stored: dict[str, dict[Part | None, list[Stored]]] = {}
         for number, file in enumerate(self._files):
             for entry in json.loads(file.metadata()["index"]):
-                part = Part(**entry["part"]) if entry.get("part") else None
-                fragment = Fragment(entry["name"], tuple(entry["shape"]), entry["start"], entry["length"], 0, part)
-                pieces = self._stored.setdefault(fragment.name, {}).setdefault(part, [])
+                fragment = Fragment.from_entry(entry)
+                pieces = self._stored.setdefault(fragment.name, {}).setdefault(fragment.part, [])
                 pieces.append(Stored(fragment, number, entry["step"]))
         for name, by_part in self._stored.items():
             expected = max((part.ranks for part in by_part if part), default=1)
@@ -370,9 +390,9 @@ def _refresh_low_precision(optimizer: Any) -> None:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-            optimizer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
-            optimizer._unflatten_partitioned_parameters(number)
+        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+            with _in_memory(optimizer, number):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif hasattr(optimizer, "update_lp_params"):

@@ -15,11 +15,12 @@ from pipeline.train import checkpoints
 from pipeline.train.batches import Order
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord
 from pipeline.train.engine import Engine
+from pipeline.train.fingerprints import add_up, fingerprints
 from pipeline.train.fragments import Tensors
 from pipeline.train.health import Diverged
 from pipeline.train.ranks import Ranks, failing_together, first_word, from_first, gather, said_by_all
 from pipeline.train.run_folder import check_shards
-from pipeline.train.validation import Pictures, probe_loss
+from pipeline.train.validation import PROBE_TOKENS, Pictures, probe_loss
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Nats per token by which the probe loss may differ after a load: another topology sums in another order, and ZeRO-0
@@ -93,10 +94,15 @@ class Store:
         aside = checkpoints.aside_folder(self.folder, progress.step)
         self._tensors, index = engine.snapshot(self._tensors)
         tensors = self._tensors | checkpoints.random_states(self.ranks.device)
-        written = self._writer.submit(checkpoints.write_rank, aside, self.ranks.rank, tensors, index)
+        written = self._writer.submit(self._write, aside, tensors, index)
         self._pending, self._last_save = Pending(progress, probe, written), time.monotonic()
         if not self.config.checkpoint.asynchronous:
             self.finish()
+
+    def _write(self, aside: Path, tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, Any]:
+        """In the thread: this rank's file, and what its part adds to the fingerprints."""
+        facts = checkpoints.write_rank(aside, self.ranks.rank, tensors, index)
+        return facts | {"fingerprints": fingerprints(tensors, index)}
 
     def finish(self) -> None:
         """Publishes what was begun, once all ranks have written it, and deletes what the rule does not keep.
@@ -110,11 +116,13 @@ class Store:
         written = None
         with failing_together():
             written = pending.written.result()
-        files = {checkpoints.rank_file(rank): facts for rank, facts in enumerate(gather(written)) if facts}
+        facts = [facts for facts in gather(written) if facts]
+        sums = add_up([fact.pop("fingerprints") for fact in facts])
+        files = {checkpoints.rank_file(rank): fact for rank, fact in enumerate(facts)}
         with failing_together():
             if self.ranks.is_first:
                 aside = checkpoints.aside_folder(self.folder, pending.progress.step)
-                checkpoints.publish(aside, self._record(pending.progress, pending.probe, files))
+                checkpoints.publish(aside, self._record(pending.progress, pending.probe, files, sums))
                 checkpoints.retain(self.folder, self.config.checkpoint, pending.progress.step)
 
     def newest_whole(self) -> Checkpoint | None:
@@ -147,8 +155,8 @@ class Store:
     def load(self, checkpoint: Checkpoint, engine: Engine) -> Progress:
         """Fills the engine from a checkpoint of any topology, and proves it.
 
-        Raises ValueError if it was made with other shards, another palette or another order of the pictures, or if
-        the probe batch's loss is not the stored one.
+        Raises ValueError if it was made with other shards, another palette or another order of the pictures, if an
+        element of weights or moments is not what it was, or if the probe batch's loss is not the stored one.
         """
         record = checkpoint.record
         self._check_origin(checkpoint)
@@ -157,7 +165,8 @@ class Store:
         engine.restore(reader, record.step)
         with failing_together():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
-        losses = gather(probe_loss(engine, self.probe))
+        self._check_fingerprints(checkpoint, engine)
+        losses = gather(probe_loss(engine, self.probe, record.probe_tokens))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
             if not abs(loss - record.probe_loss) <= tolerance:
@@ -169,11 +178,27 @@ class Store:
                 )
         if self.ranks.is_first:
             print(
-                f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; a few "
-                f"held-out pictures give the loss {losses[0]:.7f} (when it was saved: {record.probe_loss:.7f})",
+                f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; a "
+                f"held-out picture gives the loss {losses[0]:.7f} (when it was saved: {record.probe_loss:.7f})",
                 flush=True,
             )
         return Progress(record.step, record.images)
+
+    def _check_fingerprints(self, checkpoint: Checkpoint, engine: Engine) -> None:
+        """Of what the engine holds now, whatever its topology. Raises ValueError on every rank if they differ."""
+        stored = checkpoint.record.fingerprints
+        if not stored:
+            return
+        self._tensors, index = engine.snapshot(self._tensors)
+        found = add_up(gather(fingerprints(self._tensors, index)))
+        odd = " and ".join(state for state in stored if found.get(state) != stored[state])
+        if odd:
+            raise said_by_all(
+                ValueError(
+                    f"{checkpoint.folder} was not restored as it was saved: {odd} of some parameter differs "
+                    f"(the fingerprints are not those of its manifest)."
+                )
+            )
 
     def _check_origin(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
@@ -190,7 +215,9 @@ class Store:
         if self.ranks.is_first:
             print(f"WARNING: {moved}", flush=True)
 
-    def _record(self, progress: Progress, probe: float, files: dict[str, dict[str, object]]) -> CheckpointRecord:
+    def _record(
+        self, progress: Progress, probe: float, files: dict[str, dict[str, Any]], sums: dict[str, str]
+    ) -> CheckpointRecord:
         return CheckpointRecord(
             step=progress.step,
             images=progress.images,
@@ -207,4 +234,6 @@ class Store:
             probe_loss=probe,
             precision=self.config.precision,
             files=files,
+            probe_tokens=PROBE_TOKENS,
+            fingerprints=sums,
         )

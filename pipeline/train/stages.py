@@ -180,12 +180,14 @@ class StagesEngine(Engine):
         padded = np.concatenate([tokens, np.repeat(tokens[-1:], count * size - len(tokens), axis=0)])
         engine, module = self._engine, self._engine.module
         module.loss_fn, engine.total_loss = output, None
+        engine.reset_activation_shape()  # pictures here may be shorter than in training
         try:
             pieces = engine.eval_batch(
                 self._micro_batches(padded), reduce_output=None, bcast_loss=False, num_micro_batches=count
             )
         finally:
             module.loss_fn = self._mean_nats
+            engine.reset_activation_shape()
         result = torch.empty(count * size, *shape, device=self._ranks.device)
         if engine.is_last_stage():
             result.copy_(torch.cat(pieces))

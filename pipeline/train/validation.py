@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pipeline.model.objectives import is_hidden
 from pipeline.train.engine import Engine
 from pipeline.train.ranks import Ranks, mean_over_ranks
 
@@ -22,8 +23,9 @@ class Pictures(Protocol):
         ...
 
 
-PROBE_IMAGES = 1
-"""Every save waits for its forward pass, and one picture shows a wrong weight as well as eight do."""
+PROBE_TOKENS = 64
+"""Of one picture: every save waits for their forward pass. They show whether the weights that it reads are well; that
+each single element is as it was saved, the fingerprints show."""
 CHUNK_IMAGES = 512
 
 
@@ -52,11 +54,14 @@ def validation_loss(engine: Engine, split: Pictures, images: int, ranks: Ranks) 
     return float(mean_over_ranks(total).item() * engine.data_ranks / len(chosen))
 
 
-def probe_loss(engine: Engine, split: Pictures) -> float:
-    """Nats per token of the probe batch: a few fixed pictures, the same on every rank and topology."""
-    return float(engine.evaluate(probe_tokens(split)).mean())
+def probe_loss(engine: Engine, split: Pictures, tokens: int | None = PROBE_TOKENS) -> float:
+    """Nats per token of the probe batch: the same on every rank and topology."""
+    return float(engine.evaluate(probe_tokens(split, tokens)).mean())
 
 
-def probe_tokens(split: Pictures) -> np.ndarray:
-    """The probe batch: uint16 (B, T)."""
-    return split.gather(spread(split.images, PROBE_IMAGES))[0]
+def probe_tokens(split: Pictures, tokens: int | None = PROBE_TOKENS) -> np.ndarray:
+    """The probe batch, the beginning of a fixed held-out picture: uint16 (1, T); all of it if `tokens` is None, and
+    where nothing of the beginning is hidden under the masked objective."""
+    picture = split.gather(np.zeros(1, np.int64))[0]
+    beginning = picture[:, :tokens]
+    return picture if is_hidden(picture).any() and not is_hidden(beginning).any() else beginning

@@ -72,20 +72,36 @@ def test_without_a_whole_checkpoint_the_run_does_not_start_from_scratch(run_at_3
     assert "Traceback" not in finished.output
 
 
-def test_weights_that_were_changed_and_signed_again_are_found_by_the_probe(run_at_30: Runner) -> None:
+@pytest.mark.parametrize(
+    ("state", "fingerprinted", "message"),
+    [
+        ("weight", True, "was not restored as it was saved: weight of some parameter differs"),
+        ("exp_avg", True, "was not restored as it was saved: exp_avg of some parameter differs"),
+        ("exp_avg_sq", True, "was not restored as it was saved: exp_avg_sq of some parameter differs"),
+        ("weight", False, "the weights were not restored as they were"),
+    ],
+)
+def test_what_was_changed_and_signed_again_is_found(
+    run_at_30: Runner, state: str, fingerprinted: bool, message: str
+) -> None:
+    """By the fingerprints, and weights by the probe too."""
     folder = run_at_30.folder / "run/checkpoints/step-00000030"
     path, manifest = folder / "rank-00000.safetensors", json.loads((folder / "checkpoint.json").read_text())
     metadata = header(path)
     tensors = load_file(path)
-    name = next(key for key in tensors if key.startswith("transformer.wte") and key.endswith(".weight"))
-    tensors[name] += 0.05 * torch.randn_like(tensors[name])
+    name = next(key for key in tensors if key.startswith("transformer.wte") and key.endswith(f".{state}"))
+    if fingerprinted:
+        tensors[name][3] *= 1.01
+    else:
+        tensors[name] += 0.05 * torch.randn_like(tensors[name])
+        del manifest["fingerprints"]
     save_file(tensors, path, metadata=metadata)
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     del manifest["sha256"]
     (folder / "checkpoint.json").write_text(json.dumps(manifest | {"sha256": manifest_sha256(manifest)}))
     finished = run_at_30.train("run", 2, batch__micro_size=2)
     assert set(finished.codes) == {2}
-    assert "the weights were not restored as they were" in finished.output
+    assert message in finished.output
 
 
 def header(path: Path) -> dict[str, str]:
