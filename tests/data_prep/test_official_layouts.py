@@ -1,4 +1,5 @@
-"""ImageNet, STL-10, COCO and Places205: miniatures in the true layouts, checked against the layouts' own files."""
+"""Miniatures in the true layouts of ImageNet, STL-10, COCO and Places205, checked against the layouts' own files; and
+these, CIFAR and Hugging Face's prepared by the command."""
 
 import io
 import json
@@ -657,6 +658,40 @@ def test_places205_prepared(places205: Path, prepare: Callable[..., Path]) -> No
         splits[split] = {reduced(opened_jpeg(images / picture)): int(label) for picture, label in pairs}
     classes = ["abbey", "airport_terminal", "apartment_building/outdoor", "yard"]
     check_shards(prepare("places205", places205), splits, classes)
+
+
+@pytest.mark.parametrize(("kind", "version"), [("cifar10", "python"), ("cifar100", "binary")])
+def test_cifar_prepared(
+    kind: str,
+    version: str,
+    write_cifar: Callable[[str, str], Path],
+    small: tuple[np.ndarray, np.ndarray],
+    prepare: Callable[..., Path],
+) -> None:
+    cells = dict(zip(map(reduced, small[0]), small[1].tolist(), strict=True))
+    assert len(cells) == 60
+    splits: dict[str, Expected] = {"train": dict(list(cells.items())[:50]), "test": dict(list(cells.items())[50:])}
+    classes = [f"class{number}" for number in range(int(kind.removeprefix("cifar")))]
+    out = prepare(kind, archive_of(write_cifar(kind, version)), "--valid_fraction", "0.2")
+    check_shards(out, splits, classes)
+    images = {name: open_shard_set(out).split(name).images for name in ("train", "valid", "test")}
+    assert images == {"train": 40, "valid": 10, "test": 10}
+
+
+def test_hugging_face_prepared(
+    tmp_path: Path, small: tuple[np.ndarray, np.ndarray], prepare: Callable[..., Path]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    names, splits, tables = ["astronaut", "cat", "coffee"], {}, {}
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    for name, part in (("train", slice(0, 40)), ("validation", slice(40, 50)), ("test", slice(50, 60))):
+        columns = {"img": list(map(Image.fromarray, small[0][part])), "label": small[1][part].tolist()}
+        tables[name] = datasets.Dataset.from_dict(columns, features=features)
+        splits[name] = dict(zip(map(reduced, small[0][part]), columns["label"], strict=True))
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    out = prepare("hf_dataset", tmp_path / "saved")
+    check_shards(out, {"train": splits["train"] | splits["validation"], "test": splits["test"]}, names)
+    assert open_shard_set(out).split("valid").images == 10
 
 
 # --- memory

@@ -64,6 +64,8 @@ def test_parts_give_the_same_bytes(tmp_path: Path, source: list[str], palette: P
     assert run("shards", *options, "--out", tmp_path / "whole").code == 0
     whole = files_of(tmp_path / "whole")
     assert len([name for name in whole if name.startswith("train")]) >= 5
+    assert run("shards", *options, "--out", tmp_path / "one", "--part", 1, "--parts", 1).code == 0
+    assert files_of(tmp_path / "one") == whole  # a part that is all of them leaves nothing to join
     for parts in (3, 7):
         out = tmp_path / f"{parts} parts"
         for part in reversed(range(1, parts + 1)):
