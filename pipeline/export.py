@@ -146,7 +146,7 @@ def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) ->
         )
 
 
-def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path, tokens_read: int) -> float:
+def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path, tokens_read: int | None) -> float:
     """Nats per token of the probe batch, read as the run reads it."""
     config, split = _run_config(run), shards.split("valid")
     objective = ObjectiveConfig(**config["objective"])
