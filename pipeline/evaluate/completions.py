@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data_prep.command_line import new_parser, parse
-from data_prep.files import written_aside
+from data_prep.files import file_sha256, written_aside
 from data_prep.seeding import generator
 from data_prep.shards import ShardSet, open_shard_set
 from pipeline.evaluate.html import figure, note, table
@@ -133,6 +133,11 @@ def with_titles(grid: np.ndarray, columns: list[str], caption: str) -> np.ndarra
 def unfit(evaluation: Evaluation) -> str | None:
     """Why this model can't complete pictures."""
     return CANT_COMPLETE if evaluation.masked else None
+
+
+def read_besides(_results: Path, options: Options) -> dict[str, str]:
+    """The digest of the user's feature network."""
+    return {} if options.feature_network is None else {"network_sha256": file_sha256(Path(options.feature_network))}
 
 
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:

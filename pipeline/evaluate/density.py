@@ -196,7 +196,7 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = new_figure()
     axes.grid(False)
-    axes.set_anchor("W")
+    figure.set_size_inches(4.6, 3.8)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     shown = axes.imshow(np.asarray(result["nats_by_position"], float), cmap="viridis", interpolation="nearest")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_sets import COLORS, RESOLUTION
+from toy_network import write_toy_network
 
 from data_prep.shards import ShardSet
-from pipeline.evaluate.completions import choose_examples, complete_command, with_titles
+from pipeline.evaluate.completions import Options, choose_examples, complete_command, read_besides, with_titles
 from pipeline.model.huggingface import load_model_folder
 from pipeline.model.sampling import complete_halves
 
@@ -75,6 +76,13 @@ def test_the_command_writes_the_grid(command: Callable[..., Path], shards: Shard
 def test_a_model_of_hidden_colours_cant_complete(command: Callable[..., Path], masked_folder: Path) -> None:
     with pytest.raises(ValueError, match="trained with masked_color: it says hidden colours from all others"):
         command(model=masked_folder)
+
+
+def test_another_feature_network_under_the_same_name_is_another_measurement(tmp_path: Path) -> None:
+    options = Options(feature_network=str(write_toy_network(tmp_path / "toy.pt")))
+    first = read_besides(tmp_path, options)
+    write_toy_network(tmp_path / "toy.pt", returns_features=True)
+    assert read_besides(tmp_path, options) != first
 
 
 @pytest.mark.parametrize(
