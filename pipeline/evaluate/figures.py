@@ -77,6 +77,6 @@ def draw_by_layer(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel(f"layer (0 = input of the first block, {len(accuracy) - 1} = after the final norm)")
     axes.set_ylabel("validation accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9, edgecolor="none")
     with written_aside(path) as aside:
         save_figure(figure, aside)

@@ -60,7 +60,7 @@ class Options:
     """labels: layer and strength by cross-validation in the subset; valid: on the split valid, more labels."""
     layer: int | None = None
     """Take this layer instead of choosing one."""
-    l2: list[float] = field(default_factory=lambda: list(L2_STRENGTHS))
+    l2: list[float] = field(default_factory=lambda: [10.0, *L2_STRENGTHS])
     """Strengths to try: each is s in (mean loss) + s/2 * (sum of squared weights)."""
 
     def __post_init__(self) -> None:
@@ -280,24 +280,26 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Draws test accuracy by number of labels, in percent: mean and deviation over the subsets."""
     from pipeline.evaluate.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
 
+    count = len(result["settings"][0]["subsets"])
     figure, axes = new_figure()
-    for key, words, color in (("per_class", "labels of each class", ACCENT), ("fraction", "share", BASELINES[0])):
+    kinds = (("per_class", "so many of each class", ACCENT, (6, -12)), ("fraction", "share", BASELINES[0], (-6, 6)))
+    for key, words, color, beside in kinds:
         shown = [setting for setting in result["settings"] if key in setting]
         if shown:
             axes.errorbar(
                 [setting["labels"] for setting in shown],
                 [100 * setting["test_accuracy"] for setting in shown],
                 yerr=[100 * (setting["test_accuracy_deviation"] or 0) for setting in shown],
-                fmt="-o", color=color, markersize=5, capsize=3, linewidth=1.4, label=words,
+                fmt="-o" if key == "per_class" else "s", color=color, markersize=5, capsize=3, label=words,
             )  # fmt: skip
         for setting in shown:
-            place = (setting["labels"], 100 * setting["test_accuracy"])
-            axes.annotate(setting["name"], place, xytext=(5, -12), textcoords="offset points", fontsize=8, color=color)
+            place, side = (setting["labels"], 100 * setting["test_accuracy"]), "left" if beside[0] > 0 else "right"
+            axes.annotate(setting["name"], place, beside, textcoords="offset points", ha=side, fontsize=8, color=color)
     label_line(axes, 100 * result["majority_class_test_accuracy"], "commonest class", BASELINES[1])
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.set_xlabel(f"labels in all ({result['classes']} classes)")
     axes.set_ylabel("test accuracy (%)")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="upper left", title=f"labels, {count} random subsets")
     with written_aside(path) as aside:
         save_figure(figure, aside)
