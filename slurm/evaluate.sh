@@ -25,6 +25,7 @@ if [ -z "$run" ] || [ -z "$out" ]; then die "--run and --out are needed: the run
 IFS=, read -ra tasks <<<"$(value_of --tasks "$@")"
 [ ${#tasks[@]} -gt 0 ] || tasks=(density linear_probe completions)
 mapfile -t checkpoints < <(checkpoints_of "$run")
+[ ${#checkpoints[@]} -gt 0 ] || die "$run holds no checkpoints; name the folder of a run."
 numbers=$((${#checkpoints[@]} * ${#tasks[@]}))
 if $testing; then
   echo "$run has ${#checkpoints[@]} checkpoints, and ${#tasks[@]} tasks are asked for: --array=0-$((numbers - 1))"

@@ -11,7 +11,7 @@
 #SBATCH --output=%x-%j.txt
 #SBATCH --signal=B:USR1@180
 SCRIPTS=$(cd "$(dirname "$0")" && pwd)
-[ -e "$SCRIPTS/common.sh" ] || SCRIPTS=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\)\/[^ ]*.*/\1/p')
+[ -e "$SCRIPTS/common.sh" ] || SCRIPTS=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\)\/[^ ]*.*/\1/p' | head -n 1)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 pretrain igpt_l "$@"

@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.txt
 SCRIPTS=$(cd "$(dirname "$0")" && pwd)
-[ -e "$SCRIPTS/common.sh" ] || SCRIPTS=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\)\/[^ ]*.*/\1/p')
+[ -e "$SCRIPTS/common.sh" ] || SCRIPTS=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\)\/[^ ]*.*/\1/p' | head -n 1)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
@@ -22,6 +22,7 @@ fi
 run=$(value_of --run "$@")
 results=$(value_of --results "$@")
 [ -n "$run" ] || die "--run is not given; name the folder of the run."
+[ -z "$results" ] || [ -d "$results" ] || die "--results is $results, which is no folder; leave it out to publish without."
 mapfile -t checkpoints < <(checkpoints_of "$run")
 [ ${#checkpoints[@]} -gt 0 ] || die "$run holds no checkpoints."
 [[ $(value_of --to "$@") != dir:* ]] || checkpoints=("${checkpoints[-1]}")
