@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class Standing:
     row: dict[str, Any]
     """The last step's row of metrics.jsonl."""
     starts: int
+    updated: str = ""
+    """When run.json was written, in UTC as 2026-01-31T12:00:00Z."""
 
 
 def standing(run: Path) -> Standing:
@@ -43,7 +45,10 @@ def standing(run: Path) -> Standing:
     row = _last_row(run / "metrics.jsonl")
     step = max(int(row.get("step", 0)), int(record.get("step", 0)))
     starts = len(record.get("starts", []))
-    return Standing(str(record.get("status", "")), str(record.get("error", "")), step, _steps(run), row, starts)
+    updated = str(record.get("updated", ""))
+    return Standing(
+        str(record.get("status", "")), str(record.get("error", "")), step, _steps(run), row, starts, updated
+    )
 
 
 def _steps(run: Path) -> int | None:
@@ -72,20 +77,28 @@ def _last_row(path: Path) -> dict[str, Any]:
     return {}
 
 
-def next_action(run: Path, code: int, restarts: int, max_restarts: int, max_accidents: int) -> tuple[Action, str]:
+def next_action(
+    run: Path, code: int, restarts: int, max_restarts: int, max_accidents: int, since: str = "", *, asked: bool = False
+) -> tuple[Action, str]:
     """What is to be done with a run whose ranks ended with `code`, and why; an accident is noted in the run.
 
     restarts: how often the job was queued again so far. An end that no one asked for (a killed rank, a hang, a lost
     node) is an accident; `max_accidents` of them without a further step in between are a failure.
+
+    since: when this start of the job began, in UTC; what the run says of itself from before is an earlier start's word.
+    asked: the job was asked to stop; ranks that are still loading their packages end by the signal itself.
     """
     now = standing(run)
-    if now.status == "finished":
+    opened = now.updated >= since
+    if now.status == "finished" and (opened or code == 0):
         return "done", f"finished at step {now.step:,}"
+    if not opened:
+        now = replace(now, status="", error="")
     if code == USER_ERROR or (now.status == "failed" and now.error.startswith(("ValueError", "Diverged", "Replicas"))):
         return "failed", now.error or "the command refused its options; see the log"
     if restarts >= max_restarts:
         return "failed", f"it was queued {restarts} times again, which is MAX_RESTARTS"
-    if now.status == "stopped":
+    if now.status == "stopped" or (asked and not opened):
         return "requeue", f"stopped on request at step {now.step:,}"
     with (run / ACCIDENTS).open("a") as file:
         file.write(json.dumps({"time": time.time(), "step": now.step, "code": code, "error": now.error}) + "\n")
@@ -103,6 +116,8 @@ def status_command(arguments: list[str]) -> int:
     parser.add_argument("--after", type=int | None, help="exit code of its ranks: print done, requeue or failed")
     parser.add_argument("--restarts", type=int, default=0, help="how often its job was queued again")
     parser.add_argument("--max_restarts", type=int, default=100, help="how often it may be")
+    parser.add_argument("--since", type=str, default="", help="when its ranks were started, as 2026-01-31T12:00:00Z")
+    parser.add_argument("--asked", action="store_true", help="the job was asked to stop")
     parser.add_argument(
         "--max_accidents", type=int, default=3, help="accidents without a step between that are too many"
     )
@@ -110,7 +125,7 @@ def status_command(arguments: list[str]) -> int:
     if chosen.after is not None:
         chosen.run.mkdir(parents=True, exist_ok=True)
         limits = chosen.restarts, chosen.max_restarts, chosen.max_accidents
-        action, why = next_action(chosen.run, chosen.after, *limits)
+        action, why = next_action(chosen.run, chosen.after, *limits, chosen.since, asked=chosen.asked)
         print(f"{chosen.run}: {why}", file=sys.stderr, flush=True)
         print(action)
         return 0

@@ -62,7 +62,8 @@ take_test() {
 describe_ranks() {
   [ -n "${SLURM_JOB_ID:-}" ] || die "this is a job script: submit it with sbatch, or add --test to see what it would do."
   NODES=$SLURM_JOB_NUM_NODES
-  RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+  [ "$RANKS_PER_NODE" -gt 0 ] || RANKS_PER_NODE=$(((${SLURM_NTASKS:-$NODES} + NODES - 1) / NODES)) # sbatch --ntasks
   if [ "$ACCELERATORS_PER_NODE" -gt 0 ] && [ "${SLURM_GPUS_ON_NODE:-0}" -eq 0 ]; then
     die "site.sh says $ACCELERATORS_PER_NODE accelerators a node, but the job was given none: \`source slurm/site.sh\`" \
       "before sbatch, or give sbatch --gpus-per-node=$ACCELERATORS_PER_NODE."
@@ -70,7 +71,7 @@ describe_ranks() {
   RANKS=$((NODES * RANKS_PER_NODE))
   NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
   MASTER_ADDR=${NODE_NAMES%%,*}
-  MASTER_PORT=$((20000 + SLURM_JOB_ID % 4000 * 5))
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 2500 * 5)) # below 32768, where Linux takes ports for anyone
   export MASTER_ADDR MASTER_PORT
 }
 
@@ -91,7 +92,11 @@ preflight() {
   ) || exit 2
   case $word in
     sound) ;;
-    again) again ;;
+    again)
+      CODE=1
+      what_follows "$run" "the look at the nodes"
+      again
+      ;;
     *) again "${word#exclude }" ;;
   esac
 }
@@ -134,7 +139,7 @@ again() {
     exit 1
   fi
   nodes=$(left_out "${1:-}")
-  if [ -n "$nodes" ] && [ "$(tr ',' '\n' <<<"$nodes" | wc -l)" -gt "$MAX_EXCLUDED" ]; then
+  if [ -n "${1:-}" ] && [ "$(tr ',' '\n' <<<"$nodes" | wc -l)" -gt "$MAX_EXCLUDED" ]; then
     echo "$nodes would be left out; MAX_EXCLUDED allows $MAX_EXCLUDED nodes"
     exit 1
   fi
@@ -177,7 +182,7 @@ reach_controller() {
 # Submits what follows a finished run, once for its last checkpoint: the evaluation of all that are kept, where EVALUATE
 # names tasks, then their publishing, where PUBLISH says where to.
 follow_up() {
-  local run=$1 newest shards tasks after=()
+  local run=$1 newest shards tasks after=() measured=()
   newest=$(checkpoints_of "$run" | tail -n 1)
   [ ! -e "$run/logs/followed-$(basename "$newest").txt" ] || return 0
   if [ -n "$EVALUATE" ]; then
@@ -186,9 +191,10 @@ follow_up() {
     submit_job "${SITE_EVALUATE[@]}" --array="0-$(($(checkpoints_of "$run" | wc -l) * tasks - 1))" "$SCRIPTS/evaluate.sh" --run "$run" \
       --shards "$shards" --out "$run/results" --tasks "$EVALUATE" || return 0
     after=(--dependency="afterok:$SUBMITTED" --kill-on-invalid-dep=yes)
+    measured=(--results "$run/results")
   fi
   if [ -n "$PUBLISH" ]; then
-    submit_job "${SITE_CPU[@]}" "${after[@]}" "$SCRIPTS/publish.sh" --run "$run" --results "$run/results" --to "$PUBLISH" || return 0
+    submit_job "${SITE_CPU[@]}" "${after[@]}" "$SCRIPTS/publish.sh" --run "$run" "${measured[@]}" --to "$PUBLISH" || return 0
   fi
   date +%FT%T >"$run/logs/followed-$(basename "$newest").txt"
 }
@@ -214,7 +220,7 @@ checkpoints_of() {
 
 # Trains with a recipe until the run is finished, over any number of starts of this job.
 pretrain() {
-  local recipe=$1 run action restarts
+  local recipe=$1 run restarts
   shift
   if take_test "$@"; then
     test_pretrain "$recipe" "${ARGUMENTS[@]}"
@@ -227,6 +233,7 @@ pretrain() {
   restarts=${SLURM_RESTART_COUNT:-0}
   mkdir -p "$run/logs"
   echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((restarts + 1)): $RANKS ranks on $SLURM_JOB_NODELIST" | tee -a "$run/logs/jobs.txt"
+  BEGAN=$(date -u +%FT%TZ)
   trap ask_to_stop USR1 TERM
   set -- --config "$REPOSITORY/configs/$recipe.yaml" "$@"
   preflight "$run" "$@"
@@ -235,22 +242,27 @@ pretrain() {
   tail --follow=name --retry --lines=0 "$run/logs/rank-0000.txt" 2>/dev/null &
   local tail=$!
   start_ranks "$run/logs" -m pipeline train "$@"
+  [ -z "${STOPPING:-}" ] || ask_to_stop # asked while they were started
   await_ranks
   sleep 1
   kill "$tail" 2>/dev/null || true
   # The stacks of a run that hung; the next start deletes them.
   tail -n +1 "$run"/stacks/*.txt 2>/dev/null || true
-  action=$(run_python -m pipeline status "$run" --after "$CODE" --restarts "$restarts" \
-    --max_restarts "$MAX_RESTARTS" --max_accidents "$MAX_ACCIDENTS")
-  echo "$(date +%FT%T) the ranks ended with code $CODE: $action"
-  case $action in
-    done) follow_up "$run" ;;
-    requeue) again ;;
-    *)
-      tail -n 5 "$run"/logs/rank-*.txt
-      exit 1
-      ;;
-  esac
+  what_follows "$run" "the ranks"
+  if [ "$ACTION" = "done" ]; then follow_up "$run"; else again; fi
+}
+
+# ACTION is what is to be done after the ranks, or the look at the nodes, ended with CODE. Ends a job that failed.
+what_follows() {
+  local run=$1 asked=()
+  [ -z "${STOPPING:-}" ] || asked=(--asked)
+  ACTION=$(run_python -m pipeline status "$run" --after "$CODE" --since "$BEGAN" "${asked[@]}" \
+    --restarts "${SLURM_RESTART_COUNT:-0}" --max_restarts "$MAX_RESTARTS" --max_accidents "$MAX_ACCIDENTS")
+  echo "$(date +%FT%T) $2 ended with code $CODE: $ACTION"
+  if [ "$ACTION" = failed ]; then
+    tail -n 5 "$run"/logs/rank-*.txt 2>/dev/null || true
+    exit 1
+  fi
 }
 
 # What a job would be: the plan, and SLURM's word on the script. Submits nothing.

@@ -51,7 +51,7 @@ def _judge(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str
         print(f"preflight: {node} is left out: {sentence}", file=sys.stderr)
     if verdict.again:
         print(f"preflight: {verdict.again}", file=sys.stderr)
-    seconds = max(report.seconds for report in reports)
+    seconds = max((report.seconds for report in reports), default=0.0)
     print(f"preflight: {len(nodes)} nodes in {seconds:.1f} s: {verdict.word}", file=sys.stderr, flush=True)
     print(verdict.word)
     return 0

@@ -34,10 +34,7 @@ def judge(reports: Sequence[Report], nodes: Sequence[str], needed_bytes: float, 
     """
     said = {report.node: report for report in reports if report.node in nodes}
     if not said:
-        raise ValueError(
-            f"none of the nodes {', '.join(nodes)} could be looked at; the log says why Python did not start on them "
-            f"(SITE_PYTHON and SITE_LAUNCH in slurm/site.sh)."
-        )
+        return Verdict(again=f"none of the nodes {', '.join(nodes)} could be looked at; srun says why in the job's log")
     for report in said.values():
         _add_disk(report, needed_bytes)
     _add_digests(list(said.values()), digest)

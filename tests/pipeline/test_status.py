@@ -43,6 +43,24 @@ def test_accidents_at_the_same_step_are_too_many_and_progress_forgives_them(tmp_
     assert (action, "3 times at step 8" in why) == ("failed", True)
 
 
+BEFORE, AFTER = "2026-01-31T12:00:00Z", "2026-01-31T12:00:05Z"
+
+
+@pytest.mark.parametrize("status", ["stopped", "failed", "finished"])
+def test_ranks_that_never_came_to_the_run_do_not_repeat_its_last_word(tmp_path: Path, status: str) -> None:
+    ended(tmp_path, status, 7, "ValueError: of an earlier start")
+    record = json.loads((tmp_path / "run.json").read_text()) | {"updated": BEFORE}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert next_action(tmp_path, 138, 0, 100, 3, since=AFTER, asked=True)[0] == "requeue"
+    assert not (tmp_path / "accidents.jsonl").exists(), "a signal while packages are loaded is no accident"
+    actions = [next_action(tmp_path, 1, 0, 100, 3, since=AFTER)[0] for _ in range(3)]
+    assert actions == ["requeue", "requeue", "failed"]
+    assert next_action(tmp_path, 0, 0, 100, 3, since=AFTER)[0] == ("done" if status == "finished" else "failed")
+    assert next_action(tmp_path, 1, 0, 100, 3, since=BEFORE)[0] == {"stopped": "requeue", "finished": "done"}.get(
+        status, "failed"
+    )
+
+
 def test_restarts_have_an_end(tmp_path: Path) -> None:
     assert next_action(ended(tmp_path, "stopped", 5), 75, 99, 100, 3)[0] == "requeue"
     assert next_action(ended(tmp_path, "stopped", 5), 75, 100, 100, 3)[0] == "failed"

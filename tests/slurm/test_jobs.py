@@ -1,5 +1,6 @@
 """The scripts as committed, on a real SLURM: a tiny training is asked to stop in every way, and goes on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,8 @@ def test_without_requeueing_the_next_copy_of_an_array_goes_on(training: Training
     cluster.until(lambda: not cluster.client("squeue", "--noheader").strip(), "the end of the array", 600)
     assert training.runner.losses("run") == training.unbroken
     assert (training.record()["status"], len(training.record()["starts"])) == ("finished", 2)
+    copies = re.findall(r"JobState=(\w+)", cluster.client("scontrol", "--oneliner", "show", "job", training.job))
+    assert sorted(copies) == ["COMPLETED", "COMPLETED", "FAILED"], "the first stopped, the third had nothing to do"
 
 
 @pytest.mark.slow
