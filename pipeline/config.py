@@ -175,6 +175,8 @@ class ParallelConfig:
     """Ranks that share every block's matrices and heads, each holding a part of them."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What stays in the host's memory between uses: nothing, the optimizer's state, or (with ZeRO-3) weights too."""
+    nvme_path: str | None = None
+    """A folder on a node's own NVMe disk, where what ZeRO-3 offloads is kept instead of in memory; needs libaio."""
     recompute: bool = False
     """Activation checkpointing: recompute each block in the backward pass."""
 
@@ -201,6 +203,11 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.zero_stage is {self.zero_stage}; with parallel.offload {self.offload} it must be at least "
                 f"{needed}."
+            )
+        if self.nvme_path is not None and (self.offload == "none" or self.zero_stage != 3):
+            raise ValueError(
+                f"parallel.nvme_path is {self.nvme_path}; with parallel.offload {self.offload} and parallel.zero_stage "
+                f"{self.zero_stage} it must be null: only what ZeRO-3 offloads can be kept on NVMe."
             )
 
     @property

@@ -131,7 +131,10 @@ def _compilers() -> Finding:
         return Finding(
             "compilers", "note", f"{' and '.join(missing)} missing: no parallel.offload and no compile; all else runs"
         )
-    return Finding("compilers", "ok", "g++ and ninja: parallel.offload and compile can be used")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    nvme = "and libaio: parallel.nvme_path too" if AsyncIOBuilder().is_compatible() else "but no libaio for NVMe"
+    return Finding("compilers", "ok", f"g++ and ninja: parallel.offload and compile can be used; {nvme}")
 
 
 def _shared_memory() -> Finding:

@@ -11,7 +11,6 @@ from pipeline import costs
 from pipeline.config import TrainConfig, training_config
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
 
-"""A parameter's fp32 weight and two moments, as a checkpoint holds them."""
 DISK_BYTES_A_SECOND = 1e9
 HOST_COPY_BYTES_A_SECOND = 20e9
 PROPOSED = 6

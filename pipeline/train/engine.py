@@ -81,6 +81,10 @@ class Engine(ABC):
         """Seconds that this rank spent in forward passes since it was last asked."""
         return self._timer.read()
 
+    def close(self) -> None:
+        """Takes away what the engine put on disks for its own use."""
+        offload.clear_own_folder()
+
     @abstractmethod
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         """Draws the lower halves of uint16 (B, T) anew: uint16 (B, samples, T), the same on every rank."""
@@ -181,8 +185,7 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
             "overlap_comm": ranks.device.type == "cuda",
         },
     }
-    for what in offload.offloaded(config.parallel.offload):
-        settings["zero_optimization"][what] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
+    settings["zero_optimization"] |= offload.settings(config.parallel, pinned=ranks.device.type == "cuda")
     if config.parallel.tensor_parallel > 1:
         # DeepSpeed would check the batch against all ranks, before it knows which of them read the same pictures.
         del settings["train_batch_size"]

@@ -155,6 +155,7 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
     if signs.stopping:
         session.stop.honour()
     session.batches.close()
+    engine.close()
     telemetry.close()
     telemetry.raise_together()
     return progress

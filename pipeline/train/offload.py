@@ -1,25 +1,74 @@
-"""Optimizer state, or weights too, in the host's memory: DeepSpeed's ZeRO-Offload, whose Adam is compiled here."""
+"""Optimizer state, or weights too, in the host's memory or on NVMe: DeepSpeed's ZeRO-Offload and ZeRO-Infinity.
 
+DeepSpeed compiles its Adam for the host, and what reads and writes NVMe, on the machine that runs them.
+"""
+
+import fcntl
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TextIO
 
-from pipeline.config import OptimizerConfig
+from pipeline.config import OptimizerConfig, ParallelConfig
 
 FAR_AWAY = 1 << 40
 """A step that no run comes to."""
-Offload = Literal["none", "optimizer", "parameters"]
+SECTIONS = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+"""Of DeepSpeed's `zero_optimization`."""
+FOLDER = "image-gpt-rank-"
+LOCK = "lock"
+_own_folder: tuple[Path, TextIO] | None = None
+"""This process's on NVMe, and its lock."""
 
 
-def offloaded(what: Offload) -> tuple[str, ...]:
-    """The sections of DeepSpeed's `zero_optimization` that say so."""
-    return {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}[what]
+def settings(parallel: ParallelConfig, pinned: bool) -> dict[str, dict[str, Any]]:
+    """The sections of DeepSpeed's `zero_optimization` that say what is offloaded, and where to."""
+    place: dict[str, Any] = {"device": "cpu", "pin_memory": pinned}
+    if parallel.nvme_path is not None:
+        place = {"device": "nvme", "nvme_path": str(_new_folder(Path(parallel.nvme_path))), "pin_memory": pinned}
+    return {section: dict(place) for section in SECTIONS[parallel.offload]}
 
 
-def check_compilers(what: Offload) -> None:
-    """Raises ValueError if DeepSpeed's Adam for the host, which offloading needs, could not be compiled."""
+def _new_folder(nvme: Path) -> Path:
+    """A folder of this process alone: DeepSpeed names its files by rank, so that two runs would share them.
+
+    Takes away those that a killed process left.
+    """
+    global _own_folder
+    clear_own_folder()
+    for folder in nvme.glob(f"{FOLDER}*"):
+        _remove_if_left(folder)
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=nvme))
+    lock = (folder / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    _own_folder = folder, lock
+    return folder
+
+
+def _remove_if_left(folder: Path) -> None:
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # of a process that lives, or that is about to take its lock
+        return
+
+
+def clear_own_folder() -> None:
+    """Deletes what this process put on NVMe."""
+    global _own_folder
+    if _own_folder is not None:
+        folder, lock = _own_folder
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+        _own_folder = None
+
+
+def check_compilers(parallel: ParallelConfig) -> None:
+    """Raises ValueError if what offloading needs could not be compiled here, or its folder could not be used."""
+    what = parallel.offload
     if what == "none":
         return
     _find_own_ninja()
@@ -29,6 +78,42 @@ def check_compilers(what: Offload) -> None:
             f"parallel.offload is {what}; DeepSpeed compiles the Adam it needs, and {' and '.join(missing)} is not to "
             f"be found on PATH; install it, or set parallel.offload to none."
         )
+    if parallel.nvme_path is not None:
+        _check_nvme(Path(parallel.nvme_path))
+
+
+def _check_nvme(folder: Path) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"parallel.nvme_path is {folder}; it must be a folder on a disk of each node, and be writable."
+        )
+    if not _takes_direct_writes(folder):
+        raise ValueError(
+            f"parallel.nvme_path is {folder}, whose file system does not take direct writes (O_DIRECT), as a disk in "
+            f"memory does not; name a folder on a local disk, or leave it out to offload to memory."
+        )
+    if not has_libaio():
+        raise ValueError(
+            f"parallel.nvme_path is {folder}; DeepSpeed reads and writes it through libaio, which is not to be found; "
+            f"install it with its headers (libaio-dev, libaio-devel), or leave parallel.nvme_path out to offload to "
+            f"memory."
+        )
+
+
+def has_libaio() -> bool:
+    """Whether a program that uses it can be compiled."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible())
+
+
+def _takes_direct_writes(folder: Path) -> bool:
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        try:
+            os.close(os.open(file.name, os.O_RDWR | os.O_DIRECT))
+        except OSError:
+            return False
+    return True
 
 
 def new_cpu_adam(groups: list[dict[str, Any]], settings: OptimizerConfig, epsilon: float) -> Any:

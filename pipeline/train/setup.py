@@ -94,7 +94,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
             f"{ranks.count} ranks it needs one for each at least."
         )
     config.accumulation_steps(config.parallel.data_ranks(ranks.count))
-    check_compilers(config.parallel.offload)
+    check_compilers(config.parallel)
     model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
     if model_config.n_layer < config.parallel.pipeline_stages:
         raise ValueError(

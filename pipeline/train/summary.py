@@ -9,8 +9,6 @@ from pipeline import costs
 from pipeline.config import TrainConfig
 from pipeline.train.ranks import Ranks
 
-"""A parameter's fp32 weight and two moments, as a checkpoint holds them."""
-
 
 @dataclass(frozen=True)
 class Throughput:
