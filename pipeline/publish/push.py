@@ -27,7 +27,7 @@ from pipeline.hub import LOG_IN, lacks_xet, quiet_hub, reason, status_of
 Outcome = TypeVar("Outcome")
 MAIN = "main"
 STEP_FILE = "training/checkpoint.json"
-OURS = ("model*.safetensors", "model.safetensors.index.json", "training/*", "results/*", "train*.tar", "valid*.tar")
+OURS = ("model*.safetensors", "model.safetensors.index.json", "training/*", "results/*")
 """What is deleted from a repository if the folder has it no more; other files there are somebody's."""
 PASSING = (408, 409, 412, 425, 429)
 """Status codes that another attempt may mend, besides all from 500 on; 412: somebody has committed meanwhile."""
@@ -43,8 +43,6 @@ class Target:
 
     repository: str
     """ORG/NAME."""
-    kind: str = "model"
-    """Or dataset."""
     public: bool = False
     """For a repository that is made: who sees it."""
 
@@ -128,7 +126,7 @@ class Push:
 
     def __init__(self, api: HfApi, folder: Path, target: Target, step: int | None) -> None:
         self.api, self.folder, self.target, self.step = api, folder, target, step
-        self.where: dict[str, Any] = {"repo_id": target.repository, "repo_type": target.kind}
+        self.where: dict[str, Any] = {"repo_id": target.repository}
         self.files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         self._sha256: dict[str, str] = {}
         self.sent: dict[str, None] = {}

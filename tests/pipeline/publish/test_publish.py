@@ -241,6 +241,7 @@ def test_a_file_system_that_cannot_swap_names(
 # From any topology
 
 
+@pytest.mark.slow
 def test_the_same_repository_from_any_topology(finished_run: Runner, runner: Runner, tmp_path: Path) -> None:
     """A last step at rate zero changes no weight: what two topologies save after it must be the same repository."""
     for name, layout in TOPOLOGIES.items():
