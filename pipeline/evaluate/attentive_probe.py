@@ -84,7 +84,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
     from pipeline.evaluate.attentive_pooling import token_features
     from pipeline.evaluate.labelled import description, labelled_splits
-    from pipeline.evaluate.supervised import predictions, train
+    from pipeline.evaluate.supervised import all_lost, predictions, train
     from pipeline.evaluate.verdicts import draw_confusion, test_scores
 
     options.check_fits(evaluation.shards.resolution)
@@ -92,6 +92,8 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     pictures = labelled_splits(evaluation, Options.TASK)
     probes, training = _training(evaluation, pictures, options, layers, heads)
     record = train(evaluation, training, options)
+    if not np.isfinite(record.losses).any():
+        raise all_lost(options.learning_rates)
     epoch, chosen = record.best
     accuracies = np.array(record.accuracies)  # (E, K)
     by_layer = accuracies.max(axis=0).reshape(len(layers), -1).max(axis=1)  # (layers,)
@@ -114,7 +116,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
         "best_epoch": epoch,
         "valid_accuracy": record.valid_accuracy,
         "valid_accuracy_by_epoch": accuracies[:, chosen].tolist(),
-        "train_loss_by_epoch": [losses[chosen] for losses in record.losses],
+        "train_loss_by_epoch": record.losses_of(chosen),
         **test_scores(evaluation, pictures["test"], said),
         "figure": FIGURE,
     }

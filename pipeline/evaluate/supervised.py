@@ -99,6 +99,10 @@ class Record:
         epoch, candidate = self.best
         return self.accuracies[epoch - 1][candidate]
 
+    def losses_of(self, candidate: int) -> list[float | None]:
+        """A candidate's training loss by epoch; None where it was no number."""
+        return [losses[candidate] if math.isfinite(losses[candidate]) else None for losses in self.losses]
+
     def is_over(self, recipe: Recipe) -> bool:
         """True if there were enough epochs, or none helped lately, or all losses are lost."""
         if not len(self):
@@ -131,7 +135,7 @@ def search(
     """The module that did best on validation, of one training at each rate, and what happened at each.
 
     Of equals the first is taken. What is said of a rate is `learning_rate`, `valid_accuracy`, `best_epoch`,
-    `valid_accuracy_by_epoch` and `train_loss_by_epoch`.
+    `valid_accuracy_by_epoch` and `train_loss_by_epoch` (None where it was no number).
     """
     trials = []
     for rate in rates:
@@ -142,7 +146,7 @@ def search(
                 "valid_accuracy": record.valid_accuracy,
                 "best_epoch": record.best[0],
                 "valid_accuracy_by_epoch": [accuracies[0] for accuracies in record.accuracies],
-                "train_loss_by_epoch": [losses[0] for losses in record.losses],
+                "train_loss_by_epoch": record.losses_of(0),
             }
         )
     chosen = training_at(best_of(trials)["learning_rate"])
@@ -152,11 +156,15 @@ def search(
 
 def best_of(trials: list[dict[str, Any]]) -> dict[str, Any]:
     """The trial that `search` took. Raises ValueError if every loss was lost."""
-    best = max(trials, key=lambda trial: trial["valid_accuracy"])
-    if not any(math.isfinite(loss) for trial in trials for loss in trial["train_loss_by_epoch"]):
-        rates = ", ".join(f"{trial['learning_rate']:g}" for trial in trials)
-        raise ValueError(f"learning_rates is {rates}, and at each the loss became no number; try smaller ones.")
-    return best
+    if all(loss is None for trial in trials for loss in trial["train_loss_by_epoch"]):
+        raise all_lost([trial["learning_rate"] for trial in trials])
+    return max(trials, key=lambda trial: trial["valid_accuracy"])
+
+
+def all_lost(rates: list[float]) -> ValueError:
+    """What is to be said when no rate was small enough."""
+    tried = ", ".join(f"{rate:g}" for rate in rates)
+    return ValueError(f"learning_rates is {tried}, and at each the loss became no number; try smaller ones.")
 
 
 def adam(module: nn.Module, rate: float) -> torch.optim.Adam:

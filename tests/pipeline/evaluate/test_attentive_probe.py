@@ -149,6 +149,11 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
         Options(**options)
 
 
+def test_losses_that_are_lost_at_every_rate_are_said(model_folder: Path, evaluation_of: Callable) -> None:
+    with pytest.raises(ValueError, match=r"learning_rates is 1e\+36, and at each the loss became no number"):
+        measure(evaluation_of(model_folder), replace(QUICK, learning_rates=[1e36]))
+
+
 def test_layers_around_the_middle_are_tried(model_folder: Path, evaluation_of: Callable) -> None:
     result = measure(evaluation_of(model_folder), Options(epochs=1, learning_rates=[1e-3]))
     assert result["layers"] == [1, 2, 3]

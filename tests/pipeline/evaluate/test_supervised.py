@@ -215,11 +215,12 @@ def test_a_damaged_state_is_said_and_trained_anew(
 
 def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder)
-    rates = [1e-9, 0.5, 1e-8]
+    rates = [1e-9, 0.5, 1e-8, float("inf")]
     module, trials = search(
         evaluation, rates, lambda rate: training_of(evaluation, (rate,), name=f"rate-{rate:g}"), PLAIN
     )
     assert [trial["learning_rate"] for trial in trials] == rates
+    assert trials[3]["train_loss_by_epoch"] == [None]  # lost, as JSON can say it, and ended at once
     best = best_of(trials)
     assert best["learning_rate"] == 0.5
     assert best["valid_accuracy"] == max(best["valid_accuracy_by_epoch"]) > trials[0]["valid_accuracy"]
@@ -228,6 +229,6 @@ def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> 
 
 
 def test_losses_that_are_lost_at_every_rate_are_said() -> None:
-    lost = {"learning_rate": 100.0, "valid_accuracy": 0.0, "train_loss_by_epoch": [float("nan")]}
+    lost = {"learning_rate": 100.0, "valid_accuracy": 0.0, "train_loss_by_epoch": [None]}
     with pytest.raises(ValueError, match=r"learning_rates is 100, and at each the loss became no number"):
         best_of([lost])
