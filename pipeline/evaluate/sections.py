@@ -22,7 +22,7 @@ PROVENANCE = (
 )  # fmt: skip
 SHORT_LIST = 12
 CHOSEN = {"best_layer": "layer", "best_k": "k", "learning_rate": "rate", "best_rate": "rate", "best_epoch": "epoch"}
-NAMES = {"distill": "Distillation", "knn": "k-NN", "low_data": "Few labels"}
+NAMES = {"distill": "Distillation", "fine_tune": "Fine-tuning", "knn": "k-NN", "low_data": "Few labels"}
 MEASURES = {"linear_probe": PROBE, "fine_tune": FINE_TUNING, "low_data": LOW_DATA}
 
 
@@ -75,7 +75,7 @@ def _chosen(result: dict[str, Any]) -> str:
     parts = [
         f"{name} {number(result[key])}" for key, name in CHOSEN.items() if isinstance(result.get(key), (int, float))
     ]
-    if isinstance(result.get("layers"), list):
+    if "best_layer" not in result and isinstance(result.get("layers"), list):
         parts.append(f"layers {', '.join(map(str, result['layers']))}")
     return ", ".join(parts)
 
