@@ -61,7 +61,8 @@ def pooled_features(evaluation: Evaluation, pictures: Pictures, draw: int = 0) -
     with cache.held(evaluation):
         if not from_first(accelerator, cache.is_whole):
             from_first(accelerator, lambda: cache.reserve(shape))
-            _compute(evaluation, pictures, draw, cache)
+            done = from_first(accelerator, cache.noted)  # the same for all ranks: they share out what is left
+            _compute(evaluation, pictures, draw, cache, done)
             accelerator.wait_for_everyone()
             from_first(accelerator, lambda: cache.seal(facts))
     return np.load(cache.path, mmap_mode="r")
@@ -80,10 +81,10 @@ def _facts(evaluation: Evaluation, pictures: Pictures, draw: int) -> dict[str, o
     }
 
 
-def _compute(evaluation: Evaluation, pictures: Pictures, draw: int, cache: "Cache") -> None:
-    """This rank's batches, as far as they were not noted."""
+def _compute(evaluation: Evaluation, pictures: Pictures, draw: int, cache: "Cache", done: set[int]) -> None:
+    """This rank's batches, as far as they were not done before."""
     model, accelerator = evaluation.model.model, evaluation.accelerator
-    features, done = np.load(cache.path, mmap_mode="r+"), cache.noted()  # (L+1, N, D)
+    features = np.load(cache.path, mmap_mode="r+")  # (L+1, N, D)
     fresh: list[int] = []
     noted_at = time.monotonic()
     with torch.inference_mode(), accelerator.autocast(), pooled_layers(model) as pooled:
@@ -155,7 +156,7 @@ class Cache:
         """Notes batches that this rank has flushed to disk."""
         self._notes.mkdir(exist_ok=True)
         with (self._notes / f"rank-{rank}").open("a") as file:
-            file.writelines(f"{first};\n" for first in batches)
+            file.writelines(f"\n{first};" for first in batches)  # what was cut off before stands on a line of its own
 
     def seal(self, facts: dict[str, object]) -> None:
         """Writes the manifest: from now on the file is whole."""

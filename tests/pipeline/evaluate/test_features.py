@@ -12,7 +12,7 @@ from transformers import GPT2Model, ImageGPTModel
 
 from data_prep.shards import ShardSet
 from pipeline.evaluate import features as features_module
-from pipeline.evaluate.features import pooled_features
+from pipeline.evaluate.features import Cache, pooled_features
 from pipeline.evaluate.inputs import Evaluation, choose_pictures
 from pipeline.model.objectives import IGNORED
 
@@ -110,6 +110,16 @@ def test_a_killed_extraction_goes_on(
     np.testing.assert_array_equal(pooled_features(again, again.pictures("test")), expected)
     assert counted.read == 130 - 60
     assert sorted(path.suffix for path in again.features.iterdir() if path.suffix != ".lock") == [".json", ".npy"]
+
+
+def test_a_note_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, "test")
+    cache.note(0, [0, 20])
+    with (tmp_path / "test.batches" / "rank-0").open("a") as file:
+        file.write("\n12")  # of 120;
+    cache.note(0, [40])
+    cache.note(1, [60])
+    assert cache.noted() == {0, 20, 40, 60}
 
 
 def test_tasks_of_an_array_wait_for_each_other(

@@ -1,6 +1,10 @@
-"""Run by test_tasks.py under torchrun: FEATURES_FILE, then the arguments of `evaluate`."""
+"""Run by test_tasks.py under torchrun: FEATURES_FILE, then the arguments of `evaluate`.
+
+Ranks but the first are late to look for what was done before: others may be through by then.
+"""
 
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
@@ -8,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import numpy as np
 
 from data_prep.shards import open_shard_set
-from pipeline.evaluate.features import pooled_features
+from pipeline.evaluate.features import Cache, pooled_features
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
 from pipeline.evaluate.kept import Kept
 from pipeline.evaluate.tasks import evaluate
@@ -28,6 +32,9 @@ if __name__ == "__main__":
         features=Path(file).with_suffix(".features"),
         model_digest="",
     )
+    if not accelerator.is_main_process:
+        noted = Cache.noted
+        Cache.noted = lambda cache: time.sleep(1) or noted(cache)  # type: ignore[method-assign]
     features = pooled_features(evaluation, evaluation.pictures("test"))
     if accelerator.is_main_process:
         np.save(file, features)
