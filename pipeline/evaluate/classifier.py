@@ -94,7 +94,7 @@ def logistic_path(train: Labelled, strengths: Sequence[float]) -> Iterator[Linea
     blocks = [standardised(block, mean, deviation) for _, block in in_blocks(train.features)]
     inputs = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)  # (N, D)
     solver = LogisticRegression(tol=TOLERANCE, max_iter=ITERATIONS, warm_start=True)
-    for strength in sorted(strengths, reverse=True):
+    for strength in sorted(set(strengths), reverse=True):
         solver.set_params(C=1 / (strength * len(train.labels)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)

@@ -100,7 +100,7 @@ def predictions(
 
     classes, targets = np.unique(train.labels, return_inverse=True)  # (C,), (bank,)
     similarity, found = nearest(train.features, queries, max(numbers), device)  # (N, k) each
-    weights = (similarity / temperature).exp()
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1, whatever the temperature
     voters = torch.from_numpy(targets).to(device)[found]  # (N, k)
     chosen = np.empty((len(numbers), len(queries)), np.int64)
     for start in range(0, len(queries), QUERIES_AT_ONCE):

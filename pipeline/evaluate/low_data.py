@@ -74,6 +74,10 @@ class Options:
             raise ValueError(f"low_data.fractions is {self.fractions}; shares of the labels are above 0 and at most 1.")
         if self.per_class == [] and self.fractions == []:
             raise ValueError("low_data.per_class and low_data.fractions are both empty; give one setting or more.")
+        for name in ("per_class", "fractions"):
+            asked = getattr(self, name) or []
+            if len(set(asked)) < len(asked):
+                raise ValueError(f"low_data.{name} is {asked}; each must stand there once.")
         if self.subsets < 1:
             raise ValueError(f"low_data.subsets is {self.subsets}; it must be at least 1.")
         if not self.l2 or min(self.l2) <= 0:

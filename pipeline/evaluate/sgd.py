@@ -56,7 +56,7 @@ def search_rate(
     Each rate is a piece of its own, `NAME-rate-RATE-order-0`.
     """
     best: dict[str, Any] | None = None
-    for rate in sorted(options.rates, reverse=True):
+    for rate in sorted(set(options.rates), reverse=True):
         tried = fit_sgd(name, train, valid, rate, 0, options, seed, device, once)
         if best is not None and isfinite(best["valid_loss"]) and tried["valid_loss"] >= best["valid_loss"]:
             break

@@ -138,7 +138,7 @@ def test_the_rate_is_searched_downward_until_the_loss_stops_falling(monkeypatch:
 
     with monkeypatch.context() as patched:
         patched.setattr(sgd, "fit_sgd", fitted)
-        best = search_rate("x", train, valid, SgdOptions(rates=list(losses)[::-1]), 0, CPU, at_once)
+        best = search_rate("x", train, valid, SgdOptions(rates=[3.0, *losses][::-1]), 0, CPU, at_once)
     assert best["setting"] == 1.0
     assert tried == [30.0, 10.0, 3.0, 1.0, 0.3]
 

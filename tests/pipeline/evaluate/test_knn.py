@@ -23,7 +23,7 @@ def scikit_learn(train: Labelled, k: int, temperature: float = 0.07) -> KNeighbo
     return neighbours.fit(np.asarray(train.features, np.float64), train.labels)
 
 
-@pytest.mark.parametrize("temperature", [0.07, 1.0])
+@pytest.mark.parametrize("temperature", [0.005, 0.07, 1.0])
 def test_the_votes_are_those_of_scikit_learn(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks that divide neither the training pictures nor the queries; one block has fewer rows than k."""
     monkeypatch.setattr(labelled, "ROWS_AT_ONCE", 130)

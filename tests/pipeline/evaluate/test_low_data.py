@@ -174,6 +174,7 @@ def test_no_label_beyond_the_setting_is_used_unless_it_is_said(
         ({"per_class": [0], "choose_on": "valid"}, r"takes 1 or more labels of a class\."),
         ({"fractions": [1.5]}, r"fractions is \[1\.5\]; shares of the labels are above 0 and at most 1"),
         ({"per_class": [], "fractions": []}, "are both empty"),
+        ({"per_class": [4, 4]}, r"per_class is \[4, 4\]; each must stand there once"),
         ({"subsets": 0}, "subsets is 0; it must be at least 1"),
         ({"l2": []}, r"low_data\.l2 is \[\]"),
     ],

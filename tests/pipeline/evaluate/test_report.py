@@ -225,6 +225,8 @@ def test_every_accuracy_is_a_headline() -> None:
         ("Some probe, vote over masks", "75.0 %", "layer 7, k 20"),
         ("Some probe: concatenated", "62.5 %", "layers 6, 7, 8"),
     ]
+    tried = {"best_layer": 7, "layers": [3, 7], "test_accuracy": 0.5}
+    assert [row.detail for row in headlines("some_probe", tried)] == ["layer 7"]
 
 
 def test_the_curve_is_grouped_and_leaves_out_what_is_not_finite() -> None:
