@@ -235,6 +235,7 @@ def draw(lines: list[Line], command: Command, path: Path) -> None:
                     f"{line.points[place].step:,}", (losses[place], accuracies[place]), xytext=(5, -11),
                     textcoords="offset points", fontsize=8, color=colors[number % len(colors)],
                 )  # fmt: skip
+    axes.margins(x=0.08, y=0.12)
     axes.invert_xaxis()
     axes.set_xlabel("validation loss (nats per colour)")
     axes.set_ylabel(f"{SPLITS[command.accuracy]} accuracy (%)")
