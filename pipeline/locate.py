@@ -1,11 +1,14 @@
 """What a user may call a model: a model folder, a run, one of its checkpoints, or its name on a hub."""
 
+import shutil
 from pathlib import Path
 
-from data_prep.files import locked
+from data_prep.files import file_sha256, locked
 from pipeline.hub import HUB, pull
 
 EXPORTED_FOLDER = "exported"
+MADE_FROM = ".made_from"
+"""In an exported folder: the sha256 of its checkpoint's manifest, which holds the digests of all of its files."""
 
 
 def model_folder(path: Path) -> Path:
@@ -23,7 +26,17 @@ def model_folder(path: Path) -> Path:
 
     checkpoint = find_checkpoint(path)
     folder = checkpoint.folder.parent.parent / EXPORTED_FOLDER / checkpoint.folder.name
+    digest = file_sha256(checkpoint.folder / "checkpoint.json")
+    if _made_from(folder) == digest:
+        return folder
     with locked(folder.parent / ".lock", str(folder)):  # the tasks of an array begin with one checkpoint at once
-        if not (folder / "config.json").is_file():
+        if _made_from(folder) != digest:
+            for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of an export that was killed
+                shutil.rmtree(leftover)
             export(checkpoint, folder)
+            (folder / MADE_FROM).write_text(digest)
     return folder
+
+
+def _made_from(folder: Path) -> str | None:
+    return (folder / MADE_FROM).read_text() if (folder / MADE_FROM).is_file() else None

@@ -110,6 +110,23 @@ def test_a_run_stands_for_its_model(finished_run: Runner, tmp_path: Path) -> Non
     assert model_folder(copy) == folder
 
 
+def test_another_checkpoint_of_the_same_step_is_another_model(finished_run: Runner, tmp_path: Path) -> None:
+    """As after going back to an older step, and on from there with another rate."""
+    run_folder = tmp_path / "run"
+    shutil.copytree(finished_run.folder / "reference", run_folder)
+    shutil.rmtree(run_folder / "exported", ignore_errors=True)
+    [*_, older, newest] = sorted((run_folder / "checkpoints").glob("step-*"))
+    first = load_file(model_folder(newest) / "model.safetensors")
+    (run_folder / "exported" / f".{newest.name}.1-killed.partial").mkdir()
+    made = (run_folder / "exported" / newest.name / "config.json").stat().st_mtime_ns
+    assert (model_folder(newest) / "config.json").stat().st_mtime_ns == made, "once for all who ask"
+    shutil.rmtree(newest)
+    older.rename(newest)
+    second = load_file(model_folder(newest) / "model.safetensors")
+    assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+    assert sorted(path.name for path in (run_folder / "exported").iterdir()) == [".lock", newest.name]
+
+
 def test_what_is_no_model_is_refused(runner: Runner, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no model"):
         model_folder(tmp_path)
