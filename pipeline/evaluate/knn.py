@@ -35,6 +35,7 @@ from pipeline.evaluate.labelled import (
     labelled_splits,
     layer_name,
 )
+from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
 from pipeline.evaluate.pieces import Piece, shared_out
 from pipeline.evaluate.votes import judged, looks
 

@@ -124,6 +124,16 @@ def labelled_splits(evaluation: Evaluation, task: str) -> dict[str, Pictures]:
     return pictures
 
 
+def unfit(evaluation: Evaluation) -> str | None:
+    """Why nothing can be probed on this shard set: a split is absent, or has no labels."""
+    try:
+        for name in SPLITS:
+            evaluation.pictures(name, labelled=True)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def images_by_class(evaluation: Evaluation, pictures: Pictures) -> list[int]:
     """How many of the pictures are of each class, in the order of the shard set's classes."""
     return np.bincount(pictures.labels, minlength=len(evaluation.shards.classes)).tolist()

@@ -38,6 +38,7 @@ from data_prep.seeding import generator
 from pipeline.evaluate.classifier import L2_STRENGTHS, logistic_path
 from pipeline.evaluate.inputs import Evaluation, from_first
 from pipeline.evaluate.labelled import Labelled, description, labelled_splits, layers_of
+from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
 from pipeline.evaluate.pieces import Piece, shared_out
 
 FIGURE = "low_data.png"

@@ -128,6 +128,17 @@ def test_a_model_of_hidden_colours_is_measured_by_what_fits_it(
     assert "completions: left out; completions need a model of the next colour" in capsys.readouterr().out
 
 
+def test_a_set_without_labels_is_measured_by_what_needs_none(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    splits = {name: random_pictures(60, 0, unlabelled=60) for name in ("train", "valid", "test")}
+    bare = write_shard_set(tmp_path / "bare", splits, random_palette())
+    with pytest.raises(ValueError, match="has no labelled pictures in its split train"):
+        run("--shards", str(bare), "--tasks", "density,knn")
+    assert set(results_of(run("--shards", str(bare)))) == {"density", "completions"}
+    assert f"knn: left out; {bare} has no labelled pictures" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
