@@ -24,12 +24,17 @@ class Finished:
         return self.outputs[0]
 
 
+def free_port() -> int:
+    """One that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start(ranks: int, *arguments: object, logs: Path) -> list[subprocess.Popen[bytes]]:
     """Starts `python ARGUMENTS` on some ranks, each in a process group with the others, a log file each."""
     logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     for rank in range(ranks):
         environment = {

@@ -25,7 +25,7 @@ def look(node: str, nodes: list[str], run: Path, shards: str | None, accelerator
     half that time each, which tells whose fault it is.
     """
     began, report = time.monotonic(), Report(node)
-    port, place, count = int(os.environ["MASTER_PORT"]) + 1, nodes.index(node), len(nodes)
+    port, place, count = int(os.environ.get("MASTER_PORT", 29500)) + 1, nodes.index(node), len(nodes)
     meeting = Meeting(nodes[0], port, place, count, accelerators, seconds)
     lines: list[str] = []
     if count > 1 or accelerators:

@@ -161,13 +161,19 @@ class RunFolder:
             self._lock.close()
 
     def _take_lock(self, patience: float) -> None:
-        """patience: seconds for which what an earlier start of the same SLURM job left behind is waited for."""
+        """patience: seconds for which what an earlier start of the same SLURM job left behind is waited for.
+
+        The copies of an array that run one after the other are starts of one job too.
+        """
         self._lock, end, said = (self.path / ".lock").open("a+"), time.monotonic() + patience, False
-        job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        number = array or os.environ.get("SLURM_JOB_ID")
+        job = f", SLURM job {number}" if number else ""
         while not _locked(self._lock):
             self._lock.seek(0)
             holder = self._lock.read().strip() or "not named"
-            left_behind = job and holder.endswith(job) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+            again = array is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+            left_behind = job and holder.endswith(job) and again
             if not left_behind or time.monotonic() > end:
                 raise ValueError(f"{self.path} is being trained by another process ({holder}); wait for it or stop it.")
             if not said:

@@ -13,7 +13,7 @@ import pytest
 from pipeline.preflight.judge import judge
 from pipeline.preflight.node import pairs
 from pipeline.preflight.report import Report, read_line
-from tests.launch import ROOT
+from tests.launch import ROOT, free_port
 
 THREE = ["node1", "node2", "node3"]
 MET = {"met_all": True, "free_bytes": 10**12, "digest": "a" * 64}
@@ -118,7 +118,7 @@ def test_every_neighbour_is_met_in_a_round_and_at_a_port_of_its_own(count: int) 
 def look_from(nodes: list[str], options: list[str], environment: dict[str, str] | None = None) -> list[Report]:
     """Starts the command as srun would, once a node. A node's name is a loopback address."""
     command = [sys.executable, "-m", "pipeline", "preflight", "--nodes", ",".join(nodes), *options]
-    shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": "23450"}
+    shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             command, env={**shared, **(environment or {}), "SLURMD_NODENAME": node}, text=True, stdout=subprocess.PIPE

@@ -161,15 +161,23 @@ def test_two_trainings_of_one_run(runner: Runner, shards: Path) -> None:
     assert "is being trained by another process" in finished.output
 
 
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"},
+        {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7"},  # a later copy
+    ],
+    ids=["restarted", "array"],
+)
 def test_what_an_earlier_start_of_the_same_job_left_behind_is_waited_for(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch
+    job: dict[str, str], runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fcntl
     import threading
 
     (runner.folder / "run").mkdir()
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
     log = runner.folder / "run.logs/rank-0.log"
     with (runner.folder / "run/.lock").open("w+") as lock:
         lock.write("process 1 on node1, SLURM job 7")
@@ -182,7 +190,7 @@ def test_what_an_earlier_start_of_the_same_job_left_behind_is_waited_for(
             fcntl.flock(lock, fcntl.LOCK_UN)
 
         threading.Thread(target=release, daemon=True).start()
-        runner.check_trains("run", 1)
+        runner.check_trains("run", 1, schedule__steps=5, schedule__warmup_steps=2)
     assert "still holds the run (process 1 on node1, SLURM job 7)" in log.read_text()
 
 
