@@ -171,7 +171,8 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a new folder, or a model folder to replace.")
-    if any(folder.iterdir()) and not (folder / "config.json").is_file():
+    whole = all((folder / name).is_file() for name in ("config.json", "preprocessor_config.json"))
+    if any(folder.iterdir()) and (not whole or (folder / ".git").exists()):  # all in it will go
         raise ValueError(f"{folder} is not empty and is no model folder; give a new one, or a model folder to replace.")
 
 

@@ -116,7 +116,8 @@ def _check_replaceable(model: Path, target: Path) -> None:
         raise ValueError(f"--to is dir:{target}, which is a file; name a folder.")
     if not any(target.iterdir()):
         return
-    if not (target / "config.json").is_file() or not (target / CARD).is_file():
+    published = all((target / name).is_file() for name in (*NEEDED, CARD))
+    if not published or (target / ".git").exists():  # all in it will go
         raise ValueError(f"--to is dir:{target}, which holds other files; name a new folder, or a published one.")
     there, here = step_of(target), step_of(model)
     if there is not None and here is not None and here < there:

@@ -235,8 +235,12 @@ def test_other_peoples_folders_are_not_replaced(tmp_path):
     model, config = our_model("igpt")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
-    with pytest.raises(ValueError, match="photos is not empty and is no model folder"):
-        save_model_folder(model, config, PALETTE, tmp_path / "photos")
+    (tmp_path / "checkout/.git").mkdir(parents=True)
+    (tmp_path / "checkout/preprocessor_config.json").write_text("{}")
+    for name in ("photos", "checkout"):
+        (tmp_path / name / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match=f"{name} is not empty and is no model folder"):
+            save_model_folder(model, config, PALETTE, tmp_path / name)
     with pytest.raises(ValueError, match=r"cat.jpg is a file"):
         save_model_folder(model, config, PALETTE, tmp_path / "photos" / "cat.jpg")
     with pytest.raises(ValueError, match=r"shape \(15, 3\); the model needs \(16, 3\)"):
