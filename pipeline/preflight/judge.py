@@ -32,7 +32,8 @@ def judge(reports: Sequence[Report], nodes: Sequence[str], needed_bytes: float, 
     needed_bytes: free disk that the run wants. digest: of the shard set that the run began with, None for a new run.
     Raises ValueError with one sentence for a fault that all nodes share: no other nodes would do better.
     """
-    said = {report.node: report for report in reports if report.node in nodes}
+    heard = {report.node: report for report in reports}  # in the order in which they came
+    said = {node: heard[node] for node in nodes if node in heard}
     if not said:
         return Verdict(again=f"none of the nodes {', '.join(nodes)} could be looked at; srun says why in the job's log")
     for report in said.values():

@@ -64,7 +64,7 @@ def test_silent_nodes_are_left_out_and_all_of_them_tried_again() -> None:
 def test_a_fault_of_all_nodes_is_a_mistake(kind: str) -> None:
     same = {"faults": {kind: "it is not there"}}
     with pytest.raises(ValueError, match=r"it is not there \(on all of node1, node2\)\.$"):
-        judge(reports(THREE[:2], node1=same, node2=same), THREE[:2], 1e9, None)
+        judge(reports(["node2", "node1"], node1=same, node2=same), THREE[:2], 1e9, None)
 
 
 def test_a_single_node_has_accelerators_of_its_own_and_the_shard_set_of_all() -> None:
