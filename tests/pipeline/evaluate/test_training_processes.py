@@ -19,7 +19,7 @@ QUICK = [
     "--distill.learning_rates", "[0.02]",
 ]  # fmt: skip
 TASKS = ("fine_tune", "attentive_probe", "distill")
-SECONDS = 120
+SECONDS = 240
 
 
 def command(model: Path, shards: ShardSet, out: Path, tasks: str) -> list[str]:
