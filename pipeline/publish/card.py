@@ -91,7 +91,7 @@ def _loading(facts: Facts, name: str) -> str:
 ```python
 import torch
 from PIL import Image
-from transformers import {kind}, ImageGPTImageProcessorPil
+from transformers import {kind}, ImageGPTImageProcessorPil  # of transformers 5
 
 model = {kind}.from_pretrained("{name}")
 palette = torch.tensor(ImageGPTImageProcessorPil.from_pretrained("{name}").clusters)  # (colours, 3) in [-1, 1]
