@@ -109,7 +109,7 @@ class CheckpointWeights(Mapping[str, torch.Tensor]):
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises ValueError if its parameters are not those of its configuration."""
         self.config = GPT2Config.from_dict(checkpoint.record.model)
-        self._reader = checkpoint.reader()
+        self._reader = checkpoint.reader(mapped=False)
         with torch.device("meta"):
             self._names = dict(build_model(self.config).named_parameters())
         for name, parameter in self._names.items():

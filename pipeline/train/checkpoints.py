@@ -53,9 +53,9 @@ class Checkpoint:
     folder: Path
     record: CheckpointRecord
 
-    def reader(self) -> FragmentReader:
-        """Its weights and optimizer state, by parameter."""
-        return FragmentReader([self.folder / name for name in sorted(self.record.files)])
+    def reader(self, *, mapped: bool = True) -> FragmentReader:
+        """Its weights and optimizer state, by parameter; `mapped` as FragmentReader has it."""
+        return FragmentReader([self.folder / name for name in sorted(self.record.files)], mapped=mapped)
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
         """What is wrong with the files (every parts-th, from part), or None. Reads them whole."""

@@ -269,11 +269,14 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 class FragmentReader:
     """The fragments of a checkpoint's rank files, read by parameter and range.
 
-    Raises ValueError naming the folder and the parameter if its fragments leave a gap or overlap.
+    mapped: through memory maps, which read no more of a fragment than is wanted; else fragments are read whole, and
+    nothing of them stays resident. Raises ValueError naming the folder and the parameter if its fragments leave a gap
+    or overlap.
     """
 
-    def __init__(self, files: list[Path]) -> None:
-        self._files = [safe_open(str(file), framework="pt", backend="pread") for file in files]
+    def __init__(self, files: list[Path], *, mapped: bool = True) -> None:
+        backend = "mmap" if mapped else "pread"
+        self._files = [safe_open(str(file), framework="pt", backend=backend) for file in files]
         self._folder = files[0].parent
         self._stored: dict[str, dict[Part | None, list[Stored]]] = {}
         for number, file in enumerate(self._files):
