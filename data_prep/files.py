@@ -62,6 +62,8 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in aside.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(aside.stat().st_mode & 0o666)  # as the umask has it; safetensors keeps its files private
             flush_to_disk(path)
         flush_to_disk(aside)
         if folder.exists():

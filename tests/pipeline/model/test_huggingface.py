@@ -1,6 +1,7 @@
 """Model folders against transformers' own classes, in both directions."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -102,6 +103,14 @@ def test_the_folder_is_whole(published):
     assert (folder / "README.md").read_text() == "# A card"
     keys = load_file(folder / "model.safetensors").keys()
     assert keys == CLASSES[block](CLASSES[block].config_class(**SHAPE, tie_word_embeddings=False)).state_dict().keys()
+
+
+def test_colleagues_may_read_it(published):
+    """As far as the umask lets them."""
+    _, folder, _ = published
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~umask}
 
 
 def test_the_image_processor_carries_palette_and_resolution(published):
