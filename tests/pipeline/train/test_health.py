@@ -15,7 +15,7 @@ from pipeline.train.batches import ImageOrder
 from pipeline.train.engine import StepResult
 from pipeline.train.health import Judge
 from pipeline.train.watchdog import describe
-from tests.launch import Finished, finish, start
+from tests.launch import SECONDS, Finished, finish, start
 from tests.pipeline.conftest import Runner
 
 
@@ -27,7 +27,7 @@ def train_ill(
     logs = runner.folder / f"{name}.logs"
     processes = start(ranks, *command, logs=logs)
     if kind == "frozen":
-        assert processes[1 - rank].wait(120) == 1
+        assert processes[1 - rank].wait(SECONDS) == 1
         processes[rank].send_signal(signal.SIGKILL)
     return finish(processes, logs)
 
@@ -151,7 +151,7 @@ def test_spikes_are_six_deviations_above_the_window() -> None:
 
 def test_a_frozen_rank_is_named(runner: Runner) -> None:
     """Its process is stopped: it can't say anything itself."""
-    finished = train_ill(runner, "run", "frozen", 1, (5, 5), health__hang_minutes=0.1)
+    finished = train_ill(runner, "run", "frozen", 1, (5, 5), health__hang_minutes=0.2)
     assert finished.codes == [1, -9]
     assert "rank 1 is silent (stopped, dead, or cut off), rank 0 hangs in training at step 5" in finished.output
     stacks = (runner.folder / "run/stacks/rank-00000.txt").read_text()
@@ -161,14 +161,14 @@ def test_a_frozen_rank_is_named(runner: Runner) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_reading_is_named(runner: Runner) -> None:
-    finished = train_ill(runner, "run", "hang", 1, (5, 5), health__hang_minutes=0.1)
+    finished = train_ill(runner, "run", "hang", 1, (5, 5), health__hang_minutes=0.2)
     assert finished.codes == [1, 1]
     assert "rank 1 hangs in reading at step 5" in finished.output
     assert "read_counted" in (runner.folder / "run/stacks/rank-00001.txt").read_text()
 
 
 def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_collectives(runner: Runner) -> None:
-    finished = train_ill(runner, "run", "stuck", 1, (5, 5), health__hang_minutes=0.1)
+    finished = train_ill(runner, "run", "stuck", 1, (5, 5), health__hang_minutes=0.2)
     assert finished.codes == [1, 1]
     assert "rank 1 is silent" in finished.output
     assert "read_counted" in finished.outputs[1]  # the stuck rank's own stack
