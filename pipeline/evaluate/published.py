@@ -62,6 +62,7 @@ PUBLISHED = (
     Published(FINE_TUNING, "ImageNet 48x48", "iGPT-L, from scratch", "53.2 %", PAPER),
     Published(RELATED, "ImageNet", "EsViT, Swin-B", "81.3 %", "Li et al. 2021 (EsViT)"),
     Published(RELATED, "ImageNet", "SwAV, ResNet-50", "75.3 %", "Caron et al. 2020 (SwAV)"),
-    Published(RELATED, "ImageNet", "SimCLRv2", "80.5 %", "Chen et al. 2020 (SimCLRv2)"),
+    Published(RELATED, "ImageNet", "SimCLRv2, ResNet-152 3x SK", "79.8 %", "Chen et al. 2020 (SimCLRv2), table 1"),
+    Published(RELATED, "ImageNet", "SeLa, ResNet-50", "61.5 %", "Asano et al. 2020 (SeLa)"),
     Published(RELATED, "ImageNet", "SEER, RegNetY-256", "84.2 %", "Goyal et al. 2021 (SEER)"),
 )
