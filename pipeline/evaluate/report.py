@@ -3,6 +3,7 @@
 from html import escape
 from pathlib import Path
 
+from data_prep.files import locked
 from data_prep.shards import ShardSet
 from pipeline.evaluate.curve import draw_curve, has_losses, read_metrics
 from pipeline.evaluate.html import MISSING, figure, note, percent, table, write_page
@@ -12,6 +13,7 @@ from pipeline.evaluate.results import RANDOM_WEIGHTS, Measured, Results, command
 from pipeline.evaluate.sections import Headline, headlines, section
 
 REPORT = "report.html"
+LOCK = ".report.lock"
 CURVE = "training.png"
 BASELINES = {
     "Raw pixels": "raw_pixel_test_accuracy",
@@ -25,8 +27,14 @@ def write_report(folder: Path, facts: ModelFacts, shards: ShardSet, random_weigh
     """Writes RESULTS/report.html and results.json from the results that stand in the folder; returns the page's path.
 
     random_weights: the folder of results of the same model with initial weights; RESULTS/random_weights if not given.
-    Results of another model or shard set are left out, and the report says so.
+    Results of another model or shard set are left out, and the report says so. Of several commands that finish tasks
+    at once one writes after the other, so that the last one's report has them all.
     """
+    with locked(folder / LOCK, str(folder / REPORT)):
+        return _write_report(folder, facts, shards, random_weights)
+
+
+def _write_report(folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None) -> Path:
     from pipeline.evaluate.tasks import TASKS
 
     order = list(TASKS)

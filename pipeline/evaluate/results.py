@@ -10,7 +10,7 @@
     published       numbers of the paper and related systems: measure, dataset, system, value, source
     commands        of the training and of the measurements
 
-The file is written after each task, whole or not at all.
+The file is written after the last task of a command, whole or not at all.
 """
 
 from dataclasses import asdict, dataclass

@@ -3,10 +3,13 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -22,7 +25,10 @@ from pipeline.evaluate.sections import headlines, section
 from pipeline.evaluate.tasks import LONG, TASKS, evaluate
 from pipeline.model.huggingface import load_model_folder
 
-QUICK = ["--linear_probe.l2", "[0.1]", "--completions.images", "3", "--completions.samples", "2"]
+QUICK = [
+    "--linear_probe.l2", "[0.1]", "--low_data.l2", "[0.1]", "--low_data.subsets", "2", "--completions.images", "3",
+    "--completions.samples", "2",
+]  # fmt: skip
 README = Path(__file__).parents[3] / "README.md"
 
 
@@ -49,10 +55,10 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
-@pytest.fixture
-def trained_model(model_folder: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model folder with the record of a training beside it."""
-    folder = tmp_path / "trained"
+    folder = tmp_path_factory.mktemp("model") / "trained"
     (folder / "training").mkdir(parents=True)
     for file in model_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -67,9 +73,9 @@ def trained_model(model_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def measure_all(shards_folder: Path, toy_network: Path) -> Callable[..., Path]:
-    """Measures a model with every task and writes its report; returns the folder of results."""
+    """Measures a model with every usual task and writes its report; returns the folder of results."""
 
     def measure(model: Path, out: Path, *arguments: str) -> Path:
         quick = [*QUICK, "--completions.feature_network", str(toy_network)]
@@ -79,8 +85,13 @@ def measure_all(shards_folder: Path, toy_network: Path) -> Callable[..., Path]:
     return measure
 
 
-def test_the_report_needs_no_other_file(trained_model: Path, measure_all: Callable[..., Path], tmp_path: Path) -> None:
-    out = measure_all(trained_model, tmp_path / "results")
+@pytest.fixture(scope="module")
+def out(trained_model: Path, measure_all: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of every usual task."""
+    return measure_all(trained_model, tmp_path_factory.mktemp("measured") / "results")
+
+
+def test_the_report_needs_no_other_file(out: Path) -> None:
     text = (out / "report.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -110,8 +121,7 @@ def test_the_report_needs_no_other_file(trained_model: Path, measure_all: Callab
     assert "--run &lt;RUN&gt;" in text
 
 
-def test_results_json_has_everything(trained_model: Path, measure_all: Callable[..., Path], tmp_path: Path) -> None:
-    out = measure_all(trained_model, tmp_path / "results")
+def test_results_json_has_everything(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert (results["format"], results["version"]) == ("image-gpt-results", 1)
     assert results["tasks"] == {task: json.loads((out / f"{task}.json").read_text()) for task in set(TASKS) - set(LONG)}
@@ -173,6 +183,22 @@ def test_results_of_another_model_are_left_out(
     text = write_report(out, model_facts(trained_model, load_model_folder(trained_model)), shards).read_text()
     assert "of another model or shard set: density.json" in text
     assert "The numbers" not in Page(text).headings
+
+
+def test_tasks_that_finish_at_once_are_all_in_the_report(
+    trained_model: Path, shards: ShardSet, out: Path, tmp_path: Path
+) -> None:
+    """Another command holds the report while it leaves its result: the one that waited has it too."""
+    out = copytree(out, tmp_path / "results")
+    (out / "density.json").rename(tmp_path / "density.json")
+    words = "import fcntl, os, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
+    words += "print('held', flush=True); time.sleep(1); os.rename(*sys.argv[2:])"
+    arguments = [out / ".report.lock", tmp_path / "density.json", out / "density.json"]
+    holder = subprocess.Popen([sys.executable, "-c", words, *map(str, arguments)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    page = write_report(out, model_facts(trained_model, load_model_folder(trained_model)), shards)
+    assert holder.wait() == 0
+    assert "Density" in Page(page.read_text()).headings
 
 
 def test_a_new_task_is_a_file_and_a_line(
