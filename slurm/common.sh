@@ -273,7 +273,7 @@ test_pretrain() {
   nodes=$(awk -F= '/^#SBATCH --nodes=/ {print $2}' "$script")
   each=$((ACCELERATORS_PER_NODE > 0 ? ACCELERATORS_PER_NODE : 1))
   without "--run" "$@"
-  echo "$nodes nodes of $each ranks (sbatch --nodes=N takes others)"
+  echo "$nodes nodes of $each ranks (ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE; sbatch --nodes=N takes other nodes)"
   run_python -m pipeline plan --config "$REPOSITORY/configs/$recipe.yaml" --accelerator "$ACCELERATOR" \
     --ranks $((nodes * each)) --ranks_per_node "$each" "${REST[@]}"
   echo
@@ -284,7 +284,7 @@ test_pretrain() {
 test_script() {
   echo "would be submitted: sbatch $*"
   if command -v sbatch >/dev/null; then
-    sbatch --test-only "$1"
+    sbatch --test-only "$1" || die "SLURM does not take the script now (its word is above); nothing was submitted."
   else
     echo "(there is no sbatch here to ask)"
   fi

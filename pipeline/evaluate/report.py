@@ -2,6 +2,7 @@
 
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from data_prep.files import locked
 from data_prep.shards import ShardSet
@@ -46,7 +47,7 @@ def _write_report(folder: Path, facts: ModelFacts, shards: ShardSet, random_weig
         _curve(folder, facts, shards, measured.tasks),
         *(section(task, measured.tasks[task], folder) for task in tasks),
         _beside_the_paper(tasks, measured.tasks, shards),
-        _how_to_read(facts),
+        _how_to_read(facts, measured.tasks, shards),
         _commands(facts, measured),
     ]
     page = folder / REPORT
@@ -158,20 +159,35 @@ def _line(dataset: str, system: str, value: str, source: str, mark: str = "") ->
     )
 
 
-def _how_to_read(facts: ModelFacts) -> str:
+def _how_to_read(facts: ModelFacts, results: Results, shards: ShardSet) -> str:
     seen = "" if facts.images_seen is None else f" and saw {facts.images_seen:,} pictures"
-    return (
-        "<h2>How to read this</h2>\n"
-        f"<p>The paper's smallest model has 76 million parameters and saw 128 million pictures. This one has "
-        f"{facts.parameters:,}{seen}. A model of well under a million parameters and some ten thousand pictures learns "
-        "local structure: it continues colours, gradients and edges, and beats what one neighbouring colour tells. It "
-        "draws no objects, and its probe shows texture and colour more than meaning. That a middle or late layer does "
-        "better than the first, and trained weights better than random ones, says that training built something; "
-        "whether it also beats a colour histogram depends on how far colour alone gives the class away, which is why "
-        "those baselines are printed.</p>\n"
-        "<p>Where the classes are windows of a few photographs, test windows of one photograph resemble each other, so "
-        "the true uncertainty of an accuracy is larger than its binomial error.</p>"
-    )
+    sentences = [
+        "The paper's smallest model has 76 million parameters and saw 128 million pictures.",
+        f"This one has {facts.parameters:,}{seen}.",
+        *_known_by_density(results.get("density", {})),
+        "That a middle or late layer does better than the first, and trained weights better than random ones, says "
+        "that training built something; whether it also beats a colour histogram depends on how far colour alone gives the "
+        "class away, which is why those baselines are printed.",
+    ]
+    if shards.name == "photographs":
+        sentences.append(
+            "The classes are windows of a few photographs, and test windows of one photograph resemble each other: the "
+            "true uncertainty of an accuracy is larger than its binomial error."
+        )
+    return f"<h2>How to read this</h2>\n<p>{' '.join(sentences)}</p>"
+
+
+def _known_by_density(density: dict[str, Any]) -> list[str]:
+    """What the model's nats say beside those of counts."""
+    if not density or density["masked"]:
+        return []
+    if density["nats_per_color"] >= density["bigram_nats_per_color"]:
+        return ["It predicts colours no better than the previous colour alone does: trained for longer, it would."]
+    if density["nats_per_color"] >= density["left_times_above_nats_per_color"]:
+        return [
+            "It beats what the previous colour tells, not what two neighbours tell: it continues colours, no objects."
+        ]
+    return ["It beats what two neighbouring colours tell, so it has learned structure beyond them."]
 
 
 def _commands(facts: ModelFacts, measured: Measured) -> str:

@@ -201,6 +201,26 @@ def test_tasks_that_finish_at_once_are_all_in_the_report(
     assert "Density" in Page(page.read_text()).headings
 
 
+@pytest.mark.parametrize(
+    ("nats", "words"),
+    [
+        (3.5, "no better than the previous colour"),
+        (2.8, "not what two neighbours tell"),
+        (2.0, "structure beyond them"),
+    ],
+)
+def test_how_to_read_follows_the_numbers(
+    trained_model: Path, shards: ShardSet, out: Path, tmp_path: Path, nats: float, words: str
+) -> None:
+    out = copytree(out, tmp_path / "results")
+    density = json.loads((out / "density.json").read_text())
+    baselines = {"bigram_nats_per_color": 3.0, "left_times_above_nats_per_color": 2.5}
+    (out / "density.json").write_text(json.dumps(density | baselines | {"nats_per_color": nats}))
+    page = write_report(out, model_facts(trained_model, load_model_folder(trained_model)), shards)
+    assert words in page.read_text()
+    assert "few photographs" not in page.read_text()  # the pictures are dots
+
+
 def test_a_new_task_is_a_file_and_a_line(
     trained_model: Path,
     measure_all: Callable[..., Path],
