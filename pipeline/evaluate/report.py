@@ -166,8 +166,8 @@ def _how_to_read(facts: ModelFacts, results: Results, shards: ShardSet) -> str:
         f"This one has {facts.parameters:,}{seen}.",
         *_known_by_density(results.get("density", {})),
         "That a middle or late layer does better than the first, and trained weights better than random ones, says "
-        "that training built something; whether it also beats a colour histogram depends on how far colour alone gives the "
-        "class away, which is why those baselines are printed.",
+        "that training built something; whether it also beats a colour histogram depends on how far colour alone gives "
+        "the class away, which is why those baselines are printed.",
     ]
     if shards.name == "photographs":
         sentences.append(
