@@ -84,21 +84,39 @@ def _facts(evaluation: Evaluation, pictures: Pictures, draw: int) -> dict[str, o
 def _compute(evaluation: Evaluation, pictures: Pictures, draw: int, cache: "Cache", done: set[int]) -> None:
     """This rank's batches, as far as they were not done before."""
     model, accelerator = evaluation.model.model, evaluation.accelerator
-    features = np.load(cache.path, mmap_mode="r+")  # (L+1, N, D)
     fresh: list[int] = []
     noted_at = time.monotonic()
-    with torch.inference_mode(), accelerator.autocast(), pooled_layers(model) as pooled:
+    with (
+        torch.inference_mode(),
+        accelerator.autocast(),
+        pooled_layers(model) as pooled,
+        cache.path.open("r+b", buffering=0) as file,
+    ):
+        first_byte = np.load(cache.path, mmap_mode="r").offset
         for place, tokens in evaluation.batches(pictures, f"features of {pictures.split.name}", done):
             inputs, _ = evaluation.inputs_and_targets(tokens, pictures.indices[place], draw)  # (B, T)
             model.transformer(inputs)
-            features[:, place] = torch.stack(pooled).cpu().numpy()  # (L+1, B, D)
+            _write_rows(file.fileno(), first_byte, torch.stack(pooled).cpu().numpy(), place.start, len(pictures))
             fresh.append(place.start)
             if time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
-                features.flush()
+                os.fsync(file.fileno())
                 cache.note(accelerator.process_index, fresh)
                 fresh, noted_at = [], time.monotonic()
-    features.flush()
+        os.fsync(file.fileno())
     cache.note(accelerator.process_index, fresh)
+
+
+def _write_rows(descriptor: int, first_byte: int, batch: np.ndarray, start: int, pictures: int) -> None:
+    """Writes a batch float32 (L+1, B, D) to its place in the file's array (L+1, N, D).
+
+    Byte by byte, not through a map: two nodes that map the same page of a network file lose one another's edges.
+    """
+    for layer, rows in enumerate(batch):  # (B, D)
+        place = first_byte + (layer * pictures + start) * rows[0].nbytes
+        left = rows.tobytes()
+        while left:
+            written = os.pwrite(descriptor, left, place)
+            left, place = left[written:], place + written
 
 
 class Cache:
