@@ -44,7 +44,7 @@ TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
 }
 WAYS = ("kill all", "kill one", "USR1", "STOP file")
 MOMENTS = ("anywhere", "during a save", "during the load")
-PATIENCE = 120.0
+PATIENCE = 600.0
 TOLERANCE = 1e-5
 
 
