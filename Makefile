@@ -36,7 +36,7 @@ demo: $(SET_UP)
 	    --config configs/demo.yaml --run $(DEMO)/run --data.shards $(DEMO)/shards
 	$(BIN)/python -m pipeline export $(DEMO)/run --out $(DEMO)/model
 	$(BIN)/python -m pipeline evaluate $(DEMO)/model --shards $(DEMO)/shards \
-	    --tasks density,linear_probe,completions --completions.distance_images 250 --out $(DEMO)/results
+	    --tasks density,linear_probe,completions --completions.distance_images 0 --out $(DEMO)/results
 	@echo
 	@echo "Done. What came out:"
 	@echo "  report       $(DEMO)/results/report.html"
