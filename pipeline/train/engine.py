@@ -159,15 +159,18 @@ def weights_digest(parameters: Iterable[torch.Tensor]) -> str:
     return hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
 
 
-def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> Engine:
-    """Builds the model in its place, initialised by config.seed; needs the process group."""
+def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks, initial: bool = True) -> Engine:
+    """Builds the model in its place, initialised by config.seed; needs the process group.
+
+    initial: False leaves the weights as the memory is, for a checkpoint to fill.
+    """
     if config.parallel.pipeline_stages > 1:
         from pipeline.train.stages import StagesEngine
 
-        return StagesEngine(config, model_config, ranks)
+        return StagesEngine(config, model_config, ranks, initial)
     from pipeline.train.zero import ZeroEngine
 
-    return ZeroEngine(config, model_config, ranks)
+    return ZeroEngine(config, model_config, ranks, initial)
 
 
 def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
@@ -230,5 +233,9 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def to_device(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint16 on the host to int64 on the device; widened there, so that two bytes a token are copied."""
-    return torch.from_numpy(np.ascontiguousarray(tokens)).to(device).long()
+    """uint16 on the host to int64 on the device; widened there, so that two bytes a token are copied, and not waited
+    for on an accelerator."""
+    narrow = torch.from_numpy(np.ascontiguousarray(tokens))
+    if device.type == "cuda":
+        narrow = narrow.pin_memory()
+    return narrow.to(device, non_blocking=True).long()

@@ -26,6 +26,7 @@ from pipeline.train.ranks import (
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
+from pipeline.train.start import StartClock
 from pipeline.train.telemetry import SKIPPED_FILE, StepClock, peak_memory_bytes, peak_memory_table
 from pipeline.train.validation import spread, validation_loss
 from pipeline.train.watchdog import Watchdog, group_timeout
@@ -41,6 +42,8 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
 
     Raises ValueError or OSError for a user's mistake, Diverged if the numbers are no longer finite.
     """
+    start_clock = StartClock()
+    start_clock.mark("imports")
     ranks, folder, stop = describe_ranks(), RunFolder(run), StopRequests(run)
     with one_voice(ranks.local_rank == 0):
         inputs = check_inputs(config, ranks)
@@ -50,14 +53,17 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         for line in folder.changes(config):
             print(f"without effect on a finished run: {line}", flush=True)
         return FINISHED
+    start_clock.mark("checks")
     start_group(ranks, group_timeout(config.health.hang_minutes))
+    start_clock.mark("ranks meeting")
     try:
         with failing_together():
             if ranks.is_first:
                 folder.open(config, inputs.shards, command, ranks.count)
         verify_shards(inputs.shards, folder, ranks)
         watchdog = Watchdog(folder, ranks, config.health.hang_minutes)
-        session = set_up(inputs, folder, stop, watchdog)
+        start_clock.mark("shards' digests")
+        session = set_up(inputs, folder, stop, watchdog, start_clock)
         with finishing_saves(session.store):
             progress = run_loop(inputs, session)
         finished = progress.step >= config.schedule.steps
@@ -115,6 +121,9 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
             "memory_bytes": signs.memory_bytes,
         }
         telemetry.training_step(row)
+        if progress == session.start:
+            session.start_clock.mark("first step")
+            telemetry.say(session.start_clock.describe())
         telemetry.say(profiler.after(step))
         telemetry.say(slow_ranks.look(engine, waited))
         if odd is not None:

@@ -46,6 +46,33 @@ class Pending:
     """What this rank's part of it is, once written: bytes and sha256."""
 
 
+def newest_whole(folder: Path, ranks: Ranks) -> Checkpoint | None:
+    """The newest checkpoint in `folder` whose files all are what was written; the ranks share the reading.
+
+    Says which ones it passed over. Raises ValueError if there are checkpoints and none is whole.
+    """
+    candidates = from_first([str(path) for path in reversed(checkpoints.published(folder))])
+    for candidate in candidates:
+        checkpoint, damage = None, None
+        try:
+            checkpoint = checkpoints.open_checkpoint(Path(candidate))
+            if checkpoint.record.step != checkpoints.step_of(checkpoint.folder):
+                raise ValueError(f"it holds step {checkpoint.record.step}")
+            damage = checkpoint.damage(ranks.rank, ranks.count)
+        except (ValueError, OSError) as error:
+            damage = str(error)
+        damage = first_word(damage)
+        if damage is None:
+            return checkpoint
+        if ranks.is_first:
+            print(f"WARNING: passed over {candidate}: {damage}", flush=True)
+    if candidates:
+        raise ValueError(
+            f"{folder} holds {len(candidates)} checkpoints and none is whole; put a copy back, or name a new --run."
+        )
+    return None
+
+
 class Store:
     """A run's checkpoints, and what they must agree with."""
 
@@ -124,33 +151,6 @@ class Store:
                 aside = checkpoints.aside_folder(self.folder, pending.progress.step)
                 checkpoints.publish(aside, self._record(pending.progress, pending.probe, files, sums))
                 checkpoints.retain(self.folder, self.config.checkpoint, pending.progress.step)
-
-    def newest_whole(self) -> Checkpoint | None:
-        """The newest checkpoint whose files all are what was written; the ranks share the reading.
-
-        Says which ones it passed over. Raises ValueError if there are checkpoints and none is whole.
-        """
-        candidates = from_first([str(path) for path in reversed(checkpoints.published(self.folder))])
-        for candidate in candidates:
-            checkpoint, damage = None, None
-            try:
-                checkpoint = checkpoints.open_checkpoint(Path(candidate))
-                if checkpoint.record.step != checkpoints.step_of(checkpoint.folder):
-                    raise ValueError(f"it holds step {checkpoint.record.step}")
-                damage = checkpoint.damage(self.ranks.rank, self.ranks.count)
-            except (ValueError, OSError) as error:
-                damage = str(error)
-            damage = first_word(damage)
-            if damage is None:
-                return checkpoint
-            if self.ranks.is_first:
-                print(f"WARNING: passed over {candidate}: {damage}", flush=True)
-        if candidates:
-            raise ValueError(
-                f"{self.folder} holds {len(candidates)} checkpoints and none is whole; put a copy back, or name a "
-                f"new --run."
-            )
-        return None
 
     def load(self, checkpoint: Checkpoint, engine: Engine) -> Progress:
         """Fills the engine from a checkpoint of any topology, and proves it.

@@ -16,10 +16,11 @@ from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import Judge, StopRequests
 from pipeline.train.masking import MaskedBatches, MaskedSplit
 from pipeline.train.offload import check_compilers
-from pipeline.train.persistence import Progress, Store
+from pipeline.train.persistence import Progress, Store, newest_whole
 from pipeline.train.profiling import Profiler
 from pipeline.train.ranks import Ranks, failing_together, from_first
 from pipeline.train.run_folder import RunFolder
+from pipeline.train.start import StartClock
 from pipeline.train.stream_order import StreamOrder
 from pipeline.train.streaming import GUARANTEES, StreamedBatches
 from pipeline.train.summary import Throughput, describe
@@ -73,6 +74,7 @@ class Session:
     profiler: Profiler
     stop: StopRequests
     start: Progress
+    start_clock: StartClock
 
 
 def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
@@ -109,17 +111,22 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     return Inputs(config, model_config, shards, ranks)
 
 
-def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watchdog) -> Session:
+def set_up(
+    inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watchdog, start_clock: StartClock
+) -> Session:
     """Builds the engine, resumes the newest whole checkpoint and says what is about to happen."""
     config, shards, ranks = inputs.config, inputs.shards, inputs.ranks
     torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
-    engine = build_engine(config, inputs.model_config, ranks)
+    checkpoint = newest_whole(folder.checkpoints, ranks)
+    start_clock.mark("looking at checkpoints")
+    engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
+    start_clock.mark("model and engine")
     order, batches = choose_reader(inputs, engine)
     if inputs.masks is not None:
         batches = MaskedBatches(batches, inputs.masks, engine.data_rank)
     store = Store(folder.checkpoints, config, inputs.model_config, shards, order, inputs.held_out, ranks)
-    checkpoint = store.newest_whole()
     start = store.load(checkpoint, engine) if checkpoint else Progress()
+    start_clock.mark("loading")
     throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
     telemetry, rows = Telemetry(), []
     with failing_together():
@@ -132,7 +139,7 @@ def set_up(inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watc
         print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
         if shards.address is not None:
             print(GUARANTEES, flush=True)
-    return Session(engine, batches, store, telemetry, throughput, judge, watchdog, profiler, stop, start)
+    return Session(engine, batches, store, telemetry, throughput, judge, watchdog, profiler, stop, start, start_clock)
 
 
 def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:

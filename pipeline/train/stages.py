@@ -85,7 +85,7 @@ class End(nn.Module):
 class StagesEngine(Engine):
     """A stage runs its blocks on one micro-batch of its data-parallel rank after the other."""
 
-    def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks, initial: bool) -> None:
         self._config, self._model_config, self._ranks = config, model_config, ranks
         self._inputs_and_targets = objectives.inputs_and_targets(config.objective)
         self.data_ranks = config.parallel.data_ranks(ranks.count)
@@ -98,7 +98,8 @@ class StagesEngine(Engine):
                 loss_fn=self._mean_nats,
                 partition_method=f"type:{Middle.__name__}",
             )
-            self._initialize()
+            if initial:
+                self._initialize()
             optimizer = new_optimizer(config, self._own_parameters(), ranks.device)
             self._gate = Gate(optimizer, self._loss_and_norm)
             self._engine, *_ = deepspeed.initialize(
@@ -166,8 +167,7 @@ class StagesEngine(Engine):
 
     def _micro_batches(self, tokens: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inputs and targets, each long (micro_size, T); `tokens` must be a multiple of micro_size pictures."""
-        for start in range(0, len(tokens), self._config.batch.micro_size):
-            micro = to_device(tokens[start : start + self._config.batch.micro_size], self._ranks.device)
+        for micro in to_device(tokens, self._ranks.device).split(self._config.batch.micro_size):
             yield self._inputs_and_targets(micro, self._model_config.colors)
 
     def _evaluated(self, tokens: np.ndarray, output: LossFunction, shape: tuple[int, ...]) -> torch.Tensor:

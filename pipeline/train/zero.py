@@ -35,7 +35,7 @@ class ZeroEngine(Engine):
     """Every rank, or group of tensor-parallel ranks, runs the whole model on pictures of its own; ZeRO spreads what the
     stage says."""
 
-    def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks, initial: bool) -> None:
         self.data_rank, self.data_ranks = (
             ranks.rank // config.parallel.tensor_parallel,
             config.parallel.data_ranks(ranks.count),
@@ -43,7 +43,7 @@ class ZeroEngine(Engine):
         self._config, self._model_config, self._ranks = config, model_config, ranks
         self._inputs_and_targets = objectives.inputs_and_targets(config.objective)
         settings = deepspeed_config(config, ranks)
-        model = _initialized_model(config, model_config, settings, ranks.device)
+        model = _new_model(config, model_config, settings, ranks.device, initial)
         self._place = fragments.Place(self.data_rank, self.data_ranks, tensor_parallel.parts(model, config, ranks))
         if config.parallel.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -58,7 +58,7 @@ class ZeroEngine(Engine):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._timer = ForwardTimer(self._engine.module, ranks.device)
         self.work = f"part {ranks.rank % config.parallel.tensor_parallel}"
-        self._loss = 0.0
+        self._loss = torch.zeros(1, device=ranks.device)
         self._own_norm: float | None = None
 
     def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
@@ -66,7 +66,7 @@ class ZeroEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._gate.arm(accept)
-        micro_batches = np.split(tokens, len(tokens) // self._config.batch.micro_size)
+        micro_batches = to_device(tokens, self._ranks.device).split(self._config.batch.micro_size)
         self._engine.set_train_batch_size(len(tokens) * self.data_ranks)
         self._engine.micro_steps = 0  # it finds the last micro-batch by dividing, and the batch may have grown
         total = torch.zeros(1, device=self._ranks.device)
@@ -75,16 +75,16 @@ class ZeroEngine(Engine):
             self._engine.backward(loss)
             total += loss.detach()
             if self._engine.is_gradient_accumulation_boundary():
-                self._loss = mean_over_ranks(total / len(micro_batches)).item()
+                self._loss = mean_over_ranks(total / len(micro_batches))  # read with the norm: one wait a step
                 self._own_norm = self._clip() if self._config.parallel.zero_stage == 0 else None
             self._engine.step()
-        return self._gate.result(self._loss)
+        return self._gate.result(self._loss.item())
 
     def evaluate(self, tokens: np.ndarray) -> np.ndarray:
         self._engine.eval()
         size = self._config.batch.micro_size
         with torch.no_grad():
-            pieces = [self._picture_nats(tokens[at : at + size]) for at in range(0, len(tokens), size)]
+            pieces = [self._picture_nats(micro) for micro in to_device(tokens, self._ranks.device).split(size)]
         return torch.cat(pieces).double().cpu().numpy()
 
     def snapshot(self, earlier: fragments.Tensors | None = None) -> tuple[fragments.Tensors, list[dict[str, Any]]]:
@@ -107,16 +107,16 @@ class ZeroEngine(Engine):
         self._engine.eval()
         return complete_halves(self._engine.module, tokens, samples=samples, seed=seed)
 
-    def _picture_nats(self, tokens: np.ndarray) -> torch.Tensor:
-        """fp32 (B,): mean nats of each picture's predicted tokens."""
+    def _picture_nats(self, tokens: torch.Tensor) -> torch.Tensor:
+        """fp32 (B,): mean nats of each picture's predicted tokens; of integers (B, T) on the device."""
         colors = self._model_config.colors
-        inputs, targets = self._inputs_and_targets(to_device(tokens, self._ranks.device), colors)
+        inputs, targets = self._inputs_and_targets(tokens, colors)
         logits = self._engine(input_ids=inputs).logits  # (B, T, V)
         return objectives.picture_loss(logits, targets, colors)
 
     def _loss_and_norm(self) -> tuple[float, float]:
         norm = self._engine.optimizer._global_grad_norm if self._own_norm is None else self._own_norm
-        return self._loss, float(norm)
+        return self._loss.item(), float(norm)
 
     def _clip(self) -> float:
         """ZeRO-0 has no optimizer of DeepSpeed's that would measure and clip the gradient."""
@@ -124,14 +124,15 @@ class ZeroEngine(Engine):
         return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
 
-def _initialized_model(
-    config: TrainConfig, model_config: GPT2Config, settings: dict[str, Any], device: torch.device
+def _new_model(
+    config: TrainConfig, model_config: GPT2Config, settings: dict[str, Any], device: torch.device, initial: bool
 ) -> nn.Module:
-    """The model with its initial weights; under ZeRO-3 it is born partitioned and filled parameter by parameter."""
+    """The model, with its initial weights if wanted; under ZeRO-3 it is born partitioned and filled parameter by
+    parameter."""
     partitioned = config.parallel.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else torch.device(device):
         model = build_model(model_config)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if initial else ():
         gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
         with gathered, torch.no_grad():
             parameter.copy_(initial_value(name, full_shape(parameter), model_config, config.seed))
