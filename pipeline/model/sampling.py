@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+
+from pipeline.model.decoding import Decoder
 
 NextScores = Callable[[torch.Tensor], torch.Tensor]
 """Of SOS and the colours so far, long (B, P + 1), to the scores of the next colour, (B, V). P grows by one a call."""
@@ -35,10 +36,10 @@ def complete(
     colors = model.config.colors
     assert total <= model.config.n_positions, f"{total} asked for, {model.config.n_positions} positions"
     was_training = model.training
-    model.eval()  # GPT-2 ignores the cache while it trains with activation checkpointing
+    model.eval()
     try:
         with torch.no_grad():
-            return _drawn(_cached_scores(model, total), prefix, total, colors, seed, temperature, first_picture)
+            return _drawn(Decoder(model, total), prefix, total, colors, seed, temperature, first_picture)
     finally:
         model.train(was_training)
 
@@ -87,20 +88,6 @@ def _drawn(
     return tokens[:, 1:]
 
 
-def _cached_scores(model: nn.Module, total: int) -> NextScores:
-    """Asks for the new positions alone: at first SOS and the prefix, then one colour."""
-    cache = Cache(layers=[_PreallocatedLayer(total) for _ in range(model.config.n_layer)])
-    seen = 0
-
-    def next_scores(so_far: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
-        output = model(input_ids=so_far[:, seen:], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        seen = so_far.shape[1]
-        return output.logits[:, -1, : model.config.colors]
-
-    return next_scores
-
-
 def draw(logits: torch.Tensor, thresholds: torch.Tensor, temperature: float) -> torch.Tensor:
     """Colours, long (B,): where the cumulative probabilities of logits (B, V) pass `thresholds` (B,) in [0, 1)."""
     if temperature == 0:
@@ -119,35 +106,3 @@ def _thresholds(seed: int, first_picture: int, pictures: int, total: int) -> tor
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         rows.append(torch.rand(total, generator=generator, dtype=torch.float64, device="cpu"))
     return torch.stack(rows) if rows else torch.empty(0, total, dtype=torch.float64)
-
-
-class _PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values in memory for `capacity` positions: nothing is copied as it fills.
-
-    transformers' DynamicLayer copies everything at every position; its StaticLayer attends to the empty positions too,
-    under a mask that keeps the fused kernels away.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity = capacity
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        images, heads, _, head_width = key_states.shape
-        self.memory = key_states.new_empty(2, images, heads, self.capacity, head_width)
-        self.keys, self.values = self.memory[..., :0, :]
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds (B, H, new, D/H) to each; returns all so far, (B, H, seen + new, D/H)."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
-        self.memory[0, :, :, start:end] = key_states
-        self.memory[1, :, :, start:end] = value_states
-        self.keys, self.values = self.memory[..., :end, :]
-        return self.keys, self.values
