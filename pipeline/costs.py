@@ -5,12 +5,16 @@ is part of a matrix product, and 12 * L * T * D for attention, counted in full a
 Recomputed activations do not count. L layers, T positions, D width, V colours.
 """
 
+from __future__ import annotations
+
 import re
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import GPT2Config
+if TYPE_CHECKING:
+    import torch
+    from transformers import GPT2Config
 
 STATE_BYTES = 12
 """Of each parameter in a checkpoint: fp32 master weight and two moments."""
@@ -101,6 +105,8 @@ def device_peak(device: torch.device, precision: str) -> Peak:
     An accelerator of the table: its dense bf16 peak, for fp32 too. Any other device, CPUs among them: the rate of a
     large matrix product in `precision` (bf16 or fp32), measured in 0.3 s with the threads that this process has.
     """
+    import torch
+
     if device.type == "cuda":
         accelerator = find_accelerator(torch.cuda.get_device_name(device))
         if accelerator is not None:
@@ -111,6 +117,8 @@ def device_peak(device: torch.device, precision: str) -> Peak:
 
 def measured_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the fastest of the square matrix products that fit into 0.3 s, after one to warm up."""
+    import torch
+
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     matrix = torch.randn(size, size, dtype=dtype, device=device, generator=generator)

@@ -4,11 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.command_line import new_parser, parse
+from data_prep.command_line import new_parser, parse, value_of
 from data_prep.files import write_json
 from data_prep.shards import open_shard_set
 from pipeline import costs
-from pipeline.config import TrainConfig, training_config
+from pipeline.config import TrainConfig, require_positive, training_config
+from pipeline.plan.block_times import BlockTimes, read_block_times
+from pipeline.plan.hardware import hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
 
 DISK_BYTES_A_SECOND = 1e9
@@ -19,6 +21,9 @@ CPU = costs.Accelerator("CPU", 1e12, float("inf"), "", "nominal: a rank on CPU")
 
 def plan_command(arguments: list[str]) -> int:
     """Prints the plan. Returns 0 if the configured layout fits, 1 if not. Raises ValueError naming a wrong key."""
+    named = value_of("--accelerator", arguments)
+    if named is not None:
+        _accelerator(named)  # before parsing, which takes a second
     parser = new_parser(
         "python -m pipeline plan", "Memory, time and layouts of a run on accelerators you need not have."
     )
@@ -26,18 +31,52 @@ def plan_command(arguments: list[str]) -> int:
     parser.add_argument("--accelerator", type=str, required=True, help=f"One of {', '.join(costs.ACCELERATORS)}, cpu.")
     parser.add_argument("--ranks", type=int, required=True, help="Accelerators in all.")
     parser.add_argument("--ranks_per_node", type=int, default=8, help="Accelerators that share a node.")
-    parser.add_argument("--mfu", type=float, default=0.4, help="Fraction of the peak that computing reaches.")
+    parser.add_argument(
+        "--block_times",
+        type=str,
+        default=None,
+        help="A JSON file of blocks measured on the accelerator; pipeline/plan/block_times.py has its form.",
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=None, help="Instead: the fraction of the peak that computing alone reaches."
+    )
+    for line, where in (("node", "of its node"), ("network", "of other nodes")):
+        parser.add_argument(
+            f"--{line}_gb_per_second",
+            type=float,
+            default=None,
+            help=f"GB/s that an accelerator sends to those {where}, as measured; else from a table.",
+        )
     parser.add_argument("--json", type=str, default=None, help="Write the plan to this file too.")
     parser.add_class_arguments(TrainConfig)
     parsed = parse(parser, arguments)
-    config = training_config(parsed)
-    cluster = Cluster(_accelerator(parsed.accelerator), parsed.ranks, parsed.ranks_per_node, parsed.mfu)
-    if not 0 < cluster.mfu <= 1:
-        raise ValueError(f"--mfu is {cluster.mfu}; it must be above 0 and at most 1.")
+    return _plan(training_config(parsed), _cluster(parsed), parsed.json)
+
+
+def _cluster(parsed: Any) -> Cluster:
     for key in ("ranks", "ranks_per_node"):
-        if getattr(cluster, key) < 1:
-            raise ValueError(f"--{key} is {getattr(cluster, key)}; it must be at least 1.")
-    return _plan(config, cluster, parsed.json)
+        if parsed[key] < 1:
+            raise ValueError(f"--{key} is {parsed[key]}; it must be at least 1.")
+    for key in ("node_gb_per_second", "network_gb_per_second"):
+        if parsed[key] is not None:
+            require_positive(f"--{key}", parsed[key])
+    if parsed.mfu is not None and not 0 < parsed.mfu <= 1:
+        raise ValueError(f"--mfu is {parsed.mfu}; it must be above 0 and at most 1.")
+    if parsed.mfu is not None and parsed.block_times is not None:
+        raise ValueError("--mfu and --block_times exclude each other; leave one of them out.")
+    accelerator = _accelerator(parsed.accelerator)
+    times = _times(parsed.block_times, accelerator) if parsed.block_times is not None else None
+    hardware = hardware_of(accelerator).with_links(parsed.node_gb_per_second, parsed.network_gb_per_second)
+    return Cluster(accelerator, parsed.ranks, parsed.ranks_per_node, hardware, parsed.mfu, times)
+
+
+def _times(path: str, accelerator: costs.Accelerator) -> BlockTimes:
+    times = read_block_times(path)
+    if costs.find_accelerator(times.device) not in (accelerator, None):
+        raise ValueError(
+            f"{path} was measured on {times.device!r}; it must have been on --accelerator, {accelerator.name}."
+        )
+    return times
 
 
 def _accelerator(name: str) -> costs.Accelerator:
@@ -53,7 +92,8 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
 
     shards = open_shard_set(config.data.shards) if config.data.shards else None
     model = gpt2_config(config.model, shards.colors if shards else 512, config.objective.kind)
-    chosen = lay_out(config, model, cluster)
+    others = sorted(alternatives(config, model, cluster), key=lambda layout: layout.seconds)
+    chosen = _chosen(config, model, cluster, others)
     facts = {
         **_model_facts(config, model, cluster, chosen, shards.split("train").images if shards else None),
         "ranks": f"{cluster.ranks} ranks = {config.parallel.data_ranks(cluster.ranks)} data-parallel x "
@@ -62,8 +102,9 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
         "micro-batches": f"{config.accumulation_steps(config.parallel.data_ranks(cluster.ranks))} a step and rank",
         "bubble": f"{chosen.bubble:.1%} of the step",
     }
-    others = sorted(alternatives(config, model, cluster), key=lambda layout: layout.seconds)
     _print_facts(facts)
+    print("\nthe step, s")
+    _print_facts({part.replace("_", " "): f"{seconds:8.3f}" for part, seconds in chosen.step.parts().items()})
     print("\nmemory of the rank that needs most, GB")
     _print_facts({part: f"{size / 1e9:8.2f}" for part, size in chosen.memory.peak_parts.items() if size})
     limit = cluster.accelerator.memory_bytes / 1e9
@@ -85,12 +126,24 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     return 1
 
 
+def _chosen(config: TrainConfig, model: Any, cluster: Cluster, others: list[Layout]) -> Layout:
+    """The configured layout. If ranks or batch do not divide, the error names the fastest that would do."""
+    try:
+        return lay_out(config, model, cluster)
+    except ValueError as error:
+        better = next((layout for layout in others if fits(layout, cluster)), None)
+        if better is None:
+            raise
+        raise ValueError(f"{error} Of those that divide and fit the fastest is {better.overrides()}.") from error
+
+
 def _model_facts(
     config: TrainConfig, model: Any, cluster: Cluster, chosen: Layout, pictures: int | None
 ) -> dict[str, str]:
     parameters, per_token = costs.parameter_count(model), costs.flops_per_token(model)
     images = config.batch.images_after(config.schedule.steps)
-    flops = images * model.n_positions * per_token
+    flops, peak = images * model.n_positions * per_token, cluster.accelerator.bf16_flops
+    tokens = config.batch.global_size * model.n_positions
     hours = chosen.seconds * images / config.batch.global_size / 3600
     size = parameters * costs.STATE_BYTES
     own = size / cluster.ranks
@@ -102,12 +155,21 @@ def _model_facts(
         f"layers x tokens x width)",
         "data": f"{images:,} images{epochs}; {images * model.n_positions * 2 / 1e12:.3g} TB read as tokens",
         "time": f"{chosen.seconds:.3f} s a step, {hours / 24:.1f} days, {hours * cluster.ranks:,.0f} accelerator-hours "
-        f"on {cluster.ranks} x {cluster.accelerator.name} at {cluster.mfu:.0%} of "
-        f"{cluster.accelerator.bf16_flops / 1e12:g} TFLOP/s (--mfu; an estimate, as all times here)",
+        f"on {cluster.ranks} x {cluster.accelerator.name}; simulated, with blocks {_blocks(cluster)}",
+        "speed": f"{tokens / chosen.seconds / cluster.ranks:,.0f} tokens/s an accelerator, "
+        f"{tokens * per_token / chosen.seconds / cluster.ranks / peak:.1%} MFU of {peak / 1e12:g} TFLOP/s",
         "checkpoint": f"{size / 1e9:.1f} GB, {own / 1e9:.2f} GB written by each rank, in its host memory until it is; "
         f"training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy, {own / DISK_BYTES_A_SECOND:.1f} s for "
         f"the disk if not asynchronous (at 20 and 1 GB/s a rank)",
     }
+
+
+def _blocks(cluster: Cluster) -> str:
+    if cluster.block_times:
+        return f"measured on {cluster.block_times.device}"
+    if cluster.mfu is not None:
+        return f"at {cluster.mfu:.0%} of the peak (--mfu)"
+    return "estimated (--block_times or --mfu say better)"
 
 
 def _print_facts(facts: dict[str, str]) -> None:
@@ -142,6 +204,7 @@ def _as_json(layout: Layout) -> dict[str, Any]:
         "name": layout.name(),
         "overrides": layout.overrides(),
         "seconds": layout.seconds,
+        "step": vars(layout.step),
         "bubble": layout.bubble,
         "peak_bytes": layout.memory.peak,
         "parts": layout.memory.peak_parts,

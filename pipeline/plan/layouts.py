@@ -1,25 +1,22 @@
-"""Layouts of a run on N accelerators: which fit, and how fast each would be, by a model that is stated and simple.
+"""Layouts of a run on N accelerators: which fit (memory.py), and how fast each would be (simulator.py)."""
 
-A step takes its FLOPs at the stated MFU, a third more where blocks are computed again, the pipeline's bubble, the wait
-for its fullest stage, and the messages that nothing hides: tensor parallelism's inside a node, ZeRO's between nodes.
-"""
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from math import ceil
-from typing import Literal
-
-from transformers import GPT2Config
+from typing import TYPE_CHECKING, Literal
 
 from pipeline import costs
 from pipeline.config import TrainConfig
+from pipeline.plan.block_times import BlockTimes, estimated, measured
+from pipeline.plan.hardware import Hardware
 from pipeline.plan.memory import Memory, memory_of_rank
+from pipeline.plan.simulator import StepTime, Work, simulate
 
-NODE_BYTES_A_SECOND = 450e9
-"""Of one accelerator to its neighbours: NVLink 4, one direction, NVIDIA H100 data sheet."""
-NETWORK_BYTES_A_SECOND = 50e9
-"""Of one accelerator to other nodes: a 400 Gbit/s port each."""
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+
 MICRO_SIZES = (1, 2, 4, 8, 16, 32)
 
 
@@ -30,8 +27,11 @@ class Cluster:
     accelerator: costs.Accelerator
     ranks: int
     ranks_per_node: int
-    mfu: float
+    hardware: Hardware
+    mfu: float | None = None
     """Of computing alone: the fraction of the peak that matrix products and what lies between them reach."""
+    block_times: BlockTimes | None = None
+    """Measurements, which come before mfu; with neither, blocks are estimated."""
 
     @property
     def on_cpu(self) -> bool:
@@ -45,9 +45,15 @@ class Layout:
 
     config: TrainConfig
     memory: Memory
-    seconds: float
-    """Of one step."""
+    step: StepTime
+    """The simulated step."""
     bubble: float
+    """The part of a step in which a stage has nothing to do, for stages that take equally long."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one step."""
+        return self.step.seconds
 
     def name(self) -> str:
         """Its keys, as one reads them."""
@@ -79,10 +85,10 @@ def lay_out(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Layout:
             f"parallel.tensor_parallel is {config.parallel.tensor_parallel}; it must divide the model's heads, "
             f"{model.n_head}."
         )
-    stages = config.parallel.pipeline_stages
-    bubble = costs.bubble(stages, micro_batches)
+    bubble = costs.bubble(config.parallel.pipeline_stages, micro_batches)
     memory = memory_of_rank(config, model, cluster.ranks, cluster.on_cpu)
-    return Layout(config, memory, _seconds(config, model, cluster, data_ranks, micro_batches, bubble), bubble)
+    work = work_of(config, model, cluster, data_ranks, micro_batches)
+    return Layout(config, memory, simulate(work, cluster.hardware.links), bubble)
 
 
 def fits(layout: Layout, cluster: Cluster) -> bool:
@@ -115,31 +121,27 @@ def alternatives(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> It
             continue
 
 
-def _seconds(
-    config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks: int, micro_batches: int, bubble: float
-) -> float:
-    parallel, parameters = config.parallel, costs.parameter_count(model) / config.parallel.model_ranks
-    tokens = config.batch.global_size * model.n_positions
-    computing = tokens * costs.flops_per_token(model) * (4 / 3 if parallel.recompute else 1)
-    stages = parallel.pipeline_stages
-    fullest = (
-        ceil(model.n_layer / stages) * stages / model.n_layer
-    )  # the other stages wait for the one with most blocks
-    seconds = fullest * computing / (cluster.accelerator.bf16_flops * cluster.mfu * cluster.ranks) / (1 - bubble)
-    width = 4 if config.precision == "fp32" else 2
-    stream = config.batch.micro_size * model.n_positions * model.n_embd * width
-    if parallel.tensor_parallel > 1:
-        rounds = 6 if parallel.recompute else 4  # all-reduces of a block: two forward, two backward
-        sent = 2 * (parallel.tensor_parallel - 1) / parallel.tensor_parallel * stream * rounds
-        seconds += micro_batches * model.n_layer * sent / NODE_BYTES_A_SECOND
-    one_node = cluster.ranks <= cluster.ranks_per_node
-    speed = NODE_BYTES_A_SECOND if one_node else NETWORK_BYTES_A_SECOND
-    spread = (data_ranks - 1) / data_ranks
-    exchanged = parameters * (4 + width) * spread  # gradients there, weights back, once a step
-    if parallel.zero_stage == 3:
-        # Whole weights for the forward and the backward pass of each micro-batch; half of it hidden behind computing.
-        exchanged = parameters * spread * (4 + micro_batches * 2 * width / 2)
-    seconds += exchanged / speed
-    if parallel.offload != "none":
-        seconds += parameters * 16 / data_ranks / 25e9  # over PCIe 4, and Adam on the host
-    return seconds
+def work_of(config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks: int, micro_batches: int) -> Work:
+    """A run's step for the simulator."""
+    if cluster.block_times:
+        seconds = measured(cluster.block_times, config, model)
+    else:
+        seconds = estimated(config, model, cluster.accelerator.bf16_flops, cluster.hardware, cluster.mfu)
+    parallel, width = config.parallel, 4 if config.precision == "fp32" else 2
+    outer = (model.vocab_size + model.n_positions + model.colors) * model.n_embd
+    return Work(
+        layers=model.n_layer,
+        micro_batches=micro_batches,
+        **vars(seconds),
+        block_parameters=(costs.parameter_count(model) - outer) / model.n_layer,
+        outer_parameters=outer,
+        stream_bytes=float(config.batch.micro_size * model.n_positions * model.n_embd * width),
+        weight_bytes=width,
+        recompute=parallel.recompute,
+        zero_stage=parallel.zero_stage,
+        stages=parallel.pipeline_stages,
+        tensor=parallel.tensor_parallel,
+        data=data_ranks,
+        ranks_per_node=cluster.ranks_per_node,
+        offloads=parallel.offload != "none",
+    )

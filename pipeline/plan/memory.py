@@ -6,12 +6,16 @@ micro-batch, T positions, D width, V colours, L layers; P parameters that a rank
 their optimizer state.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-from transformers import GPT2Config
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pipeline import costs
 from pipeline.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 REDUCE_BUCKET = 500_000_000
 """Elements of DeepSpeed's default bucket of gradients under ZeRO-2 and 3."""

@@ -1,0 +1,168 @@
+"""How long a block computes: from a file of measurements, from a stated MFU, or by an estimate.
+
+The estimate adds up three things. Matrix products reach the part of the peak that hardware.py says. Attention, counted
+in full, goes at half that rate. And norms, activation function and residuals move 345 bytes through memory for each
+channel of each token, forward and backward together, which is why narrow models reach less of the peak. The constants
+were fitted to published runs (tests/benchmarks/scale.py) with software of 2023: well compiled blocks are faster, which
+a measurement or a stated MFU will say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import costs
+from pipeline.config import TrainConfig
+from pipeline.plan.hardware import Hardware
+from pipeline.plan.memory import saved_bytes
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+
+TRAFFIC_BYTES = 345.0
+"""Of one channel of one token through one block, forward and backward; fitted, see above."""
+ATTENTION_RATE = 0.5
+"""Of that of matrix products; fitted, see above."""
+FORWARD_SHARE = 1 / 3
+"""Of the FLOPs of a forward and a backward pass."""
+MEASURED_COLORS = 512
+"""Of the head in a file of measurements."""
+UPDATE_BYTES = 42.0
+"""Of one parameter in the optimizer: gradient read for its norm, scaled and read again (16), fp32 weight and two
+moments read and written (24), bf16 weight written (2)."""
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """One measurement: a block, head and update of a model of `width` on one accelerator, in the run's precision."""
+
+    width: int
+    heads: int
+    positions: int
+    images: int
+    """Of the micro-batch."""
+    forward_seconds: float
+    """Of one block over the micro-batch."""
+    backward_seconds: float
+    """Without computing the block again."""
+    head_forward_seconds: float
+    """Of the last norm, a head of 512 colours and the loss."""
+    head_backward_seconds: float
+    update_seconds_per_parameter: float
+    """Of the optimizer, with all that it does before and after."""
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{key} is {value!r}; it must be a number above 0")
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """What `--block_times FILE` holds: {"device": NAME, "rows": [{a BlockTime's fields}, ...]}."""
+
+    device: str
+    """As torch.cuda.get_device_name() says it."""
+    rows: tuple[BlockTime, ...]
+
+    def nearest(self, model: GPT2Config, images: int) -> BlockTime:
+        """The row whose width, positions and micro-batch are fewest times larger or smaller."""
+
+        def distance(row: BlockTime) -> float:
+            pairs = ((row.width, model.n_embd), (row.positions, model.n_positions), (row.images, images))
+            return sum(abs(math.log(measured / wanted)) for measured, wanted in pairs)
+
+        return min(self.rows, key=distance)
+
+
+def read_block_times(path: str) -> BlockTimes:
+    """Raises ValueError with one sentence that names the file and what is wrong in it."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--block_times is {path!r}, which is no JSON file that can be read ({error}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("device"), str):
+        raise ValueError(f"{path} has no `device`; it must name the accelerator, as torch.cuda.get_device_name() does.")
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} has no `rows`; they must be a list of at least one measured block.")
+    return BlockTimes(content["device"], tuple(_row(row, f"{path}: rows[{i}]") for i, row in enumerate(rows)))
+
+
+def _row(content: object, place: str) -> BlockTime:
+    known = {field.name for field in fields(BlockTime)}
+    if not isinstance(content, dict) or content.keys() != known:
+        found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{place} has {found or 'nothing'}; it must have {', '.join(sorted(known))}.")
+    try:
+        return BlockTime(**content)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one rank: a block's passes over a micro-batch, head and loss, and the optimizer for one parameter."""
+
+    forward: float
+    backward: float
+    head_forward: float
+    head_backward: float
+    update: float
+
+
+def measured(times: BlockTimes, config: TrainConfig, model: GPT2Config) -> Seconds:
+    """The nearest row's, scaled by FLOPs: its efficiency is taken over."""
+    images = config.batch.micro_size
+    row = times.nearest(model, images)
+    tokens = images * model.n_positions / (row.images * row.positions)
+    wanted, there = (
+        _block_flops(model, width, positions)
+        for width, positions in ((model.n_embd, model.n_positions), (row.width, row.positions))
+    )
+    block = tokens * wanted / there / config.parallel.tensor_parallel
+    head = tokens * _head_flops(model) / (6.0 * row.width * MEASURED_COLORS)
+    return Seconds(
+        row.forward_seconds * block,
+        row.backward_seconds * block,
+        row.head_forward_seconds * head,
+        row.head_backward_seconds * head,
+        row.update_seconds_per_parameter,
+    )
+
+
+def _block_flops(model: GPT2Config, width: int, positions: int) -> float:
+    """Of a token in one block of that width, forward and backward, attention counted in full."""
+    own = costs.matmul_parameters(model) - _head_flops(model) / 6
+    return 6 * own / model.n_layer * (width / model.n_embd) ** 2 + 12.0 * positions * width
+
+
+def _head_flops(model: GPT2Config) -> float:
+    return 6.0 * model.n_embd * (model.colors if model.block == "igpt" else model.vocab_size)
+
+
+def estimated(
+    config: TrainConfig, model: GPT2Config, peak: float, hardware: Hardware, mfu: float | None = None
+) -> Seconds:
+    """At the part `mfu` of the peak (FLOP/s) if it is stated, else by the estimate above."""
+    tokens, parts = config.batch.micro_size * model.n_positions, config.parallel.tensor_parallel
+    rate = peak * (hardware.efficiency if mfu is None else mfu)
+    block = tokens * _block_flops(model, model.n_embd, model.n_positions) / parts / rate
+    head = tokens * _head_flops(model) / rate
+    if mfu is None:
+        block += tokens * 12.0 * model.n_positions * model.n_embd * (1 / ATTENTION_RATE - 1) / parts / rate
+        traffic = TRAFFIC_BYTES * (2 if config.precision == "fp32" else 1) * _kept_of_traffic(config, model)
+        block += tokens * model.n_embd * traffic / hardware.memory_bytes
+    update = UPDATE_BYTES / hardware.memory_bytes
+    backward = 1 - FORWARD_SHARE
+    return Seconds(block * FORWARD_SHARE, block * backward, head * FORWARD_SHARE, head * backward, update)
+
+
+def _kept_of_traffic(config: TrainConfig, model: GPT2Config) -> float:
+    """What tensor parallelism leaves of a block's traffic, by what autograd saves of it: norms and residuals stay."""
+    alone = replace(config, parallel=replace(config.parallel, tensor_parallel=1))
+    return saved_bytes(config, model, on_cpu=False) / saved_bytes(alone, model, on_cpu=False)

@@ -1,0 +1,273 @@
+"""The time of a training step, simulated: blocks, micro-batches, stages and messages one after the other.
+
+Stages run DeepSpeed's 1F1B (deepspeed/runtime/pipe/schedule.py, TrainSchedule): of two neighbours one is in a forward
+and one in a backward pass; between passes they meet, and both wait until gradient and activations have been sent
+(deepspeed/runtime/pipe/p2p.py sends on the computing stream). What ZeRO does was read in DeepSpeed 0.19.8 under the
+settings of pipeline/train/engine.py: gradients travel as fp32; ZeRO-0 and 1 sum them over all ranks after the last
+backward pass, ZeRO-2 bucket by bucket in every backward pass and behind it (an all-reduce too, by its default
+use_multi_rank_bucket_allreduce), ZeRO-3 gathers the weights of a block while the one before it computes, in the forward
+and again in the backward pass, and scatters its gradients. ZeRO-1 and 2 gather the weights after the update.
+
+Left out: reading pictures, saves, validation, slower ranks and failing ones, host memory's limits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from pipeline.plan.collectives import Group, all_reduce_seconds, gather_seconds, send_seconds
+from pipeline.plan.hardware import HOST_BYTES, Links
+from pipeline.plan.memory import REDUCE_BUCKET
+
+CONTENTION = 0.14
+"""Of its rate that computing loses while a message is under way, whose kernels take multiprocessors from it. Fitted to
+one published run, see tests/benchmarks/scale.py."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step as one rank of each stage sees it; seconds are those of a rank, parameters whole ones."""
+
+    layers: int
+    micro_batches: int
+    forward: float
+    """Seconds of a block's forward pass over a micro-batch, cut by tensor parallelism, without messages."""
+    backward: float
+    """Without computing the block again."""
+    head_forward: float
+    """Seconds of head and loss, on the last stage."""
+    head_backward: float
+    block_parameters: float
+    outer_parameters: float
+    """Of embeddings, and of the head; each lies on its stage."""
+    update: float
+    """Seconds of the optimizer for one parameter."""
+    stream_bytes: float
+    """Activations between two blocks, of a micro-batch."""
+    weight_bytes: float = 2.0
+    gradient_bytes: float = 4.0
+    """Of a parameter's gradient under way."""
+    recompute: bool = False
+    zero_stage: int = 1
+    stages: int = 1
+    tensor: int = 1
+    data: int = 1
+    ranks_per_node: int = 8
+    offloads: bool = False
+    sums_everywhere: bool = True
+    """Gradients of ZeRO-1 and 2 are summed on every rank, as DeepSpeed does, not only where they are needed."""
+    gathers: int = 2
+    """How often ZeRO-3 gathers a block's weights for a micro-batch."""
+
+    @property
+    def data_group(self) -> Group:
+        """Ranks that hold the same parameters: DeepSpeed numbers ranks by stage, then data, then tensor."""
+        return Group(self.data, min(self.data, max(1, self.ranks_per_node // self.tensor)))
+
+    def blocks(self, stage: int) -> int:
+        """DeepSpeed gives the first stages one block more, where they don't divide."""
+        return self.layers // self.stages + (stage < self.layers % self.stages)
+
+    def held(self, stage: int) -> float:
+        """Parameters of a rank."""
+        outer = self.outer_parameters * ((stage == 0) + (stage == self.stages - 1)) / 2
+        return self.blocks(stage) * self.block_parameters / self.tensor + outer
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by what they go to; they add up."""
+
+    computing: float
+    """The mean over ranks."""
+    bubble: float
+    """For stages that take equally long."""
+    imbalance: float
+    """What the slowest stage takes longer than the mean, with all that waits for it."""
+    stage_messages: float
+    tensor_messages: float
+    gradients: float
+    """Of their exchange that computing does not hide; under ZeRO-3 weights and gradients of all micro-batches."""
+    contention: float
+    """Computing that messages behind it slow down."""
+    weights: float
+    """Gathering them after the update."""
+    update: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return sum(vars(self).values())
+
+    def parts(self) -> dict[str, float]:
+        """Those that take at least a thousandth of the step."""
+        return {name: part for name, part in vars(self).items() if part >= self.seconds / 1000}
+
+
+def simulate(work: Work, links: Links) -> StepTime:
+    """A step of a run without failures, after the first few."""
+    passes = [_passes(work, stage, 0.0) for stage in range(work.stages)]
+    mean = sum(map(sum, passes)) / work.stages
+    message = all_reduce_seconds(work.stream_bytes, _tensor_group(work), links)
+    with_messages = [_passes(work, stage, message) for stage in range(work.stages)]
+    free = pipeline_seconds(passes, (0.0,) * (work.stages - 1), work.micro_batches)
+    tensor = pipeline_seconds(with_messages, (0.0,) * (work.stages - 1), work.micro_batches)
+    hops = tuple(send_seconds(work.stream_bytes, _leaves_node(work, stage), links) for stage in range(work.stages - 1))
+    staged = pipeline_seconds(with_messages, hops, work.micro_batches) if hops else tensor
+    computing, bubble = mean * work.micro_batches, mean * (work.stages - 1)
+    waits, slowed = _exchange(work, with_messages, links)
+    held = max(map(work.held, range(work.stages)))
+    owners = work.data if work.zero_stage else 1
+    host = 16 * held / owners / HOST_BYTES if work.offloads else 0.0
+    gathers = work.zero_stage in (1, 2)
+    return StepTime(
+        computing=computing,
+        bubble=bubble,
+        imbalance=free - computing - bubble,
+        stage_messages=staged - tensor,
+        tensor_messages=tensor - free,
+        gradients=waits,
+        contention=slowed,
+        weights=_in_buckets(gather_seconds, work.weight_bytes * held, held, work, links) if gathers else 0.0,
+        update=held / owners * work.update + host,
+    )
+
+
+Pass = tuple[float, float]
+"""Seconds of a forward and of a backward pass over a micro-batch."""
+
+
+def _passes(work: Work, stage: int, message: float) -> Pass:
+    """message: seconds of one all-reduce of tensor parallelism, two of which a block has in each direction."""
+    forward = work.blocks(stage) * (work.forward + 2 * message)
+    backward = work.blocks(stage) * (work.backward + 2 * message) + (forward if work.recompute else 0.0)
+    last = stage == work.stages - 1
+    return forward + last * work.head_forward, backward + last * work.head_backward
+
+
+def _tensor_group(work: Work) -> Group:
+    return Group(work.tensor, min(work.tensor, work.ranks_per_node))
+
+
+def _leaves_node(work: Work, stage: int) -> bool:
+    """Whether the next stage lies in another node, for any of its ranks."""
+    ranks = work.data * work.tensor
+    last = (stage + 1) * ranks - 1
+    return ranks >= work.ranks_per_node or last // work.ranks_per_node != (last + ranks) // work.ranks_per_node
+
+
+def pipeline_seconds(passes: list[Pass], hops: tuple[float, ...], micro_batches: int) -> float:
+    """When the last stage of a pipeline is through with all passes, forward and backward.
+
+    passes: of each stage; hops: seconds of one message between each two neighbours.
+    """
+    if len(passes) == 1:
+        return micro_batches * sum(passes[0])
+    return _one_forward_one_backward(tuple(passes), hops, micro_batches)
+
+
+@lru_cache(maxsize=4096)
+def _one_forward_one_backward(passes: tuple[Pass, ...], hops: tuple[float, ...], micro_batches: int) -> float:
+    stages = len(passes)
+    clocks = [0.0] * stages
+    for step in range(2 * (micro_batches + stages - 1)):
+        for stage in range(1, stages):
+            if (step - stage) % 2 == 0:  # forward here, backward in the stage before
+                comes = 0 <= _forward_number(step, stage) < micro_batches
+                goes = 0 <= _backward_number(step - 1, stage, stages) < micro_batches
+                if comes or goes:
+                    met = max(clocks[stage - 1], clocks[stage])
+                    clocks[stage - 1] = clocks[stage] = met + (comes + goes) * hops[stage - 1]
+        for stage, (forward, backward) in enumerate(passes):
+            is_forward = (step - stage) % 2 == 0
+            number = _forward_number(step, stage) if is_forward else _backward_number(step, stage, stages)
+            if 0 <= number < micro_batches:
+                clocks[stage] += forward if is_forward else backward
+    return max(clocks)
+
+
+def _forward_number(step: int, stage: int) -> int:
+    """Of the micro-batch that a stage takes forward; step and stage are both even or both odd."""
+    return (step - stage) // 2
+
+
+def _backward_number(step: int, stage: int, stages: int) -> int:
+    """Of the micro-batch that a stage takes backward; one of step and stage is odd."""
+    return (step + stage + 1) // 2 - stages
+
+
+def _exchange(work: Work, passes: list[Pass], links: Links) -> tuple[float, float]:
+    """Seconds that gradients (and ZeRO-3's weights) are waited for, and that computing is slowed down by them."""
+    if work.zero_stage == 3:
+        return _whole_weights(work, links)
+    held = max(map(work.held, range(work.stages)))
+    summed = work.sums_everywhere or work.zero_stage == 0
+    once = _in_buckets(all_reduce_seconds if summed else gather_seconds, work.gradient_bytes * held, held, work, links)
+    if work.zero_stage < 2:
+        return once, 0.0
+    buckets = ceil(held / REDUCE_BUCKET)
+    backward = Stream()
+    for _ in range(buckets):
+        backward.compute(passes[0][1] / buckets)
+        backward.wait()
+        backward.send(once / buckets)
+    backward.wait()
+    slowed = backward.slowed
+    return work.micro_batches * (backward.clock - passes[0][1] - slowed), work.micro_batches * slowed
+
+
+Collective = Callable[[float, Group, Links], float]
+
+
+def _in_buckets(collective: Collective, size: float, parameters: float, work: Work, links: Links) -> float:
+    """Seconds to exchange `size` bytes of as many parameters, DeepSpeed's 500M elements at a time."""
+    buckets = ceil(parameters / REDUCE_BUCKET)
+    return buckets * collective(size / buckets, work.data_group, links)
+
+
+class Stream:
+    """A rank that computes while messages are under way, one after the other."""
+
+    def __init__(self) -> None:
+        self.clock, self.free, self.slowed = 0.0, 0.0, 0.0
+
+    def compute(self, seconds: float) -> None:
+        """Slower while a message is under way."""
+        loss = CONTENTION * min(seconds, max(0.0, self.free - self.clock))
+        self.clock += seconds + loss
+        self.slowed += loss
+
+    def send(self, seconds: float) -> float:
+        """Starts a message, after those before it; when it will have come."""
+        self.free = max(self.clock, self.free) + seconds
+        return self.free
+
+    def wait(self, until: float | None = None) -> None:
+        """For a message, or for all."""
+        self.clock = max(self.clock, self.free if until is None else until)
+
+
+def _whole_weights(work: Work, links: Links) -> tuple[float, float]:
+    """ZeRO-3's, block by block: the next one's weights come while one computes."""
+    gather = gather_seconds(work.weight_bytes * work.block_parameters, work.data_group, links)
+    scatter = gather_seconds(work.gradient_bytes * work.block_parameters, work.data_group, links)
+    outer = work.outer_parameters / 2
+    stream, again = Stream(), work.gathers > 1
+    stream.send(gather_seconds(work.weight_bytes * outer, work.data_group, links))
+    come = stream.send(gather)
+    for block in range(work.layers):
+        stream.wait(come)
+        come = stream.send(gather) if block < work.layers - 1 else stream.clock
+        stream.compute(work.forward)
+    come = stream.send(gather) if again else stream.clock
+    stream.compute(work.head_forward + work.head_backward)
+    for block in range(work.layers):
+        stream.wait(come)
+        come = stream.send(gather) if again and block < work.layers - 1 else stream.clock
+        stream.compute(work.backward + (work.forward if work.recompute else 0.0))
+        stream.send(scatter)
+    stream.send(gather_seconds(work.gradient_bytes * outer, work.data_group, links))
+    stream.wait()
+    waits = stream.clock - stream.slowed - sum(_passes(work, 0, 0.0))
+    return work.micro_batches * waits, work.micro_batches * stream.slowed
