@@ -84,7 +84,7 @@ class StepTime:
     bubble: float
     """For stages that take equally long."""
     imbalance: float
-    """What the slowest stage takes longer than the mean, with all that waits for it."""
+    """What uneven stages add; a little below zero where few micro-batches go through and the last stages are light."""
     stage_messages: float
     tensor_messages: float
     gradients: float
@@ -102,7 +102,7 @@ class StepTime:
 
     def parts(self) -> dict[str, float]:
         """Those that take at least a thousandth of the step."""
-        return {name: part for name, part in vars(self).items() if part >= self.seconds / 1000}
+        return {name: part for name, part in vars(self).items() if abs(part) >= self.seconds / 1000}
 
 
 def simulate(work: Work, links: Links) -> StepTime:
@@ -152,9 +152,9 @@ def _tensor_group(work: Work) -> Group:
 
 def _leaves_node(work: Work, stage: int) -> bool:
     """Whether the next stage lies in another node, for any of its ranks."""
-    ranks = work.data * work.tensor
-    last = (stage + 1) * ranks - 1
-    return ranks >= work.ranks_per_node or last // work.ranks_per_node != (last + ranks) // work.ranks_per_node
+    ranks, node = work.data * work.tensor, work.ranks_per_node
+    own = range(stage * ranks, (stage + 1) * ranks)
+    return ranks >= node or any(rank // node != (rank + ranks) // node for rank in own)
 
 
 def pipeline_seconds(passes: list[Pass], hops: tuple[float, ...], micro_batches: int) -> float:
