@@ -27,6 +27,8 @@ TRAFFIC_BYTES = 345.0
 """Of one channel of one token through one block, forward and backward; fitted, see above."""
 ATTENTION_RATE = 0.5
 """Of that of matrix products; fitted, see above."""
+LAUNCH_SECONDS = 225e-6
+"""The least that a block takes, forward and backward: an allowance of 45 kernels at 5 us, not measured."""
 FORWARD_SHARE = 1 / 3
 """Of the FLOPs of a forward and a backward pass."""
 MEASURED_COLORS = 512
@@ -156,7 +158,7 @@ def estimated(
     if mfu is None:
         block += tokens * 12.0 * model.n_positions * model.n_embd * (1 / ATTENTION_RATE - 1) / parts / rate
         traffic = TRAFFIC_BYTES * (2 if config.precision == "fp32" else 1) * _kept_of_traffic(config, model)
-        block += tokens * model.n_embd * traffic / hardware.memory_bytes
+        block = max(block + tokens * model.n_embd * traffic / hardware.memory_bytes, LAUNCH_SECONDS)
     update = UPDATE_BYTES / hardware.memory_bytes
     backward = 1 - FORWARD_SHARE
     return Seconds(block * FORWARD_SHARE, block * backward, head * FORWARD_SHARE, head * backward, update)

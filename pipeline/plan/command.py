@@ -100,7 +100,7 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
         f"{config.parallel.pipeline_stages} pipeline stages x {config.parallel.tensor_parallel} tensor-parallel",
         "layout": chosen.name(),
         "micro-batches": f"{config.accumulation_steps(config.parallel.data_ranks(cluster.ranks))} a step and rank",
-        "bubble": f"{chosen.bubble:.1%} of the step",
+        "bubble": f"{chosen.bubble:.1%} of the step, messages aside",
     }
     _print_facts(facts)
     print("\nthe step, s")

@@ -1,6 +1,9 @@
 """The plan against what autograd saves, what a process takes, and a calculation by hand."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,12 +114,31 @@ def test_more_of_anything_takes_more_memory() -> None:
     assert peak(zero_stage=1) > peak(zero_stage=1, pipeline_stages=4)
 
 
+def test_a_layout_that_divides_is_said_where_the_configured_one_does_not(tmp_path: Path) -> None:
+    finished = plan(tmp_path, *XL, "--ranks", 256)
+    assert finished.codes == [2]
+    advice = re.search(r"1 x 256 = 256\. Of those that divide and fit the fastest is (.*)\.\n$", finished.output)
+    assert advice
+    assert plan(tmp_path, *XL, "--ranks", 256, *advice[1].split()).codes == [0]
+
+
+def test_a_wrong_accelerator_is_said_before_torch_is_loaded() -> None:
+    code = (
+        "import sys; from pipeline.plan.command import plan_command\n"
+        "try: plan_command(['--accelerator', 'h101'])\n"
+        "except ValueError: assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--accelerator", "h101"], "--accelerator is 'h101'; it must be one of a100-40gb"),
         (["--ranks", "0"], "--ranks is 0; it must be at least 1"),
         (["--mfu", "40"], "--mfu is 40.0; it must be above 0 and at most 1"),
+        (["--mfu", "0.4", "--block_times", "a.json"], "--mfu and --block_times exclude each other"),
+        (["--network_gb_per_second", "0"], "--network_gb_per_second is 0.0; it must be above 0"),
         (["--ranks", "48"], "batch.global_size is 64; it must be a multiple of batch.micro_size"),
         (["--parallel.tensor_parallel", "5"], "parallel.tensor_parallel is 5; it must divide"),
     ],

@@ -4,13 +4,14 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from pipeline import costs
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
 from pipeline.model.gpt import gpt2_config
-from pipeline.plan.block_times import BlockTimes, measured, read_block_times
+from pipeline.plan.block_times import BlockTimes, estimated, measured, read_block_times
 from pipeline.plan.collectives import Group, all_reduce_seconds, gather_seconds
 from pipeline.plan.hardware import HARDWARE, Links, hardware_of
 from pipeline.plan.layouts import Cluster, alternatives, lay_out
@@ -188,7 +189,7 @@ def test_computing_again_takes_one_more_forward_pass() -> None:
 
 
 def test_hops_leave_a_node_where_the_ranks_of_a_stage_end_in_it() -> None:
-    """8 ranks a node: 2 a stage leave it after every fourth stage, 8 after each, 3 in the midst of the second and third."""
+    """8 ranks a node: 2 a stage leave it after every fourth stage, 8 after each, 3 within the second and third."""
     inside, between = 64e6 / REAL.node_bytes + 5e-6, 64e6 / REAL.network_bytes + 15e-6
 
     def last_hops(data: int, stages: int) -> float:
@@ -254,6 +255,18 @@ def test_a_stated_mfu_is_what_computing_reaches() -> None:
     layout = lay_out(config, model, replace(cluster, mfu=0.5))
     flops = 64 * 4096 * costs.flops_per_token(model)
     assert layout.step.computing == pytest.approx(flops / (64 * 0.5 * H100.bf16_flops))
+
+
+def test_an_estimated_block_reaches_more_of_the_peak_in_wider_models_and_larger_micro_batches() -> None:
+    def reached(size: Literal["s", "m", "l", "xl"], images: int) -> float:
+        config = TrainConfig(model=ModelConfig(size=size), batch=BatchConfig(micro_size=images), precision="bf16")
+        model = gpt2_config(config.model)
+        seconds = estimated(config, model, H100.bf16_flops, hardware_of(H100))
+        passes = model.n_layer * (seconds.forward + seconds.backward) + seconds.head_forward + seconds.head_backward
+        return images * model.n_positions * costs.flops_per_token(model) / passes / H100.bf16_flops
+
+    assert reached("s", 1) < reached("s", 16) < reached("m", 16) < reached("l", 16) < reached("xl", 16) < 0.628
+    assert reached("xl", 1) == pytest.approx(reached("xl", 16))
 
 
 def test_measured_blocks_are_taken_over_and_scaled_by_flops(tmp_path: Path) -> None:
