@@ -22,8 +22,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 class Decoder:
     """Called with SOS and the colours so far, long (B, n), n growing: the scores of the next colour, (B, V).
 
-    The first call may have any n >= 1, each later one a single new position. Takes 2 * L * B * P * D numbers, in fp32 on
-    CPU, whose attention is slower in bf16; there fp32 weights are held twice.
+    The first call may have any n >= 1, each later one a single new position. Takes 2 * L * B * P * D numbers; on CPU in
+    fp32, since its attention is slower in bf16, and fp32 weights are held twice.
     """
 
     def __init__(self, model: nn.Module, positions: int) -> None:
