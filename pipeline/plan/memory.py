@@ -132,8 +132,6 @@ def _state(config: TrainConfig, held: float, ranks: int, on_cpu: bool) -> State:
     stage, fp32 = config.parallel.zero_stage, config.precision == "fp32"
     offloaded = config.parallel.offload != "none"
     width = 4 if fp32 else 2
-    # torch's Adam on CPU takes two temporary tensors of the size of its partition; the fused one takes none.
-    temporary = 8 * held / (ranks if stage else 1) if on_cpu else 0.0
     if stage == 0:
         return _without_zero(held, fp32)
     always = {
@@ -144,10 +142,11 @@ def _state(config: TrainConfig, held: float, ranks: int, on_cpu: bool) -> State:
     if config.parallel.offload == "parameters" and not on_cpu:
         always["weights"] = 0.0
     if stage == 3:
-        return _stage_3(always, held, ranks, width, on_cpu, temporary)
+        return _stage_3(always, held, ranks, width, on_cpu)
     if stage == 1 and not fp32 and not offloaded:  # DeepSpeed's BF16_Optimizer
         always["gradients"] = 4 * held
-        return always, {"bf16 gradients": 2 * held}, {"bf16 gradients": 2 * held, "Adam's temporaries": temporary}
+        sent = {"gradients as they are sent": 4 * min(held, REDUCE_BUCKET)}
+        return always, {"bf16 gradients": 2 * held}, {"bf16 gradients": 2 * held} | sent
     bucket = min(held, REDUCE_BUCKET) if on_cpu else REDUCE_BUCKET
     backward = {
         "gradients": width * (held if stage == 1 else min(held, REDUCE_BUCKET)),
@@ -155,8 +154,7 @@ def _state(config: TrainConfig, held: float, ranks: int, on_cpu: bool) -> State:
         "buckets": width * bucket * (1 if on_cpu else 2) + (0 if fp32 else 4 * min(held, REDUCE_BUCKET)),
         "own gradients": 0.0 if fp32 else 4 * held / ranks,
     }
-    update = {"own gradients": 8 * held / ranks, "Adam's temporaries": temporary}
-    return always, backward, update
+    return always, backward, {"own gradients": 8 * held / ranks}
 
 
 def _without_zero(held: float, fp32: bool) -> State:
@@ -166,7 +164,7 @@ def _without_zero(held: float, fp32: bool) -> State:
     return always, gradients | ({} if fp32 else {"bf16 weights": 2 * held}), gradients
 
 
-def _stage_3(always: dict[str, float], held: float, ranks: int, width: int, on_cpu: bool, temporary: float) -> State:
+def _stage_3(always: dict[str, float], held: float, ranks: int, width: int, on_cpu: bool) -> State:
     """Whole weights and gradients of a few blocks at a time, on top of what the rank owns."""
     bucket = min(held, REDUCE_BUCKET)
     always["own gradients"] = 4 * held / ranks
@@ -175,4 +173,4 @@ def _stage_3(always: dict[str, float], held: float, ranks: int, width: int, on_c
         "whole weights": width * min(held, LIVE_PARAMETERS),
         "gradients": width * bucket + 4 * bucket,
     }
-    return always, backward, {"Adam's temporaries": temporary}
+    return always, backward, {}

@@ -223,7 +223,7 @@ def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parame
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=ADAM_EPSILON,
-        fused=device.type == "cuda",
+        fused=True,
     )
 
 

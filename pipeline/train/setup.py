@@ -8,6 +8,7 @@ from transformers import GPT2Config
 
 from data_prep.shards import ShardSet, Split, open_shard_set
 from pipeline.config import TrainConfig
+from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt import gpt2_config
 from pipeline.model.masks import Masks
@@ -119,6 +120,7 @@ def set_up(
     torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
     checkpoint = newest_whole(folder.checkpoints, ranks)
     start_clock.mark("looking at checkpoints")
+    kernels = choose_attention(inputs)
     engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
     start_clock.mark("model and engine")
     order, batches = choose_reader(inputs, engine)
@@ -137,9 +139,31 @@ def set_up(
     profiler = Profiler(folder.path, config.profile, ranks)
     if ranks.is_first:
         print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
+        if kernels:
+            print(f"  attention: {attention.describe(kernels)}", flush=True)
         if shards.address is not None:
             print(GUARANTEES, flush=True)
     return Session(engine, batches, store, telemetry, throughput, judge, watchdog, profiler, stop, start, start_clock)
+
+
+def choose_attention(inputs: Inputs) -> dict[str, float]:
+    """On CUDA in bf16, seconds by kernel as the first rank measured them: all ranks take the fastest. Else none."""
+    config, model, ranks = inputs.config, inputs.model_config, inputs.ranks
+    if ranks.device.type != "cuda" or config.precision == "fp32":
+        return {}
+    shape = attention.AttentionShape(
+        images=config.batch.micro_size,
+        heads=model.n_head // config.parallel.tensor_parallel,
+        positions=model.n_positions,
+        head_width=model.n_embd // model.n_head,
+        causal=getattr(model, "is_causal", True),
+    )
+    with failing_together():
+        seconds = attention.measure(shape, attention.CANDIDATES, ranks.device) if ranks.is_first else {}
+    seconds = from_first(seconds)
+    if seconds:
+        attention.use_fastest(seconds)
+    return seconds
 
 
 def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:

@@ -1,0 +1,56 @@
+"""Which attention kernel a model's scaled_dot_product_attention uses: on CUDA the faster of FlashAttention's and
+cuDNN's, by a measurement at the run's own shape."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.benchmark import Timer
+
+CANDIDATES = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+SECONDS_EACH = 0.1
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one block attends over in a micro-batch."""
+
+    images: int
+    heads: int
+    positions: int
+    head_width: int
+    causal: bool
+
+
+def measure(shape: AttentionShape, kernels: Sequence[SDPBackend], device: torch.device) -> dict[str, float]:
+    """Seconds of a forward and backward pass in bf16, by the kernel's name; those that refuse the shape are absent."""
+    size = (shape.images, shape.heads, shape.positions, shape.head_width)
+    operands = [torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    seconds = {}
+    for kernel in kernels:
+        timer = Timer(
+            "attend(*operands, is_causal=causal).sum().backward()",
+            globals={"attend": scaled_dot_product_attention, "operands": operands, "causal": shape.causal},
+            num_threads=torch.get_num_threads(),
+        )
+        try:
+            with sdpa_kernel(kernel):
+                seconds[kernel.name] = timer.blocked_autorange(min_run_time=SECONDS_EACH).median
+        except RuntimeError:  # "No available kernel"
+            continue
+    return seconds
+
+
+def use_fastest(seconds: dict[str, float]) -> None:
+    """Lets CUDA's attention take the fastest kernel of a measurement; where a mask keeps that away, others stay."""
+    fastest = min(seconds, key=lambda name: seconds[name])
+    torch.backends.cuda.enable_flash_sdp(fastest == SDPBackend.FLASH_ATTENTION.name)
+    torch.backends.cuda.enable_cudnn_sdp(fastest == SDPBackend.CUDNN_ATTENTION.name)
+
+
+def describe(seconds: dict[str, float]) -> str:
+    """The measurement in words, the fastest first."""
+    words = [f"{name} {1000 * seconds[name]:.2f} ms" for name in sorted(seconds, key=lambda name: seconds[name])]
+    return f"{', '.join(words)} a block and micro-batch, forward and backward, measured here; the first is used"
