@@ -1,48 +1,33 @@
-"""python -m tests.benchmarks: every table that a CPU can give, ours beside its peer, measured in turns."""
+"""python -m tests.benchmarks: every table that a CPU can give, ours beside its peer, measured in turns.
+
+Names of parts after it, such as `model starting`, choose some of them.
+"""
 
 import platform
-import tempfile
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from data_prep.palette import encode, lookup_table
 from data_prep.shards import MANIFEST, open_shard_set
-from pipeline.config import BatchConfig, ModelConfig, ScheduleConfig, TrainConfig
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.config import ModelConfig
 from pipeline.train.batches import ImageOrder, TrainingBatches
-from tests.benchmarks.data import HEAD as PREPARATION_HEAD
-from tests.benchmarks.data import preparation
+from tests.benchmarks import data, features, memory, models, saving, scale, starting
+from tests.benchmarks.models import Case
+from tests.benchmarks.turns import HEAD, Row, best
 from tests.launch import run
 
-REPEATS = 5
-
-
-class Row(NamedTuple):
-    """One comparison: work done in a second by us and by the peer."""
-
-    what: str
-    unit: str
-    ours: float
-    peer: str
-    theirs: float
-
-
-def best(work: float, *candidates: Callable[[], object]) -> list[float]:
-    """Work a second of each candidate: the best of some turns, taken alternately after one to warm up."""
-    seconds: list[list[float]] = [[] for _ in candidates]
-    for turn in range(REPEATS + 1):
-        for times, candidate in zip(seconds, candidates, strict=True):
-            start = time.perf_counter()
-            candidate()
-            if turn:
-                times.append(time.perf_counter() - start)
-    return [work / min(times) for times in seconds]
+CPU = torch.device("cpu")
+BATCH = 128
+S_TOKENS_A_SECOND = 0.45 * 989e12 / 0.606e9
+"""Of iGPT-S on one H100 at 45% of its peak, 0.606 GFLOP a token: what a reader must keep up with."""
 
 
 def encoding() -> Row:
@@ -69,13 +54,13 @@ def reading(shards: Path) -> Row:
 
     def read_ours() -> None:
         batches = TrainingBatches(split, opened.resolution, ImageOrder(split.record_images, 0), 0, 1)
-        for step in range(split.images // 128):
-            batches.at(step * 128, 128)
+        for step in range(split.images // BATCH):
+            batches.at(step * BATCH, BATCH)
         batches.close()
 
     def read_theirs() -> None:
         pipeline = wds.WebDataset(urls, shardshuffle=False).decode().to_tuple("pixels.npy", "labels.npy").unbatched()
-        for _ in pipeline.shuffle(1000).batched(128):
+        for _ in pipeline.shuffle(1000).batched(BATCH):
             pass
 
     tokens = split.images * opened.resolution**2 / 1e6
@@ -83,80 +68,88 @@ def reading(shards: Path) -> Row:
     return Row("shuffled batches of 128", "Mtoken/s", ours, "webdataset", theirs)
 
 
-def training() -> Row:
-    """A training step through the engine against the same step in plain torch: DeepSpeed's own cost."""
-    from pipeline.model import objectives
-    from pipeline.train.engine import build_engine, new_optimizer
+def data_rates(folder: Path) -> Iterator[str]:
+    """Encoding and reading."""
+    shards = folder / "shards"
+    options = ["--config", "configs/data/demo.yaml", "--resolution", 32, "--out", shards]
+    prepared = run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs")
+    assert prepared.codes == [0] and (shards / MANIFEST).exists(), prepared.output
+    yield HEAD
+    yield encoding().line()
+    row = reading(shards)
+    yield row.line()
+    yield (
+        f"\nA rank of iGPT-S on one H100 at 45% of its peak takes {S_TOKENS_A_SECOND / 1e6:.2f} Mtoken/s: reading them "
+        f"would take {S_TOKENS_A_SECOND / 1e6 / row.ours:.2%} of its time if nothing were read ahead."
+    )
+
+
+def model_rates(_: Path) -> Iterator[str]:
+    """Training steps, completions and features."""
     from pipeline.train.ranks import describe_ranks, start_group
 
-    config = TrainConfig(
-        model=ModelConfig(layers=4, width=256, heads=4, resolution=16),
-        batch=BatchConfig(global_size=8, micro_size=8),
-        schedule=ScheduleConfig(steps=100, warmup_steps=1),
-        precision="fp32",
-    )
-    ranks, model_config = describe_ranks(), gpt2_config(config.model)
-    tokens = np.random.default_rng(0).integers(0, 512, (8, 256)).astype(np.uint16)
+    ranks = describe_ranks()
     start_group(ranks)
-    engine = build_engine(config, model_config, ranks)
-    plain = build_model(model_config)
-    initialize(plain, 0)
-    optimizer = new_optimizer(config, plain.named_parameters(), ranks.device)
-
-    def plain_step() -> None:
-        inputs, targets = objectives.next_color(torch.from_numpy(tokens.astype(np.int64)), 512)
-        objectives.token_loss(plain(inputs).logits, targets, 512).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    ours, theirs = best(len(tokens), lambda: engine.step(tokens, 1e-3), plain_step)
-    return Row("training step, 3.5M parameters, ZeRO-1", "images/s", ours, "plain torch, same model", theirs)
-
-
-def sampling() -> Row:
-    """Completions against Hugging Face's generate() on its own ImageGPT of the same size."""
-    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
-
-    from pipeline.model.sampling import complete
-
-    config = ModelConfig(layers=8, width=256, heads=4, resolution=16)
-    model = build_model(gpt2_config(config))
-    initialize(model, 0)
-    peer = ImageGPTForCausalImageModeling(
-        ImageGPTConfig(n_layer=8, n_embd=256, n_head=4, n_positions=257, vocab_size=513)
-    ).eval()
-    given = torch.randint(0, 512, (8, 128))
-    start = torch.cat([torch.full((8, 1), 512), given], dim=1)
-
-    def generate() -> None:
-        peer.generate(start, max_new_tokens=128, do_sample=True, top_k=0, use_cache=True, pad_token_id=0)
-
-    ours, theirs = best(8, lambda: complete(model, given, 256, seed=0), generate)
-    return Row("completions, 8 of 16x16 at once", "images/s", ours, "HF ImageGPT.generate", theirs)
+    small = ModelConfig(layers=4, width=256, heads=4, resolution=16)
+    fp32 = Case(small, 8, "fp32", CPU)
+    compiled = Case(small, 8, "bf16", CPU, compiled=True)
+    yield HEAD
+    what = "training step, 3.5M parameters, fp32, ZeRO-1"
+    yield _row(what, fp32, models.our_step(fp32, ranks), "the same in plain torch", models.plain_step(fp32))
+    what = "training step, 3.5M parameters, bf16, compiled blocks"
+    step = models.our_step(compiled, ranks)
+    yield _row(what, compiled, step, "GPT-2, compiled blocks", models.gpt_step(compiled))
+    by_trainer = models.image_gpt_step(replace(compiled, compiled=False))
+    yield _row(what, compiled, step, "HF ImageGPT, as Trainer does", by_trainer)
+    case = Case(ModelConfig(layers=8, width=256, heads=4, resolution=16), 8, "fp32", CPU)
+    step, forward = models.features(case)
+    yield _row("features of all layers, 6.6M parameters", case, step, "the forward pass alone", forward)
+    drawing, generating = models.completions(case)
+    ours, theirs = best(case.images, drawing, generating)
+    yield Row("completions, 8 of 16x16 at once", "images/s", ours, "HF ImageGPT.generate", theirs).line()
+    floor = case.images / (models.read_seconds(case) * case.config.n_positions / 2)
+    yield f"\nAt the rate at which memory is read, completions would be {floor:.4g} images/s: ours reach {ours / floor:.0%}"
 
 
-def main() -> None:
-    """Prints the machine, then a table."""
+def _row(what: str, case: Case, step: models.Step, peer: str, peer_step: models.Step) -> str:
+    ours, theirs = best(case.images, step, peer_step)
+    return Row(what, "images/s", ours, peer, theirs).line()
+
+
+def prepared_pictures(folder: Path) -> Iterator[str]:
+    """Pictures to shards."""
+    yield data.HEAD
+    yield from data.preparation(folder)
+
+
+PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "data": data_rates,
+    "model": model_rates,
+    "starting": starting.table,
+    "saving": saving.table,
+    "features": features.table,
+    "preparation": prepared_pictures,
+    "memory": memory.table,
+    "scale": lambda _: iter(scale.scale_table()),
+}
+
+
+def main(wanted: list[str]) -> None:
+    """Prints the machine, then the tables."""
+    unknown = sorted(set(wanted) - PARTS.keys())
+    if unknown:
+        sys.exit(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}.")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "webdataset"))
-    print(f"{platform.machine()} CPU, {torch.get_num_threads()} threads; {packages}\n")
-    with tempfile.TemporaryDirectory() as folder:
-        shards = Path(folder) / "shards"
-        options = ["--config", "configs/data/demo.yaml", "--resolution", 32, "--out", shards]
-        prepared = run(1, "-m", "data_prep", "shards", *options, logs=Path(folder) / "logs")
-        assert prepared.codes == [0] and (shards / MANIFEST).exists(), prepared.output
-        print("| what | unit | ours | peer | peer's | ratio |\n|---|---|---|---|---|---|")
-        for measure in (encoding, lambda: reading(shards), sampling, training):
-            row = measure()
-            ratio = row.ours / row.theirs
-            print(
-                f"| {row.what} | {row.unit} | {row.ours:.4g} | {row.peer} | {row.theirs:.4g} | {ratio:.2f} |",
-                flush=True,
-            )
-        print(f"\n{PREPARATION_HEAD}", flush=True)
-        for line in preparation(Path(folder)):
-            print(line, flush=True)
+    torch.set_num_threads(1)
+    print(f"{platform.machine()} CPU, one thread; {packages}")
+    for name in wanted or PARTS:
+        began = time.monotonic()
+        with TemporaryDirectory() as folder:
+            print(f"\n## {name}\n", flush=True)
+            for line in PARTS[name](Path(folder)):
+                print(line, flush=True)
+        print(f"\n({time.monotonic() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,13 +1,13 @@
 """Features of all layers in one pass against a pass a layer: python -m tests.benchmarks.features
 
-A 24-layer model and 10,000 pictures. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
+A 24-layer model and 2,500 pictures. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
 that is probed, run all pictures with output_hidden_states and pool that layer's states. It is given the right
 sequence (SOS first) and the right states (after ln_1), so that both must give the same features. Both run in batches
 of the same size on the same threads; ours includes writing the cache and its digest.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,11 +23,11 @@ from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.huggingface import load_model_folder, save_model_folder
 from tests.launch import run
 
-LAYERS, WIDTH, RESOLUTION, IMAGES, BATCH = 24, 16, 6, 10_000, 250
+LAYERS, WIDTH, RESOLUTION, PICTURES, BATCH = 24, 16, 6, 2_500, 250
 
 
 def evaluation_in(folder: Path) -> Evaluation:
-    """A model of 24 layers with initial weights, and 10,000 pictures, written into `folder`."""
+    """A model of 24 layers with initial weights, and pictures, written into `folder`."""
     options = ["--config", "configs/data/demo.yaml", "--resolution", RESOLUTION, "--out", folder / "shards"]
     prepared = run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs")
     assert prepared.codes == [0], prepared.output
@@ -42,7 +42,7 @@ def evaluation_in(folder: Path) -> Evaluation:
         folder,
         start_accelerator("fp32"),
         0,
-        Sizes(batch_size=BATCH),
+        Sizes(batch_size=BATCH, train_images=PICTURES),
         Kept(folder, "features", "benchmark"),
         folder / "features",
         "benchmark",
@@ -75,25 +75,26 @@ def timed(work: Callable[[], np.ndarray]) -> tuple[np.ndarray, tuple[float, floa
     return value, (time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def main() -> None:
-    """Prints both times and their ratio."""
-    print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; {LAYERS} layers of {WIDTH}, "
-        f"{IMAGES:,} pictures of {RESOLUTION}x{RESOLUTION}"
-    )
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        evaluation = evaluation_in(folder)
-        pictures = evaluation.pictures("train")
-        assert len(pictures) == IMAGES
-        ours, our_time = timed(lambda: pooled_features(evaluation, pictures))
-        theirs, their_time = timed(lambda: pass_a_layer(folder / "model", pictures))
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    print("| features of all layers | s | CPU s |\n|---|---|---|")
+def table(folder: Path) -> Iterator[str]:
+    """Lines: both times and their ratio."""
+    evaluation = evaluation_in(folder)
+    pictures = evaluation.pictures("train")
+    ours, our_time = timed(lambda: pooled_features(evaluation, pictures))
+    theirs, their_time = timed(lambda: pass_a_layer(folder / "model", pictures))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    yield f"| features of {LAYERS} layers, {len(pictures):,} pictures of {RESOLUTION}x{RESOLUTION} | s | CPU s |"
+    yield "|---|---|---|"
     for what, (wall, cpu) in (("one pass, ours", our_time), ("a pass a layer, HF ImageGPT", their_time)):
-        print(f"| {what} | {wall:.1f} | {cpu:.1f} |")
+        yield f"| {what} | {wall:.1f} | {cpu:.1f} |"
     wall, cpu = (theirs_took / ours_took for theirs_took, ours_took in zip(their_time, our_time, strict=True))
-    print(f"\n{wall:.1f} times shorter, {cpu:.1f} in CPU time; largest difference {np.abs(ours - theirs).max():.1g}")
+    yield f"\n{wall:.1f} times shorter, {cpu:.1f} in CPU time; largest difference {np.abs(ours - theirs).max():.1g}"
+
+
+def main() -> None:
+    """The table."""
+    with TemporaryDirectory() as folder:
+        for line in table(Path(folder)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

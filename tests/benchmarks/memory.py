@@ -7,6 +7,7 @@ C library is told to give freed tensors back, as an accelerator's allocator coun
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -109,23 +110,27 @@ def measure(case: dict[str, Any]) -> None:
     os._exit(0)
 
 
+def table(folder: Path) -> Iterator[str]:
+    """Lines."""
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    yield "| run | plan, MB | measured, MB | difference |"
+    yield "|---|---|---|---|"
+    for name, ranks, case in CASES:
+        config = config_of(case, ranks)
+        planned = memory_of_rank(config, gpt2_config(config.model), ranks, on_cpu=True).peak
+        done = run(ranks, "-m", "tests.benchmarks.memory", json.dumps(case), logs=folder)
+        found = [line for text in done.outputs for line in text.splitlines() if line.startswith("BYTES")]
+        if len(found) != ranks:
+            sys.exit(done.output)
+        peak = max(int(line.split()[1]) for line in found)
+        yield f"| {name} | {planned / 1e6:,.0f} | {peak / 1e6:,.0f} | {planned / peak - 1:+.1%} |"
+
+
 def main() -> None:
     """The table."""
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    print("| run | plan, MB | measured, MB | difference |\n|---|---|---|---|", flush=True)
     with TemporaryDirectory() as folder:
-        for name, ranks, case in CASES:
-            config = config_of(case, ranks)
-            planned = memory_of_rank(config, gpt2_config(config.model), ranks, on_cpu=True).peak
-            done = run(ranks, "-m", "tests.benchmarks.memory", json.dumps(case), logs=Path(folder))
-            found = [line for text in done.outputs for line in text.splitlines() if line.startswith("BYTES")]
-            if len(found) != ranks:
-                sys.exit(done.output)
-            peak = max(int(line.split()[1]) for line in found)
-            print(
-                f"| {name} | {planned / 1e6:,.0f} | {peak / 1e6:,.0f} | {planned / peak - 1:+.1%} |",
-                flush=True,
-            )
+        for line in table(Path(folder)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m tests.benchmarks.saving
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,29 +68,26 @@ def measure(shards: Path, folder: Path, asynchronous: bool) -> None:
     print(row, flush=True)
 
 
-def main() -> None:
-    """The table; each kind in a process of its own."""
-    print(
+def table(folder: Path) -> Iterator[str]:
+    """Lines; each kind in a process of its own."""
+    yield (
         "| save | s a save holds up training | of it the probe's forward pass | the rest | CPU-seconds of the loop's "
         "thread | of all threads until the loop goes on | MB before | MB peak |"
     )
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        options = ["--config", "configs/data/demo.yaml", "--resolution", 16, "--out", folder / "shards"]
-        assert run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs").codes == [0]
-        for kind in ("synchronous", "asynchronous"):
-            done = run(
-                1,
-                "-m",
-                "tests.benchmarks.saving",
-                folder / "shards",
-                folder / kind,
-                kind,
-                logs=folder / kind,
-                seconds=1800,
-            )
-            print("\n".join(line for line in done.output.splitlines() if line.startswith("|")) or done.output)
+    yield "|---|---|---|---|---|---|---|---|"
+    options = ["--config", "configs/data/demo.yaml", "--resolution", 16, "--out", folder / "shards"]
+    assert run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs").codes == [0]
+    for kind in ("synchronous", "asynchronous"):
+        own = [folder / "shards", folder / kind, kind]
+        done = run(1, "-m", "tests.benchmarks.saving", *own, logs=folder / kind, seconds=1800)
+        yield "\n".join(line for line in done.output.splitlines() if line.startswith("|")) or done.output
+
+
+def main() -> None:
+    """The table."""
+    with TemporaryDirectory() as folder:
+        for line in table(Path(folder)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""What is done with a model, by us and by peers: training steps, completions, features; on CPU and accelerators."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTForCausalImageModeling
+
+from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from pipeline.model import objectives
+from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.train.engine import build_engine, new_optimizer
+from pipeline.train.ranks import Ranks
+from tests.benchmarks.turns import best
+
+Step = Callable[[], object]
+COLORS = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is run."""
+
+    model: ModelConfig
+    images: int
+    """Of the micro-batch, which is the batch."""
+    precision: str
+    device: torch.device
+    compiled: bool = False
+    """Every block, by torch.compile, of ours and of the peers alike."""
+    recompute: bool = False
+
+    @property
+    def config(self) -> GPT2Config:
+        """The model's."""
+        return gpt2_config(self.model)
+
+    def training(self) -> TrainConfig:
+        """As a run of ours: one rank, ZeRO-1."""
+        return TrainConfig(
+            model=self.model,
+            batch=BatchConfig(global_size=self.images, micro_size=self.images),
+            schedule=ScheduleConfig(steps=1000, warmup_steps=1),
+            precision=self.precision,  # type: ignore[arg-type]
+            compile=self.compiled,
+            parallel=ParallelConfig(recompute=self.recompute),
+        )
+
+    def tokens(self) -> np.ndarray:
+        """A batch of pictures: uint16 (B, T)."""
+        shape = (self.images, self.config.n_positions)
+        return np.random.default_rng(0).integers(0, COLORS, shape).astype(np.uint16)
+
+    def autocast(self) -> torch.autocast:
+        """What the peers compute under."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
+
+
+def our_step(case: Case, ranks: Ranks) -> Step:
+    """A step through the engine, the update included; needs the process group."""
+    engine = build_engine(case.training(), case.config, ranks)
+    tokens = case.tokens()
+    return lambda: engine.step(tokens, 1e-4)
+
+
+def plain_step(case: Case) -> Step:
+    """The same model and optimizer in a loop of plain torch: what DeepSpeed costs shows against it."""
+    with torch.device(case.device):
+        model = build_model(case.config)
+    initialize(model, 0)
+    optimizer = new_optimizer(case.training(), model.named_parameters(), case.device)
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        inputs, targets = objectives.next_color(tokens, COLORS)
+        return objectives.token_loss(model(inputs).logits, targets, COLORS)
+
+    return _plain(case, model, optimizer, loss)
+
+
+def gpt_step(case: Case) -> Step:
+    """Stock GPT-2 of the same size, as one would train it: LayerNorm, biases, tied head, 512 colours and SOS."""
+    config = case.config
+    plain = GPT2Config(
+        n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, n_positions=config.n_positions,
+        vocab_size=COLORS + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.device(case.device):
+        model = GPT2LMHeadModel(plain)
+    return _plain(case, model, _adam(model), _next_token(model))
+
+
+def image_gpt_step(case: Case) -> Step:
+    """Hugging Face's ImageGPT, dropout off, as a Trainer's loop trains it."""
+    model = image_gpt(case.config).train().to(case.device)
+    return _plain(case, model, _adam(model), _next_token(model))
+
+
+def image_gpt(config: GPT2Config) -> ImageGPTForCausalImageModeling:
+    """Of the same size, with one position more for SOS."""
+    return ImageGPTForCausalImageModeling(
+        ImageGPTConfig(
+            n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, n_positions=config.n_positions + 1,
+            vocab_size=COLORS + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+
+
+def _adam(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+
+def _next_token(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        inputs, targets = objectives.next_color(tokens, COLORS)
+        logits = model(input_ids=inputs, use_cache=False).logits
+        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    return loss
+
+
+def _plain(
+    case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[torch.Tensor], torch.Tensor]
+) -> Step:
+    tokens = torch.from_numpy(case.tokens().astype(np.int64)).to(case.device)
+    if case.compiled:
+        for block in model.transformer.h:
+            block.compile()
+
+    def step() -> None:
+        with case.autocast():
+            value = loss(tokens)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def completions(case: Case) -> tuple[Step, Step]:
+    """Lower halves of a batch drawn: by us, and by generate() of Hugging Face's ImageGPT."""
+    from pipeline.model.sampling import complete
+
+    dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16
+    with torch.device(case.device):
+        model = build_model(case.config)
+    initialize(model, 0)
+    model.to(dtype)
+    peer = image_gpt(case.config).to(case.device, dtype).eval()
+    total = case.config.n_positions
+    given = torch.randint(0, COLORS, (case.images, total // 2), device=case.device)
+    start = torch.cat([torch.full_like(given[:, :1], COLORS), given], dim=1)
+
+    def generate() -> None:
+        peer.generate(start, max_new_tokens=total - total // 2, do_sample=True, top_k=0, use_cache=True, pad_token_id=0)
+
+    return (lambda: complete(model, given, total, seed=0)), generate
+
+
+def read_seconds(case: Case) -> float:
+    """The floor of drawing one position: weights, and keys and values of three quarters of the picture, read once."""
+    config, width = case.config, 4 if case.precision == "fp32" else 2
+    weights = 12 * config.n_layer * config.n_embd**2 + config.n_embd * COLORS
+    kept = 2 * config.n_layer * case.images * config.n_positions * 0.75 * config.n_embd
+    return width * (weights + kept) / _read_rate(case.device)
+
+
+def _read_rate(device: torch.device) -> float:
+    """Bytes a second that a large sum reads."""
+    numbers = torch.ones(1 << (30 if device.type == "cuda" else 26), device=device, dtype=torch.float32)
+    [rate] = best(numbers.nbytes, numbers.sum)
+    return rate
+
+
+def features(case: Case) -> tuple[Step, Step]:
+    """A batch's pooled features of all layers, and the forward pass alone."""
+    from pipeline.evaluate.features import pooled_layers
+
+    with torch.device(case.device):
+        model = build_model(case.config).eval()
+    initialize(model, 0)
+    inputs, _ = objectives.next_color(torch.from_numpy(case.tokens().astype(np.int64)).to(case.device), COLORS)
+
+    def forward() -> None:
+        with torch.inference_mode(), case.autocast():
+            model.transformer(inputs)
+
+    def pooled() -> None:
+        with torch.inference_mode(), case.autocast(), pooled_layers(model) as layers:
+            model.transformer(inputs)
+            torch.stack(layers).cpu()
+
+    return pooled, forward
