@@ -92,10 +92,12 @@ def model_rates(_: Path) -> Iterator[str]:
     start_group(ranks)
     small = ModelConfig(layers=4, width=256, heads=4, resolution=16)
     fp32 = Case(small, 8, "fp32", CPU)
+    bf16 = Case(small, 8, "bf16", CPU)
     compiled = Case(small, 8, "bf16", CPU, compiled=True)
     yield HEAD
-    what = "training step, 3.5M parameters, fp32, ZeRO-1"
-    yield _row(what, fp32, models.our_step(fp32, ranks), "the same in plain torch", models.plain_step(fp32))
+    for case in (fp32, bf16):
+        what = f"training step, 3.5M parameters, {case.precision}, ZeRO-1"
+        yield _row(what, case, models.our_step(case, ranks), "the same in plain torch", models.plain_step(case))
     what = "training step, 3.5M parameters, bf16, compiled blocks"
     step = models.our_step(compiled, ranks)
     yield _row(what, compiled, step, "GPT-2, compiled blocks", models.gpt_step(compiled))
@@ -108,7 +110,7 @@ def model_rates(_: Path) -> Iterator[str]:
     ours, theirs = best(case.images, drawing, generating)
     yield Row("completions, 8 of 16x16 at once", "images/s", ours, "HF ImageGPT.generate", theirs).line()
     floor = case.images / (models.read_seconds(case) * case.config.n_positions / 2)
-    yield f"\nAt the rate at which memory is read, completions would be {floor:.4g} images/s: ours reach {ours / floor:.0%}"
+    yield f"\nReading memory alone, completions would be {floor:.4g} images/s: ours reach {ours / floor:.0%} of that."
 
 
 def _row(what: str, case: Case, step: models.Step, peer: str, peer_step: models.Step) -> str:
