@@ -1,6 +1,8 @@
 # make demo       sets up, then the whole way from pictures to a measured model, in five to ten minutes on two cores
 # make test       sets up, then the tests; make test-all runs the slow ones too
-# make bench      speed against the peers, as ratios
+# make bench      speed against the peers, as ratios; make bench PARTS="model starting" some of it
+# make bench-accelerator   the same on one accelerator, in nine minutes; on a machine without a network too, with the
+#                 wheels that make accelerator-wheels WHEELS_PYTHON=3.12 gathered on another
 # make soak       KILLS=50 SEED=0: kills runs at random moments, goes on with them, and compares
 # make lint       style and types
 
@@ -9,12 +11,15 @@ BIN := .venv/bin
 SET_UP := .venv/.set-up
 DEMO ?= out/demo
 RANKS ?= 2
+PARTS ?=
+WHEELS := out/accelerator-wheels
+WHEELS_PYTHON ?= 3.11
 KILLS ?= 50
 SEED ?= 0
 # Idle threads sleep instead of spinning: two ranks share two cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-all bench soak lint set-up
+.PHONY: demo test test-all bench accelerator-wheels bench-accelerator soak lint set-up
 .DELETE_ON_ERROR:
 
 set-up: $(SET_UP)
@@ -55,7 +60,21 @@ test-all: $(SET_UP)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 bench: $(SET_UP)
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(PARTS)
+
+# What the benchmark needs beside torch and transformers; deepspeed is published as source.
+accelerator-wheels: $(SET_UP)
+	mkdir -p $(WHEELS)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEELS) \
+	    $$(grep ^deepspeed== requirements.txt)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --dest $(WHEELS) \
+	    $$($(BIN)/python -m pip freeze | grep --extended-regexp --ignore-case \
+	    "^(annotated.types|einops|hjson|jsonargparse|msgpack|ninja|psutil|py.cpuinfo|pydantic|pydantic.core|typing.inspection)==")
+
+# With the python that has torch with CUDA and transformers: make bench-accelerator PYTHON=...
+bench-accelerator:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target out/accelerator-packages $(WHEELS)/*.whl
+	PYTHONPATH=.:out/accelerator-packages $(PYTHON) -m tests.benchmarks.accelerator $(TOY)
 
 soak: $(SET_UP)
 	$(BIN)/python -m tests.soak --kills $(KILLS) --seed $(SEED)

@@ -1,0 +1,37 @@
+"""The accelerator's benchmark, tried on this machine's CPU at toy size."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.plan.block_times import read_block_times
+from tests.benchmarks.accelerator import PARTS
+from tests.launch import ROOT
+
+COMMAND = [sys.executable, "-m", "tests.benchmarks.accelerator"]
+
+
+@pytest.mark.slow
+def test_every_part_gives_its_table_at_toy_size(tmp_path: Path) -> None:
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([*COMMAND, "--toy"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^## ([\w-]+),", done.stdout, re.MULTILINE) == list(PARTS)
+    assert "| completions kept and replayed, from a pass a colour | 0 of 128 colours |" in done.stdout
+    assert "| logits in fp32 from float64's | " in done.stdout
+    times = tmp_path / "out/accelerator/block_times.json"
+    assert len(read_block_times(str(times)).rows) == len(json.loads(times.read_text())["rows"]) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
+def test_without_an_accelerator_it_says_so() -> None:
+    done = subprocess.run(COMMAND, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: torch sees no CUDA device; --toy tries the script on this one.\n",
+    )
