@@ -17,6 +17,7 @@ from pipeline.train.persistence import Progress
 from pipeline.train.ranks import describe_ranks, start_group
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.setup import Session, check_inputs, set_up
+from pipeline.train.start import StartClock
 from pipeline.train.validation import probe_loss
 from pipeline.train.watchdog import Watchdog
 from tests.launch import run
@@ -38,7 +39,7 @@ def session_on(shards: Path, folder: Path, asynchronous: bool) -> Session:
     start_group(ranks)
     runs = RunFolder(folder)
     runs.open(config, inputs.shards, [], 1)
-    session = set_up(inputs, runs, StopRequests(folder), Watchdog(runs, ranks, minutes=0))
+    session = set_up(inputs, runs, StopRequests(folder), Watchdog(runs, ranks, minutes=0), StartClock())
     session.engine.step(session.batches.at(0, 1), 1e-3)
     return session
 
