@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -100,13 +101,24 @@ def next_action(
         return "failed", f"it was queued {restarts} times again, which is MAX_RESTARTS"
     if now.status == "stopped" or (asked and not opened):
         return "requeue", f"stopped on request at step {now.step:,}"
-    with (run / ACCIDENTS).open("a") as file:
-        file.write(json.dumps({"time": time.time(), "step": now.step, "code": code, "error": now.error}) + "\n")
-    noted = [json.loads(line)["step"] for line in (run / ACCIDENTS).read_text().splitlines()]
-    here = noted[-max_accidents:]
+    here = _note_accident(run / ACCIDENTS, now, code)[-max_accidents:]
     if len(here) == max_accidents and max(here) == min(here):
         return "failed", f"it ended {max_accidents} times at step {now.step:,} without anyone asking (MAX_ACCIDENTS)"
     return "requeue", f"it ended with code {code} after step {now.step:,}" + (f": {now.error}" if now.error else "")
+
+
+def _note_accident(path: Path, now: Standing, code: int) -> list[int]:
+    """Adds one. Returns the steps of all that were noted; a line that a kill cut short is left out."""
+    earlier = path.read_text() if path.is_file() else ""
+    with path.open("a") as file:
+        if earlier and not earlier.endswith("\n"):
+            file.write("\n")
+        file.write(json.dumps({"time": time.time(), "step": now.step, "code": code, "error": now.error}) + "\n")
+    steps = []
+    for line in earlier.splitlines():
+        with suppress(ValueError):
+            steps.append(int(json.loads(line)["step"]))
+    return [*steps, now.step]
 
 
 def status_command(arguments: list[str]) -> int:

@@ -43,6 +43,14 @@ def test_accidents_at_the_same_step_are_too_many_and_progress_forgives_them(tmp_
     assert (action, "3 times at step 8" in why) == ("failed", True)
 
 
+def test_an_accident_whose_line_was_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:
+    for torn in ("", '{"time": 1.0, "st'):
+        with (tmp_path / "accidents.jsonl").open("a") as file:
+            file.write(torn)
+        assert next_action(ended(tmp_path, "running", 5), 137, 0, 100, 3)[0] == "requeue"
+    assert next_action(ended(tmp_path, "running", 5), 137, 0, 100, 3)[0] == "failed"
+
+
 BEFORE, AFTER = "2026-01-31T12:00:00Z", "2026-01-31T12:00:05Z"
 
 
