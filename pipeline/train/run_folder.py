@@ -29,6 +29,8 @@ FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
 """A run keeps these: with others it would go on as another model, or with other pictures."""
 LEFT_BEHIND = 3
 """Times health.hang_minutes after which a rank that waits for others has ended."""
+HELD_BY_JOB = ", SLURM job "
+"""Before a job's number in the lock."""
 LEFT_BY_JOBS = ("logs", "accidents.jsonl")
 Status = Literal["running", "stopped", "failed", "finished"]
 
@@ -161,27 +163,24 @@ class RunFolder:
             self._lock.close()
 
     def _take_lock(self, patience: float) -> None:
-        """patience: seconds for which what an earlier start of the same SLURM job left behind is waited for.
-
-        The copies of an array that run one after the other are starts of one job too.
-        """
+        """patience: seconds for which a job waits for what another job, or its own earlier start, left behind."""
         self._lock, end, said = (self.path / ".lock").open("a+"), time.monotonic() + patience, False
-        array = os.environ.get("SLURM_ARRAY_JOB_ID")
-        number = array or os.environ.get("SLURM_JOB_ID")
-        job = f", SLURM job {number}" if number else ""
+        number = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
         while not _locked(self._lock):
             self._lock.seek(0)
             holder = self._lock.read().strip() or "not named"
-            again = array is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-            left_behind = job and holder.endswith(job) and again
-            if not left_behind or time.monotonic() > end:
+            if number is None or HELD_BY_JOB not in holder or time.monotonic() > end:
                 raise ValueError(f"{self.path} is being trained by another process ({holder}); wait for it or stop it.")
             if not said:
-                print(f"an earlier start of this job still holds the run ({holder}); it is waited for", flush=True)
+                print(
+                    f"{holder} still holds the run, as ranks on a lost node do until their watchdog ends them; it is "
+                    f"waited for, up to {patience / 60:g} minutes",
+                    flush=True,
+                )
             said = True
             time.sleep(1)
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}{job}")
+        self._lock.write(f"process {os.getpid()} on {platform.node()}{HELD_BY_JOB + number if number else ''}")
         self._lock.flush()
 
 

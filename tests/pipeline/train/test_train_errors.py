@@ -166,10 +166,11 @@ def test_two_trainings_of_one_run(runner: Runner, shards: Path) -> None:
     [
         {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"},
         {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7"},  # a later copy
+        {"SLURM_JOB_ID": "9"},  # that depended on the other
     ],
-    ids=["restarted", "array"],
+    ids=["restarted", "array", "successor"],
 )
-def test_what_an_earlier_start_of_the_same_job_left_behind_is_waited_for(
+def test_what_an_earlier_job_left_behind_is_waited_for(
     job: dict[str, str], runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fcntl
@@ -191,7 +192,21 @@ def test_what_an_earlier_start_of_the_same_job_left_behind_is_waited_for(
 
         threading.Thread(target=release, daemon=True).start()
         runner.check_trains("run", 1, schedule__steps=5, schedule__warmup_steps=2)
-    assert "still holds the run (process 1 on node1, SLURM job 7)" in log.read_text()
+    assert "process 1 on node1, SLURM job 7 still holds the run" in log.read_text()
+
+
+def test_a_job_does_not_wait_for_ever_for_another(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    (runner.folder / "run").mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    with (runner.folder / "run/.lock").open("w+") as lock:
+        lock.write("process 1 on node1, SLURM job 7")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        finished = runner.train("run", health__hang_minutes=0.01)
+    assert finished.codes == [2]
+    assert "is being trained by another process (process 1 on node1, SLURM job 7)" in finished.output
 
 
 def test_a_rate_that_diverges_stops_with_the_step_named(runner: Runner) -> None:
