@@ -179,12 +179,16 @@ reach_controller() {
   return 1
 }
 
-# Submits what follows a finished run, once for its last checkpoint: the evaluation of all that are kept, where EVALUATE
+# Submits what follows a finished run, once for its last checkpoint and what is asked: the evaluation of all that are kept, where EVALUATE
 # names tasks, then their publishing, where PUBLISH says where to.
 follow_up() {
-  local run=$1 newest shards tasks after=() measured=()
-  newest=$(checkpoints_of "$run" | tail -n 1)
-  [ ! -e "$run/logs/followed-$(basename "$newest").txt" ] || return 0
+  local run=$1 asked shards tasks after=() measured=()
+  [ -n "$EVALUATE$PUBLISH" ] || return 0
+  asked="$(basename "$(checkpoints_of "$run" | tail -n 1)") EVALUATE=$EVALUATE PUBLISH=$PUBLISH"
+  if grep -qxF "$asked" "$run/logs/followed.txt" 2>/dev/null; then
+    echo "submitted before, as $run/logs/followed.txt says, and not again: $asked"
+    return 0
+  fi
   if [ -n "$EVALUATE" ]; then
     shards=$(run_python -c 'import json, sys; print(json.load(open(sys.argv[1]))["shards"]["path"])' "$run/run.json")
     tasks=$(tr ',' '\n' <<<"$EVALUATE" | wc -l)
@@ -196,7 +200,7 @@ follow_up() {
   if [ -n "$PUBLISH" ]; then
     submit_job "${SITE_CPU[@]}" "${after[@]}" "$SCRIPTS/publish.sh" --run "$run" "${measured[@]}" --to "$PUBLISH" || return 0
   fi
-  date +%FT%T >"$run/logs/followed-$(basename "$newest").txt"
+  echo "$asked" >>"$run/logs/followed.txt"
 }
 
 # sbatch without this job's own variables, which the other would take for its own. SUBMITTED is the job's number.

@@ -1,11 +1,13 @@
 """What all job scripts have in common, without a SLURM."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import job_scripts
+from tests.slurm.conftest import SCRIPTS, job_scripts
 
 
 @pytest.mark.parametrize("script", job_scripts(), ids=lambda path: path.stem)
@@ -21,3 +23,32 @@ def test_without_slurm_a_script_says_what_it_is(script: Path) -> None:
     finished = subprocess.run(["bash", script, "--run", "/none"], capture_output=True, text=True)
     assert finished.returncode == 2
     assert "submit it with sbatch" in finished.stderr
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What was submitted, a line each: an sbatch that only writes down its arguments stands first in PATH."""
+    submitted, stub = tmp_path / "submitted.txt", tmp_path / "bin/sbatch"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\necho "$@" >>{submitted}\necho 7\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SITE_PYTHON", sys.executable)
+    return submitted
+
+
+def test_what_follows_a_run_is_submitted_once_for_each_thing_asked(sbatch: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for folder in ("logs", "checkpoints/step-00000040"):
+        (run / folder).mkdir(parents=True)
+
+    def follow(published: str) -> str:
+        bash = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; follow_up {run}"
+        variables = {**os.environ, "PUBLISH": published}
+        return subprocess.run(["bash", "-c", bash], env=variables, capture_output=True, text=True, check=True).stdout
+
+    follow("")
+    for published in ("dir:one", "dir:one", "dir:two"):
+        said = follow(published)
+        assert published in said, "what is not done again is said"
+    assert [line.split()[-1] for line in sbatch.read_text().splitlines()] == ["dir:one", "dir:two"]
