@@ -3,8 +3,9 @@
 set -euo pipefail
 
 REPOSITORY=$(cd "$SCRIPTS/.." && pwd)
+SITE_FILE=${SITE_FILE:-$SCRIPTS/site.sh}
 # shellcheck source=site.sh
-source "${SITE_FILE:-$SCRIPTS/site.sh}"
+source "$SITE_FILE"
 PYTHON=${SITE_PYTHON:-$REPOSITORY/.venv/bin/python}
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 export OMP_WAIT_POLICY=passive
@@ -219,7 +220,7 @@ submit_job() {
 
 # Folders of a run's whole checkpoints, the oldest first.
 checkpoints_of() {
-  find "$1/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' | sort
+  find "$1/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' 2>/dev/null | sort
 }
 
 # Trains with a recipe until the run is finished, over any number of starts of this job.
@@ -281,15 +282,30 @@ test_pretrain() {
   run_python -m pipeline plan --config "$REPOSITORY/configs/$recipe.yaml" --accelerator "$ACCELERATOR" \
     --ranks $((nodes * each)) --ranks_per_node "$each" "${REST[@]}"
   echo
-  test_script "$script" "$@"
+  [ -z "$EVALUATE" ] || echo "after it, for each kept checkpoint: slurm/evaluate.sh --tasks $EVALUATE"
+  [ -z "$PUBLISH" ] || echo "after that: slurm/publish.sh --to $PUBLISH"
+  test_submission "$script" "$@"
 }
 
-# What sbatch would be given, and its word on the script.
-test_script() {
-  echo "would be submitted: sbatch $*"
+# What sbatch would be given, what it would take from the site's file, and its word on both.
+test_submission() {
+  local settings
+  settings=$(env | grep '^SBATCH_' | sort | paste -sd' ' || true)
+  echo "would be submitted, after \`source $SITE_FILE\`: sbatch $(typed "$@")"
+  echo "sbatch takes from there: ${settings:-nothing}"
   if command -v sbatch >/dev/null; then
-    sbatch --test-only "$1" || die "SLURM does not take the script now (its word is above); nothing was submitted."
+    sbatch --test-only "$@" || die "SLURM does not take the script now (its word is above); nothing was submitted."
   else
     echo "(there is no sbatch here to ask)"
   fi
+}
+
+# A command as one would type it.
+typed() {
+  local word line=()
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:,=%@+-]+$ ]] || word=${word@Q}
+    line+=("$word")
+  done
+  echo "${line[*]}"
 }

@@ -27,22 +27,33 @@ IFS=, read -ra tasks <<<"$(value_of --tasks "$@")"
 mapfile -t checkpoints < <(checkpoints_of "$run")
 [ ${#checkpoints[@]} -gt 0 ] || die "$run holds no checkpoints; name the folder of a run."
 numbers=$((${#checkpoints[@]} * ${#tasks[@]}))
-if $testing; then
-  echo "$run has ${#checkpoints[@]} checkpoints, and ${#tasks[@]} tasks are asked for: --array=0-$((numbers - 1))"
-  test_script "$SCRIPTS/evaluate.sh" "$@"
-  exit
-fi
-number=$SLURM_ARRAY_TASK_ID
-if [ "$number" -ge "$numbers" ]; then
-  echo "$run has ${#checkpoints[@]} checkpoints, and ${#tasks[@]} tasks are asked for: number $number has nothing to do"
-  exit
-fi
-checkpoint=${checkpoints[$((number / ${#tasks[@]}))]}
-site_prepare
-without "--run --out --tasks" "$@"
+granted=${SLURM_GPUS_ON_NODE:-0}
+! $testing || granted=$ACCELERATORS_PER_NODE
 launch=("$PYTHON" -m pipeline)
-if [ "${SLURM_GPUS_ON_NODE:-1}" -gt 1 ]; then # a rank each
-  launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$SLURM_GPUS_ON_NODE" -m -- pipeline)
+if [ "$granted" -gt 1 ]; then # a rank each
+  launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$granted" -m -- pipeline)
 fi
-exec "${SITE_LAUNCH[@]}" "${launch[@]}" evaluate "$checkpoint" --out "$out/$(basename "$checkpoint")" \
-  --tasks "${tasks[$((number % ${#tasks[@]}))]}" "${REST[@]}"
+without "--run --out --tasks" "$@"
+
+# COMMAND is what a number of the array runs.
+command_of() {
+  local checkpoint=${checkpoints[$(($1 / ${#tasks[@]}))]}
+  COMMAND=("${SITE_LAUNCH[@]}" "${launch[@]}" evaluate "$checkpoint" --out "$out/$(basename "$checkpoint")"
+    --tasks "${tasks[$(($1 % ${#tasks[@]}))]}" "${REST[@]}")
+}
+
+found="$run has ${#checkpoints[@]} checkpoints, and ${#tasks[@]} tasks are asked for"
+if $testing; then
+  echo "$found:"
+  for ((number = 0; number < numbers; number++)); do
+    command_of "$number"
+    echo "  $number: $(typed "${COMMAND[@]}")"
+  done
+  test_submission "${SITE_EVALUATE[@]}" --array="0-$((numbers - 1))" "$SCRIPTS/evaluate.sh" "$@"
+elif [ "$SLURM_ARRAY_TASK_ID" -ge "$numbers" ]; then
+  echo "$found: number $SLURM_ARRAY_TASK_ID has nothing to do"
+else
+  site_prepare
+  command_of "$SLURM_ARRAY_TASK_ID"
+  exec "${COMMAND[@]}"
+fi

@@ -16,18 +16,35 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
-if take_test "$@"; then
-  test_script "$SCRIPTS/prepare_shards.sh" "${ARGUMENTS[@]}"
-  exit
-fi
-[ -n "${SLURM_ARRAY_JOB_ID:-}" ] || die "this is an array job: submit it with sbatch --array=1-N, or add --test."
+take_test "$@" && testing=true || testing=false
+$testing || [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || die "this is an array job: submit it with sbatch --array=1-N, or add --test."
+set -- "${ARGUMENTS[@]}"
 out=$(value_of --out "$@")
 [ -n "$out" ] || die "--out is not given; name the folder of the shard set."
+
+# JOIN is what sbatch is given to have the parts of an array joined.
+join_after() {
+  local join
+  join=$(typed env PYTHONPATH="$PYTHONPATH" "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep join "$out")
+  JOIN=("${SITE_CPU[@]}" --dependency="afterok:$1" --kill-on-invalid-dep=yes --job-name=join-shards --ntasks=1
+    --output=%x-%j.txt --wrap "$join")
+}
+
+if $testing; then
+  parts=$(sed -n 's/^#SBATCH --array=1-//p' "$SCRIPTS/prepare_shards.sh")
+  echo "$parts parts (sbatch --array=1-N makes N):"
+  for ((part = 1; part <= parts; part++)); do
+    echo "  $part: $(typed "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep shards "$@" --part "$part" --parts "$parts")"
+  done
+  join_after THE_ARRAY
+  echo "which the first part follows with: sbatch $(typed "${JOIN[@]}")"
+  test_submission "${SITE_CPU[@]}" "$SCRIPTS/prepare_shards.sh" "$@"
+  exit
+fi
 site_prepare
 part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))
 if [ "$part" -eq 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
-  printf -v join '%q ' env PYTHONPATH="$PYTHONPATH" "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep join "$out"
-  submit_job "${SITE_CPU[@]}" --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes \
-    --job-name=join-shards --ntasks=1 --output=%x-%j.txt --wrap "$join" || true
+  join_after "$SLURM_ARRAY_JOB_ID"
+  submit_job "${JOIN[@]}" || true
 fi
 exec "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep shards "$@" --part "$part" --parts "$SLURM_ARRAY_TASK_COUNT"

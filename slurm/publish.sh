@@ -14,22 +14,23 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
-if take_test "$@"; then
-  test_script "$SCRIPTS/publish.sh" "${ARGUMENTS[@]}"
-  exit
-fi
-[ -n "${SLURM_JOB_ID:-}" ] || die "this is a job script: submit it with sbatch, or add --test to see what it would do."
+take_test "$@" && testing=true || testing=false
+$testing || [ -n "${SLURM_JOB_ID:-}" ] || die "this is a job script: submit it with sbatch, or add --test to see what it would do."
+set -- "${ARGUMENTS[@]}"
 run=$(value_of --run "$@")
 results=$(value_of --results "$@")
-[ -n "$run" ] || die "--run is not given; name the folder of the run."
+to=$(value_of --to "$@")
+if [ -z "$run" ] || [ -z "$to" ]; then die "--run and --to are needed: the run, and hub:ORG/NAME or dir:PATH."; fi
 [ -z "$results" ] || [ -d "$results" ] || die "--results is $results, which is no folder; leave it out to publish without."
 mapfile -t checkpoints < <(checkpoints_of "$run")
-[ ${#checkpoints[@]} -gt 0 ] || die "$run holds no checkpoints."
-[[ $(value_of --to "$@") != dir:* ]] || checkpoints=("${checkpoints[-1]}")
-site_prepare
+[ ${#checkpoints[@]} -gt 0 ] || die "$run holds no checkpoints; name the folder of a run."
+[[ $to != dir:* ]] || checkpoints=("${checkpoints[-1]}")
 without "--run --results" "$@"
+$testing || site_prepare
 for checkpoint in "${checkpoints[@]}"; do
   own=()
   [ ! -d "$results/$(basename "$checkpoint")" ] || own=(--results "$results/$(basename "$checkpoint")")
-  run_python -m pipeline publish "$checkpoint" "${own[@]}" "${REST[@]}"
+  command=("${SITE_LAUNCH[@]}" "$PYTHON" -m pipeline publish "$checkpoint" "${own[@]}" "${REST[@]}")
+  if $testing; then typed "${command[@]}"; else "${command[@]}"; fi
 done
+! $testing || test_submission "${SITE_CPU[@]}" "$SCRIPTS/publish.sh" "$@"

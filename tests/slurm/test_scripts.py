@@ -52,3 +52,58 @@ def test_what_follows_a_run_is_submitted_once_for_each_thing_asked(sbatch: Path,
         said = follow(published)
         assert published in said, "what is not done again is said"
     assert [line.split()[-1] for line in sbatch.read_text().splitlines()] == ["dir:one", "dir:two"]
+
+
+OF_STEP_40 = "python -m pipeline {} RUN/checkpoints/step-00000040"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "sbatch_options", "commands"),
+    [
+        (
+            "evaluate.sh",
+            ["--shards=SHARDS", "--out", "OUT", "--tasks", "density,knn"],
+            "--partition=small --array=0-3",
+            [f"  3: {OF_STEP_40.format('evaluate')} --out OUT/step-00000040 --tasks knn --shards=SHARDS"],
+        ),
+        ("publish.sh", ["--to=hub:ORG/NAME"], "--partition=cpu", [f"{OF_STEP_40.format('publish')} --to=hub:ORG/NAME"]),
+        (
+            "prepare_shards.sh",
+            ["--source.path=my pictures", "--out", "OUT"],
+            "--partition=cpu",
+            [
+                "  4: python -m data_prep shards --run RUN '--source.path=my pictures' --out OUT --part 4 --parts 4",
+                "sbatch --partition=cpu --dependency=afterok:THE_ARRAY",
+                "python -m data_prep join OUT",
+            ],
+        ),
+    ],
+    ids=["evaluate", "publish", "prepare_shards"],
+)
+def test_a_script_prints_what_it_would_submit(
+    script: str,
+    arguments: list[str],
+    sbatch_options: str,
+    commands: list[str],
+    sbatch: Path,
+    tmp_path: Path,
+) -> None:
+    site, run = tmp_path / "site.sh", tmp_path / "run"
+    site.write_text(
+        'source "$SCRIPTS/site.sh"\nexport SBATCH_ACCOUNT=vision SITE_PYTHON=python\n'
+        "SITE_EVALUATE=(--partition=small) SITE_CPU=(--partition=cpu)\n"
+    )
+    for step in (20, 40):
+        (run / f"checkpoints/step-000000{step}").mkdir(parents=True)
+    finished = subprocess.run(
+        [SCRIPTS / script, "--test", "--run", run, *arguments],
+        env={**os.environ, "SITE_FILE": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    said = finished.stdout.replace(str(run), "RUN")
+    for command in commands:
+        assert command in said
+    assert f": sbatch {sbatch_options} {SCRIPTS / script} --run RUN" in said
+    assert "SBATCH_ACCOUNT=vision" in said
+    [asked] = sbatch.read_text().splitlines()
+    assert asked.startswith(f"--test-only {sbatch_options} "), "nothing is submitted"
