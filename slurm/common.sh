@@ -93,13 +93,33 @@ preflight() {
   ) || exit 2
   case $word in
     sound) ;;
-    again)
+    exclude\ *) again "${word#exclude }" ;;
+    doubt\ *) if has_others "${word#doubt }"; then again "${word#doubt }"; fi ;;&
+    *)
       CODE=1
       what_follows "$run" "the look at the nodes"
       again
       ;;
-    *) again "${word#exclude }" ;;
   esac
+}
+
+# Whether this job can do without both of two nodes: its partition has as many others, and MAX_EXCLUDED allows it.
+has_others() {
+  local others left
+  left=$(left_out "$1")
+  others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mixed,allocated,completing \
+    --format=%N | sort -u | grep -vxFc -f <(tr ',' '\n' <<<"$left")) || true
+  if [ "$others" -ge "$NODES" ] && may_leave_out "$left"; then
+    echo "both are left out; $others other nodes are in use or free"
+  else
+    echo "both are tried again; $others other nodes are in use or free, and MAX_EXCLUDED allows $MAX_EXCLUDED"
+    return 1
+  fi
+}
+
+# Whether no more nodes are named than MAX_EXCLUDED.
+may_leave_out() {
+  [ "$(tr ',' '\n' <<<"$1" | wc -l)" -le "$MAX_EXCLUDED" ]
 }
 
 # One process a rank, ranks of a node next to each other (stages of one pipeline are neighbours). Runs in the background.
@@ -140,7 +160,7 @@ again() {
     exit 1
   fi
   nodes=$(left_out "${1:-}")
-  if [ -n "${1:-}" ] && [ "$(tr ',' '\n' <<<"$nodes" | wc -l)" -gt "$MAX_EXCLUDED" ]; then
+  if [ -n "${1:-}" ] && ! may_leave_out "$nodes"; then
     echo "$nodes would be left out; MAX_EXCLUDED allows $MAX_EXCLUDED nodes"
     exit 1
   fi
@@ -158,6 +178,7 @@ again() {
   # Only a job that waits may be told so; SLURM is ending this script by now, and waits for it.
   [ -z "${1:-}" ] || reach_controller scontrol update JobId="$job" ExcNodeList="$nodes"
   sleep 60 # the job is ended here
+  exit 75
 }
 
 # Nodes that this job leaves out, with those that are named, with commas.

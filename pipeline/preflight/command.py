@@ -18,7 +18,7 @@ from pipeline.preflight.report import read_line
 
 
 def preflight_command(arguments: list[str]) -> int:
-    """Prints one node's report, or with --judge one word on all of them: sound, again, or exclude NODES.
+    """Prints one node's report, or with --judge one word on all of them: sound, again, exclude NODES or doubt NODES.
 
     Raises ValueError for a user's mistake, and with --judge for a fault that all nodes share.
     """
@@ -49,6 +49,12 @@ def _judge(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str
     verdict = judge(reports, nodes, needed, digest)
     for node, sentence in verdict.bad.items():
         print(f"preflight: {node} is left out: {sentence}", file=sys.stderr)
+    if verdict.doubtful:
+        print(
+            f"preflight: {' and '.join(verdict.doubtful)} add no numbers together, and without a third node no one can "
+            f"tell whose fault it is",
+            file=sys.stderr,
+        )
     if verdict.again:
         print(f"preflight: {verdict.again}", file=sys.stderr)
     seconds = max((report.seconds for report in reports), default=0.0)

@@ -15,6 +15,8 @@ class Verdict:
 
     bad: dict[str, str] = field(default_factory=dict)
     """A sentence for each node that is to be left out."""
+    doubtful: tuple[str, ...] = ()
+    """Two nodes that do not meet, and no third that would show whose fault it is."""
     again: str = ""
     """Why the nodes should be tried once more, though none is to blame."""
 
@@ -23,6 +25,8 @@ class Verdict:
         """For the job script."""
         if self.bad:
             return "exclude " + ",".join(self.bad)
+        if self.doubtful:
+            return "doubt " + ",".join(self.doubtful)
         return "again" if self.again else "sound"
 
 
@@ -46,7 +50,9 @@ def judge(reports: Sequence[Report], nodes: Sequence[str], needed_bytes: float, 
         if report.faults:
             bad[report.node] = "; ".join(report.faults.values())
     cut_off = [node for node, report in said.items() if node not in bad and _is_cut_off(report, bad)]
-    if cut_off and len(nodes) > 2 and len(cut_off) + len(bad) == len(nodes):
+    if len(cut_off) == len(nodes) == 2:
+        return Verdict(doubtful=tuple(cut_off))
+    if cut_off and len(cut_off) + len(bad) == len(nodes):
         raise ValueError(
             f"no two of the nodes {', '.join(cut_off)} add numbers together; name their network interface in "
             f"slurm/site.sh (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), or give them longer (PREFLIGHT_SECONDS)."

@@ -86,8 +86,14 @@ def test_a_node_that_no_neighbour_meets_is_found(count: int) -> None:
         assert judge(apart(nodes, broken), nodes, 1e9, None).word == f"exclude {broken}"
 
 
-def test_of_two_nodes_that_do_not_meet_both_are_left_out() -> None:
-    assert judge(apart(THREE[:2], "node1"), THREE[:2], 1e9, None).word == "exclude node1,node2"
+def test_two_nodes_that_do_not_meet_are_both_in_doubt() -> None:
+    assert judge(apart(THREE[:2], "node1"), THREE[:2], 1e9, None).word == "doubt node1,node2"
+
+
+def test_of_two_nodes_that_do_not_meet_the_one_with_a_fault_is_left_out() -> None:
+    said = apart(THREE[:2], "node1")
+    said[0].faults["accelerators"] = "accelerator 0 multiplies wrongly"
+    assert judge(said, THREE[:2], 1e9, None).word == "exclude node1"
 
 
 def test_a_node_between_bad_ones_is_not_blamed() -> None:

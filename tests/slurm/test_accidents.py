@@ -46,6 +46,21 @@ def test_a_node_that_is_cut_off(training: Training, place: int) -> None:
         training.cluster.node("plug", node)
 
 
+def test_a_successor_waits_for_what_a_lost_node_still_holds(training: Training) -> None:
+    """A chain, where no job may be queued again: the first node, cut off, goes on living and holds the run."""
+    overrides = {"health__hang_minutes": HANG_SECONDS / 60}
+    training.submit("--no-requeue", overrides=overrides, SITE_REQUEUES="false")
+    training.await_step(60)
+    first, node = training.job, training.nodes()[0]
+    training.cluster.node("unplug", node)
+    try:
+        training.submit(f"--dependency=afterany:{first}", overrides=overrides, SITE_REQUEUES="false")
+        training.check_finishes(restarts=0, starts=2)
+    finally:
+        training.cluster.node("plug", node)
+    assert f"SLURM job {first} still holds the run" in training.log()
+
+
 def test_a_controller_that_is_away_when_the_job_wants_to_be_queued_again(training: Training) -> None:
     training.submit()
     training.await_step(60)

@@ -1,10 +1,12 @@
 """Nodes with real faults of their own, on a real SLURM: they are named and left out, and the job runs on the others."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import Training
+from tests.slurm.conftest import NODES, Training
 
 pytestmark = pytest.mark.slow
 MEETING_PORTS = "20000-32000"
@@ -39,17 +41,45 @@ def test_a_node_whose_disk_is_full(training: Training) -> None:
         training.cluster.on_node(2, "umount", str(training.run))
 
 
-def test_a_node_that_the_others_do_not_reach(training: Training) -> None:
-    """SLURM itself still does: the node answers, but adds no numbers together with any other."""
+@contextmanager
+def unreachable(training: Training, node: int) -> Iterator[None]:
+    """SLURM itself still reaches it: the node answers, but adds no numbers together with any other."""
     rules = [["ipproto", "tcp", end, MEETING_PORTS, "blackhole"] for end in ("dport", "sport")]
     for rule in rules:
-        training.cluster.on_node(2, "ip", "rule", "add", *rule)
+        training.cluster.on_node(node, "ip", "rule", "add", *rule)
     try:
-        training.submit("--nodes=4", "--ntasks-per-node=1", PREFLIGHT_SECONDS="20")
-        check_runs_without_node_2(training, "adds no numbers together with any other node")
+        yield
     finally:
         for rule in rules:
-            training.cluster.on_node(2, "ip", "rule", "del", *rule)
+            training.cluster.on_node(node, "ip", "rule", "del", *rule)
+
+
+def test_a_node_that_the_others_do_not_reach(training: Training) -> None:
+    with unreachable(training, 2):
+        training.submit("--nodes=4", "--ntasks-per-node=1", PREFLIGHT_SECONDS="20")
+        check_runs_without_node_2(training, "adds no numbers together with any other node")
+
+
+def test_two_nodes_that_do_not_meet_are_both_left_out_where_there_are_others(training: Training) -> None:
+    with unreachable(training, 2):
+        training.submit(PREFLIGHT_SECONDS="15")
+        training.check_finishes(restarts=1, starts=1)
+    assert "node1 and node2 add no numbers together, and without a third node" in training.log()
+    assert not {1, 2} & set(training.nodes())
+
+
+def test_two_nodes_that_do_not_meet_are_tried_again_where_there_are_no_others(training: Training) -> None:
+    others = f"NodeName={','.join(f'node{number}' for number in range(3, NODES + 1))}"
+    training.cluster.client("scontrol", "update", others, "State=DRAIN", "Reason=test")
+    try:
+        with unreachable(training, 2):
+            training.submit(PREFLIGHT_SECONDS="15", MAX_ACCIDENTS="2")
+            assert training.cluster.until_ended(training.job) == "FAILED"
+    finally:
+        training.cluster.client("scontrol", "update", others, "State=RESUME")
+    job = training.cluster.job(training.job)
+    assert (job["Restarts"], job["ExcNodeList"]) == ("1", "(null)")
+    assert "it ended 2 times at step 0 without anyone asking (MAX_ACCIDENTS)" in training.log()
 
 
 def test_a_fault_of_all_nodes_is_a_mistake_said_once(training: Training, shards: Path) -> None:
