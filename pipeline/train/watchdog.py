@@ -114,6 +114,7 @@ def write_collectives(file: TextIO) -> None:
     """Writes the last collectives of this rank as torch's flight recorder holds them, the newest last.
 
     The rank that is behind has a smaller number in a group than the others, or another collective at the same one.
+    The recorder, gloo's and NCCL's alike, is on where no one sets TORCH_FR_BUFFER_SIZE to 0.
     """
     from torch._C import _distributed_c10d as recorder
 

@@ -167,7 +167,11 @@ def test_a_rank_that_hangs_in_reading_is_named(runner: Runner) -> None:
     assert "read_counted" in (runner.folder / "run/stacks/rank-00001.txt").read_text()
 
 
-def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_collectives(runner: Runner) -> None:
+def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_collectives(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # the recorder needs neither
+        monkeypatch.delenv(variable, raising=False)
     finished = train_ill(runner, "run", "stuck", 1, (5, 5), health__hang_minutes=0.2)
     assert finished.codes == [1, 1]
     assert "rank 1 is silent" in finished.output
