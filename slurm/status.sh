@@ -11,7 +11,7 @@ else
 fi
 # Found by the run in their command.
 squeue --noheader --array \
-  --Format='JobID:.10 ,Name:16 ,State:10 ,RestartCnt:.4 ,TimeLeft:.12 ,ReasonList:24 ,Command:1024' 2>/dev/null |
+  --Format='JobArrayID:.10 ,Name:16 ,State:10 ,RestartCnt:.4 ,TimeLeft:.12 ,ReasonList:24 ,Command:1024' 2>/dev/null |
   awk -v run="$1" -v whole="$(realpath "$1")" '
     function names(path) { return index($0 " ", "--run " path " ") || index($0 " ", "--run=" path " ") }
     (names(run) || names(whole)) && !count++ { print "  jobs: number, name, state, restarts, time left, nodes or reason" }
