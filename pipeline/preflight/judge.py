@@ -50,9 +50,11 @@ def judge(reports: Sequence[Report], nodes: Sequence[str], needed_bytes: float, 
         if report.faults:
             bad[report.node] = "; ".join(report.faults.values())
     cut_off = [node for node, report in said.items() if node not in bad and _is_cut_off(report, bad)]
-    if len(cut_off) == len(nodes) == 2:
-        return Verdict(doubtful=tuple(cut_off))
     if cut_off and len(cut_off) + len(bad) == len(nodes):
+        if bad:
+            return Verdict(bad)  # what the others are worth is seen without them
+        if len(nodes) == 2:
+            return Verdict(doubtful=tuple(cut_off))
         raise ValueError(
             f"no two of the nodes {', '.join(cut_off)} add numbers together; name their network interface in "
             f"slurm/site.sh (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), or give them longer (PREFLIGHT_SECONDS)."

@@ -90,6 +90,12 @@ def test_two_nodes_that_do_not_meet_are_both_in_doubt() -> None:
     assert judge(apart(THREE[:2], "node1"), THREE[:2], 1e9, None).word == "doubt node1,node2"
 
 
+def test_without_a_sound_node_to_compare_only_those_with_faults_of_their_own_are_left_out() -> None:
+    said = apart(THREE, *THREE)
+    said[0].faults["accelerators"] = "accelerator 0 multiplies wrongly"
+    assert judge(said, THREE, 1e9, None).word == "exclude node1"
+
+
 def test_of_two_nodes_that_do_not_meet_the_one_with_a_fault_is_left_out() -> None:
     said = apart(THREE[:2], "node1")
     said[0].faults["accelerators"] = "accelerator 0 multiplies wrongly"
