@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import conftest
-from tests.slurm.conftest import Cluster
 
 
 def executable(path: Path, text: str) -> None:
@@ -33,7 +32,3 @@ def test_where_slurm_cannot_be_installed_tests_are_skipped_with_the_reason(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(pytest.skip.Exception, match=r"no network\n.* slurmctld .* can't be installed"):
         conftest.start_slurm(tmp_path / "cluster")
-
-
-def test_all_that_the_cluster_writes_is_in_its_folder(cluster: Cluster) -> None:
-    assert list(cluster.folder.parent.glob(f"{cluster.folder.name}*")) == [cluster.folder]

@@ -45,6 +45,10 @@ def test_a_mistake_is_said_and_not_requeued(cluster: Cluster, runner: Runner) ->
     assert cluster.job(job)["Restarts"] == "0"
 
 
+def test_all_that_the_cluster_writes_is_in_its_folder(cluster: Cluster) -> None:
+    assert list(cluster.folder.parent.glob(f"{cluster.folder.name}*")) == [cluster.folder]
+
+
 def test_slurm_takes_every_script(cluster: Cluster) -> None:
     for script in job_scripts():
         cluster.client("sbatch", "--test-only", script)
