@@ -54,19 +54,24 @@ def test_what_follows_a_run_is_submitted_once_for_each_thing_asked(sbatch: Path,
     assert [line.split()[-1] for line in sbatch.read_text().splitlines()] == ["dir:one", "dir:two"]
 
 
-OF_STEP_40 = "python -m pipeline {} RUN/checkpoints/step-00000040"
-
-
 @pytest.mark.parametrize(
     ("script", "arguments", "sbatch_options", "commands"),
     [
         (
             "evaluate.sh",
             ["--shards=SHARDS", "--out", "OUT", "--tasks", "density,knn"],
-            "--partition=small --array=0-3",
-            [f"  3: {OF_STEP_40.format('evaluate')} --out OUT/step-00000040 --tasks knn --shards=SHARDS"],
+            "--gpus-per-node=h100:2 --array=0-3",
+            [
+                "  3: python -m torch.distributed.run --standalone --nproc_per_node=2 -m -- pipeline evaluate "
+                "RUN/checkpoints/step-00000040 --out OUT/step-00000040 --tasks knn --shards=SHARDS"
+            ],
         ),
-        ("publish.sh", ["--to=hub:ORG/NAME"], "--partition=cpu", [f"{OF_STEP_40.format('publish')} --to=hub:ORG/NAME"]),
+        (
+            "publish.sh",
+            ["--to=hub:ORG/NAME"],
+            "--partition=cpu",
+            ["python -m pipeline publish RUN/checkpoints/step-00000040 --to=hub:ORG/NAME"],
+        ),
         (
             "prepare_shards.sh",
             ["--source.path=my pictures", "--out", "OUT"],
@@ -91,7 +96,7 @@ def test_a_script_prints_what_it_would_submit(
     site, run = tmp_path / "site.sh", tmp_path / "run"
     site.write_text(
         'source "$SCRIPTS/site.sh"\nexport SBATCH_ACCOUNT=vision SITE_PYTHON=python\n'
-        "SITE_EVALUATE=(--partition=small) SITE_CPU=(--partition=cpu)\n"
+        "SITE_EVALUATE=(--gpus-per-node=h100:2) SITE_CPU=(--partition=cpu)\n"
     )
     for step in (20, 40):
         (run / f"checkpoints/step-000000{step}").mkdir(parents=True)
