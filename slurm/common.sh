@@ -107,8 +107,8 @@ preflight() {
 has_others() {
   local others left
   left=$(left_out "$1")
-  others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mixed,allocated,completing \
-    --format=%N | sort -u | grep -vxFc -f <(tr ',' '\n' <<<"$left")) || true
+  others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %t' |
+    awk '$2 ~ /^(idle|mix|alloc|comp)[~#%]?$/ {print $1}' | grep -vxFc -f <(tr ',' '\n' <<<"$left")) || true
   if [ "$others" -ge "$NODES" ] && may_leave_out "$left"; then
     echo "both are left out; $others other nodes are in use or free"
   else

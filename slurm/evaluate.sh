@@ -29,9 +29,10 @@ mapfile -t checkpoints < <(checkpoints_of "$run")
 numbers=$((${#checkpoints[@]} * ${#tasks[@]}))
 granted=${SLURM_GPUS_ON_NODE:-0}
 ! $testing || granted=$(value_of --gpus-per-node "${SITE_EVALUATE[@]}" --gpus-per-node="$ACCELERATORS_PER_NODE")
+granted=${granted##*:}
 launch=("$PYTHON" -m pipeline)
-if [ "${granted##*:}" -gt 1 ]; then # a rank each
-  launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="${granted##*:}" -m -- pipeline)
+if [ "$granted" -gt 1 ]; then # a rank each
+  launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$granted" -m -- pipeline)
 fi
 without "--run --out --tasks" "$@"
 
