@@ -177,6 +177,9 @@ again() {
   reach_controller scontrol requeue "$job" || exit 75
   # Only a job that waits may be told so; SLURM is ending this script by now, and waits for it.
   [ -z "${1:-}" ] || reach_controller scontrol update JobId="$job" ExcNodeList="$nodes"
+  # With --ntasks-per-node SLURM keeps the tasks of this start, and would wait for as many nodes again.
+  [ -z "${SLURM_NTASKS_PER_NODE:-}" ] ||
+    reach_controller scontrol update JobId="$job" NumTasks="$SLURM_NTASKS_PER_NODE" || true
   sleep 60 # the job is ended here
   exit 75
 }
