@@ -87,8 +87,11 @@ class Cluster:
         return self.job(number)["JobState"]
 
     def node(self, what: str, number: int) -> None:
-        """off, on, unplug or plug a node."""
+        """off, on, unplug or plug a node. Waits until SLURM has one back, or the next test would not get it."""
         subprocess.run(["bash", str(CLUSTER_SCRIPTS / "node.sh"), str(self.folder), what, str(number)], check=True)
+        if what in ("on", "plug"):
+            state = ("sinfo", "--noheader", "--partition=train", f"--nodes=node{number}", "--format=%t")
+            self.until(lambda: self.client(*state).strip() in ("idle", "mix", "alloc"), f"the return of node{number}")
 
     def processes(self, pattern: str) -> list[int]:
         """Those of this cluster whose command line matches, the oldest first."""
