@@ -1,5 +1,6 @@
 """The training loop: read, step, record, validate, sample, save, until the last step or a request to stop."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -44,6 +45,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     """
     start_clock = StartClock()
     start_clock.mark("imports")
+    gc.freeze()  # DeepSpeed collects garbage twenty times while it starts; what was imported is none
     ranks, folder, stop = describe_ranks(), RunFolder(run), StopRequests(run)
     with one_voice(ranks.local_rank == 0):
         inputs = check_inputs(config, ranks)
@@ -64,6 +66,8 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         watchdog = Watchdog(folder, ranks, config.health.hang_minutes)
         start_clock.mark("shards' digests")
         session = set_up(inputs, folder, stop, watchdog, start_clock)
+        gc.freeze()
+        gc.enable()
         with finishing_saves(session.store):
             progress = run_loop(inputs, session)
         finished = progress.step >= config.schedule.steps
