@@ -1,5 +1,7 @@
 """From a configuration to all that the loop holds; a user's mistakes are found before any process group starts."""
 
+import os
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,6 +100,8 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
         )
     config.accumulation_steps(config.parallel.data_ranks(ranks.count))
     check_compilers(config.parallel)
+    if config.compile:
+        check_torch_compiles(ranks)
     model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
     if model_config.n_layer < config.parallel.pipeline_stages:
         raise ValueError(
@@ -144,6 +148,16 @@ def set_up(
         if shards.address is not None:
             print(GUARANTEES, flush=True)
     return Session(engine, batches, store, telemetry, throughput, judge, watchdog, profiler, stop, start, start_clock)
+
+
+def check_torch_compiles(ranks: Ranks) -> None:
+    """Raises ValueError if torch.compile finds no compiler: of C++ on CPU, of C on CUDA, which Triton needs."""
+    kind, variable, usual = ("C", "CC", "gcc") if ranks.device.type == "cuda" else ("C++", "CXX", "g++")
+    if all(shutil.which(name) is None for name in (os.environ.get(variable, usual), "clang" + "++" * (kind == "C++"))):
+        raise ValueError(
+            f"compile is true; torch.compile needs a {kind} compiler on this device, and {usual} is not to be found on "
+            f"PATH; install it, or set compile to false."
+        )
 
 
 def choose_attention(inputs: Inputs) -> dict[str, float]:
