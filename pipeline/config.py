@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+FLOAT8_MULTIPLE = 16
+"""Of which the dimensions of a float8 product must be multiples: widths, and in a weight's gradient the tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -328,8 +331,9 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of forward and backward passes; master weights and moments are always fp32."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Arithmetic of forward and backward passes; master weights and moments are always fp32. fp8: as bf16, but the
+    blocks' matrix products in float8; needs block igpt, ZeRO-1 or 2, and an accelerator that has it."""
     compile: bool = False
     """Compile each block with torch.compile (needs a C++ compiler on CPU)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -353,6 +357,33 @@ class TrainConfig:
             raise ValueError(
                 f"model.dropout is {self.model.dropout}; with parallel.tensor_parallel "
                 f"{self.parallel.tensor_parallel} it must be 0: the ranks that share a matrix would drop differently."
+            )
+        if self.precision == "fp8":
+            self._check_float8()
+
+    def _check_float8(self) -> None:
+        """Raises ValueError for what float8 products cannot be combined with, or cannot multiply."""
+        parallel, positions = self.parallel, self.model.resolution**2
+        refused = {
+            f"model.block {self.model.block}": self.model.block != "igpt" and "its projections are no Linear modules",
+            f"parallel.zero_stage {parallel.zero_stage}": {
+                0: "it has no bf16 weights",
+                3: "float8 products would hold on to the gathered weights",
+            }.get(parallel.zero_stage),
+            f"parallel.tensor_parallel {parallel.tensor_parallel}": parallel.tensor_parallel > 1
+            and "DeepSpeed multiplies the parts itself",
+        }
+        for setting, reason in refused.items():
+            if reason:
+                raise ValueError(f"precision is fp8; with {setting} it must be bf16 or fp32: {reason}.")
+        if self.model.width is not None and self.model.width % FLOAT8_MULTIPLE:
+            raise ValueError(
+                f"model.width is {self.model.width}; with precision fp8 it must be a multiple of {FLOAT8_MULTIPLE}."
+            )
+        if self.batch.micro_size * positions % FLOAT8_MULTIPLE:
+            raise ValueError(
+                f"batch.micro_size is {self.batch.micro_size}; with precision fp8 its pictures of {positions} pixels "
+                f"must have a multiple of {FLOAT8_MULTIPLE} pixels in all, not {self.batch.micro_size * positions}."
             )
 
     def accumulation_steps(self, data_parallel_ranks: int) -> int:

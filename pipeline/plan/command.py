@@ -155,21 +155,22 @@ def _model_facts(
         f"layers x tokens x width)",
         "data": f"{images:,} images{epochs}; {images * model.n_positions * 2 / 1e12:.3g} TB read as tokens",
         "time": f"{chosen.seconds:.3f} s a step, {hours / 24:.1f} days, {hours * cluster.ranks:,.0f} accelerator-hours "
-        f"on {cluster.ranks} x {cluster.accelerator.name}; simulated, with blocks {_blocks(cluster)}",
+        f"on {cluster.ranks} x {cluster.accelerator.name}; simulated, with blocks {_blocks(config, cluster)}",
         "speed": f"{tokens / chosen.seconds / cluster.ranks:,.0f} tokens/s an accelerator, "
-        f"{tokens * per_token / chosen.seconds / cluster.ranks / peak:.1%} MFU of {peak / 1e12:g} TFLOP/s",
+        f"{tokens * per_token / chosen.seconds / cluster.ranks / peak:.1%} MFU of {peak / 1e12:g} TFLOP/s (dense bf16)",
         "checkpoint": f"{size / 1e9:.1f} GB, {own / 1e9:.2f} GB written by each rank, in its host memory until it is; "
         f"training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy, {own / DISK_BYTES_A_SECOND:.1f} s for "
         f"the disk if not asynchronous (at 20 and 1 GB/s a rank)",
     }
 
 
-def _blocks(cluster: Cluster) -> str:
+def _blocks(config: TrainConfig, cluster: Cluster) -> str:
     if cluster.block_times:
         return f"measured on {cluster.block_times.device}"
     if cluster.mfu is not None:
         return f"at {cluster.mfu:.0%} of the peak (--mfu)"
-    return "estimated (--block_times or --mfu say better)"
+    as_bf16 = " as under bf16" if config.precision == "fp8" else ""
+    return f"estimated{as_bf16} (--block_times or --mfu say better)"
 
 
 def _print_facts(facts: dict[str, str]) -> None:

@@ -87,6 +87,8 @@ def _of_stage(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool, 
     if micro_batches > 1:  # the gradients of earlier micro-batches are there
         forward |= {part: size for part, size in backward.items() if part.endswith("gradients")}
     backward["activations"] = saved  # those of the first block
+    if config.precision == "fp8":
+        forward["float8 copies"] = backward["float8 copies"] = float8_bytes(config, model)
     return Memory(always, forward, backward, update, FRAGMENTATION[kind])
 
 
@@ -104,6 +106,16 @@ def saved_bytes(config: TrainConfig, model: GPT2Config, on_cpu: bool) -> float:
     inside = 8 + (8 if model.block == "igpt" else 16)
     norms = 4 * 4 if on_cpu and model.block == "igpt" else 2 * width
     return stream * (norms + width * (2 + inside / parts))
+
+
+def float8_bytes(config: TrainConfig, model: GPT2Config) -> float:
+    """Roughly, while one product is computed; autograd saves nothing of it. Not measured.
+
+    The operands of the largest, c_proj of the MLP, in its backward pass: streams of B * T * D (1 + 4) and a matrix of
+    4 * D^2, a byte each, and each once more for the layout that its second product wants.
+    """
+    stream = config.batch.micro_size * model.n_positions * model.n_embd
+    return 2.0 * (5 * stream + 4 * model.n_embd**2)
 
 
 def _blocks(layers: int, stages: int, stage: int) -> int:

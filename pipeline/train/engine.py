@@ -174,7 +174,7 @@ def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks, in
 
 
 def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run; bf16 keeps fp32 master weights and sums gradients in fp32."""
+    """DeepSpeed's configuration for a run; bf16, and so fp8, keeps fp32 master weights and sums gradients in fp32."""
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
@@ -198,7 +198,7 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     if config.precision == "bf16" and config.parallel.zero_stage == 0:
         # Without ZeRO nothing holds the fp32 master weights but the model itself.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif config.precision == "bf16":
+    elif config.precision != "fp32":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"

@@ -14,6 +14,7 @@ from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt import gpt2_config
 from pipeline.model.masks import Masks
+from pipeline.train import float8
 from pipeline.train.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import Judge, StopRequests
@@ -102,6 +103,8 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     check_compilers(config.parallel)
     if config.compile:
         check_torch_compiles(ranks)
+    if config.precision == "fp8":
+        float8.check_device(ranks.device)
     model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
     if model_config.n_layer < config.parallel.pipeline_stages:
         raise ValueError(

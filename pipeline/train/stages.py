@@ -22,7 +22,7 @@ from pipeline.config import TrainConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves_by
-from pipeline.train import fragments
+from pipeline.train import float8, fragments
 from pipeline.train.engine import (
     Accept,
     Engine,
@@ -91,6 +91,8 @@ class StagesEngine(Engine):
         self.data_ranks = config.parallel.data_ranks(ranks.count)
         with torch.device("meta"):
             self._model = build_model(model_config)
+        if config.precision == "fp8":
+            float8.convert(self._model.transformer.h, ranks.device)
         with redirect_stdout(StringIO()):  # DeepSpeed prints its layers and seeds
             module = PipelineModule(
                 _layers(self._model, config, ranks.device),

@@ -7,6 +7,7 @@ from transformers import GPT2Config
 
 from pipeline import costs
 from pipeline.config import TrainConfig
+from pipeline.train import float8
 from pipeline.train.ranks import Ranks
 
 
@@ -68,6 +69,8 @@ def describe(
         f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and said'}",
         "threads": f"{torch.get_num_threads()} a rank",
     }
+    if config.precision == "fp8":
+        lines["float8"] = float8.describe(config, ranks.device)
     if parallel.pipeline_stages > 1:
         lines["pipeline"] = (
             f"{parallel.pipeline_stages} stages, of whose time "

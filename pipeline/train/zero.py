@@ -14,7 +14,7 @@ from pipeline.config import TrainConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves
-from pipeline.train import fragments, tensor_parallel
+from pipeline.train import float8, fragments, tensor_parallel
 from pipeline.train.engine import (
     Accept,
     Engine,
@@ -45,6 +45,8 @@ class ZeroEngine(Engine):
         settings = deepspeed_config(config, ranks)
         model = _new_model(config, model_config, settings, ranks.device, initial)
         self._place = fragments.Place(self.data_rank, self.data_ranks, tensor_parallel.parts(model, config, ranks))
+        if config.precision == "fp8":
+            float8.convert(model.transformer.h, ranks.device)
         if config.parallel.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if config.compile:

@@ -77,3 +77,11 @@ def test_a_cpu_is_measured():
     assert 1e8 < peak.flops < 1e14
     assert "measured" in peak.source
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fp8_is_measured_against_bf16(monkeypatch):
+    assert costs.device_peak(torch.device("cpu"), "fp8").source == "bf16 matrix product measured on this cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    peak = costs.device_peak(torch.device("cuda", 0), "fp8")
+    assert peak.flops == 989e12
+    assert "dense bf16" in peak.source

@@ -14,6 +14,7 @@ from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfi
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, gpt2_config
 from pipeline.plan.memory import memory_of_rank, saved_bytes
+from pipeline.train import float8
 from tests.benchmarks.memory import CASES, config_of
 from tests.launch import Finished, run
 
@@ -24,10 +25,12 @@ def plan(tmp_path: Path, *arguments: object) -> Finished:
     return run(1, "-m", "pipeline", "plan", *arguments, logs=tmp_path / "logs")
 
 
-def autograd_bytes(model_config: ModelConfig, dtype: torch.dtype, images: int) -> int:
+def autograd_bytes(model_config: ModelConfig, precision: str, images: int) -> int:
     """Bytes of distinct storages that a forward pass on CPU saves for the backward pass, weights left out."""
     config = gpt2_config(model_config)
-    model = build_model(config).to(dtype)
+    model = build_model(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    if precision == "fp8":
+        float8.convert(model.transformer.h, torch.device("cpu"))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -44,13 +47,14 @@ def autograd_bytes(model_config: ModelConfig, dtype: torch.dtype, images: int) -
     return sum(storage.nbytes() for storage in saved.values())
 
 
-@pytest.mark.parametrize("block", ["igpt", "gpt2"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("block", "precision"),
+    [("igpt", "fp32"), ("igpt", "bf16"), ("igpt", "fp8"), ("gpt2", "fp32"), ("gpt2", "bf16")],
+)
 def test_what_a_block_saves_is_what_autograd_saves(block: str, precision: str) -> None:
     """Of four blocks less two, so that embeddings, head and loss drop out."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     two, four = (ModelConfig(layers=n, width=128, heads=2, resolution=16, block=block) for n in (2, 4))
-    counted = (autograd_bytes(four, dtype, 3) - autograd_bytes(two, dtype, 3)) / 2
+    counted = (autograd_bytes(four, precision, 3) - autograd_bytes(two, precision, 3)) / 2
     config = TrainConfig(model=four, batch=BatchConfig(global_size=3, micro_size=3), precision=precision)
     assert saved_bytes(config, gpt2_config(four), on_cpu=True) == pytest.approx(counted, rel=0.02)
 

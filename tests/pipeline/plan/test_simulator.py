@@ -257,6 +257,18 @@ def test_a_stated_mfu_is_what_computing_reaches() -> None:
     assert layout.step.computing == pytest.approx(flops / (64 * 0.5 * H100.bf16_flops))
 
 
+def test_float8_is_planned_as_bf16_with_its_copies_and_only_where_it_can_be_trained() -> None:
+    bf16, cluster = xl(64, zero_stage=1)
+    config = replace(bf16, precision="fp8")
+    model = gpt2_config(config.model)
+    as_bf16, layout = (lay_out(each, model, cluster) for each in (bf16, config))
+    assert layout.step == as_bf16.step
+    copies = 2 * (5 * 4096 * 3072 + 4 * 3072**2)
+    assert layout.memory.peak - as_bf16.memory.peak == pytest.approx(copies * layout.memory.fragmentation)
+    found = [each.config.parallel for each in alternatives(config, model, cluster)]
+    assert {(each.zero_stage, each.tensor_parallel) for each in found} == {(1, 1), (2, 1)}
+
+
 def test_an_estimated_block_reaches_more_of_the_peak_in_wider_models_and_larger_micro_batches() -> None:
     def reached(size: Literal["s", "m", "l", "xl"], images: int) -> float:
         config = TrainConfig(model=ModelConfig(size=size), batch=BatchConfig(micro_size=images), precision="bf16")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import log
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,7 +23,11 @@ BF16_TOLERANCE = 2e-2
 
 
 def train_plainly(
-    shards: Path, clip_norm: float = 1.0, weight_decay: float = 0.0, sizes: Sequence[int] = (8,) * 40
+    shards: Path,
+    clip_norm: float = 1.0,
+    weight_decay: float = 0.0,
+    sizes: Sequence[int] = (8,) * 40,
+    decay: Literal["cosine", "constant"] = "cosine",
 ) -> list[float]:
     """The losses of 40 steps of AdamW with clipping, written with torch alone; sizes: pictures of each step."""
     torch.set_num_threads(1)
@@ -34,7 +39,7 @@ def train_plainly(
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    schedule = ScheduleConfig(steps=40, warmup_steps=4)
+    schedule = ScheduleConfig(steps=40, warmup_steps=4, decay=decay)
     losses, seen = [], 0
     for step, size in enumerate(sizes):
         for group in optimizer.param_groups:
