@@ -69,7 +69,7 @@ accelerator-wheels: $(SET_UP)
 	    $$(grep ^deepspeed== requirements.txt)
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --dest $(WHEELS) \
 	    $$($(BIN)/python -m pip freeze | grep --extended-regexp --ignore-case \
-	    "^(annotated.types|einops|hjson|jsonargparse|msgpack|ninja|psutil|py.cpuinfo|pydantic|pydantic.core|typing.inspection)==")
+	    "^(annotated.types|einops|torchao|hjson|jsonargparse|msgpack|ninja|psutil|py.cpuinfo|pydantic|pydantic.core|typing.inspection)==")
 
 # With the python that has torch with CUDA and transformers: make bench-accelerator PYTHON=...
 bench-accelerator:

@@ -181,11 +181,25 @@ def _wrong_colours(model: torch.nn.Module) -> int:
         return int((model(inputs).logits.argmax(-1) != targets)[:, 32:].sum())
 
 
-def _curve(case: Case, ranks: "models.Ranks") -> list[float]:
+def _curve(case: Case, ranks: "models.Ranks", steps: int = 20) -> list[float]:
     from pipeline.train.engine import build_engine
 
     engine = build_engine(case.training(), case.config, ranks)
-    return [engine.step(case.tokens(), 1e-3).loss for _ in range(20)]
+    return [engine.step(case.tokens(), 1e-3).loss for _ in range(steps)]
+
+
+def float8_l() -> Iterator[str]:
+    """iGPT-L in float8: its speed, and its losses beside bf16's while one batch is learned by heart."""
+    ranks = start_alone()
+    yield STEPS
+    yield from step_row("iGPT-L", "ours, fp8", case_of("l", precision="fp8"), lambda case: models.our_step(case, ranks))
+    torch.cuda.empty_cache()
+    steps = 10 if TOY else 50
+    yield f"\n| nats at step | {' | '.join(str(step) for step in range(10, steps + 1, 10))} |"
+    yield "|---" * (steps // 10 + 1) + "|"
+    for precision in ("bf16", "fp8"):
+        curve = _curve(case_of("l", precision=precision), ranks, steps)
+        yield f"| {precision} | {' | '.join(f'{loss:.4f}' for loss in curve[9::10])} |"
 
 
 def profile_l() -> Iterator[str]:
@@ -263,6 +277,7 @@ PARTS: dict[str, Callable[[], Iterator[str]]] = {
     "train-xl": lambda: train("xl"),
     "blocks": block_times,
     "features": features,
+    "fp8-l": float8_l,
     "attention": attention_kernels,
     "profile-l": profile_l,
 }

@@ -23,7 +23,7 @@ from tests.pipeline.train.test_topologies import BF16_TOLERANCE, RATE, train_pla
 
 CPU = torch.device("cpu")
 FP8_TOLERANCE = BF16_TOLERANCE
-"""Nats per token, from the fp32 curve and from each other: 0.007 was seen over 40 steps, bf16 alone being 0.003 off."""
+"""Nats per token, from the fp32 curve and from each other: 0.0095 was seen over 40 steps."""
 E4M3, E5M2 = (3, -6, 448.0), (2, -14, 57344.0)
 """Bits of mantissa, least exponent, largest number."""
 
