@@ -4,6 +4,7 @@ Names of parts after it, such as `model starting`, choose some of them.
 """
 
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -137,20 +138,28 @@ PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
 
 
 def main(wanted: list[str]) -> None:
-    """Prints the machine, then the tables."""
+    """Prints the machine, then the tables; several parts each in a process of its own."""
     unknown = sorted(set(wanted) - PARTS.keys())
     if unknown:
         sys.exit(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}.")
+    if len(wanted) == 1:
+        run_part(wanted[0])
+        return
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "webdataset"))
-    torch.set_num_threads(1)
     print(f"{platform.machine()} CPU, one thread; {packages}")
     for name in wanted or PARTS:
-        began = time.monotonic()
-        with TemporaryDirectory() as folder:
-            print(f"\n## {name}\n", flush=True)
-            for line in PARTS[name](Path(folder)):
-                print(line, flush=True)
-        print(f"\n({time.monotonic() - began:.0f} s)", flush=True)
+        print(f"\n## {name}\n", flush=True)
+        subprocess.run([sys.executable, "-m", "tests.benchmarks", name], check=True)
+
+
+def run_part(name: str) -> None:
+    """Prints one part's table."""
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with TemporaryDirectory() as folder:
+        for line in PARTS[name](Path(folder)):
+            print(line, flush=True)
+    print(f"\n({time.monotonic() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":
