@@ -155,7 +155,15 @@ def completions(case: Case) -> tuple[Step, Step]:
     start = torch.cat([torch.full_like(given[:, :1], COLORS), given], dim=1)
 
     def generate() -> None:
-        peer.generate(start, max_new_tokens=total - total // 2, do_sample=True, top_k=0, use_cache=True, pad_token_id=0)
+        peer.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=total - total // 2,
+            do_sample=True,
+            top_k=0,
+            use_cache=True,
+            pad_token_id=0,
+        )
 
     return (lambda: complete(model, given, total, seed=0)), generate
 
