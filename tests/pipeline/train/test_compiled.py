@@ -41,6 +41,7 @@ def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"objective__kind": "masked_color"}, {"model__block": "gpt2"}])
 def test_a_run_begun_compiled_goes_on_without(runner: Runner, settings: dict[str, object]) -> None:
+    settings = settings | {"optimizer__learning_rate": RATE}
     runner.check_trains("plain", 1, **settings)
     runner.check_trains("run", 1, **settings, compile=True, schedule__steps=40, checkpoint__every_steps=20)
     assert runner.losses("run") == pytest.approx(runner.losses("plain"), abs=FP32_TOLERANCE)
