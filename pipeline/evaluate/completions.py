@@ -130,7 +130,7 @@ def with_titles(grid: np.ndarray, columns: list[str], caption: str) -> np.ndarra
     return np.asarray(page)
 
 
-def unfit(evaluation: Evaluation) -> str | None:
+def unfit(evaluation: Evaluation, _options: Options) -> str | None:
     """Why this model can't complete pictures."""
     return CANT_COMPLETE if evaluation.masked else None
 

@@ -1,6 +1,6 @@
 """Labelled pictures as a classifier sees them: rows of features and labels, and how many there are of each class."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -110,28 +110,32 @@ def known_features(evaluation: Evaluation, pictures: Pictures) -> dict[str, Labe
     return baselines(evaluation, pictures) | layers_of(pooled_features(evaluation, pictures), pictures.labels)
 
 
-def labelled_splits(evaluation: Evaluation, task: str) -> dict[str, Pictures]:
-    """The labelled pictures of train, valid and test. Says which classes `valid` or `test` lacks.
+def labelled_splits(evaluation: Evaluation, task: str, splits: Collection[str] = SPLITS) -> dict[str, Pictures]:
+    """The labelled pictures of train and of whatever else is needed. Says which classes `valid` or `test` lacks.
 
     Raises ValueError if a split is absent or unlabelled, or if train has a single class.
     """
-    pictures = {name: evaluation.pictures(name, labelled=True) for name in SPLITS}
-    if len(np.unique(pictures["train"].labels)) < 2:
-        raise ValueError(f"{evaluation.shards.path} has one class in train; {task} needs two or more.")
+    pictures = _known_pictures(evaluation, task, splits)
     for name, absent in absent_classes(evaluation, pictures).items():
         if absent:
             evaluation.say(f"{task}: no labelled picture in {name} of {_some(absent)}")
     return pictures
 
 
-def unfit(evaluation: Evaluation) -> str | None:
-    """Why nothing can be probed on this shard set: a split is absent, or has no labels."""
+def unfit(evaluation: Evaluation, _options: Any = None, splits: Collection[str] = SPLITS) -> str | None:
+    """Why nothing can be probed on this shard set: a split is absent or has no labels, or train has a single class."""
     try:
-        for name in SPLITS:
-            evaluation.pictures(name, labelled=True)
+        _known_pictures(evaluation, "this task", splits)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _known_pictures(evaluation: Evaluation, task: str, splits: Collection[str]) -> dict[str, Pictures]:
+    pictures = {name: evaluation.pictures(name, labelled=True) for name in splits}
+    if len(np.unique(pictures["train"].labels)) < 2:
+        raise ValueError(f"{evaluation.shards.path} has one class in train; {task} needs two or more.")
+    return pictures
 
 
 def images_by_class(evaluation: Evaluation, pictures: Pictures) -> list[int]:

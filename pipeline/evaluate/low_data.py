@@ -21,7 +21,8 @@ labels, and `left_out` says so; one that was asked for is then a mistake.
     left_out              a list of {name, reason}
     choice                in words, how layer and strength were chosen
     labels_for_choice     how many labels beyond the setting's the choice used
-    classes, class_names, {train,valid,test}_images, images_by_class, absent_classes, majority_class_test_accuracy
+    classes, class_names, {train,test}_images, images_by_class, absent_classes, majority_class_test_accuracy;
+    valid_images where `choose_on` is valid
 """
 
 import warnings
@@ -36,9 +37,9 @@ import numpy as np
 from data_prep.files import written_aside
 from data_prep.seeding import generator
 from pipeline.evaluate.classifier import L2_STRENGTHS, logistic_path
-from pipeline.evaluate.inputs import Evaluation, from_first
+from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
 from pipeline.evaluate.labelled import Labelled, description, labelled_splits, layers_of
-from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
+from pipeline.evaluate.labelled import unfit as unlabelled
 from pipeline.evaluate.pieces import Piece, shared_out
 
 FIGURE = "low_data.png"
@@ -88,6 +89,11 @@ class Options:
     def least(self) -> int:
         """Labels of a class that the choice takes: one is held out, one is learned from."""
         return 2 if self.choose_on == "labels" else 1
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits whose labels are used."""
+        return ("train", "test") if self.choose_on == "labels" else ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -149,25 +155,39 @@ def settings_for(labels: np.ndarray, options: Options, where: str) -> tuple[list
     return settings, left_out
 
 
+def unfit(evaluation: Evaluation, options: Options) -> str | None:
+    """Why nothing can be probed on this shard set: a split that is used is absent, or has no labels."""
+    return unlabelled(evaluation, options, options.splits)
+
+
+def check_valid(evaluation: Evaluation, pictures: dict[str, Pictures]) -> None:
+    """Raises ValueError if nothing can be chosen on the split valid, because it has none of train's classes."""
+    if "valid" in pictures and not np.isin(pictures["valid"].labels, pictures["train"].labels).any():
+        raise ValueError(
+            f"low_data.choose_on is valid, but in {evaluation.shards.path} no labelled picture of valid is of a class "
+            f"that train has; set low_data.choose_on labels."
+        )
+
+
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """Fits and tests the probe on every subset of every setting, and draws accuracy by number of labels.
 
-    Raises ValueError if train, valid or test is absent or unlabelled, train has a single class, `layer` is none of the
-    model's, or train has fewer labels than asked for.
+    Raises ValueError if a split that is used is absent or unlabelled, train has a single class, `layer` is none of the
+    model's, train has fewer labels than asked for, or valid has none to choose on.
     """
     from pipeline.evaluate.features import pooled_features
 
     last = evaluation.model.config.n_layer
     if options.layer is not None and not 0 <= options.layer <= last:
         raise ValueError(f"low_data.layer is {options.layer}; the model has the layers 0 to {last}.")
-    pictures = labelled_splits(evaluation, "low_data")
+    pictures = labelled_splits(evaluation, "low_data", options.splits)
+    check_valid(evaluation, pictures)
     settings, left_out = settings_for(pictures["train"].labels, options, str(evaluation.shards.path))
     for each in left_out:
         evaluation.say(f"low_data: {each['name']} left out, {each['reason']}")
-    wanted = ("train", "test") if options.choose_on == "labels" else ("train", "valid", "test")
     known = {
         split: list(layers_of(pooled_features(evaluation, pictures[split]), pictures[split].labels).values())
-        for split in wanted
+        for split in options.splits
     }
     pieces = {
         f"{setting.name}-{number}".replace(" ", "-"): _piece(evaluation, options, setting, number, known)

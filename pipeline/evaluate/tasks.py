@@ -3,7 +3,7 @@
 A task is one file with a dataclass `Options`, functions `measure(evaluation, options) -> dict` and
 `summary(result) -> str`, and one line in TASKS. `measure` runs on every rank, writes its figures into
 `evaluation.results` from the first rank alone, and returns numbers that JSON can hold. Raises ValueError for a user's
-mistake. A function `unfit(evaluation) -> str | None` may say in a sentence why a model can't be measured so;
+mistake. A function `unfit(evaluation, options) -> str | None` may say in a sentence why a model can't be measured so;
 sections.py tells how a task may word its part of the report. A task that reads more than the model and the shard set
 has `read_besides(results, options) -> dict` too: what it gives, such as digests, is written down, and a task is done
 again when it changed.
@@ -107,7 +107,7 @@ def evaluate(arguments: list[str]) -> int:
     evaluation.say(_describe(facts, evaluation))
 
     words = shlex.join(["python", "-m", "pipeline", "evaluate", *arguments])
-    for name in _fit_tasks(names, evaluation, asked=command.tasks != Command.tasks):
+    for name in _fit_tasks(names, evaluation, options, asked=command.tasks != Command.tasks):
         _run_task(name, evaluation, facts, options[name], command, words)
     from_first(accelerator, lambda: _report(evaluation, facts, command.random_weights))
     accelerator.end_training()
@@ -142,11 +142,11 @@ def _chosen_tasks(tasks: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _fit_tasks(names: list[str], evaluation: Evaluation, *, asked: bool) -> list[str]:
+def _fit_tasks(names: list[str], evaluation: Evaluation, options: Namespace, *, asked: bool) -> list[str]:
     """The tasks that this model can be measured by; one that was asked for by name and can't raises ValueError."""
     fit = []
     for name in names:
-        unfit = getattr(_module(name), "unfit", lambda _evaluation: None)(evaluation)
+        unfit = getattr(_module(name), "unfit", lambda *_: None)(evaluation, options[name])
         if unfit is None:
             fit.append(name)
         elif asked:

@@ -15,7 +15,7 @@ from data_prep.seeding import generator
 from data_prep.shards import ShardSet, open_shard_set
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.labelled import Labelled
-from pipeline.evaluate.low_data import Options, Setting, balanced, choose, measure, settings_for
+from pipeline.evaluate.low_data import Options, Setting, balanced, choose, measure, settings_for, unfit
 
 LABELS = np.repeat([0, 1, 2], [120, 60, 5])
 
@@ -187,3 +187,25 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
 def test_a_layer_that_the_model_lacks_is_refused(model_folder: Path, evaluation_of: Callable) -> None:
     with pytest.raises(ValueError, match=r"low_data\.layer is 4; the model has the layers 0 to 3"):
         measure(evaluation_of(model_folder), Options(layer=4))
+
+
+def with_valid(folder: Path, labels: list[int]) -> ShardSet:
+    """Train has the classes 0 and 1, valid the labels given."""
+    (train, known), (test, asked) = random_pictures(120, 1), random_pictures(60, 3)
+    splits = {"train": (train, known % 2), "test": (test, asked % 2)}
+    if labels:
+        splits["valid"] = random_pictures(len(labels), 2)[0], np.array(labels, np.int32)
+    return open_shard_set(write_shard_set(folder, splits, random_palette()))
+
+
+@pytest.mark.parametrize("labels", [[], [-1] * 30, [2] * 30])
+def test_valid_is_wanted_only_where_it_is_used(
+    labels: list[int], model_folder: Path, evaluation_of: Callable, tmp_path: Path
+) -> None:
+    """Absent, unlabelled, or of a class that train lacks."""
+    evaluation = evaluation_of(model_folder, with_valid(tmp_path / "shards", labels))
+    honest = Options(per_class=[4], fractions=[], subsets=1, l2=[0.1], layer=1)
+    assert unfit(evaluation, honest) is None
+    assert "valid_images" not in measure(evaluation, honest)
+    with pytest.raises(ValueError, match=r"split .?valid|no labelled picture of valid is of a class"):
+        measure(evaluation, Options(per_class=[4], fractions=[], subsets=1, l2=[0.1], choose_on="valid"))
