@@ -32,7 +32,10 @@ class FeatureNetwork:
 
 
 def feature_network(file: Path | None, device: "torch.device") -> FeatureNetwork:
-    """The network of a TorchScript file, or EfficientNet-Lite0. Raises ValueError if the file is no such network."""
+    """The network of a TorchScript file, or EfficientNet-Lite0. Raises ValueError if the file is no such network.
+
+    What `features` gives raises ValueError too, where a user's network does not take the pictures.
+    """
     return _efficientnet_lite0(device) if file is None else _torchscript(file, device)
 
 
@@ -61,15 +64,27 @@ def _torchscript(file: Path, device: "torch.device") -> FeatureNetwork:
 
     try:
         network = torch.jit.load(file, map_location=device).eval()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"completions.feature_network is {file}, which torch.jit.load can't read.") from error
     options = _feature_options(network)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            found = network(pictures, **options)
+        try:
+            with torch.inference_mode():
+                found = network(pictures, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever its code raises
+            raise ValueError(
+                f"completions.feature_network is {file}, which does not take pictures of "
+                f"{pictures.shape[-2]}x{pictures.shape[-1]} as uint8 (B, 3, H, W), RGB from 0 to 255 "
+                f"({_cause(error)}); it must scale and enlarge them itself."
+            ) from error
         if not isinstance(found, torch.Tensor) or found.shape[:1] != pictures.shape[:1] or found.dim() != 2:
-            raise ValueError(f"{file} gives {_said(found)}; it must give (pictures, features).")
+            raise ValueError(
+                f"completions.feature_network is {file}, which gives {_said(found)} of {len(pictures)} pictures; "
+                "it must give a tensor (pictures, features)."
+            )
         return found.float()
 
     return FeatureNetwork(f"{file.name} (sha256 {file_sha256(file)[:12]})", features)
@@ -79,6 +94,17 @@ def _feature_options(network: "nn.Module") -> dict[str, bool]:
     """What the network has to be told to give features and not classes."""
     names = [argument.name for argument in network.forward.schema.arguments]
     return {"return_features": True} if "return_features" in names else {}
+
+
+def _cause(error: Exception) -> str:
+    """What TorchScript says at last: before it stands where in the network's code it was."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (
+        (lines[-1] if lines else type(error).__name__)
+        .removeprefix("RuntimeError: ")
+        .removeprefix("builtins.")
+        .rstrip(".")
+    )
 
 
 def _said(value: object) -> str:
