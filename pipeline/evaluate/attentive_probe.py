@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.config import require_at_least
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
+from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
 from pipeline.evaluate.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ class Options(Recipe):
             require_at_least(f"{self.TASK}.heads", self.heads, 1)
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise ValueError(f"{self.TASK}.layers is {self.layers}; it must be a list of layers, each once.")
+
+
+def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
+    """Raises ValueError if an option does not fit the model."""
+    options.check_fits(evaluation.shards.resolution)
+    _layers(evaluation, options)
+    _heads(evaluation, options)
 
 
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:

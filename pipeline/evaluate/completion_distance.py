@@ -30,13 +30,8 @@ def completion_distance(
     distances to the other half: `completions`, `originals` (the floor), `shuffled_lower_halves` (the ceiling);
     `completions_to_their_originals` compares with the very pictures that were completed.
     """
+    images = compared(evaluation, split_name, images)
     split = evaluation.shards.split(split_name)
-    images = min(images, split.images // 2)
-    if images < FEWEST:
-        raise ValueError(
-            f"{evaluation.shards.path} has {split.images} pictures in its split {split_name}, too few for a distance; "
-            f"set completions.distance_images 0."
-        )
     chosen = generator(evaluation.seed, "completion distance", split_name).permutation(split.images)
     halves = np.stack([chosen[:images], chosen[images : 2 * images]])  # completed, other
     network = feature_network(None if network_file is None else Path(network_file), evaluation.accelerator.device)
@@ -50,6 +45,18 @@ def completion_distance(
         "shuffled_lower_halves": frechet_distance(gaussians[SHUFFLED], gaussians[OTHER]),
         "completions_to_their_originals": frechet_distance(gaussians[COMPLETED], gaussians[ORIGINAL]),
     }
+
+
+def compared(evaluation: Evaluation, split_name: str, images: int) -> int:
+    """How many pictures are compared. Raises ValueError if the split has too few."""
+    split = evaluation.shards.split(split_name)
+    images = min(images, split.images // 2)
+    if images < FEWEST:
+        raise ValueError(
+            f"{evaluation.shards.path} has {split.images} pictures in its split {split_name}, too few for a distance; "
+            f"set completions.distance_images 0."
+        )
+    return images
 
 
 def _features(

@@ -135,6 +135,24 @@ def unfit(evaluation: Evaluation, _options: Options) -> str | None:
     return CANT_COMPLETE if evaluation.masked else None
 
 
+def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
+    """Raises ValueError if the split has too few pictures, or the user's network does not take such pictures."""
+    choose_examples(evaluation.shards, options.split, options.images, evaluation.seed)
+    if not options.distance_images:
+        return
+    from pipeline.evaluate.completion_distance import compared
+
+    compared(evaluation, options.split, options.distance_images)
+    if options.feature_network is not None:
+        import torch
+
+        from pipeline.evaluate.feature_network import feature_network
+
+        device, side = evaluation.accelerator.device, evaluation.shards.resolution
+        network = feature_network(Path(options.feature_network), device)
+        network.features(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device))
+
+
 def read_besides(_results: Path, options: Options) -> dict[str, str]:
     """The digest of the user's feature network."""
     return {} if options.feature_network is None else {"network_sha256": file_sha256(Path(options.feature_network))}

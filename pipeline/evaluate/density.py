@@ -61,6 +61,12 @@ class Options:
             raise ValueError(f"density.draws is {self.draws}; it must be at least 1.")
 
 
+def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
+    """Raises ValueError if the split to score, or train, which the baselines count, is absent."""
+    for name in (options.split, "train"):
+        evaluation.pictures(name)
+
+
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """Mean loss of the model and of the baselines on one split, and a heat map over positions."""
     pictures = evaluation.pictures(options.split)

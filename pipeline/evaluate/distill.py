@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from pipeline.config import require_at_least, require_positive
 from pipeline.evaluate.fine_tune import FOLDER as TEACHER_FOLDER
 from pipeline.evaluate.inputs import Evaluation, Pictures, check_match, choose_pictures, from_first
+from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
 from pipeline.evaluate.recipe import WholeModelRecipe
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from pipeline.config import ModelConfig
     from pipeline.evaluate.supervised import Batch, Losses, Training
     from pipeline.model.classifier import LoadedClassifier
     from pipeline.model.huggingface import LoadedModel
@@ -105,6 +107,20 @@ def read_besides(results: Path, options: Options) -> dict[str, str]:
     teacher = _teacher_folder(results, options)
     student = {} if options.student is None else {"student_digest": model_digest(model_folder(Path(options.student)))}
     return {"teacher_digest": model_digest(teacher), **student}
+
+
+def check(evaluation: Evaluation, options: Options, coming: list[str]) -> None:
+    """Raises ValueError if the teacher or the student does not fit the shard set, or the split is absent."""
+    options.check_fits(evaluation.shards.resolution)
+    evaluation.pictures(options.split)
+    to_come = options.teacher is None and "fine_tune" in coming  # it will be this model, fine-tuned
+    teacher = evaluation.model if to_come else _load_teacher(evaluation, options).loaded
+    if options.student is None:
+        _shape(teacher, options)
+    else:
+        from pipeline.locate import model_folder
+
+        _load_student(model_folder(Path(options.student)), evaluation)
 
 
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
@@ -206,11 +222,16 @@ def _words(classes: list[str]) -> str:
 def _beginning(evaluation: Evaluation, teacher: "LoadedClassifier", options: Options) -> "LoadedModel":
     """The student before it is taught. Raises ValueError if it does not fit the shard set."""
     from pipeline.locate import model_folder
-    from pipeline.model.huggingface import load_model_folder
 
     if options.student is None:
         return _untaught(evaluation, teacher.loaded, options)
     folder = from_first(evaluation.accelerator, partial(model_folder, Path(options.student)))
+    return _load_student(folder, evaluation)
+
+
+def _load_student(folder: Path, evaluation: Evaluation) -> "LoadedModel":
+    from pipeline.model.huggingface import load_model_folder
+
     student = load_model_folder(folder)
     check_match(student, folder, evaluation.shards)
     return student
@@ -218,8 +239,20 @@ def _beginning(evaluation: Evaluation, teacher: "LoadedClassifier", options: Opt
 
 def _untaught(evaluation: Evaluation, teacher: "LoadedModel", options: Options) -> "LoadedModel":
     """Initial weights in the teacher's kind of model."""
-    from pipeline.config import ModelConfig
     from pipeline.model.gpt import build_model, gpt2_config, initialize
+
+    masked = teacher.mask_probability is not None
+    config = gpt2_config(_shape(teacher, options), teacher.config.colors, "masked_color" if masked else "next_color")
+    if masked:
+        config.mask_probability = teacher.mask_probability
+    model = build_model(config)
+    initialize(model, evaluation.seed)
+    return replace(teacher, model=model.eval(), config=config)
+
+
+def _shape(teacher: "LoadedModel", options: Options) -> "ModelConfig":
+    """Of a student from initial weights. Raises ValueError if its width can't be divided among its heads."""
+    from pipeline.config import ModelConfig
 
     theirs = teacher.config
     width = options.width or max(1, theirs.n_embd // 2)
@@ -229,14 +262,7 @@ def _untaught(evaluation: Evaluation, teacher: "LoadedModel", options: Options) 
         raise ValueError(f"distill.heads is {heads}; it must divide the student's width, {width}.")
     layers = options.layers or max(1, theirs.n_layer // 2)
     block = cast(Literal["igpt", "gpt2"], teacher.block)
-    shape = ModelConfig(size=None, layers=layers, width=width, heads=heads, resolution=teacher.resolution, block=block)
-    masked = teacher.mask_probability is not None
-    config = gpt2_config(shape, theirs.colors, "masked_color" if masked else "next_color")
-    if masked:
-        config.mask_probability = teacher.mask_probability
-    model = build_model(config)
-    initialize(model, evaluation.seed)
-    return replace(teacher, model=model.eval(), config=config)
+    return ModelConfig(size=None, layers=layers, width=width, heads=heads, resolution=teacher.resolution, block=block)
 
 
 def _teachers_pictures(evaluation: Evaluation, teacher: "LoadedClassifier") -> Pictures | None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.config import require_at_least
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
+from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
 from pipeline.evaluate.recipe import WholeModelRecipe
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ class Options(WholeModelRecipe):
         super().__post_init__()
         self.check_rates(self.learning_rates)
         require_at_least(f"{self.TASK}.generative_weight", self.generative_weight, 0)
+
+
+def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
+    """Raises ValueError if an option does not fit the pictures."""
+    options.check_fits(evaluation.shards.resolution)
 
 
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:

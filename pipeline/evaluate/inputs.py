@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from data_prep.command_line import SAID_BY_OTHERS
 from data_prep.palette import palette_sha256
 from data_prep.progress import progress
 from data_prep.seeding import generator
@@ -194,7 +195,10 @@ def start_accelerator(precision: Literal["fp32", "bf16"]) -> "Accelerator":
 
 
 def from_first(accelerator: "Accelerator", work: Callable[[], Outcome]) -> Outcome:
-    """Runs `work` on the first rank and gives its result to all; its ValueError or OSError is raised on all."""
+    """Runs `work` on the first rank and gives its result to all; its ValueError or OSError is raised on all.
+
+    The first rank says it for all.
+    """
     from accelerate.utils import broadcast_object_list
 
     outcome: list[Any] = [None, None]
@@ -205,6 +209,7 @@ def from_first(accelerator: "Accelerator", work: Callable[[], Outcome]) -> Outco
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:
+        setattr(outcome[1], SAID_BY_OTHERS, not accelerator.is_main_process)
         raise outcome[1]
     return outcome[0]
 

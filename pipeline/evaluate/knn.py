@@ -113,6 +113,11 @@ def predictions(
     return classes[chosen]
 
 
+def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
+    """Raises ValueError if train has fewer pictures than the least k."""
+    _numbers(evaluation, options, len(evaluation.pictures("train", labelled=True)))
+
+
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """Votes with the neighbours of every layer and of both baselines, and draws accuracy by layer.
 
@@ -121,6 +126,9 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """
     pictures = labelled_splits(evaluation, "knn")
     numbers = _numbers(evaluation, options, len(pictures["train"]))
+    if len(numbers) < len(set(options.k)):
+        above = ", ".join(str(k) for k in sorted(set(options.k) - set(numbers)))
+        evaluation.say(f"knn: k = {above} left out, train has {len(pictures['train'])} labelled pictures")
     device, temperature = evaluation.accelerator.device, options.temperature
     bank, valid = (known_features(evaluation, pictures[split]) for split in ("train", "valid"))
 
@@ -183,7 +191,4 @@ def _numbers(evaluation: Evaluation, options: Options, pictures: int) -> list[in
             f"knn.k is {options.k}, but {evaluation.shards.path} has {pictures} labelled pictures in train; "
             "give a number of neighbours that is at most that."
         )
-    if len(numbers) < len(set(options.k)):
-        above = ", ".join(str(k) for k in sorted(set(options.k) - set(numbers)))
-        evaluation.say(f"knn: k = {above} left out, train has {pictures} labelled pictures")
     return numbers

@@ -160,13 +160,24 @@ def unfit(evaluation: Evaluation, options: Options) -> str | None:
     return unlabelled(evaluation, options, options.splits)
 
 
-def check_valid(evaluation: Evaluation, pictures: dict[str, Pictures]) -> None:
-    """Raises ValueError if nothing can be chosen on the split valid, because it has none of train's classes."""
+def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
+    """Raises ValueError if an option does not fit the model or the labels."""
+    _settings(evaluation, options, {split: evaluation.pictures(split, labelled=True) for split in options.splits})
+
+
+def _settings(
+    evaluation: Evaluation, options: Options, pictures: dict[str, Pictures]
+) -> tuple[list[Setting], list[dict[str, str]]]:
+    """`settings_for` these pictures. Raises ValueError if nothing can be chosen among the layers or on valid too."""
+    last = evaluation.model.config.n_layer
+    if options.layer is not None and not 0 <= options.layer <= last:
+        raise ValueError(f"low_data.layer is {options.layer}; the model has the layers 0 to {last}.")
     if "valid" in pictures and not np.isin(pictures["valid"].labels, pictures["train"].labels).any():
         raise ValueError(
             f"low_data.choose_on is valid, but in {evaluation.shards.path} no labelled picture of valid is of a class "
             f"that train has; set low_data.choose_on labels."
         )
+    return settings_for(pictures["train"].labels, options, str(evaluation.shards.path))
 
 
 def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
@@ -177,12 +188,8 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """
     from pipeline.evaluate.features import pooled_features
 
-    last = evaluation.model.config.n_layer
-    if options.layer is not None and not 0 <= options.layer <= last:
-        raise ValueError(f"low_data.layer is {options.layer}; the model has the layers 0 to {last}.")
     pictures = labelled_splits(evaluation, "low_data", options.splits)
-    check_valid(evaluation, pictures)
-    settings, left_out = settings_for(pictures["train"].labels, options, str(evaluation.shards.path))
+    settings, left_out = _settings(evaluation, options, pictures)
     for each in left_out:
         evaluation.say(f"low_data: {each['name']} left out, {each['reason']}")
     known = {

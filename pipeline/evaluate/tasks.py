@@ -3,7 +3,13 @@
 A task is one file with a dataclass `Options`, functions `measure(evaluation, options) -> dict` and
 `summary(result) -> str`, and one line in TASKS. `measure` runs on every rank, writes its figures into
 `evaluation.results` from the first rank alone, and returns numbers that JSON can hold. Raises ValueError for a user's
-mistake. A function `unfit(evaluation, options) -> str | None` may say in a sentence why a model can't be measured so;
+mistake. Before the first task begins, and on the first rank alone, every task is asked what it has of
+
+    unfit(evaluation, options) -> str | None    why in a sentence the model or the shard set can't be measured so; a
+                                                task that was not named is left out then
+    check(evaluation, options, coming)          raises ValueError if an option does not fit them, or something is
+                                                missing that no task of `coming`, before it, will bring; it is quick
+
 sections.py tells how a task may word its part of the report. A task that reads more than the model and the shard set
 has `read_besides(results, options) -> dict` too: what it gives, such as digests, is written down, and a task is done
 again when it changed.
@@ -12,7 +18,9 @@ again when it changed.
 import os
 import shlex
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +28,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from data_prep.command_line import new_parser, parse
+from data_prep.command_line import new_parser, one_voice, parse
 from data_prep.files import read_json, write_json
 from data_prep.shards import open_shard_set
 from pipeline.evaluate.inputs import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
@@ -72,11 +80,12 @@ def evaluate(arguments: list[str]) -> int:
 
     Leaves RESULTS/<task>.json, figures and report.html. Raises ValueError for a user's mistake.
     """
-    path, command, sizes, options = _parse(arguments)
-    names = _chosen_tasks(command.tasks)
-    shards = open_shard_set(command.shards)
-    if command.out.exists() and not command.out.is_dir():
-        raise ValueError(f"--out is {command.out}, which is a file; it must be a folder.")
+    with one_voice(os.environ.get("LOCAL_RANK", "0") == "0"):
+        path, command, sizes, options = _parse(arguments)
+        names = _chosen_tasks(command.tasks)
+        shards = open_shard_set(command.shards)
+        if command.out.exists() and not command.out.is_dir():
+            raise ValueError(f"--out is {command.out}, which is a file; it must be a folder.")
 
     from pipeline.locate import model_folder
     from pipeline.model.gpt import initialize
@@ -107,8 +116,13 @@ def evaluate(arguments: list[str]) -> int:
     evaluation.say(_describe(facts, evaluation))
 
     words = shlex.join(["python", "-m", "pipeline", "evaluate", *arguments])
-    for name in _fit_tasks(names, evaluation, options, asked=command.tasks != Command.tasks):
-        _run_task(name, evaluation, facts, options[name], command, words)
+    asked = command.tasks != Command.tasks
+    names = from_first(accelerator, lambda: _fit_tasks(names, evaluation, options, asked=asked))
+    inputs = {name: partial(_inputs, name, evaluation, facts, options[name], command) for name in names}
+    left = from_first(accelerator, lambda: _to_be_measured(inputs, command))
+    from_first(accelerator, lambda: _check(names, left, evaluation, options))
+    for name in names:
+        _run_task(name, evaluation, facts, options[name], inputs[name], command, words)
     from_first(accelerator, lambda: _report(evaluation, facts, command.random_weights))
     accelerator.end_training()
     return os.EX_OK
@@ -150,23 +164,69 @@ def _fit_tasks(names: list[str], evaluation: Evaluation, options: Namespace, *, 
         if unfit is None:
             fit.append(name)
         elif asked:
-            raise ValueError(unfit)
+            raise ValueError(f"--tasks has {name}: {unfit}")
         else:
             evaluation.say(f"{name}: left out; {unfit}")
     return fit
 
 
-def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any, command: Command, words: str) -> None:
+@dataclass(frozen=True)
+class Inputs:
+    """All that a task's result depends on, beside the model, the shard set and the seed."""
+
+    settings: dict[str, Any]
+    besides: dict[str, str]
+    digest: str
+    """Of these, and of the model, the shard set and the seed."""
+
+
+def _inputs(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any, command: Command) -> Inputs:
+    """A task's inputs as they are by now. Raises ValueError if something that it reads is missing."""
+    task = _module(name)
+    settings = {"precision": command.precision} | options_of(evaluation.sizes, options)
+    besides = task.read_besides(evaluation.results, options) if hasattr(task, "read_besides") else {}
+    digest = inputs_digest(facts, evaluation.shards.digest, evaluation.seed, settings | besides)
+    return Inputs(settings, besides, digest)
+
+
+def _to_be_measured(inputs: Mapping[str, Callable[[], Inputs]], command: Command) -> list[str]:
+    """The tasks that were not measured with these inputs, or are to be again."""
+    left = []
+    for name, current in inputs.items():
+        try:
+            measured = current().digest == _measured_inputs(command.out / f"{name}.json")
+        except ValueError:  # what it reads may be to come, else `check` says so
+            measured = False
+        if command.again or not measured:
+            left.append(name)
+    return left
+
+
+def _check(names: list[str], left: list[str], evaluation: Evaluation, options: Namespace) -> None:
+    """Raises the ValueError of the first task that can't be measured with its options."""
+    for place, name in enumerate(names):
+        check = getattr(_module(name), "check", None)
+        if check is not None:
+            check(evaluation, options[name], [other for other in names[:place] if other in left])
+
+
+def _run_task(
+    name: str,
+    evaluation: Evaluation,
+    facts: ModelFacts,
+    options: Any,
+    current: Callable[[], Inputs],
+    command: Command,
+    words: str,
+) -> None:
     """Runs one task and writes its JSON, last, unless the same was measured before."""
     path = evaluation.results / f"{name}.json"
-    settings = {"precision": command.precision} | options_of(evaluation.sizes, options)
-    besides = from_first(evaluation.accelerator, lambda: _read_besides(name, evaluation, options))
-    digest = inputs_digest(facts, evaluation.shards.digest, evaluation.seed, settings | besides)
-    if not command.again and from_first(evaluation.accelerator, lambda: _inputs_of(path)) == digest:
+    inputs = from_first(evaluation.accelerator, current)
+    if not command.again and from_first(evaluation.accelerator, lambda: _measured_inputs(path)) == inputs.digest:
         evaluation.say(f"{name}: already measured with these inputs, kept (--again measures anew)")
         return
     start = time.monotonic()
-    kept = Kept(evaluation.results, name, digest)
+    kept = Kept(evaluation.results, name, inputs.digest)
     result = _module(name).measure(replace(evaluation, kept=kept), options)
     provenance = {
         "task": name,
@@ -178,9 +238,9 @@ def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any
         "palette_sha256": evaluation.shards.palette_sha256,
         "seed": evaluation.seed,
         "command": words,
-        "options": settings,
-        **besides,
-        "inputs_digest": digest,
+        "options": inputs.settings,
+        **inputs.besides,
+        "inputs_digest": inputs.digest,
         "seconds": round(time.monotonic() - start, 1),
     }
     from_first(evaluation.accelerator, lambda: write_json(path, provenance | result))
@@ -188,12 +248,7 @@ def _run_task(name: str, evaluation: Evaluation, facts: ModelFacts, options: Any
     evaluation.say(f"{name}: {_module(name).summary(result)} ({provenance['seconds']:.0f} s)")
 
 
-def _read_besides(name: str, evaluation: Evaluation, options: Any) -> dict[str, str]:
-    task = _module(name)
-    return task.read_besides(evaluation.results, options) if hasattr(task, "read_besides") else {}
-
-
-def _inputs_of(path: Path) -> str | None:
+def _measured_inputs(path: Path) -> str | None:
     result = read_json(path) if path.is_file() else None
     return result.get("inputs_digest") if isinstance(result, dict) else None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_sets import COLORS, random_palette, random_pictures, write_model, write_shard_set
 
 from data_prep.shards import open_shard_set
@@ -161,6 +162,59 @@ def test_mistakes_are_one_sentence(
         run(*arguments)
     assert "\n" not in " ".join(str(caught.value).splitlines())
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--tasks", "density,attentive_probe", "--attentive_probe.heads", "3"],
+            r"attentive_probe\.heads is 3; it must",
+        ),
+        (
+            ["--tasks", "density,attentive_probe", "--attentive_probe.layers", "[9]"],
+            r"attentive_probe\.layers has 9; the",
+        ),
+        (
+            ["--tasks", "density,low_data", "--low_data.layer", "4"],
+            r"low_data\.layer is 4; the model has the layers 0 to",
+        ),
+        (["--tasks", "density,low_data", "--low_data.per_class", "[500]"], "low_data is to use 500 per class, but"),
+        (
+            ["--tasks", "density,fine_tune", "--fine_tune.reflect_crop", "6"],
+            r"fine_tune\.reflect_crop is 6; pictures of",
+        ),
+        (
+            ["--tasks", "density,knn", "--knn.k", "[999]"],
+            r"knn\.k is \[999\], but .* has 323 labelled pictures in train",
+        ),
+        (
+            ["--tasks", "density,completions", "--completions.split", "dev"],
+            "has no split 'dev'; it has train, valid, test",
+        ),
+        (["--tasks", "density,completions", "--completions.images", "999"], "images is 999, but"),
+        (["--tasks", "density,distill"], "distill needs a teacher, and .*fine_tuned is none; run the task fine_tune"),
+        (["--tasks", "density,distill,fine_tune"], "distill needs a teacher"),
+        (["--tasks", "density,fine_tune,distill", "--distill.split", "dev"], "has no split 'dev'"),
+        (["--tasks", "density,fine_tune,distill", "--distill.heads", "3"], r"distill\.heads is 3; it must divide"),
+        (["--tasks", "density,fine_tune,distill", "--distill.student", "none"], "none is no model: it must be"),
+    ],
+)
+def test_every_task_is_checked_before_the_first_begins(
+    arguments: list[str], message: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(*arguments)
+    assert not list((tmp_path / "results").glob("*.json"))
+
+
+def test_a_network_that_takes_other_pictures_is_refused_before_the_first_task(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(tmp_path / "floats.pt")
+    with pytest.raises(ValueError, match=r"floats\.pt, which does not take pictures of 6x6 as uint8"):
+        run("--tasks", "density,completions", "--completions.feature_network", str(tmp_path / "floats.pt"))
+    assert not list((tmp_path / "results").glob("*.json"))
 
 
 def test_another_palette_or_resolution_is_refused_before_any_work(run: Callable[..., Path], tmp_path: Path) -> None:
