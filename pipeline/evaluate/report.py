@@ -1,5 +1,6 @@
 """report.html: what was measured, in one file that needs no other, and results.json beside it for programs."""
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from pipeline.evaluate.html import MISSING, figure, note, percent, table, write_
 from pipeline.evaluate.provenance import ModelFacts
 from pipeline.evaluate.published import PUBLISHED, RELATED
 from pipeline.evaluate.results import RANDOM_WEIGHTS, Measured, Results, commands, read_measured, write_results
-from pipeline.evaluate.sections import Headline, headlines, section
+from pipeline.evaluate.sections import Headline, headlines, name_of, section
 
 REPORT = "report.html"
 LOCK = ".report.lock"
@@ -24,18 +25,27 @@ BASELINES = {
 """What the probes' JSON holds of classifiers that do without the model."""
 
 
-def write_report(folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None = None) -> Path:
+def write_report(
+    folder: Path,
+    facts: ModelFacts,
+    shards: ShardSet,
+    random_weights: Path | None = None,
+    not_run: Sequence[str] = (),
+) -> Path:
     """Writes RESULTS/report.html and results.json from the results that stand in the folder; returns the page's path.
 
     random_weights: the folder of results of the same model with initial weights; RESULTS/random_weights if not given.
+    not_run: tasks that were asked for and did not run yet, which the report's head names.
     Results of another model or shard set are left out, and the report says so. Of several commands that finish tasks
     at once one writes after the other, so that the last one's report has them all.
     """
     with locked(folder / LOCK, str(folder / REPORT)):
-        return _write_report(folder, facts, shards, random_weights)
+        return _write_report(folder, facts, shards, random_weights, not_run)
 
 
-def _write_report(folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None) -> Path:
+def _write_report(
+    folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None, not_run: Sequence[str]
+) -> Path:
     from pipeline.evaluate.tasks import TASKS
 
     order = list(TASKS)
@@ -43,6 +53,7 @@ def _write_report(folder: Path, facts: ModelFacts, shards: ShardSet, random_weig
     tasks = sorted(measured.tasks, key=lambda task: order.index(task) if task in order else len(order))
     sections = [
         _header(facts, shards),
+        _not_run(not_run),
         _numbers(tasks, measured),
         _curve(folder, facts, shards, measured.tasks),
         *(section(task, measured.tasks[task], folder) for task in tasks),
@@ -52,7 +63,7 @@ def _write_report(folder: Path, facts: ModelFacts, shards: ShardSet, random_weig
     ]
     page = folder / REPORT
     write_page(page, f"Image GPT: {shards.name}", sections)
-    write_results(folder, facts, shards, measured)
+    write_results(folder, facts, shards, measured, not_run)
     return page
 
 
@@ -78,6 +89,11 @@ def _header(facts: ModelFacts, shards: ShardSet) -> str:
         "them: what it came to, measured on pictures it was not trained on.</p>\n"
         f'<dl class="facts">{cells}</dl>'
     )
+
+
+def _not_run(tasks: Sequence[str]) -> str:
+    names = ", ".join(name_of(task) for task in tasks)
+    return note(f"Asked for and not run yet: {names}. The same command goes on with them.") if tasks else ""
 
 
 def _count(number: int | None) -> str:

@@ -5,14 +5,16 @@
                     checkpoint_step, images_seen, source (what it was trained on), shards_digest (of its training set),
                     valid_loss (the run's own at that step, nats per token); null where unknown
     dataset         name, digest, resolution, colors, classes, images (by split)
+    not_run         names of tasks that the last command to write this was asked for and had not run yet
     tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and where they are from
     random_weights  the same of the model with initial weights (`--weights random`), as far as it was measured
     published       numbers of the paper and related systems: measure, dataset, system, value, source
     commands        of the training and of the measurements
 
-The file is written after the last task of a command, whole or not at all.
+The file is written after each task of a command, whole or not at all.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,9 @@ def read_measured(folder: Path, random_weights: Path, facts: ModelFacts, shards:
     return Measured(tasks, untaught, others)
 
 
-def write_results(folder: Path, facts: ModelFacts, shards: ShardSet, measured: Measured) -> None:
+def write_results(
+    folder: Path, facts: ModelFacts, shards: ShardSet, measured: Measured, not_run: Sequence[str] = ()
+) -> None:
     """Writes results.json into the folder."""
     metrics = read_metrics(facts.metrics) if facts.metrics else []
     model = {key: value for key, value in asdict(facts).items() if key not in ("metrics", "training_commands")}
@@ -67,6 +71,7 @@ def write_results(folder: Path, facts: ModelFacts, shards: ShardSet, measured: M
             "classes": list(shards.classes),
             "images": {name: split["images"] for name, split in shards.manifest["splits"].items()},
         },
+        "not_run": list(not_run),
         "tasks": measured.tasks,
         "random_weights": measured.random_weights,
         "published": [row._asdict() for row in PUBLISHED],

@@ -78,7 +78,8 @@ class Command:
 def evaluate(arguments: list[str]) -> int:
     """`python -m pipeline evaluate MODEL --shards SHARDS --tasks A,B --out RESULTS`, on one rank or under torchrun.
 
-    Leaves RESULTS/<task>.json, figures and report.html. Raises ValueError for a user's mistake.
+    Leaves RESULTS/<task>.json and figures, and after each task report.html and results.json. Raises ValueError for a
+    user's mistake.
     """
     with one_voice(os.environ.get("LOCAL_RANK", "0") == "0"):
         path, command, sizes, options = _parse(arguments)
@@ -121,9 +122,14 @@ def evaluate(arguments: list[str]) -> int:
     inputs = {name: partial(_inputs, name, evaluation, facts, options[name], command) for name in names}
     left = from_first(accelerator, lambda: _to_be_measured(inputs, command))
     from_first(accelerator, lambda: _check(names, left, evaluation, options))
-    for name in names:
-        _run_task(name, evaluation, facts, options[name], inputs[name], command, words)
-    from_first(accelerator, lambda: _report(evaluation, facts, command.random_weights))
+    page = None
+    for place, name in enumerate(names):
+        measured = _run_task(name, evaluation, facts, options[name], inputs[name], command, words)
+        following = names[place + 1 :]
+        if measured or not following:  # after each, so that one that is stopped leaves a report of those that ended
+            not_run = [other for other in following if other in left]
+            page = from_first(accelerator, partial(_report, evaluation, facts, command.random_weights, not_run))
+    evaluation.say(f"report: {page}")
     accelerator.end_training()
     return os.EX_OK
 
@@ -218,13 +224,13 @@ def _run_task(
     current: Callable[[], Inputs],
     command: Command,
     words: str,
-) -> None:
-    """Runs one task and writes its JSON, last, unless the same was measured before."""
+) -> bool:
+    """Runs one task and writes its JSON, last, unless the same was measured before; returns whether it ran."""
     path = evaluation.results / f"{name}.json"
     inputs = from_first(evaluation.accelerator, current)
     if not command.again and from_first(evaluation.accelerator, lambda: _measured_inputs(path)) == inputs.digest:
         evaluation.say(f"{name}: already measured with these inputs, kept (--again measures anew)")
-        return
+        return False
     start = time.monotonic()
     kept = Kept(evaluation.results, name, inputs.digest)
     result = _module(name).measure(replace(evaluation, kept=kept), options)
@@ -246,6 +252,7 @@ def _run_task(
     from_first(evaluation.accelerator, lambda: write_json(path, provenance | result))
     from_first(evaluation.accelerator, kept.clear)
     evaluation.say(f"{name}: {_module(name).summary(result)} ({provenance['seconds']:.0f} s)")
+    return True
 
 
 def _measured_inputs(path: Path) -> str | None:
@@ -253,11 +260,10 @@ def _measured_inputs(path: Path) -> str | None:
     return result.get("inputs_digest") if isinstance(result, dict) else None
 
 
-def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None) -> None:
+def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: list[str]) -> Path:
     from pipeline.evaluate.report import write_report
 
-    page = write_report(evaluation.results, facts, evaluation.shards, random_weights)
-    print(f"report: {page}", flush=True)
+    return write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run)
 
 
 def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:

@@ -90,6 +90,28 @@ def test_what_was_measured_is_kept_until_an_input_changes(
     assert density.stat().st_mtime_ns != before
 
 
+def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run("--tasks", "completions")
+
+    def cut_off(*_: object) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.evaluate.knn.measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run("--tasks", "density,knn,linear_probe,completions")
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert (set(results["tasks"]), results["not_run"]) == ({"density", "completions"}, ["knn", "linear_probe"])
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert "<h2>Density</h2>" in page
+    assert "Asked for and not run yet: k-NN, Linear probe." in page
+    monkeypatch.undo()
+    folder = run("--tasks", "density,knn,linear_probe,completions")
+    assert json.loads((folder / "results.json").read_text())["not_run"] == []
+    assert "not run yet" not in (folder / "report.html").read_text()
+
+
 def test_a_copy_of_the_model_counts_as_the_same(
     run: Callable[..., Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
