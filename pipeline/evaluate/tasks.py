@@ -34,6 +34,7 @@ from data_prep.shards import open_shard_set
 from pipeline.evaluate.inputs import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
 from pipeline.evaluate.kept import Kept
 from pipeline.evaluate.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
+from pipeline.evaluate.stopping import until_stopped
 
 FEATURES = ".features"
 TASKS = {
@@ -78,9 +79,13 @@ class Command:
 def evaluate(arguments: list[str]) -> int:
     """`python -m pipeline evaluate MODEL --shards SHARDS --tasks A,B --out RESULTS`, on one rank or under torchrun.
 
-    Leaves RESULTS/<task>.json and figures, and after each task report.html and results.json. Raises ValueError for a
-    user's mistake.
+    Leaves RESULTS/<task>.json and figures, and after each task report.html and results.json. Returns 0, or 75 if it was
+    asked to stop. Raises ValueError for a user's mistake.
     """
+    return until_stopped(partial(_evaluate, arguments))
+
+
+def _evaluate(arguments: list[str]) -> int:
     with one_voice(os.environ.get("LOCAL_RANK", "0") == "0"):
         path, command, sizes, options = _parse(arguments)
         names = _chosen_tasks(command.tasks)

@@ -1,0 +1,99 @@
+"""Requests to stop: a signal ends the command in a sentence, with the code that asks for a requeue (contract 9).
+
+What is finished is on disk already, piece by piece, so nothing has to be saved.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+GRACE = 5.0
+"""Seconds until a process ends without tidying up: Python hears of a signal only between two calls, and a rank may wait
+in one for another that has left."""
+APART = 2.0
+"""Seconds within which all ranks are told."""
+WORDS = "asked to stop: what was computed is kept, and the same command goes on from there."
+
+
+class Stopped(BaseException):
+    """A signal asked to stop. Whoever works is left where it is."""
+
+
+def until_stopped(work: Callable[[], int]) -> int:
+    """What `work` returns; EX_TEMPFAIL, and a sentence of the first rank, if a signal (USR1, TERM, INT) ended it."""
+    end = _End()
+    with _listening(end):
+        try:
+            return _with_others(work)
+        except Stopped:
+            end.say()
+            return os.EX_TEMPFAIL
+
+
+def _with_others(work: Callable[[], int]) -> int:
+    try:
+        return work()
+    except RuntimeError:  # a collective's too, that another rank left because it was told to: so will this one be
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(APART)
+        raise
+
+
+class _End:
+    """Says once that the command was asked to stop, on the first rank."""
+
+    def __init__(self) -> None:
+        self._said = threading.Lock()
+
+    def say(self) -> None:
+        if self._said.acquire(blocking=False) and os.environ.get("RANK", "0") == "0":
+            print(WORDS, flush=True)
+
+
+@contextmanager
+def _listening(end: _End) -> Iterator[None]:
+    """While open, the first signal raises Stopped; GRACE seconds later the process ends if it is still there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = False
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            raise Stopped
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    former = {number: signal.signal(number, stop) for number in SIGNALS}
+    former_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(reader, end), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(former_descriptor)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
+def _watch(reader: int, end: _End) -> None:
+    """Runs in a thread, which hears of a signal while the main one is in a call. Ends when the pipe is closed."""
+    if not os.read(reader, 1):
+        return
+    last = time.monotonic() + GRACE
+    while (left := last - time.monotonic()) > 0:
+        if select.select([reader], [], [], left)[0] and not os.read(reader, 1):
+            return
+    end.say()
+    os._exit(os.EX_TEMPFAIL)

@@ -1,0 +1,71 @@
+"""`python -m pipeline evaluate` asked to stop: one sentence, exit code 75, and what was done stays."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep.files import read_json
+from pipeline.evaluate import stopping
+from pipeline.evaluate.stopping import WORDS, until_stopped
+from tests import launch
+
+
+def wait_until(there: Callable[[], bool], seconds: float = 60) -> None:
+    last = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < last
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_command_that_is_asked_to_stop_says_so_once(
+    ranks: int, number: signal.Signals, shards_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    out, logs = tmp_path / "results", tmp_path / "logs"
+    processes = launch.start(
+        ranks, "-m", "pipeline", "evaluate", model_folder, "--shards", shards_folder, "--out", out, "--tasks",
+        "density,low_data,knn", "--low_data.per_class", "[25]", "--low_data.subsets", "20000", logs=logs,
+    )  # fmt: skip
+    wait_until(lambda: bool(list(out.glob(".unfinished/low_data/*/*.npz"))))
+    for process in processes:
+        process.send_signal(number)
+    finished = launch.finish(processes, logs)
+    assert finished.codes == [75] * ranks, finished.outputs
+    assert [output.count(WORDS) for output in finished.outputs] == [1, *[0] * (ranks - 1)]
+    assert not any("Traceback" in output or "error:" in output for output in finished.outputs), finished.outputs
+    assert not list(out.rglob("*.partial"))
+    results = read_json(out / "results.json")
+    assert (list(results["tasks"]), results["not_run"]) == (["density"], ["low_data", "knn"])
+
+
+DEAF = """
+import signal, threading
+from contextlib import suppress
+from pipeline.evaluate import stopping
+
+def deaf():
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
+    while True:
+        with suppress(stopping.Stopped):
+            threading.Event().wait()
+
+stopping.GRACE = 0.2
+stopping.until_stopped(deaf)
+"""
+
+
+def test_who_never_hears_of_it_is_ended_too(tmp_path: Path) -> None:
+    """As who waits in a collective for a rank that has left."""
+    finished = launch.run(1, "-c", DEAF, logs=tmp_path, seconds=20)
+    assert (finished.codes, finished.output) == ([75], f"{WORDS}\n")
+
+
+def test_signals_are_as_before_afterwards() -> None:
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    assert until_stopped(lambda: 3) == 3
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+    assert until_stopped(lambda: os.kill(os.getpid(), signal.SIGUSR1) or 0) == 75
