@@ -187,9 +187,10 @@ def _teacher_folder(results: Path, options: Options) -> Path:
 
     folder = Path(options.teacher) if options.teacher else results / TEACHER_FOLDER
     if not (folder / HEAD_FACTS).is_file():
+        again = " with --again" if options.teacher is None and (results / "fine_tune.json").is_file() else ""
         raise ValueError(
-            f"distill needs a teacher, and {folder} is none; run the task fine_tune on the same results before, or "
-            f"name a folder that it wrote with distill.teacher."
+            f"distill needs a teacher, and {folder} is none; run the task fine_tune{again} on the same results before, "
+            f"or name a folder that it wrote with distill.teacher."
         )
     return folder
 

@@ -234,7 +234,7 @@ def _run_task(
     path = evaluation.results / f"{name}.json"
     inputs = from_first(evaluation.accelerator, current)
     if not command.again and from_first(evaluation.accelerator, lambda: _measured_inputs(path)) == inputs.digest:
-        evaluation.say(f"{name}: already measured with these inputs, kept (--again measures anew)")
+        evaluation.say(f"{name}: already measured with these inputs, kept ({_anew(path)})")
         return False
     start = time.monotonic()
     kept = Kept(evaluation.results, name, inputs.digest)
@@ -263,6 +263,14 @@ def _run_task(
 def _measured_inputs(path: Path) -> str | None:
     result = read_json(path) if path.is_file() else None
     return result.get("inputs_digest") if isinstance(result, dict) else None
+
+
+def _anew(path: Path) -> str:
+    """What --again is for, with a word on the classifier's folder if that was deleted since."""
+    folder = path.parent / (read_json(path) if path.is_file() else {}).get("classifier", "")
+    if folder.is_dir():
+        return "--again measures anew"
+    return f"but its folder {folder} is gone: --again trains the classifier anew"
 
 
 def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: list[str]) -> Path:

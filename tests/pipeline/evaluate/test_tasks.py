@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -110,6 +111,23 @@ def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
     folder = run("--tasks", "density,knn,linear_probe,completions")
     assert json.loads((folder / "results.json").read_text())["not_run"] == []
     assert "not run yet" not in (folder / "report.html").read_text()
+
+
+def test_a_classifier_whose_folder_was_deleted_is_trained_anew_by_again(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("--tasks", "fine_tune") / "fine_tuned"
+    capsys.readouterr()
+    run("--tasks", "fine_tune")
+    assert "kept (--again measures anew)" in capsys.readouterr().out
+    rmtree(folder)
+    run("--tasks", "fine_tune")
+    assert f"but its folder {folder} is gone: --again trains the classifier anew" in capsys.readouterr().out
+    for tasks in ("distill", "fine_tune,distill"):
+        with pytest.raises(ValueError, match="run the task fine_tune with --again on the same results before"):
+            run("--tasks", tasks)
+    run("--tasks", "fine_tune", "--again")
+    assert folder.is_dir()
 
 
 def test_a_copy_of_the_model_counts_as_the_same(
