@@ -20,6 +20,7 @@ from pipeline.model.gpt import build_model
 from pipeline.model.huggingface import is_masked, save_model_folder
 from pipeline.model.masks import Masks
 from pipeline.model.streamed import fetching_model
+from pipeline.model.training_record import CHECKPOINT_FILE, TRAINING_FOLDER
 from pipeline.publish.card import write_card
 from pipeline.publish.events import copy_events
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
@@ -28,7 +29,6 @@ from pipeline.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_F
 from pipeline.train.telemetry import METRICS_FILE, TENSORBOARD_FOLDER, rows_until
 from pipeline.train.validation import probe_tokens
 
-TRAINING_FOLDER = "training"
 CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision")
 """What a model folder tells of its checkpoint: nothing that depends on the ranks."""
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 5e-2}
@@ -171,5 +171,5 @@ def _add_record(aside: Path, checkpoint: Checkpoint, name: str) -> None:
     with (training / METRICS_FILE).open("w") as rows:
         rows.writelines(rows_until(run / METRICS_FILE, checkpoint.record.step))
     copy_events(run / TENSORBOARD_FOLDER, training / TENSORBOARD_FOLDER, checkpoint.record.step)
-    write_json(training / "checkpoint.json", {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
+    write_json(training / CHECKPOINT_FILE, {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
     write_card(aside, name)

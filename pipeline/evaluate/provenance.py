@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.files import file_sha256, read_json
+from data_prep.files import file_sha256
 from data_prep.palette import palette_sha256
+from pipeline.model.training_record import read_training_record
 
 if TYPE_CHECKING:
     from pipeline.model.huggingface import LoadedModel
 
-TRAINING_FOLDER = "training"
 WEIGHTS = ("config.json", "*.safetensors", "*.bin")
 
 
@@ -30,6 +30,7 @@ class ModelFacts:
     resolution: int
     palette_sha256: str
     checkpoint_step: int | None
+    planned_steps: int | None
     images_seen: int | None
     shards_digest: str | None
     source: str | None
@@ -38,12 +39,9 @@ class ModelFacts:
 
 
 def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
-    """Reads the facts from a loaded model and its folder's `training/`."""
+    """Reads the facts from a loaded model and its folder's `training/`. Raises ValueError if that is damaged."""
     assert model.palette is not None
-    training = folder / TRAINING_FOLDER
-    checkpoint = _optional_json(training / "checkpoint.json")
-    run = _optional_json(training / "run.json")
-    metrics = training / "metrics.jsonl"
+    record = read_training_record(folder)
     return ModelFacts(
         digest=model_digest(folder),
         block=model.block,
@@ -54,20 +52,21 @@ def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
         heads=model.config.n_head,
         resolution=model.resolution,
         palette_sha256=palette_sha256(model.palette),
-        checkpoint_step=checkpoint.get("step"),
-        images_seen=checkpoint.get("images"),
-        shards_digest=checkpoint.get("shards_digest"),
-        source=run.get("shards", {}).get("source"),
-        metrics=metrics if metrics.is_file() else None,
-        training_commands=tuple(dict.fromkeys(" ".join(start["command"]) for start in run.get("starts", []))),
+        checkpoint_step=record.step,
+        planned_steps=record.planned_steps,
+        images_seen=record.checkpoint.get("images"),
+        shards_digest=record.checkpoint.get("shards_digest"),
+        source=record.source,
+        metrics=record.metrics,
+        training_commands=tuple(dict.fromkeys(" ".join(start["command"]) for start in record.run.get("starts", []))),
     )
 
 
 def untrained(facts: ModelFacts, seed: int) -> ModelFacts:
     """The facts of the same model with initial weights drawn from `seed`."""
     digest = _digest([facts.digest, "initial weights", seed])
-    return replace(facts, digest=digest, checkpoint_step=None, images_seen=None, source="nothing: initial weights",
-                   metrics=None, training_commands=())  # fmt: skip
+    return replace(facts, digest=digest, checkpoint_step=None, planned_steps=None, images_seen=None,
+                   source="nothing: initial weights", metrics=None, training_commands=())  # fmt: skip
 
 
 def model_digest(folder: Path) -> str:
@@ -88,7 +87,3 @@ def options_of(*parts: Any) -> dict[str, Any]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

@@ -13,6 +13,7 @@ from pipeline.evaluate.provenance import ModelFacts
 from pipeline.evaluate.published import PUBLISHED, RELATED
 from pipeline.evaluate.results import RANDOM_WEIGHTS, Measured, Results, commands, read_measured, write_results
 from pipeline.evaluate.sections import Headline, headlines, name_of, section
+from pipeline.model.training_record import unfinished
 
 REPORT = "report.html"
 LOCK = ".report.lock"
@@ -74,7 +75,7 @@ def _header(facts: ModelFacts, shards: ShardSet) -> str:
         "Block": "the paper's (RMSNorm, no biases)" if facts.block == "igpt" else "stock GPT-2",
         "Objective": {"next_color": "the next colour", "masked_color": "hidden colours (BERT)"}[facts.objective],
         "Pictures": f"{facts.resolution} × {facts.resolution}, {shards.colors} colours",
-        "Training step": _count(facts.checkpoint_step),
+        "Training step": _step(facts),
         "Pictures seen in training": _count(facts.images_seen),
         "Trained on": facts.source or "not recorded",
         "Measured on": f"{shards.name}, {len(shards.classes)} classes",
@@ -87,8 +88,19 @@ def _header(facts: ModelFacts, shards: ShardSet) -> str:
         f"<h1>Image GPT on {escape(shards.name)}</h1>\n"
         '<p class="lead">A transformer that reads pictures as sequences of palette colours and learned to predict '
         "them: what it came to, measured on pictures it was not trained on.</p>\n"
+        f"{_unfinished(facts)}"
         f'<dl class="facts">{cells}</dl>'
     )
+
+
+def _unfinished(facts: ModelFacts) -> str:
+    words = unfinished(facts.checkpoint_step, facts.planned_steps)
+    return f"<p><strong>{escape(words)}</strong></p>\n" if words else ""
+
+
+def _step(facts: ModelFacts) -> str:
+    planned = "" if facts.checkpoint_step is None or facts.planned_steps is None else f" of {facts.planned_steps:,}"
+    return _count(facts.checkpoint_step) + planned
 
 
 def _not_run(tasks: Sequence[str]) -> str:

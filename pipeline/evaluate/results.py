@@ -2,8 +2,9 @@
 
     format, version    "image-gpt-results", 1
     model           digest, block, objective, parameters, layers, width, heads, resolution, palette_sha256,
-                    checkpoint_step, images_seen, source (what it was trained on), shards_digest (of its training set),
-                    valid_loss (the run's own at that step, nats per token); null where unknown
+                    checkpoint_step, planned_steps (of its schedule), images_seen, source (what it was trained on),
+                    shards_digest (of its training set), valid_loss (the run's own at that step, nats per token); null
+                    where unknown
     dataset         name, digest, resolution, colors, classes, images (by split)
     not_run         names of tasks that the last command to write this was asked for and had not run yet
     tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and where they are from

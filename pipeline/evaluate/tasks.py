@@ -280,7 +280,8 @@ def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | No
 
 
 def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:
-    step = "" if facts.checkpoint_step is None else f" at step {facts.checkpoint_step:,}"
+    planned = "" if facts.planned_steps is None else f" of {facts.planned_steps:,}"
+    step = "" if facts.checkpoint_step is None else f" at step {facts.checkpoint_step:,}{planned}"
     ranks = evaluation.accelerator.num_processes
     return (
         f"model {facts.digest[:12]}{step}: {facts.parameters:,} parameters, "

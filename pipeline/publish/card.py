@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from pipeline.model.training_record import unfinished
 from pipeline.publish.facts import Facts, read_facts
 from pipeline.publish.measured import HUB_DATASETS, curve, eval_results, published_section, results_section
 
@@ -78,8 +79,13 @@ def _what_it_is(facts: Facts) -> str:
         f"A transformer that reads a picture as a row of palette colours and {task}, as in "
         f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} pictures, {colors} colours, "
         f"{config['n_layer']} layers of {block}, width {config['n_embd']}, {config['n_head']} heads, "
-        f"{facts.parameters:,} parameters.{pictures}"
+        f"{facts.parameters:,} parameters.{pictures}{_unfinished(facts)}"
     )
+
+
+def _unfinished(facts: Facts) -> str:
+    words = unfinished(facts.step, facts.training.planned_steps)
+    return f"\n\n**{words}**" if words else ""
 
 
 def _loading(facts: Facts, name: str) -> str:
@@ -124,16 +130,20 @@ model = load_model_folder(model_folder(Path("{where}"))).model
 
 
 def _training(facts: Facts) -> str:
-    if not facts.checkpoint:
+    if not facts.training.checkpoint:
         return ""
-    settings, starts = facts.settings, facts.run.get("starts", [])
+    checkpoint, settings, starts = (
+        facts.training.checkpoint,
+        facts.training.settings,
+        facts.training.run.get("starts", []),
+    )
     lines = {
         "Pictures": facts.source,
-        "Shard set": _short(facts.checkpoint.get("shards_digest")),
-        "Palette": _short(facts.checkpoint.get("palette_sha256")),
+        "Shard set": _short(checkpoint.get("shards_digest")),
+        "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
         "Steps": _steps(facts),
-        "Pictures seen": f"{facts.checkpoint['images']:,}",
+        "Pictures seen": f"{checkpoint['images']:,}",
         "Batch": _chosen(settings, "batch", "global_size"),
         "Optimiser": _optimiser(settings),
         "Schedule": _schedule(settings),
@@ -162,7 +172,7 @@ def _chosen(settings: dict[str, Any], section: str, key: str) -> Any:
 
 
 def _steps(facts: Facts) -> str:
-    planned = _chosen(facts.settings, "schedule", "steps")
+    planned = facts.training.planned_steps
     return f"{facts.step:,}" + (f" of {planned:,}" if planned else "")
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import safe_open
 
 from data_prep.files import read_json
 from pipeline.evaluate.results import RANDOM_WEIGHTS
+from pipeline.model.training_record import TrainingRecord, read_training_record
 
-TRAINING, RESULTS = Path("training"), Path("results")
-"""Subfolders of a model folder."""
+RESULTS = Path("results")
+"""A subfolder of a model folder."""
 CURVE = "training.png"
 """The training curve, in the subfolder of results."""
 
@@ -25,12 +25,7 @@ class Facts:
     config: dict[str, Any]
     """config.json."""
     parameters: int
-    checkpoint: dict[str, Any]
-    """training/checkpoint.json: step, images, digests."""
-    run: dict[str, Any]
-    """training/run.json: shard set, starts with their hardware and packages."""
-    settings: dict[str, Any]
-    """training/config.yaml."""
+    training: TrainingRecord
     rows: list[dict[str, Any]]
     """training/metrics.jsonl."""
     results: dict[str, dict[str, Any]]
@@ -42,7 +37,7 @@ class Facts:
 
     @property
     def step(self) -> int | None:
-        return self.checkpoint.get("step")
+        return self.training.step
 
     @property
     def masked(self) -> bool:
@@ -52,21 +47,18 @@ class Facts:
     @property
     def source(self) -> str | None:
         """The name of the pictures it was trained on."""
-        return self.run.get("shards", {}).get("source")
+        return self.training.source
 
 
 def read_facts(folder: Path) -> Facts:
     """Raises ValueError naming a file that is damaged."""
-    metrics = folder / TRAINING / "metrics.jsonl"
-    settings = folder / TRAINING / "config.yaml"
+    record = read_training_record(folder)
     config = read_json(folder / "config.json")
     return Facts(
         config=config,
         parameters=parameters(folder, config),
-        checkpoint=_optional_json(folder / TRAINING / "checkpoint.json"),
-        run=_optional_json(folder / TRAINING / "run.json"),
-        settings=yaml.safe_load(settings.read_text()) if settings.is_file() else {},
-        rows=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [],
+        training=record,
+        rows=[json.loads(line) for line in record.metrics.read_text().splitlines()] if record.metrics else [],
         results=read_results(folder / RESULTS),
         random_weights=read_results(folder / RESULTS / RANDOM_WEIGHTS),
         figures=sorted(file.name for file in (folder / RESULTS).glob("*.png")),
@@ -79,10 +71,6 @@ def read_results(results: Path) -> dict[str, dict[str, Any]]:
     return {
         content["task"]: content for content in contents if isinstance(content, dict) and "inputs_digest" in content
     }
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def parameters(folder: Path, config: dict[str, Any]) -> int:

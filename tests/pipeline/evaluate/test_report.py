@@ -121,6 +121,23 @@ def test_the_report_needs_no_other_file(out: Path) -> None:
     assert "--run &lt;RUN&gt;" in text
 
 
+@pytest.mark.parametrize(("planned", "said"), [(125, True), (59, False)])
+def test_an_unfinished_training_is_said_in_the_head(
+    planned: int, said: bool, trained_model: Path, shards: ShardSet, tmp_path: Path
+) -> None:
+    model = copytree(trained_model, tmp_path / "model")
+    (model / "training/config.yaml").write_text(f"schedule: {{steps: {planned}}}\n")
+    (tmp_path / "results").mkdir()
+    facts = model_facts(model, load_model_folder(model))
+    head = write_report(tmp_path / "results", facts, shards).read_text().partition("<h2>")[0]
+    assert ("Its training was not finished: step 59 of 125." in head) == said
+    assert f"<dt>Training step</dt><dd>59 of {planned}</dd>" in head
+    assert json.loads((tmp_path / "results/results.json").read_text())["model"]["planned_steps"] == planned
+    (model / "training/config.yaml").write_text("- no keys")
+    with pytest.raises(ValueError, match=r"config\.yaml holds no keys and values; put back"):
+        model_facts(model, load_model_folder(model))
+
+
 def test_results_json_has_everything(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert (results["format"], results["version"]) == ("image-gpt-results", 1)

@@ -143,6 +143,13 @@ def test_the_hub_accepts_the_metadata(hub: Hub, models: dict[int, Path], results
     assert {result.dataset_name for result in found} == {"photographs"}
 
 
+def test_the_card_says_at_its_head_that_a_training_was_not_finished(models: dict[int, Path]) -> None:
+    words = "**Its training was not finished: step 20 of 40.**"
+    head = (models[20] / "README.md").read_text().partition("## ")[0]
+    assert words in head
+    assert "not finished" not in (models[40] / "README.md").read_text()
+
+
 def test_the_card_tells_how_it_was_made(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
     publish(models[40], "--results", results, "--to", f"dir:{tmp_path / 'model'}")
     card = (tmp_path / "model/README.md").read_text()

@@ -1,0 +1,73 @@
+"""What a model folder tells of its training: the files in `training/` that `export` puts beside the weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.files import read_json
+
+TRAINING_FOLDER = "training"
+CHECKPOINT_FILE, RUN_FILE, CONFIG_FILE, METRICS_FILE = "checkpoint.json", "run.json", "config.yaml", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Empty where the folder says nothing."""
+
+    checkpoint: dict[str, Any]
+    """checkpoint.json: step, images, digests."""
+    run: dict[str, Any]
+    """run.json: shard set, starts with their commands, hardware and packages."""
+    settings: dict[str, Any]
+    """config.yaml."""
+    metrics: Path | None
+    """metrics.jsonl, if it is there."""
+
+    @property
+    def step(self) -> int | None:
+        return self.checkpoint.get("step")
+
+    @property
+    def planned_steps(self) -> int | None:
+        """schedule.steps."""
+        return (self.settings.get("schedule") or {}).get("steps")
+
+    @property
+    def source(self) -> str | None:
+        """The name of the pictures it was trained on."""
+        return self.run.get("shards", {}).get("source")
+
+
+def read_training_record(folder: Path) -> TrainingRecord:
+    """The record in a model folder. Raises ValueError naming a file that is damaged."""
+    training = folder / TRAINING_FOLDER
+    settings, metrics = training / CONFIG_FILE, training / METRICS_FILE
+    return TrainingRecord(
+        checkpoint=_optional_json(training / CHECKPOINT_FILE),
+        run=_optional_json(training / RUN_FILE),
+        settings=_settings(settings) if settings.is_file() else {},
+        metrics=metrics if metrics.is_file() else None,
+    )
+
+
+def unfinished(step: int | None, planned: int | None) -> str | None:
+    """A sentence on a model that was not trained as long as its schedule says."""
+    if step is None or planned is None or step >= planned:
+        return None
+    return f"Its training was not finished: step {step:,} of {planned:,}."
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML; put back the run's configuration, or export again.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no keys and values; put back the run's configuration, or export again.")
+    return settings
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
