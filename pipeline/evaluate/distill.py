@@ -101,8 +101,8 @@ def read_besides(results: Path, options: Options) -> dict[str, str]:
 
     Raises ValueError if there is no teacher, or no such student.
     """
-    from pipeline.evaluate.provenance import model_digest
     from pipeline.locate import model_folder
+    from pipeline.model.folder_files import model_digest
 
     teacher = _teacher_folder(results, options)
     student = {} if options.student is None else {"student_digest": model_digest(model_folder(Path(options.student)))}

@@ -1,19 +1,15 @@
 """Which model was measured: its digest, its shape, and how it was trained, as its folder tells it."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.files import file_sha256
 from data_prep.palette import palette_sha256
+from pipeline.model.folder_files import json_digest, model_digest
 from pipeline.model.training_record import read_training_record
 
 if TYPE_CHECKING:
     from pipeline.model.huggingface import LoadedModel
-
-WEIGHTS = ("config.json", "*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -64,26 +60,16 @@ def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
 
 def untrained(facts: ModelFacts, seed: int) -> ModelFacts:
     """The facts of the same model with initial weights drawn from `seed`."""
-    digest = _digest([facts.digest, "initial weights", seed])
+    digest = json_digest([facts.digest, "initial weights", seed])
     return replace(facts, digest=digest, checkpoint_step=None, planned_steps=None, images_seen=None,
                    source="nothing: initial weights", metrics=None, training_commands=())  # fmt: skip
 
 
-def model_digest(folder: Path) -> str:
-    """sha256 over the names and digests of the configuration and the weights: equal for equal models."""
-    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
-    return _digest([[file.name, file_sha256(file)] for file in files])
-
-
 def inputs_digest(facts: ModelFacts, dataset_digest: str, seed: int, options: dict[str, Any]) -> str:
     """sha256 over everything a task's result depends on, so that finished work is known again."""
-    return _digest([facts.digest, dataset_digest, seed, options])
+    return json_digest([facts.digest, dataset_digest, seed, options])
 
 
 def options_of(*parts: Any) -> dict[str, Any]:
     """The fields of some dataclasses in one dict."""
     return {name: value for part in parts for name, value in asdict(part).items()}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -35,6 +35,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from data_prep.files import folder_written_aside, read_json, write_json
+from pipeline.model.folder_files import WEIGHTS, WEIGHTS_INDEX
 from pipeline.model.gpt import build_model, fixed_settings
 from pipeline.model.streamed import Convert, Weights, fetching_model, stored_weights, write_weights
 
@@ -43,7 +44,6 @@ CONFIGS = {"imagegpt": ImageGPTConfig, "gpt2": GPT2Config}
 BLOCK_OF_TYPE = {"imagegpt": "igpt", "gpt2": "gpt2"}
 TYPE_OF_BLOCK = {block: model_type for model_type, block in BLOCK_OF_TYPE.items()}
 MASKED_TYPE = "image_gpt_masked"
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 SHARED_SETTINGS = (
     "vocab_size",

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pipeline.model.folder_files import WEIGHTS_INDEX
 from pipeline.model.gpt import build_model
 
 Weights = Mapping[str, torch.Tensor]
@@ -69,4 +70,4 @@ def write_weights(weights: Weights, shapes: Mapping[str, torch.Size], convert: C
             raise OSError(f"{folder / file} can't be written: {' '.join(str(error).split()).rstrip('.')}.") from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")

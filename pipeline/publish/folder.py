@@ -9,11 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.files import folder_written_aside, read_json
 from pipeline.evaluate.curve import draw_curve, has_losses
-from pipeline.evaluate.provenance import model_digest
+from pipeline.model.folder_files import WEIGHTS, WEIGHTS_INDEX, model_digest
 from pipeline.publish.card import CARD, write_card
 from pipeline.publish.facts import CURVE, RESULTS, read_facts, read_results
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json")
 RESULT_FILES = (".json", ".png", ".html")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s\"'@]+@")
@@ -86,8 +85,8 @@ def check_whole(model: Path) -> None:
 
 def weight_files(model: Path) -> list[str]:
     """The names of the files that hold the weights. Raises ValueError if there are none in safetensors."""
-    if (model / INDEX).is_file():
-        return sorted(set(read_json(model / INDEX)["weight_map"].values()))
+    if (model / WEIGHTS_INDEX).is_file():
+        return sorted(set(read_json(model / WEIGHTS_INDEX)["weight_map"].values()))
     if not (model / WEIGHTS).is_file():
         raise ValueError(f"{model} has no {WEIGHTS}; only weights in safetensors are published, since loading is safe.")
     return [WEIGHTS]

@@ -12,7 +12,7 @@ from toy_network import write_toy_network
 from data_prep.shards import ShardSet, open_shard_set
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
 from pipeline.evaluate.kept import Kept
-from pipeline.evaluate.provenance import model_digest
+from pipeline.model.folder_files import model_digest
 from pipeline.model.huggingface import load_model_folder
 
 torch.set_num_threads(1)

@@ -16,8 +16,8 @@ from pipeline.evaluate import fine_tune
 from pipeline.evaluate.distill import Options, measure, read_besides, summary
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
 from pipeline.evaluate.kept import Kept
-from pipeline.evaluate.provenance import model_digest
 from pipeline.model.classifier import load_classifier
+from pipeline.model.folder_files import model_digest
 from pipeline.model.huggingface import load_model_folder
 
 QUICK = Options(epochs=4, learning_rates=[0.02], global_size=20, reflect_crop=1)

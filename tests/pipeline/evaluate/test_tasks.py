@@ -15,8 +15,8 @@ import torch
 from tiny_sets import COLORS, random_palette, random_pictures, write_model, write_shard_set
 
 from data_prep.shards import open_shard_set
-from pipeline.evaluate.provenance import model_digest
 from pipeline.evaluate.tasks import LONG, TASKS, evaluate
+from pipeline.model.folder_files import model_digest
 
 QUICK = [
     "--linear_probe.l2", "[0.1, 0.01]", "--low_data.l2", "[0.1, 0.01]", "--low_data.subsets", "2",
