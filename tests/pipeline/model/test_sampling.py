@@ -5,6 +5,7 @@ import torch
 
 from pipeline.config import ModelConfig
 from pipeline.model import objectives
+from pipeline.model.decoding import Decoder, can_be_recorded
 from pipeline.model.gpt import BLOCKS, build_model, gpt2_config, initialize
 from pipeline.model.sampling import complete, draw
 
@@ -104,6 +105,28 @@ def test_half_precision_and_uint16_prefixes():
     found = complete(wide_awake_model().bfloat16(), prefix, TOTAL, seed=0)
     assert found.shape == (4, TOTAL)
     assert torch.equal(found[:, :40], prefix.long())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_pass_that_cuda_records_gives_the_scores_of_the_other(block):
+    model = wide_awake_model(block)
+    tokens = torch.cat([torch.full((4, 1), COLORS), some_pictures()], dim=1)
+    plain, recorded = Decoder(model, TOTAL), Decoder(model, TOTAL)
+    with torch.no_grad():
+        torch.testing.assert_close(recorded(tokens[:, :10]), plain(tokens[:, :10]))
+        for place in (10, 11, 12):
+            expected = plain(tokens[:, : place + 1])
+            # Twice, as the recording passes once before it: what is known of a place is written over.
+            for _ in range(2):
+                found = recorded._pass(tokens[:, place : place + 1], torch.tensor([place]), None)
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_model_whose_weights_are_fetched_by_hooks_is_not_recorded():
+    model = wide_awake_model()
+    assert can_be_recorded(model)
+    model.transformer.h[1].mlp.c_fc.register_forward_pre_hook(lambda *_: None)
+    assert not can_be_recorded(model)
 
 
 def test_nothing_to_draw():
