@@ -6,5 +6,5 @@ import logging
 # be loaded (none of them is used here), and torch that torchao registers enumerations in an old way.
 logging.getLogger("torchao").addFilter(lambda record: not str(record.msg).startswith("Failed to load "))
 logging.getLogger("torch.utils._pytree").addFilter(
-    lambda record: not any(getattr(value, "__module__", "").startswith("torchao.") for value in record.args or ())
+    lambda record: not any(str(getattr(value, "__module__", "")).startswith("torchao.") for value in record.args or ())
 )

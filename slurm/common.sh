@@ -204,8 +204,8 @@ reach_controller() {
   return 1
 }
 
-# Submits what follows a finished run, once for its last checkpoint and what is asked: the evaluation of all that are kept, where EVALUATE
-# names tasks, then their publishing, where PUBLISH says where to.
+# Submits what follows a finished run, once for its last checkpoint and what is asked: the evaluation of all that are
+# kept, where EVALUATE names tasks, then their publishing, where PUBLISH says where to.
 follow_up() {
   local run=$1 asked shards tasks after=() measured=()
   [ -n "$EVALUATE$PUBLISH" ] || return 0
