@@ -205,7 +205,7 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     return settings
 
 
-def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> Any:
+def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> Any:
     """Adam with decoupled weight decay on the blocks' and the head's matrices."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []

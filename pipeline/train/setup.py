@@ -102,7 +102,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     config.accumulation_steps(config.parallel.data_ranks(ranks.count))
     check_compilers(config.parallel)
     if config.compile:
-        check_torch_compiles(ranks)
+        check_torch_compiles(ranks.device)
     if config.precision == "fp8":
         float8.check_device(ranks.device)
     model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
@@ -153,13 +153,15 @@ def set_up(
     return Session(engine, batches, store, telemetry, throughput, judge, watchdog, profiler, stop, start, start_clock)
 
 
-def check_torch_compiles(ranks: Ranks) -> None:
-    """Raises ValueError if torch.compile finds no compiler: of C++ on CPU, of C on CUDA, which Triton needs."""
-    kind, variable, usual = ("C", "CC", "gcc") if ranks.device.type == "cuda" else ("C++", "CXX", "g++")
-    if all(shutil.which(name) is None for name in (os.environ.get(variable, usual), "clang" + "++" * (kind == "C++"))):
+def check_torch_compiles(device: torch.device) -> None:
+    """Raises ValueError if torch.compile finds no compiler: CXX or g++ on CPU; CC, gcc or clang on CUDA, for Triton."""
+    kind, variable, usual = ("C", "CC", ["gcc", "clang"]) if device.type == "cuda" else ("C++", "CXX", ["g++"])
+    named = os.environ.get(variable)
+    looked_for = usual if named is None else [named]  # neither looks further than at what is named
+    if all(shutil.which(name) is None for name in looked_for):
         raise ValueError(
-            f"compile is true; torch.compile needs a {kind} compiler on this device, and {usual} is not to be found on "
-            f"PATH; install it, or set compile to false."
+            f"compile is true; torch.compile needs a {kind} compiler on this device, and {' or '.join(looked_for)} is "
+            f"not to be found on PATH; install it, name another in {variable}, or set compile to false."
         )
 
 

@@ -102,7 +102,7 @@ class StagesEngine(Engine):
             )
             if initial:
                 self._initialize()
-            optimizer = new_optimizer(config, self._own_parameters(), ranks.device)
+            optimizer = new_optimizer(config, self._own_parameters())
             self._gate = Gate(optimizer, self._loss_and_norm)
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=deepspeed_config(config, ranks)

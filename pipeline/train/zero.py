@@ -54,7 +54,7 @@ class ZeroEngine(Engine):
                 block.compile()
         if config.parallel.tensor_parallel > 1:
             tensor_parallel.prepare(model, config.parallel.tensor_parallel)
-        optimizer = new_optimizer(config, model.named_parameters(), ranks.device)
+        optimizer = new_optimizer(config, model.named_parameters())
         self._gate = Gate(optimizer, self._loss_and_norm)
         with redirect_stdout(StringIO()):  # DeepSpeed's bf16 optimizer prints memory tables
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

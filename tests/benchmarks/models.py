@@ -70,7 +70,7 @@ def plain_step(case: Case) -> Step:
     with torch.device(case.device):
         model = build_model(case.config)
     initialize(model, 0)
-    optimizer = new_optimizer(case.training(), model.named_parameters(), case.device)
+    optimizer = new_optimizer(case.training(), model.named_parameters())
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         inputs, targets = objectives.next_color(tokens, COLORS)

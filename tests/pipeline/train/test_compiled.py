@@ -1,9 +1,12 @@
 """Compiled blocks: the same curve as plain torch, and checkpoints that go on without."""
 
+import re
 import shutil
 
 import pytest
+import torch
 
+from pipeline.train.setup import check_torch_compiles
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE, RATE, train_plainly
 
@@ -56,3 +59,32 @@ def test_without_a_compiler_it_is_said(runner: Runner, monkeypatch: pytest.Monke
     assert finished.output.count("\n") == 1
     assert "compile is true; torch.compile needs a C++ compiler" in finished.output
     assert not (runner.folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "named", "missing"),
+    [
+        ("cpu", ["g++"], {}, None),
+        ("cpu", ["clang++"], {}, "g++"),  # for which torch does not look by itself
+        ("cpu", ["clang++"], {"CXX": "clang++"}, None),
+        ("cpu", ["g++"], {"CXX": "icpx"}, "icpx"),
+        ("cuda", ["clang"], {}, None),
+        ("cuda", ["g++"], {}, "gcc or clang"),
+        ("cuda", ["gcc"], {"CC": "icx"}, "icx"),
+    ],
+)
+def test_the_compiler_looked_for_is_the_one_that_torch_takes(
+    device: str, there: list[str], named: dict[str, str], missing: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, name in named.items():
+        monkeypatch.setenv(variable, name)
+    if missing is None:
+        check_torch_compiles(torch.device(device))
+        return
+    with pytest.raises(ValueError, match=f"and {re.escape(missing)} is not to be found on PATH"):
+        check_torch_compiles(torch.device(device))
