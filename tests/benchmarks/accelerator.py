@@ -7,6 +7,7 @@ recomputation does not count. `--toy` runs every part at toy size, on whatever d
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -61,14 +62,16 @@ def start_alone() -> "models.Ranks":
 def rates(case: Case, make: Callable[[Case], Step]) -> tuple[Case, float]:
     """Images a second of a step, with half the micro-batch until it fits."""
     while True:
+        # Engines lie in cycles: what is left of the one before would take the next one's memory, a peer's too.
+        gc.collect()
+        torch.cuda.empty_cache()
         try:
             [rate] = best(case.images, make(case), turns=TURNS)
             return case, rate
         except torch.OutOfMemoryError:
             if case.images == 1:
                 raise
-            torch.cuda.empty_cache()
-            case = replace(case, images=case.images // 2)
+        case = replace(case, images=case.images // 2)  # here the error is gone, and with it what its frames held
 
 
 def step_row(name: str, how: str, case: Case, make: Callable[[Case], Step]) -> Iterator[str]:
@@ -114,7 +117,8 @@ def attention_kernels() -> Iterator[str]:
         shape = attention.AttentionShape(
             case.images, config.n_head, config.n_positions, config.n_embd // config.n_head, causal=True
         )
-        yield f"| {shape} | {attention.describe(attention.measure(shape, attention.CANDIDATES, CUDA)) or 'none runs'} |"
+        seconds = attention.measure(shape, attention.CANDIDATES, CUDA)
+        yield f"| {shape} | {attention.describe(seconds) if seconds else 'none runs'} |"
 
 
 def sampling() -> Iterator[str]:
