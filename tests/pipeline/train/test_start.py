@@ -1,0 +1,31 @@
+"""From the command to the first step: where the time went is said, and garbage is collected again once all stands."""
+
+import re
+
+import pytest
+
+from tests.launch import run
+from tests.pipeline.conftest import Runner
+
+TOLD = """
+import gc, sys
+from pipeline.__main__ import train
+from pipeline.train import loop
+run_loop = loop.run_loop
+def told(*arguments):
+    print("collecting:", gc.isenabled(), flush=True)
+    return run_loop(*arguments)
+loop.run_loop = told
+sys.exit(train(sys.argv[1:]))
+"""
+
+
+def test_a_start_says_where_its_time_went_and_collects_garbage_from_the_first_step_on(runner: Runner) -> None:
+    settings = {"schedule__steps": 2, "schedule__warmup_steps": 0}
+    done = run(1, "-c", TOLD, *runner.arguments("run", **settings)[3:], logs=runner.folder / "logs")
+    assert done.codes == [0], done.output
+    assert done.output.count("collecting: True") == 1
+    [(total, phases)] = re.findall(r"the first step ended ([\d.]+) s after the command began: (.*)", done.output)
+    names, seconds = zip(*(phase.rsplit(" ", 1) for phase in phases.split(", ")), strict=True)
+    assert (names[0], names[-1]) == ("imports", "first step")
+    assert float(total) == pytest.approx(sum(map(float, seconds)), abs=0.05 * (len(seconds) + 1))
