@@ -61,8 +61,8 @@ def memory_of_rank(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: b
 
 
 def _of_stage(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool, stage: int) -> Memory:
-    parallel = config.parallel
-    blocks, is_last = _blocks(model.n_layer, parallel.pipeline_stages, stage), stage == parallel.pipeline_stages - 1
+    parallel, is_last = config.parallel, stage == config.parallel.pipeline_stages - 1
+    blocks = blocks_of_stage(model.n_layer, parallel.pipeline_stages, stage)
     held = _held_parameters(config, model, blocks, stage == 0, is_last)
     kind = "cpu" if on_cpu else "accelerator"
     always, backward, update = _state(config, held, parallel.data_ranks(ranks), on_cpu)
@@ -118,7 +118,7 @@ def float8_bytes(config: TrainConfig, model: GPT2Config) -> float:
     return 2.0 * (5 * stream + 4 * model.n_embd**2)
 
 
-def _blocks(layers: int, stages: int, stage: int) -> int:
+def blocks_of_stage(layers: int, stages: int, stage: int) -> int:
     """DeepSpeed gives the first stages one block more, where they don't divide."""
     return layers // stages + (1 if stage < layers % stages else 0)
 

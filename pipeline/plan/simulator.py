@@ -18,7 +18,7 @@ from math import ceil
 
 from pipeline.plan.collectives import Group, all_reduce_seconds, gather_seconds, send_seconds
 from pipeline.plan.hardware import HOST_BYTES, Links
-from pipeline.plan.memory import REDUCE_BUCKET
+from pipeline.plan.memory import REDUCE_BUCKET, blocks_of_stage
 
 CONTENTION = 0.14
 """Of its rate that computing loses while a message is under way, whose kernels take multiprocessors from it. Fitted to
@@ -66,8 +66,8 @@ class Work:
         return Group(self.data, min(self.data, max(1, self.ranks_per_node // self.tensor)))
 
     def blocks(self, stage: int) -> int:
-        """DeepSpeed gives the first stages one block more, where they don't divide."""
-        return self.layers // self.stages + (stage < self.layers % self.stages)
+        """Of a stage."""
+        return blocks_of_stage(self.layers, self.stages, stage)
 
     def held(self, stage: int) -> float:
         """Parameters of a rank."""
