@@ -73,14 +73,15 @@ class Decoder:
         keys, values = memory[..., :end, :]
         # Not (P,): torch's choice of a kernel reads a mask's last two dimensions.
         mask = None if end else (torch.arange(self._positions, device=places.device) <= places)[None]  # (1, P)
-        mixed = functional.scaled_dot_product_attention(
-            queries.to(memory.dtype),
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None and len(places) > 1,
-            scale=attention.scaling,
-        )  # (B, H, N, d)
+        with torch.autocast(split.device.type, enabled=False):  # it would round all that is kept at every position
+            mixed = functional.scaled_dot_product_attention(
+                queries.to(memory.dtype),
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None and len(places) > 1,
+                scale=attention.scaling,
+            )  # (B, H, N, d)
         return self._product(attention.c_proj)(mixed.transpose(1, 2).flatten(2).to(split.dtype))
 
     def _product(self, module: nn.Module) -> Product:
@@ -91,8 +92,8 @@ class Decoder:
 
 def can_be_recorded(model: nn.Module) -> bool:
     """Whether a graph may hold a GPT2LMHeadModel's pass: ZeRO-3's hooks fetch each weight anew, and ask on the way what
-    has come, which CUDA refuses while it records."""
-    return not any(module._forward_pre_hooks for module in model.transformer.modules())
+    has come, which CUDA refuses while it records; nor are messages between tensor-parallel ranks recorded."""
+    return not any(module._forward_pre_hooks or hasattr(module, "mp_group") for module in model.transformer.modules())
 
 
 def _packed(module: nn.Module) -> Product | None:
@@ -119,7 +120,7 @@ class _Graph:
             decoder._pass(self._token, self._place, None)
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # a checkpoint's thread may copy
             self._scores = decoder._pass(self._token, self._place, None)
 
     def replay(self, token: torch.Tensor, place: int) -> torch.Tensor:

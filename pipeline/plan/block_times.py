@@ -31,6 +31,8 @@ LAUNCH_SECONDS = 225e-6
 """The least that a block takes, forward and backward: an allowance of 45 kernels at 5 us, not measured."""
 FORWARD_SHARE = 1 / 3
 """Of the FLOPs of a forward and a backward pass."""
+MEASURED_PRECISION = "bf16"
+"""Of every file of measurements."""
 MEASURED_COLORS = 512
 """Of the head in a file of measurements."""
 UPDATE_BYTES = 42.0

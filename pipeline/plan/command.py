@@ -9,7 +9,7 @@ from data_prep.files import write_json
 from data_prep.shards import open_shard_set
 from pipeline import costs
 from pipeline.config import TrainConfig, require_positive, training_config
-from pipeline.plan.block_times import BlockTimes, read_block_times
+from pipeline.plan.block_times import MEASURED_PRECISION, BlockTimes, read_block_times
 from pipeline.plan.hardware import hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
 
@@ -50,7 +50,13 @@ def plan_command(arguments: list[str]) -> int:
     parser.add_argument("--json", type=str, default=None, help="Write the plan to this file too.")
     parser.add_class_arguments(TrainConfig)
     parsed = parse(parser, arguments)
-    return _plan(training_config(parsed), _cluster(parsed), parsed.json)
+    config, cluster = training_config(parsed), _cluster(parsed)
+    if cluster.block_times and config.precision != MEASURED_PRECISION:
+        raise ValueError(
+            f"--block_times holds blocks measured in {MEASURED_PRECISION}, and precision is {config.precision}; leave "
+            f"it out, or give --mfu."
+        )
+    return _plan(config, cluster, parsed.json)
 
 
 def _cluster(parsed: Any) -> Cluster:

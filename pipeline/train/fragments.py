@@ -381,11 +381,10 @@ def restore(optimizer: Any, model: nn.Module, place: Place, reader: FragmentRead
 
 
 def _step_count(optimizer: Any, step: float, device: torch.device) -> Any:
-    """As each Adam keeps it: DeepSpeed's as a number, torch's as a tensor on the host, the fused one on the device."""
+    """As each Adam keeps it: DeepSpeed's as a number, torch's fused one as a tensor on the device."""
     if hasattr(getattr(optimizer, "optimizer", optimizer), "ds_opt_adam"):
         return int(step)
-    fused = any(group.get("fused") for group in optimizer.param_groups)
-    return torch.tensor(step, dtype=torch.float32, device=device if fused else "cpu")
+    return torch.tensor(step, dtype=torch.float32, device=device)
 
 
 def _refresh_low_precision(optimizer: Any) -> None:

@@ -66,6 +66,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         watchdog = Watchdog(folder, ranks, config.health.hang_minutes)
         start_clock.mark("shards' digests")
         session = set_up(inputs, folder, stop, watchdog, start_clock)
+        gc.collect()
         gc.freeze()
         gc.enable()
         with finishing_saves(session.store):

@@ -31,6 +31,8 @@ LEFT_BEHIND = 3
 """Times health.hang_minutes after which a rank that waits for others has ended."""
 HELD_BY_JOB = ", SLURM job "
 """Before a job's number in the lock."""
+NOT_NAMED = "not named"
+"""A holder that has not written itself down, as in the instant after it took the lock."""
 LEFT_BY_JOBS = ("logs", "accidents.jsonl")
 Status = Literal["running", "stopped", "failed", "finished"]
 
@@ -168,8 +170,9 @@ class RunFolder:
         number = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
         while not _locked(self._lock):
             self._lock.seek(0)
-            holder = self._lock.read().strip() or "not named"
-            if number is None or HELD_BY_JOB not in holder or time.monotonic() > end:
+            holder = self._lock.read().strip() or NOT_NAMED
+            waits = number is not None and (HELD_BY_JOB in holder or holder == NOT_NAMED)
+            if not waits or time.monotonic() > end:
                 raise ValueError(f"{self.path} is being trained by another process ({holder}); wait for it or stop it.")
             if not said:
                 print(

@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import GPT2Config
@@ -31,6 +32,8 @@ from pipeline.train.summary import Throughput, describe
 from pipeline.train.telemetry import RunTelemetry, Telemetry, last_steps
 from pipeline.train.validation import Pictures
 from pipeline.train.watchdog import Watchdog
+
+ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def set_up(
     torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
     checkpoint = newest_whole(folder.checkpoints, ranks)
     start_clock.mark("looking at checkpoints")
-    kernels = choose_attention(inputs)
+    kernels = choose_attention(inputs, folder)
     engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
     start_clock.mark("model and engine")
     order, batches = choose_reader(inputs, engine)
@@ -165,8 +168,8 @@ def check_torch_compiles(device: torch.device) -> None:
         )
 
 
-def choose_attention(inputs: Inputs) -> dict[str, float]:
-    """On CUDA in bf16, seconds by kernel as the first rank measured them: all ranks take the fastest. Else none."""
+def choose_attention(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
+    """On CUDA but in fp32, seconds by kernel as the first rank measured them: all ranks take the fastest. Else none."""
     config, model, ranks = inputs.config, inputs.model_config, inputs.ranks
     if ranks.device.type != "cuda" or config.precision == "fp32":
         return {}
@@ -178,10 +181,23 @@ def choose_attention(inputs: Inputs) -> dict[str, float]:
         causal=getattr(model, "is_causal", True),
     )
     with failing_together():
-        seconds = attention.measure(shape, attention.CANDIDATES, ranks.device) if ranks.is_first else {}
+        seconds = attention_seconds(folder, shape, ranks.device) if ranks.is_first else {}
     seconds = from_first(seconds)
     if seconds:
         attention.use_fastest(seconds)
+    return seconds
+
+
+def attention_seconds(folder: RunFolder, shape: attention.AttentionShape, device: torch.device) -> dict[str, float]:
+    """As an earlier start of the run measured them on such a device, so that a resumed run has the same kernel and the
+    same bits; else measured here and noted."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts: dict[str, Any] = {"device": name, "shape": asdict(shape)}
+    known = folder.recall(ATTENTION) or {}
+    if facts.items() <= known.items():
+        return dict(known["seconds"])
+    seconds = attention.measure(shape, attention.CANDIDATES, device)
+    folder.note("running", **{ATTENTION: facts | {"seconds": seconds}})
     return seconds
 
 

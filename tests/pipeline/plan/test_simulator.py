@@ -326,6 +326,14 @@ def test_a_bad_file_of_block_times_is_said_in_a_sentence(tmp_path: Path, content
     assert finished.output.count("\n") == 1
 
 
+def test_blocks_measured_in_bf16_are_not_taken_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "blocks.json"
+    path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "rows": [ROW]}))
+    finished = plan(tmp_path, *XL, "--block_times", path, "--precision", "fp32")
+    assert finished.codes == [2]
+    assert finished.output.startswith("error: --block_times holds blocks measured in bf16, and precision is fp32")
+
+
 def test_no_layout_takes_less_than_its_flops() -> None:
     config, cluster = xl(64, zero_stage=2)
     model = gpt2_config(config.model)
