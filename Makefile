@@ -73,6 +73,10 @@ accelerator-wheels: $(SET_UP)
 
 # With the python that has torch with CUDA and transformers: make bench-accelerator PYTHON=...
 bench-accelerator:
+	@$(PYTHON) -c "import torch, transformers" 2>/dev/null || \
+	    { echo "error: $(PYTHON) has no torch or no transformers; make bench-accelerator PYTHON=... names one that has."; exit 2; }
+	@ls $(WHEELS)/*.whl >/dev/null 2>&1 || \
+	    { echo "error: $(WHEELS) holds no wheels; make accelerator-wheels gathers them."; exit 2; }
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target out/accelerator-packages $(WHEELS)/*.whl
 	PYTHONPATH=.:out/accelerator-packages $(PYTHON) -m tests.benchmarks.accelerator $(TOY)
 

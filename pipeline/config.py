@@ -399,6 +399,15 @@ class TrainConfig:
         return self.batch.global_size // images
 
 
+def require_resolution(config: TrainConfig, resolution: int, path: object) -> None:
+    """Raises ValueError naming the key if a shard set's pictures are not of the model's resolution."""
+    if resolution != config.model.resolution:
+        raise ValueError(
+            f"model.resolution is {config.model.resolution}; it must be {resolution}, the resolution of the shard set "
+            f"{path}."
+        )
+
+
 def require_at_least(key: str, value: float, least: float) -> None:
     """Raises ValueError naming the key if `value` is below `least`."""
     if not value >= least:

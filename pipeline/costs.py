@@ -32,6 +32,8 @@ class Accelerator:
     pattern: str
     """What torch.cuda.get_device_name() matches."""
     source: str
+    float8: bool = False
+    """Whether torchao has float8 products for it: NVIDIA's of compute capability 8.9 or later."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,20 @@ TERA, GB = 1e12, 1e9
 ACCELERATORS = {
     "a100-40gb": Accelerator("NVIDIA A100 40GB", 312 * TERA, 40 * GB, r"A100.*40GB", "NVIDIA A100 data sheet"),
     "a100-80gb": Accelerator("NVIDIA A100 80GB", 312 * TERA, 80 * GB, r"A100.*80GB", "NVIDIA A100 data sheet"),
-    "h100-pcie-80gb": Accelerator("NVIDIA H100 PCIe", 756 * TERA, 80 * GB, r"H100 PCIe", "NVIDIA H100 data sheet"),
-    "h100-80gb": Accelerator("NVIDIA H100 SXM", 989 * TERA, 80 * GB, r"H100 80GB HBM3", "NVIDIA H100 data sheet"),
-    "h200-141gb": Accelerator("NVIDIA H200 SXM", 989 * TERA, 141 * GB, r"\bH200(?! NVL)", "NVIDIA H200 data sheet"),
-    "b200-180gb": Accelerator("NVIDIA B200", 2250 * TERA, 180 * GB, r"\bB200\b", "NVIDIA DGX B200 data sheet"),
-    "l40s-48gb": Accelerator("NVIDIA L40S", 362 * TERA, 48 * GB, r"L40S", "NVIDIA L40S data sheet"),
-    "l4-24gb": Accelerator("NVIDIA L4", 121 * TERA, 24 * GB, r"\bL4\b", "NVIDIA L4 data sheet"),
+    "h100-pcie-80gb": Accelerator(
+        "NVIDIA H100 PCIe", 756 * TERA, 80 * GB, r"H100 PCIe", "NVIDIA H100 data sheet", float8=True
+    ),
+    "h100-80gb": Accelerator(
+        "NVIDIA H100 SXM", 989 * TERA, 80 * GB, r"H100 80GB HBM3", "NVIDIA H100 data sheet", float8=True
+    ),
+    "h200-141gb": Accelerator(
+        "NVIDIA H200 SXM", 989 * TERA, 141 * GB, r"\bH200(?! NVL)", "NVIDIA H200 data sheet", float8=True
+    ),
+    "b200-180gb": Accelerator(
+        "NVIDIA B200", 2250 * TERA, 180 * GB, r"\bB200\b", "NVIDIA DGX B200 data sheet", float8=True
+    ),
+    "l40s-48gb": Accelerator("NVIDIA L40S", 362 * TERA, 48 * GB, r"L40S", "NVIDIA L40S data sheet", float8=True),
+    "l4-24gb": Accelerator("NVIDIA L4", 121 * TERA, 24 * GB, r"\bL4\b", "NVIDIA L4 data sheet", float8=True),
     "a10-24gb": Accelerator("NVIDIA A10", 125 * TERA, 24 * GB, r"\bA10\b", "NVIDIA A10 data sheet"),
     "mi300x-192gb": Accelerator("AMD MI300X", 1307 * TERA, 192 * GB, r"MI300X", "AMD Instinct MI300X data sheet"),
 }

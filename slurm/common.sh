@@ -155,6 +155,10 @@ ask_to_stop() {
 # later copy of the array) goes on.
 again() {
   local job=$SLURM_JOB_ID nodes
+  if [ "$(scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p' | head -n 1)" = CANCELLED ]; then
+    echo "the job was cancelled: it is not queued again"
+    exit 75
+  fi
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
     echo "it was queued $SLURM_RESTART_COUNT times again, which is MAX_RESTARTS"
     exit 1

@@ -21,7 +21,9 @@ $testing || [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || die "this is an array job: submi
 set -- "${ARGUMENTS[@]}"
 run=$(value_of --run "$@")
 out=$(value_of --out "$@")
-if [ -z "$run" ] || [ -z "$out" ]; then die "--run and --out are needed: the run, and the folder of results."; fi
+if [ -z "$run" ] || [ -z "$out" ] || [ -z "$(value_of --shards "$@")" ]; then
+  die "--run, --shards and --out are needed: the run, the shard set, and the folder of results."
+fi
 IFS=, read -ra tasks <<<"$(value_of --tasks "$@")"
 [ ${#tasks[@]} -gt 0 ] || tasks=(density linear_probe completions)
 mapfile -t checkpoints < <(checkpoints_of "$run")

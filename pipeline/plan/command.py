@@ -8,7 +8,7 @@ from data_prep.command_line import new_parser, parse, value_of
 from data_prep.files import write_json
 from data_prep.shards import open_shard_set
 from pipeline import costs
-from pipeline.config import TrainConfig, require_positive, training_config
+from pipeline.config import TrainConfig, require_positive, require_resolution, training_config
 from pipeline.plan.block_times import MEASURED_PRECISION, BlockTimes, read_block_times
 from pipeline.plan.hardware import hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
@@ -56,6 +56,8 @@ def plan_command(arguments: list[str]) -> int:
             f"--block_times holds blocks measured in {MEASURED_PRECISION}, and precision is {config.precision}; leave "
             f"it out, or give --mfu."
         )
+    if config.precision == "fp8" and not (cluster.accelerator.float8 or cluster.on_cpu):
+        raise ValueError(f"precision is fp8, and {cluster.accelerator.name} has no float8 products; it must be bf16.")
     return _plan(config, cluster, parsed.json)
 
 
@@ -78,7 +80,7 @@ def _cluster(parsed: Any) -> Cluster:
 
 def _times(path: str, accelerator: costs.Accelerator) -> BlockTimes:
     times = read_block_times(path)
-    if costs.find_accelerator(times.device) not in (accelerator, None):
+    if (costs.find_accelerator(times.device) or CPU) is not accelerator:
         raise ValueError(
             f"{path} was measured on {times.device!r}; it must have been on --accelerator, {accelerator.name}."
         )
@@ -97,6 +99,8 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     from pipeline.model.gpt import gpt2_config
 
     shards = open_shard_set(config.data.shards) if config.data.shards else None
+    if shards:
+        require_resolution(config, shards.resolution, shards.path)
     model = gpt2_config(config.model, shards.colors if shards else 512, config.objective.kind)
     others = sorted(alternatives(config, model, cluster), key=lambda layout: layout.seconds)
     chosen = _chosen(config, model, cluster, others)

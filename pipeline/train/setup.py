@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config
 
 from data_prep.shards import ShardSet, Split, open_shard_set
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, require_resolution
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt import gpt2_config
@@ -89,11 +89,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     if config.data.shards is None:
         raise ValueError("data.shards is not set; give the folder of a shard set (python -m data_prep shards).")
     shards = open_shard_set(config.data.shards)
-    if shards.resolution != config.model.resolution:
-        raise ValueError(
-            f"model.resolution is {config.model.resolution}; it must be {shards.resolution}, the resolution of the "
-            f"shard set {shards.path}."
-        )
+    require_resolution(config, shards.resolution, shards.path)
     for name in ("train", "valid"):
         if shards.split(name).images == 0:
             raise ValueError(f"{shards.path} has no pictures in its split {name!r}; training reads train and valid.")

@@ -83,7 +83,7 @@ def step_row(name: str, how: str, case: Case, make: Callable[[Case], Step]) -> I
     yield f"| {name} | {how} | {case.images} | {rate * positions:,.0f} | {flops / 1e12:.1f} | {flops / peak:.1%} |"
 
 
-STEPS = "| training step, bf16 | | images | tokens/s | TFLOP/s | of the peak |\n|---|---|---|---|---|---|"
+STEPS = "| training step | | images | tokens/s | TFLOP/s | of the peak |\n|---|---|---|---|---|---|"
 
 
 def train(size: str) -> Iterator[str]:

@@ -85,6 +85,17 @@ def test_a_signal_to_the_batch_script_saves_and_requeues(training: Training) -> 
 
 
 @pytest.mark.slow
+def test_a_cancelled_job_saves_and_is_not_queued_again(training: Training) -> None:
+    training.submit()
+    training.await_step(60)
+    training.cluster.client("scancel", training.job)
+    training.cluster.until(lambda: "the job was cancelled: it is not queued again" in training.log(), "the end")
+    assert training.cluster.until_ended(training.job) == "CANCELLED"
+    assert training.record()["status"] == "stopped"
+    assert training.restarts() == 0
+
+
+@pytest.mark.slow
 def test_a_stop_file_saves_and_requeues_and_status_says_so(training: Training) -> None:
     training.submit()
     training.await_step(60)

@@ -126,6 +126,12 @@ def test_a_layout_that_divides_is_said_where_the_configured_one_does_not(tmp_pat
     assert plan(tmp_path, *XL, "--ranks", 256, *advice[1].split()).codes == [0]
 
 
+def test_a_shard_set_of_another_resolution_is_said(tmp_path: Path, shards: Path) -> None:
+    finished = plan(tmp_path, *XL, "--data.shards", shards)
+    assert finished.codes == [2]
+    assert finished.output.startswith("error: model.resolution is 64; it must be 8, the resolution of the shard set ")
+
+
 def test_a_wrong_accelerator_is_said_before_torch_is_loaded() -> None:
     code = (
         "import sys; from pipeline.plan.command import plan_command\n"
@@ -145,6 +151,7 @@ def test_a_wrong_accelerator_is_said_before_torch_is_loaded() -> None:
         (["--network_gb_per_second", "0"], "--network_gb_per_second is 0.0; it must be above 0"),
         (["--ranks", "48"], "batch.global_size is 64; it must be a multiple of batch.micro_size"),
         (["--parallel.tensor_parallel", "5"], "parallel.tensor_parallel is 5; it must divide"),
+        (["--accelerator", "a100-80gb", "--precision", "fp8"], "A100 80GB has no float8 products; it must be bf16"),
     ],
 )
 def test_mistakes_are_said(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -334,6 +334,15 @@ def test_blocks_measured_in_bf16_are_not_taken_for_others(tmp_path: Path) -> Non
     assert finished.output.startswith("error: --block_times holds blocks measured in bf16, and precision is fp32")
 
 
+@pytest.mark.parametrize("device", ["CPU", "NVIDIA A100-SXM4-80GB"])
+def test_blocks_measured_on_another_device_are_not_taken_over(tmp_path: Path, device: str) -> None:
+    path = tmp_path / "blocks.json"
+    path.write_text(json.dumps({"device": device, "rows": [ROW]}))
+    finished = plan(tmp_path, *XL, "--block_times", path)
+    assert finished.codes == [2]
+    assert f"was measured on {device!r}; it must have been on --accelerator, NVIDIA H100 SXM." in finished.output
+
+
 def test_no_layout_takes_less_than_its_flops() -> None:
     config, cluster = xl(64, zero_stage=2)
     model = gpt2_config(config.model)
