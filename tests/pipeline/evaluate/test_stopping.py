@@ -21,7 +21,14 @@ def wait_until(there: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
+        (2, signal.SIGTERM),
+    ],
+)
 def test_a_command_that_is_asked_to_stop_says_so_once(
     ranks: int, number: signal.Signals, shards_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:

@@ -51,10 +51,10 @@ def test_mistakes_about_it_are_said(runner: Runner) -> None:
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        pytest.param(1, {"parallel__zero_stage": 0}, marks=pytest.mark.slow),
+        (1, {"parallel__zero_stage": 0}),
         pytest.param(2, {"parallel__zero_stage": 1, "parallel__recompute": True}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__zero_stage": 3}, marks=pytest.mark.slow),
-        (2, {"parallel__pipeline_stages": 2}),
+        pytest.param(2, {"parallel__pipeline_stages": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_dropout_resumes_bit_for_bit(runner: Runner, ranks: int, settings: dict[str, object]) -> None:

@@ -194,7 +194,7 @@ def test_ranks_are_grouped_by_where_they_are() -> None:
     ("ranks", "settings"),
     [
         (3, {}),
-        (2, {"parallel__tensor_parallel": 2}),
+        pytest.param(2, {"parallel__tensor_parallel": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"parallel__pipeline_stages": 2}, marks=pytest.mark.slow),
     ],
 )

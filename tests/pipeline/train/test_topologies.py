@@ -85,7 +85,10 @@ def test_fp32_losses_are_those_of_plain_torch(
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [pytest.param(1, 0, marks=pytest.mark.slow), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow), (2, 3)],
+)
 def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float], ranks: int, stage: int) -> None:
     finished = runner.train(
         "run",
