@@ -22,7 +22,7 @@ from pipeline.train.validation import probe_loss
 from pipeline.train.watchdog import Watchdog
 from tests.launch import run
 
-SAVES = 8
+SAVES = 5
 
 
 def session_on(shards: Path, folder: Path, asynchronous: bool) -> Session:
