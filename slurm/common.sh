@@ -151,11 +151,22 @@ ask_to_stop() {
   [ -z "${STEP:-}" ] || kill -USR1 "$STEP" 2>/dev/null || true
 }
 
+# Whether this start of the job was ended by scancel: by the word of SLURM in the job's log, which names a reason where it
+# ends a job itself. Its state tells nothing while it ends.
+was_cancelled() {
+  local log
+  log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+  [ -f "$log" ] && awk -v job="$SLURM_JOB_ID" '
+    $0 ~ " job " job ", start " { cancelled = 0 }
+    $0 ~ "JOB " job " ON .* CANCELLED AT [^ ]* \\*\\*\\*" { cancelled = 1 }
+    END { exit !cancelled }' "$log"
+}
+
 # Queues this job again, without the nodes that are named; where that is not allowed, its successor (a dependency, a
 # later copy of the array) goes on.
 again() {
   local job=$SLURM_JOB_ID nodes
-  if [ "$(scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p' | head -n 1)" = CANCELLED ]; then
+  if was_cancelled; then
     echo "the job was cancelled: it is not queued again"
     exit 75
   fi
