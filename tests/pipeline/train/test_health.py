@@ -167,6 +167,7 @@ def test_a_rank_that_hangs_in_reading_is_named(runner: Runner) -> None:
     assert "read_counted" in (runner.folder / "run/stacks/rank-00001.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_collectives(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
