@@ -86,7 +86,7 @@ def show(arguments: list[str]) -> None:
     parser.add_argument("--images", type=int, default=40, help="number of images, from the split's first on")
     parser.add_argument("--out", type=str, required=True, help="PNG file to write")
     options = parse(parser, arguments)
-    from data_prep.show import draw
+    from data_prep.preview import draw
 
     draw(options.shards, options.split, options.images, Path(options.out))
 

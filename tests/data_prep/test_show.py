@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from data_prep.palette import decode
+from data_prep.preview import CELL, COLUMNS, GAP, SWATCH, TEXT, draw_result
 from data_prep.shards import open_shard_set
-from data_prep.show import CELL, COLUMNS, GAP, SWATCH, TEXT, draw_result
 
 
 def cell(grid: np.ndarray, index: int, column: int, columns: int) -> np.ndarray:
