@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def palette(arguments: list[str]) -> None:
     """Fits a palette."""
     config, options = _configured("palette", "Fits a palette to a source's training pictures.", arguments)
-    from data_prep.parts import Part
+    from data_prep.build.parts import Part
     from data_prep.prepare_palette import prepare_palette
 
     prepare_palette(config, Path(options.out), Part(options.part, options.parts))
@@ -22,8 +22,8 @@ def shards(arguments: list[str]) -> None:
     """Prepares a shard set."""
     description = "Prepares a shard set; started again after an interruption, it keeps the shards that are whole."
     config, options = _configured("shards", description, arguments)
-    from data_prep.parts import Part
-    from data_prep.prepare import prepare_shards
+    from data_prep.build.build import prepare_shards
+    from data_prep.build.parts import Part
 
     prepare_shards(config, Path(options.out), Part(options.part, options.parts))
 
@@ -50,7 +50,7 @@ def join(arguments: list[str]) -> None:
         "--max_skipped", type=float | None, help="share of pictures and tars that may be skipped; else as the parts'"
     )
     options = parse(parser, arguments)
-    from data_prep.join import join_shards
+    from data_prep.build.merge import join_shards
     from data_prep.prepare_palette import has_parts, join_palette
 
     if has_parts(Path(options.out)):

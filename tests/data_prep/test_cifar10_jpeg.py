@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.build.plan import make_plan
 from data_prep.palette import encode, lookup_table
-from data_prep.plan import make_plan
 from data_prep.shards import open_shard_set
 from data_prep.sources import open_source
 from data_prep.views import EVALUATION

@@ -43,10 +43,10 @@ def tars(tmp_path: Path, small: Small) -> Path:
 @pytest.fixture(params=["stream", "folder"])
 def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A source that is read piece by piece, and one that is read in any order, both in many units."""
-    for module in (data_prep.plan, data_prep.streams):
+    for module in (data_prep.build.plan, data_prep.build.encode_stream):
         monkeypatch.setattr(module, "IMAGES_PER_RECORD", 4)
-    monkeypatch.setattr(data_prep.plan, "IMAGES_PER_SHARD", 8)
-    monkeypatch.setattr(data_prep.streams, "BLOCK_IMAGES", 8)
+    monkeypatch.setattr(data_prep.build.plan, "IMAGES_PER_SHARD", 8)
+    monkeypatch.setattr(data_prep.build.encode_stream, "BLOCK_IMAGES", 8)
     options = ["--resolution", "8", "--palette.colors", "16", "--valid_fraction", "0.2", "--max_skipped", "0.1"]
     if request.param == "folder":
         return [*options, "--source.kind", "image_folder", "--source.path", str(request.getfixturevalue("folder"))]
@@ -150,7 +150,7 @@ def test_a_stream_keeps_every_picture_once(
     tmp_path: Path, tars: Path, small: Small, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """112 of 120 pictures, each in train or valid; the 8 that are cut short are listed."""
-    monkeypatch.setattr(data_prep.streams, "BLOCK_IMAGES", 8)
+    monkeypatch.setattr(data_prep.build.encode_stream, "BLOCK_IMAGES", 8)
     options = ["--source.kind", "webdataset", "--source.path", tars, "--resolution", 32, "--palette.colors", 512]
     result = run("shards", *options, "--valid_fraction", 0.3, "--max_skipped", 0.1, "--out", tmp_path / "out")
     assert result.code == 0, result.err

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import data_prep.plan
+from data_prep.build.plan import plan_splits
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.palette import decode
-from data_prep.plan import plan_splits
 from data_prep.shards import Split, open_shard_set
 from data_prep.views import area_resize
 from tests.launch import files_of
@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records of 4 images, shards of 8, so that a small set has many."""
-    monkeypatch.setattr(data_prep.plan, "IMAGES_PER_RECORD", 4)
-    monkeypatch.setattr(data_prep.plan, "IMAGES_PER_SHARD", 8)
+    monkeypatch.setattr(data_prep.build.plan, "IMAGES_PER_RECORD", 4)
+    monkeypatch.setattr(data_prep.build.plan, "IMAGES_PER_SHARD", 8)
 
 
 def pictures_of(split: Split, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

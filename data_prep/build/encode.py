@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_prep.build.plan import Plan, Unit, counts
+from data_prep.build.skips import Skip, skip
 from data_prep.decoding import BadPicture
 from data_prep.palette import decode, encode
-from data_prep.plan import Plan, Unit, counts
-from data_prep.skips import Skip, skip
 
 SAMPLES = 24
 """Images whose views are kept for the picture of the result."""

@@ -1,7 +1,7 @@
 """The job: source -> views -> palette -> shards, spread over processes and parts, and restartable.
 
 The bytes of the result are a function of the configuration and the source: the number of workers and parts, and
-where an earlier run was cut off, do not matter. What a restart keeps is whole units (data_prep/plan.py).
+where an earlier run was cut off, do not matter. What a restart keeps is whole units (data_prep/build/plan.py).
 """
 
 import time
@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.build.encode import Job, Outcome, encode_record
+from data_prep.build.encode_stream import encode_stream
+from data_prep.build.merge import join_shards
+from data_prep.build.parts import Part
+from data_prep.build.plan import Plan, Unit, make_plan
+from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, write_skips
+from data_prep.build.state import Unfinished, finished
 from data_prep.config import DataConfig
-from data_prep.encoding import Job, Outcome, encode_record
 from data_prep.files import read_json
 from data_prep.fitting import fit
-from data_prep.join import join_shards
 from data_prep.palette import load_palette, lookup_table, palette_sha256, save_palette
 from data_prep.parallel import in_workers, worker_count
-from data_prep.parts import Part
-from data_prep.plan import Plan, Unit, make_plan
 from data_prep.progress import progress
 from data_prep.shards import MANIFEST, PALETTE, ShardWriter, shard_name
-from data_prep.skips import SKIPPED, Skip, SkipLimit, TooManySkips, write_skips
 from data_prep.sources import open_source
-from data_prep.streams import encode_stream
-from data_prep.unfinished import Unfinished, finished
 
 READERS = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "faiss-cpu")
 """Packages on whose versions the bytes may depend."""
