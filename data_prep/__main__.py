@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.command_line import dispatch, new_parser, parse
+from data_prep.common.command_line import dispatch, new_parser, parse
 
 if TYPE_CHECKING:
     from data_prep.config import DataConfig
@@ -64,7 +64,7 @@ def verify(arguments: list[str]) -> None:
     parser = new_parser("python -m data_prep verify", "Re-reads all that a shard set's manifest promises.")
     parser.add_argument("shards", type=str, help="folder of the shard set, or its address")
     options = parse(parser, arguments)
-    from data_prep.progress import progress
+    from data_prep.common.progress import progress
     from data_prep.shards import open_shard_set
 
     shard_set = open_shard_set(options.shards)

@@ -12,12 +12,12 @@ import numpy as np
 
 from data_prep.build.encode_stream import stream_views
 from data_prep.build.plan import Plan, Unit
+from data_prep.common.progress import progress
+from data_prep.common.seeding import generator
+from data_prep.common.workers import in_workers
 from data_prep.config import DataConfig
 from data_prep.decoding import BadPicture
 from data_prep.palette import CODES, color_codes, fit_palette
-from data_prep.parallel import in_workers
-from data_prep.progress import progress
-from data_prep.seeding import generator
 
 FIT_PIXELS = 1 << 26
 """The palette is fitted to at most this many pixels: 65,536 pictures at 32x32."""

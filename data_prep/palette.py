@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.files import written_aside
-from data_prep.seeding import generator
+from data_prep.common.files import written_aside
+from data_prep.common.seeding import generator
 
 CODES = 1 << 24
 """Number of 24-bit colours; a code is red << 16 | green << 8 | blue."""

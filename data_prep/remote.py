@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from data_prep.files import written_aside
+from data_prep.common.files import written_aside
 
 ATTEMPTS = 6
 """Openings in a row that bring no byte, before the file is given up."""

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep.common.seeding import generator
 from data_prep.decoding import Decoder
-from data_prep.seeding import generator
 from data_prep.sources.base import Pictures
 
 EVALUATION = -1

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import NoReturn
 
-from data_prep.command_line import dispatch, one_voice, report_error
+from data_prep.common.command_line import dispatch, one_voice, report_error
 
 
 def train(arguments: list[str]) -> int:

@@ -441,7 +441,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 def parse_training(arguments: list[str]) -> tuple[TrainConfig, Path]:
     """The arguments of `train`: the configuration and the run's folder. Raises ValueError."""
-    from data_prep.command_line import new_parser
+    from data_prep.common.command_line import new_parser
 
     parser = new_parser("python -m pipeline train", "Train a run, or go on from its newest whole checkpoint.")
     parsed = parse_run(parser, arguments)
@@ -453,7 +453,7 @@ def parse_run(parser: "ArgumentParser", arguments: list[str]) -> "Namespace":
 
     Without --config, a run that was started before goes on with its own config.yaml. Raises ValueError.
     """
-    from data_prep.command_line import parse, value_of
+    from data_prep.common.command_line import parse, value_of
 
     parser.add_argument("--config", action="config", help="A YAML file of the keys below; see configs/.")
     parser.add_argument("--run", type=str, required=True, help="The run's folder.")

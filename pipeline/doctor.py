@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from data_prep.command_line import new_parser, parse
+from data_prep.common.command_line import new_parser, parse
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 TOLERANCE = 1e-5

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from data_prep.files import file_sha256, locked
+from data_prep.common.files import file_sha256, locked
 from pipeline.hub import HUB, pull
 
 EXPORTED_FOLDER = "exported"

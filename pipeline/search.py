@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from data_prep.command_line import value_of
-from data_prep.files import read_json, write_json
+from data_prep.common.command_line import value_of
+from data_prep.common.files import read_json, write_json
 from data_prep.shards import open_shard_set
 from pipeline.config import TrainConfig, changed_keys, parse_training, to_dict
 

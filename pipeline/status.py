@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.command_line import new_parser, parse
-from data_prep.files import read_json
+from data_prep.common.command_line import new_parser, parse
+from data_prep.common.files import read_json
 
 Action = Literal["done", "requeue", "failed"]
 USER_ERROR, STOPPED = 2, 75

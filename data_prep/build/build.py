@@ -21,12 +21,12 @@ from data_prep.build.parts import Part
 from data_prep.build.plan import Plan, Unit, make_plan
 from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, write_skips
 from data_prep.build.state import Unfinished, finished
+from data_prep.common.files import read_json
+from data_prep.common.progress import progress
+from data_prep.common.workers import in_workers, worker_count
 from data_prep.config import DataConfig
-from data_prep.files import read_json
 from data_prep.fitting import fit
 from data_prep.palette import load_palette, lookup_table, palette_sha256, save_palette
-from data_prep.parallel import in_workers, worker_count
-from data_prep.progress import progress
 from data_prep.shards import MANIFEST, PALETTE, ShardWriter, shard_name
 from data_prep.sources import open_source
 

@@ -12,8 +12,8 @@ import numpy as np
 from data_prep.build.encode import Job, Outcome, encoded, samples
 from data_prep.build.plan import Plan, Unit
 from data_prep.build.skips import DAMAGED_TAR, Skip, skip
+from data_prep.common.seeding import generator
 from data_prep.decoding import BadPicture
-from data_prep.seeding import generator
 from data_prep.shards import IMAGES_PER_RECORD
 from data_prep.views import EVALUATION
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.common.seeding import generator
 from data_prep.config import DataConfig
-from data_prep.seeding import generator
 from data_prep.shards import IMAGES_PER_RECORD, RECORDS_PER_SHARD, shard_name
 from data_prep.sources.base import Source
 from data_prep.views import EVALUATION, Cutter, PictureViews

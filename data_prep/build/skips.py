@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.common.files import written_aside
 from data_prep.decoding import BadPicture
-from data_prep.files import written_aside
 
 SKIPPED = "skipped.jsonl"
 DAMAGED_TAR = "damaged tar"

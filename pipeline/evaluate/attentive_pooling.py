@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from data_prep.seeding import generator
+from data_prep.common.seeding import generator
 from pipeline.evaluate.inputs import Evaluation, Pictures
 from pipeline.evaluate.pieces import Piece, shared_out
 

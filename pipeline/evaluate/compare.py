@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.command_line import new_parser, parse
-from data_prep.files import read_json, write_json, written_aside
+from data_prep.common.command_line import new_parser, parse
+from data_prep.common.files import read_json, write_json, written_aside
 from pipeline.evaluate.html import MISSING, figure, note, percent, table, words, write_page
 from pipeline.evaluate.results import FORMAT, RESULTS
 

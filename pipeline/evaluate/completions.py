@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_prep.command_line import new_parser, parse
-from data_prep.files import file_sha256, written_aside
-from data_prep.seeding import generator
+from data_prep.common.command_line import new_parser, parse
+from data_prep.common.files import file_sha256, written_aside
+from data_prep.common.seeding import generator
 from data_prep.shards import ShardSet, open_shard_set
 from pipeline.evaluate.html import figure, note, table
 from pipeline.evaluate.inputs import Evaluation, check_match, from_first, split_labels, start_accelerator

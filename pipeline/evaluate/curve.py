@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import written_aside
+from data_prep.common.files import written_aside
 
 CURVE_POINTS = 120
 

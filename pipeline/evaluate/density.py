@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import written_aside
+from data_prep.common.files import written_aside
 from data_prep.shards import Split
 from pipeline.evaluate.html import figure, note, table
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.files import file_sha256
+from data_prep.common.files import file_sha256
 
 if TYPE_CHECKING:
     import torch

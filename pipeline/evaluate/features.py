@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.files import file_sha256, locked, write_json
+from data_prep.common.files import file_sha256, locked, write_json
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
 
 SECONDS_BETWEEN_NOTES = 20.0

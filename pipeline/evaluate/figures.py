@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.files import written_aside
+from data_prep.common.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

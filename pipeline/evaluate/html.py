@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from data_prep.files import written_aside
+from data_prep.common.files import written_aside
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MISSING = "–"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from data_prep.command_line import SAID_BY_OTHERS
+from data_prep.common.command_line import SAID_BY_OTHERS
+from data_prep.common.progress import progress
+from data_prep.common.seeding import generator
 from data_prep.palette import palette_sha256
-from data_prep.progress import progress
-from data_prep.seeding import generator
 from data_prep.shards import ShardSet, Split
 from pipeline.evaluate.kept import Kept
 

@@ -34,8 +34,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.files import written_aside
-from data_prep.seeding import generator
+from data_prep.common.files import written_aside
+from data_prep.common.seeding import generator
 from pipeline.evaluate.classifier import L2_STRENGTHS, logistic_path
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
 from pipeline.evaluate.labelled import Labelled, description, labelled_splits, layers_of

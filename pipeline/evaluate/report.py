@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import locked
+from data_prep.common.files import locked
 from data_prep.shards import ShardSet
 from pipeline.evaluate.curve import draw_curve, has_losses, read_metrics
 from pipeline.evaluate.html import MISSING, figure, note, percent, table, write_page

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import read_json, write_json
+from data_prep.common.files import read_json, write_json
 from data_prep.shards import ShardSet
 from pipeline.evaluate.curve import read_metrics, valid_loss_at
 from pipeline.evaluate.provenance import ModelFacts, untrained

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep.files import written_aside
-from data_prep.seeding import generator
+from data_prep.common.files import written_aside
+from data_prep.common.seeding import generator
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
 from pipeline.evaluate.recipe import Recipe
 from pipeline.model.augmentation import Augmentation

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.files import written_aside
+from data_prep.common.files import written_aside
 from pipeline.evaluate.inputs import Evaluation, Pictures
 from pipeline.evaluate.supervised import predictions
 from pipeline.evaluate.votes import MASKS, scores_of_looks

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
-from data_prep.files import read_json, write_json
+from data_prep.common.files import read_json, write_json
 from pipeline.model.huggingface import LoadedModel, load_model_folder, save_model_folder
 
 HEAD_WEIGHTS = "class_head.safetensors"

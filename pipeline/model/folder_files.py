@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import file_sha256
+from data_prep.common.files import file_sha256
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.seeding import generator
+from data_prep.common.seeding import generator
 from pipeline.model.objectives import hide
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.files import read_json
+from data_prep.common.files import read_json
 
 TRAINING_FOLDER = "training"
 CHECKPOINT_FILE, RUN_FILE, CONFIG_FILE, METRICS_FILE = "checkpoint.json", "run.json", "config.yaml", "metrics.jsonl"

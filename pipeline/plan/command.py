@@ -4,8 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.command_line import new_parser, parse, value_of
-from data_prep.files import write_json
+from data_prep.common.command_line import new_parser, parse, value_of
+from data_prep.common.files import write_json
 from data_prep.shards import open_shard_set
 from pipeline import costs
 from pipeline.config import TrainConfig, require_positive, require_resolution, training_config

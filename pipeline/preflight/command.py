@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.command_line import USER_ERROR, new_parser
-from data_prep.files import read_json
+from data_prep.common.command_line import USER_ERROR, new_parser
+from data_prep.common.files import read_json
 from pipeline.config import TrainConfig, parse_run, training_config
 from pipeline.preflight.judge import judge
 from pipeline.preflight.node import look

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from data_prep.command_line import new_parser, parse
+from data_prep.common.command_line import new_parser, parse
 from pipeline.hub import HUB, parse_name
 from pipeline.locate import model_folder
 

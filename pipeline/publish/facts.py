@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from data_prep.files import read_json
+from data_prep.common.files import read_json
 from pipeline.evaluate.results import RANDOM_WEIGHTS
 from pipeline.model.training_record import TrainingRecord, read_training_record
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from data_prep.files import folder_written_aside, read_json
+from data_prep.common.files import folder_written_aside, read_json
 from pipeline.evaluate.curve import draw_curve, has_losses
 from pipeline.model.folder_files import WEIGHTS, WEIGHTS_INDEX, model_digest
 from pipeline.publish.card import CARD, write_card

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RemoteEntryN
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from data_prep.files import file_sha256, read_json
+from data_prep.common.files import file_sha256, read_json
 from pipeline.hub import LOG_IN, lacks_xet, quiet_hub, reason, status_of
 
 Outcome = TypeVar("Outcome")

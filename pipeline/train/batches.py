@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_prep.seeding import generator
+from data_prep.common.seeding import generator
 from data_prep.shards import Split
 from pipeline.model.augmentation import Augmentation, Changes
 

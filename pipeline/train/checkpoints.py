@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data_prep.files import file_sha256, flush_to_disk, read_json
+from data_prep.common.files import file_sha256, flush_to_disk, read_json
 from pipeline.config import CheckpointConfig
 from pipeline.train.fragments import FragmentReader
 

@@ -9,7 +9,7 @@ from statistics import median
 from types import FrameType
 from typing import Any
 
-from data_prep.command_line import SAID_BY_OTHERS
+from data_prep.common.command_line import SAID_BY_OTHERS
 from pipeline.config import HealthConfig
 from pipeline.train.engine import Engine, StepResult, are_finite
 from pipeline.train.ranks import Ranks, gather

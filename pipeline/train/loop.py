@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.command_line import SAID_BY_OTHERS, one_voice
+from data_prep.common.command_line import SAID_BY_OTHERS, one_voice
 from pipeline.config import TrainConfig
 from pipeline.model.pictures import completion_grid
 from pipeline.train.health import Diverged, SlowRanks, StopRequests, check_replicas

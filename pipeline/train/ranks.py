@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from data_prep.command_line import SAID_BY_OTHERS
+from data_prep.common.command_line import SAID_BY_OTHERS
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from data_prep.files import read_json, write_json, written_aside
+from data_prep.common.files import read_json, write_json, written_aside
 from data_prep.shards import ShardSet
 from pipeline.config import TrainConfig, changed_keys, to_dict
 from pipeline.train.checkpoints import published

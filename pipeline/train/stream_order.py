@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_prep.seeding import generator
+from data_prep.common.seeding import generator
 from pipeline.model.augmentation import Augmentation, Changes
 from pipeline.train.batches import FINGERPRINT_IMAGES, STREAMED, WINDOW_RECORDS
 

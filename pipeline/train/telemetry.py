@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from data_prep.files import written_aside
+from data_prep.common.files import written_aside
 from pipeline.train.ranks import failing_together
 
 METRICS_FILE = "metrics.jsonl"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.files import read_json
+from data_prep.common.files import read_json
 from tests.launch import files_of, run
 from tests.pipeline.conftest import Runner
 from tests.slurm.conftest import ACCELERATORS, NODES, Cluster, Training, job_scripts

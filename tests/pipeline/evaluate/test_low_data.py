@@ -11,7 +11,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tiny_sets import random_palette, random_pictures, write_shard_set
 
-from data_prep.seeding import generator
+from data_prep.common.seeding import generator
 from data_prep.shards import ShardSet, open_shard_set
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.labelled import Labelled

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.files import read_json
+from data_prep.common.files import read_json
 from pipeline.evaluate.kept import Kept
 from pipeline.evaluate.linear_probe import Options as LinearProbe
 from pipeline.evaluate.sgd import SgdOptions

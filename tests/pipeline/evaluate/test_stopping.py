@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.files import read_json
+from data_prep.common.files import read_json
 from pipeline.evaluate import stopping
 from pipeline.evaluate.stopping import WORDS, until_stopped
 from tests import launch

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.files import write_json
+from data_prep.common.files import write_json
 from data_prep.palette import palette_sha256, save_palette
 from data_prep.shards import FORMAT, VERSION, shard_name, write_shard
 from pipeline.config import ModelConfig

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from data_prep.files import file_sha256
+from data_prep.common.files import file_sha256
 from pipeline.config import CheckpointConfig
 from pipeline.train.checkpoints import manifest_sha256, permanent_steps, retain
 from tests.pipeline.conftest import Runner
