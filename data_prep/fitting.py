@@ -16,7 +16,7 @@ from data_prep.common.progress import progress
 from data_prep.common.seeding import generator
 from data_prep.common.workers import in_workers
 from data_prep.config import DataConfig
-from data_prep.decoding import BadPicture
+from data_prep.images.decode import BadPicture
 from data_prep.palette import CODES, color_codes, fit_palette
 
 FIT_PIXELS = 1 << 26

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.common.files import written_aside
-from data_prep.decoding import BadPicture
+from data_prep.images.decode import BadPicture
 
 SKIPPED = "skipped.jsonl"
 DAMAGED_TAR = "damaged tar"

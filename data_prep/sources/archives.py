@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.decoding import BadPicture, Decode
+from data_prep.images.decode import BadPicture, Decode
 from data_prep.sources.base import Names
 
 BLOCK = 512

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.decoding import BadPicture, Decode
+from data_prep.images.decode import BadPicture, Decode
 
 UNLABELLED = -1
 MAX_BYTES = 1 << 30

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import BadPicture, Decode
+from data_prep.images.decode import BadPicture, Decode
 from data_prep.sources.base import UNLABELLED, Encoded, Pictures, PictureStream, Source, fingerprint
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import Decode, Decoder
+from data_prep.images.decode import Decode, Decoder
 from data_prep.sources.base import Pictures, Source, fingerprint
 
 PHOTOGRAPHS = {

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import BadPicture
+from data_prep.images.decode import BadPicture
 from data_prep.remote import is_remote, open_remote
 from data_prep.sources.base import UNLABELLED, Encoded, PictureStream, Source, fingerprint
 from data_prep.sources.folders import SPLITS

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import Decoder
+from data_prep.images.decode import Decoder
 from data_prep.palette import save_palette
 from data_prep.sources import open_source
 

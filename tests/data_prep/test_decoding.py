@@ -9,9 +9,9 @@ from pictures import by_pillow, encoded, oriented, png
 from PIL import Image
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import MAX_PIXELS, BadPicture, Decoder
+from data_prep.images.crops import area_resize
+from data_prep.images.decode import MAX_PIXELS, BadPicture, Decoder
 from data_prep.sources import open_source
-from data_prep.views import area_resize
 
 SIZES = [(160, 120), (159, 121), (17, 16), (7, 200), (33, 97), (2, 5), (1, 1)]
 

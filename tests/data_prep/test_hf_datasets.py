@@ -10,7 +10,7 @@ from PIL import Image
 datasets = pytest.importorskip("datasets")
 
 from data_prep.config import SourceConfig  # noqa: E402
-from data_prep.decoding import Decoder  # noqa: E402
+from data_prep.images.decode import Decoder
 from data_prep.sources import open_source  # noqa: E402
 from data_prep.sources.base import Encoded, Source  # noqa: E402
 

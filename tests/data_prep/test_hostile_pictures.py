@@ -22,7 +22,7 @@ from pictures import by_pillow, chunk, encoded, oriented, png
 from PIL import Image
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import BadPicture, Decoder
+from data_prep.images.decode import BadPicture, Decoder
 from data_prep.shards import open_shard_set
 from data_prep.sources import open_source
 

@@ -19,7 +19,7 @@ import pytest
 from tar_files import tar_bytes
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import BadPicture
+from data_prep.images.decode import BadPicture
 from data_prep.sources import open_source
 from data_prep.sources.base import Encoded
 

@@ -18,11 +18,11 @@ from scipy.io import loadmat
 from small_data import archive_of
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import BadPicture, Decoder
+from data_prep.images.crops import area_resize
+from data_prep.images.decode import BadPicture, Decoder
 from data_prep.shards import open_shard_set
 from data_prep.sources import open_source
 from data_prep.sources.base import Source
-from data_prep.views import area_resize
 
 CONFIGS = Path(__file__).parents[2] / "configs/data"
 Expected = dict[bytes, Any]

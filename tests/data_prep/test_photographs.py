@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import Decoder
+from data_prep.images.decode import Decoder
 from data_prep.sources import open_source
 from data_prep.sources.photographs import PHOTOGRAPHS, TRAIN_PART, Windows, cut_windows
 

@@ -7,7 +7,7 @@ import pytest
 from small_data import CLASSES, archive_of, write_folder
 
 from data_prep.config import SourceConfig
-from data_prep.decoding import Decoder
+from data_prep.images.decode import Decoder
 from data_prep.sources import open_source
 from data_prep.sources.base import Pictures, Source
 

@@ -3,8 +3,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from data_prep.images.crops import EVALUATION, Cutter, PictureViews, area_resize, evaluation_view
 from data_prep.sources.base import ArrayPictures
-from data_prep.views import EVALUATION, Cutter, PictureViews, area_resize, evaluation_view
 
 
 def cutter(**changes: object) -> Cutter:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from data_prep.common.seeding import generator
-from data_prep.decoding import Decoder
+from data_prep.images.decode import Decoder
 from data_prep.sources.base import Pictures
 
 EVALUATION = -1
