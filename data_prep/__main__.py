@@ -13,7 +13,7 @@ def palette(arguments: list[str]) -> None:
     """Fits a palette."""
     config, options = _configured("palette", "Fits a palette to a source's training pictures.", arguments)
     from data_prep.build.parts import Part
-    from data_prep.prepare_palette import prepare_palette
+    from data_prep.palette.command import prepare_palette
 
     prepare_palette(config, Path(options.out), Part(options.part, options.parts))
 
@@ -51,7 +51,7 @@ def join(arguments: list[str]) -> None:
     )
     options = parse(parser, arguments)
     from data_prep.build.merge import join_shards
-    from data_prep.prepare_palette import has_parts, join_palette
+    from data_prep.palette.command import has_parts, join_palette
 
     if has_parts(Path(options.out)):
         join_palette(Path(options.out))

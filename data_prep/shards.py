@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.files import file_sha256, read_json, written_aside
-from data_prep.palette import load_palette, palette_sha256
+from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.remote import address_of, download, is_remote, read_remote
 
 MANIFEST = "shards.json"

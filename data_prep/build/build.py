@@ -25,8 +25,8 @@ from data_prep.common.files import read_json
 from data_prep.common.progress import progress
 from data_prep.common.workers import in_workers, worker_count
 from data_prep.config import DataConfig
-from data_prep.fitting import fit
-from data_prep.palette import load_palette, lookup_table, palette_sha256, save_palette
+from data_prep.palette.codec import load_palette, lookup_table, palette_sha256, save_palette
+from data_prep.palette.fit import fit
 from data_prep.shards import MANIFEST, PALETTE, ShardWriter, shard_name
 from data_prep.sources import open_source
 

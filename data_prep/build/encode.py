@@ -8,7 +8,7 @@ import numpy as np
 from data_prep.build.plan import Plan, Unit, counts
 from data_prep.build.skips import Skip, skip
 from data_prep.images.decode import BadPicture
-from data_prep.palette import decode, encode
+from data_prep.palette.codec import decode, encode
 
 SAMPLES = 24
 """Images whose views are kept for the picture of the result."""

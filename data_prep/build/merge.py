@@ -8,7 +8,7 @@ from data_prep.build.plan import Unit
 from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, counts_by_reason, write_skips
 from data_prep.build.state import Unfinished
 from data_prep.common.files import write_json
-from data_prep.palette import load_palette, palette_sha256
+from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.preview import draw_result
 from data_prep.shards import FORMAT, MANIFEST, PALETTE, VERSION, open_shard_set
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.seeding import generator
-from data_prep.palette import decode
+from data_prep.palette.codec import decode
 from pipeline.evaluate.feature_network import FeatureNetwork, feature_network
 from pipeline.evaluate.frechet import Gaussian, frechet_distance
 from pipeline.evaluate.inputs import Evaluation

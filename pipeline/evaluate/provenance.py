@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.palette import palette_sha256
+from data_prep.palette.codec import palette_sha256
 from pipeline.model.folder_files import json_digest, model_digest
 from pipeline.model.training_record import read_training_record
 

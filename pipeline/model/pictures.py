@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.palette import decode
+from data_prep.palette.codec import decode
 
 CELL_PIXELS = 96
 GAP_PIXELS = 4

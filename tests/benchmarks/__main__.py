@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from data_prep.palette import encode, lookup_table
+from data_prep.palette.codec import encode, lookup_table
 from data_prep.shards import MANIFEST, open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.train.batches import ImageOrder, TrainingBatches

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
-from data_prep.palette import save_palette
+from data_prep.palette.codec import save_palette
 from data_prep.sources import open_source
 
 PHOTOGRAPH = (500, 375)

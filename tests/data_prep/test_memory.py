@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tar_files import picture_bytes, tar_bytes
 
-from data_prep.palette import save_palette
+from data_prep.palette.codec import save_palette
 
 ROOT = Path(__file__).parents[2]
 FEW, MANY = 1_500, 15_000

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.palette import (
+from data_prep.palette.codec import (
     CODES,
     color_codes,
     decode,

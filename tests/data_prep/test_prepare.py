@@ -17,7 +17,7 @@ import data_prep.plan
 from data_prep.build.plan import plan_splits
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.images.crops import area_resize
-from data_prep.palette import decode
+from data_prep.palette.codec import decode
 from data_prep.shards import Split, open_shard_set
 from tests.launch import files_of
 

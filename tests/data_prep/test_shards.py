@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.palette import palette_sha256
+from data_prep.palette.codec import palette_sha256
 from data_prep.shards import VERSION, manifest_digest, open_shard_set, write_shard
 
 Record = tuple[np.ndarray, np.ndarray]

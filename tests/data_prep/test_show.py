@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.palette import decode
+from data_prep.palette.codec import decode
 from data_prep.preview import CELL, COLUMNS, GAP, SWATCH, TEXT, draw_result
 from data_prep.shards import open_shard_set
 

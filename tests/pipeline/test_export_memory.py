@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from data_prep.palette import palette_sha256
+from data_prep.palette.codec import palette_sha256
 from pipeline.config import ModelConfig
 from pipeline.model.gpt import build_model, gpt2_config
 from pipeline.train import checkpoints

@@ -12,7 +12,7 @@ from scipy.stats import ortho_group
 from toy_network import write_toy_network
 
 from data_prep.common.seeding import generator
-from data_prep.palette import decode
+from data_prep.palette.codec import decode
 from pipeline.evaluate import completion_distance as distance_module
 from pipeline.evaluate.completion_distance import completion_distance
 from pipeline.evaluate.feature_network import feature_network

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep import remote
-from data_prep.palette import palette_sha256
+from data_prep.palette.codec import palette_sha256
 from data_prep.shards import VERSION, Split, open_shard_set, write_shard
 from pipeline.model.augmentation import Augmentation
 from pipeline.train import batches, stream_order, streaming

@@ -17,7 +17,7 @@ from data_prep.common.seeding import generator
 from data_prep.common.workers import in_workers
 from data_prep.config import DataConfig
 from data_prep.images.decode import BadPicture
-from data_prep.palette import CODES, color_codes, fit_palette
+from data_prep.palette.codec import CODES, color_codes, fit_palette
 
 FIT_PIXELS = 1 << 26
 """The palette is fitted to at most this many pixels: 65,536 pictures at 32x32."""

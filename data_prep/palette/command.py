@@ -15,8 +15,8 @@ from data_prep.build.state import refuse_difference
 from data_prep.common.files import read_json, write_json, written_aside
 from data_prep.common.workers import worker_count
 from data_prep.config import DataConfig
-from data_prep.fitting import count_chunks, fit_chunks, fit_histogram
-from data_prep.palette import CODES, palette_sha256, save_palette
+from data_prep.palette.codec import CODES, palette_sha256, save_palette
+from data_prep.palette.fit import count_chunks, fit_chunks, fit_histogram
 from data_prep.sources import open_source
 
 
