@@ -65,7 +65,7 @@ def verify(arguments: list[str]) -> None:
     parser.add_argument("shards", type=str, help="folder of the shard set, or its address")
     options = parse(parser, arguments)
     from data_prep.common.progress import progress
-    from data_prep.shards import open_shard_set
+    from data_prep.shards.reader import open_shard_set
 
     shard_set = open_shard_set(options.shards)
     sizes = {name: shard_set.split(name).images for name in shard_set.splits}

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import read_json, write_json
 from data_prep.palette.codec import load_palette, palette_sha256
-from data_prep.shards import ShardSet, open_shard_set
+from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.config import ObjectiveConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model

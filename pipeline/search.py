@@ -18,7 +18,7 @@ import yaml
 
 from data_prep.common.command_line import value_of
 from data_prep.common.files import read_json, write_json
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.config import TrainConfig, changed_keys, parse_training, to_dict
 
 STOPPED = 75

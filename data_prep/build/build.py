@@ -27,7 +27,8 @@ from data_prep.common.workers import in_workers, worker_count
 from data_prep.config import DataConfig
 from data_prep.palette.codec import load_palette, lookup_table, palette_sha256, save_palette
 from data_prep.palette.fit import fit
-from data_prep.shards import MANIFEST, PALETTE, ShardWriter, shard_name
+from data_prep.shards.format import MANIFEST, PALETTE, shard_name
+from data_prep.shards.writer import ShardWriter
 from data_prep.sources import open_source
 
 READERS = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "faiss-cpu")

@@ -15,7 +15,7 @@ from data_prep.build.skips import DAMAGED_TAR, Skip, skip
 from data_prep.common.seeding import generator
 from data_prep.images.crops import EVALUATION
 from data_prep.images.decode import BadPicture
-from data_prep.shards import IMAGES_PER_RECORD
+from data_prep.shards.format import IMAGES_PER_RECORD
 
 BLOCK_IMAGES = 8 * IMAGES_PER_RECORD
 """Training mixes many more, so a block needs only be large enough to part neighbours, and is held in memory."""

@@ -10,7 +10,8 @@ from data_prep.build.state import Unfinished
 from data_prep.common.files import write_json
 from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.preview import draw_result
-from data_prep.shards import FORMAT, MANIFEST, PALETTE, VERSION, open_shard_set
+from data_prep.shards.format import FORMAT, MANIFEST, PALETTE, VERSION
+from data_prep.shards.reader import open_shard_set
 
 PICTURES = "pictures.png"
 NAMED_PARTS = 10

@@ -14,7 +14,7 @@ import numpy as np
 from data_prep.common.seeding import generator
 from data_prep.config import DataConfig
 from data_prep.images.crops import EVALUATION, Cutter, PictureViews
-from data_prep.shards import IMAGES_PER_RECORD, RECORDS_PER_SHARD, shard_name
+from data_prep.shards.format import IMAGES_PER_RECORD, RECORDS_PER_SHARD, shard_name
 from data_prep.sources.base import Source
 
 IMAGES_PER_SHARD = IMAGES_PER_RECORD * RECORDS_PER_SHARD

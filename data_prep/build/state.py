@@ -16,7 +16,8 @@ from data_prep.build.encode import Samples
 from data_prep.build.parts import Part
 from data_prep.build.plan import Unit
 from data_prep.common.files import file_sha256, read_json, write_json, written_aside
-from data_prep.shards import MANIFEST, open_shard_set
+from data_prep.shards.format import MANIFEST
+from data_prep.shards.reader import open_shard_set
 
 
 def finished(out: Path, config: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadPicture
-from data_prep.remote import is_remote, open_remote
+from data_prep.shards.remote import is_remote, open_remote
 from data_prep.sources.base import UNLABELLED, Encoded, PictureStream, Source, fingerprint
 from data_prep.sources.folders import SPLITS
 

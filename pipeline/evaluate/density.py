@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.files import written_aside
-from data_prep.shards import Split
+from data_prep.shards.reader import Split
 from pipeline.evaluate.html import figure, note, table
 from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
 from pipeline.evaluate.published import NATS

@@ -13,7 +13,7 @@ from data_prep.common.command_line import SAID_BY_OTHERS
 from data_prep.common.progress import progress
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import palette_sha256
-from data_prep.shards import ShardSet, Split
+from data_prep.shards.reader import ShardSet, Split
 from pipeline.evaluate.kept import Kept
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.files import locked
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.curve import draw_curve, has_losses, read_metrics
 from pipeline.evaluate.html import MISSING, figure, note, percent, table, write_page
 from pipeline.evaluate.provenance import ModelFacts

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.files import read_json, write_json
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.curve import read_metrics, valid_loss_at
 from pipeline.evaluate.provenance import ModelFacts, untrained
 from pipeline.evaluate.published import PUBLISHED

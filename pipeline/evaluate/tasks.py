@@ -30,7 +30,7 @@ from jsonargparse import Namespace
 
 from data_prep.common.command_line import new_parser, one_voice, parse
 from data_prep.common.files import read_json, write_json
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.inputs import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
 from pipeline.evaluate.kept import Kept
 from pipeline.evaluate.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_prep.common.command_line import new_parser, parse, value_of
 from data_prep.common.files import write_json
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline import costs
 from pipeline.config import TrainConfig, require_positive, require_resolution, training_config
 from pipeline.plan.block_times import MEASURED_PRECISION, BlockTimes, read_block_times

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards import ShardSet, open_shard_set, record_crc32
+from data_prep.shards.format import record_crc32
+from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.preflight.meeting import LOOKED, Meeting
 from pipeline.preflight.report import Report
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from data_prep.common.seeding import generator
-from data_prep.shards import Split
+from data_prep.shards.reader import Split
 from pipeline.model.augmentation import Augmentation, Changes
 
 WINDOW_RECORDS = 64

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.shards import Split
+from data_prep.shards.reader import Split
 from pipeline.model.masks import Masks
 from pipeline.train.batches import Batches
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GPT2Config
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.config import TrainConfig
 from pipeline.train import checkpoints
 from pipeline.train.batches import Order

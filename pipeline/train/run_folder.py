@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from data_prep.common.files import read_json, write_json, written_aside
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.config import TrainConfig, changed_keys, to_dict
 from pipeline.train.checkpoints import published
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
-from data_prep.shards import ShardSet, Split, open_shard_set
+from data_prep.shards.reader import ShardSet, Split, open_shard_set
 from pipeline.config import TrainConfig, require_resolution
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation

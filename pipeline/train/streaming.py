@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.remote import address_of, open_remote
-from data_prep.shards import LABELS_DTYPE, MANIFEST, PIXELS_DTYPE, TAR_BLOCK, Split, record_crc32
+from data_prep.shards.format import LABELS_DTYPE, MANIFEST, PIXELS_DTYPE, TAR_BLOCK, record_crc32
+from data_prep.shards.reader import Split
+from data_prep.shards.remote import address_of, open_remote
 from pipeline.train.batches import WINDOW_RECORDS
 from pipeline.train.stream_order import StreamOrder
 

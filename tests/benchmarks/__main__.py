@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from data_prep.palette.codec import encode, lookup_table
-from data_prep.shards import MANIFEST, open_shard_set
+from data_prep.shards.format import MANIFEST
+from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.train.batches import ImageOrder, TrainingBatches
 from tests.benchmarks import data, features, memory, models, saving, scale, starting

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.inputs import Evaluation, Pictures, Sizes, start_accelerator

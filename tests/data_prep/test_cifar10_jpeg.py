@@ -13,7 +13,7 @@ import pytest
 from data_prep.build.plan import make_plan
 from data_prep.images.crops import EVALUATION
 from data_prep.palette.codec import encode, lookup_table
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from data_prep.sources import open_source
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from PIL import Image
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadPicture, Decoder
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from data_prep.sources import open_source
 
 SECONDS = 5

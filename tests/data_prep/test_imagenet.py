@@ -15,7 +15,7 @@ from scipy.io import savemat
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from data_prep.sources import open_source
 from data_prep.sources.archives import open_placed, tar_members
 from data_prep.sources.base import Source

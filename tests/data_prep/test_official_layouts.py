@@ -20,7 +20,7 @@ from small_data import archive_of
 from data_prep.config import SourceConfig
 from data_prep.images.crops import area_resize
 from data_prep.images.decode import BadPicture, Decoder
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from data_prep.sources import open_source
 from data_prep.sources.base import Source
 

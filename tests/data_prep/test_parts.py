@@ -17,7 +17,7 @@ from tar_files import picture_bytes, tar_bytes
 
 import data_prep.plan
 import data_prep.streams
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from tests.launch import files_of
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from data_prep.build.plan import plan_splits
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.images.crops import area_resize
 from data_prep.palette.codec import decode
-from data_prep.shards import Split, open_shard_set
+from data_prep.shards.reader import Split, open_shard_set
 from tests.launch import files_of
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_prep import remote
-from data_prep.remote import Remote, address_of, download, is_remote, open_remote, read_remote
+from data_prep.shards import remote
+from data_prep.shards.remote import Remote, address_of, download, is_remote, open_remote, read_remote
 from tests.http_server import serve
 
 SIZE = 600_000

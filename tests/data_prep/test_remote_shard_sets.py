@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardSet, cache_folder, open_shard_set
+from data_prep.shards.reader import ShardSet, cache_folder, open_shard_set
 from tests.http_server import Server, serve
 
 

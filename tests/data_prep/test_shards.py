@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from data_prep.palette.codec import palette_sha256
-from data_prep.shards import VERSION, manifest_digest, open_shard_set, write_shard
+from data_prep.shards.format import VERSION, manifest_digest
+from data_prep.shards.reader import open_shard_set
+from data_prep.shards.writer import write_shard
 
 Record = tuple[np.ndarray, np.ndarray]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_prep.palette.codec import decode
 from data_prep.preview import CELL, COLUMNS, GAP, SWATCH, TEXT, draw_result
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 
 
 def cell(grid: np.ndarray, index: int, column: int, columns: int) -> np.ndarray:

@@ -15,10 +15,10 @@ import webdataset as wds
 from small_data import CLASSES
 from tar_files import picture_bytes, tar_bytes
 
-from data_prep import remote
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadPicture, Decoder
-from data_prep.shards import open_shard_set
+from data_prep.shards import remote
+from data_prep.shards.reader import open_shard_set
 from data_prep.sources import open_source
 from data_prep.sources.base import Encoded, Source
 from data_prep.sources.webshards import key_and_extension

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.export import CheckpointWeights, export, find_checkpoint
 from pipeline.locate import model_folder
 from pipeline.model import streamed

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.export import export, find_checkpoint
 from tests.launch import ROOT
 from tests.pipeline.conftest import Runner

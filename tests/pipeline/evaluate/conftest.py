@@ -9,7 +9,7 @@ import torch
 from tiny_sets import random_palette, random_pictures, separable_pictures, write_model, write_shard_set
 from toy_network import write_toy_network
 
-from data_prep.shards import ShardSet, open_shard_set
+from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
 from pipeline.evaluate.kept import Kept
 from pipeline.model.folder_files import model_digest

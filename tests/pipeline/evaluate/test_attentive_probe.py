@@ -10,7 +10,7 @@ import torch
 from tiny_sets import COLORS
 from transformers import ImageGPTModel
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.evaluate import attentive_pooling
 from pipeline.evaluate.attentive_pooling import AttentivePooling, standardisation, token_features
 from pipeline.evaluate.attentive_probe import Options, measure, summary

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_sets import COLORS, RESOLUTION
 from toy_network import write_toy_network
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.completions import Options, choose_examples, complete_command, read_besides, with_titles
 from pipeline.model.huggingface import load_model_folder
 from pipeline.model.sampling import complete_halves

@@ -13,7 +13,7 @@ from tiny_sets import COLORS, RESOLUTION
 from torch.nn import functional
 from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.evaluate import density as density_module
 from pipeline.evaluate.density import Counts, Options, measure, nats_by_position
 

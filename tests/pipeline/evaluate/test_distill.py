@@ -11,7 +11,7 @@ import torch
 from tiny_sets import RESOLUTION, random_palette, separable_pictures, write_model, write_shard_set
 
 from data_prep.common.files import read_json, write_json
-from data_prep.shards import ShardSet, open_shard_set
+from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate import fine_tune
 from pipeline.evaluate.distill import Options, measure, read_besides, summary
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Model, ImageGPTModel
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.evaluate import features as features_module
 from pipeline.evaluate.features import Cache, pooled_features
 from pipeline.evaluate.inputs import Evaluation, choose_pictures

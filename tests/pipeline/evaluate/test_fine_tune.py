@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_sets import CLASSES, COLORS, random_palette, separable_pictures, write_shard_set
 from transformers import ImageGPTForImageClassification
 
-from data_prep.shards import ShardSet, open_shard_set
+from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.fine_tune import Options, measure, summary
 from pipeline.evaluate.kept import Kept
 from pipeline.evaluate.supervised import epoch_order

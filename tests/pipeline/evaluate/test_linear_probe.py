@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tiny_sets import random_palette, random_pictures, write_shard_set
 
-from data_prep.shards import ShardSet, open_shard_set
+from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.inputs import Evaluation
 from pipeline.evaluate.linear_probe import Options, layers_around, measure

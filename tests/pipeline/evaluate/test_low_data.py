@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from tiny_sets import random_palette, random_pictures, write_shard_set
 
 from data_prep.common.seeding import generator
-from data_prep.shards import ShardSet, open_shard_set
+from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.labelled import Labelled
 from pipeline.evaluate.low_data import Options, Setting, balanced, choose, measure, settings_for, unfit

@@ -16,7 +16,7 @@ import pytest
 from sklearn.neighbors import NearestCentroid
 from tiny_sets import COLORS
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.curve import summarised
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.provenance import model_facts

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_sets import COLORS, random_palette, random_pictures, write_model, write_shard_set
 
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.tasks import LONG, TASKS, evaluate
 from pipeline.model.folder_files import model_digest
 

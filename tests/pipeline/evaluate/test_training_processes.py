@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shards import ShardSet
+from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.tasks import evaluate
 from tests.launch import finish, run, start
 

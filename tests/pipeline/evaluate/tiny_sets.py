@@ -7,7 +7,8 @@ import torch
 
 from data_prep.common.files import write_json
 from data_prep.palette.codec import palette_sha256, save_palette
-from data_prep.shards import FORMAT, VERSION, shard_name, write_shard
+from data_prep.shards.format import FORMAT, VERSION, shard_name
+from data_prep.shards.writer import write_shard
 from pipeline.config import ModelConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.huggingface import save_model_folder

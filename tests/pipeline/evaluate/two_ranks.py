@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import numpy as np
 
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.features import Cache, pooled_features
 from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
 from pipeline.evaluate.kept import Kept

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from data_prep.shards import Split, open_shard_set
+from data_prep.shards.reader import Split, open_shard_set
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.objectives import HIDDEN

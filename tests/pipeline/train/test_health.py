@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.config import HealthConfig
 from pipeline.train.batches import ImageOrder
 from pipeline.train.engine import StepResult

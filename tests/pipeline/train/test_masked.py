@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig
 
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.huggingface import load_model_folder

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import remote
 from data_prep.palette.codec import palette_sha256
-from data_prep.shards import VERSION, Split, open_shard_set, write_shard
+from data_prep.shards import remote
+from data_prep.shards.format import VERSION
+from data_prep.shards.reader import Split, open_shard_set
+from data_prep.shards.writer import write_shard
 from pipeline.model.augmentation import Augmentation
 from pipeline.train import batches, stream_order, streaming
 from pipeline.train.batches import ImageOrder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from data_prep.shards import open_shard_set
+from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.train.batches import ImageOrder

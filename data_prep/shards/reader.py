@@ -1,118 +1,35 @@
-"""Shard sets: packed records in plain WebDataset tars, and the manifest that makes a folder of them whole.
+"""Opens, reads and verifies shard sets, in folders and at addresses."""
 
-    SHARDS/train-000000.tar ...   records `<key>.pixels.npy` uint16 (n, T) and `<key>.labels.npy` int32 (n,)
-    SHARDS/palette.npy            float32 (V, 3)
-    SHARDS/shards.json            written last: what the set is, and each shard's size, digests and offsets
-
-The manifest records where each array's first byte lies in its tar, so reading is a memory map away. A set may also
-lie at an address (see remote.py); then each shard file is copied into a local cache when it is first needed.
-"""
-
-import hashlib
 import io
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.common.files import file_sha256, read_json, written_aside
+from data_prep.common.files import file_sha256, read_json
 from data_prep.palette.codec import load_palette, palette_sha256
-from data_prep.remote import address_of, download, is_remote, read_remote
-
-MANIFEST = "shards.json"
-PALETTE = "palette.npy"
-FORMAT = "image-gpt-shards"
-VERSION = 2
-IMAGES_PER_RECORD = 256
-RECORDS_PER_SHARD = 32
-RECORD_KEYS = ("record_images", "pixels_offsets", "labels_offsets", "record_crc32")
-"""Lists in a shard's entry, with one number for each record."""
-SHARD_KEYS = {"file", "images", "bytes", "sha256", *RECORD_KEYS}
-PIXELS_DTYPE, LABELS_DTYPE = np.dtype("<u2"), np.dtype("<i4")
-TAR_BLOCK = 512
-OPEN_SHARDS = 256
-"""Memory maps a split keeps open; each takes a file descriptor."""
-CACHE_VARIABLE = "IGPT_CACHE"
-"""Names the folder into which the files of remote sets are copied."""
-
-Record = tuple[np.ndarray, np.ndarray]
-"""Tokens uint16 (n, T) and labels int32 (n,) of up to IMAGES_PER_RECORD images."""
-
-
-def shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:06d}.tar"
-
-
-class ShardWriter:
-    """Writes one tar, record by record, whole or not at all; `entry` is what the manifest says of it.
-
-    The same records give the same bytes: no times, no owners, no extended headers.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.entry: dict[str, Any] = {"file": path.name, "images": 0, "bytes": 0, "sha256": ""}
-        self.entry |= {"record_images": [], "pixels_offsets": [], "labels_offsets": [], "record_crc32": []}
-        self._path = path
-        self._open = ExitStack()
-
-    def __enter__(self) -> "ShardWriter":
-        self._aside = self._open.enter_context(written_aside(self._path))
-        self._open.callback(self._describe)
-        self._tar = self._open.enter_context(tarfile.open(self._aside, "w", format=tarfile.USTAR_FORMAT))
-        return self
-
-    def add(self, record: Record) -> None:
-        """Appends one record of at least one image."""
-        pixels, labels = record[0].astype(PIXELS_DTYPE), record[1].astype(LABELS_DTYPE)
-        assert len(pixels) == len(labels) > 0
-        key = f"{self._path.stem}-{len(self.entry['record_images']):03d}"
-        self.entry["pixels_offsets"].append(_add_array(self._tar, f"{key}.pixels.npy", pixels))
-        self.entry["labels_offsets"].append(_add_array(self._tar, f"{key}.labels.npy", labels))
-        self.entry["record_crc32"].append(record_crc32(pixels, labels))
-        self.entry["record_images"].append(len(labels))
-        self.entry["images"] += len(labels)
-
-    def _describe(self) -> None:
-        """Between the end of the tar and its appearance under its name."""
-        self.entry["bytes"] = self._aside.stat().st_size
-        self.entry["sha256"] = file_sha256(self._aside)
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
-
-
-def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
-    """Writes one tar and returns its entry in the manifest."""
-    with ShardWriter(path) as writer:
-        for record in records:
-            writer.add(record)
-    return writer.entry
-
-
-def record_crc32(pixels: np.ndarray, labels: np.ndarray) -> int:
-    """What a record read on its own is checked by: CRC-32 over the bytes of its tokens, then of its labels."""
-    pixels, labels = np.ascontiguousarray(pixels, PIXELS_DTYPE), np.ascontiguousarray(labels, LABELS_DTYPE)
-    return zlib.crc32(labels.data, zlib.crc32(pixels.data))
-
-
-def _add_array(tar: tarfile.TarFile, name: str, array: np.ndarray) -> int:
-    """Adds an array as .npy. Returns the offset in the tar of its first number."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    member = tarfile.TarInfo(name)
-    member.size = buffer.tell()
-    member.mtime, member.mode = 0, 0o644
-    offset = tar.offset + TAR_BLOCK + member.size - array.nbytes
-    buffer.seek(0)
-    tar.addfile(member, buffer)
-    return offset
+from data_prep.shards.format import (
+    CACHE_VARIABLE,
+    FORMAT,
+    LABELS_DTYPE,
+    MANIFEST,
+    OPEN_SHARDS,
+    PALETTE,
+    PIXELS_DTYPE,
+    RECORD_KEYS,
+    SHARD_KEYS,
+    VERSION,
+    Record,
+    manifest_digest,
+    record_crc32,
+)
+from data_prep.shards.remote import address_of, download, is_remote, read_remote
 
 
 class Split:
@@ -284,11 +201,6 @@ def _records_by_reading(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, tu
             if kind == "labels.npy":
                 (pixels, pixels_offset), (labels, labels_offset) = arrays.pop("pixels.npy"), arrays.pop(kind)
                 yield pixels, labels, (pixels_offset, labels_offset)
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """sha256 over the manifest's canonical JSON: it covers every shard's digest, so it names the whole set."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def cache_folder(digest: str) -> Path:
