@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.archives import Member, PlacedFile, TarPictures, open_placed, tar_members
 from data_prep.sources.base import FilePictures, Names, Source, fingerprint
 from data_prep.sources.imagenet_classes import Classes, read_classes
+from data_prep.sources.tar_index import Member, PlacedFile, TarPictures, open_placed, tar_members
 
 KAGGLE_PICTURES = "ILSVRC/Data/CLS-LOC"
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

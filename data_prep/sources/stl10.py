@@ -17,8 +17,8 @@ import numpy as np
 from data_prep.common.files import DISK_FULL
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadPicture, Decode
-from data_prep.sources.archives import PlacedFile, open_placed
 from data_prep.sources.base import UNLABELLED, Pictures, Source, fingerprint
+from data_prep.sources.tar_index import PlacedFile, open_placed
 
 SIDE = 96
 PICTURE_BYTES = 3 * SIDE * SIDE

@@ -108,7 +108,7 @@ def test_more_unreadable_pictures_than_allowed(
 
 
 def test_a_picture_that_vanishes(folder: Path, options: list[str], fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_prep.sources import folders
+    from data_prep.sources import image_folder as folders
 
     listed = folders._list_split
 

@@ -17,8 +17,8 @@ from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
 from data_prep.shards.reader import open_shard_set
 from data_prep.sources import open_source
-from data_prep.sources.archives import open_placed, tar_members
 from data_prep.sources.base import Source
+from data_prep.sources.tar_index import open_placed, tar_members
 
 # In ILSVRC2012_ID order, which is not the order of the wnids; two classes share a name.
 SYNSETS = [("n03126707", "crane"), ("n01440764", "tench, Tinca tinca"), ("n02012849", "crane")]

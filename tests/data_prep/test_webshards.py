@@ -21,7 +21,7 @@ from data_prep.shards import remote
 from data_prep.shards.reader import open_shard_set
 from data_prep.sources import open_source
 from data_prep.sources.base import Encoded, Source
-from data_prep.sources.webshards import key_and_extension
+from data_prep.sources.webdataset_tars import key_and_extension
 from tests.http_server import serve
 
 Small = tuple[np.ndarray, np.ndarray]

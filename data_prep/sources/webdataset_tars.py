@@ -23,7 +23,7 @@ from data_prep.config import SourceConfig
 from data_prep.images.decode import BadPicture
 from data_prep.shards.remote import is_remote, open_remote
 from data_prep.sources.base import UNLABELLED, Encoded, PictureStream, Source, fingerprint
-from data_prep.sources.folders import SPLITS
+from data_prep.sources.image_folder import SPLITS
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 """Extensions of pictures. Of several with one key the first in this order counts: others are masks and the like."""
