@@ -11,7 +11,7 @@ from data_prep.common.command_line import dispatch, one_voice, report_error
 def train(arguments: list[str]) -> int:
     """Trains a run, or goes on with it."""
     gc.disable()  # for four thousand modules that stay: a quarter of the time they take; the loop turns it on again
-    from pipeline.config import parse_training
+    from pipeline.command_line import parse_training
 
     with one_voice(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"):
         config, run = parse_training(arguments)

@@ -19,7 +19,8 @@ import yaml
 from data_prep.common.command_line import value_of
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import open_shard_set
-from pipeline.config import TrainConfig, changed_keys, parse_training, to_dict
+from pipeline.command_line import parse_training
+from pipeline.config import TrainConfig, changed_keys, to_dict
 
 STOPPED = 75
 RATE_KEY = "--optimizer.learning_rate"

@@ -8,7 +8,8 @@ from data_prep.common.command_line import new_parser, parse, value_of
 from data_prep.common.files import write_json
 from data_prep.shards.reader import open_shard_set
 from pipeline import costs
-from pipeline.config import TrainConfig, require_positive, require_resolution, training_config
+from pipeline.command_line import training_config
+from pipeline.config import TrainConfig, require_positive, require_resolution
 from pipeline.plan.block_times import MEASURED_PRECISION, BlockTimes, read_block_times
 from pipeline.plan.hardware import hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out

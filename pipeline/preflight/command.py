@@ -11,7 +11,8 @@ from pathlib import Path
 
 from data_prep.common.command_line import USER_ERROR, new_parser
 from data_prep.common.files import read_json
-from pipeline.config import TrainConfig, parse_run, training_config
+from pipeline.command_line import parse_run, training_config
+from pipeline.config import TrainConfig
 from pipeline.preflight.judge import judge
 from pipeline.preflight.node import look
 from pipeline.preflight.report import read_line

@@ -11,19 +11,11 @@ import numpy as np
 
 from data_prep.common.command_line import SAID_BY_OTHERS, one_voice
 from pipeline.config import TrainConfig
+from pipeline.distributed import Ranks, describe_ranks, failing_together, gather, most_over_ranks, start_group, together
 from pipeline.model.pictures import completion_grid
 from pipeline.train.health import Diverged, SlowRanks, StopRequests, check_replicas
 from pipeline.train.integrity import verify_shards
 from pipeline.train.persistence import Progress, Store
-from pipeline.train.ranks import (
-    Ranks,
-    describe_ranks,
-    failing_together,
-    gather,
-    most_over_ranks,
-    start_group,
-    together,
-)
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up

@@ -11,6 +11,7 @@ from transformers import GPT2Config
 
 from data_prep.shards.reader import ShardSet
 from pipeline.config import TrainConfig
+from pipeline.distributed import Ranks, failing_together, first_word, from_first, gather, said_by_all
 from pipeline.train import checkpoints
 from pipeline.train.batches import Order
 from pipeline.train.checkpoints import Checkpoint, CheckpointRecord
@@ -18,7 +19,6 @@ from pipeline.train.engine import Engine
 from pipeline.train.fingerprints import add_up, fingerprints
 from pipeline.train.fragments import Tensors
 from pipeline.train.health import Diverged
-from pipeline.train.ranks import Ranks, failing_together, first_word, from_first, gather, said_by_all
 from pipeline.train.run_folder import check_shards
 from pipeline.train.validation import PROBE_TOKENS, Pictures, probe_loss
 

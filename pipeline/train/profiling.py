@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import ProfileConfig
-from pipeline.train.ranks import Ranks
+from pipeline.distributed import Ranks
 
 PROFILE_FOLDER = "profile"
 REQUEST_FILE = "PROFILE"

@@ -11,6 +11,7 @@ from transformers import GPT2Config
 
 from data_prep.shards.reader import ShardSet, Split, open_shard_set
 from pipeline.config import TrainConfig, require_resolution
+from pipeline.distributed import Ranks, failing_together, from_first
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt import gpt2_config
@@ -23,7 +24,6 @@ from pipeline.train.masking import MaskedBatches, MaskedSplit
 from pipeline.train.offload import check_compilers
 from pipeline.train.persistence import Progress, Store, newest_whole
 from pipeline.train.profiling import Profiler
-from pipeline.train.ranks import Ranks, failing_together, from_first
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.start import StartClock
 from pipeline.train.stream_order import StreamOrder

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.config import TrainConfig
+from pipeline.distributed import Ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves_by
@@ -35,7 +36,6 @@ from pipeline.train.engine import (
     to_device,
     weights_digest,
 )
-from pipeline.train.ranks import Ranks
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of logits (B, T, V) and targets long (B, T)."""

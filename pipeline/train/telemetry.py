@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data_prep.common.files import written_aside
-from pipeline.train.ranks import failing_together
+from pipeline.distributed import failing_together
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"

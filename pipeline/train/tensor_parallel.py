@@ -13,8 +13,8 @@ from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import TrainConfig
+from pipeline.distributed import Ranks
 from pipeline.train.fragments import Part
-from pipeline.train.ranks import Ranks
 
 CUTS = {  # dimension of a Linear's weight or bias, and how many matrices lie end to end in it
     r"attn\.c_attn\.(weight|bias)$": (0, 3),

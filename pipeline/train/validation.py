@@ -5,9 +5,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.model.objectives import is_hidden
 from pipeline.train.engine import Engine
-from pipeline.train.ranks import Ranks, mean_over_ranks
 
 
 class Pictures(Protocol):

@@ -14,7 +14,7 @@ from typing import TextIO
 
 import torch
 
-from pipeline.train.ranks import Ranks
+from pipeline.distributed import Ranks
 from pipeline.train.run_folder import RunFolder
 
 STACKS = "stacks"

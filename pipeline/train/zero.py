@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GPT2Config
 
 from pipeline.config import TrainConfig
+from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves
@@ -28,7 +29,6 @@ from pipeline.train.engine import (
     to_device,
     weights_digest,
 )
-from pipeline.train.ranks import Ranks, mean_over_ranks
 
 
 class ZeroEngine(Engine):

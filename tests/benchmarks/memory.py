@@ -89,8 +89,8 @@ def _status(key: str) -> int:
 
 def measure(case: dict[str, Any]) -> None:
     """In a rank: prints the bytes that two steps took at their peak."""
+    from pipeline.distributed import describe_ranks, start_group
     from pipeline.train.engine import build_engine
-    from pipeline.train.ranks import describe_ranks, start_group
 
     ranks = describe_ranks()
     config = config_of(case, ranks.count)

@@ -9,10 +9,10 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTForCausalImageModeling
 
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from pipeline.distributed import Ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.train.engine import build_engine, new_optimizer
-from pipeline.train.ranks import Ranks
 from tests.benchmarks.turns import best
 
 Step = Callable[[], object]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import parse_training
+from pipeline.command_line import parse_training
 from pipeline.model.gpt import build_model, gpt2_config
 from tests.launch import ROOT, run
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from pipeline.config import parse_training
+from pipeline.command_line import parse_training
 from tests.pipeline.conftest import Runner
 
 Sentence = Callable[[list[str]], str]
