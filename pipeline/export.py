@@ -14,6 +14,10 @@ from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import read_json, write_json
 from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.shards.reader import ShardSet, open_shard_set
+from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
+from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, rows_until
+from pipeline.checkpoint.probe import MaskedSplit, probe_tokens
+from pipeline.checkpoint.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
 from pipeline.config import ObjectiveConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model
@@ -23,11 +27,6 @@ from pipeline.model.streamed import fetching_model
 from pipeline.model.training_record import CHECKPOINT_FILE, TRAINING_FOLDER
 from pipeline.publish.card import write_card
 from pipeline.publish.events import copy_events
-from pipeline.train.checkpoints import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
-from pipeline.train.masking import MaskedSplit
-from pipeline.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
-from pipeline.train.telemetry import METRICS_FILE, TENSORBOARD_FOLDER, rows_until
-from pipeline.train.validation import probe_tokens
 
 CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision")
 """What a model folder tells of its checkpoint: nothing that depends on the ranks."""

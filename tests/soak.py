@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.train.checkpoints import PARTIAL, open_checkpoint, published
+from pipeline.checkpoint.format import PARTIAL, open_checkpoint, published
 from tests.launch import run, start
 from tests.pipeline.conftest import Runner
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
+from pipeline.checkpoint.fragments import FragmentReader, Tensors
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.train import offload, tensor_parallel
-from pipeline.train.fragments import FragmentReader, Tensors
 
 ADAM_EPSILON = 1e-8
 DIGEST_PIECE = 1 << 24

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from data_prep.common.files import file_sha256
 from data_prep.shards.reader import ShardSet, Split
+from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.distributed import Ranks, failing_together, from_first
-from pipeline.train.run_folder import RunFolder
 
 VERIFIED = "verified_shards"
 

@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.common.command_line import SAID_BY_OTHERS, one_voice
+from pipeline.checkpoint.metrics_log import SKIPPED_FILE
+from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, describe_ranks, failing_together, gather, most_over_ranks, start_group, together
 from pipeline.model.pictures import completion_grid
 from pipeline.train.health import Diverged, SlowRanks, StopRequests, check_replicas
 from pipeline.train.integrity import verify_shards
 from pipeline.train.persistence import Progress, Store
-from pipeline.train.run_folder import RunFolder
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
 from pipeline.train.start import StartClock
-from pipeline.train.telemetry import SKIPPED_FILE, StepClock, peak_memory_bytes, peak_memory_table
+from pipeline.train.telemetry import StepClock, peak_memory_bytes, peak_memory_table
 from pipeline.train.validation import spread, validation_loss
 from pipeline.train.watchdog import Watchdog, group_timeout
 

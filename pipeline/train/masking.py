@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from data_prep.shards.reader import Split
 from pipeline.model.masks import Masks
 from pipeline.train.batches import Batches
 
@@ -22,16 +21,3 @@ class MaskedBatches:
     def close(self) -> None:
         """As `Batches.close`."""
         self._batches.close()
-
-
-class MaskedSplit:
-    """Held-out pictures whose colours are hidden by their number in the split: the same ones at each validation."""
-
-    def __init__(self, split: Split, masks: Masks) -> None:
-        self.images = split.images
-        self._split, self._masks = split, masks
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `Split.gather`."""
-        tokens, labels = self._split.gather(indices)
-        return self._masks.hide(tokens, "valid", indices), labels

@@ -10,17 +10,18 @@ from typing import Any
 from transformers import GPT2Config
 
 from data_prep.shards.reader import ShardSet
+from pipeline.checkpoint import format as checkpoints
+from pipeline.checkpoint.checksums import add_up, fingerprints
+from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
+from pipeline.checkpoint.fragments import Tensors
+from pipeline.checkpoint.probe import PROBE_TOKENS, Pictures
+from pipeline.checkpoint.run_folder import check_shards
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, failing_together, first_word, from_first, gather, said_by_all
-from pipeline.train import checkpoints
 from pipeline.train.batches import Order
-from pipeline.train.checkpoints import Checkpoint, CheckpointRecord
 from pipeline.train.engine import Engine
-from pipeline.train.fingerprints import add_up, fingerprints
-from pipeline.train.fragments import Tensors
 from pipeline.train.health import Diverged
-from pipeline.train.run_folder import check_shards
-from pipeline.train.validation import PROBE_TOKENS, Pictures, probe_loss
+from pipeline.train.validation import probe_loss
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}
 """Nats per token by which the probe loss may differ after a load: another topology sums in another order, and ZeRO-0

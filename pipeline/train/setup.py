@@ -10,6 +10,9 @@ import torch
 from transformers import GPT2Config
 
 from data_prep.shards.reader import ShardSet, Split, open_shard_set
+from pipeline.checkpoint.metrics_log import last_steps
+from pipeline.checkpoint.probe import MaskedSplit, Pictures
+from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig, require_resolution
 from pipeline.distributed import Ranks, failing_together, from_first
 from pipeline.model import attention
@@ -20,17 +23,15 @@ from pipeline.train import float8
 from pipeline.train.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import Judge, StopRequests
-from pipeline.train.masking import MaskedBatches, MaskedSplit
+from pipeline.train.masking import MaskedBatches
 from pipeline.train.offload import check_compilers
 from pipeline.train.persistence import Progress, Store, newest_whole
 from pipeline.train.profiling import Profiler
-from pipeline.train.run_folder import RunFolder
 from pipeline.train.start import StartClock
 from pipeline.train.stream_order import StreamOrder
 from pipeline.train.streaming import GUARANTEES, StreamedBatches
 from pipeline.train.summary import Throughput, describe
-from pipeline.train.telemetry import RunTelemetry, Telemetry, last_steps
-from pipeline.train.validation import Pictures
+from pipeline.train.telemetry import RunTelemetry, Telemetry
 from pipeline.train.watchdog import Watchdog
 
 ATTENTION = "attention"

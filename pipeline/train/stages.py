@@ -18,12 +18,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pipeline.checkpoint import fragments
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves_by
-from pipeline.train import float8, fragments
+from pipeline.train import float8
 from pipeline.train.engine import (
     Accept,
     Engine,

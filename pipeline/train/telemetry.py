@@ -3,9 +3,7 @@
 import json
 import os
 import resource
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -17,11 +15,9 @@ import numpy as np
 import torch
 
 from data_prep.common.files import written_aside
+from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, _with_nulls, drop_rows_after
 from pipeline.distributed import failing_together
 
-METRICS_FILE = "metrics.jsonl"
-SKIPPED_FILE = "skipped.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 SAMPLES_FOLDER = "samples"
 CONSOLE_SECONDS = 5.0
 
@@ -154,51 +150,10 @@ class RunTelemetry(Telemetry):
         )
 
 
-def _with_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no word for what is not a number."""
-    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
-
-
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites metrics.jsonl without rows beyond `step`, and without a last line that a kill cut short."""
-    if not path.exists():
-        return
-    with written_aside(path) as aside, aside.open("w") as new:
-        new.writelines(rows_until(path, step))
-
-
-def rows_until(path: Path, step: int) -> Iterator[str]:
-    """The whole lines of a metrics.jsonl up to a step."""
-    with path.open() as lines:
-        yield from (line for line in lines if line.endswith("\n") and _step_of(line) <= step)
-
-
-def last_steps(run: Path, step: int, count: int) -> list[dict[str, Any]]:
-    """The rows of the last training steps up to a step, and those of all that were not applied among them."""
-    if not (run / METRICS_FILE).exists():
-        return []
-    kept: deque[dict[str, Any]] = deque()
-    applied = 0
-    for row in map(json.loads, rows_until(run / METRICS_FILE, step)):
-        if "loss" in row:
-            kept.append(row)
-            applied += row["applied"]
-            while applied > count:
-                applied -= kept.popleft()["applied"]
-    return list(kept)
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize
 
 
 def peak_memory_bytes(device: torch.device) -> int:

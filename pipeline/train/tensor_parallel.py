@@ -12,9 +12,9 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.checkpoint.fragments import Part
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
-from pipeline.train.fragments import Part
 
 CUTS = {  # dimension of a Linear's weight or bias, and how many matrices lie end to end in it
     r"attn\.c_attn\.(weight|bias)$": (0, 3),

@@ -1,31 +1,12 @@
 """The loss on fixed held-out pictures, shared between the ranks."""
 
-from typing import Protocol
-
 import numpy as np
 import torch
 
+from pipeline.checkpoint.probe import PROBE_TOKENS, Pictures, probe_tokens
 from pipeline.distributed import Ranks, mean_over_ranks
-from pipeline.model.objectives import is_hidden
 from pipeline.train.engine import Engine
 
-
-class Pictures(Protocol):
-    """Held-out pictures as the engine reads them."""
-
-    @property
-    def images(self) -> int:
-        """How many there are."""
-        ...
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures by number: uint16 (k, T), and their labels."""
-        ...
-
-
-PROBE_TOKENS = 64
-"""Of one picture: every save waits for their forward pass. They show whether the weights that it reads are well; that
-each single element is as it was saved, the fingerprints show."""
 CHUNK_IMAGES = 512
 
 
@@ -57,11 +38,3 @@ def validation_loss(engine: Engine, split: Pictures, images: int, ranks: Ranks) 
 def probe_loss(engine: Engine, split: Pictures, tokens: int | None = PROBE_TOKENS) -> float:
     """Nats per token of the probe batch: the same on every rank and topology."""
     return float(engine.evaluate(probe_tokens(split, tokens)).mean())
-
-
-def probe_tokens(split: Pictures, tokens: int | None = PROBE_TOKENS) -> np.ndarray:
-    """The probe batch, the beginning of a fixed held-out picture: uint16 (1, T); all of it if `tokens` is None, and
-    where nothing of the beginning is hidden under the masked objective."""
-    picture = split.gather(np.zeros(1, np.int64))[0]
-    beginning = picture[:, :tokens]
-    return picture if is_hidden(picture).any() and not is_hidden(beginning).any() else beginning

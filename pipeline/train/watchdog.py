@@ -14,8 +14,8 @@ from typing import TextIO
 
 import torch
 
+from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.distributed import Ranks
-from pipeline.train.run_folder import RunFolder
 
 STACKS = "stacks"
 PATIENT = 3

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
+from pipeline.checkpoint import fragments
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves
-from pipeline.train import float8, fragments, tensor_parallel
+from pipeline.train import float8, tensor_parallel
 from pipeline.train.engine import (
     Accept,
     Engine,

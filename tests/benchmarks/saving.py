@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.distributed import describe_ranks, start_group
 from pipeline.train.health import StopRequests
 from pipeline.train.persistence import Progress
-from pipeline.train.run_folder import RunFolder
 from pipeline.train.setup import Session, check_inputs, set_up
 from pipeline.train.start import StartClock
 from pipeline.train.validation import probe_loss

@@ -12,10 +12,10 @@ import yaml
 from safetensors import safe_open
 
 from data_prep.palette.codec import palette_sha256
+from pipeline.checkpoint import format as checkpoints
+from pipeline.checkpoint.format import CheckpointRecord
 from pipeline.config import ModelConfig
 from pipeline.model.gpt import build_model, gpt2_config
-from pipeline.train import checkpoints
-from pipeline.train.checkpoints import CheckpointRecord
 from tests.launch import ROOT
 
 LIMIT = 8e9

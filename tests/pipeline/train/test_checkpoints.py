@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data_prep.common.files import file_sha256
+from pipeline.checkpoint.format import manifest_sha256, permanent_steps, retain
 from pipeline.config import CheckpointConfig
-from pipeline.train.checkpoints import manifest_sha256, permanent_steps, retain
 from tests.pipeline.conftest import Runner
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.checkpoint.checksums import add_up, fingerprints
+from pipeline.checkpoint.fragments import STATES, Fragment, Part
+from pipeline.checkpoint.probe import PROBE_TOKENS, probe_tokens
 from pipeline.model.objectives import HIDDEN
-from pipeline.train.fingerprints import add_up, fingerprints
-from pipeline.train.fragments import STATES, Fragment, Part
-from pipeline.train.validation import PROBE_TOKENS, probe_tokens
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.test_topologies import FP32_TOLERANCE

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data_prep.common.files import file_sha256, flush_to_disk, read_json
+from pipeline.checkpoint.fragments import FragmentReader
 from pipeline.config import CheckpointConfig
-from pipeline.train.fragments import FragmentReader
 
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"

@@ -17,8 +17,8 @@ import yaml
 
 from data_prep.common.files import read_json, write_json, written_aside
 from data_prep.shards.reader import ShardSet
+from pipeline.checkpoint.format import published
 from pipeline.config import TrainConfig, changed_keys, to_dict
-from pipeline.train.checkpoints import published
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"

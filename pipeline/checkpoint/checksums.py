@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.train.fragments import STATES, Fragment, Tensors
+from pipeline.checkpoint.fragments import STATES, Fragment, Tensors
 
 PIECE = 1 << 18
 """Elements at a time: what stays in a processor's cache."""
