@@ -48,7 +48,7 @@ def export(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Runs evaluation tasks and writes their report."""
-    from pipeline.evaluate.tasks import evaluate as run_tasks
+    from pipeline.evaluate.command import evaluate as run_tasks
 
     return run_tasks(arguments)
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from data_prep.common.seeding import generator
-from pipeline.evaluate.inputs import Evaluation, Pictures
-from pipeline.evaluate.pieces import Piece, shared_out
+from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.work_sharing import Piece, shared_out
 
 EPSILON = 1e-6
 """Added to the variance, as in AIM's batch norm."""

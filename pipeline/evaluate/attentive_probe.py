@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.config import require_at_least
-from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
+from pipeline.evaluate.context import Evaluation, Pictures, from_first
 from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
 from pipeline.evaluate.recipe import Recipe
 

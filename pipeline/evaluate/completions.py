@@ -16,8 +16,8 @@ from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import file_sha256, written_aside
 from data_prep.common.seeding import generator
 from data_prep.shards.reader import ShardSet, open_shard_set
+from pipeline.evaluate.context import Evaluation, check_match, from_first, split_labels, start_accelerator
 from pipeline.evaluate.html import figure, note, table
-from pipeline.evaluate.inputs import Evaluation, check_match, from_first, split_labels, start_accelerator
 from pipeline.evaluate.sections import Headline
 from pipeline.model.pictures import completion_grid
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from data_prep.common.files import written_aside
 from data_prep.shards.reader import Split
+from pipeline.evaluate.context import Evaluation, Pictures, from_first
 from pipeline.evaluate.html import figure, note, table
-from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
 from pipeline.evaluate.published import NATS
 from pipeline.evaluate.sections import Headline
 

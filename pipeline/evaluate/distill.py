@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pipeline.config import require_at_least, require_positive
+from pipeline.evaluate.context import Evaluation, Pictures, check_match, choose_pictures, from_first
 from pipeline.evaluate.fine_tune import FOLDER as TEACHER_FOLDER
-from pipeline.evaluate.inputs import Evaluation, Pictures, check_match, choose_pictures, from_first
 from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
 from pipeline.evaluate.recipe import WholeModelRecipe
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from data_prep.common.files import file_sha256, locked, write_json
-from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
+from pipeline.evaluate.context import Evaluation, Pictures, from_first
 
 SECONDS_BETWEEN_NOTES = 20.0
 """A killed extraction does at most so much again."""

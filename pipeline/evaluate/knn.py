@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.evaluate.context import Evaluation, from_first
 from pipeline.evaluate.figures import draw_by_layer
-from pipeline.evaluate.inputs import Evaluation, from_first
 from pipeline.evaluate.labelled import (
     BASELINES,
     Labelled,
@@ -36,8 +36,8 @@ from pipeline.evaluate.labelled import (
     layer_name,
 )
 from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
-from pipeline.evaluate.pieces import Piece, shared_out
 from pipeline.evaluate.votes import judged, looks
+from pipeline.evaluate.work_sharing import Piece, shared_out
 
 if TYPE_CHECKING:
     import torch

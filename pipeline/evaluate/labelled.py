@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.evaluate.inputs import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, Pictures
 
 SPLITS = ("train", "valid", "test")
 BASELINES = ("raw_pixel", "color_histogram")

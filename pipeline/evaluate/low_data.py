@@ -37,10 +37,10 @@ import numpy as np
 from data_prep.common.files import written_aside
 from data_prep.common.seeding import generator
 from pipeline.evaluate.classifier import L2_STRENGTHS, logistic_path
-from pipeline.evaluate.inputs import Evaluation, Pictures, from_first
+from pipeline.evaluate.context import Evaluation, Pictures, from_first
 from pipeline.evaluate.labelled import Labelled, description, labelled_splits, layers_of
 from pipeline.evaluate.labelled import unfit as unlabelled
-from pipeline.evaluate.pieces import Piece, shared_out
+from pipeline.evaluate.work_sharing import Piece, shared_out
 
 FIGURE = "low_data.png"
 PER_CLASS = (4, 25, 400)

@@ -47,7 +47,7 @@ def write_report(
 def _write_report(
     folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None, not_run: Sequence[str]
 ) -> Path:
-    from pipeline.evaluate.tasks import TASKS
+    from pipeline.evaluate.registry import TASKS
 
     order = list(TASKS)
     measured = read_measured(folder, random_weights or folder / RANDOM_WEIGHTS, facts, shards)

@@ -140,6 +140,6 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
 
 
 def _module(task: str) -> ModuleType | None:
-    from pipeline.evaluate.tasks import TASKS
+    from pipeline.evaluate.registry import TASKS
 
     return import_module(TASKS[task]) if task in TASKS else None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data_prep.common.files import written_aside
-from pipeline.evaluate.inputs import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.supervised import predictions
 from pipeline.evaluate.votes import MASKS, scores_of_looks
 

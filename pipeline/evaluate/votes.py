@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.seeding import generator
-from pipeline.evaluate.inputs import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.labelled import Labelled, Rows, baselines, layers_of, scores_on_test
 
 MASKS = 5

@@ -10,8 +10,8 @@ from tiny_sets import random_palette, random_pictures, separable_pictures, write
 from toy_network import write_toy_network
 
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
-from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
 from pipeline.model.folder_files import model_digest
 from pipeline.model.huggingface import load_model_folder
 

@@ -12,8 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from pipeline.evaluate.kept import Kept
-from pipeline.evaluate.tasks import evaluate
+from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.command import evaluate
 
 if __name__ == "__main__":
     pieces, done = int(sys.argv[1]), 0

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.compare import compare_command
-from pipeline.evaluate.tasks import evaluate
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -12,8 +12,8 @@ from transformers import GPT2Model, ImageGPTModel
 
 from data_prep.shards.reader import ShardSet
 from pipeline.evaluate import features as features_module
+from pipeline.evaluate.context import Evaluation, choose_pictures
 from pipeline.evaluate.features import Cache, pooled_features
-from pipeline.evaluate.inputs import Evaluation, choose_pictures
 from pipeline.model.objectives import IGNORED
 
 HUGGING_FACE = {"igpt": ImageGPTModel, "gpt2": GPT2Model}

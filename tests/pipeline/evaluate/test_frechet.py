@@ -15,9 +15,9 @@ from data_prep.common.seeding import generator
 from data_prep.palette.codec import decode
 from pipeline.evaluate import completion_distance as distance_module
 from pipeline.evaluate.completion_distance import completion_distance
+from pipeline.evaluate.context import Evaluation
 from pipeline.evaluate.feature_network import feature_network
 from pipeline.evaluate.frechet import Gaussian, frechet_distance
-from pipeline.evaluate.inputs import Evaluation
 from pipeline.model.sampling import complete
 
 CPU = torch.device("cpu")

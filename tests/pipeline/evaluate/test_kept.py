@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.cache import Kept
 
 
 def piece(number: int) -> dict[str, object]:

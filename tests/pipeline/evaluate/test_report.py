@@ -17,12 +17,13 @@ from sklearn.neighbors import NearestCentroid
 from tiny_sets import COLORS
 
 from data_prep.shards.reader import ShardSet
+from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.curve import summarised
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.provenance import model_facts
+from pipeline.evaluate.registry import LONG, TASKS
 from pipeline.evaluate.report import write_report
 from pipeline.evaluate.sections import headlines, section
-from pipeline.evaluate.tasks import LONG, TASKS, evaluate
 from pipeline.model.huggingface import load_model_folder
 
 QUICK = [

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from data_prep.common.files import read_json
-from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.linear_probe import Options as LinearProbe
+from pipeline.evaluate.registry import TASKS
 from pipeline.evaluate.sgd import SgdOptions
-from pipeline.evaluate.tasks import TASKS
 from tests import launch
 
 SCRIPT = Path(__file__).with_name("killed.py")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.common.files import read_json
-from pipeline.evaluate import stopping
-from pipeline.evaluate.stopping import WORDS, until_stopped
+from pipeline.evaluate import interrupt as stopping
+from pipeline.evaluate.interrupt import WORDS, until_stopped
 from tests import launch
 
 

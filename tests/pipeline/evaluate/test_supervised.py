@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.evaluate.inputs import Evaluation
-from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.context import Evaluation
 from pipeline.evaluate.recipe import Recipe
 from pipeline.evaluate.supervised import Batch, Training, best_of, epoch_order, search, train
 

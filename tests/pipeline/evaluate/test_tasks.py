@@ -15,7 +15,8 @@ import torch
 from tiny_sets import COLORS, random_palette, random_pictures, write_model, write_shard_set
 
 from data_prep.shards.reader import open_shard_set
-from pipeline.evaluate.tasks import LONG, TASKS, evaluate
+from pipeline.evaluate.command import evaluate
+from pipeline.evaluate.registry import LONG, TASKS
 from pipeline.model.folder_files import model_digest
 
 QUICK = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate.tasks import evaluate
+from pipeline.evaluate.command import evaluate
 from tests.launch import finish, run, start
 
 QUICK = [

@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import numpy as np
 
 from data_prep.shards.reader import open_shard_set
+from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.command import evaluate
+from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
 from pipeline.evaluate.features import Cache, pooled_features
-from pipeline.evaluate.inputs import Evaluation, Sizes, start_accelerator
-from pipeline.evaluate.kept import Kept
-from pipeline.evaluate.tasks import evaluate
 from pipeline.model.huggingface import load_model_folder
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import ImageGPTForCausalImageModeling
 
-from pipeline.evaluate.tasks import evaluate
+from pipeline.evaluate.command import evaluate
 from pipeline.locate import model_folder
 from pipeline.model.huggingface import load_model_folder
 from pipeline.publish.command import publish_command

@@ -21,9 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from jsonargparse import Namespace
@@ -31,24 +29,13 @@ from jsonargparse import Namespace
 from data_prep.common.command_line import new_parser, one_voice, parse
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import open_shard_set
-from pipeline.evaluate.inputs import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
-from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.context import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
+from pipeline.evaluate.interrupt import until_stopped
 from pipeline.evaluate.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
-from pipeline.evaluate.stopping import until_stopped
+from pipeline.evaluate.registry import LONG, TASKS, _module
 
 FEATURES = ".features"
-TASKS = {
-    "linear_probe": "pipeline.evaluate.linear_probe",
-    "knn": "pipeline.evaluate.knn",
-    "low_data": "pipeline.evaluate.low_data",
-    "attentive_probe": "pipeline.evaluate.attentive_probe",
-    "fine_tune": "pipeline.evaluate.fine_tune",
-    "distill": "pipeline.evaluate.distill",
-    "density": "pipeline.evaluate.density",
-    "completions": "pipeline.evaluate.completions",
-}
-LONG = ("attentive_probe", "fine_tune", "distill")
-"""Trainings of many epochs: they run only where they are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +139,6 @@ def _parse(arguments: list[str]) -> tuple[Path, Command, Sizes, Namespace]:
     command = Command(**{name: values[name] for name in Command.__dataclass_fields__})
     sizes = Sizes(**{name: values[name] for name in Sizes.__dataclass_fields__})
     return values.model, command, sizes, values
-
-
-def _module(task: str) -> ModuleType:
-    return import_module(TASKS[task])
 
 
 def _chosen_tasks(tasks: str) -> list[str]:

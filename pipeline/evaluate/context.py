@@ -14,7 +14,7 @@ from data_prep.common.progress import progress
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import palette_sha256
 from data_prep.shards.reader import ShardSet, Split
-from pipeline.evaluate.kept import Kept
+from pipeline.evaluate.cache import Kept
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluate.inputs import Evaluation
+from pipeline.evaluate.context import Evaluation
 
 Piece = Callable[[], dict[str, Any]]
 
