@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pipeline.config import require_at_least, require_positive
+from pipeline.evaluate.classifiers.recipe import WholeModelRecipe
 from pipeline.evaluate.context import Evaluation, Pictures, check_match, choose_pictures, from_first
 from pipeline.evaluate.fine_tune import FOLDER as TEACHER_FOLDER
 from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
-from pipeline.evaluate.recipe import WholeModelRecipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.config import ModelConfig
-    from pipeline.evaluate.supervised import Batch, Losses, Training
+    from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses, Training
     from pipeline.model.classifier import LoadedClassifier
     from pipeline.model.huggingface import LoadedModel
 
@@ -128,8 +128,8 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
     Raises ValueError if the teacher or the student does not fit the shard set, or a split is absent or unlabelled.
     """
+    from pipeline.evaluate.classifiers.finetune_loop import search
     from pipeline.evaluate.labelled import description, labelled_splits
-    from pipeline.evaluate.supervised import search
 
     options.check_fits(evaluation.shards.resolution)
     teacher = _load_teacher(evaluation, options)
@@ -314,7 +314,7 @@ def _training(
     valid: Pictures,
     rate: float,
 ) -> "Training":
-    from pipeline.evaluate.supervised import Training, adam
+    from pipeline.evaluate.classifiers.finetune_loop import Training, adam
     from pipeline.evaluate.verdicts import valid_accuracy
     from pipeline.model.classifier import Classifier
 
@@ -342,7 +342,7 @@ def _judged(
     trials: list[dict[str, Any]] | None = None,
 ) -> "tuple[dict[str, Any], np.ndarray]":
     """What the result says of one of the three, and the class it says of each test picture, int (N,)."""
-    from pipeline.evaluate.supervised import best_of
+    from pipeline.evaluate.classifiers.finetune_loop import best_of
     from pipeline.evaluate.verdicts import classes_said, test_scores, valid_accuracy
 
     config, first_look = evaluation.model.config, []

@@ -26,15 +26,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.config import require_at_least
+from pipeline.evaluate.classifiers.recipe import WholeModelRecipe
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
 from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
-from pipeline.evaluate.recipe import WholeModelRecipe
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pipeline.evaluate.supervised import Batch, Training
+    from pipeline.evaluate.classifiers.finetune_loop import Batch, Training
 
 FOLDER = "fine_tuned"
 FIGURE = "fine_tune.png"
@@ -67,8 +67,8 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
     Raises ValueError if train, valid or test is absent or unlabelled, or train has a single class.
     """
+    from pipeline.evaluate.classifiers.finetune_loop import best_of, search
     from pipeline.evaluate.labelled import description, labelled_splits
-    from pipeline.evaluate.supervised import best_of, search
     from pipeline.evaluate.verdicts import classes_said, test_scores
 
     options.check_fits(evaluation.shards.resolution)
@@ -107,7 +107,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def _training(evaluation: Evaluation, pictures: dict[str, Pictures], options: Options, rate: float) -> "Training":
     """A copy of the model that is to be fine-tuned at one rate."""
-    from pipeline.evaluate.supervised import Training, adam
+    from pipeline.evaluate.classifiers.finetune_loop import Training, adam
     from pipeline.evaluate.verdicts import valid_accuracy
     from pipeline.model.classifier import Classifier
     from pipeline.model.objectives import class_loss, joint_loss

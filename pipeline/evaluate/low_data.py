@@ -36,7 +36,7 @@ import numpy as np
 
 from data_prep.common.files import written_aside
 from data_prep.common.seeding import generator
-from pipeline.evaluate.classifier import L2_STRENGTHS, logistic_path
+from pipeline.evaluate.classifiers.logistic import L2_STRENGTHS, logistic_path
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
 from pipeline.evaluate.labelled import Labelled, description, labelled_splits, layers_of
 from pipeline.evaluate.labelled import unfit as unlabelled

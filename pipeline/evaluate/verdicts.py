@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from data_prep.common.files import written_aside
+from pipeline.evaluate.classifiers.finetune_loop import predictions
 from pipeline.evaluate.context import Evaluation, Pictures
-from pipeline.evaluate.supervised import predictions
 from pipeline.evaluate.votes import MASKS, scores_of_looks
 
 NAMES_SHOWN = 30

@@ -12,11 +12,11 @@ from sklearn.preprocessing import StandardScaler
 from tiny_sets import random_palette, random_pictures, write_shard_set
 
 from data_prep.shards.reader import ShardSet, open_shard_set
+from pipeline.evaluate.classifiers.sgd import SgdOptions
 from pipeline.evaluate.context import Evaluation
 from pipeline.evaluate.features import pooled_features
 from pipeline.evaluate.linear_probe import Options, layers_around, measure
 from pipeline.evaluate.registry import TASKS
-from pipeline.evaluate.sgd import SgdOptions
 
 STRENGTHS = [1.0, 0.1, 0.01, 0.001]
 

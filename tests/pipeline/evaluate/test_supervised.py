@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.classifiers.finetune_loop import Batch, Training, best_of, epoch_order, search, train
+from pipeline.evaluate.classifiers.recipe import Recipe
 from pipeline.evaluate.context import Evaluation
-from pipeline.evaluate.recipe import Recipe
-from pipeline.evaluate.supervised import Batch, Training, best_of, epoch_order, search, train
 
 PLAIN = Recipe(epochs=3, patience=0, global_size=20, flip=False, reflect_crop=0)
 

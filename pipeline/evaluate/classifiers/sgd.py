@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.common.seeding import generator
-from pipeline.evaluate.classifier import LinearClassifier, moments, standardised
+from pipeline.evaluate.classifiers.logistic import LinearClassifier, moments, standardised
 from pipeline.evaluate.labelled import Labelled
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from torch import nn
 
 from data_prep.common.files import written_aside
 from data_prep.common.seeding import generator
+from pipeline.evaluate.classifiers.recipe import Recipe
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
-from pipeline.evaluate.recipe import Recipe
 from pipeline.model.augmentation import Augmentation
 
 STATE_FILE = "state.pt"
