@@ -31,14 +31,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipeline.config import require_at_least
 from pipeline.evaluate.classifiers.recipe import Recipe
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
-from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
+from pipeline.evaluate.features.labelled import unfit as unfit
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pipeline.evaluate.attentive_pooling import Probes
     from pipeline.evaluate.classifiers.finetune_loop import Batch, Training
+    from pipeline.evaluate.features.attentive_pooling import Probes
 
 FIGURE = "attentive_probe.png"
 DEFAULT_DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
@@ -90,9 +90,9 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """
     import numpy as np
 
-    from pipeline.evaluate.attentive_pooling import token_features
     from pipeline.evaluate.classifiers.finetune_loop import all_lost, predictions, train
-    from pipeline.evaluate.labelled import description, labelled_splits
+    from pipeline.evaluate.features.attentive_pooling import token_features
+    from pipeline.evaluate.features.labelled import description, labelled_splits
     from pipeline.evaluate.verdicts import draw_confusion, test_scores
 
     options.check_fits(evaluation.shards.resolution)
@@ -167,8 +167,8 @@ def _training(
     import numpy as np
     import torch
 
-    from pipeline.evaluate.attentive_pooling import Probes, standardisation, token_features
     from pipeline.evaluate.classifiers.finetune_loop import Training, predictions
+    from pipeline.evaluate.features.attentive_pooling import Probes, standardisation, token_features
     from pipeline.model.objectives import class_loss
 
     mean, deviation = standardisation(evaluation, pictures["train"], layers)  # (layers, D)

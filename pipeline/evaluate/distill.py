@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from pipeline.config import require_at_least, require_positive
 from pipeline.evaluate.classifiers.recipe import WholeModelRecipe
 from pipeline.evaluate.context import Evaluation, Pictures, check_match, choose_pictures, from_first
+from pipeline.evaluate.features.labelled import unfit as unfit
 from pipeline.evaluate.fine_tune import FOLDER as TEACHER_FOLDER
-from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,7 +129,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     Raises ValueError if the teacher or the student does not fit the shard set, or a split is absent or unlabelled.
     """
     from pipeline.evaluate.classifiers.finetune_loop import search
-    from pipeline.evaluate.labelled import description, labelled_splits
+    from pipeline.evaluate.features.labelled import description, labelled_splits
 
     options.check_fits(evaluation.shards.resolution)
     teacher = _load_teacher(evaluation, options)

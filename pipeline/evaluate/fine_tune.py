@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipeline.config import require_at_least
 from pipeline.evaluate.classifiers.recipe import WholeModelRecipe
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
-from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
+from pipeline.evaluate.features.labelled import unfit as unfit
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     Raises ValueError if train, valid or test is absent or unlabelled, or train has a single class.
     """
     from pipeline.evaluate.classifiers.finetune_loop import best_of, search
-    from pipeline.evaluate.labelled import description, labelled_splits
+    from pipeline.evaluate.features.labelled import description, labelled_splits
     from pipeline.evaluate.verdicts import classes_said, test_scores
 
     options.check_fits(evaluation.shards.resolution)

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.evaluate.context import Evaluation, from_first
-from pipeline.evaluate.figures import draw_by_layer
-from pipeline.evaluate.labelled import (
+from pipeline.evaluate.features.labelled import (
     BASELINES,
     Labelled,
     Rows,
@@ -35,7 +34,8 @@ from pipeline.evaluate.labelled import (
     labelled_splits,
     layer_name,
 )
-from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
+from pipeline.evaluate.features.labelled import unfit as unfit
+from pipeline.evaluate.figures import draw_by_layer
 from pipeline.evaluate.votes import judged, looks
 from pipeline.evaluate.work_sharing import Piece, shared_out
 

@@ -30,8 +30,7 @@ import numpy as np
 from pipeline.evaluate.classifiers.logistic import L2_STRENGTHS, LinearClassifier, fit_logistic
 from pipeline.evaluate.classifiers.sgd import SgdOptions, fit_sgd, search_rate
 from pipeline.evaluate.context import Evaluation, from_first
-from pipeline.evaluate.figures import draw_by_layer
-from pipeline.evaluate.labelled import (
+from pipeline.evaluate.features.labelled import (
     BASELINES,
     Labelled,
     description,
@@ -40,7 +39,8 @@ from pipeline.evaluate.labelled import (
     layer_name,
     side_by_side,
 )
-from pipeline.evaluate.labelled import unfit as unfit  # a task's own, as tasks.py looks for it
+from pipeline.evaluate.features.labelled import unfit as unfit
+from pipeline.evaluate.figures import draw_by_layer
 from pipeline.evaluate.votes import judged, looks
 from pipeline.evaluate.work_sharing import Piece, shared_out
 

@@ -38,8 +38,8 @@ from data_prep.common.files import written_aside
 from data_prep.common.seeding import generator
 from pipeline.evaluate.classifiers.logistic import L2_STRENGTHS, logistic_path
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
-from pipeline.evaluate.labelled import Labelled, description, labelled_splits, layers_of
-from pipeline.evaluate.labelled import unfit as unlabelled
+from pipeline.evaluate.features.labelled import Labelled, description, labelled_splits, layers_of
+from pipeline.evaluate.features.labelled import unfit as unlabelled
 from pipeline.evaluate.work_sharing import Piece, shared_out
 
 FIGURE = "low_data.png"
@@ -186,7 +186,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     Raises ValueError if a split that is used is absent or unlabelled, train has a single class, `layer` is none of the
     model's, train has fewer labels than asked for, or valid has none to choose on.
     """
-    from pipeline.evaluate.features import pooled_features
+    from pipeline.evaluate.features.pooled import pooled_features
 
     pictures = labelled_splits(evaluation, "low_data", options.splits)
     settings, left_out = _settings(evaluation, options, pictures)

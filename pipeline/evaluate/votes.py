@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.common.seeding import generator
 from pipeline.evaluate.context import Evaluation, Pictures
-from pipeline.evaluate.labelled import Labelled, Rows, baselines, layers_of, scores_on_test
+from pipeline.evaluate.features.labelled import Labelled, Rows, baselines, layers_of, scores_on_test
 
 MASKS = 5
 
@@ -20,7 +20,7 @@ def looks(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[Labelled
 
     The test pictures are read by this, once, when everything is chosen.
     """
-    from pipeline.evaluate.features import pooled_features
+    from pipeline.evaluate.features.pooled import pooled_features
 
     masks = range(MASKS if evaluation.masked else 1)
     seen = [layers_of(pooled_features(evaluation, pictures, mask), pictures.labels) for mask in masks]

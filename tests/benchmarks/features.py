@@ -18,7 +18,7 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Pictures, Sizes, start_accelerator
-from pipeline.evaluate.features import pooled_features
+from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.huggingface import load_model_folder, save_model_folder
 from tests.launch import run

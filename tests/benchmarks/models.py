@@ -185,7 +185,7 @@ def _read_rate(device: torch.device) -> float:
 
 def features(case: Case) -> tuple[Step, Step]:
     """A batch's pooled features of all layers, and the forward pass alone."""
-    from pipeline.evaluate.features import pooled_layers
+    from pipeline.evaluate.features.pooled import pooled_layers
 
     with torch.device(case.device):
         model = build_model(case.config).eval()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluate.labelled import Labelled, Rows, in_blocks
+from pipeline.evaluate.features.labelled import Labelled, Rows, in_blocks
 
 ITERATIONS = 1000
 TOLERANCE = 1e-4

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.common.seeding import generator
 from pipeline.evaluate.classifiers.logistic import LinearClassifier, moments, standardised
-from pipeline.evaluate.labelled import Labelled
+from pipeline.evaluate.features.labelled import Labelled
 
 if TYPE_CHECKING:
     import torch

@@ -14,11 +14,11 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tiny_sets import random_palette, random_pictures
 
-from pipeline.evaluate import labelled
 from pipeline.evaluate.classifiers import sgd
 from pipeline.evaluate.classifiers.logistic import LinearClassifier, fit_logistic, logistic_path, moments
 from pipeline.evaluate.classifiers.sgd import SgdOptions, fit_sgd, search_rate, train_sgd
-from pipeline.evaluate.labelled import Labelled, SideBySide, color_histogram, raw_pixels
+from pipeline.evaluate.features import labelled
+from pipeline.evaluate.features.labelled import Labelled, SideBySide, color_histogram, raw_pixels
 from pipeline.evaluate.votes import most_votes
 
 STRENGTHS = [1.0, 0.1, 0.01, 0.001]

@@ -11,9 +11,9 @@ import torch
 from transformers import GPT2Model, ImageGPTModel
 
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate import features as features_module
 from pipeline.evaluate.context import Evaluation, choose_pictures
-from pipeline.evaluate.features import Cache, pooled_features
+from pipeline.evaluate.features import pooled as features_module
+from pipeline.evaluate.features.pooled import Cache, pooled_features
 from pipeline.model.objectives import IGNORED
 
 HUGGING_FACE = {"igpt": ImageGPTModel, "gpt2": GPT2Model}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.evaluate import knn, labelled
-from pipeline.evaluate.features import pooled_features
+from pipeline.evaluate import knn
+from pipeline.evaluate.features import labelled
+from pipeline.evaluate.features.labelled import Labelled, color_histogram, raw_pixels
+from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.knn import Options, measure, predictions
-from pipeline.evaluate.labelled import Labelled, color_histogram, raw_pixels
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from tiny_sets import random_palette, random_pictures, write_shard_set
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.classifiers.sgd import SgdOptions
 from pipeline.evaluate.context import Evaluation
-from pipeline.evaluate.features import pooled_features
+from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.linear_probe import Options, layers_around, measure
 from pipeline.evaluate.registry import TASKS
 

@@ -19,7 +19,7 @@ from tiny_sets import COLORS
 from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.curve import summarised
-from pipeline.evaluate.features import pooled_features
+from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.provenance import model_facts
 from pipeline.evaluate.registry import LONG, TASKS
 from pipeline.evaluate.report import write_report

@@ -15,7 +15,7 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
-from pipeline.evaluate.features import Cache, pooled_features
+from pipeline.evaluate.features.pooled import Cache, pooled_features
 from pipeline.model.huggingface import load_model_folder
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def layers_of(features: np.ndarray, labels: np.ndarray) -> dict[str, Labelled]:
 
 def known_features(evaluation: Evaluation, pictures: Pictures) -> dict[str, Labelled]:
     """The baselines and every layer of pictures, by name; a masked model sees the first mask. All ranks call it."""
-    from pipeline.evaluate.features import pooled_features
+    from pipeline.evaluate.features.pooled import pooled_features
 
     return baselines(evaluation, pictures) | layers_of(pooled_features(evaluation, pictures), pictures.labels)
 
