@@ -93,7 +93,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     from pipeline.evaluate.classifiers.finetune_loop import all_lost, predictions, train
     from pipeline.evaluate.features.attentive_pooling import token_features
     from pipeline.evaluate.features.labelled import description, labelled_splits
-    from pipeline.evaluate.verdicts import draw_confusion, test_scores
+    from pipeline.evaluate.metrics.classification import draw_confusion, test_scores
 
     options.check_fits(evaluation.shards.resolution)
     layers, heads = _layers(evaluation, options), _heads(evaluation, options)
@@ -134,7 +134,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a line."""
-    from pipeline.evaluate.verdicts import test_words
+    from pipeline.evaluate.metrics.classification import test_words
 
     return (
         f"{test_words(result)} at layer {result['best_layer']}, rate {result['learning_rate']:g}, "

@@ -140,13 +140,13 @@ def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
     choose_examples(evaluation.shards, options.split, options.images, evaluation.seed)
     if not options.distance_images:
         return
-    from pipeline.evaluate.completion_distance import compared
+    from pipeline.evaluate.metrics.completion_distance import compared
 
     compared(evaluation, options.split, options.distance_images)
     if options.feature_network is not None:
         import torch
 
-        from pipeline.evaluate.feature_network import feature_network
+        from pipeline.evaluate.metrics.feature_network import feature_network
 
         device, side = evaluation.accelerator.device, evaluation.shards.resolution
         network = feature_network(Path(options.feature_network), device)
@@ -170,7 +170,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
 
 def _distance(evaluation: Evaluation, options: Options) -> dict[str, Any]:
-    from pipeline.evaluate.completion_distance import completion_distance
+    from pipeline.evaluate.metrics.completion_distance import completion_distance
 
     return completion_distance(
         evaluation, options.split, options.distance_images, options.temperature, options.feature_network

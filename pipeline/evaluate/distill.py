@@ -315,7 +315,7 @@ def _training(
     rate: float,
 ) -> "Training":
     from pipeline.evaluate.classifiers.finetune_loop import Training, adam
-    from pipeline.evaluate.verdicts import valid_accuracy
+    from pipeline.evaluate.metrics.classification import valid_accuracy
     from pipeline.model.classifier import Classifier
 
     model = deepcopy(learning.model.model).to(learning.accelerator.device)
@@ -343,7 +343,7 @@ def _judged(
 ) -> "tuple[dict[str, Any], np.ndarray]":
     """What the result says of one of the three, and the class it says of each test picture, int (N,)."""
     from pipeline.evaluate.classifiers.finetune_loop import best_of
-    from pipeline.evaluate.verdicts import classes_said, test_scores, valid_accuracy
+    from pipeline.evaluate.metrics.classification import classes_said, test_scores, valid_accuracy
 
     config, first_look = evaluation.model.config, []
 
@@ -380,6 +380,6 @@ def _write(learning: Evaluation, classifier: "nn.Module", teacher: "LoadedClassi
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    from pipeline.evaluate.verdicts import draw_confusion
+    from pipeline.evaluate.metrics.classification import draw_confusion
 
     draw_confusion(result["student"] | {"class_names": result["class_names"]}, path)

@@ -69,7 +69,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
     """
     from pipeline.evaluate.classifiers.finetune_loop import best_of, search
     from pipeline.evaluate.features.labelled import description, labelled_splits
-    from pipeline.evaluate.verdicts import classes_said, test_scores
+    from pipeline.evaluate.metrics.classification import classes_said, test_scores
 
     options.check_fits(evaluation.shards.resolution)
     pictures = labelled_splits(evaluation, Options.TASK)
@@ -96,7 +96,7 @@ def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a line."""
-    from pipeline.evaluate.verdicts import test_words
+    from pipeline.evaluate.metrics.classification import test_words
 
     return (
         f"{test_words(result)}, rate {result['learning_rate']:g}, epoch {result['best_epoch']}, best on validation "
@@ -108,7 +108,7 @@ def summary(result: dict[str, Any]) -> str:
 def _training(evaluation: Evaluation, pictures: dict[str, Pictures], options: Options, rate: float) -> "Training":
     """A copy of the model that is to be fine-tuned at one rate."""
     from pipeline.evaluate.classifiers.finetune_loop import Training, adam
-    from pipeline.evaluate.verdicts import valid_accuracy
+    from pipeline.evaluate.metrics.classification import valid_accuracy
     from pipeline.model.classifier import Classifier
     from pipeline.model.objectives import class_loss, joint_loss
 
@@ -135,7 +135,7 @@ def _training(evaluation: Evaluation, pictures: dict[str, Pictures], options: Op
 
 
 def _write(evaluation: Evaluation, classifier: "nn.Module", result: dict[str, Any]) -> None:
-    from pipeline.evaluate.verdicts import draw_confusion
+    from pipeline.evaluate.metrics.classification import draw_confusion
     from pipeline.model.classifier import save_classifier
 
     draw_confusion(result, evaluation.results / FIGURE)

@@ -36,7 +36,7 @@ from pipeline.evaluate.features.labelled import (
 )
 from pipeline.evaluate.features.labelled import unfit as unfit
 from pipeline.evaluate.figures import draw_by_layer
-from pipeline.evaluate.votes import judged, looks
+from pipeline.evaluate.metrics.mask_ensemble import judged, looks
 from pipeline.evaluate.work_sharing import Piece, shared_out
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pipeline.evaluate.classifiers.logistic import LinearClassifier, fit_logisti
 from pipeline.evaluate.classifiers.sgd import SgdOptions, fit_sgd, search_rate, train_sgd
 from pipeline.evaluate.features import labelled
 from pipeline.evaluate.features.labelled import Labelled, SideBySide, color_histogram, raw_pixels
-from pipeline.evaluate.votes import most_votes
+from pipeline.evaluate.metrics.mask_ensemble import most_votes
 
 STRENGTHS = [1.0, 0.1, 0.01, 0.001]
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from toy_network import write_toy_network
 
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import decode
-from pipeline.evaluate import completion_distance as distance_module
-from pipeline.evaluate.completion_distance import completion_distance
 from pipeline.evaluate.context import Evaluation
-from pipeline.evaluate.feature_network import feature_network
-from pipeline.evaluate.frechet import Gaussian, frechet_distance
+from pipeline.evaluate.metrics import completion_distance as distance_module
+from pipeline.evaluate.metrics.completion_distance import completion_distance
+from pipeline.evaluate.metrics.feature_network import feature_network
+from pipeline.evaluate.metrics.frechet import Gaussian, frechet_distance
 from pipeline.model.sampling import complete
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import numpy as np
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import decode
 from pipeline.evaluate.context import Evaluation
-from pipeline.evaluate.feature_network import FeatureNetwork, feature_network
-from pipeline.evaluate.frechet import Gaussian, frechet_distance
+from pipeline.evaluate.metrics.feature_network import FeatureNetwork, feature_network
+from pipeline.evaluate.metrics.frechet import Gaussian, frechet_distance
 
 FEWEST = 2
 COMPLETED, ORIGINAL, SHUFFLED, OTHER = SETS = ("completed", "original", "shuffled", "other")

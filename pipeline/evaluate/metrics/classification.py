@@ -11,7 +11,7 @@ from torch import nn
 from data_prep.common.files import written_aside
 from pipeline.evaluate.classifiers.finetune_loop import predictions
 from pipeline.evaluate.context import Evaluation, Pictures
-from pipeline.evaluate.votes import MASKS, scores_of_looks
+from pipeline.evaluate.metrics.mask_ensemble import MASKS, scores_of_looks
 
 NAMES_SHOWN = 30
 """A confusion matrix of more classes has no names beside it."""
