@@ -4,14 +4,14 @@ from importlib import import_module
 from types import ModuleType
 
 TASKS = {
-    "linear_probe": "pipeline.evaluate.linear_probe",
-    "knn": "pipeline.evaluate.knn",
-    "low_data": "pipeline.evaluate.low_data",
-    "attentive_probe": "pipeline.evaluate.attentive_probe",
-    "fine_tune": "pipeline.evaluate.fine_tune",
-    "distill": "pipeline.evaluate.distill",
-    "density": "pipeline.evaluate.density",
-    "completions": "pipeline.evaluate.completions",
+    "linear_probe": "pipeline.evaluate.tasks.linear_probe",
+    "knn": "pipeline.evaluate.tasks.knn",
+    "low_data": "pipeline.evaluate.tasks.low_data",
+    "attentive_probe": "pipeline.evaluate.tasks.attentive_probe",
+    "fine_tune": "pipeline.evaluate.tasks.fine_tune",
+    "distill": "pipeline.evaluate.tasks.distill",
+    "density": "pipeline.evaluate.tasks.density",
+    "completions": "pipeline.evaluate.tasks.completions",
 }
 
 

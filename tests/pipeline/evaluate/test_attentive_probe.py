@@ -11,10 +11,10 @@ from tiny_sets import COLORS
 from transformers import ImageGPTModel
 
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate.attentive_probe import Options, measure, summary
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.features import attentive_pooling
 from pipeline.evaluate.features.attentive_pooling import AttentivePooling, standardisation, token_features
+from pipeline.evaluate.tasks.attentive_probe import Options, measure, summary
 
 QUICK = Options(epochs=8, layers=[1, 3], learning_rates=[0.02, 1e-6], global_size=20, reflect_crop=1)
 

@@ -10,7 +10,7 @@ from tiny_sets import COLORS, RESOLUTION
 from toy_network import write_toy_network
 
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate.completions import Options, choose_examples, complete_command, read_besides, with_titles
+from pipeline.evaluate.tasks.completions import Options, choose_examples, complete_command, read_besides, with_titles
 from pipeline.model.huggingface import load_model_folder
 from pipeline.model.sampling import complete_halves
 

@@ -14,8 +14,8 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate import density as density_module
-from pipeline.evaluate.density import Counts, Options, measure, nats_by_position
+from pipeline.evaluate.tasks import density as density_module
+from pipeline.evaluate.tasks.density import Counts, Options, measure, nats_by_position
 
 HUGGING_FACE = {"igpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
 

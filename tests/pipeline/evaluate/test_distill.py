@@ -12,10 +12,10 @@ from tiny_sets import RESOLUTION, random_palette, separable_pictures, write_mode
 
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.evaluate import fine_tune
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
-from pipeline.evaluate.distill import Options, measure, read_besides, summary
+from pipeline.evaluate.tasks import fine_tune
+from pipeline.evaluate.tasks.distill import Options, measure, read_besides, summary
 from pipeline.model.classifier import load_classifier
 from pipeline.model.folder_files import model_digest
 from pipeline.model.huggingface import load_model_folder

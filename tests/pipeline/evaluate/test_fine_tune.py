@@ -14,7 +14,7 @@ from transformers import ImageGPTForImageClassification
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.classifiers.finetune_loop import epoch_order
-from pipeline.evaluate.fine_tune import Options, measure, summary
+from pipeline.evaluate.tasks.fine_tune import Options, measure, summary
 from pipeline.model.classifier import load_classifier
 from pipeline.model.huggingface import load_model_folder
 

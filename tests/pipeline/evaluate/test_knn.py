@@ -8,11 +8,11 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.evaluate import knn
 from pipeline.evaluate.features import labelled
 from pipeline.evaluate.features.labelled import Labelled, color_histogram, raw_pixels
 from pipeline.evaluate.features.pooled import pooled_features
-from pipeline.evaluate.knn import Options, measure, predictions
+from pipeline.evaluate.tasks import knn
+from pipeline.evaluate.tasks.knn import Options, measure, predictions
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.classifiers.sgd import SgdOptions
 from pipeline.evaluate.context import Evaluation
 from pipeline.evaluate.features.pooled import pooled_features
-from pipeline.evaluate.linear_probe import Options, layers_around, measure
 from pipeline.evaluate.registry import TASKS
+from pipeline.evaluate.tasks.linear_probe import Options, layers_around, measure
 
 STRENGTHS = [1.0, 0.1, 0.01, 0.001]
 

@@ -15,7 +15,7 @@ from data_prep.common.seeding import generator
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.features.labelled import Labelled
 from pipeline.evaluate.features.pooled import pooled_features
-from pipeline.evaluate.low_data import Options, Setting, balanced, choose, measure, settings_for, unfit
+from pipeline.evaluate.tasks.low_data import Options, Setting, balanced, choose, measure, settings_for, unfit
 
 LABELS = np.repeat([0, 1, 2], [120, 60, 5])
 

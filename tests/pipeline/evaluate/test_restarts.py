@@ -11,8 +11,8 @@ import pytest
 from data_prep.common.files import read_json
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.classifiers.sgd import SgdOptions
-from pipeline.evaluate.linear_probe import Options as LinearProbe
 from pipeline.evaluate.registry import TASKS
+from pipeline.evaluate.tasks.linear_probe import Options as LinearProbe
 from tests import launch
 
 SCRIPT = Path(__file__).with_name("killed.py")

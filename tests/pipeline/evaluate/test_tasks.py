@@ -100,7 +100,7 @@ def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
     def cut_off(*_: object) -> dict:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.evaluate.knn.measure", cut_off)
+    monkeypatch.setattr("pipeline.evaluate.tasks.knn.measure", cut_off)
     with pytest.raises(KeyboardInterrupt):
         run("--tasks", "density,knn,linear_probe,completions")
     results = json.loads((tmp_path / "results" / "results.json").read_text())

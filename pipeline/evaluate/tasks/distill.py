@@ -35,7 +35,7 @@ from pipeline.config import require_at_least, require_positive
 from pipeline.evaluate.classifiers.recipe import WholeModelRecipe
 from pipeline.evaluate.context import Evaluation, Pictures, check_match, choose_pictures, from_first
 from pipeline.evaluate.features.labelled import unfit as unfit
-from pipeline.evaluate.fine_tune import FOLDER as TEACHER_FOLDER
+from pipeline.evaluate.tasks.fine_tune import FOLDER as TEACHER_FOLDER
 
 if TYPE_CHECKING:
     import numpy as np
