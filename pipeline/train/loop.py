@@ -14,7 +14,7 @@ from pipeline.checkpoint.metrics_log import SKIPPED_FILE
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, describe_ranks, failing_together, gather, most_over_ranks, start_group, together
-from pipeline.model.pictures import completion_grid
+from pipeline.model.image_grid import completion_grid
 from pipeline.train.health import Diverged, SlowRanks, StopRequests, check_replicas
 from pipeline.train.integrity import verify_shards
 from pipeline.train.persistence import Progress, Store

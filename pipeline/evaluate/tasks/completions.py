@@ -19,7 +19,7 @@ from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.context import Evaluation, check_match, from_first, split_labels, start_accelerator
 from pipeline.evaluate.html import figure, note, table
 from pipeline.evaluate.sections import Headline
-from pipeline.model.pictures import completion_grid
+from pipeline.model.image_grid import completion_grid
 
 if TYPE_CHECKING:
     from pipeline.model.huggingface import LoadedModel
