@@ -41,7 +41,7 @@ def plan(arguments: list[str]) -> int:
 
 def export(arguments: list[str]) -> int:
     """Writes a checkpoint as a Hugging Face model folder."""
-    from pipeline.export import export_command
+    from pipeline.model_folder.export import export_command
 
     return export_command(arguments)
 

@@ -80,9 +80,9 @@ def _evaluate(arguments: list[str]) -> int:
         if command.out.exists() and not command.out.is_dir():
             raise ValueError(f"--out is {command.out}, which is a file; it must be a folder.")
 
-    from pipeline.locate import model_folder
     from pipeline.model.gpt import initialize
-    from pipeline.model.huggingface import load_model_folder
+    from pipeline.model_folder.convert import load_model_folder
+    from pipeline.model_folder.resolve import model_folder
 
     accelerator = start_accelerator(command.precision)
     folder = from_first(accelerator, lambda: model_folder(path))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from pipeline.model.huggingface import LoadedModel
+    from pipeline.model_folder.convert import LoadedModel
 
 Outcome = TypeVar("Outcome")
 Weights = Literal["trained", "random"]

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.palette.codec import palette_sha256
-from pipeline.model.folder_files import json_digest, model_digest
-from pipeline.model.training_record import read_training_record
+from pipeline.model_folder.files import json_digest, model_digest
+from pipeline.model_folder.training_record import read_training_record
 
 if TYPE_CHECKING:
-    from pipeline.model.huggingface import LoadedModel
+    from pipeline.model_folder.convert import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pipeline.evaluate.provenance import ModelFacts
 from pipeline.evaluate.published import PUBLISHED, RELATED
 from pipeline.evaluate.results import RANDOM_WEIGHTS, Measured, Results, commands, read_measured, write_results
 from pipeline.evaluate.sections import Headline, headlines, name_of, section
-from pipeline.model.training_record import unfinished
+from pipeline.model_folder.training_record import unfinished
 
 REPORT = "report.html"
 LOCK = ".report.lock"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import new_parser, parse
 from pipeline.hub import HUB, parse_name
-from pipeline.locate import model_folder
+from pipeline.model_folder.resolve import model_folder
 
 if TYPE_CHECKING:
     from pipeline.publish.folder import About

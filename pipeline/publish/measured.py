@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 
 from pipeline.evaluate.published import PUBLISHED, RELATED
 from pipeline.evaluate.sections import Headline, headlines, name_of
-from pipeline.publish.facts import CURVE, RESULTS, Facts
+from pipeline.model_folder.facts import CURVE, RESULTS, Facts
 
 HUB_DATASETS = {
     "CIFAR-10": "uoft-cs/cifar10",

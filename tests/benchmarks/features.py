@@ -20,7 +20,7 @@ from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Pictures, Sizes, start_accelerator
 from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.model.gpt import build_model, gpt2_config, initialize
-from pipeline.model.huggingface import load_model_folder, save_model_folder
+from pipeline.model_folder.convert import load_model_folder, save_model_folder
 from tests.launch import run
 
 LAYERS, WIDTH, RESOLUTION, PICTURES, BATCH = 24, 16, 6, 2_500, 250

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
 from data_prep.shards.reader import open_shard_set
-from pipeline.export import CheckpointWeights, export, find_checkpoint
-from pipeline.locate import model_folder
-from pipeline.model import streamed
 from pipeline.model.gpt import build_model
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder import lazy_weights as streamed
+from pipeline.model_folder.convert import load_model_folder
+from pipeline.model_folder.export import CheckpointWeights, export, find_checkpoint
+from pipeline.model_folder.resolve import model_folder
 from pipeline.train.validation import spread
 from tests.launch import run
 from tests.pipeline.conftest import Runner

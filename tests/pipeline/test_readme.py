@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep.shards.reader import open_shard_set
-from pipeline.export import export, find_checkpoint
+from pipeline.model_folder.export import export, find_checkpoint
 from tests.launch import ROOT
 from tests.pipeline.conftest import Runner
 

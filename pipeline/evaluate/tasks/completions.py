@@ -22,7 +22,7 @@ from pipeline.evaluate.sections import Headline
 from pipeline.model.image_grid import completion_grid
 
 if TYPE_CHECKING:
-    from pipeline.model.huggingface import LoadedModel
+    from pipeline.model_folder.convert import LoadedModel
 
 FIGURE = "completions.png"
 TITLE_PIXELS = 22
@@ -257,8 +257,8 @@ def complete_command(arguments: list[str]) -> int:
     shards = open_shard_set(command.shards)
     choose_examples(shards, options.split, options.images, command.seed)
 
-    from pipeline.locate import model_folder
-    from pipeline.model.huggingface import load_model_folder
+    from pipeline.model_folder.convert import load_model_folder
+    from pipeline.model_folder.resolve import model_folder
 
     folder = model_folder(path)
     model = load_model_folder(folder)

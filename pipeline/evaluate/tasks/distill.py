@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
     from pipeline.config import ModelConfig
     from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses, Training
-    from pipeline.model.classifier import LoadedClassifier
-    from pipeline.model.huggingface import LoadedModel
+    from pipeline.model_folder.classifier import LoadedClassifier
+    from pipeline.model_folder.convert import LoadedModel
 
 FOLDER = "distilled"
 FIGURE = "distill.png"
@@ -101,8 +101,8 @@ def read_besides(results: Path, options: Options) -> dict[str, str]:
 
     Raises ValueError if there is no teacher, or no such student.
     """
-    from pipeline.locate import model_folder
-    from pipeline.model.folder_files import model_digest
+    from pipeline.model_folder.files import model_digest
+    from pipeline.model_folder.resolve import model_folder
 
     teacher = _teacher_folder(results, options)
     student = {} if options.student is None else {"student_digest": model_digest(model_folder(Path(options.student)))}
@@ -118,7 +118,7 @@ def check(evaluation: Evaluation, options: Options, coming: list[str]) -> None:
     if options.student is None:
         _shape(teacher, options)
     else:
-        from pipeline.locate import model_folder
+        from pipeline.model_folder.resolve import model_folder
 
         _load_student(model_folder(Path(options.student)), evaluation)
 
@@ -183,7 +183,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _teacher_folder(results: Path, options: Options) -> Path:
-    from pipeline.model.classifier import HEAD_FACTS
+    from pipeline.model_folder.classifier import HEAD_FACTS
 
     folder = Path(options.teacher) if options.teacher else results / TEACHER_FOLDER
     if not (folder / HEAD_FACTS).is_file():
@@ -197,7 +197,7 @@ def _teacher_folder(results: Path, options: Options) -> Path:
 
 def _load_teacher(evaluation: Evaluation, options: Options) -> "LoadedClassifier":
     """Raises ValueError if it is of another palette, resolution, classes, or, unless it was named, another model."""
-    from pipeline.model.classifier import load_classifier
+    from pipeline.model_folder.classifier import load_classifier
 
     folder = _teacher_folder(evaluation.results, options)
     teacher = load_classifier(folder)
@@ -222,7 +222,7 @@ def _words(classes: list[str]) -> str:
 
 def _beginning(evaluation: Evaluation, teacher: "LoadedClassifier", options: Options) -> "LoadedModel":
     """The student before it is taught. Raises ValueError if it does not fit the shard set."""
-    from pipeline.locate import model_folder
+    from pipeline.model_folder.resolve import model_folder
 
     if options.student is None:
         return _untaught(evaluation, teacher.loaded, options)
@@ -231,7 +231,7 @@ def _beginning(evaluation: Evaluation, teacher: "LoadedClassifier", options: Opt
 
 
 def _load_student(folder: Path, evaluation: Evaluation) -> "LoadedModel":
-    from pipeline.model.huggingface import load_model_folder
+    from pipeline.model_folder.convert import load_model_folder
 
     student = load_model_folder(folder)
     check_match(student, folder, evaluation.shards)
@@ -316,7 +316,7 @@ def _training(
 ) -> "Training":
     from pipeline.evaluate.classifiers.finetune_loop import Training, adam
     from pipeline.evaluate.metrics.classification import valid_accuracy
-    from pipeline.model.classifier import Classifier
+    from pipeline.model_folder.classifier import Classifier
 
     model = deepcopy(learning.model.model).to(learning.accelerator.device)
     classifier = Classifier(model, len(learning.shards.classes))
@@ -371,7 +371,7 @@ def _judged(
 
 
 def _write(learning: Evaluation, classifier: "nn.Module", teacher: "LoadedClassifier", options: Options) -> None:
-    from pipeline.model.classifier import save_classifier
+    from pipeline.model_folder.classifier import save_classifier
 
     facts = {"task": Options.TASK, "teacher": teacher.facts, "temperature": options.temperature}
     facts |= {"dataset": learning.shards.name, "dataset_digest": learning.shards.digest, "seed": learning.seed}

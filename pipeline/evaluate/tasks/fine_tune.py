@@ -17,7 +17,7 @@ The result, beside what `labelled.description` says of the pictures and `verdict
                          train_loss_by_epoch (nats: generative_weight x nats per colour + nats of the class)
     learning_rate, best_epoch, valid_accuracy    of the chosen rate
     generative_weight    0: the classes alone
-    classifier           a folder in the results: the fine-tuned model with its head (pipeline/model/classifier.py)
+    classifier           a folder in the results: the fine-tuned model with its head (pipeline/model_folder/classifier.py)
     figure               the confusion matrix
 """
 
@@ -109,8 +109,8 @@ def _training(evaluation: Evaluation, pictures: dict[str, Pictures], options: Op
     """A copy of the model that is to be fine-tuned at one rate."""
     from pipeline.evaluate.classifiers.finetune_loop import Training, adam
     from pipeline.evaluate.metrics.classification import valid_accuracy
-    from pipeline.model.classifier import Classifier
     from pipeline.model.objectives import class_loss, joint_loss
+    from pipeline.model_folder.classifier import Classifier
 
     classifier = Classifier(deepcopy(evaluation.model.model), len(evaluation.shards.classes))
     classifier.prepare_training(generative=options.generative_weight > 0, recompute=options.recompute)
@@ -136,7 +136,7 @@ def _training(evaluation: Evaluation, pictures: dict[str, Pictures], options: Op
 
 def _write(evaluation: Evaluation, classifier: "nn.Module", result: dict[str, Any]) -> None:
     from pipeline.evaluate.metrics.classification import draw_confusion
-    from pipeline.model.classifier import save_classifier
+    from pipeline.model_folder.classifier import save_classifier
 
     draw_confusion(result, evaluation.results / FIGURE)
     facts = {"task": Options.TASK, "model_digest": evaluation.model_digest, "seed": evaluation.seed}

@@ -12,8 +12,8 @@ from toy_network import write_toy_network
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
-from pipeline.model.folder_files import model_digest
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder.convert import load_model_folder
+from pipeline.model_folder.files import model_digest
 
 torch.set_num_threads(1)
 

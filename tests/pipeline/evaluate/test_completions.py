@@ -11,8 +11,8 @@ from toy_network import write_toy_network
 
 from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.tasks.completions import Options, choose_examples, complete_command, read_besides, with_titles
-from pipeline.model.huggingface import load_model_folder
 from pipeline.model.sampling import complete_halves
+from pipeline.model_folder.convert import load_model_folder
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
 from pipeline.evaluate.tasks import fine_tune
 from pipeline.evaluate.tasks.distill import Options, measure, read_besides, summary
-from pipeline.model.classifier import load_classifier
-from pipeline.model.folder_files import model_digest
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder.classifier import load_classifier
+from pipeline.model_folder.convert import load_model_folder
+from pipeline.model_folder.files import model_digest
 
 QUICK = Options(epochs=4, learning_rates=[0.02], global_size=20, reflect_crop=1)
 TEACHING = fine_tune.Options(epochs=15, learning_rates=[0.01], global_size=20, reflect_crop=1)

@@ -15,8 +15,8 @@ from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.classifiers.finetune_loop import epoch_order
 from pipeline.evaluate.tasks.fine_tune import Options, measure, summary
-from pipeline.model.classifier import load_classifier
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder.classifier import load_classifier
+from pipeline.model_folder.convert import load_model_folder
 
 QUICK = Options(epochs=4, learning_rates=[0.01, 1e-6], global_size=20, reflect_crop=1)
 

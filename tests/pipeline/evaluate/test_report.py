@@ -24,7 +24,7 @@ from pipeline.evaluate.provenance import model_facts
 from pipeline.evaluate.registry import LONG, TASKS
 from pipeline.evaluate.report import write_report
 from pipeline.evaluate.sections import headlines, section
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder.convert import load_model_folder
 
 QUICK = [
     "--linear_probe.l2", "[0.1]", "--low_data.l2", "[0.1]", "--low_data.subsets", "2", "--completions.images", "3",

@@ -17,7 +17,7 @@ from tiny_sets import COLORS, random_palette, random_pictures, write_model, writ
 from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.registry import LONG, TASKS
-from pipeline.model.folder_files import model_digest
+from pipeline.model_folder.files import model_digest
 
 QUICK = [
     "--linear_probe.l2", "[0.1, 0.01]", "--low_data.l2", "[0.1, 0.01]", "--low_data.subsets", "2",

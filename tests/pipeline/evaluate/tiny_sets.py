@@ -11,7 +11,7 @@ from data_prep.shards.format import FORMAT, VERSION, shard_name
 from data_prep.shards.writer import write_shard
 from pipeline.config import ModelConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
-from pipeline.model.huggingface import save_model_folder
+from pipeline.model_folder.convert import save_model_folder
 
 RESOLUTION, COLORS, CLASSES = 6, 24, 3
 

@@ -16,7 +16,7 @@ from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
 from pipeline.evaluate.features.pooled import Cache, pooled_features
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder.convert import load_model_folder
 
 if __name__ == "__main__":
     file, model, _, shards, *_ = sys.argv[1:]

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from pipeline.config import ModelConfig
-from pipeline.model import huggingface
 from pipeline.model.gpt import BLOCKS, build_model, gpt2_config, initialize
-from pipeline.model.huggingface import load_model_folder, save_model_folder
 from pipeline.model.sampling import complete
+from pipeline.model_folder import convert as huggingface
+from pipeline.model_folder.convert import load_model_folder, save_model_folder
 
 COLORS = 16
 SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": COLORS + 1}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from pipeline.export import export, find_checkpoint
+from pipeline.model_folder.export import export, find_checkpoint
 from tests.hub_server import TOKEN, Hub, serve_hub
 from tests.pipeline.conftest import Runner
 

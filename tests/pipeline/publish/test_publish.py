@@ -15,8 +15,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import ImageGPTForCausalImageModeling
 
 from pipeline.evaluate.command import evaluate
-from pipeline.locate import model_folder
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder.convert import load_model_folder
+from pipeline.model_folder.resolve import model_folder
 from pipeline.publish.command import publish_command
 from tests.hub_server import TOKEN, Hub
 from tests.launch import files_of

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
-from pipeline.export import CheckpointWeights, export, find_checkpoint
 from pipeline.model.gpt import build_model, gpt2_config, initialize
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder.convert import load_model_folder
+from pipeline.model_folder.export import CheckpointWeights, export, find_checkpoint
 from pipeline.train import float8
 from tests.launch import Finished, run
 from tests.pipeline.conftest import Runner

@@ -11,9 +11,9 @@ from transformers import AutoConfig
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
-from pipeline.model.huggingface import load_model_folder
 from pipeline.model.masks import Masks
 from pipeline.model.objectives import HIDDEN, masked_color
+from pipeline.model_folder.convert import load_model_folder
 from pipeline.train.batches import ImageOrder
 from pipeline.train.schedule import rate_at
 from pipeline.train.validation import spread

@@ -35,9 +35,9 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from data_prep.common.files import folder_written_aside, read_json, write_json
-from pipeline.model.folder_files import WEIGHTS, WEIGHTS_INDEX
 from pipeline.model.gpt import build_model, fixed_settings
-from pipeline.model.streamed import Convert, Weights, fetching_model, stored_weights, write_weights
+from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX
+from pipeline.model_folder.lazy_weights import Convert, Weights, fetching_model, stored_weights, write_weights
 
 CLASSES = {"imagegpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
 CONFIGS = {"imagegpt": ImageGPTConfig, "gpt2": GPT2Config}

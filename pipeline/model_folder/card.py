@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from pipeline.model.training_record import unfinished
-from pipeline.publish.facts import Facts, read_facts
+from pipeline.model_folder.facts import Facts, read_facts
+from pipeline.model_folder.training_record import unfinished
 from pipeline.publish.measured import HUB_DATASETS, curve, eval_results, published_section, results_section
 
 CARD = "README.md"

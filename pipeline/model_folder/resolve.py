@@ -22,7 +22,7 @@ def model_folder(path: Path) -> Path:
         return path
     if not (path / "checkpoints").is_dir() and not (path / "checkpoint.json").is_file():
         raise ValueError(f"{path} is no model: it must be a model folder, a run, a run's checkpoint, or {HUB}ORG/NAME.")
-    from pipeline.export import export, find_checkpoint
+    from pipeline.model_folder.export import export, find_checkpoint
 
     checkpoint = find_checkpoint(path)
     folder = checkpoint.folder.parent.parent / EXPORTED_FOLDER / checkpoint.folder.name

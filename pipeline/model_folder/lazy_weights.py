@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.model.folder_files import WEIGHTS_INDEX
 from pipeline.model.gpt import build_model
+from pipeline.model_folder.files import WEIGHTS_INDEX
 
 Weights = Mapping[str, torch.Tensor]
 """fp32 on the CPU, by name; a tensor may be read only when it is asked for."""

@@ -21,12 +21,12 @@ from pipeline.checkpoint.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALE
 from pipeline.config import ObjectiveConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model
-from pipeline.model.huggingface import is_masked, save_model_folder
 from pipeline.model.masks import Masks
-from pipeline.model.streamed import fetching_model
-from pipeline.model.training_record import CHECKPOINT_FILE, TRAINING_FOLDER
-from pipeline.publish.card import write_card
-from pipeline.publish.events import copy_events
+from pipeline.model_folder.card import write_card
+from pipeline.model_folder.convert import is_masked, save_model_folder
+from pipeline.model_folder.lazy_weights import fetching_model
+from pipeline.model_folder.tensorboard_events import copy_events
+from pipeline.model_folder.training_record import CHECKPOINT_FILE, TRAINING_FOLDER
 
 CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision")
 """What a model folder tells of its checkpoint: nothing that depends on the ranks."""

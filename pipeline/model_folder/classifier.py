@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
 from data_prep.common.files import read_json, write_json
-from pipeline.model.huggingface import LoadedModel, load_model_folder, save_model_folder
+from pipeline.model_folder.convert import LoadedModel, load_model_folder, save_model_folder
 
 HEAD_WEIGHTS = "class_head.safetensors"
 HEAD_FACTS = "class_head.json"

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from data_prep.common.files import read_json
 from pipeline.evaluate.results import RANDOM_WEIGHTS
-from pipeline.model.training_record import TrainingRecord, read_training_record
+from pipeline.model_folder.training_record import TrainingRecord, read_training_record
 
 RESULTS = Path("results")
 """A subfolder of a model folder."""
