@@ -27,7 +27,7 @@ def train(arguments: list[str]) -> int:
 
 def search(arguments: list[str]) -> int:
     """Finds the peak rate."""
-    from pipeline.search import search_command
+    from pipeline.operate.rate_search import search_command
 
     return search_command(arguments)
 
@@ -76,14 +76,14 @@ def publish(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """Says what this machine has, and tries a small run out."""
-    from pipeline.doctor import doctor_command
+    from pipeline.operate.doctor import doctor_command
 
     return doctor_command(arguments)
 
 
 def status(arguments: list[str]) -> int:
     """Says where a run stands."""
-    from pipeline.status import status_command
+    from pipeline.operate.status import status_command
 
     return status_command(arguments)
 

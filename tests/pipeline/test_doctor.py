@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import doctor
+from pipeline.operate import doctor
 from tests.launch import run
 
 

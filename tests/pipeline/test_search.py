@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.search import half_decades
+from pipeline.operate.rate_search import half_decades
 from tests.launch import Finished, run
 from tests.pipeline.conftest import Runner
 

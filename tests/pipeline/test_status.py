@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.status import next_action, standing
+from pipeline.operate.status import next_action, standing
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 
