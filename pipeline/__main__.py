@@ -90,7 +90,7 @@ def status(arguments: list[str]) -> int:
 
 def preflight(arguments: list[str]) -> int:
     """Looks at the nodes of a job."""
-    from pipeline.preflight.command import preflight_command
+    from pipeline.operate.preflight.command import preflight_command
 
     return preflight_command(arguments)
 

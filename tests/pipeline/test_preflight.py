@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.preflight.judge import judge
-from pipeline.preflight.node import pairs
-from pipeline.preflight.report import Report, read_line
+from pipeline.operate.preflight.node_checks import pairs
+from pipeline.operate.preflight.report import Report, read_line
+from pipeline.operate.preflight.verdict import judge
 from tests.launch import ROOT, free_port
 
 THREE = ["node1", "node2", "node3"]

@@ -13,9 +13,9 @@ from data_prep.common.command_line import USER_ERROR, new_parser
 from data_prep.common.files import read_json
 from pipeline.command_line import parse_run, training_config
 from pipeline.config import TrainConfig
-from pipeline.preflight.judge import judge
-from pipeline.preflight.node import look
-from pipeline.preflight.report import read_line
+from pipeline.operate.preflight.node_checks import look
+from pipeline.operate.preflight.report import read_line
+from pipeline.operate.preflight.verdict import judge
 
 
 def preflight_command(arguments: list[str]) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 
 from data_prep.shards.format import record_crc32
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.preflight.meeting import LOOKED, Meeting
-from pipeline.preflight.report import Report
+from pipeline.operate.preflight.allreduce import LOOKED, Meeting
+from pipeline.operate.preflight.report import Report
 
 RECORDS = 8
 """Of each split that are read and compared with their checksums."""

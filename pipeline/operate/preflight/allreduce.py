@@ -1,4 +1,4 @@
-"""A node's first accelerator, or its CPU, takes part in an all-reduce: `python -m pipeline.preflight.meeting ...`.
+"""A node's first accelerator, or its CPU, takes part in an all-reduce: `python -m pipeline.operate.preflight.allreduce ...`.
 
 A process of its own, because neither a driver that does not answer nor a collective that waits can be called back.
 It prints LOOKED once the accelerators were looked at, MET after the all-reduce, and a sentence where either went wrong.
@@ -36,7 +36,7 @@ class Meeting:
     def hold(self) -> tuple[bool, list[str]]:
         """Takes part, until it is over or its seconds are. Returns whether it went well, and what was printed."""
         arguments = map(str, (self.address, self.port, self.rank, self.count, self.accelerators, self.seconds))
-        command = [sys.executable, "-m", "pipeline.preflight.meeting", *arguments]
+        command = [sys.executable, "-m", "pipeline.operate.preflight.allreduce", *arguments]
         end = time.monotonic() + self.seconds
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.preflight.report import Report
+from pipeline.operate.preflight.report import Report
 
 KINDS = ("shards", "run", "accelerators")
 
