@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline.model_folder.facts import Facts, read_facts
 from pipeline.model_folder.training_record import unfinished
-from pipeline.publish.measured import HUB_DATASETS, curve, eval_results, published_section, results_section
+from pipeline.publish.results_section import HUB_DATASETS, curve, eval_results, published_section, results_section
 
 CARD = "README.md"
 

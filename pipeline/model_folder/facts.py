@@ -11,6 +11,7 @@ from safetensors import safe_open
 from data_prep.common.files import read_json
 from pipeline.evaluate.results import RANDOM_WEIGHTS
 from pipeline.model_folder.training_record import TrainingRecord, read_training_record
+from pipeline.publish.results_section import read_results
 
 RESULTS = Path("results")
 """A subfolder of a model folder."""
@@ -63,14 +64,6 @@ def read_facts(folder: Path) -> Facts:
         random_weights=read_results(folder / RESULTS / RANDOM_WEIGHTS),
         figures=sorted(file.name for file in (folder / RESULTS).glob("*.png")),
     )
-
-
-def read_results(results: Path) -> dict[str, dict[str, Any]]:
-    """The content of each task's JSON in a folder, by task; files of other kinds are passed over."""
-    contents = [read_json(path) for path in sorted(results.glob("*.json"))]
-    return {
-        content["task"]: content for content in contents if isinstance(content, dict) and "inputs_digest" in content
-    }
 
 
 def parameters(folder: Path, config: dict[str, Any]) -> int:

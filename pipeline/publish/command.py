@@ -11,7 +11,7 @@ from pipeline.hub import HUB, parse_name
 from pipeline.model_folder.resolve import model_folder
 
 if TYPE_CHECKING:
-    from pipeline.publish.folder import About
+    from pipeline.publish.assemble import About
     from pipeline.publish.push import Pushed
 
 DIR = "dir:"
@@ -47,14 +47,14 @@ def publish_command(arguments: list[str]) -> int:
 
 
 def _to_folder(source: Path, options: Options, target: Path) -> None:
-    from pipeline.publish.folder import publish_to_folder
+    from pipeline.publish.assemble import publish_to_folder
 
     publish_to_folder(model_folder(source), options.results, target, _about(options, target.resolve().name))
     print(f"published to {target}")
 
 
 def _to_hub(source: Path, options: Options, name: str) -> None:
-    from pipeline.publish.folder import assemble, step_of
+    from pipeline.publish.assemble import assemble, step_of
     from pipeline.publish.push import Target, check_login, push
 
     repository, revision = parse_name(name)
@@ -82,7 +82,7 @@ def _say(pushed: "Pushed", wanted_public: bool) -> None:
 
 
 def _about(options: Options, name: str) -> "About":
-    from pipeline.publish.folder import About
+    from pipeline.publish.assemble import About
 
     return About(name=name, license=options.license, dataset=options.dataset)
 

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
+from data_prep.common.files import read_json
 from pipeline.evaluate.published import PUBLISHED, RELATED
 from pipeline.evaluate.sections import Headline, headlines, name_of
 from pipeline.model_folder.facts import CURVE, RESULTS, Facts
@@ -112,3 +114,11 @@ def curve(facts: Facts) -> str:
 
 def _figure(name: str) -> str:
     return f"![{name.removesuffix('.png').replace('_', ' ')}]({RESULTS / name})"
+
+
+def read_results(results: Path) -> dict[str, dict[str, Any]]:
+    """The content of each task's JSON in a folder, by task; files of other kinds are passed over."""
+    contents = [read_json(path) for path in sorted(results.glob("*.json"))]
+    return {
+        content["task"]: content for content in contents if isinstance(content, dict) and "inputs_digest" in content
+    }
