@@ -32,8 +32,8 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
 from pipeline.evaluate.interrupt import until_stopped
-from pipeline.evaluate.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
 from pipeline.evaluate.registry import LONG, TASKS, _module
+from pipeline.results.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
 
 FEATURES = ".features"
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import read_json, write_json, written_aside
 from pipeline.evaluate.html import MISSING, figure, note, percent, table, words, write_page
-from pipeline.evaluate.results import FORMAT, RESULTS
+from pipeline.results.schema import FORMAT, RESULTS
 
 PAGE, FIGURE, NUMBERS = "compare.html", "compare.png", "compare.json"
 LOSSES = {
@@ -221,7 +221,7 @@ SPLITS = {"valid": "validation", "test": "test"}
 
 def draw(lines: list[Line], command: Command, path: Path) -> None:
     """Draws accuracy in percent against loss, with the steps at the ends of each line."""
-    from pipeline.evaluate.figures import ACCENT, BASELINES, new_figure, save_figure
+    from pipeline.results.figures import ACCENT, BASELINES, new_figure, save_figure
 
     figure, axes = new_figure()
     colors = (ACCENT, *BASELINES)

@@ -9,9 +9,9 @@ from typing import Any
 from safetensors import safe_open
 
 from data_prep.common.files import read_json
-from pipeline.evaluate.results import RANDOM_WEIGHTS
 from pipeline.model_folder.training_record import TrainingRecord, read_training_record
 from pipeline.publish.results_section import read_results
+from pipeline.results.schema import RANDOM_WEIGHTS
 
 RESULTS = Path("results")
 """A subfolder of a model folder."""

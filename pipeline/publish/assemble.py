@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from data_prep.common.files import folder_written_aside, read_json
-from pipeline.evaluate.curve import draw_curve, has_losses
 from pipeline.model_folder.card import CARD, write_card
 from pipeline.model_folder.facts import CURVE, RESULTS, read_facts
 from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, model_digest
 from pipeline.publish.results_section import read_results
+from pipeline.results.curve import draw_curve, has_losses
 
 NEEDED = ("config.json", "preprocessor_config.json")
 RESULT_FILES = (".json", ".png", ".html")

@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from data_prep.common.files import read_json
-from pipeline.evaluate.published import PUBLISHED, RELATED
-from pipeline.evaluate.sections import Headline, headlines, name_of
 from pipeline.model_folder.facts import CURVE, RESULTS, Facts
+from pipeline.results.headline import Headline, headlines, name_of
+from pipeline.results.published import PUBLISHED, RELATED
 
 HUB_DATASETS = {
     "CIFAR-10": "uoft-cs/cifar10",

@@ -63,7 +63,7 @@ def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
 
 def draw_confusion(result: dict[str, Any], path: Path) -> None:
     """Draws `confusion`, each row as shares of the class's pictures."""
-    from pipeline.evaluate.figures import new_figure, save_figure
+    from pipeline.results.figures import new_figure, save_figure
 
     counts = np.array(result["confusion"])  # (C, C)
     classes = len(counts)

@@ -18,8 +18,8 @@ from data_prep.common.seeding import generator
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.context import Evaluation, check_match, from_first, split_labels, start_accelerator
 from pipeline.evaluate.html import figure, note, table
-from pipeline.evaluate.sections import Headline
 from pipeline.model.image_grid import completion_grid
+from pipeline.results.headline import Headline
 
 if TYPE_CHECKING:
     from pipeline.model_folder.convert import LoadedModel

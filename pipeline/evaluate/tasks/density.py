@@ -26,8 +26,8 @@ from data_prep.common.files import written_aside
 from data_prep.shards.reader import Split
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
 from pipeline.evaluate.html import figure, note, table
-from pipeline.evaluate.published import NATS
-from pipeline.evaluate.sections import Headline
+from pipeline.results.headline import Headline
+from pipeline.results.published import NATS
 
 FIGURE = "density.png"
 PICTURES_AT_ONCE = 4096
@@ -198,7 +198,7 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     """Draws the mean nats at each position of the picture."""
     from matplotlib.ticker import MaxNLocator
 
-    from pipeline.evaluate.figures import new_figure, save_figure
+    from pipeline.results.figures import new_figure, save_figure
 
     figure, axes = new_figure()
     axes.grid(False)

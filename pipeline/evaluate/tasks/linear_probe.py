@@ -40,9 +40,9 @@ from pipeline.evaluate.features.labelled import (
     side_by_side,
 )
 from pipeline.evaluate.features.labelled import unfit as unfit
-from pipeline.evaluate.figures import draw_by_layer
 from pipeline.evaluate.metrics.mask_ensemble import judged, looks
 from pipeline.evaluate.work_sharing import Piece, shared_out
+from pipeline.results.figures import draw_by_layer
 
 FIGURE = "linear_probe.png"
 JOINED = "concatenated"

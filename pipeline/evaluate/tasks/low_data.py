@@ -310,7 +310,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draws test accuracy by number of labels, in percent: mean and deviation over the subsets."""
-    from pipeline.evaluate.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
+    from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
 
     count = len(result["settings"][0]["subsets"])
     figure, axes = new_figure()

@@ -30,7 +30,7 @@ def valid_loss_at(rows: list[dict[str, Any]], step: int | None) -> float | None:
 
 def draw_curve(rows: list[dict[str, Any]], colors: int, density: dict[str, Any] | None, path: Path) -> None:
     """Draws metrics.jsonl's losses over the pictures seen, with the baselines of `density` if it was measured."""
-    from pipeline.evaluate.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
+    from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
 
     training = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "valid_loss" in row]

@@ -22,9 +22,9 @@ from typing import Any
 
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate.curve import read_metrics, valid_loss_at
-from pipeline.evaluate.provenance import ModelFacts, untrained
-from pipeline.evaluate.published import PUBLISHED
+from pipeline.results.curve import read_metrics, valid_loss_at
+from pipeline.results.provenance import ModelFacts, untrained
+from pipeline.results.published import PUBLISHED
 
 RESULTS = "results.json"
 RANDOM_WEIGHTS = "random_weights"
