@@ -62,7 +62,7 @@ def complete(arguments: list[str]) -> int:
 
 def compare(arguments: list[str]) -> int:
     """Shows accuracy against validation loss over checkpoints."""
-    from pipeline.evaluate.compare import compare_command
+    from pipeline.results.report.compare import compare_command
 
     return compare_command(arguments)
 

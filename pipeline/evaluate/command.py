@@ -257,7 +257,7 @@ def _anew(path: Path) -> str:
 
 
 def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: list[str]) -> Path:
-    from pipeline.evaluate.report import write_report
+    from pipeline.results.report.page import write_report
 
     return write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run)
 

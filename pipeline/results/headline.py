@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from pipeline.evaluate.html import number, percent, words
-from pipeline.evaluate.sections import _is_table, _module
 from pipeline.results.published import FINE_TUNING, LOW_DATA, PROBE
+from pipeline.results.report.html import number, percent, words
+from pipeline.results.report.sections import _is_table, _module
 
 CHOSEN = {"best_layer": "layer", "best_k": "k", "learning_rate": "rate", "best_rate": "rate", "best_epoch": "epoch"}
 

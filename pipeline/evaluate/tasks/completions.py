@@ -17,9 +17,9 @@ from data_prep.common.files import file_sha256, written_aside
 from data_prep.common.seeding import generator
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.context import Evaluation, check_match, from_first, split_labels, start_accelerator
-from pipeline.evaluate.html import figure, note, table
 from pipeline.model.image_grid import completion_grid
 from pipeline.results.headline import Headline
+from pipeline.results.report.html import figure, note, table
 
 if TYPE_CHECKING:
     from pipeline.model_folder.convert import LoadedModel

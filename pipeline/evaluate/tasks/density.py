@@ -25,9 +25,9 @@ import numpy as np
 from data_prep.common.files import written_aside
 from data_prep.shards.reader import Split
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
-from pipeline.evaluate.html import figure, note, table
 from pipeline.results.headline import Headline
 from pipeline.results.published import NATS
+from pipeline.results.report.html import figure, note, table
 
 FIGURE = "density.png"
 PICTURES_AT_ONCE = 4096

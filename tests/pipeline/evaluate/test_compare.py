@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.evaluate.command import evaluate
-from pipeline.evaluate.compare import compare_command
+from pipeline.results.report.compare import compare_command
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -20,12 +20,12 @@ from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.registry import LONG, TASKS
-from pipeline.evaluate.report import write_report
-from pipeline.evaluate.sections import section
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.results.curve import summarised
 from pipeline.results.headline import headlines
 from pipeline.results.provenance import model_facts
+from pipeline.results.report.page import write_report
+from pipeline.results.report.sections import section
 
 QUICK = [
     "--linear_probe.l2", "[0.1]", "--low_data.l2", "[0.1]", "--low_data.subsets", "2", "--completions.images", "3",

@@ -7,13 +7,13 @@ from typing import Any
 
 from data_prep.common.files import locked
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate.html import MISSING, figure, note, percent, table, write_page
-from pipeline.evaluate.sections import section
 from pipeline.model_folder.training_record import unfinished
 from pipeline.results.curve import draw_curve, has_losses, read_metrics
 from pipeline.results.headline import Headline, headlines, name_of
 from pipeline.results.provenance import ModelFacts
 from pipeline.results.published import PUBLISHED, RELATED
+from pipeline.results.report.html import MISSING, figure, note, percent, table, write_page
+from pipeline.results.report.sections import section
 from pipeline.results.schema import RANDOM_WEIGHTS, Measured, Results, commands, read_measured, write_results
 
 REPORT = "report.html"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import read_json, write_json, written_aside
-from pipeline.evaluate.html import MISSING, figure, note, percent, table, words, write_page
+from pipeline.results.report.html import MISSING, figure, note, percent, table, words, write_page
 from pipeline.results.schema import FORMAT, RESULTS
 
 PAGE, FIGURE, NUMBERS = "compare.html", "compare.png", "compare.json"

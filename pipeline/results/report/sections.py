@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.evaluate.html import figure, number, percent, table, words
 from pipeline.results.headline import name_of
+from pipeline.results.report.html import figure, number, percent, table, words
 
 PROVENANCE = (
     "task", "checkpoint_step", "model_digest", "weights", "dataset", "dataset_digest", "palette_sha256", "seed",
