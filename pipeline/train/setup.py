@@ -21,11 +21,11 @@ from pipeline.model.gpt import gpt2_config
 from pipeline.model.masks import Masks
 from pipeline.train import float8
 from pipeline.train.batches import Batches, ImageOrder, Order, TrainingBatches
+from pipeline.train.checkpointing import Progress, Store, newest_whole
 from pipeline.train.engine import Engine, build_engine
 from pipeline.train.health import Judge, StopRequests
 from pipeline.train.masking import MaskedBatches
 from pipeline.train.offload import check_compilers
-from pipeline.train.persistence import Progress, Store, newest_whole
 from pipeline.train.profiling import Profiler
 from pipeline.train.start import StartClock
 from pipeline.train.stream_order import StreamOrder

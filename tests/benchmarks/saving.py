@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.distributed import describe_ranks, start_group
+from pipeline.train.checkpointing import Progress
 from pipeline.train.health import StopRequests
-from pipeline.train.persistence import Progress
 from pipeline.train.setup import Session, check_inputs, set_up
 from pipeline.train.start import StartClock
 from pipeline.train.validation import probe_loss
