@@ -18,7 +18,7 @@ from pipeline.checkpoint.probe import PROBE_TOKENS, Pictures
 from pipeline.checkpoint.run_folder import check_shards
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, failing_together, first_word, from_first, gather, said_by_all
-from pipeline.train.batches import Order
+from pipeline.train.data.batches import Order
 from pipeline.train.engine import Engine
 from pipeline.train.health import Diverged
 from pipeline.train.validation import probe_loss

@@ -16,8 +16,8 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, describe_ranks, failing_together, gather, most_over_ranks, start_group, together
 from pipeline.model.image_grid import completion_grid
 from pipeline.train.checkpointing import Progress, Store
+from pipeline.train.data.verify import verify_shards
 from pipeline.train.health import Diverged, SlowRanks, StopRequests, check_replicas
-from pipeline.train.integrity import verify_shards
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
 from pipeline.train.start import StartClock

@@ -20,7 +20,7 @@ from data_prep.palette.codec import encode, lookup_table
 from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
-from pipeline.train.batches import ImageOrder, TrainingBatches
+from pipeline.train.data.batches import ImageOrder, TrainingBatches
 from tests.benchmarks import data, features, memory, models, saving, scale, starting
 from tests.benchmarks.models import Case
 from tests.benchmarks.turns import HEAD, Row, best

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint import format as checkpoints
-from pipeline.train.batches import TrainingBatches
+from pipeline.train.data.batches import TrainingBatches
 from pipeline.train.stages import StagesEngine
 from pipeline.train.zero import ZeroEngine
 

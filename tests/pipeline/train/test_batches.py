@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.model.augmentation import Augmentation
-from pipeline.train.batches import ImageOrder, TrainingBatches
+from pipeline.train.data.batches import ImageOrder, TrainingBatches
 
 RECORDS = np.array([256] * 150 + [77])
 IMAGES = int(RECORDS.sum())

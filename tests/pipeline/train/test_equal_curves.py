@@ -13,8 +13,8 @@ from data_prep.shards.reader import Split, open_shard_set
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.objectives import HIDDEN
-from pipeline.train.batches import ImageOrder
-from pipeline.train.masking import Masks
+from pipeline.train.data.batches import ImageOrder
+from pipeline.train.data.masking import Masks
 from pipeline.train.schedule import rate_at
 from tests.launch import run
 from tests.pipeline.conftest import Runner

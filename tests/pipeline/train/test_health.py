@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import HealthConfig
-from pipeline.train.batches import ImageOrder
+from pipeline.train.data.batches import ImageOrder
 from pipeline.train.engine import StepResult
 from pipeline.train.health import Judge
 from pipeline.train.watchdog import describe

@@ -14,7 +14,7 @@ from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.masks import Masks
 from pipeline.model.objectives import HIDDEN, masked_color
 from pipeline.model_folder.convert import load_model_folder
-from pipeline.train.batches import ImageOrder
+from pipeline.train.data.batches import ImageOrder
 from pipeline.train.schedule import rate_at
 from pipeline.train.validation import spread
 from tests.launch import run

@@ -17,10 +17,10 @@ from data_prep.shards.format import VERSION
 from data_prep.shards.reader import Split, open_shard_set
 from data_prep.shards.writer import write_shard
 from pipeline.model.augmentation import Augmentation
-from pipeline.train import batches, stream_order, streaming
-from pipeline.train.batches import ImageOrder
-from pipeline.train.stream_order import StreamOrder
-from pipeline.train.streaming import StreamedBatches
+from pipeline.train.data import batches, stream_order, streaming
+from pipeline.train.data.batches import ImageOrder
+from pipeline.train.data.stream_order import StreamOrder
+from pipeline.train.data.streaming import StreamedBatches
 from tests.http_server import Server, serve
 
 RESOLUTION = 4

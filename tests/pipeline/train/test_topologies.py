@@ -13,7 +13,7 @@ from torch.nn import functional
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
-from pipeline.train.batches import ImageOrder
+from pipeline.train.data.batches import ImageOrder
 from pipeline.train.schedule import rate_at
 from tests.pipeline.conftest import Runner
 

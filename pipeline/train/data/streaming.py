@@ -15,8 +15,8 @@ import numpy as np
 from data_prep.shards.format import LABELS_DTYPE, MANIFEST, PIXELS_DTYPE, TAR_BLOCK, record_crc32
 from data_prep.shards.reader import Split
 from data_prep.shards.remote import address_of, open_remote
-from pipeline.train.batches import WINDOW_RECORDS
-from pipeline.train.stream_order import StreamOrder
+from pipeline.train.data.batches import WINDOW_RECORDS
+from pipeline.train.data.stream_order import StreamOrder
 
 GUARANTEES = f"""\
   train is streamed, which guarantees less than a local shard set read by index:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from pipeline.model.masks import Masks
-from pipeline.train.batches import Batches
+from pipeline.train.data.batches import Batches
 
 
 class MaskedBatches:

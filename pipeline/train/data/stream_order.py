@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.common.seeding import generator
 from pipeline.model.augmentation import Augmentation, Changes
-from pipeline.train.batches import FINGERPRINT_IMAGES, STREAMED, WINDOW_RECORDS
+from pipeline.train.data.batches import FINGERPRINT_IMAGES, STREAMED, WINDOW_RECORDS
 
 
 @dataclass(frozen=True)
