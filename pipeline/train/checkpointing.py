@@ -19,7 +19,7 @@ from pipeline.checkpoint.run_folder import check_shards
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, failing_together, first_word, from_first, gather, said_by_all
 from pipeline.train.data.batches import Order
-from pipeline.train.engine import Engine
+from pipeline.train.engine.base import Engine
 from pipeline.train.health import Diverged
 from pipeline.train.validation import probe_loss
 

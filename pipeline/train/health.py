@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.common.command_line import SAID_BY_OTHERS
 from pipeline.config import HealthConfig
 from pipeline.distributed import Ranks, gather
-from pipeline.train.engine import Engine, StepResult, are_finite
+from pipeline.train.engine.base import Engine, StepResult, are_finite
 
 STOP_FILE = "STOP"
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

@@ -19,15 +19,16 @@ from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt import gpt2_config
 from pipeline.model.masks import Masks
-from pipeline.train import float8
 from pipeline.train.checkpointing import Progress, Store, newest_whole
 from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.data.masking import MaskedBatches
 from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.data.streaming import GUARANTEES, StreamedBatches
-from pipeline.train.engine import Engine, build_engine
+from pipeline.train.engine import float8
+from pipeline.train.engine.base import Engine
+from pipeline.train.engine.build import build_engine
+from pipeline.train.engine.offload import check_compilers
 from pipeline.train.health import Judge, StopRequests
-from pipeline.train.offload import check_compilers
 from pipeline.train.profiling import Profiler
 from pipeline.train.start import StartClock
 from pipeline.train.summary import Throughput, describe

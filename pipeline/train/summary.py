@@ -8,7 +8,7 @@ from transformers import GPT2Config
 from pipeline import costs
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
-from pipeline.train import float8
+from pipeline.train.engine import float8
 
 
 @dataclass(frozen=True)

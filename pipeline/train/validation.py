@@ -5,7 +5,7 @@ import torch
 
 from pipeline.checkpoint.probe import PROBE_TOKENS, Pictures, probe_tokens
 from pipeline.distributed import Ranks, mean_over_ranks
-from pipeline.train.engine import Engine
+from pipeline.train.engine.base import Engine
 
 CHUNK_IMAGES = 512
 

@@ -196,7 +196,7 @@ def _wrong_colours(model: torch.nn.Module) -> int:
 
 
 def _curve(case: Case, ranks: "models.Ranks", steps: int = 20) -> list[float]:
-    from pipeline.train.engine import build_engine
+    from pipeline.train.engine.build import build_engine
 
     engine = build_engine(case.training(), case.config, ranks)
     return [engine.step(case.tokens(), 1e-3).loss for _ in range(steps)]

@@ -90,7 +90,7 @@ def _status(key: str) -> int:
 def measure(case: dict[str, Any]) -> None:
     """In a rank: prints the bytes that two steps took at their peak."""
     from pipeline.distributed import describe_ranks, start_group
-    from pipeline.train.engine import build_engine
+    from pipeline.train.engine.build import build_engine
 
     ranks = describe_ranks()
     config = config_of(case, ranks.count)

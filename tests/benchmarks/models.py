@@ -12,7 +12,8 @@ from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleCo
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, gpt2_config, initialize
-from pipeline.train.engine import build_engine, new_optimizer
+from pipeline.train.engine.build import build_engine
+from pipeline.train.engine.deepspeed_config import new_optimizer
 from tests.benchmarks.turns import best
 
 Step = Callable[[], object]

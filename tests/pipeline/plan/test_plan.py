@@ -14,7 +14,7 @@ from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfi
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, gpt2_config
 from pipeline.plan.memory import memory_of_rank, saved_bytes
-from pipeline.train import float8
+from pipeline.train.engine import float8
 from tests.benchmarks.memory import CASES, config_of
 from tests.launch import Finished, run
 

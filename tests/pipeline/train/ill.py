@@ -18,8 +18,8 @@ import torch
 
 from pipeline.checkpoint import format as checkpoints
 from pipeline.train.data.batches import TrainingBatches
-from pipeline.train.stages import StagesEngine
-from pipeline.train.zero import ZeroEngine
+from pipeline.train.engine.pipeline import StagesEngine
+from pipeline.train.engine.zero import ZeroEngine
 
 KIND, (RANK, FIRST, LAST) = sys.argv[1], map(int, sys.argv[2:5])
 step = 0

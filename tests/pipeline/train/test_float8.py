@@ -15,7 +15,7 @@ from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfi
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.export import CheckpointWeights, export, find_checkpoint
-from pipeline.train import float8
+from pipeline.train.engine import float8
 from tests.launch import Finished, run
 from tests.pipeline.conftest import Runner
 from tests.pipeline.test_export import nats_by_transformers

@@ -24,19 +24,9 @@ from pipeline.distributed import Ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves_by
-from pipeline.train import float8
-from pipeline.train.engine import (
-    Accept,
-    Engine,
-    ForwardTimer,
-    Gate,
-    StepResult,
-    are_finite,
-    deepspeed_config,
-    new_optimizer,
-    to_device,
-    weights_digest,
-)
+from pipeline.train.engine import float8
+from pipeline.train.engine.base import Accept, Engine, ForwardTimer, Gate, StepResult, are_finite, weights_digest
+from pipeline.train.engine.deepspeed_config import deepspeed_config, new_optimizer, to_device
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of logits (B, T, V) and targets long (B, T)."""

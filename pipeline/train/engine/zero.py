@@ -16,20 +16,9 @@ from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves
-from pipeline.train import float8, tensor_parallel
-from pipeline.train.engine import (
-    Accept,
-    Engine,
-    ForwardTimer,
-    Gate,
-    StepResult,
-    are_finite,
-    deepspeed_config,
-    full_shape,
-    new_optimizer,
-    to_device,
-    weights_digest,
-)
+from pipeline.train.engine import float8, tensor_parallel
+from pipeline.train.engine.base import Accept, Engine, ForwardTimer, Gate, StepResult, are_finite, weights_digest
+from pipeline.train.engine.deepspeed_config import deepspeed_config, full_shape, new_optimizer, to_device
 
 
 class ZeroEngine(Engine):
