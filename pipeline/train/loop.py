@@ -17,13 +17,16 @@ from pipeline.distributed import Ranks, describe_ranks, failing_together, gather
 from pipeline.model.image_grid import completion_grid
 from pipeline.train.checkpointing import Progress, Store
 from pipeline.train.data.verify import verify_shards
-from pipeline.train.health import Diverged, SlowRanks, StopRequests, check_replicas
+from pipeline.train.health.health import Diverged
+from pipeline.train.health.replicas import check_replicas
+from pipeline.train.health.stop import StopRequests
+from pipeline.train.health.stragglers import SlowRanks
+from pipeline.train.health.watchdog import Watchdog, group_timeout
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
 from pipeline.train.start import StartClock
 from pipeline.train.telemetry import StepClock, peak_memory_bytes, peak_memory_table
 from pipeline.train.validation import spread, validation_loss
-from pipeline.train.watchdog import Watchdog, group_timeout
 
 FINISHED = 0
 STOPPED = 75

@@ -28,12 +28,13 @@ from pipeline.train.engine import float8
 from pipeline.train.engine.base import Engine
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.offload import check_compilers
-from pipeline.train.health import Judge, StopRequests
+from pipeline.train.health.health import Judge
+from pipeline.train.health.stop import StopRequests
+from pipeline.train.health.watchdog import Watchdog
 from pipeline.train.profiling import Profiler
 from pipeline.train.start import StartClock
 from pipeline.train.summary import Throughput, describe
 from pipeline.train.telemetry import RunTelemetry, Telemetry
-from pipeline.train.watchdog import Watchdog
 
 ATTENTION = "attention"
 

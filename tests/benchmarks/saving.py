@@ -15,11 +15,11 @@ from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.distributed import describe_ranks, start_group
 from pipeline.train.checkpointing import Progress
-from pipeline.train.health import StopRequests
+from pipeline.train.health.stop import StopRequests
+from pipeline.train.health.watchdog import Watchdog
 from pipeline.train.setup import Session, check_inputs, set_up
 from pipeline.train.start import StartClock
 from pipeline.train.validation import probe_loss
-from pipeline.train.watchdog import Watchdog
 from tests.launch import run
 
 SAVES = 5

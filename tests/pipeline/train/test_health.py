@@ -13,8 +13,8 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.config import HealthConfig
 from pipeline.train.data.batches import ImageOrder
 from pipeline.train.engine.base import StepResult
-from pipeline.train.health import Judge
-from pipeline.train.watchdog import describe
+from pipeline.train.health.health import Judge
+from pipeline.train.health.watchdog import describe
 from tests.launch import SECONDS, Finished, finish, start
 from tests.pipeline.conftest import Runner
 
