@@ -22,10 +22,10 @@ from pipeline.train.health.replicas import check_replicas
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.stragglers import SlowRanks
 from pipeline.train.health.watchdog import Watchdog, group_timeout
+from pipeline.train.monitor.startup import StartClock
+from pipeline.train.monitor.telemetry import StepClock, peak_memory_bytes, peak_memory_table
 from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
-from pipeline.train.start import StartClock
-from pipeline.train.telemetry import StepClock, peak_memory_bytes, peak_memory_table
 from pipeline.train.validation import spread, validation_loss
 
 FINISHED = 0

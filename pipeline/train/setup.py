@@ -31,10 +31,10 @@ from pipeline.train.engine.offload import check_compilers
 from pipeline.train.health.health import Judge
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.watchdog import Watchdog
-from pipeline.train.profiling import Profiler
-from pipeline.train.start import StartClock
-from pipeline.train.summary import Throughput, describe
-from pipeline.train.telemetry import RunTelemetry, Telemetry
+from pipeline.train.monitor.profiler import Profiler
+from pipeline.train.monitor.startup import StartClock
+from pipeline.train.monitor.summary import Throughput, describe
+from pipeline.train.monitor.telemetry import RunTelemetry, Telemetry
 
 ATTENTION = "attention"
 

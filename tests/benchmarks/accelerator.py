@@ -25,7 +25,7 @@ from pipeline.config import ModelConfig
 from pipeline.model import attention, objectives
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.plan.block_times import BlockTime, BlockTimes
-from pipeline.train.profiling import describe
+from pipeline.train.monitor.profiler import describe
 from tests.benchmarks import models
 from tests.benchmarks.models import Case, Step
 from tests.benchmarks.turns import best

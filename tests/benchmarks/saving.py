@@ -17,8 +17,8 @@ from pipeline.distributed import describe_ranks, start_group
 from pipeline.train.checkpointing import Progress
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.watchdog import Watchdog
+from pipeline.train.monitor.startup import StartClock
 from pipeline.train.setup import Session, check_inputs, set_up
-from pipeline.train.start import StartClock
 from pipeline.train.validation import probe_loss
 from tests.launch import run
 
