@@ -10,7 +10,6 @@ from safetensors import safe_open
 
 from data_prep.common.files import read_json
 from pipeline.model_folder.training_record import TrainingRecord, read_training_record
-from pipeline.publish.results_section import read_results
 from pipeline.results.schema import RANDOM_WEIGHTS
 
 RESULTS = Path("results")
@@ -53,6 +52,8 @@ class Facts:
 
 def read_facts(folder: Path) -> Facts:
     """Raises ValueError naming a file that is damaged."""
+    from pipeline.publish.results_section import read_results
+
     record = read_training_record(folder)
     config = read_json(folder / "config.json")
     return Facts(

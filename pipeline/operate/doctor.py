@@ -22,7 +22,7 @@ from typing import Literal
 
 from data_prep.common.command_line import new_parser, parse
 
-REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 TOLERANCE = 1e-5
 """Of a loss after another topology went on."""
 STEPS, SAVED = 30, 10
@@ -280,7 +280,7 @@ class _Trial:
         for rank, command in enumerate(commands):
             launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands))}
             launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-            launch |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+            launch |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}
             with (self.folder / f"rank-{rank}.log").open("wb") as log:
                 processes.append(
                     subprocess.Popen(

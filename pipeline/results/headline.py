@@ -1,10 +1,11 @@
 """Headlines: the numbers of a task that a reader looks for."""
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from pipeline.results.published import FINE_TUNING, LOW_DATA, PROBE
 from pipeline.results.report.html import number, percent, words
-from pipeline.results.report.sections import _is_table, _module
 
 CHOSEN = {"best_layer": "layer", "best_k": "k", "learning_rate": "rate", "best_rate": "rate", "best_epoch": "epoch"}
 
@@ -67,3 +68,13 @@ def _chosen(result: dict[str, Any]) -> str:
     if "best_layer" not in result and isinstance(result.get("layers"), list):
         parts.append(f"layers {', '.join(map(str, result['layers']))}")
     return ", ".join(parts)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _module(task: str) -> ModuleType | None:
+    from pipeline.evaluate.registry import TASKS
+
+    return import_module(TASKS[task]) if task in TASKS else None

@@ -8,12 +8,11 @@ A task's file may say both itself, else they are made from its JSON:
 """
 
 from html import escape
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.results.headline import name_of
+from pipeline.results.headline import _is_table, _module, name_of
 from pipeline.results.report.html import figure, number, percent, table, words
 
 PROVENANCE = (
@@ -41,10 +40,6 @@ def _generic(task: str, result: dict[str, Any], folder: Path, module: ModuleType
 
 def _sentence(summary: str) -> str:
     return escape(f"{summary[:1].upper()}{summary[1:]}.")
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _table_of(rows: list[dict[str, Any]]) -> str:
@@ -80,9 +75,3 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
             return []
         return [(key, ", ".join(_shown(key, part) for part in value))]
     return [(key, _shown(key, value))]
-
-
-def _module(task: str) -> ModuleType | None:
-    from pipeline.evaluate.registry import TASKS
-
-    return import_module(TASKS[task]) if task in TASKS else None

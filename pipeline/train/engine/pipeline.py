@@ -18,13 +18,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.checkpoint import fragments
+from pipeline.checkpoint.fragments import FragmentReader, Tensors
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves_by
-from pipeline.train.engine import float8
+from pipeline.train.engine import float8, partitions
 from pipeline.train.engine.base import Accept, Engine, ForwardTimer, Gate, StepResult, are_finite, weights_digest
 from pipeline.train.engine.deepspeed_config import deepspeed_config, new_optimizer, to_device
 
@@ -101,7 +101,7 @@ class StagesEngine(Engine):
         self.data_rank = self._engine.grid.get_data_parallel_id()
         self._timer = ForwardTimer(self._engine.module, ranks.device)
         self.work = f"stage {self._engine.stage_id}"
-        self._place = fragments.Place(self.data_rank, self.data_ranks, parts={})
+        self._place = partitions.Place(self.data_rank, self.data_ranks, parts={})
 
     def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
         for group in self._engine.optimizer.param_groups:
@@ -114,11 +114,11 @@ class StagesEngine(Engine):
     def evaluate(self, tokens: np.ndarray) -> np.ndarray:
         return self._evaluated(tokens, self._picture_nats, ()).double().cpu().numpy()
 
-    def snapshot(self, earlier: fragments.Tensors | None = None) -> tuple[fragments.Tensors, list[dict[str, Any]]]:
-        return fragments.snapshot(self._engine.optimizer, self._model, self._place, earlier)
+    def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
+        return partitions.snapshot(self._engine.optimizer, self._model, self._place, earlier)
 
-    def restore(self, reader: fragments.FragmentReader, steps: int) -> None:
-        fragments.restore(self._engine.optimizer, self._model, self._place, reader)
+    def restore(self, reader: FragmentReader, steps: int) -> None:
+        partitions.restore(self._engine.optimizer, self._model, self._place, reader)
         self._engine.global_steps = steps
         self._engine.global_samples = self._config.batch.images_after(steps)
 

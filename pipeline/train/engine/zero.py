@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
-from pipeline.checkpoint import fragments
+from pipeline.checkpoint.fragments import FragmentReader, Tensors
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves
-from pipeline.train.engine import float8, tensor_parallel
+from pipeline.train.engine import float8, partitions, tensor_parallel
 from pipeline.train.engine.base import Accept, Engine, ForwardTimer, Gate, StepResult, are_finite, weights_digest
 from pipeline.train.engine.deepspeed_config import deepspeed_config, full_shape, new_optimizer, to_device
 
@@ -34,7 +34,7 @@ class ZeroEngine(Engine):
         self._inputs_and_targets = objectives.inputs_and_targets(config.objective)
         settings = deepspeed_config(config, ranks)
         model = _new_model(config, model_config, settings, ranks.device, initial)
-        self._place = fragments.Place(self.data_rank, self.data_ranks, tensor_parallel.parts(model, config, ranks))
+        self._place = partitions.Place(self.data_rank, self.data_ranks, tensor_parallel.parts(model, config, ranks))
         if config.precision == "fp8":
             float8.convert(model.transformer.h, ranks.device)
         if config.parallel.recompute:
@@ -79,11 +79,11 @@ class ZeroEngine(Engine):
             pieces = [self._picture_nats(micro) for micro in to_device(tokens, self._ranks.device).split(size)]
         return torch.cat(pieces).double().cpu().numpy()
 
-    def snapshot(self, earlier: fragments.Tensors | None = None) -> tuple[fragments.Tensors, list[dict[str, Any]]]:
-        return fragments.snapshot(self._engine.optimizer, self._engine.module, self._place, earlier)
+    def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
+        return partitions.snapshot(self._engine.optimizer, self._engine.module, self._place, earlier)
 
-    def restore(self, reader: fragments.FragmentReader, steps: int) -> None:
-        fragments.restore(self._engine.optimizer, self._engine.module, self._place, reader)
+    def restore(self, reader: FragmentReader, steps: int) -> None:
+        partitions.restore(self._engine.optimizer, self._engine.module, self._place, reader)
         self._engine.global_steps = steps
         self._engine.global_samples = self._config.batch.images_after(steps)
 
