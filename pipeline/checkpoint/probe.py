@@ -1,4 +1,4 @@
-"""The probe batch: a few tokens of a fixed held-out image whose loss is stored in every checkpoint and checked after every load."""
+"""The probe batch: tokens of a held-out image, whose loss every checkpoint stores and every load compares."""
 
 from typing import Protocol
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_data import planes, write_folder
 
 from data_prep.config import SourceConfig
 from data_prep.images.crops import area_resize
 from data_prep.images.decode import Decoder
 from data_prep.sources import open_source
+from tests.data_prep.small_data import planes, write_folder
 
 
 @dataclass

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.launch import Finished, run
+
+torch.set_num_threads(1)  # a second thread costs more than it brings, and far more on a busy machine
 
 TINY = {
     "model.layers": 2,

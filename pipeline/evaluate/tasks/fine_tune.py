@@ -17,7 +17,7 @@ The result, beside what `labelled.description` says of the pictures and `verdict
                          train_loss_by_epoch (nats: generative_weight x nats per colour + nats of the class)
     learning_rate, best_epoch, valid_accuracy    of the chosen rate
     generative_weight    0: the classes alone
-    classifier           a folder in the results: the fine-tuned model with its head (pipeline/model_folder/classifier.py)
+    classifier           a folder in the results: the fine-tuned model with its head (model_folder/classifier.py)
     figure               the confusion matrix
 """
 

@@ -1,4 +1,4 @@
-"""A node's first accelerator, or its CPU, takes part in an all-reduce: `python -m pipeline.operate.preflight.allreduce ...`.
+"""`python -m pipeline.operate.preflight.allreduce ...`: a node's first accelerator, or its CPU, joins an all-reduce.
 
 A process of its own, because neither a driver that does not answer nor a collective that waits can be called back.
 It prints LOOKED once the accelerators were looked at, MET after the all-reduce, and a sentence where either went wrong.

@@ -5,17 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_sets import random_palette, random_pictures, separable_pictures, write_model, write_shard_set
-from toy_network import write_toy_network
 
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.files import model_digest
-
-torch.set_num_threads(1)
+from tests.pipeline.evaluate.tiny_sets import (
+    random_palette,
+    random_pictures,
+    separable_pictures,
+    write_model,
+    write_shard_set,
+)
+from tests.pipeline.evaluate.toy_network import write_toy_network
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pipeline.evaluate.registry import TASKS
 from pipeline.evaluate.tasks.linear_probe import Options as LinearProbe
 from tests import launch
 
-SCRIPT = Path(__file__).with_name("killed.py")
+SCRIPT = Path(__file__).with_name("killed_task.py")
 SGD = LinearProbe(solver="sgd", sgd=SgdOptions(rates=[0.1, 0.01], epochs=2, seeds=2))
 TASK_OPTIONS = {
     "linear_probe": {"l2": [0.1, 0.01]},

@@ -9,8 +9,8 @@ import pytest
 from pipeline.config import BatchConfig
 from tests.launch import start
 from tests.pipeline.conftest import Runner
+from tests.pipeline.train.engine.test_topologies import FP32_TOLERANCE, RATE, train_plainly
 from tests.pipeline.train.test_resume import wait_for_step
-from tests.pipeline.train.test_topologies import FP32_TOLERANCE, RATE, train_plainly
 
 GROWING = {"batch__first_size": 4, "batch__warmup_steps": 15, "batch__global_size": 12, "batch__micro_size": 2}
 SIZES = [4] * 5 + [8] * 5 + [12] * 30

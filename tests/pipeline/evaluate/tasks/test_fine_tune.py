@@ -1,0 +1,161 @@
+"""Fine-tuning: what it learns, leaves and refuses."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ImageGPTForImageClassification
+
+from data_prep.shards.reader import ShardSet, open_shard_set
+from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.classifiers.finetune_loop import epoch_order
+from pipeline.evaluate.tasks.fine_tune import Options, measure, summary
+from pipeline.model_folder.classifier import load_classifier
+from pipeline.model_folder.convert import load_model_folder
+from tests.pipeline.evaluate.tiny_sets import CLASSES, COLORS, random_palette, separable_pictures, write_shard_set
+
+QUICK = Options(epochs=4, learning_rates=[0.01, 1e-6], global_size=20, reflect_crop=1)
+
+
+def test_it_learns_classes_and_leaves_a_classifier(
+    model_folder: Path, evaluation_of: Callable, separable: ShardSet
+) -> None:
+    evaluation = evaluation_of(model_folder, separable)
+    before = [parameter.clone() for parameter in evaluation.model.model.parameters()]
+    result = measure(evaluation, QUICK)
+    assert result["test_accuracy"] > 0.9 > 0.5 > result["majority_class_test_accuracy"]
+    assert (result["learning_rate"], len(result["trials"])) == (0.01, 2)
+    best = result["trials"][0]
+    assert (
+        best["valid_accuracy_by_epoch"][result["best_epoch"] - 1] == result["valid_accuracy"] == best["valid_accuracy"]
+    )
+    losses = best["train_loss_by_epoch"]
+    assert losses == sorted(losses, reverse=True)
+    assert (result["train_images"], result["valid_images"], result["test_images"]) == (200, 90, 100)
+    assert f"{result['test_accuracy']:.1%}" in summary(result)
+
+    confusion, labels = np.array(result["confusion"]), evaluation.pictures("test", labelled=True).labels
+    assert confusion.sum(1).tolist() == np.bincount(labels).tolist()
+    assert confusion.trace() / 100 == result["test_accuracy"]
+    for after, parameter in zip(evaluation.model.model.parameters(), before, strict=True):
+        assert torch.equal(after, parameter)  # other tasks measure the model as it was
+
+    folder = evaluation.results / result["classifier"]
+    theirs = ImageGPTForImageClassification.from_pretrained(folder).eval()
+    theirs.score.load_state_dict({"weight": load_file(folder / "class_head.safetensors")["score.weight"]})
+    tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
+    inputs = torch.cat([torch.full((100, 1), COLORS), tokens[:, :-1]], dim=1)
+    with torch.no_grad():
+        said = theirs(input_ids=inputs).logits.argmax(-1).numpy()
+    assert (said == labels).mean() == result["test_accuracy"]
+    assert load_classifier(folder).facts["train_images"] == 200
+    assert (evaluation.results / result["figure"]).is_file()
+
+
+def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of: Callable, shards: ShardSet) -> None:
+    """Six batches without changes of pictures: losses and weights, by transformers' own modules."""
+    evaluation = evaluation_of(model_folder, train_images=48)
+    options = Options(epochs=1, learning_rates=[1e-3], global_size=8, flip=False, reflect_crop=0, clip_norm=1.0)
+    result = measure(evaluation, options)
+
+    theirs = ImageGPTForImageClassification.from_pretrained(model_folder, num_labels=CLASSES).eval()
+    head = torch.nn.Linear(16, COLORS, bias=False)
+    head.load_state_dict({"weight": load_model_folder(model_folder).model.lm_head.weight})
+    torch.nn.init.zeros_(theirs.score.weight)
+    # Biases are no parameters of ours.
+    names = {name for name, _ in load_model_folder(model_folder).model.named_parameters()} | {"score.weight"}
+    trained = {name: p for name, p in [*theirs.named_parameters(), ("lm_head.weight", head.weight)] if name in names}
+    optimizer = torch.optim.Adam(trained.values(), 1e-3, betas=(0.9, 0.95))
+    pictures = evaluation.pictures("train", labelled=True)
+    losses = []
+    for places in epoch_order(0, 48, 48, 1).reshape(6, 8):
+        tokens, labels = (torch.from_numpy(of[places].astype(np.int64)) for of in (pictures.tokens(), pictures.labels))
+        inputs = torch.cat([torch.full((8, 1), COLORS), tokens[:, :-1]], dim=1)
+        states = theirs.transformer(input_ids=inputs).last_hidden_state
+        loss = torch.nn.functional.cross_entropy(head(states).flatten(0, 1), tokens.flatten())
+        loss = loss + torch.nn.functional.cross_entropy(theirs.score(states.mean(1)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert result["trials"][0]["train_loss_by_epoch"] == [pytest.approx(np.mean(losses), rel=1e-5)]
+    saved = load_file(evaluation.results / "fine_tuned" / "model.safetensors")
+    saved |= load_file(evaluation.results / "fine_tuned" / "class_head.safetensors")
+    for name, parameter in trained.items():
+        # Adam's first step is the rate times a sign, so a gradient of rounding alone may go either way.
+        apart = (saved[name] - parameter.detach()).abs()
+        assert (apart > 2e-5).float().mean() < 0.01, name
+
+
+def test_classes_alone_leave_the_colours_head_as_it_was(
+    model_folder: Path, evaluation_of: Callable, separable: ShardSet
+) -> None:
+    evaluation = evaluation_of(model_folder, separable)
+    result = measure(evaluation, replace(QUICK, generative_weight=0.0, learning_rates=[0.01]))
+    assert result["test_accuracy"] > 0.9
+    assert result["trials"][0]["train_loss_by_epoch"][0] < np.log(CLASSES)  # no nats of colours in it
+    model = load_classifier(evaluation.results / "fine_tuned").loaded.model
+    assert torch.equal(model.lm_head.weight, evaluation.model.model.lm_head.weight)
+    assert not torch.equal(model.transformer.wte.weight, evaluation.model.model.transformer.wte.weight)
+
+
+def test_a_model_of_hidden_colours_votes_over_masks(
+    masked_folder: Path, evaluation_of: Callable, separable: ShardSet
+) -> None:
+    evaluation = evaluation_of(masked_folder, separable)
+    result = measure(evaluation, replace(QUICK, learning_rates=[0.01]))
+    assert result["masks"] == len(result["test_accuracy_by_mask"]) == 5
+    assert result["test_accuracy_by_mask"][0] == result["test_accuracy"] > 0.9
+    assert result["ensembled_test_accuracy"] > 0.9
+    assert "by the vote of 5 masks" in summary(result)
+    assert load_classifier(evaluation.results / "fine_tuned").loaded.mask_probability == 0.15
+
+
+def test_a_class_that_a_split_lacks_is_said(
+    model_folder: Path, evaluation_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = {name: separable_pictures(60, seed) for seed, name in enumerate(("train", "valid", "test"))}
+    tokens, labels = splits["test"]
+    splits["test"] = tokens[labels != 2], labels[labels != 2]
+    other = open_shard_set(write_shard_set(tmp_path / "other", splits, random_palette()))
+    result = measure(evaluation_of(model_folder, other), replace(QUICK, epochs=1, learning_rates=[0.01]))
+    assert "fine_tune: no labelled picture in test of class 2" in capsys.readouterr().out
+    assert result["absent_classes"]["test"] == ["class 2"]
+    assert result["test_accuracy_by_class"][2] is None
+    assert result["confusion"][2] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rates": []}, r"fine_tune\.learning_rates is \[\]"),
+        ({"learning_rates": [0.1, -1.0]}, r"fine_tune\.learning_rates is -1\.0; it must be above 0"),
+        ({"learning_rates": [0.1, 0.1]}, r"each rate must stand there once"),
+        ({"generative_weight": -1}, r"fine_tune\.generative_weight is -1; it must be at least 0"),
+        ({"epochs": 0}, r"fine_tune\.epochs is 0; it must be at least 1"),
+        ({"patience": -1}, r"fine_tune\.patience is -1; it must be at least 0"),
+        ({"global_size": 0}, r"fine_tune\.global_size is 0"),
+        ({"clip_norm": -0.1}, r"fine_tune\.clip_norm is -0\.1"),
+    ],
+)
+def test_options_that_cannot_be(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(**options)
+
+
+def test_what_cannot_be_fine_tuned(model_folder: Path, evaluation_of: Callable, tmp_path: Path) -> None:
+    evaluation = evaluation_of(model_folder)
+    with pytest.raises(ValueError, match=r"fine_tune\.reflect_crop is 6; pictures of 6x6 have fewer than 6 pixels"):
+        measure(evaluation, replace(QUICK, reflect_crop=6))
+    unlabelled = {name: separable_pictures(20, 0, 20 * (name == "valid")) for name in ("train", "valid", "test")}
+    other = open_shard_set(write_shard_set(tmp_path / "other", unlabelled, random_palette()))
+    with pytest.raises(ValueError, match="has no labelled pictures in its split valid"):
+        measure(evaluation_of(model_folder, other), QUICK)
+    with pytest.raises(ValueError, match=r"learning_rates is 1e\+20, and at each the loss became no number"):
+        measure(replace(evaluation, kept=Kept(tmp_path, "lost", "")), replace(QUICK, learning_rates=[1e20]))
+    assert not (evaluation.results / "fine_tuned").exists()

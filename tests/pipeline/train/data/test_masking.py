@@ -1,0 +1,124 @@
+"""The masked objective: the same curve as plain torch on every engine, and masks that are part of the data order."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoConfig
+
+from data_prep.shards.reader import open_shard_set
+from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.masks import Masks
+from pipeline.model.objectives import HIDDEN, masked_color
+from pipeline.model_folder.convert import load_model_folder
+from pipeline.train.data.batches import ImageOrder
+from pipeline.train.schedule import rate_at
+from pipeline.train.validation import spread
+from tests.launch import run
+from tests.pipeline.conftest import Runner
+from tests.pipeline.train.engine.test_topologies import FP32_TOLERANCE, RATE
+
+MASKED = {"objective__kind": "masked_color", "schedule__steps": 20, "optimizer__learning_rate": RATE}
+
+
+@pytest.fixture(scope="module")
+def plain(shards: Path) -> dict[str, list[float]]:
+    """By block: 20 steps of a causal model made to see everything by an explicit mask, a hidden colour's embedding
+    being zero."""
+    return {block: train_plainly(shards, block) for block in ("igpt", "gpt2")}
+
+
+def train_plainly(shards: Path, block: str) -> list[float]:
+    torch.set_num_threads(1)
+    model = build_model(gpt2_config(ModelConfig(layers=2, width=32, heads=2, resolution=8, block=block)))
+    initialize(model, seed=0)
+    split = open_shard_set(shards).split("train")
+    order, masks = ImageOrder(split.record_images, seed=0), Masks(seed=0, probability=0.15)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    schedule, losses = ScheduleConfig(steps=20, warmup_steps=4), []
+    for step in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), schedule)
+        pictures = split.gather(order.at(step * 8, 8)[0])[0]
+        marked = masks.hide(pictures, "train", np.arange(step * 8, step * 8 + 8))
+        hidden = torch.from_numpy(marked >= HIDDEN)
+        colors = torch.from_numpy(pictures.astype(np.int64))
+        embedded = model.transformer.wte(colors) * ~hidden[..., None]
+        logits = model(inputs_embeds=embedded, attention_mask=torch.zeros(8, 1, 64, 64)).logits[..., :512]
+        nats = functional.cross_entropy(logits.transpose(1, 2), colors, reduction="none")
+        loss = ((nats * hidden).sum(1) / hidden.sum(1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("ranks", "block", "settings"),
+    [
+        pytest.param(1, "igpt", {}, marks=pytest.mark.slow),
+        (2, "igpt", {"parallel__zero_stage": 3}),
+        (2, "gpt2", {"parallel__pipeline_stages": 2}),
+        (2, "igpt", {"parallel__tensor_parallel": 2, "parallel__recompute": True}),
+    ],
+)
+def test_losses_are_those_of_plain_torch(
+    runner: Runner, plain: dict[str, list[float]], ranks: int, block: str, settings: dict[str, object]
+) -> None:
+    runner.check_trains("run", ranks, **MASKED, model__block=block, batch__micro_size=2, **settings)
+    assert runner.losses("run") == pytest.approx(plain[block], abs=FP32_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_validation_and_resume_on_another_engine(runner: Runner) -> None:
+    """The same pictures are hidden on any ranks, so a run that moves keeps its curve and its validation."""
+    runner.check_trains("one", 1, **MASKED, validation__every_steps=5)
+    runner.check_trains("moved", 2, **{**MASKED, "schedule__steps": 10}, schedule__decay="constant")
+    runner.check_trains("whole", 2, **MASKED, schedule__decay="constant", validation__every_steps=5)
+    stages = {"parallel__pipeline_stages": 2, "batch__micro_size": 2}
+    runner.check_trains("moved", 2, **MASKED, schedule__decay="constant", validation__every_steps=5, **stages)
+    assert runner.losses("moved") == pytest.approx(runner.losses("whole"), abs=FP32_TOLERANCE)
+    losses = {n: [r["valid_loss"] for r in runner.rows(n) if "valid_loss" in r] for n in ("one", "whole", "moved")}
+    assert len(losses["one"]) == 4
+    assert losses["moved"][-1] == pytest.approx(losses["whole"][-1], abs=FP32_TOLERANCE)
+
+
+def test_masks_are_a_function_of_the_place() -> None:
+    masks, pictures = Masks(seed=3, probability=0.15), np.zeros((400, 64), np.uint16)
+    places = np.arange(1000, 1400)
+    hidden = masks.hide(pictures, "train", places) >= HIDDEN
+    assert hidden.mean() == pytest.approx(0.15, abs=0.01)
+    assert hidden.any(axis=1).all()
+    assert np.array_equal(masks.hide(pictures[:7], "train", places[50:57]) >= HIDDEN, hidden[50:57])
+    assert not np.array_equal(masks.hide(pictures, "train", places + 1)[:1] >= HIDDEN, hidden[:1])
+    rare = Masks(seed=3, probability=1e-6).hide(pictures, "train", places) >= HIDDEN
+    assert (rare.sum(axis=1) == 1).all()
+
+
+def test_its_model_folder_is_ours_alone(runner: Runner) -> None:
+    """transformers would read it as a model that sees the past alone: it must refuse, and we must read it whole."""
+    runner.check_trains("run", 1, **{**MASKED, "schedule__steps": 10})
+    folder = runner.folder / "model"
+    finished = run(1, "-m", "pipeline", "export", runner.folder / "run", "--out", folder, logs=runner.folder / "export")
+    assert finished.codes == [0], finished.output
+    with pytest.raises(ValueError, match="image_gpt_masked"):
+        AutoConfig.from_pretrained(folder)
+    loaded = load_model_folder(folder)
+    assert loaded.mask_probability == 0.15
+    split, masks = open_shard_set(runner.shards).split("valid"), Masks(0, 0.15)
+    chosen = spread(split.images, 33)
+    tokens = masks.hide(split.gather(chosen)[0], "valid", chosen)
+    inputs, targets = masked_color(torch.from_numpy(tokens.astype(np.int64)), 512)
+    with torch.no_grad():
+        logits = loaded.model(inputs).logits
+        later = inputs.clone()
+        later[:, -1] = 0
+        assert not torch.equal(loaded.model(later).logits[:, 0], logits[:, 0])  # it sees what comes after
+    loss = torch.stack([functional.cross_entropy(*of) for of in zip(logits, targets, strict=True)]).mean().item()
+    validation = [row["valid_loss"] for row in runner.rows("run") if "valid_loss" in row]
+    assert loss == pytest.approx(validation[-1], abs=1e-5)

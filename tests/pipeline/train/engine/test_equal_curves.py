@@ -1,0 +1,155 @@
+"""Twenty steps on every topology, both blocks and both objectives, against plain torch: losses, norms, validation."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from data_prep.shards.reader import Split, open_shard_set
+from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.objectives import HIDDEN
+from pipeline.train.data.batches import ImageOrder
+from pipeline.train.data.masking import Masks
+from pipeline.train.schedule import rate_at
+from tests.launch import run
+from tests.pipeline.conftest import Runner
+from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE, RATE
+
+STEPS, IMAGES, HELD_OUT = 20, 8, 13
+"""Of a run, of a step, and of a validation: on two ranks one of them has a picture less."""
+NORM_TOLERANCE = 1e-4
+"""Relative."""
+TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
+    "1 rank": (1, 1, 1, 1),
+    "Z1x2": (2, 1, 1, 1),
+    "Z2x2": (2, 2, 1, 1),
+    "Z3x2": (2, 3, 1, 1),
+    "PP2": (2, 1, 2, 1),
+    "PP4": (4, 1, 4, 1),
+    "PP2xDP2": (4, 1, 2, 1),
+    "tp2": (2, 1, 1, 2),
+    "tp2xDP2": (4, 1, 1, 2),
+}
+KINDS = [(block, objective) for block in ("igpt", "gpt2") for objective in ("next_color", "masked_color")]
+
+
+@dataclass
+class Curve:
+    """What a run recorded."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+
+
+class PlainModel:
+    """A model of the tests' size in torch alone. A masked one sees everything by an explicit mask; the embedding of a
+    hidden colour is made zero."""
+
+    def __init__(self, shards: Path, block: str, objective: str) -> None:
+        self.model = build_model(gpt2_config(ModelConfig(layers=4, width=32, heads=2, resolution=8, block=block)))  # type: ignore[arg-type]
+        initialize(self.model, seed=0)
+        self.shards, self.masked = open_shard_set(shards), objective == "masked_color"
+
+    def picture_nats(self, split: Split, name: str, pictures: np.ndarray, places: np.ndarray) -> torch.Tensor:
+        """Mean nats of each picture's predicted colours: (B,)."""
+        colors = torch.from_numpy(split.gather(pictures)[0].astype(np.int64))  # (B, T)
+        if self.masked:
+            marked = Masks(seed=0, probability=0.15).hide(split.gather(pictures)[0], name, places)
+            hidden = torch.from_numpy(marked >= HIDDEN)
+            embedded = self.model.transformer.wte(colors) * ~hidden[..., None]
+            mask = torch.zeros(len(colors), 1, 64, 64)
+            logits = self.model(inputs_embeds=embedded, attention_mask=mask).logits[..., :512]
+            nats = functional.cross_entropy(logits.transpose(1, 2), colors, reduction="none")
+            return (nats * hidden).sum(1) / hidden.sum(1)
+        inputs = torch.cat([torch.full((len(colors), 1), 512), colors[:, :-1]], dim=1)
+        logits = self.model(inputs).logits[..., :512]
+        return functional.cross_entropy(logits.transpose(1, 2), colors, reduction="none").mean(1)
+
+    def train(self) -> Curve:
+        """AdamW with clipping."""
+        torch.set_num_threads(1)
+        curve, split = Curve(), self.shards.split("train")
+        order = ImageOrder(split.record_images, seed=0)
+        optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        for step in range(STEPS):
+            rate = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), ScheduleConfig(steps=STEPS, warmup_steps=4))
+            optimizer.param_groups[0]["lr"] = rate
+            places = np.arange(step * IMAGES, (step + 1) * IMAGES)
+            loss = self.picture_nats(split, "train", order.at(places[0], IMAGES)[0], places).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            curve.losses.append(loss.item())
+            curve.norms.append(norm.item())
+            if (step + 1) % 10 == 0:
+                curve.validation.append(self.validate())
+        return curve
+
+    def validate(self) -> float:
+        """Over pictures spread evenly over the held-out ones."""
+        split = self.shards.split("valid")
+        chosen = np.arange(HELD_OUT) * split.images // HELD_OUT
+        with torch.no_grad():
+            return self.picture_nats(split, "valid", chosen, chosen).mean().item()
+
+
+@pytest.fixture(scope="module")
+def plain(shards: Path) -> dict[tuple[str, str], Curve]:
+    """By block and objective."""
+    return {kind: PlainModel(shards, *kind).train() for kind in KINDS}
+
+
+def arguments(runner: Runner, topology: str, block: str, objective: str, precision: str) -> list[str]:
+    """Of `train`."""
+    _, zero_stage, stages, parts = TOPOLOGIES[topology]
+    settings = {"model__layers": 4, "model__block": block, "objective__kind": objective, "precision": precision}
+    settings |= {"optimizer__learning_rate": RATE, "schedule__steps": STEPS, "batch__micro_size": 2}
+    settings |= {"validation__every_steps": 10, "validation__images": HELD_OUT, "checkpoint__every_steps": STEPS}
+    settings |= {"parallel__zero_stage": zero_stage, "parallel__pipeline_stages": stages}
+    settings |= {"parallel__tensor_parallel": parts}
+    return runner.arguments(f"{block} {objective} {precision}", **settings)[3:]
+
+
+def curve_of(runner: Runner, name: str) -> Curve:
+    """What metrics.jsonl says."""
+    rows, keys = runner.rows(name), ("loss", "grad_norm", "valid_loss")
+    return Curve(*([row[key] for row in rows if key in row] for key in keys))
+
+
+def furthest(curve: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(curve, other, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_topology_is_as_plain_torch(
+    runner: Runner, plain: dict[tuple[str, str], Curve], topology: str, tmp_path: Path
+) -> None:
+    runs = [(*kind, precision) for kind in KINDS for precision in ("fp32", "bf16")]
+    (tmp_path / "runs.json").write_text(json.dumps([arguments(runner, topology, *kind) for kind in runs]))
+    ranks = TOPOLOGIES[topology][0]
+    finished = run(
+        ranks, "-m", "tests.pipeline.train.several_runs", tmp_path / "runs.json", logs=tmp_path / "logs", seconds=1800
+    )
+    assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
+    print()
+    for block, objective, precision in runs:
+        expected, found = plain[block, objective], curve_of(runner, f"{block} {objective} {precision}")
+        assert (len(found.losses), len(found.validation)) == (STEPS, 2)
+        assert abs(found.losses[-1] - found.losses[0]) > 100 * FP32_TOLERANCE  # it learns
+        loss, validation = furthest(found.losses, expected.losses), furthest(found.validation, expected.validation)
+        norm = max(abs(a / b - 1) for a, b in zip(found.norms, expected.norms, strict=True))
+        words = f"{topology:8} {block} {objective:12} {precision}"
+        print(f"{words}: loss {loss:.1e}, validation {validation:.1e}, norm {norm:.1e} relative")
+        tolerance = FP32_TOLERANCE if precision == "fp32" else BF16_TOLERANCE
+        assert loss <= tolerance, words
+        assert validation <= tolerance, words
+        if precision == "fp32":
+            assert norm <= NORM_TOLERANCE, words

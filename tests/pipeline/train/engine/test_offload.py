@@ -1,0 +1,124 @@
+"""Optimizer state and weights in the host's memory, or on NVMe: the same curve, exact resumes, checkpoints like all
+others."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launch import run, start
+from tests.pipeline.conftest import Runner
+from tests.pipeline.train.engine.test_topologies import FP32_TOLERANCE, RATE
+from tests.pipeline.train.test_resume import wait_for_step
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeed compiles its Adam for the host, which needs g++"
+)
+
+
+@needs_compiler
+@pytest.mark.slow  # a minute where DeepSpeed's Adam is compiled for the first time
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {"parallel__offload": "optimizer"}),
+        (2, {"parallel__offload": "optimizer", "parallel__zero_stage": 2}),
+        (2, {"parallel__offload": "parameters", "parallel__zero_stage": 3}),
+        (2, {"parallel__offload": "optimizer", "parallel__pipeline_stages": 2}),
+        (2, {"parallel__offload": "optimizer", "parallel__tensor_parallel": 2}),
+    ],
+)
+def test_offloaded_is_as_one_rank_and_resumes_bit_for_bit(
+    runner: Runner, ranks: int, settings: dict[str, object]
+) -> None:
+    common = {"optimizer__learning_rate": RATE, "batch__micro_size": 2, "schedule__decay": "constant"}
+    runner.check_trains("one", 1, **common, schedule__steps=14)
+    runner.check_trains("whole", ranks, **common, **settings, schedule__steps=14)
+    assert runner.losses("whole") == pytest.approx(runner.losses("one"), abs=FP32_TOLERANCE)
+    runner.check_trains("resumed", ranks, **common, **settings, schedule__steps=7)
+    shutil.copytree(runner.folder / "resumed", runner.folder / "moved")
+    runner.check_trains("resumed", ranks, **common, **settings, schedule__steps=14)
+    assert runner.losses("resumed") == runner.losses("whole")
+    plain = {"parallel__offload": "none", "parallel__zero_stage": 1, "parallel__pipeline_stages": 1}
+    runner.check_trains("moved", 1, **common, **plain, parallel__tensor_parallel=1, schedule__steps=14)
+    assert runner.losses("moved") == pytest.approx(runner.losses("whole"), abs=FP32_TOLERANCE)
+
+
+def has_libaio() -> bool:
+    return shutil.which("g++") is not None and any(Path("/usr/include").glob("**/libaio.h"))
+
+
+@pytest.mark.slow  # minutes where DeepSpeed's reader and writer are compiled for the first time
+@pytest.mark.skipif(not has_libaio(), reason="DeepSpeed reads and writes NVMe through libaio, which is not here")
+@pytest.mark.parametrize("what", ["optimizer", "parameters"])
+def test_on_nvme_it_is_as_one_rank_and_resumes_bit_for_bit(runner: Runner, tmp_path: Path, what: str) -> None:
+    """And as in memory, bit for bit; on a model whose partitions are so large (1 MB) that DeepSpeed puts them there."""
+    common = {"optimizer__learning_rate": RATE, "batch__micro_size": 2, "schedule__decay": "constant"}
+    common |= {"model__layers": 4, "model__width": 128, "checkpoint__every_steps": 4, "schedule__steps": 10}
+    disk = tmp_path / "nvme"
+    disk.mkdir()
+    in_memory = {"parallel__zero_stage": 3, "parallel__offload": what}
+    away = {**in_memory, "parallel__nvme_path": disk}
+    runner.check_trains("one", 1, **common)
+    runner.check_trains("memory", 2, **common, **in_memory)
+    runner.check_trains("whole", 2, **common, **away)
+    assert runner.losses("whole") == pytest.approx(runner.losses("one"), abs=FP32_TOLERANCE)
+    assert runner.losses("whole") == runner.losses("memory")
+    assert list(disk.iterdir()) == []
+    processes = start(2, *runner.arguments("killed", **common, **away), logs=tmp_path / "logs")
+    wait_for_step(runner.folder / "killed", 6)
+    assert sum(file.stat().st_size for file in disk.rglob("*") if file.is_file()) > 2_000_000
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+    shutil.copytree(runner.folder / "killed", runner.folder / "moved")
+    runner.check_trains("killed", 2, **common, **away)
+    assert runner.losses("killed") == runner.losses("whole")
+    assert list(disk.iterdir()) == []  # what the killed ranks left is gone too
+    plain = {"parallel__offload": "none", "parallel__zero_stage": 1, "parallel__nvme_path": "null"}
+    runner.check_trains("moved", 1, **common, **plain)
+    assert runner.losses("moved") == pytest.approx(runner.losses("whole"), abs=FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"parallel__offload": "none", "parallel__nvme_path": "/"},
+            "parallel.nvme_path is /; with parallel.offload none and parallel.zero_stage 1 it must be null",
+        ),
+        (
+            {"parallel__zero_stage": 3, "parallel__nvme_path": "/nowhere"},
+            "parallel.nvme_path is /nowhere; it must be a folder on a disk of each node, and be writable.",
+        ),
+        (
+            {"parallel__zero_stage": 0},
+            "parallel.zero_stage is 0; with parallel.offload optimizer it must be at least 1",
+        ),
+        ({"parallel__offload": "parameters"}, "parallel.zero_stage is 1; with parallel.offload parameters it must be"),
+    ],
+)
+def test_mistakes_are_said(runner: Runner, settings: dict[str, object], message: str) -> None:
+    finished = runner.train("run", 1, **{"parallel__offload": "optimizer", **settings})
+    assert finished.codes == [2]
+    assert message in finished.output
+
+
+def test_a_machine_without_compiler_is_told_so(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finished = run(1, *runner.arguments("run", parallel__offload="optimizer"), logs=tmp_path / "logs")
+    assert finished.codes == [2]
+    assert "parallel.offload is optimizer; DeepSpeed compiles the Adam it needs, and g++ is not" in finished.output
+    assert not (runner.folder / "run").exists()
+
+
+@needs_compiler
+def test_a_machine_without_libaio_is_told_so(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDFLAGS", "-l_no_such_library")  # which is how a program that needs libaio fails without it
+    settings = {"parallel__offload": "optimizer", "parallel__zero_stage": 3, "parallel__nvme_path": tmp_path}
+    finished = run(1, *runner.arguments("run", **settings), logs=tmp_path / "logs")
+    assert finished.codes == [2]
+    assert f"parallel.nvme_path is {tmp_path}; DeepSpeed reads and writes it through libaio" in finished.output
+    assert not (runner.folder / "run").exists()

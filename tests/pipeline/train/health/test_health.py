@@ -1,0 +1,264 @@
+"""What befalls one rank: steps without numbers, spikes, hangs, weights that differ; each ends as designed."""
+
+import json
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.shards.reader import open_shard_set
+from pipeline.config import HealthConfig
+from pipeline.train.data.batches import ImageOrder
+from pipeline.train.engine.base import StepResult
+from pipeline.train.health.health import Judge
+from pipeline.train.health.watchdog import describe
+from tests.launch import SECONDS, Finished, finish, start
+from tests.pipeline.conftest import Runner
+
+
+def train_ill(
+    runner: Runner, name: str, kind: str, rank: int, steps: tuple[int, int], ranks: int = 2, **overrides: Any
+) -> Finished:
+    arguments = runner.arguments(name, **{"batch__micro_size": 2, "schedule__steps": 20, **overrides})
+    command = ["-m", "tests.pipeline.train.health.failing_rank", kind, rank, *steps, "--", *arguments[2:]]
+    logs = runner.folder / f"{name}.logs"
+    processes = start(ranks, *command, logs=logs)
+    if kind == "frozen":
+        assert processes[1 - rank].wait(SECONDS) == 1
+        processes[rank].send_signal(signal.SIGKILL)
+    return finish(processes, logs)
+
+
+def skipped(runner: Runner, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (runner.folder / name / "skipped.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"parallel__zero_stage": 0}, marks=pytest.mark.slow),
+        {"parallel__zero_stage": 1, "precision": "bf16"},
+        pytest.param({"parallel__zero_stage": 2}, marks=pytest.mark.slow),
+        {"parallel__zero_stage": 3},
+        {"parallel__pipeline_stages": 2},
+        pytest.param({"parallel__pipeline_stages": 2, "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({"parallel__tensor_parallel": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_gradient_that_is_no_number_is_not_applied(runner: Runner, settings: dict[str, Any]) -> None:
+    """From the very first step on; the run goes on as if the pictures of those steps had never been."""
+    finished = train_ill(runner, "run", "nan", rank=1, steps=(1, 3), checkpoint__every_steps=2, **settings)
+    assert finished.codes == [0, 0], finished.output
+    rows = [row for row in runner.rows("run") if "loss" in row]
+    assert [row["applied"] for row in rows] == [False] * 3 + [True] * 17
+    assert [row["grad_norm"] for row in rows[:3]] == [None] * 3
+    assert all(np.isfinite(row["loss"]) and row["loss"] == pytest.approx(np.log(512)) for row in rows[:4])
+    assert rows[-1]["loss"] < 6.2
+    assert [row["step"] for row in skipped(runner, "run")] == [1, 2, 3]
+
+
+def test_the_pictures_of_a_skipped_step_are_named(runner: Runner, shards: Path) -> None:
+    finished = train_ill(runner, "run", "nan", rank=0, steps=(6, 9), health__max_skipped=3)
+    assert finished.codes == [1, 1]
+    [message] = [line for line in "\n".join(finished.outputs).splitlines() if line.startswith("error:")]
+    assert "step 8 is not finite" in message
+    assert "the last of 3 in a row" in message
+    rows = skipped(runner, "run")
+    assert [row["step"] for row in rows] == [6, 7, 8]
+    split = open_shard_set(shards).split("train")
+    wanted = ImageOrder(split.record_images, seed=0).at(5 * 8, 8)[0]
+    tokens = split.gather(wanted)[0]
+    for words, picture in zip(rows[0]["pictures"], tokens, strict=True):
+        file, _, record, _, number = words.split()
+        first = next(n for n, shard in enumerate(split.shards) if shard["file"] == file)
+        found = split.record(int(split.shard_starts[first]) + int(record))[0][int(number)]
+        assert np.array_equal(found, picture)
+    assert rows[0]["pictures"][0] in (runner.folder / "run" / "skipped.jsonl").read_text()
+    assert json.loads((runner.folder / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_resumed_run_counts_on(runner: Runner) -> None:
+    """Two skipped before the stop and one after are three in a row."""
+    common = {"health__max_skipped": 3, "schedule__decay": "constant"}
+    finished = train_ill(runner, "run", "nan", 1, (5, 9), **{**common, "schedule__steps": 6})
+    assert finished.codes == [0, 0], finished.output
+    finished = train_ill(runner, "run", "nan", 1, (5, 9), **common)
+    assert finished.codes == [1, 1]
+    assert "step 7 is not finite" in finished.output
+
+
+def saved(runner: Runner) -> list[str]:
+    return sorted(path.name for path in (runner.folder / "run/checkpoints").glob("step-*[0-9]"))
+
+
+def test_no_checkpoint_is_made_while_steps_are_skipped(runner: Runner) -> None:
+    """The weights may be what is broken, and each save deletes an older one: it waits for an applied step."""
+    finished = train_ill(runner, "run", "nan", 1, (4, 8), checkpoint__every_steps=5, checkpoint__keep_last=9)
+    assert finished.codes == [0, 0], finished.output
+    assert saved(runner) == ["step-00000009", "step-00000010", "step-00000015", "step-00000020"]
+
+
+def test_a_model_that_gives_no_numbers_is_not_saved(runner: Runner) -> None:
+    finished = train_ill(runner, "run", "broken", 0, (10, 10), ranks=1, checkpoint__every_steps=5)
+    assert finished.codes == [1]
+    assert (
+        "error: the model of step 10 is not finite (loss on the probe batch, by rank: [nan]) and was not saved"
+        in finished.output
+    )
+    assert saved(runner) == ["step-00000005"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_rank_that_can_not_write_its_part_ends_the_run(runner: Runner, asynchronous: bool) -> None:
+    """Under asynchronous saving it fails in a thread, steps before anyone asks."""
+    settings = {"checkpoint__every_steps": 5, "checkpoint__asynchronous": asynchronous}
+    finished = train_ill(runner, "run", "full", 1, (8, 99), **settings)
+    assert finished.codes == [2, 2], finished.output
+    assert "\n".join(finished.outputs).count("error: ") == 1
+    assert "No space left on device" in "".join(finished.outputs)
+    assert saved(runner) == ["step-00000005"]
+    assert (runner.folder / "run/checkpoints/step-00000005/checkpoint.json").is_file()
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_spike_is_said_and_skipped_if_so_wanted(runner: Runner, skip: bool) -> None:
+    settings = {"health__spike_window": 8, "health__skip_spikes": skip, "optimizer__clip_norm": 1}
+    finished = train_ill(runner, "run", "spike", 1, (15, 15), **settings)
+    assert finished.codes == [0, 0], finished.output
+    [row] = skipped(runner, "run")
+    assert (row["step"], row["reason"], row["applied"]) == (15, "a spike", not skip)
+    assert f"step 15 is a spike, {'not applied' if skip else 'applied all the same'}" in finished.output
+    assert [r["applied"] for r in runner.rows("run") if r.get("step") == 15] == [not skip]
+
+
+def test_spikes_are_six_deviations_above_the_window() -> None:
+    """Against numpy's mean and deviation; a skipped spike is not in the window."""
+    judge = Judge(HealthConfig(spike_window=16, skip_spikes=True))
+    draw = np.random.default_rng(0)
+    losses = list(draw.normal(2.0, 0.1, 16))
+    for loss in losses:
+        assert judge.accept(loss, 1.0)
+        assert judge.verdict(StepResult(loss, 1.0, True)) is None
+    limit = np.mean(losses) + 6 * np.std(losses)
+    assert not judge.accept(limit + 1e-6, 1.0)
+    assert judge.verdict(StepResult(limit + 1e-6, 1.0, False)) == "a spike"
+    assert judge.accept(limit - 1e-6, 1.0)
+    assert judge.accept(limit - 10, 1.0)
+
+
+def test_a_frozen_rank_is_named(runner: Runner) -> None:
+    """Its process is stopped: it can't say anything itself."""
+    finished = train_ill(runner, "run", "frozen", 1, (5, 5), health__hang_minutes=0.2)
+    assert finished.codes == [1, -9]
+    assert "rank 1 is silent (stopped, dead, or cut off), rank 0 hangs in training at step 5" in finished.output
+    stacks = (runner.folder / "run/stacks/rank-00000.txt").read_text()
+    assert "zero.py" in stacks
+    assert json.loads((runner.folder / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_reading_is_named(runner: Runner) -> None:
+    finished = train_ill(runner, "run", "hang", 1, (5, 5), health__hang_minutes=0.2)
+    assert finished.codes == [1, 1]
+    assert "rank 1 hangs in reading at step 5" in finished.output
+    assert "read_counted" in (runner.folder / "run/stacks/rank-00001.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_collectives(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # the recorder needs neither
+        monkeypatch.delenv(variable, raising=False)
+    finished = train_ill(runner, "run", "stuck", 1, (5, 5), health__hang_minutes=0.2)
+    assert finished.codes == [1, 1]
+    assert "rank 1 is silent" in finished.output
+    assert "read_counted" in finished.outputs[1]  # the stuck rank's own stack
+    peer = (runner.folder / "run/stacks/rank-00000.txt").read_text()
+    last = peer.partition("last collectives\n")[2].splitlines()[-1]
+    assert "all_reduce" in last
+    assert not last.endswith("done")
+
+
+def test_ranks_are_grouped_by_where_they_are() -> None:
+    words = describe({0: "training at step 7", 1: None, 2: "reading at step 7", 3: "training at step 7"})
+    assert words == (
+        "rank 1 is silent (stopped, dead, or cut off), rank 2 hangs in reading at step 7, "
+        "ranks 0, 3 hang in training at step 7"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (3, {}),
+        pytest.param(2, {"parallel__tensor_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"parallel__pipeline_stages": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_copy_that_differs_ends_the_run_before_a_save(runner: Runner, ranks: int, settings: dict[str, Any]) -> None:
+    sizes = {"batch__global_size": 6, "batch__micro_size": 1, "validation__every_steps": 100}
+    settings = {**settings, **sizes, "checkpoint__every_steps": 5, "health__replicas_every_steps": 100}
+    # The weight changes after the update of step 7, and stays: an update makes it anew from the fp32 ones only at 8.
+    finished = train_ill(runner, "run", "diverge", 1, (7, 10), ranks=ranks, **settings)
+    assert finished.codes == [1] * ranks, "\n".join(finished.outputs)
+    assert "at step 10 the weights of ranks 1 differ from" in finished.output
+    assert [path.name for path in sorted((runner.folder / "run/checkpoints").glob("step-*"))] == ["step-00000005"]
+
+
+def test_the_profiler_writes_a_trace_and_says_the_share_of_communication(runner: Runner) -> None:
+    finished = runner.train("run", 2, batch__micro_size=2, profile__first_step=5, profile__steps=2)
+    assert finished.codes == [0, 0], finished.output
+    [line] = [line for line in finished.output.splitlines() if line.startswith("profile of steps 5 to 6")]
+    share = float(line.split(": ")[1].split("%")[0])
+    assert 0 < share < 100
+    traces = sorted(path.name for path in (runner.folder / "run/profile").iterdir())
+    assert traces == [f"rank-0000{rank}-step-00000005.pt.trace.json.gz" for rank in (0, 1)]
+
+
+def test_a_file_in_the_run_asks_for_a_profile(runner: Runner) -> None:
+    settings = {"batch__micro_size": 2, "schedule__decay": "constant"}
+    runner.check_trains("run", 2, **settings, schedule__steps=5)
+    (runner.folder / "run/PROFILE").touch()
+    finished = runner.train("run", 2, **settings, schedule__steps=10)
+    assert finished.codes == [0, 0], finished.output
+    assert "profile of steps 6 to 8" in finished.output
+    assert not (runner.folder / "run/PROFILE").exists()
+
+
+def test_a_rank_that_cannot_read_ends_all_with_its_sentence(runner: Runner) -> None:
+    """And the checkpoint that was being written when it happened is whole."""
+    finished = train_ill(runner, "run", "unreadable", 1, (7, 7), checkpoint__every_steps=6)
+    assert finished.codes == [2, 2], "\n".join(finished.outputs)
+    assert "error: the shard: Input/output error" in finished.output or "Errno 5" in finished.output
+    assert "Traceback" not in "".join(finished.outputs)
+    assert saved(runner) == ["step-00000006"]
+
+
+def test_a_slow_rank_is_named(runner: Runner) -> None:
+    """It waits 0.1 s for each batch: the others wait for it too, yet it is the one to be named."""
+    finished = train_ill(runner, "run", "slow", 1, (1, 60), schedule__steps=60)
+    assert finished.codes == [0, 0], finished.output
+    [line] = [line for line in finished.output.splitlines() if line.startswith("slow over the last 50 steps")]
+    assert "rank 1 took" in line
+    assert "rank 0 took" not in line
+
+
+def test_rows_hold_the_largest_of_all_ranks(runner: Runner) -> None:
+    finished = runner.train("run", 2, batch__micro_size=2)
+    assert finished.codes == [0, 0], finished.output
+    [line] = [line for line in finished.output.splitlines() if line.startswith("peak memory, MB, by rank: ")]
+    peaks = [float(word.replace(",", "")) for word in line.split(": ")[1].split(", ")]
+    assert len(peaks) == 2
+    rows = [row for row in runner.rows("run") if "loss" in row]
+    assert rows[-1]["memory_bytes"] / 1e6 == pytest.approx(max(peaks), rel=0.02)
+    assert all(a["memory_bytes"] <= b["memory_bytes"] for a, b in pairwise(rows))
+
+
+def test_a_mistake_in_the_configuration_is_said_once_a_node(runner: Runner) -> None:
+    finished = runner.train("run", 2, precision="fp16")
+    assert finished.codes == [2, 2]
+    assert "\n".join(finished.outputs).count("precision is 'fp16'") == 1
