@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.build.plan import make_plan
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 from data_prep.config import DataConfig
 from data_prep.images.decode import BadPicture
 from data_prep.palette.codec import decode
@@ -85,7 +85,7 @@ def draw_result(
         columns.insert(0, views)
     grid = draw_grid(columns, [classes[label] if label >= 0 else "" for label in labels])
     picture = _above(grid, draw_palette(palette, grid.width - 2 * GAP))
-    with written_aside(out) as aside, aside.open("wb") as file:
+    with atomic_write(out) as temporary, temporary.open("wb") as file:
         picture.save(file, "PNG")
 
 

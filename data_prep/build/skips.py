@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 from data_prep.images.decode import BadPicture
 
 SKIPPED = "skipped.jsonl"
@@ -98,5 +98,5 @@ def write_skips(path: Path, skips: list[Skip]) -> None:
     if not skips:
         path.unlink(missing_ok=True)
         return
-    with written_aside(path) as aside, aside.open("w") as file:
+    with atomic_write(path) as temporary, temporary.open("w") as file:
         file.writelines(json.dumps(one) + "\n" for one in skips)

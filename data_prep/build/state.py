@@ -15,7 +15,7 @@ import numpy as np
 from data_prep.build.encode import Samples
 from data_prep.build.parts import Part
 from data_prep.build.plan import Unit
-from data_prep.common.files import file_sha256, read_json, write_json, written_aside
+from data_prep.common.files import atomic_write, file_sha256, read_json, write_json
 from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 
@@ -124,7 +124,7 @@ class Unfinished:
 
     def keep_samples(self, samples: Samples) -> None:
         """Keeps the first images for the picture of the result."""
-        with written_aside(self.folder / "samples.npz") as aside, aside.open("wb") as file:
+        with atomic_write(self.folder / "samples.npz") as temporary, temporary.open("wb") as file:
             views, tokens, labels = samples
             np.savez(file, views=views, tokens=tokens, labels=labels)
 

@@ -1,4 +1,4 @@
-"""Files written aside and renamed into place, so that what stands under its name is whole."""
+"""Files and folders written under a temporary name and renamed, so that what stands under its name is complete."""
 
 import ctypes
 import errno
@@ -19,22 +19,22 @@ RENAME_EXCHANGE, HERE = 2, -100
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name is unlike any other's: the nodes of a cluster share folders, and their process numbers repeat.
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.partial")
     try:
-        yield aside
-        flush_to_disk(aside)
-        aside.replace(path)
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(path)
         flush_to_disk(path.parent)
     except OSError as error:
         if error.errno in DISK_FULL and error.filename is None:  # a failed write does not say of which file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -51,28 +51,28 @@ def locked(path: Path, waiting_for: str) -> Iterator[None]:
 
 
 @contextmanager
-def folder_written_aside(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder beside `folder`; on success it is flushed to disk and takes that one's place, else it goes.
 
     What stood there goes once the new one is in place; both change in one step where the file system can swap names.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}-{uuid4().hex[:8]}.partial")
-    aside.mkdir()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{uuid4().hex[:8]}.partial")
+    temporary.mkdir()
     try:
-        yield aside
-        for path in aside.rglob("*"):
+        yield temporary
+        for path in temporary.rglob("*"):
             if path.is_file() and not path.is_symlink():
-                path.chmod(aside.stat().st_mode & 0o666)  # as the umask has it; safetensors keeps its files private
+                path.chmod(temporary.stat().st_mode & 0o666)  # as the umask has it; safetensors keeps its files private
             flush_to_disk(path)
-        flush_to_disk(aside)
+        flush_to_disk(temporary)
         if folder.exists():
-            _exchange(aside, folder)
+            _exchange(temporary, folder)
         else:
-            aside.rename(folder)
+            temporary.rename(folder)
         flush_to_disk(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> None:
@@ -101,8 +101,8 @@ def flush_to_disk(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 from data_prep.common.seeding import generator
 
 CODES = 1 << 24
@@ -31,7 +31,7 @@ def palette_sha256(palette: np.ndarray) -> str:
 
 def save_palette(path: Path, palette: np.ndarray) -> None:
     """Writes a palette as .npy, whole or not at all."""
-    with written_aside(path) as aside, aside.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.save(file, palette.astype("<f4"), allow_pickle=False)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.build.parts import Part
 from data_prep.build.plan import make_plan
 from data_prep.build.state import refuse_difference
-from data_prep.common.files import read_json, write_json, written_aside
+from data_prep.common.files import atomic_write, read_json, write_json
 from data_prep.common.workers import worker_count
 from data_prep.config import DataConfig
 from data_prep.palette.codec import CODES, palette_sha256, save_palette
@@ -85,7 +85,7 @@ def _begin(out: Path, described: dict[str, object]) -> None:
 
 def _save_histogram(file: Path, histogram: np.ndarray) -> None:
     codes = np.flatnonzero(histogram).astype(np.uint32)
-    with written_aside(file) as aside, aside.open("wb") as opened:
+    with atomic_write(file) as temporary, temporary.open("wb") as opened:
         np.savez_compressed(opened, codes=codes, counts=histogram[codes])
 
 

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 
 ATTEMPTS = 6
 """Openings in a row that bring no byte, before the file is given up."""
@@ -89,9 +89,9 @@ def download(address: str, path: Path, size: int, sha256: str) -> None:
 
     Raises ValueError naming the address if its sha256 differs twice, and as `open_remote` does.
     """
-    with written_aside(path) as aside:
+    with atomic_write(path) as temporary:
         for _ in range(2):  # a damaged transfer is mended by another; a damaged file is not
-            found = _copy(address, aside, size)
+            found = _copy(address, temporary, size)
             if found == sha256:
                 return
         raise ValueError(f"{address} has sha256 {found}, not {sha256}; it was changed or damaged.")

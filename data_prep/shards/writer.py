@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.files import file_sha256, written_aside
+from data_prep.common.files import atomic_write, file_sha256
 from data_prep.shards.format import LABELS_DTYPE, PIXELS_DTYPE, TAR_BLOCK, Record, record_crc32
 
 
@@ -26,7 +26,7 @@ class ShardWriter:
         self._open = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
-        self._aside = self._open.enter_context(written_aside(self._path))
+        self._aside = self._open.enter_context(atomic_write(self._path))
         self._open.callback(self._describe)
         self._tar = self._open.enter_context(tarfile.open(self._aside, "w", format=tarfile.USTAR_FORMAT))
         return self

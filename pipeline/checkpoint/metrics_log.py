@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,7 +28,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Rewrites metrics.jsonl without rows beyond `step`, and without a last line that a kill cut short."""
     if not path.exists():
         return
-    with written_aside(path) as aside, aside.open("w") as new:
+    with atomic_write(path) as temporary, temporary.open("w") as new:
         new.writelines(rows_until(path, step))
 
 

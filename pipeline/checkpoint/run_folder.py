@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from data_prep.common.files import read_json, write_json, written_aside
+from data_prep.common.files import atomic_write, read_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.format import published
 from pipeline.config import TrainConfig, changed_keys, to_dict
@@ -119,9 +119,9 @@ class RunFolder:
         if (self.path / RECORD_FILE).exists():
             self._record = self._read_record()
         lines, changes = self.changes(config), self._changed(config)
-        with written_aside(self.path / CONFIG_FILE) as aside:
-            aside.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        with written_aside(self.path / PALETTE_FILE) as aside, aside.open("wb") as file:
+        with atomic_write(self.path / CONFIG_FILE) as temporary:
+            temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        with atomic_write(self.path / PALETTE_FILE) as temporary, temporary.open("wb") as file:
             np.save(file, shards.palette)
         start = {
             "time": _now(),

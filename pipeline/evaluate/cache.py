@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 
 UNFINISHED = ".unfinished"
 
@@ -35,7 +35,7 @@ class Kept:
         value = work()
         arrays = {key: part for key, part in value.items() if isinstance(part, np.ndarray)}
         plain = json.dumps({key: part for key, part in value.items() if key not in arrays})
-        with written_aside(path) as aside, aside.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays, **{_PLAIN: np.array(plain)})
         return {key: value[key] for key in arrays} | json.loads(plain)
 

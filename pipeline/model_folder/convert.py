@@ -34,7 +34,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from data_prep.common.files import folder_written_aside, read_json, write_json
+from data_prep.common.files import atomic_folder, read_json, write_json
 from pipeline.model.gpt import build_model, fixed_settings
 from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX
 from pipeline.model_folder.lazy_weights import Convert, Weights, fetching_model, stored_weights, write_weights
@@ -91,7 +91,7 @@ def save_model_folder(
     folder: Path,
     *,
     weights: Weights | None = None,
-    add_files: Callable[[Path], None] = lambda aside: None,
+    add_files: Callable[[Path], None] = lambda temporary: None,
 ) -> None:
     """Writes `folder`: fp32 weights, configurations, the palette (V, 3), and what `add_files` puts beside them.
 
@@ -106,12 +106,12 @@ def save_model_folder(
         raise ValueError(f"The palette has shape {palette.shape}; the model needs ({config.colors}, 3).")
     _check_replaceable(folder)
     model_type = MASKED_TYPE if is_masked(config) else TYPE_OF_BLOCK[config.block]
-    with folder_written_aside(folder) as aside:
-        _write_configs(model_type, config, palette, aside)
+    with atomic_folder(folder) as temporary:
+        _write_configs(model_type, config, palette, temporary)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
-        write_weights(_own_weights(model) if weights is None else weights, shapes, _converter(config), aside)
-        add_files(aside)
-        _check_logits(model, config, model_type, aside)
+        write_weights(_own_weights(model) if weights is None else weights, shapes, _converter(config), temporary)
+        add_files(temporary)
+        _check_logits(model, config, model_type, temporary)
 
 
 def load_model_folder(folder: Path) -> LoadedModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from data_prep.common.files import folder_written_aside, read_json
+from data_prep.common.files import atomic_folder, read_json
 from pipeline.model_folder.card import CARD, write_card
 from pipeline.model_folder.facts import CURVE, RESULTS, read_facts
 from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, model_digest
@@ -41,8 +41,8 @@ def publish_to_folder(model: Path, results: Path | None, target: Path, about: Ab
     if target == model.resolve():
         raise ValueError(f"--to is dir:{target}, which is the model itself; name another folder.")
     _check_replaceable(model, target)
-    with folder_written_aside(target) as aside:
-        assemble(model, results, aside, about)
+    with atomic_folder(target) as temporary:
+        assemble(model, results, temporary, about)
 
 
 def assemble(model: Path, results: Path | None, folder: Path, about: About, *, link_weights: bool = False) -> None:

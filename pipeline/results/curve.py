@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 
 CURVE_POINTS = 120
 
@@ -52,8 +52,8 @@ def draw_curve(rows: list[dict[str, Any]], colors: int, density: dict[str, Any] 
     axes.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
     axes.set_xlim(left=0)
     axes.legend(frameon=False, loc="center right")
-    with written_aside(path) as aside:
-        save_figure(figure, aside)
+    with atomic_write(path) as temporary:
+        save_figure(figure, temporary)
 
 
 def summarised(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

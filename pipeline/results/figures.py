@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,5 +78,5 @@ def draw_by_layer(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("validation accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(framealpha=0.9, edgecolor="none")
-    with written_aside(path) as aside:
-        save_figure(figure, aside)
+    with atomic_write(path) as temporary:
+        save_figure(figure, temporary)

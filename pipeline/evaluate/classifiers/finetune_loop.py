@@ -3,7 +3,7 @@
     order       pass p over the pictures is a permutation drawn from (seed, p); changes of pictures from (seed, epoch)
     ranks       each takes its part of every global batch; gradients are averaged by DistributedDataParallel, so one
                 rank and several give the same numbers up to the rounding of sums
-    a kill      after each epoch its state is written aside and renamed; the same command goes on after the last whole
+    a kill      after each epoch its state is written atomically; the same command resumes after the last complete
                 epoch, and on the same ranks gives the same bits (on a GPU up to what its attention kernels leave open)
     the end     when the epochs are over, or validation has not improved for `patience` epochs; the weights of the best
                 epoch on validation are what is left in the module
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 from data_prep.common.seeding import generator
 from pipeline.evaluate.classifiers.recipe import Recipe
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
@@ -315,13 +315,13 @@ def _keep(evaluation: Evaluation, training: Training, folder: Path, record: Reco
     def write() -> None:
         weights = {name: value.detach().cpu().contiguous() for name, value in trainable(training.module).items()}
         if best == len(record):
-            with written_aside(_best_file(folder, best)) as aside:
-                save_file(weights, aside)
+            with atomic_write(_best_file(folder, best)) as temporary:
+                save_file(weights, temporary)
         state: dict[str, Any] = {"record": asdict(record)}
         if not is_over:
             state |= {"weights": weights, "optimizer": training.optimizer.state_dict()}
-        with written_aside(folder / STATE_FILE) as aside:
-            torch.save(state, aside)
+        with atomic_write(folder / STATE_FILE) as temporary:
+            torch.save(state, temporary)
         for file in folder.glob("epoch-*.safetensors"):
             if file != _best_file(folder, best):
                 file.unlink()

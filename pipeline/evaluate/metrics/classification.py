@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 from pipeline.evaluate.classifiers.finetune_loop import predictions
 from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.metrics.mask_ensemble import MASKS, scores_of_looks
@@ -82,5 +82,5 @@ def draw_confusion(result: dict[str, Any], path: Path) -> None:
             ink = "white" if shares[row, column] > 0.55 else "#333333"
             axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=ink)
     figure.colorbar(image, ax=axes, label="share of the class's test pictures (%)", shrink=0.8)
-    with written_aside(path) as aside:
-        save_figure(figure, aside)
+    with atomic_write(path) as temporary:
+        save_figure(figure, temporary)

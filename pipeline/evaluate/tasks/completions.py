@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data_prep.common.command_line import new_parser, parse
-from data_prep.common.files import file_sha256, written_aside
+from data_prep.common.files import atomic_write, file_sha256
 from data_prep.common.seeding import generator
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.context import Evaluation, check_match, from_first, split_labels, start_accelerator
@@ -103,8 +103,8 @@ def draw_completions(model: "LoadedModel", shards: ShardSet, options: Shown, see
     columns = ["given half", *(f"sample {number}" for number in range(1, options.samples + 1)), "original"]
     caption = f"{options.split}, seed {seed}, temperature {options.temperature:g}"
     grid = with_titles(completion_grid(tokens, drawn, shards.palette, shards.resolution), columns, caption)
-    with written_aside(path) as aside:
-        Image.fromarray(grid).save(aside, format="png")
+    with atomic_write(path) as temporary:
+        Image.fromarray(grid).save(temporary, format="png")
     return {
         "split": options.split,
         "images": chosen.tolist(),

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 from data_prep.shards.reader import Split
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
 from pipeline.results.headline import Headline
@@ -210,8 +210,8 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     bar.set_label("nats per hidden colour" if result["masked"] else "nats per colour")
     axes.set_xlabel("column")
     axes.set_ylabel("row (read from the top, left to right)")
-    with written_aside(path) as aside:
-        save_figure(figure, aside)
+    with atomic_write(path) as temporary:
+        save_figure(figure, temporary)
 
 
 def baseline_losses(evaluation: Evaluation, pictures: Pictures) -> dict[str, float]:

@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 from data_prep.common.seeding import generator
 from pipeline.evaluate.classifiers.logistic import L2_STRENGTHS, logistic_path
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
@@ -333,5 +333,5 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel(f"labels in all ({result['classes']} classes)")
     axes.set_ylabel("test accuracy (%)")
     axes.legend(frameon=False, loc="upper left", title=f"labels, {count} random subsets")
-    with written_aside(path) as aside:
-        save_figure(figure, aside)
+    with atomic_write(path) as temporary:
+        save_figure(figure, temporary)

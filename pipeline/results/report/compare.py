@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
-from data_prep.common.files import read_json, write_json, written_aside
+from data_prep.common.files import atomic_write, read_json, write_json
 from pipeline.results.report.html import MISSING, figure, note, percent, table, words, write_page
 from pipeline.results.schema import FORMAT, RESULTS
 
@@ -240,5 +240,5 @@ def draw(lines: list[Line], command: Command, path: Path) -> None:
     axes.set_xlabel("validation loss (nats per colour)")
     axes.set_ylabel(f"{SPLITS[command.accuracy]} accuracy (%)")
     axes.legend(frameon=False)
-    with written_aside(path) as aside:
-        save_figure(figure, aside)
+    with atomic_write(path) as temporary:
+        save_figure(figure, temporary)

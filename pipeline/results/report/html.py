@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MISSING = "–"
@@ -17,8 +17,8 @@ MISSING = "–"
 def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
     """Writes a page that needs no other file; empty sections are left out."""
     body = "\n".join(section for section in sections if section)
-    with written_aside(path) as aside:
-        aside.write_text(Template(TEMPLATE.read_text()).substitute(title=escape(title), body=body))
+    with atomic_write(path) as temporary:
+        temporary.write_text(Template(TEMPLATE.read_text()).substitute(title=escape(title), body=body))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, ours: Sequence[int] = (), text: int = 1) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from data_prep.common.files import written_aside
+from data_prep.common.files import atomic_write
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, _with_nulls, drop_rows_after
 from pipeline.distributed import failing_together
 
@@ -120,8 +120,8 @@ class RunTelemetry(Telemetry):
         from PIL import Image
 
         path = self._run / SAMPLES_FOLDER / f"step-{step:08d}.png"
-        with written_aside(path) as aside:
-            Image.fromarray(grid).save(aside, format="png")
+        with atomic_write(path) as temporary:
+            Image.fromarray(grid).save(temporary, format="png")
         self._board.add_image("completions", grid, step, dataformats="HWC")
 
     @_keeping_failure
