@@ -9,14 +9,14 @@ from data_prep.sources.base import Source
 
 _MODULES = {
     "photographs": "photographs",
-    "image_folder": "folders",
+    "image_folder": "image_folder",
     "cifar10": "cifar",
     "cifar100": "cifar",
     "stl10": "stl10",
     "imagenet": "imagenet",
     "coco": "coco",
     "places205": "places205",
-    "webdataset": "webshards",
+    "webdataset": "webdataset_tars",
     "hf_dataset": "hf_datasets",
 }
 
