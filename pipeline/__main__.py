@@ -15,7 +15,7 @@ def train(arguments: list[str]) -> int:
 
     with one_voice(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"):
         config, run = parse_training(arguments)
-    from pipeline.train.health.health import Diverged
+    from pipeline.train.health.diverged import Diverged
     from pipeline.train.loop import train as run_training
 
     try:

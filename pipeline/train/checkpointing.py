@@ -20,7 +20,7 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, failing_together, first_word, from_first, gather, said_by_all
 from pipeline.train.data.batches import Order
 from pipeline.train.engine.base import Engine
-from pipeline.train.health.health import Diverged
+from pipeline.train.health.diverged import Diverged
 from pipeline.train.validation import probe_loss
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}

@@ -17,7 +17,7 @@ from pipeline.distributed import Ranks, describe_ranks, failing_together, gather
 from pipeline.model.image_grid import completion_grid
 from pipeline.train.checkpointing import Progress, Store
 from pipeline.train.data.verify import verify_shards
-from pipeline.train.health.health import Diverged
+from pipeline.train.health.diverged import Diverged
 from pipeline.train.health.replicas import check_replicas
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.stragglers import SlowRanks
@@ -95,7 +95,8 @@ def finishing_saves(store: Store) -> Iterator[None]:
 def run_loop(inputs: Inputs, session: Session) -> Progress:
     """Trains from session.start; returns how far it came. What happens at a step is recorded before it is saved."""
     config, ranks, engine, store = inputs.config, inputs.ranks, session.engine, session.store
-    telemetry, judge, watchdog, profiler = session.telemetry, session.judge, session.watchdog, session.profiler
+    telemetry, watchdog, profiler = session.telemetry, session.watchdog, session.profiler
+    step_filter = session.step_filter
     progress, last = session.start, config.schedule.steps
     clock, slow_ranks = StepClock(), SlowRanks(ranks)
     signs, save_owed = agree(session, ranks), False
@@ -106,8 +107,8 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
         watchdog.enter("training", step)
         profiler.before(step, bool(signs.profile))
         rate = rate_at(step, config.optimizer, config.schedule)
-        result = engine.step(tokens, rate, judge.accept)
-        odd = judge.verdict(result)
+        result = engine.step(tokens, rate, step_filter.accept)
+        step_filter.record(result)
         seconds, waited = clock.lap()
         signs = agree(session, ranks, waited)
         row = {
@@ -127,8 +128,8 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
             telemetry.say(session.start_clock.describe())
         telemetry.say(profiler.after(step))
         telemetry.say(slow_ranks.look(engine, waited))
-        if odd is not None:
-            record_odd_step(inputs, session, progress.images, size, row, odd)
+        if result.reason is not None:
+            record_odd_step(inputs, session, progress.images, size, row, result.reason)
         if signs.broken:
             telemetry.raise_together()
         if not signs.writing:
@@ -139,7 +140,7 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
             return every > 0 and (step % every == 0 or step == last)
 
         # The next step that is applied shows whether the weights are sound; health.max_skipped others end the run.
-        sound = not judge.weights_doubtful or step == last
+        sound = not step_filter.weights_may_be_nonfinite or step == last
         save_owed |= due(config.checkpoint.every_steps) or bool(signs.stopping or signs.overdue)
         save, save_owed = save_owed and sound, save_owed and not sound
         watchdog.enter("comparing weights", step)
@@ -204,10 +205,10 @@ def record_odd_step(
     pictures = inputs.train_split.places(session.store.order.pictures(position, size))
     facts = {"reason": reason, "positions": [position, position + size], "pictures": pictures}
     session.telemetry.odd_step(row | facts)
-    if session.judge.exhausted:
+    if session.step_filter.exhausted:
         raise Diverged(
             f"step {row['step']} is {reason} (loss {row['loss']}, gradient norm {row['grad_norm']}), the last of "
-            f"{session.judge.skipped_in_a_row} in a row that were not applied (health.max_skipped); its pictures "
+            f"{session.step_filter.skipped_in_a_row} in a row that were not applied (health.max_skipped); its pictures "
             f"are {', '.join(pictures[:3])} ... and, with those of the other such steps, in {SKIPPED_FILE} of the run; "
             f"a lower optimizer.learning_rate, a longer warm-up or precision fp32 may pass it."
         )

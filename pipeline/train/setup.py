@@ -28,7 +28,7 @@ from pipeline.train.engine import float8
 from pipeline.train.engine.base import Engine
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.offload import check_compilers
-from pipeline.train.health.health import Judge
+from pipeline.train.health.step_filter import StepFilter
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.watchdog import Watchdog
 from pipeline.train.monitor.profiler import Profiler
@@ -79,7 +79,7 @@ class Session:
     store: Store
     telemetry: Telemetry
     throughput: Throughput
-    judge: Judge
+    step_filter: StepFilter
     watchdog: Watchdog
     profiler: Profiler
     stop: StopRequests
@@ -144,7 +144,7 @@ def set_up(
         if ranks.is_first:
             telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)
             rows = last_steps(folder.path, start.step, config.health.spike_window)
-    judge = Judge(config.health, from_first(rows))
+    step_filter = StepFilter(config.health, from_first(rows))
     profiler = Profiler(folder.path, config.profile, ranks)
     if ranks.is_first:
         print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
@@ -152,7 +152,9 @@ def set_up(
             print(f"  attention: {attention.describe(kernels)}", flush=True)
         if shards.address is not None:
             print(GUARANTEES, flush=True)
-    return Session(engine, batches, store, telemetry, throughput, judge, watchdog, profiler, stop, start, start_clock)
+    return Session(
+        engine, batches, store, telemetry, throughput, step_filter, watchdog, profiler, stop, start, start_clock
+    )
 
 
 def check_torch_compiles(device: torch.device) -> None:

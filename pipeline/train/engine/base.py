@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite, nan
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,31 @@ ADAM_EPSILON = 1e-8
 DIGEST_PIECE = 1 << 24
 
 
-Accept = Callable[[float, float], bool]
-"""Whether to make the update of a step with this loss and gradient norm; asked on all ranks, alike on all."""
+NOT_FINITE = "not finite"
+"""The reason of a step whose loss or gradient norm is NaN or Inf."""
+
+
+class StepDecision(NamedTuple):
+    """What is to become of a step, from its loss and gradient norm."""
+
+    apply: bool
+    """Whether to make its update."""
+    reason: str | None
+    """What is wrong with the step, or None; a loss spike may be applied all the same."""
+
+
+Accept = Callable[[float, float], StepDecision]
+"""Decides about a step by its loss and gradient norm; called on all ranks, with the same values on each."""
 
 
 def are_finite(loss: float, grad_norm: float) -> bool:
-    """Whether both are numbers. DeepSpeed's norm of what is none may be negative."""
+    """Whether both are finite. DeepSpeed's norm of a non-finite gradient may be negative."""
     return isfinite(loss) and isfinite(grad_norm) and grad_norm >= 0
+
+
+def accept_finite(loss: float, grad_norm: float) -> StepDecision:
+    """Applies every step whose loss and gradient norm are finite."""
+    return StepDecision(True, None) if are_finite(loss, grad_norm) else StepDecision(False, NOT_FINITE)
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,8 @@ class StepResult:
     """Global norm of the gradient before clipping."""
     applied: bool
     """False if weights and moments were left as they were."""
+    reason: str | None
+    """What was wrong with the step, or None."""
 
 
 class Engine(ABC):
@@ -52,7 +72,7 @@ class Engine(ABC):
     _timer: "ForwardTimer"
 
     @abstractmethod
-    def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
+    def step(self, tokens: np.ndarray, rate: float, accept: Accept = accept_finite) -> StepResult:
         """One optimizer step on this rank's share of the global batch, uint16 (share, T); the update if accepted."""
 
     @abstractmethod
@@ -87,32 +107,33 @@ class Engine(ABC):
         """Draws the lower halves of uint16 (B, T) anew: uint16 (B, samples, T), the same on every rank."""
 
 
-class Gate:
-    """Stands between the gradient and the update: the optimizer's `step` asks it."""
+class ConditionalStep:
+    """Replaces the optimizer's `step`: the update is made only if `accept` says so, once the gradient is known."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, observe: Callable[[], tuple[float, float]]) -> None:
         """observe: the loss and gradient norm of the step, called when all gradients are there."""
         self._optimizer, self._observe, self._update = optimizer, observe, optimizer.step
         self._accept: Accept | None = None
-        self._open: bool | None = None
+        self._decision: StepDecision | None = None
         self._seen = (nan, nan)
         optimizer.step = self._step  # type: ignore[assignment,method-assign]
 
-    def arm(self, accept: Accept) -> None:
+    def begin(self, accept: Accept) -> None:
         """Before each step; until the first, DeepSpeed's own set-up passes."""
-        self._accept, self._open, self._seen = accept, None, (nan, nan)
+        self._accept, self._decision, self._seen = accept, None, (nan, nan)
 
     def result(self, loss: float) -> StepResult:
-        """Of the last step. DeepSpeed asks for the update, or refuses one whose gradient is not finite by itself."""
+        """Of the last step. Where DeepSpeed refused a non-finite gradient itself, it never asked for the update."""
         norm = self._seen[1]
-        return StepResult(loss, norm if norm >= 0 else nan, applied=bool(self._open))
+        apply, reason = self._decision or StepDecision(False, NOT_FINITE)
+        return StepResult(loss, norm if norm >= 0 else nan, apply, reason)
 
     def _step(self) -> None:
         """Called once for each of DeepSpeed's parameter groups."""
-        if self._accept is not None and self._open is None:
+        if self._accept is not None and self._decision is None:
             self._seen = self._observe()
-            self._open = self._accept(*self._seen)
-        if self._accept is None or self._open:
+            self._decision = self._accept(*self._seen)
+        if self._decision is None or self._decision.apply:
             self._update()
 
 

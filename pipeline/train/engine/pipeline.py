@@ -25,7 +25,15 @@ from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves_by
 from pipeline.train.engine import float8, partitions
-from pipeline.train.engine.base import Accept, Engine, ForwardTimer, Gate, StepResult, are_finite, weights_digest
+from pipeline.train.engine.base import (
+    Accept,
+    ConditionalStep,
+    Engine,
+    ForwardTimer,
+    StepResult,
+    accept_finite,
+    weights_digest,
+)
 from pipeline.train.engine.deepspeed_config import deepspeed_config, new_optimizer, to_device
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -94,7 +102,7 @@ class StagesEngine(Engine):
             if initial:
                 self._initialize()
             optimizer = new_optimizer(config, self._own_parameters())
-            self._gate = Gate(optimizer, self._loss_and_norm)
+            self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm)
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=deepspeed_config(config, ranks)
             )
@@ -103,13 +111,13 @@ class StagesEngine(Engine):
         self.work = f"stage {self._engine.stage_id}"
         self._place = partitions.Place(self.data_rank, self.data_ranks, parts={})
 
-    def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
+    def step(self, tokens: np.ndarray, rate: float, accept: Accept = accept_finite) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._gate.arm(accept)
+        self._conditional_step.begin(accept)
         self._engine.set_train_batch_size(len(tokens) * self.data_ranks)
         loss = self._engine.train_batch(self._micro_batches(tokens))
-        return self._gate.result(float(loss))
+        return self._conditional_step.result(float(loss))
 
     def evaluate(self, tokens: np.ndarray) -> np.ndarray:
         return self._evaluated(tokens, self._picture_nats, ()).double().cpu().numpy()

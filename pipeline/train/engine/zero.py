@@ -17,7 +17,15 @@ from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.sampling import complete_halves
 from pipeline.train.engine import float8, partitions, tensor_parallel
-from pipeline.train.engine.base import Accept, Engine, ForwardTimer, Gate, StepResult, are_finite, weights_digest
+from pipeline.train.engine.base import (
+    Accept,
+    ConditionalStep,
+    Engine,
+    ForwardTimer,
+    StepResult,
+    accept_finite,
+    weights_digest,
+)
 from pipeline.train.engine.deepspeed_config import deepspeed_config, full_shape, new_optimizer, to_device
 
 
@@ -45,7 +53,7 @@ class ZeroEngine(Engine):
         if config.parallel.tensor_parallel > 1:
             tensor_parallel.prepare(model, config.parallel.tensor_parallel)
         optimizer = new_optimizer(config, model.named_parameters())
-        self._gate = Gate(optimizer, self._loss_and_norm)
+        self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm)
         with redirect_stdout(StringIO()):  # DeepSpeed's bf16 optimizer prints memory tables
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._timer = ForwardTimer(self._engine.module, ranks.device)
@@ -53,11 +61,11 @@ class ZeroEngine(Engine):
         self._loss = torch.zeros(1, device=ranks.device)
         self._own_norm: float | None = None
 
-    def step(self, tokens: np.ndarray, rate: float, accept: Accept = are_finite) -> StepResult:
+    def step(self, tokens: np.ndarray, rate: float, accept: Accept = accept_finite) -> StepResult:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._gate.arm(accept)
+        self._conditional_step.begin(accept)
         micro_batches = to_device(tokens, self._ranks.device).split(self._config.batch.micro_size)
         self._engine.set_train_batch_size(len(tokens) * self.data_ranks)
         self._engine.micro_steps = 0  # it finds the last micro-batch by dividing, and the batch may have grown
@@ -70,7 +78,7 @@ class ZeroEngine(Engine):
                 self._loss = mean_over_ranks(total / len(micro_batches))  # read with the norm: one wait a step
                 self._own_norm = self._clip() if self._config.parallel.zero_stage == 0 else None
             self._engine.step()
-        return self._gate.result(self._loss.item())
+        return self._conditional_step.result(self._loss.item())
 
     def evaluate(self, tokens: np.ndarray) -> np.ndarray:
         self._engine.eval()

@@ -4,7 +4,7 @@ from collections import Counter
 
 from pipeline.distributed import gather
 from pipeline.train.engine.base import Engine
-from pipeline.train.health.health import Diverged
+from pipeline.train.health.diverged import Diverged
 
 
 class ReplicasDiffer(Diverged):

@@ -4,8 +4,7 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-from pipeline.train.health.health import STOP_FILE
-
+STOP_FILE = "STOP"
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 

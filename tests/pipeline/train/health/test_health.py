@@ -13,7 +13,7 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.config import HealthConfig
 from pipeline.train.data.batches import ImageOrder
 from pipeline.train.engine.base import StepResult
-from pipeline.train.health.health import Judge
+from pipeline.train.health.step_filter import StepFilter
 from pipeline.train.health.watchdog import describe
 from tests.launch import SECONDS, Finished, finish, start
 from tests.pipeline.conftest import Runner
@@ -136,17 +136,30 @@ def test_a_spike_is_said_and_skipped_if_so_wanted(runner: Runner, skip: bool) ->
 
 def test_spikes_are_six_deviations_above_the_window() -> None:
     """Against numpy's mean and deviation; a skipped spike is not in the window."""
-    judge = Judge(HealthConfig(spike_window=16, skip_spikes=True))
+    step_filter = StepFilter(HealthConfig(spike_window=16, skip_spikes=True))
     draw = np.random.default_rng(0)
     losses = list(draw.normal(2.0, 0.1, 16))
     for loss in losses:
-        assert judge.accept(loss, 1.0)
-        assert judge.verdict(StepResult(loss, 1.0, True)) is None
+        assert step_filter.accept(loss, 1.0) == (True, None)
+        step_filter.record(StepResult(loss, 1.0, True, None))
     limit = np.mean(losses) + 6 * np.std(losses)
-    assert not judge.accept(limit + 1e-6, 1.0)
-    assert judge.verdict(StepResult(limit + 1e-6, 1.0, False)) == "a spike"
-    assert judge.accept(limit - 1e-6, 1.0)
-    assert judge.accept(limit - 10, 1.0)
+    assert step_filter.accept(limit + 1e-6, 1.0) == (False, "a spike")
+    step_filter.record(StepResult(limit + 1e-6, 1.0, False, "a spike"))
+    assert step_filter.accept(limit - 1e-6, 1.0).apply
+    assert step_filter.accept(limit - 10, 1.0).apply
+
+
+def test_to_accept_a_step_changes_nothing() -> None:
+    """A step is asked about once a rank, and perhaps never: what was asked about, but not recorded, leaves no trace."""
+    step_filter = StepFilter(HealthConfig(spike_window=2, max_skipped=1))
+    for _ in range(3):
+        assert step_filter.accept(float("nan"), 1.0) == (False, "not finite")
+        assert step_filter.accept(2.0, -1.0) == (False, "not finite")  # DeepSpeed's norm of a gradient with NaN
+    assert not step_filter.exhausted
+    assert not step_filter.weights_may_be_nonfinite
+    step_filter.record(StepResult(2.0, float("nan"), False, "not finite"))
+    assert step_filter.exhausted
+    assert step_filter.weights_may_be_nonfinite
 
 
 def test_a_frozen_rank_is_named(runner: Runner) -> None:

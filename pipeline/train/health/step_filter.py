@@ -1,61 +1,49 @@
-"""Signs that a run is not well: requests to stop, numbers that are none or jump, copies that differ, slow ranks."""
+"""Decides which steps are applied: none whose loss or gradient is NaN or Inf, and, if so wanted, no loss spikes."""
 
 from collections import deque
 from collections.abc import Iterable
 from math import nan, sqrt
 from typing import Any
 
-from data_prep.common.command_line import SAID_BY_OTHERS
 from pipeline.config import HealthConfig
-from pipeline.train.engine.base import StepResult, are_finite
+from pipeline.train.engine.base import NOT_FINITE, StepDecision, StepResult, are_finite
 
-STOP_FILE = "STOP"
-
-
-class Diverged(RuntimeError):
-    """Training can't go on: numbers that are none, or ranks that no longer train the same model. All ranks raise it."""
-
-    def __init__(self, words: str) -> None:
-        super().__init__(words)
-        setattr(self, SAID_BY_OTHERS, True)
+SPIKE = "a spike"
 
 
-class Judge:
+class StepFilter:
     """Decides which steps are applied, alike on all ranks: they see the same losses and gradient norms."""
 
     def __init__(self, config: HealthConfig, rows: Iterable[dict[str, Any]] = ()) -> None:
-        """rows: of the last steps of metrics.jsonl, so that a resumed run decides as one that went on."""
+        """rows: of the last steps of metrics.jsonl, so that a resumed run decides as one that was never stopped."""
         self._config = config
         self._window: deque[tuple[float, float]] = deque(maxlen=config.spike_window)
-        self._reason: str | None = None
         self.skipped_in_a_row = 0
-        self.weights_doubtful = False
-        """Whether the last step's loss or gradients were no numbers: the weights may be none either."""
+        self.weights_may_be_nonfinite = False
+        """Whether the last step's loss or gradient was NaN or Inf: the weights may be too."""
         for row in rows:
             self._count(row["applied"], *(nan if row[key] is None else row[key] for key in ("loss", "grad_norm")))
 
-    def accept(self, loss: float, grad_norm: float) -> bool:
-        """Whether the update of such a step is to be made."""
+    def accept(self, loss: float, grad_norm: float) -> StepDecision:
+        """Whether the update of such a step is to be made, and what is wrong with the step."""
         if not are_finite(loss, grad_norm):
-            self._reason = "not finite"
-        elif self._is_spike(loss, grad_norm):
-            self._reason = "a spike"
-        return self._reason is None or (self._reason == "a spike" and not self._config.skip_spikes)
+            return StepDecision(False, NOT_FINITE)
+        if self._is_spike(loss, grad_norm):
+            return StepDecision(not self._config.skip_spikes, SPIKE)
+        return StepDecision(True, None)
 
-    def verdict(self, result: StepResult) -> str | None:
-        """What was wrong with the step that `accept` was asked about last, or None."""
-        reason, self._reason = self._reason, None
+    def record(self, result: StepResult) -> None:
+        """Counts a step that was made or skipped; later ones are compared with those that were made."""
         self._count(result.applied, result.loss, result.grad_norm)
-        return reason if result.applied else reason or "not finite"
 
     @property
     def exhausted(self) -> bool:
-        """Whether health.max_skipped steps in a row were not applied."""
+        """Whether health.max_skipped steps in a row were skipped."""
         return self.skipped_in_a_row >= self._config.max_skipped
 
     def _count(self, applied: bool, loss: float, grad_norm: float) -> None:
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        self.weights_doubtful = not applied and not are_finite(loss, grad_norm)
+        self.weights_may_be_nonfinite = not applied and not are_finite(loss, grad_norm)
         if applied:
             self._window.append((loss, grad_norm))
 
