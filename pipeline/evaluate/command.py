@@ -32,8 +32,10 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
 from pipeline.evaluate.interrupt import until_stopped
-from pipeline.evaluate.registry import LONG, TASKS, _module
+from pipeline.evaluate.registry import LONG, MEASURES, TASKS, TITLES, _module
+from pipeline.results.headline import accuracy_headlines
 from pipeline.results.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
+from pipeline.results.text import words
 
 FEATURES = ".features"
 
@@ -108,7 +110,7 @@ def _evaluate(arguments: list[str]) -> int:
     )
     evaluation.say(_describe(facts, evaluation))
 
-    words = shlex.join(["python", "-m", "pipeline", "evaluate", *arguments])
+    command_line = shlex.join(["python", "-m", "pipeline", "evaluate", *arguments])
     asked = command.tasks != Command.tasks
     names = from_first(accelerator, lambda: _fit_tasks(names, evaluation, options, asked=asked))
     inputs = {name: partial(_inputs, name, evaluation, facts, options[name], command) for name in names}
@@ -116,7 +118,7 @@ def _evaluate(arguments: list[str]) -> int:
     from_first(accelerator, lambda: _check(names, left, evaluation, options))
     page = None
     for place, name in enumerate(names):
-        measured = _run_task(name, evaluation, facts, options[name], inputs[name], command, words)
+        measured = _run_task(name, evaluation, facts, options[name], inputs[name], command, command_line)
         following = names[place + 1 :]
         if measured or not following:  # after each, so that one that is stopped leaves a report of those that ended
             not_run = [other for other in following if other in left]
@@ -211,7 +213,7 @@ def _run_task(
     options: Any,
     current: Callable[[], Inputs],
     command: Command,
-    words: str,
+    command_line: str,
 ) -> bool:
     """Runs one task and writes its JSON, last, unless the same was measured before; returns whether it ran."""
     path = evaluation.results / f"{name}.json"
@@ -231,16 +233,32 @@ def _run_task(
         "dataset_digest": evaluation.shards.digest,
         "palette_sha256": evaluation.shards.palette_sha256,
         "seed": evaluation.seed,
-        "command": words,
+        "command": command_line,
         "options": inputs.settings,
         **inputs.besides,
         "inputs_digest": inputs.digest,
         "seconds": round(time.monotonic() - start, 1),
     }
-    from_first(evaluation.accelerator, lambda: write_json(path, provenance | result))
+    from_first(evaluation.accelerator, lambda: write_json(path, provenance | _shown(name, result) | result))
     from_first(evaluation.accelerator, kept.clear)
     evaluation.say(f"{name}: {_module(name).summary(result)} ({provenance['seconds']:.0f} s)")
     return True
+
+
+def _shown(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """What report, card and comparison show of a task: they read it from its JSON."""
+    task, title = _module(name), _title(name)
+    own = getattr(task, "headlines", None)
+    headlines = own(result) if own is not None else accuracy_headlines(result, title, MEASURES.get(name, ""))
+    return {
+        "title": title,
+        "summary": task.summary(result),
+        "headlines": [headline.to_json() for headline in headlines],
+    }
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name, words(name).capitalize())
 
 
 def _measured_inputs(path: Path) -> str | None:
@@ -259,7 +277,8 @@ def _anew(path: Path) -> str:
 def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: list[str]) -> Path:
     from pipeline.results.report.page import write_report
 
-    return write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run)
+    titles = {name: _title(name) for name in not_run}
+    return write_report(evaluation.results, facts, evaluation.shards, random_weights, titles)
 
 
 def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:

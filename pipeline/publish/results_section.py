@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 
 from data_prep.common.files import read_json
 from pipeline.model_folder.facts import CURVE, RESULTS, Facts
-from pipeline.results.headline import Headline, headlines, name_of
+from pipeline.results.headline import Headline, headlines_of, title_of
 from pipeline.results.published import PUBLISHED, RELATED
 
 HUB_DATASETS = {
@@ -38,8 +38,8 @@ def eval_results(facts: Facts) -> list[EvalResult]:
             metric_name=f"{name}: {METRICS[key]}",
             metric_value=value,
         )
-        for task, result in facts.results.items()
-        for name, key, value in _numbers(name_of(task), result)
+        for result in facts.results.values()
+        for name, key, value in _numbers(title_of(result), result)
     ]
 
 
@@ -95,8 +95,8 @@ def published_section(facts: Facts) -> str:
 
 
 def _headlines(results: dict[str, dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Headline]]:
-    for task, result in results.items():
-        for row in headlines(task, result):
+    for result in results.values():
+        for row in headlines_of(result):
             yield result, row
 
 

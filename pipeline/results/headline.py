@@ -1,63 +1,83 @@
-"""Headlines: the numbers of a task that a reader looks for."""
+"""Headlines: the numbers of a task that a reader looks for, as the task's JSON holds them.
 
-from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple
+`python -m pipeline evaluate` writes `title`, `summary` and `headlines` into each task's JSON. Report, card and
+comparison read them from there and know no task.
+"""
 
-from pipeline.results.published import FINE_TUNING, LOW_DATA, PROBE
-from pipeline.results.report.html import number, percent, words
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from pipeline.results.text import number, percent, words
 
 CHOSEN = {"best_layer": "layer", "best_k": "k", "learning_rate": "rate", "best_rate": "rate", "best_epoch": "epoch"}
+"""Keys of what was chosen on the validation split, and their words."""
 
 
-NAMES = {"distill": "Distillation", "fine_tune": "Fine-tuning", "knn": "k-NN", "low_data": "Few labels"}
-
-
-MEASURES = {"linear_probe": PROBE, "fine_tune": FINE_TUNING, "low_data": LOW_DATA}
-
-
-class Headline(NamedTuple):
+@dataclass(frozen=True)
+class Headline:
     """One number of a task that a reader looks for."""
 
-    measure: str
-    """As published.py calls it, or the task's name where nothing was published."""
     name: str
     """What was measured; the same words for every model."""
-    text: str
-    """The number, with its unit and error."""
+    value: float
+    unit: Literal["accuracy", "nats", "distance"]
+    """accuracy: a fraction; nats: per color; distance: Fréchet's."""
+    error: float | None = None
+    """Standard error or deviation, in the same unit."""
     detail: str = ""
     """How it came about: the layer chosen, for one."""
+    measure: str = ""
+    """As published.py calls it; "" where nothing was published."""
+
+    @property
+    def text(self) -> str:
+        """The number, with its unit and error."""
+        if self.unit == "accuracy":
+            return percent(self.value, self.error)
+        return f"{self.value:.4f}" if self.unit == "nats" else f"{self.value:.3f}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Headline":
+        """What `to_json` gave; keys of a later version are passed over."""
+        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
 
 
-def name_of(task: str) -> str:
-    """linear_probe as "Linear probe"."""
-    return NAMES.get(task, words(task).capitalize())
+def headlines_of(result: dict[str, Any]) -> list[Headline]:
+    """Those in a task's JSON; where an earlier version wrote none, its accuracies."""
+    if "headlines" not in result:
+        return accuracy_headlines(result, title_of(result))
+    return [Headline.from_json(content) for content in result["headlines"]]
 
 
-def headlines(task: str, result: dict[str, Any]) -> list[Headline]:
-    """The task's own, or each test accuracy in its JSON: the task's, of objects within, and of objects in lists."""
-    own = getattr(_module(task), "headlines", None)
-    if own is not None:
-        return own(result)
-    measure, name = MEASURES.get(task, task), name_of(task)
-    rows = _accuracies(measure, name, result)
+def title_of(result: dict[str, Any]) -> str:
+    """The title in a task's JSON; where an earlier version wrote none, its name: linear_probe as "Linear probe"."""
+    return result.get("title") or words(result["task"]).capitalize()
+
+
+def accuracy_headlines(result: dict[str, Any], title: str, measure: str = "") -> list[Headline]:
+    """Each test accuracy in a task's JSON: the task's own, of objects within, and of objects in lists."""
+    rows = _accuracies(result, title, measure)
     for key, value in result.items():
         if isinstance(value, dict):
-            rows += _accuracies(measure, f"{name}: {words(key)}", value)
-        elif _is_table(value):
-            rows += [row for part in value for row in _accuracies(measure, f"{name}: {part.get('name', key)}", part)]
+            rows += _accuracies(value, f"{title}: {words(key)}", measure)
+        elif is_table(value):
+            rows += [row for part in value for row in _accuracies(part, f"{title}: {part.get('name', key)}", measure)]
     return rows
 
 
-def _accuracies(measure: str, name: str, result: dict[str, Any]) -> list[Headline]:
+def _accuracies(result: dict[str, Any], name: str, measure: str) -> list[Headline]:
     """The test accuracy of an object that has one, of a masked model that of the vote over masks too."""
-    rows = []
-    for key, suffix in (("test_accuracy", ""), ("ensembled_test_accuracy", ", vote over masks")):
-        if isinstance(result.get(key), float):
-            error = result.get("test_accuracy_deviation", result.get("test_standard_error"))
-            text = percent(result[key], error if key == "test_accuracy" else None)
-            rows.append(Headline(measure, name + suffix, text, _chosen(result)))
-    return rows
+    error = result.get("test_accuracy_deviation", result.get("test_standard_error"))
+    return [
+        Headline(name + suffix, result[key], "accuracy", error if key == "test_accuracy" else None, _chosen(result),
+                 measure)
+        for key, suffix in (("test_accuracy", ""), ("ensembled_test_accuracy", ", vote over masks"))
+        if isinstance(result.get(key), float)
+    ]  # fmt: skip
 
 
 def _chosen(result: dict[str, Any]) -> str:
@@ -70,11 +90,6 @@ def _chosen(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _is_table(value: Any) -> bool:
+def is_table(value: Any) -> bool:
+    """Whether a value of JSON is a list of objects."""
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _module(task: str) -> ModuleType | None:
-    from pipeline.evaluate.registry import TASKS
-
-    return import_module(TASKS[task]) if task in TASKS else None

@@ -196,7 +196,7 @@ def headlines(result: dict[str, Any]) -> list[Headline]:
     if distance is None:
         return []
     bounds = f"floor {distance['originals']:.3f}, shuffled {distance['shuffled_lower_halves']:.3f}"
-    return [Headline("completions", "Fréchet distance of completions", f"{distance['completions']:.3f}", bounds)]
+    return [Headline("Fréchet distance of completions", distance["completions"], "distance", detail=bounds)]
 
 
 def section(result: dict[str, Any], folder: Path) -> str:

@@ -108,10 +108,10 @@ def summary(result: dict[str, Any]) -> str:
 
 def headlines(result: dict[str, Any]) -> list[Headline]:
     """For the report: nats, which the paper gives too."""
-    text = f"{result['nats_per_color']:.4f}"
+    nats = result["nats_per_color"]
     if result["masked"]:
-        return [Headline("density", "Nats per hidden colour", text, f"{result['draws']} masks a picture")]
-    return [Headline(NATS, "Nats per colour", text, result["split"])]
+        return [Headline("Nats per hidden colour", nats, "nats", detail=f"{result['draws']} masks a picture")]
+    return [Headline("Nats per colour", nats, "nats", detail=result["split"], measure=NATS)]
 
 
 def section(result: dict[str, Any], folder: Path) -> str:

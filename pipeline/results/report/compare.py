@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import atomic_write, read_json, write_json
-from pipeline.results.report.html import MISSING, figure, note, percent, table, words, write_page
+from pipeline.results.report.html import figure, note, table, write_page
 from pipeline.results.schema import FORMAT, RESULTS
+from pipeline.results.text import MISSING, percent, words
 
 PAGE, FIGURE, NUMBERS = "compare.html", "compare.png", "compare.json"
 LOSSES = {

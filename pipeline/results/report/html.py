@@ -1,17 +1,14 @@
-"""The few pieces that the reports are built of: tables, figures inside the page, numbers as text."""
+"""The few pieces that the reports are built of: tables, figures inside the page, notes."""
 
 import base64
-import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from data_prep.common.files import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
-MISSING = "–"
 
 
 def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
@@ -50,24 +47,3 @@ def figure(path: Path, alternative: str, caption: str) -> str:
 def note(text: str) -> str:
     """A paragraph of small print."""
     return f'<p class="note">{escape(text)}</p>'
-
-
-def percent(fraction: float | None, error: float | None = None) -> str:
-    """0.8475 as "84.8 %", with the error after it where there is one."""
-    if fraction is None:
-        return MISSING
-    return f"{100 * fraction:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
-
-
-def number(value: Any) -> str:
-    """A number as a reader wants it; what is none, as it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return MISSING if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if math.isfinite(value) else MISSING
-
-
-def words(key: str) -> str:
-    """A key of JSON as words: best_layer as "best layer"."""
-    return key.replace("_", " ")

@@ -1,6 +1,6 @@
 """report.html: what was measured, in one file that needs no other, and results.json beside it for programs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ from data_prep.common.files import locked
 from data_prep.shards.reader import ShardSet
 from pipeline.model_folder.training_record import unfinished
 from pipeline.results.curve import draw_curve, has_losses, read_metrics
-from pipeline.results.headline import Headline, headlines, name_of
+from pipeline.results.headline import Headline, headlines_of
 from pipeline.results.provenance import ModelFacts
 from pipeline.results.published import PUBLISHED, RELATED
-from pipeline.results.report.html import MISSING, figure, note, percent, table, write_page
+from pipeline.results.report.html import figure, note, table, write_page
 from pipeline.results.report.sections import section
 from pipeline.results.schema import RANDOM_WEIGHTS, Measured, Results, commands, read_measured, write_results
+from pipeline.results.text import MISSING, percent
 
 REPORT = "report.html"
 LOCK = ".report.lock"
@@ -32,12 +33,12 @@ def write_report(
     facts: ModelFacts,
     shards: ShardSet,
     random_weights: Path | None = None,
-    not_run: Sequence[str] = (),
+    not_run: Mapping[str, str] = {},
 ) -> Path:
     """Writes RESULTS/report.html and results.json from the results that stand in the folder; returns the page's path.
 
     random_weights: the folder of results of the same model with initial weights; RESULTS/random_weights if not given.
-    not_run: tasks that were asked for and did not run yet, which the report's head names.
+    not_run: titles by name of the tasks that were asked for and did not run yet, which the report's head names.
     Results of another model or shard set are left out, and the report says so. Of several commands that finish tasks
     at once one writes after the other, so that the last one's report has them all.
     """
@@ -46,7 +47,7 @@ def write_report(
 
 
 def _write_report(
-    folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None, not_run: Sequence[str]
+    folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None, not_run: Mapping[str, str]
 ) -> Path:
     from pipeline.evaluate.registry import TASKS
 
@@ -58,14 +59,14 @@ def _write_report(
         _not_run(not_run),
         _numbers(tasks, measured),
         _curve(folder, facts, shards, measured.tasks),
-        *(section(task, measured.tasks[task], folder) for task in tasks),
+        *(section(measured.tasks[task], folder) for task in tasks),
         _beside_the_paper(tasks, measured.tasks, shards),
         _how_to_read(facts, measured.tasks, shards),
         _commands(facts, measured),
     ]
     page = folder / REPORT
     write_page(page, f"Image GPT: {shards.name}", sections)
-    write_results(folder, facts, shards, measured, not_run)
+    write_results(folder, facts, shards, measured, list(not_run))
     return page
 
 
@@ -104,9 +105,12 @@ def _step(facts: ModelFacts) -> str:
     return _count(facts.checkpoint_step) + planned
 
 
-def _not_run(tasks: Sequence[str]) -> str:
-    names = ", ".join(name_of(task) for task in tasks)
-    return note(f"Asked for and not run yet: {names}. The same command goes on with them.") if tasks else ""
+def _not_run(tasks: Mapping[str, str]) -> str:
+    return (
+        note(f"Asked for and not run yet: {', '.join(tasks.values())}. The same command goes on with them.")
+        if tasks
+        else ""
+    )
 
 
 def _count(number: int | None) -> str:
@@ -119,7 +123,7 @@ def _numbers(tasks: list[str], measured: Measured) -> str:
     for task in tasks:
         result = measured.tasks[task]
         untaught = {row.name: row.text for row in _headlines_if_there(task, measured.random_weights)}
-        for row in headlines(task, result):
+        for row in headlines_of(result):
             baselines = [percent(result.get(key)) for key in BASELINES.values()]
             rows.append([row.name, row.detail, row.text, untaught.get(row.name, MISSING), *baselines])
     if not rows:
@@ -139,7 +143,7 @@ def _numbers(tasks: list[str], measured: Measured) -> str:
 
 
 def _headlines_if_there(task: str, results: Results) -> list[Headline]:
-    return headlines(task, results[task]) if task in results else []
+    return headlines_of(results[task]) if task in results else []
 
 
 def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) -> str:
@@ -161,7 +165,7 @@ def _beside_the_paper(tasks: list[str], found: Results, shards: ShardSet) -> str
     """Groups of published numbers, ours on top of those that we measured too."""
     ours: dict[str, list[Headline]] = {}
     for task in tasks:
-        for row in headlines(task, found[task]):
+        for row in headlines_of(found[task]):
             ours.setdefault(row.measure, []).append(row)
     measures = [measure for measure in dict.fromkeys(row.measure for row in PUBLISHED) if measure in ours]
     if not measures:

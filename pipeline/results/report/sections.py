@@ -1,39 +1,36 @@
-"""What the report shows of a task: a row or more in the table of all numbers, and a section.
-
-A task's file may say both itself, else they are made from its JSON:
-
-    headlines(result) -> list[Headline]     without it: each `test_accuracy` in its JSON
-    section(result, folder) -> str          HTML, by the pieces of html.py; without it: the summary, the PNGs whose
-                                            names begin with the task's, lists of objects as tables, and all numbers
-"""
+"""A task's section of the report: the task's own, or made from its JSON."""
 
 from html import escape
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from pipeline.results.headline import _is_table, _module, name_of
-from pipeline.results.report.html import figure, number, percent, table, words
+from pipeline.results.headline import is_table, title_of
+from pipeline.results.report.html import figure, table
+from pipeline.results.text import number, percent, words
 
 PROVENANCE = (
     "task", "checkpoint_step", "model_digest", "weights", "dataset", "dataset_digest", "palette_sha256", "seed",
-    "command", "options", "inputs_digest", "seconds",
+    "command", "options", "inputs_digest", "seconds", "title", "summary", "headlines",
 )  # fmt: skip
 SHORT_LIST = 12
 
 
-def section(task: str, result: dict[str, Any], folder: Path) -> str:
+def section(result: dict[str, Any], folder: Path) -> str:
     """The task's own, or the generic one, under its heading."""
-    module = _module(task)
-    own = getattr(module, "section", None)
-    body = own(result, folder) if own is not None else _generic(task, result, folder, module)
-    return f"<h2>{escape(name_of(task))}</h2>\n{body}"
+    from pipeline.evaluate.registry import TASKS
+
+    task = result["task"]
+    own = getattr(import_module(TASKS[task]), "section", None) if task in TASKS else None
+    body = own(result, folder) if own is not None else _generic(result, folder)
+    return f"<h2>{escape(title_of(result))}</h2>\n{body}"
 
 
-def _generic(task: str, result: dict[str, Any], folder: Path, module: ModuleType | None) -> str:
-    parts = [f"<p>{_sentence(module.summary(result))}</p>"] if module is not None else []
-    parts += [figure(path, words(path.stem), "") for path in sorted(folder.glob(f"{task}*.png"))]
-    parts += [_table_of(value) for value in result.values() if _is_table(value)]
+def _generic(result: dict[str, Any], folder: Path) -> str:
+    """Summary, the PNGs whose names begin with the task's, lists of objects as tables, and all numbers."""
+    parts = [f"<p>{_sentence(result['summary'])}</p>"] if result.get("summary") else []
+    parts += [figure(path, words(path.stem), "") for path in sorted(folder.glob(f"{result['task']}*.png"))]
+    parts += [_table_of(value) for key, value in result.items() if is_table(value) and key not in PROVENANCE]
     parts.append(all_numbers(result))
     return "\n".join(parts)
 

@@ -21,7 +21,7 @@ from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.registry import LONG, TASKS
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.results.curve import summarised
-from pipeline.results.headline import headlines
+from pipeline.results.headline import Headline, accuracy_headlines, headlines_of, title_of
 from pipeline.results.provenance import model_facts
 from pipeline.results.report.page import write_report
 from pipeline.results.report.sections import section
@@ -274,24 +274,50 @@ def test_a_section_of_lists_and_long_lists(tmp_path: Path) -> None:
         "best": {"layer": 7, "rates": [0.1, 0.01]},
         "nothing": None,
     }
-    shown = section("few", result, tmp_path)
+    shown = section(result, tmp_path)
     for part in ("<h2>Few</h2>", "data:image/png", "<td>4 a class</td>", "best layer", "0.1, 0.01"):
         assert part in shown
     assert "secret" not in shown and "layers" not in shown and "subsets" not in shown
-    assert [row[1:3] for row in headlines("few", result)] == [("Few: 4 a class", "25.0 % ± 1.0")]
+    assert [(row.name, row.text) for row in headlines_of(result)] == [("Few: 4 a class", "25.0 % ± 1.0")]
 
 
 def test_every_accuracy_is_a_headline() -> None:
     """Of the task itself, of objects within it; a masked model's vote too; what was chosen beside."""
     score = {"test_accuracy": 0.5, "test_standard_error": 0.02, "ensembled_test_accuracy": 0.75}
     result = score | {"best_layer": 7, "best_k": 20, "concatenated": {"layers": [6, 7, 8], "test_accuracy": 0.625}}
-    assert [row[1:] for row in headlines("some_probe", result)] == [
+    rows = accuracy_headlines(result, "Some probe", "As published")
+    assert [(row.name, row.text, row.detail) for row in rows] == [
         ("Some probe", "50.0 % ± 2.0", "layer 7, k 20"),
         ("Some probe, vote over masks", "75.0 %", "layer 7, k 20"),
         ("Some probe: concatenated", "62.5 %", "layers 6, 7, 8"),
     ]
+    assert {row.measure for row in rows} == {"As published"}
     tried = {"best_layer": 7, "layers": [3, 7], "test_accuracy": 0.5}
-    assert [row.detail for row in headlines("some_probe", tried)] == ["layer 7"]
+    assert [row.detail for row in accuracy_headlines(tried, "Some probe")] == ["layer 7"]
+
+
+@pytest.mark.parametrize(
+    ("headline", "text"),
+    [
+        (Headline("Probe", 0.8475, "accuracy", 0.01, "layer 7", "As published"), "84.8 % ± 1.0"),
+        (Headline("Vote", 0.5, "accuracy"), "50.0 %"),
+        (Headline("Nats", 2.301, "nats", 0.002), "2.3010"),
+        (Headline("Completions", 0.1234, "distance"), "0.123"),
+    ],
+)
+def test_a_headline_is_read_back_from_json(headline: Headline, text: str) -> None:
+    stored = json.loads(json.dumps(headline.to_json()))
+    assert headlines_of({"task": "some_probe", "headlines": [stored | {"of a later version": 1}]}) == [headline]
+    assert headline.text == text
+
+
+def test_results_of_an_earlier_version_name_themselves() -> None:
+    """Without title and headlines in its JSON, a task has its name and its accuracies."""
+    earlier = {"task": "some_probe", "test_accuracy": 0.5}
+    assert title_of(earlier) == "Some probe"
+    assert headlines_of(earlier) == [Headline("Some probe", 0.5, "accuracy")]
+    assert headlines_of(earlier | {"headlines": []}) == []
+    assert title_of(earlier | {"title": "SoP"}) == "SoP"
 
 
 def test_the_curve_is_grouped_and_leaves_out_what_is_not_finite() -> None:
