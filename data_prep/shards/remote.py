@@ -17,7 +17,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -25,13 +24,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from data_prep.common.files import atomic_write
+from data_prep.common.retry import backoff, retry
 
 ATTEMPTS = 6
 """Openings in a row that bring no byte, before the file is given up."""
 FIRST_PAUSE = 0.1
 """Seconds before the second attempt; each further pause is four times the one before, half a minute in all."""
-SAID_AFTER = 3
-"""Openings in a row that bring no byte, before a line says what is waited for."""
+LOGGED_AFTER = 3
+"""Openings in a row that bring no byte, before a line reports it."""
 TIMEOUT = 60.0
 """Seconds without a byte after which a connection or a command is given up."""
 BUFFER = 1 << 18
@@ -41,6 +41,8 @@ STORE_BLOCK = 1 << 23
 RETRIED_CODES = (408, 425, 429)
 """HTTP codes that another attempt may mend, besides all from 500 on."""
 PIPE = "pipe:"
+CONNECTION_ERRORS = (OSError, http.client.HTTPException)
+"""That another attempt may mend."""
 
 
 class Connection(Protocol):
@@ -114,7 +116,6 @@ class Remote(io.RawIOBase):
         super().__init__()
         self.address, self.position, self.size = address, start, size
         self._connection: Connection | None = None
-        self._failures = 0
 
     def readable(self) -> bool:
         return True
@@ -123,25 +124,21 @@ class Remote(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        while len(view) and self.position != self.size:
-            try:
-                if self._connection is None:
-                    self._connect()
-                    continue  # the size may be known now
-                if self.size is not None:
-                    view = view[: self.size - self.position]
-                count = self._connection.readinto(view) or 0
-                if not count and self.size is not None:
-                    raise OSError("the connection ended early")
-            except (OSError, http.client.HTTPException) as error:
-                self._disconnect()
-                self._pause(error)
-            else:
-                self._failures = 0
-                self.position += count
-                return count
-        return 0
+        return retry(lambda: self._read(memoryview(buffer).cast("B")), CONNECTION_ERRORS, self._pause_after)
+
+    def _read(self, view: memoryview) -> int:
+        if self._connection is None and len(view) and self.position != self.size:
+            self._connect()
+        if self.size is not None:
+            view = view[: self.size - self.position]
+        if not len(view):
+            return 0
+        assert self._connection is not None
+        count = self._connection.readinto(view) or 0
+        if not count and self.size is not None:
+            raise OSError("the connection ended early")
+        self.position += count
+        return count
 
     def _connect(self) -> None:
         self._connection, size = _open(self.address, self.position)
@@ -154,21 +151,21 @@ class Remote(io.RawIOBase):
 
     def _disconnect(self) -> None:
         if self._connection is not None:
-            with suppress(OSError, http.client.HTTPException):
+            with suppress(*CONNECTION_ERRORS):
                 self._connection.close()
         self._connection = None
 
-    def _pause(self, error: Exception) -> None:
-        """Before the next attempt; raises OSError if that was the last."""
-        self._failures += 1
+    def _pause_after(self, error: Exception, failures: int) -> float:
+        """Seconds before the next attempt; raises OSError if that was the last."""
+        self._disconnect()
         reason = str(error) or type(error).__name__
-        if self._failures == ATTEMPTS:
+        if failures == ATTEMPTS:
             place = f"byte {self.position}" + ("" if self.size is None else f" of {self.size}")
             what = f"broke off at {place}" if self.position or self.size else "can't be reached or read"
             raise OSError(f"{self.address} {what}, {ATTEMPTS} times: {reason}") from error
-        if self._failures == SAID_AFTER:
+        if failures == LOGGED_AFTER:
             print(f"{self.address}: {reason}; trying again for half a minute", file=sys.stderr, flush=True)
-        time.sleep(FIRST_PAUSE * 4 ** (self._failures - 1))
+        return backoff(failures, FIRST_PAUSE, factor=4)
 
     def close(self) -> None:
         self._disconnect()
