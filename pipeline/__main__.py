@@ -5,7 +5,9 @@ import os
 import sys
 from typing import NoReturn
 
-from data_prep.common.command_line import dispatch, one_voice, report_error
+from data_prep.common.command_line import dispatch
+from data_prep.common.exit_codes import FAILED
+from pipeline.rank_errors import local_rank, report_error, reported_once_per_node
 
 
 def train(arguments: list[str]) -> int:
@@ -13,7 +15,7 @@ def train(arguments: list[str]) -> int:
     gc.disable()  # for four thousand modules that stay: a quarter of the time they take; the loop turns it on again
     from pipeline.command_line import parse_training
 
-    with one_voice(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"):
+    with reported_once_per_node(local_rank()):
         config, run = parse_training(arguments)
     from pipeline.train.health.diverged import Diverged
     from pipeline.train.loop import train as run_training
@@ -22,7 +24,7 @@ def train(arguments: list[str]) -> int:
         return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments])
     except Diverged as error:
         report_error(error)
-        return 1
+        return FAILED
 
 
 def search(arguments: list[str]) -> int:
@@ -127,4 +129,5 @@ if __name__ == "__main__":
             "doctor": ("what this machine has, and whether a small run saves, dies and resumes on it", doctor),
         },
         leave,
+        report_error,
     )

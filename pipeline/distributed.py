@@ -13,10 +13,9 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from data_prep.common.command_line import SAID_BY_OTHERS
+from pipeline.rank_errors import reported_on_all_ranks
 
 T = TypeVar("T")
-E = TypeVar("E", bound=Exception)
 
 SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """DeepSpeed does not read SLURM's names; MASTER_ADDR and MASTER_PORT come from the batch script."""
@@ -142,12 +141,6 @@ def first_word(word: str | None) -> str | None:
     return next((said for said in gather(word) if said is not None), None)
 
 
-def said_by_all(error: E) -> E:
-    """The error, marked as one that every rank raises: the first says it for all."""
-    setattr(error, SAID_BY_OTHERS, True)
-    return error
-
-
 @contextmanager
 def failing_together() -> Iterator[None]:
     """If the body raises ValueError or OSError on one rank, every rank raises.
@@ -164,7 +157,7 @@ def failing_together() -> Iterator[None]:
     if failure is None and word is not None:
         failure = ValueError(word)
     if failure is not None:
-        raise said_by_all(failure)
+        raise reported_on_all_ranks(failure)
 
 
 def together(work: Callable[[], T], ranks: Ranks) -> T:

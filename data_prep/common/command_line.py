@@ -1,12 +1,10 @@
-"""What both command lines share: parsing into dataclasses, one-sentence errors, exit codes (contract 10)."""
+"""What both command lines share: parsing into dataclasses, one-sentence errors, exit codes."""
 
 import os
 import re
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +13,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-USER_ERROR = 2
-SAID_BY_OTHERS = "said_by_others"
-"""Attribute of an error that another rank is sure to print."""
-SILENT_SECONDS = 2.0
-"""Between two ranks of one launch, of which one loads its packages more slowly."""
+from data_prep.common.exit_codes import INTERRUPTED, USER_ERROR
+
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
 
 
@@ -120,7 +115,16 @@ def _expected(message: str) -> str:
     return TYPE_NAMES.get(kind[1], kind[1]) if kind[1] else f"a {kind[2]}"
 
 
-def run_command(command: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+def print_error(error: BaseException, where: str = "") -> None:
+    """Prints the error as one sentence on standard error."""
+    print(f"error: {_describe(error)}{where}", file=sys.stderr, flush=True)
+
+
+def run_command(
+    command: Callable[[], int | None],
+    leave: Callable[[int], NoReturn] = sys.exit,
+    report: Callable[[BaseException], None] = print_error,
+) -> NoReturn:
     """Leaves with the command's code; a user's mistake (ValueError, OSError) prints one sentence and exits 2.
 
     Set IGPT_TRACEBACK=1 to see where an error came from.
@@ -130,36 +134,12 @@ def run_command(command: Callable[[], int | None], leave: Callable[[int], NoRetu
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        report_error(error)
+        report(error)
         code = USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command keeps what is whole and goes on.", file=sys.stderr, flush=True)
-        code = 130
+        code = INTERRUPTED
     leave(code)
-
-
-@contextmanager
-def one_voice(speaks: bool) -> Iterator[None]:
-    """Processes of one machine meet the same mistake: only the one that `speaks` says it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        setattr(error, SAID_BY_OTHERS, not speaks)
-        raise
-
-
-def report_error(error: BaseException) -> None:
-    """Prints the error as one sentence. Another rank than 0 prints it only if rank 0 may not have met it.
-
-    A rank that stays silent waits a little: launchers end the others with the first that leaves.
-    """
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0":
-        print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
-    elif not getattr(error, SAID_BY_OTHERS, False):
-        print(f"error: {_describe(error)} (on rank {rank})", file=sys.stderr, flush=True)
-    else:
-        time.sleep(SILENT_SECONDS)
 
 
 def _describe(error: BaseException) -> str:
@@ -173,6 +153,7 @@ def dispatch(
     description: str,
     commands: dict[str, tuple[str, Callable[[list[str]], Any]]],
     leave: Callable[[int], NoReturn] = sys.exit,
+    report: Callable[[BaseException], None] = print_error,
 ) -> NoReturn:
     """`prog COMMAND arguments...`: commands maps a name to (one-line help, function of the remaining arguments)."""
     arguments = sys.argv[1:]
@@ -190,4 +171,4 @@ def dispatch(
             file=sys.stderr,
         )
         sys.exit(USER_ERROR)
-    run_command(lambda: commands[name][1](rest), leave)
+    run_command(lambda: commands[name][1](rest), leave, report)

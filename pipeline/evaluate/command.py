@@ -15,7 +15,6 @@ has `read_besides(results, options) -> dict` too: what it gives, such as digests
 again when it changed.
 """
 
-import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -26,13 +25,15 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from data_prep.common.command_line import new_parser, one_voice, parse
+from data_prep.common.command_line import new_parser, parse
+from data_prep.common.exit_codes import FINISHED
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.cache import Kept
 from pipeline.evaluate.context import Evaluation, Sizes, Weights, check_match, from_first, start_accelerator
 from pipeline.evaluate.interrupt import until_stopped
 from pipeline.evaluate.registry import LONG, MEASURES, TASKS, TITLES, _module
+from pipeline.rank_errors import local_rank, reported_once_per_node
 from pipeline.results.headline import accuracy_headlines
 from pipeline.results.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
 from pipeline.results.text import words
@@ -75,7 +76,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    with one_voice(os.environ.get("LOCAL_RANK", "0") == "0"):
+    with reported_once_per_node(local_rank()):
         path, command, sizes, options = _parse(arguments)
         names = _chosen_tasks(command.tasks)
         shards = open_shard_set(command.shards)
@@ -125,7 +126,7 @@ def _evaluate(arguments: list[str]) -> int:
             page = from_first(accelerator, partial(_report, evaluation, facts, command.random_weights, not_run))
     evaluation.say(f"report: {page}")
     accelerator.end_training()
-    return os.EX_OK
+    return FINISHED
 
 
 def _parse(arguments: list[str]) -> tuple[Path, Command, Sizes, Namespace]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from data_prep.common.command_line import SAID_BY_OTHERS
 from data_prep.common.progress import progress
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import palette_sha256
 from data_prep.shards.reader import ShardSet, Split
 from pipeline.evaluate.cache import Kept
+from pipeline.rank_errors import reported_on_all_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -209,8 +209,7 @@ def from_first(accelerator: "Accelerator", work: Callable[[], Outcome]) -> Outco
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:
-        setattr(outcome[1], SAID_BY_OTHERS, not accelerator.is_main_process)
-        raise outcome[1]
+        raise reported_on_all_ranks(outcome[1])
     return outcome[0]
 
 

@@ -1,4 +1,4 @@
-"""Requests to stop: a signal ends the command in a sentence, with the code that asks for a requeue (contract 9).
+"""Requests to stop: a signal ends the command in a sentence, with the code that asks for a requeue.
 
 What is finished is on disk already, piece by piece, so nothing has to be saved.
 """
@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from data_prep.common.exit_codes import STOPPED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 GRACE = 5.0
@@ -26,14 +28,14 @@ class Stopped(BaseException):
 
 
 def until_stopped(work: Callable[[], int]) -> int:
-    """What `work` returns; EX_TEMPFAIL, and a sentence of the first rank, if a signal (USR1, TERM, INT) ended it."""
+    """What `work` returns; STOPPED, and a sentence of the first rank, if a signal (USR1, TERM, INT) ended it."""
     end = _End()
     with _listening(end):
         try:
             return _with_others(work)
         except Stopped:
             end.say()
-            return os.EX_TEMPFAIL
+            return STOPPED
 
 
 def _with_others(work: Callable[[], int]) -> int:
@@ -96,4 +98,4 @@ def _watch(reader: int, end: _End) -> None:
         if select.select([reader], [], [], left)[0] and not os.read(reader, 1):
             return
     end.say()
-    os._exit(os.EX_TEMPFAIL)
+    os._exit(STOPPED)

@@ -17,12 +17,12 @@ from typing import Any
 import yaml
 
 from data_prep.common.command_line import value_of
+from data_prep.common.exit_codes import STOPPED
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import open_shard_set
 from pipeline.command_line import parse_training
 from pipeline.config import TrainConfig, changed_keys, to_dict
 
-STOPPED = 75
 RATE_KEY = "--optimizer.learning_rate"
 SEARCH_FILE = "search.json"
 DECISIVE = ("seed", "model.", "objective.", "data.", "batch.global_size", "batch.first_size", "batch.warmup_steps",

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
+from data_prep.common.exit_codes import USER_ERROR
 from data_prep.common.files import read_json
 
 Action = Literal["done", "requeue", "failed"]
-USER_ERROR, STOPPED = 2, 75
 ACCIDENTS = "accidents.jsonl"
 ROWS_READ = 1 << 16
 """Bytes of metrics.jsonl's end that are looked at."""

@@ -17,7 +17,8 @@ from pipeline.checkpoint.fragments import Tensors
 from pipeline.checkpoint.probe import PROBE_TOKENS, Pictures
 from pipeline.checkpoint.run_folder import check_shards
 from pipeline.config import TrainConfig
-from pipeline.distributed import Ranks, failing_together, first_word, from_first, gather, said_by_all
+from pipeline.distributed import Ranks, failing_together, first_word, from_first, gather
+from pipeline.rank_errors import reported_on_all_ranks
 from pipeline.train.data.batches import Order
 from pipeline.train.engine.base import Engine
 from pipeline.train.health.diverged import Diverged
@@ -172,7 +173,7 @@ class Store:
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
             if not abs(loss - record.probe_loss) <= tolerance:
-                raise said_by_all(
+                raise reported_on_all_ranks(
                     ValueError(
                         f"{checkpoint.folder} gives the probe batch a loss of {loss:.7f} on rank {rank}, but "
                         f"{record.probe_loss:.7f} when it was saved; the weights were not restored as they were."
@@ -195,7 +196,7 @@ class Store:
         found = add_up(gather(fingerprints(self._tensors, index)))
         odd = " and ".join(state for state in stored if found.get(state) != stored[state])
         if odd:
-            raise said_by_all(
+            raise reported_on_all_ranks(
                 ValueError(
                     f"{checkpoint.folder} was not restored as it was saved: {odd} of some parameter differs "
                     f"(the fingerprints are not those of its manifest)."

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.common.command_line import SAID_BY_OTHERS, one_voice
+from data_prep.common.exit_codes import FINISHED, STOPPED
 from pipeline.checkpoint.metrics_log import SKIPPED_FILE
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, describe_ranks, failing_together, gather, most_over_ranks, start_group, together
 from pipeline.model.image_grid import completion_grid
+from pipeline.rank_errors import is_on_all_ranks, reported_once_per_node
 from pipeline.train.checkpointing import Progress, Store
 from pipeline.train.data.verify import verify_shards
 from pipeline.train.health.diverged import Diverged
@@ -28,9 +29,6 @@ from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
 from pipeline.train.validation import spread, validation_loss
 
-FINISHED = 0
-STOPPED = 75
-"""EX_TEMPFAIL: stopped on request, wants a requeue (contract 9)."""
 SAMPLES_A_PICTURE = 2
 
 
@@ -43,7 +41,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     start_clock.mark("imports")
     gc.freeze()  # DeepSpeed collects garbage twenty times while it starts; what was imported is none
     ranks, folder, stop = describe_ranks(), RunFolder(run), StopRequests(run)
-    with one_voice(ranks.local_rank == 0):
+    with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
         folder.check(config, inputs.shards)
     if folder.finished_steps() >= config.schedule.steps:
@@ -87,7 +85,7 @@ def finishing_saves(store: Store) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, SAID_BY_OTHERS, False):
+        if is_on_all_ranks(error):
             store.finish()
         raise
 

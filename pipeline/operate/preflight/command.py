@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.common.command_line import USER_ERROR, new_parser
+from data_prep.common.command_line import new_parser
+from data_prep.common.exit_codes import USER_ERROR
 from data_prep.common.files import read_json
 from pipeline.command_line import parse_run, training_config
 from pipeline.config import TrainConfig

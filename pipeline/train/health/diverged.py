@@ -1,6 +1,6 @@
 """The error of a run that can't continue."""
 
-from data_prep.common.command_line import SAID_BY_OTHERS
+from pipeline.rank_errors import reported_on_all_ranks
 
 
 class Diverged(RuntimeError):
@@ -8,4 +8,4 @@ class Diverged(RuntimeError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        setattr(self, SAID_BY_OTHERS, True)
+        reported_on_all_ranks(self)
