@@ -1,7 +1,7 @@
-"""Reads and trims a run's metrics.jsonl and skipped.jsonl."""
+"""Writes, reads and trims the rows of a run's metrics.jsonl and skipped.jsonl: one JSON object a line, each with its
+step. A number that is NaN or infinite is null."""
 
 import json
-import sys
 from collections import deque
 from collections.abc import Iterator
 from math import isfinite
@@ -11,50 +11,78 @@ from typing import Any
 from data_prep.common.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
-
-
 SKIPPED_FILE = "skipped.jsonl"
-
-
 TENSORBOARD_FOLDER = "tensorboard"
 
+Row = dict[str, Any]
 
-def _with_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no word for what is not a number."""
-    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
+
+def to_line(row: Row) -> str:
+    """The row as a line of the file; JSON has no NaN, so it becomes null."""
+    finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
+    return json.dumps(finite) + "\n"
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of the file, oldest first, nulls as None; none if it does not exist.
+
+    A line that a kill cut short, or that is no row, is excluded.
+    """
+    return (row for _, row in _lines(path))
+
+
+def read_last_row(path: Path, key: str, tail_bytes: int = 1 << 16) -> Row | None:
+    """The last row that has `key`, looked for in the file's last `tail_bytes` alone; None without one."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - tail_bytes))
+        lines = file.read().decode(errors="replace").splitlines()
+    rows = (_parse(line) for line in reversed(lines))
+    return next((row for row in rows if row is not None and key in row), None)
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites metrics.jsonl without rows beyond `step`, and without a last line that a kill cut short."""
+    """Rewrites the file without rows beyond `step`, and without a last line that a kill cut short."""
     if not path.exists():
         return
     with atomic_write(path) as temporary, temporary.open("w") as new:
-        new.writelines(rows_until(path, step))
+        new.writelines(lines_until(path, step))
 
 
-def rows_until(path: Path, step: int) -> Iterator[str]:
-    """The whole lines of a metrics.jsonl up to a step."""
-    with path.open() as lines:
-        yield from (line for line in lines if line.endswith("\n") and _step_of(line) <= step)
+def lines_until(path: Path, step: int) -> Iterator[str]:
+    """The complete lines up to a step, as they were written."""
+    return (line for line, row in _lines(path) if row["step"] <= step)
 
 
-def last_steps(run: Path, step: int, count: int) -> list[dict[str, Any]]:
-    """The rows of the last training steps up to a step, and those of all that were not applied among them."""
-    if not (run / METRICS_FILE).exists():
-        return []
-    kept: deque[dict[str, Any]] = deque()
+def last_steps(run: Path, step: int, count: int) -> list[Row]:
+    """The rows of the last `count` applied training steps up to a step, and those of skipped ones among them."""
+    last: deque[Row] = deque()
     applied = 0
-    for row in map(json.loads, rows_until(run / METRICS_FILE, step)):
-        if "loss" in row:
-            kept.append(row)
+    for row in read_rows(run / METRICS_FILE):
+        if "loss" in row and row["step"] <= step:
+            last.append(row)
             applied += row["applied"]
             while applied > count:
-                applied -= kept.popleft()["applied"]
-    return list(kept)
+                applied -= last.popleft()["applied"]
+    return list(last)
 
 
-def _step_of(line: str) -> int:
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each complete line and its row."""
+    if not path.is_file():
+        return
+    with path.open(errors="replace") as lines:
+        for line in lines:
+            row = _parse(line)
+            if row is not None and line.endswith("\n"):
+                yield line, row
+
+
+def _parse(line: str) -> Row | None:
+    """None if the line is no row."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

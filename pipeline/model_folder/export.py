@@ -15,7 +15,7 @@ from data_prep.common.files import read_json, write_json
 from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
-from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, rows_until
+from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, lines_until
 from pipeline.checkpoint.probe import MaskedSplit, probe_tokens
 from pipeline.checkpoint.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
 from pipeline.config import ObjectiveConfig
@@ -168,7 +168,7 @@ def _add_record(aside: Path, checkpoint: Checkpoint, name: str) -> None:
     for file in (CONFIG_FILE, RECORD_FILE):
         shutil.copyfile(run / file, training / file)
     with (training / METRICS_FILE).open("w") as rows:
-        rows.writelines(rows_until(run / METRICS_FILE, checkpoint.record.step))
+        rows.writelines(lines_until(run / METRICS_FILE, checkpoint.record.step))
     copy_events(run / TENSORBOARD_FOLDER, training / TENSORBOARD_FOLDER, checkpoint.record.step)
     write_json(training / CHECKPOINT_FILE, {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
     write_card(aside, name)

@@ -4,7 +4,6 @@ The trial is a real one: two ranks train a tiny model on pictures that come with
 one rank, and as two pipeline stages; their losses must be those of a run that nothing befell.
 """
 
-import json
 import os
 import platform
 import shutil
@@ -21,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from data_prep.common.command_line import new_parser, parse
+from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 TOLERANCE = 1e-5
@@ -248,8 +248,7 @@ class _Trial:
 
     def losses(self, run: str) -> list[float]:
         """Of every training step."""
-        rows = map(json.loads, (self.folder / run / "metrics.jsonl").read_text().splitlines())
-        return [row["loss"] for row in rows if "loss" in row]
+        return [row["loss"] for row in read_rows(self.folder / run / METRICS_FILE) if "loss" in row]
 
     def _train(self, run: str, ranks: int, stages: int = 1) -> list[subprocess.Popen[bytes]]:
         keys = {

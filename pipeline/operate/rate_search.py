@@ -4,7 +4,6 @@ Each rate is an ordinary run; the search starts the next one while the final val
 started again: finished runs are not run twice, stopped ones are gone on with.
 """
 
-import json
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from data_prep.common.command_line import value_of
 from data_prep.common.exit_codes import STOPPED
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import open_shard_set
+from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
 from pipeline.command_line import parse_training
 from pipeline.config import TrainConfig, changed_keys, to_dict
 
@@ -158,7 +158,7 @@ def _final_loss(run: Path, rate: float, config: TrainConfig, launch: list[str], 
             raise Stopped(f"{run} was stopped")
         if status != "finished":
             raise ValueError(f"{run} ended with code {code} before it was finished; see what it said above.")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run / METRICS_FILE)
     losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None and row["step"] == steps]
     return float(losses[-1]) if losses else inf
 

@@ -11,11 +11,10 @@ from typing import Any, Literal
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.exit_codes import USER_ERROR
 from data_prep.common.files import read_json
+from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
 
 Action = Literal["done", "requeue", "failed"]
 ACCIDENTS = "accidents.jsonl"
-ROWS_READ = 1 << 16
-"""Bytes of metrics.jsonl's end that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def standing(run: Path) -> Standing:
     record = read_json(run / "run.json")
     if not isinstance(record, dict):
         raise ValueError(f"{run / 'run.json'} is no run's record any more; put it back as it was.")
-    row = _last_row(run / "metrics.jsonl")
+    row = read_last_row(run / METRICS_FILE, "loss") or {}
     step = max(int(row.get("step", 0)), int(record.get("step", 0)))
     starts = len(record.get("starts", []))
     updated = str(record.get("updated", ""))
@@ -59,23 +58,6 @@ def _steps(run: Path) -> int | None:
         return int(yaml.safe_load((run / "config.yaml").read_text())["schedule"]["steps"])
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         return None
-
-
-def _last_row(path: Path) -> dict[str, Any]:
-    """The last training step's row, {} without one."""
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - ROWS_READ))
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut off, by a crash or by where we began
-            continue
-        if isinstance(row, dict) and "loss" in row:
-            return row
-    return {}
 
 
 def next_action(

@@ -1,6 +1,5 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a line on the console. Only the first rank tells it."""
 
-import json
 import os
 import resource
 import time
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 
 from data_prep.common.files import atomic_write
-from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, _with_nulls, drop_rows_after
-from pipeline.distributed import failing_together
+from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, drop_rows_after, to_line
+from pipeline.distributed import raise_on_all_ranks
 
 SAMPLES_FOLDER = "samples"
 CONSOLE_SECONDS = 5.0
@@ -30,7 +29,7 @@ class Telemetry:
 
     def raise_together(self) -> None:
         """If one rank could not write, every rank raises; all ranks must call it."""
-        with failing_together():
+        with raise_on_all_ranks():
             if self.failure is not None:
                 raise self.failure
 
@@ -106,7 +105,7 @@ class RunTelemetry(Telemetry):
     @_keeping_failure
     def odd_step(self, row: dict[str, Any]) -> None:
         with (self._run / SKIPPED_FILE).open("a") as rows:
-            rows.write(json.dumps(_with_nulls(row)) + "\n")
+            rows.write(to_line(row))
         what = "applied all the same" if row["applied"] else "not applied"
         print(f"step {row['step']} is {row['reason']}, {what}: its pictures are in {rows.name}", flush=True)
 
@@ -137,7 +136,7 @@ class RunTelemetry(Telemetry):
         self._board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._rows.write(json.dumps(_with_nulls(row)) + "\n")
+        self._rows.write(to_line(row))
         self._rows.flush()
 
     def _line(self, row: dict[str, Any]) -> str:
