@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -112,21 +112,33 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     """Each flag is true on all ranks if it is true on one."""
-    return [bool(vote) for vote in most_over_ranks([float(flag) for flag in flags], device)]
+    return [bool(vote) for vote in all_reduce_max([float(flag) for flag in flags], device)]
 
 
-def most_over_ranks(values: list[float], device: torch.device) -> list[float]:
+def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
     """The largest of each value over all ranks."""
     vote = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return [float(value) for value in vote.tolist()]
 
 
-def from_first(value: T) -> T:
-    """Rank 0's value on every rank (a small picklable object)."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def from_first(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 and gives every rank its result (a small picklable object).
+
+    Its ValueError or OSError is raised on every rank. Without a process group this is the only rank.
+    """
+    outcome: list[Any] = [None, None]  # the result, the error
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome
+    if failure is not None:
+        raise reported_on_all_ranks(failure)
+    return cast(T, result)
 
 
 def gather(value: T) -> list[T]:
@@ -136,34 +148,34 @@ def gather(value: T) -> list[T]:
     return box
 
 
-def first_word(word: str | None) -> str | None:
-    """The first rank's word that is not None, on every rank."""
-    return next((said for said in gather(word) if said is not None), None)
+def first_message(message: str | None) -> str | None:
+    """The message of the lowest rank that has one, on every rank; None if none has."""
+    return next((found for found in gather(message) if found is not None), None)
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """If the body raises ValueError or OSError on one rank, every rank raises.
 
     Without this the others would wait for the failed one until the time limit. The body must not communicate. A rank
-    without an error of its own raises ValueError with the words of the first that has one.
+    without an error of its own raises ValueError with the message of the lowest rank that has one.
     """
     failure: ValueError | OSError | None = None
     try:
         yield
     except (ValueError, OSError) as error:
         failure = error
-    word = first_word(None if failure is None else str(failure))
-    if failure is None and word is not None:
-        failure = ValueError(word)
+    message = first_message(None if failure is None else str(failure))
+    if failure is None and message is not None:
+        failure = ValueError(message)
     if failure is not None:
         raise reported_on_all_ranks(failure)
 
 
-def together(work: Callable[[], T], ranks: Ranks) -> T:
-    """What this rank's `work` gives. If it fails on one rank, every rank raises, as of `failing_together`.
+def barrier_with_errors(work: Callable[[], T], ranks: Ranks) -> T:
+    """Runs `work` on every rank and returns this rank's result. If it fails on one, every rank raises.
 
-    For what is done at every step: one small collective where nothing fails.
+    Like `raise_on_all_ranks`, for what is done at every step: one small collective where nothing fails.
     """
     result, failure = None, None
     try:
@@ -172,7 +184,7 @@ def together(work: Callable[[], T], ranks: Ranks) -> T:
         failure = error
     [failed] = any_rank([failure is not None], ranks.device)
     if failed:
-        with failing_together():  # so that every rank knows what happened
+        with raise_on_all_ranks():  # so that every rank knows what happened
             if failure is not None:
                 raise failure if isinstance(failure, ValueError | OSError) else ValueError(repr(failure)) from failure
     return cast(T, result)

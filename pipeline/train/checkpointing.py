@@ -17,7 +17,7 @@ from pipeline.checkpoint.fragments import Tensors
 from pipeline.checkpoint.probe import PROBE_TOKENS, Pictures
 from pipeline.checkpoint.run_folder import check_shards
 from pipeline.config import TrainConfig
-from pipeline.distributed import Ranks, failing_together, first_word, from_first, gather
+from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
 from pipeline.rank_errors import reported_on_all_ranks
 from pipeline.train.data.batches import Order
 from pipeline.train.engine.base import Engine
@@ -54,7 +54,7 @@ def newest_whole(folder: Path, ranks: Ranks) -> Checkpoint | None:
 
     Says which ones it passed over. Raises ValueError if there are checkpoints and none is whole.
     """
-    candidates = from_first([str(path) for path in reversed(checkpoints.published(folder))])
+    candidates = from_first(lambda: [str(path) for path in reversed(checkpoints.published(folder))])
     for candidate in candidates:
         checkpoint, damage = None, None
         try:
@@ -64,7 +64,7 @@ def newest_whole(folder: Path, ranks: Ranks) -> Checkpoint | None:
             damage = checkpoint.damage(ranks.rank, ranks.count)
         except (ValueError, OSError) as error:
             damage = str(error)
-        damage = first_word(damage)
+        damage = first_message(damage)
         if damage is None:
             return checkpoint
         if ranks.is_first:
@@ -118,7 +118,7 @@ class Store:
                 f"{[probe, *others]}) and was not saved; the checkpoints in {self.folder} are from before it; a lower "
                 f"optimizer.learning_rate or a longer warm-up may pass it."
             )
-        with failing_together():
+        with raise_on_all_ranks():
             if self.ranks.is_first:
                 checkpoints.begin(self.folder, progress.step)
         aside = checkpoints.aside_folder(self.folder, progress.step)
@@ -144,12 +144,12 @@ class Store:
             return
         pending, self._pending = self._pending, None
         written = None
-        with failing_together():
+        with raise_on_all_ranks():
             written = pending.written.result()
         facts = [facts for facts in gather(written) if facts]
         sums = add_up([fact.pop("fingerprints") for fact in facts])
         files = {checkpoints.rank_file(rank): fact for rank, fact in enumerate(facts)}
-        with failing_together():
+        with raise_on_all_ranks():
             if self.ranks.is_first:
                 aside = checkpoints.aside_folder(self.folder, pending.progress.step)
                 checkpoints.publish(aside, self._record(pending.progress, pending.probe, files, sums))
@@ -163,10 +163,10 @@ class Store:
         """
         record = checkpoint.record
         self._check_origin(checkpoint)
-        with failing_together():
+        with raise_on_all_ranks():
             reader = checkpoint.reader()
         engine.restore(reader, record.step)
-        with failing_together():
+        with raise_on_all_ranks():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
         self._check_fingerprints(checkpoint, engine)
         losses = gather(probe_loss(engine, self.probe, record.probe_tokens))

@@ -13,7 +13,15 @@ from data_prep.common.exit_codes import FINISHED, STOPPED
 from pipeline.checkpoint.metrics_log import SKIPPED_FILE
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
-from pipeline.distributed import Ranks, describe_ranks, failing_together, gather, most_over_ranks, start_group, together
+from pipeline.distributed import (
+    Ranks,
+    all_reduce_max,
+    barrier_with_errors,
+    describe_ranks,
+    gather,
+    raise_on_all_ranks,
+    start_group,
+)
 from pipeline.model.image_grid import completion_grid
 from pipeline.rank_errors import is_on_all_ranks, reported_once_per_node
 from pipeline.train.checkpointing import Progress, Store
@@ -53,7 +61,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     start_group(ranks, group_timeout(config.health.hang_minutes))
     start_clock.mark("ranks meeting")
     try:
-        with failing_together():
+        with raise_on_all_ranks():
             if ranks.is_first:
                 folder.open(config, inputs.shards, command, ranks.count)
         verify_shards(inputs.shards, folder, ranks)
@@ -66,7 +74,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         with finishing_saves(session.store):
             progress = run_loop(inputs, session)
         finished = progress.step >= config.schedule.steps
-        with failing_together():  # and leaving together: a rank that leaves early would break the others' connections
+        with raise_on_all_ranks():  # a rank that leaves early would break the others' connections
             if ranks.is_first:
                 folder.note("finished" if finished else "stopped", step=progress.step, images=progress.images)
                 print(f"{'finished' if finished else 'stopped on request'} at step {progress.step}: {run}", flush=True)
@@ -101,7 +109,7 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
     while progress.step < last and (save_owed or not signs.stopping):
         step, size = progress.step + 1, config.batch.size_at(progress.step + 1)
         watchdog.enter("reading", step)
-        tokens = together(partial(clock.wait_for, partial(session.batches.at, progress.images, size)), ranks)
+        tokens = barrier_with_errors(partial(clock.wait_for, partial(session.batches.at, progress.images, size)), ranks)
         watchdog.enter("training", step)
         profiler.before(step, bool(signs.profile))
         rate = rate_at(step, config.optimizer, config.schedule)
@@ -193,7 +201,7 @@ def agree(session: Session, ranks: Ranks, waited: float = 0.0) -> Signs:
         waited=waited,
         memory_bytes=peak_memory_bytes(ranks.device),
     )
-    return Signs(*most_over_ranks(list(own), ranks.device))
+    return Signs(*all_reduce_max(list(own), ranks.device))
 
 
 def record_odd_step(

@@ -14,7 +14,7 @@ from pipeline.checkpoint.metrics_log import last_steps
 from pipeline.checkpoint.probe import MaskedSplit, Pictures
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig, require_resolution
-from pipeline.distributed import Ranks, failing_together, from_first
+from pipeline.distributed import Ranks, from_first, raise_on_all_ranks
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt import gpt2_config
@@ -139,12 +139,13 @@ def set_up(
     start = store.load(checkpoint, engine) if checkpoint else Progress()
     start_clock.mark("loading")
     throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
-    telemetry, rows = Telemetry(), []
-    with failing_together():
+    telemetry = Telemetry()
+    with raise_on_all_ranks():
         if ranks.is_first:
             telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)
-            rows = last_steps(folder.path, start.step, config.health.spike_window)
-    step_filter = StepFilter(config.health, from_first(rows))
+    step_filter = StepFilter(
+        config.health, from_first(lambda: last_steps(folder.path, start.step, config.health.spike_window))
+    )
     profiler = Profiler(folder.path, config.profile, ranks)
     if ranks.is_first:
         print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
@@ -181,9 +182,7 @@ def choose_attention(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
         head_width=model.n_embd // model.n_head,
         causal=getattr(model, "is_causal", True),
     )
-    with failing_together():
-        seconds = attention_seconds(folder, shape, ranks.device) if ranks.is_first else {}
-    seconds = from_first(seconds)
+    seconds = from_first(lambda: attention_seconds(folder, shape, ranks.device))
     if seconds:
         attention.use_fastest(seconds)
     return seconds

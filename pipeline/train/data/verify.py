@@ -5,7 +5,7 @@ from pathlib import Path
 from data_prep.common.files import file_sha256
 from data_prep.shards.reader import ShardSet, Split
 from pipeline.checkpoint.run_folder import RunFolder
-from pipeline.distributed import Ranks, failing_together, from_first
+from pipeline.distributed import Ranks, from_first, raise_on_all_ranks
 
 VERIFIED = "verified_shards"
 
@@ -27,20 +27,20 @@ def verify_shards(shards: ShardSet, folder: RunFolder, ranks: Ranks) -> None:
         for name in ("train", "valid")
         for shard in shards.manifest["splits"][name]["shards"]
     }
-    todo: list[str] = []
-    with failing_together():
-        if ranks.is_first:
-            known = folder.recall(VERIFIED) or {}
-            todo = [name for name in sorted(promised) if known.get(name) != _signature(place / name)]
-    todo = from_first(todo)
-    with failing_together():
+
+    def unverified() -> list[str]:
+        known = folder.recall(VERIFIED) or {}
+        return [name for name in sorted(promised) if known.get(name) != _signature(place / name)]
+
+    todo = from_first(unverified)
+    with raise_on_all_ranks():
         for name in todo[ranks.rank :: ranks.count]:
             if file_sha256(place / name) != promised[name]:
                 raise ValueError(
                     f"{place / name} is not what was written (its sha256 differs from shards.json); delete "
                     f"the shard set and prepare it again."
                 )
-    with failing_together():
+    with raise_on_all_ranks():
         if ranks.is_first:
             folder.note("running", **{VERIFIED: {name: _signature(place / name) for name in promised}})
 
@@ -48,10 +48,10 @@ def verify_shards(shards: ShardSet, folder: RunFolder, ranks: Ranks) -> None:
 def fetch_valid(split: Split, ranks: Ranks) -> None:
     """Copies the shards of a remote split into the cache: shared between all ranks, where nodes share the cache, and
     what is still missing then by each node's first rank. Raises ValueError or OSError on every rank."""
-    with failing_together():
+    with raise_on_all_ranks():
         for shard in split.shards[ranks.rank :: ranks.count]:
             split.file(shard)
-    with failing_together():
+    with raise_on_all_ranks():
         if ranks.local_rank == 0:
             for shard in split.shards:
                 split.file(shard)

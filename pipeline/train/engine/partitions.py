@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.fragments import MOMENTS, STATES, Fragment, FragmentReader, Part, Tensors
-from pipeline.distributed import failing_together
+from pipeline.distributed import raise_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def restore(optimizer: Any, model: nn.Module, place: Place, reader: FragmentRead
         raise ValueError(f"The checkpoint and the model differ in their parameters: {', '.join(odd[:3])}.")
     whole = isinstance(optimizer, torch.optim.Optimizer)
     step = reader.optimizer_step
-    with failing_together():
+    with raise_on_all_ranks():
         for partition in partitions_of(optimizer, model, replace(place, rank=0, ranks=1) if whole else place):
             partition.make_state(_step_count(optimizer, step, partition.weight.device))
             for state in STATES:
