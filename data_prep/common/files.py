@@ -113,6 +113,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not readable as JSON ({error}); it was damaged after it was written.") from error
 
 
+def json_digest(value: Any, separators: tuple[str, str] | None = None) -> str:
+    """sha256 over `value` as JSON with sorted keys: equal for equal values, in any process.
+
+    separators: as `json.dumps` takes them; a digest that is on disk keeps those that it was made with.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=separators).encode()).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:

@@ -8,12 +8,12 @@ The manifest records where each array's first byte lies in its tar, so reading i
 lie at an address (see remote.py); then each shard file is copied into a local cache when it is first needed.
 """
 
-import hashlib
-import json
 import zlib
 from typing import Any
 
 import numpy as np
+
+from data_prep.common.files import json_digest
 
 MANIFEST = "shards.json"
 PALETTE = "palette.npy"
@@ -47,4 +47,4 @@ def record_crc32(pixels: np.ndarray, labels: np.ndarray) -> int:
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
     """sha256 over the manifest's canonical JSON: it covers every shard's digest, so it names the whole set."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json_digest(manifest, separators=(",", ":"))

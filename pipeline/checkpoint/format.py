@@ -1,6 +1,5 @@
 """Checkpoints: written aside, verified, published by a rename; kept by rule; the newest whole one found again."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data_prep.common.files import file_sha256, flush_to_disk, read_json
+from data_prep.common.files import file_sha256, flush_to_disk, json_digest, read_json
 from pipeline.checkpoint.fragments import FragmentReader
 from pipeline.config import CheckpointConfig
 
@@ -87,17 +86,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is not a checkpoint; a finished one holds {MANIFEST}.")
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != manifest_sha256(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != json_digest(manifest):
         raise ValueError(f"{folder / MANIFEST} is not what was written (its sha256 differs).")
     try:
         return Checkpoint(folder, CheckpointRecord(**manifest))
     except TypeError as error:
         raise ValueError(f"{folder / MANIFEST} is not a manifest of this version ({error}).") from error
-
-
-def manifest_sha256(manifest: dict[str, Any]) -> str:
-    """What checkpoint.json says of its other fields."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def published(checkpoints: Path) -> list[Path]:
@@ -147,7 +141,7 @@ def publish(aside: Path, record: CheckpointRecord) -> Path:
     """Writes the manifest and renames the folder into place; from here on it is whole. One rank calls it."""
     manifest = aside / MANIFEST
     content = json.loads(json.dumps(asdict(record)))
-    manifest.write_text(json.dumps(content | {"sha256": manifest_sha256(content)}, indent=2) + "\n")
+    manifest.write_text(json.dumps(content | {"sha256": json_digest(content)}, indent=2) + "\n")
     flush_to_disk(manifest)
     flush_to_disk(aside)
     final = step_folder(aside.parent, record.step)

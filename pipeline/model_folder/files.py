@@ -1,11 +1,8 @@
 """The files of a model folder that make the model, told without loading it."""
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
-from data_prep.common.files import file_sha256
+from data_prep.common.files import file_sha256, json_digest
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
@@ -16,8 +13,3 @@ def model_digest(folder: Path) -> str:
     """sha256 over the names and digests of the configuration and the weights: equal for equal models."""
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
     return json_digest([[file.name, file_sha256(file)] for file in files])
-
-
-def json_digest(value: Any) -> str:
-    """sha256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

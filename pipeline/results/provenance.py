@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.common.files import json_digest
 from data_prep.palette.codec import palette_sha256
-from pipeline.model_folder.files import json_digest, model_digest
+from pipeline.model_folder.files import model_digest
 from pipeline.model_folder.training_record import read_training_record
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.common.files import file_sha256, locked, write_json
+from data_prep.common.files import file_sha256, json_digest, locked, write_json
 from pipeline.evaluate.context import Evaluation, Pictures, from_first
 
 SECONDS_BETWEEN_NOTES = 20.0
@@ -57,7 +57,7 @@ def pooled_features(evaluation: Evaluation, pictures: Pictures, draw: int = 0) -
     config, accelerator = evaluation.model.config, evaluation.accelerator
     shape = (config.n_layer + 1, len(pictures), config.n_embd)
     facts = _facts(evaluation, pictures, draw)
-    cache = Cache(evaluation.features, f"{pictures.split.name}-{_digest(facts)[:16]}")
+    cache = Cache(evaluation.features, f"{pictures.split.name}-{json_digest(facts)[:16]}")
     with cache.held(evaluation):
         if not from_first(accelerator, cache.is_whole):
             from_first(accelerator, lambda: cache.reserve(shape))
@@ -191,7 +191,3 @@ class Cache:
             file.unlink()
         if self._notes.is_dir():
             self._notes.rmdir()
-
-
-def _digest(facts: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

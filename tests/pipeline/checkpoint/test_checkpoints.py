@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from data_prep.common.files import file_sha256
-from pipeline.checkpoint.format import manifest_sha256, permanent_steps, retain
+from data_prep.common.files import file_sha256, json_digest
+from pipeline.checkpoint.format import permanent_steps, retain
 from pipeline.config import CheckpointConfig
 from tests.pipeline.conftest import Runner
 
@@ -103,7 +103,7 @@ def test_what_was_changed_and_signed_again_is_found(
     save_file(tensors, path, metadata=metadata)
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     del manifest["sha256"]
-    (folder / "checkpoint.json").write_text(json.dumps(manifest | {"sha256": manifest_sha256(manifest)}))
+    (folder / "checkpoint.json").write_text(json.dumps(manifest | {"sha256": json_digest(manifest)}))
     finished = run_at_30.train("run", 2, batch__micro_size=2)
     assert set(finished.codes) == {2}
     assert message in finished.output
