@@ -1,11 +1,10 @@
 """What both command lines share: parsing into dataclasses, one-sentence errors, exit codes."""
 
 import os
-import re
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from data_prep.common.exit_codes import INTERRUPTED, USER_ERROR
+from data_prep.common.invalid_options import invalid_option
 
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
 
@@ -28,18 +28,18 @@ def new_parser(prog: str, description: str) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Parses and instantiates. Raises ValueError with one sentence for a user's mistake."""
-    from argparse import ArgumentError
-
-    _check_config_file(value_of("--config", arguments))
+    """Parses and instantiates. Raises ValueError with one sentence for invalid input."""
+    file = _read_config(value_of("--config", arguments))
     try:
         namespace = parser.parse_args(_config_first(arguments))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return parser.instantiate(namespace)
-    except ArgumentError as error:
-        known = [action.dest for action in parser._actions]
-        raise ValueError(f"{_one_sentence(str(error), known)} (see {parser.prog} --help)") from error
+    except (ArgumentError, TypeError) as error:
+        sentence = invalid_option(parser, file, arguments)
+        if sentence is None and isinstance(error, TypeError):
+            raise
+        raise ValueError(f"{sentence or ' '.join(str(error).split())} (see {parser.prog} --help)") from error
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -64,9 +64,10 @@ def _config_first(arguments: Sequence[str]) -> list[str]:
     return moved + joined + [argument for argument in rest if argument not in joined]
 
 
-def _check_config_file(path: str | None) -> None:
+def _read_config(path: str | None) -> dict[str, Any]:
+    """The content of a configuration file; empty without one. Raises ValueError if it can't be one."""
     if path is None:
-        return
+        return {}
     if not Path(path).is_file():
         raise ValueError(f"--config is {path!r}, which is no file; it must be a YAML file, see configs/.")
     try:
@@ -77,42 +78,7 @@ def _check_config_file(path: str | None) -> None:
         raise ValueError(f"{path} is empty; it must hold keys and values, see configs/ for examples.")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not keys and values; see configs/ for examples.")
-
-
-TYPE_NAMES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "tuple": "a list in brackets",
-}
-
-
-def _one_sentence(message: str, known: list[str]) -> str:
-    """jsonargparse's report as one sentence that names the key, the value and what would be right."""
-    value = re.search(r'Parser key "([^"]+)":.*?(?:Given value: |Got value: )(.*)$', message, re.S)
-    if value:
-        return f"{value[1]} is {value[2].strip()!r}; it must be {_expected(message)}"
-    unknown = re.search(
-        r"Group '([^']*)' does not accept option '([^']*)'|Option '([^']*)' is not accepted"
-        r"|unrecognized arguments: --([^ =]*)",
-        message,
-    )
-    if unknown:
-        key = ".".join(part for part in unknown.groups() if part)
-        near = get_close_matches(key, known, n=1)
-        return f"{key} is no known key" + (f"; did you mean {near[0]}?" if near else "")
-    return " ".join(message.split())
-
-
-def _expected(message: str) -> str:
-    choices = re.search(r"Literal\[(.*?)\]", message)
-    if choices:
-        return f"one of {choices[1].replace(chr(39), '')}"
-    kind = re.search(r"Expected (?:an? )?(?:<class '(?:\w+\.)*(\w+)'>|(.*?))(?:\.|$|\n)", message)
-    if not kind:
-        return "of another type"
-    return TYPE_NAMES.get(kind[1], kind[1]) if kind[1] else f"a {kind[2]}"
+    return content
 
 
 def print_error(error: BaseException, where: str = "") -> None:

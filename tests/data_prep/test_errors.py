@@ -73,7 +73,11 @@ def test_the_source_has_to_be_named(fails: Run) -> None:
     [
         ("source: {kind: photographs}\npalete: {colors: 3}\n", ["palete"]),
         ("source: {kind: photographs, colour: red}\n", ["colour"]),
-        ("source: {kind: photographs}\nseed: many\n", ["seed", "many"]),
+        ("source: {kind: photographs}\nseed: many\n", ["seed is 'many'; it must be a whole number"]),
+        ("source: {kind: photographs, path: 3}\n", ["source.path is 3; it must be text"]),
+        ("source: {kind: photographs}\nviews: {train: null}\n", ["views.train is null; it must be a whole number"]),
+        ("source: {kind: photographs}\nviews: null\n", ["views is null; it must be keys and values"]),
+        ("source: photographs\n", ["source is 'photographs'; it must be keys and values"]),
         ("source: [1, 2\n", ["config"]),
         ("just words\n", ["config"]),
     ],

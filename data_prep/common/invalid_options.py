@@ -1,0 +1,94 @@
+"""Which option jsonargparse refused, as a sentence that names the key, the value and what would be right.
+
+jsonargparse's errors carry text alone. So the options are checked here once more, one by one, against the parser's
+type hints. That happens only once parsing has failed.
+"""
+
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jsonargparse import ArgumentParser
+
+TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list in brackets",
+}
+
+
+def invalid_option(parser: ArgumentParser, file: dict[str, Any], arguments: Sequence[str]) -> str | None:
+    """What is wrong with the first invalid option of the configuration file's content or of the command line."""
+    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    for key, value in [*_in_file(file, hints), *_on_command_line(parser, arguments)]:
+        if key not in hints:
+            near = get_close_matches(key, hints, n=1)
+            return f"{key} is no known key" + (f"; did you mean {near[0]}?" if near else "")
+        found = "null" if value is None else repr(value)
+        if hints[key] is not None and not _fits(value, hints[key]):
+            return f"{key} is {found}; it must be {expected(hints[key])}"
+        if not isinstance(value, dict) and _is_group(key, hints):
+            return f"{key} is {found}; it must be keys and values"
+    return None
+
+
+def expected(hint: Any) -> str:
+    """What a value of this type looks like, to follow "it must be"."""
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(expected(part) for part in arguments if part is not NoneType)
+    if get_origin(hint) is tuple:
+        return f"[{', '.join(map(expected, arguments))}]"
+    return TYPE_NAMES.get(get_origin(hint) or hint, "of another type")
+
+
+def _is_group(key: str, hints: dict[str, Any]) -> bool:
+    return any(other.startswith(f"{key}.") for other in hints)
+
+
+def _in_file(content: dict[str, Any], hints: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; a group's keys one by one."""
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and _is_group(key, hints):
+            yield from _in_file(value, hints, f"{key}.")
+        else:
+            yield key, value
+
+
+def _on_command_line(parser: ArgumentParser, arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Keys and values of the options `--key value` and `--key=value`; flags that take no value are left out."""
+    options = {option: action for action in parser._actions for option in action.option_strings}
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name not in options:
+            if name.startswith("--"):
+                yield name.removeprefix("--"), None
+        elif options[name].nargs != 0:
+            yield options[name].dest, _Text(value if equals else next(rest, ""))
+
+
+class _Text(str):
+    """A value from the command line, not parsed yet."""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if value is None:
+        return NoneType in get_args(hint)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        if isinstance(value, _Text):
+            parser.parse_args([f"--value={value}"])
+        else:
+            parser.parse_object({"value": value})
+    except ArgumentError:
+        return False
+    return True
