@@ -30,8 +30,10 @@ def shards(arguments: list[str]) -> None:
 
 def _configured(command: str, description: str, arguments: list[str]) -> tuple["DataConfig", Any]:
     from data_prep.config import DataConfig
+    from data_prep.sources.registry import SOURCES
 
-    parser = new_parser(f"python -m data_prep {command}", description)
+    kinds = "; ".join(f"{name} ({kind.reads})" for name, kind in SOURCES.items())
+    parser = new_parser(f"python -m data_prep {command}", f"{description} Kinds of source: {kinds}.")
     parser.add_argument("--config", action="config", help="YAML file, such as configs/data/cifar10.yaml")
     parser.add_argument("--out", type=str, required=True, help="where the result goes")
     parser.add_argument("--part", type=int, default=1, help="which part of --parts this call does, from 1 on")

@@ -1,37 +1,19 @@
 """The configuration of a shard set: dataclasses filled from a YAML file and dotted overrides."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-MAX_COLORS = 65_535  # tokens are uint16, and a model needs one more number for its start token
+from data_prep.sources.registry import SOURCES, kinds_with
 
-BELONGS_TO = {
-    "subset": ("hf_dataset",),
-    "image_column": ("hf_dataset",),
-    "label_column": ("hf_dataset", "webdataset"),
-    "streaming": ("hf_dataset",),
-    "unlabelled": ("stl10",),
-    "tars_per_shard": ("webdataset",),
-    "train_per_class": ("photographs",),
-    "valid_per_class": ("photographs",),
-    "test_per_class": ("photographs",),
-}
-"""Options of a source: the kinds that take them."""
+MAX_COLORS = 65_535  # tokens are uint16, and a model needs one more number for its start token
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """Where the pictures come from."""
 
-    kind: Literal[
-        "photographs", "image_folder", "cifar10", "cifar100", "stl10", "imagenet", "coco", "places205", "webdataset",
-        "hf_dataset",
-    ]  # fmt: skip
-    """photographs: windows of pictures that scikit-image and scikit-learn bring along; image_folder:
-    PATH/train/<class>/*, optionally valid/ and test/; cifar10, cifar100, stl10: the official files, as a folder
-    or archive; imagenet: train/<wnid> and val, or the official tars; coco: pictures and instance annotations;
-    places205: images256 and its lists; webdataset: tars of pictures, as img2dataset writes them; hf_dataset: a
-    hub name, a save_to_disk folder or a folder of parquet files."""
+    kind: str
+    """What the images come as; the kinds are listed above."""
     path: str | None = None
     """Folder, archive, hub name, or for webdataset tars: shards/{00000..00099}.tar, a folder, pipe:..., s3://..."""
     subset: str | None = None
@@ -55,17 +37,21 @@ class SourceConfig:
     """photographs: windows cut for testing from the lower half of the right 30% of each photograph."""
 
     def __post_init__(self) -> None:
-        if self.kind == "photographs" and self.path is not None:
-            raise ValueError(f"source.path is {self.path!r}; leave it out, photographs come with the packages.")
-        if self.kind != "photographs" and not self.path:
+        if self.kind not in SOURCES:
+            raise ValueError(f"source.kind is {self.kind!r}; it must be one of {', '.join(SOURCES)}.")
+        has_path = SOURCES[self.kind].has_path
+        if self.path is not None and not has_path:
+            raise ValueError(f"source.path is {self.path!r}; leave it out, {self.kind} come with the packages.")
+        if not self.path and has_path:
             raise ValueError(f"source.path is not set; source.kind {self.kind} needs a folder, archive or name.")
         for name in ("train_per_class", "valid_per_class", "test_per_class", "tars_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"source.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name, kinds in BELONGS_TO.items():
-            if getattr(self, name) != SourceConfig.__dataclass_fields__[name].default and self.kind not in kinds:
+        for option in fields(self):
+            kinds = kinds_with(option.name)
+            if kinds and self.kind not in kinds and getattr(self, option.name) != option.default:
                 raise ValueError(
-                    f"source.{name} belongs to source.kind {' or '.join(kinds)}, not {self.kind}; leave it out."
+                    f"source.{option.name} belongs to source.kind {' or '.join(kinds)}, not {self.kind}; leave it out."
                 )
 
 

@@ -13,7 +13,7 @@ from data_prep.config import DataConfig
 from data_prep.images.decode import BadPicture
 from data_prep.palette.codec import decode
 from data_prep.shards.reader import ShardSet, open_shard_set
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 
 COLUMNS = 8
 CELL = 96

@@ -29,7 +29,7 @@ from data_prep.palette.codec import load_palette, lookup_table, palette_sha256, 
 from data_prep.palette.fit import fit
 from data_prep.shards.format import MANIFEST, PALETTE, shard_name
 from data_prep.shards.writer import ShardWriter
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 
 READERS = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "faiss-cpu")
 """Packages on whose versions the bytes may depend."""

@@ -17,7 +17,7 @@ from data_prep.common.workers import worker_count
 from data_prep.config import DataConfig
 from data_prep.palette.codec import CODES, palette_sha256, save_palette
 from data_prep.palette.fit import count_chunks, fit_chunks, fit_histogram
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 
 
 def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:

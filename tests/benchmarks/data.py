@@ -18,7 +18,7 @@ from PIL import Image
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
 from data_prep.palette.codec import save_palette
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 
 PHOTOGRAPH = (500, 375)
 PHOTOGRAPHS = 5_000

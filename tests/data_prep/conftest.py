@@ -13,7 +13,7 @@ import pytest
 from data_prep.config import SourceConfig
 from data_prep.images.crops import area_resize
 from data_prep.images.decode import Decoder
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 from tests.data_prep.small_data import planes, write_folder
 
 

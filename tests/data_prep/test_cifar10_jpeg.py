@@ -14,7 +14,7 @@ from data_prep.build.plan import make_plan
 from data_prep.images.crops import EVALUATION
 from data_prep.palette.codec import encode, lookup_table
 from data_prep.shards.reader import open_shard_set
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = Path(os.environ.get("CIFAR10_JPEG", ROOT.parent / "shared/data/cifar10_jpeg.tar.xz"))

@@ -10,7 +10,7 @@ from PIL import Image
 from data_prep.config import SourceConfig
 from data_prep.images.crops import area_resize
 from data_prep.images.decode import MAX_PIXELS, BadPicture, Decoder
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 from tests.data_prep.images.encoded_images import by_pillow, encoded, oriented, png
 
 SIZES = [(160, 120), (159, 121), (17, 16), (7, 200), (33, 97), (2, 5), (1, 1)]

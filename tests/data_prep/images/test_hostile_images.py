@@ -23,7 +23,7 @@ from PIL import Image
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadPicture, Decoder
 from data_prep.shards.reader import open_shard_set
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 from tests.data_prep.images.encoded_images import by_pillow, chunk, encoded, oriented, png
 
 SECONDS = 5

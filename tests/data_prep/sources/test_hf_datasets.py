@@ -10,8 +10,8 @@ from PIL import Image
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
-from data_prep.sources import open_source
 from data_prep.sources.base import Encoded, Source
+from data_prep.sources.open import open_source
 
 Small = tuple[np.ndarray, np.ndarray]
 NAMES = ["astronaut", "cat", "coffee"]

@@ -19,8 +19,8 @@ import pytest
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadPicture
-from data_prep.sources import open_source
 from data_prep.sources.base import Encoded
+from data_prep.sources.open import open_source
 from tests.data_prep.tar_files import tar_bytes
 
 SECONDS = 5

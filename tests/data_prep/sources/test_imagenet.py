@@ -16,8 +16,8 @@ from scipy.io import savemat
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
 from data_prep.shards.reader import open_shard_set
-from data_prep.sources import open_source
 from data_prep.sources.base import Source
+from data_prep.sources.open import open_source
 from data_prep.sources.tar_index import open_placed, tar_members
 
 # In ILSVRC2012_ID order, which is not the order of the wnids; two classes share a name.

@@ -19,8 +19,8 @@ from data_prep.config import SourceConfig
 from data_prep.images.crops import area_resize
 from data_prep.images.decode import BadPicture, Decoder
 from data_prep.shards.reader import open_shard_set
-from data_prep.sources import open_source
 from data_prep.sources.base import Source
+from data_prep.sources.open import open_source
 from tests.data_prep.small_data import archive_of
 from tests.data_prep.sources import official_layouts as layouts
 
@@ -37,7 +37,7 @@ def windows() -> list[np.ndarray]:
 
 
 def opened(kind: str, path: Path, **options: object) -> Source:
-    return open_source(SourceConfig(kind=kind, path=str(path), **options))  # type: ignore[arg-type]
+    return open_source(SourceConfig(kind=kind, path=str(path), **options))
 
 
 def found(source: Source, split: str, classes: list[str] | None = None) -> Expected:

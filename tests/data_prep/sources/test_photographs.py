@@ -4,7 +4,7 @@ from PIL import Image
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
-from data_prep.sources import open_source
+from data_prep.sources.open import open_source
 from data_prep.sources.photographs import PHOTOGRAPHS, TRAIN_PART, Windows, cut_windows
 
 COUNTS = {"train": 300, "valid": 50, "test": 60}

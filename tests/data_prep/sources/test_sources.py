@@ -7,8 +7,8 @@ import pytest
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
-from data_prep.sources import open_source
 from data_prep.sources.base import Pictures, Source
+from data_prep.sources.open import open_source
 from tests.data_prep.small_data import CLASSES, archive_of, write_folder
 
 Small = tuple[np.ndarray, np.ndarray]
@@ -19,7 +19,7 @@ def all_pictures(pictures: Pictures) -> np.ndarray:
 
 
 def opened(kind: str, path: Path, **options: object) -> Source:
-    return open_source(SourceConfig(kind=kind, path=str(path), **options))  # type: ignore[arg-type]
+    return open_source(SourceConfig(kind=kind, path=str(path), **options))
 
 
 # --- image folder

@@ -17,8 +17,8 @@ from data_prep.config import SourceConfig
 from data_prep.images.decode import BadPicture, Decoder
 from data_prep.shards import remote
 from data_prep.shards.reader import open_shard_set
-from data_prep.sources import open_source
 from data_prep.sources.base import Encoded, Source
+from data_prep.sources.open import open_source
 from data_prep.sources.webdataset_tars import key_and_extension
 from tests.data_prep.small_data import CLASSES
 from tests.data_prep.tar_files import picture_bytes, tar_bytes

@@ -1,0 +1,67 @@
+"""A source is one file and one line of the registry."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.config import SourceConfig
+from data_prep.shards.reader import open_shard_set
+from data_prep.sources.registry import SOURCES, SourceKind
+
+TOY = '''
+"""Squares of one gray, as PATH/squares.npy lists them."""
+
+import numpy as np
+
+from data_prep.sources.base import ArrayPictures, Source, fingerprint
+
+
+def open_source(config):
+    grays = np.load(f"{config.path}/squares.npy")
+    pixels = np.broadcast_to(grays[:, None, None, None], (len(grays), 9, 9, 3)).copy()
+    return Source("squares", ["dark", "bright"], {"train": ArrayPictures(pixels, grays > 127)}, {}, fingerprint(grays))
+'''
+
+
+def test_a_new_source_is_a_file_and_a_line(
+    tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy_squares.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(SOURCES, "squares", SourceKind("toy_squares", "squares of one gray"))
+    np.save(tmp_path / "squares.npy", np.array([0, 40, 200, 240], np.uint8))
+
+    assert "squares (squares of one gray)" in " ".join(run("shards", "--help").out.split())
+    options = ["--source.kind", "squares", "--resolution", 4, "--palette.colors", 4, "--valid_fraction", 0]
+    assert "source.path is not set; source.kind squares" in run("shards", *options, "--out", tmp_path / "out").err
+    options += ["--source.path", tmp_path, "--workers", 1]
+    assert "source.streaming belongs to" in run("shards", *options, "--source.streaming=true", "--out", tmp_path).err
+    result = run("shards", *options, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+
+    shards = open_shard_set(tmp_path / "out")
+    tokens, labels = shards.split("train").gather(np.arange(4))
+    grays = np.round((shards.palette[tokens[:, 0]].mean(1) + 1) * 127.5)
+    assert shards.classes == ["dark", "bright"]
+    assert sorted(zip(grays, labels, strict=True)) == [(0, 0), (40, 0), (200, 1), (240, 1)]
+
+
+def test_an_unknown_kind_ends_before_anything_is_read(tmp_path: Path, run: Callable[..., Any]) -> None:
+    result = run(
+        "shards", "--source.kind", "pictures", "--source.path", tmp_path / "nowhere", "--out", tmp_path / "out"
+    )
+    assert result.code == 2
+    assert f"source.kind is 'pictures'; it must be one of {', '.join(SOURCES)}." in result.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_line_names_a_module_and_options_that_exist(name: str) -> None:
+    kind = SOURCES[name]
+    assert callable(import_module(kind.module).open_source)
+    assert set(kind.options) <= {option.name for option in fields(SourceConfig)}
