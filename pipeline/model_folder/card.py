@@ -1,33 +1,47 @@
 """The model card: README.md of a model folder, written from what the folder itself holds.
 
-Nothing is asked of the network or of the run, so that the same folder gives the same card, here and on a login node.
+It reads neither the network nor the run, so that the same folder gives the same card, here and on a login node.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline.model_folder.facts import Facts, read_facts
 from pipeline.model_folder.training_record import unfinished
-from pipeline.publish.results_section import HUB_DATASETS, curve, eval_results, published_section, results_section
 
 CARD = "README.md"
 
 CLASSES = {"imagegpt": "ImageGPTForCausalImageModeling", "gpt2": "GPT2LMHeadModel"}
+HUB_DATASETS = {
+    "CIFAR-10": "uoft-cs/cifar10",
+    "CIFAR-100": "uoft-cs/cifar100",
+    "ImageNet": "ILSVRC/imagenet-1k",
+}
+"""What the hub calls the sources that it has."""
 PAPER = "https://cdn.openai.com/papers/Generative_Pretraining_from_Pixels_V2.pdf"
 
 
-def write_card(folder: Path, name: str, license_id: str | None = None, dataset: str | None = None) -> None:
+def write_card(
+    folder: Path,
+    name: str,
+    license_id: str | None = None,
+    dataset: str | None = None,
+    *,
+    measured: Sequence[EvalResult] = (),
+    sections: Sequence[str] = (),
+) -> None:
     """Writes README.md of a model folder.
 
     name: what from_pretrained will be given. license_id, dataset: the hub's identifiers of the licence and of the
-    pictures; those of the card that stands there are kept where none are given.
+    images; without them those of the card that stands there remain. measured, sections: results for the hub's
+    model-index, and Markdown about them that follows the section on the training.
     """
     facts = read_facts(folder)
-    results = eval_results(facts)
     earlier = _earlier_metadata(folder)
     license_id = license_id or earlier.license
     datasets = [dataset] if dataset else earlier.datasets or _known_dataset(facts)
@@ -37,21 +51,20 @@ def write_card(folder: Path, name: str, license_id: str | None = None, dataset: 
         pipeline_tag="image-feature-extraction" if facts.masked else "unconditional-image-generation",
         tags=["image-gpt", "generative-pretraining"],
         datasets=datasets,
-        metrics=sorted({result.metric_type for result in results}) or None,
+        metrics=sorted({result.metric_type for result in measured}) or None,
         model_name=name.rpartition("/")[2],
-        eval_results=results or None,
+        eval_results=list(measured) or None,
     )
-    sections = [
+    parts = [
         _what_it_is(facts),
         _loading(facts, name),
         _training(facts),
-        results_section(facts),
-        published_section(facts),
+        *sections,
         _limits(facts),
         _licence(license_id),
         _contents(folder),
     ]
-    text = "\n\n".join(section for section in sections if section)
+    text = "\n\n".join(part for part in parts if part)
     (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
 
 
@@ -122,8 +135,8 @@ No class of transformers attends both ways as this model does; the project that 
 ```python
 from pathlib import Path
 
-from pipeline.locate import model_folder
-from pipeline.model.huggingface import load_model_folder
+from pipeline.model_folder.convert import load_model_folder
+from pipeline.model_folder.resolve import model_folder
 
 model = load_model_folder(model_folder(Path("{where}"))).model
 ```"""
@@ -132,11 +145,8 @@ model = load_model_folder(model_folder(Path("{where}"))).model
 def _training(facts: Facts) -> str:
     if not facts.training.checkpoint:
         return ""
-    checkpoint, settings, starts = (
-        facts.training.checkpoint,
-        facts.training.settings,
-        facts.training.run.get("starts", []),
-    )
+    record = facts.training
+    checkpoint, settings, starts = record.checkpoint, record.settings, record.run.get("starts", [])
     lines = {
         "Pictures": facts.source,
         "Shard set": _short(checkpoint.get("shards_digest")),
@@ -160,7 +170,7 @@ def _training(facts: Facts) -> str:
         else None,
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
-    return f"## Training\n\n| | |\n|---|---|\n{rows}\n\n{curve(facts)}".rstrip()
+    return f"## Training\n\n| | |\n|---|---|\n{rows}"
 
 
 def _short(digest: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What a model folder says of itself: the model, how it was trained, and what was measured."""
+"""What a model folder holds of its model: the configuration, and the record of its training."""
 
 import json
 import math
@@ -10,17 +10,11 @@ from safetensors import safe_open
 
 from data_prep.common.files import read_json
 from pipeline.model_folder.training_record import TrainingRecord, read_training_record
-from pipeline.results.schema import RANDOM_WEIGHTS
-
-RESULTS = Path("results")
-"""A subfolder of a model folder."""
-CURVE = "training.png"
-"""The training curve, in the subfolder of results."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a model folder says of itself; empty where it says nothing."""
+    """The training's are empty where the folder has no record of it."""
 
     config: dict[str, Any]
     """config.json."""
@@ -28,12 +22,6 @@ class Facts:
     training: TrainingRecord
     rows: list[dict[str, Any]]
     """training/metrics.jsonl."""
-    results: dict[str, dict[str, Any]]
-    """results/<task>.json, by task."""
-    random_weights: dict[str, dict[str, Any]]
-    """results/random_weights/<task>.json, by task."""
-    figures: list[str]
-    """Names of the PNGs in results/."""
 
     @property
     def step(self) -> int | None:
@@ -52,8 +40,6 @@ class Facts:
 
 def read_facts(folder: Path) -> Facts:
     """Raises ValueError naming a file that is damaged."""
-    from pipeline.publish.results_section import read_results
-
     record = read_training_record(folder)
     config = read_json(folder / "config.json")
     return Facts(
@@ -61,9 +47,6 @@ def read_facts(folder: Path) -> Facts:
         parameters=parameters(folder, config),
         training=record,
         rows=[json.loads(line) for line in record.metrics.read_text().splitlines()] if record.metrics else [],
-        results=read_results(folder / RESULTS),
-        random_weights=read_results(folder / RESULTS / RANDOM_WEIGHTS),
-        figures=sorted(file.name for file in (folder / RESULTS).glob("*.png")),
     )
 
 

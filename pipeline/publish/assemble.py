@@ -9,10 +9,11 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.common.files import atomic_folder, read_json
 from pipeline.model_folder.card import CARD, write_card
-from pipeline.model_folder.facts import CURVE, RESULTS, read_facts
+from pipeline.model_folder.facts import read_facts
 from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, model_digest
-from pipeline.publish.results_section import read_results
-from pipeline.results.curve import draw_curve, has_losses
+from pipeline.publish.results_section import RESULTS, card_sections, eval_results
+from pipeline.results.curve import CURVE, draw_curve, has_losses
+from pipeline.results.schema import read_results
 
 NEEDED = ("config.json", "preprocessor_config.json")
 RESULT_FILES = (".json", ".png", ".html")
@@ -63,7 +64,14 @@ def assemble(model: Path, results: Path | None, folder: Path, about: About, *, l
                 _copy(results / file, folder / RESULTS / file)
     _hide_credentials(folder)
     _draw_missing_curve(folder)
-    write_card(folder, about.name, about.license, about.dataset)
+    write_card(
+        folder,
+        about.name,
+        about.license,
+        about.dataset,
+        measured=eval_results(read_results(folder / RESULTS)),
+        sections=card_sections(folder),
+    )
 
 
 def step_of(folder: Path) -> int | None:
@@ -142,7 +150,7 @@ def _draw_missing_curve(folder: Path) -> None:
     """A report brings its curve; without one it is drawn here, if the run's metrics are at hand."""
     facts, path = read_facts(folder), folder / RESULTS / CURVE
     if not path.exists() and has_losses(facts.rows):
-        draw_curve(facts.rows, facts.config["vocab_size"] - 1, facts.results.get("density"), path)
+        draw_curve(facts.rows, facts.config["vocab_size"] - 1, read_results(folder / RESULTS).get("density"), path)
 
 
 def _hide_credentials(folder: Path) -> None:

@@ -7,17 +7,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from data_prep.common.files import read_json
-from pipeline.model_folder.facts import CURVE, RESULTS, Facts
+from pipeline.model_folder.card import HUB_DATASETS
+from pipeline.results.curve import CURVE
 from pipeline.results.headline import Headline, headlines_of, title_of
 from pipeline.results.published import PUBLISHED, RELATED
+from pipeline.results.schema import RANDOM_WEIGHTS, Results, read_results
 
-HUB_DATASETS = {
-    "CIFAR-10": "uoft-cs/cifar10",
-    "CIFAR-100": "uoft-cs/cifar100",
-    "ImageNet": "ILSVRC/imagenet-1k",
-}
-"""What the hub calls the sources that it has."""
+RESULTS = Path("results")
+"""The subfolder of a published model that holds what was measured of it."""
 METRICS = {
     "nats_per_color": "nats per colour",
     "bits_per_color": "bits per colour",
@@ -26,8 +23,17 @@ METRICS = {
 """The numbers of a task's JSON that go into the model-index."""
 
 
-def eval_results(facts: Facts) -> list[EvalResult]:
-    """The results as the hub's model-index has them: accuracies are of classification, the rest of generation."""
+def card_sections(folder: Path) -> list[str]:
+    """What the card of a published model shows of its results: the training's curve, the results, published numbers."""
+    results, random_weights = (read_results(folder / path) for path in (RESULTS, RESULTS / RANDOM_WEIGHTS))
+    figures = sorted(file.name for file in (folder / RESULTS).glob("*.png"))
+    curve = _figure(CURVE) if CURVE in figures else ""
+    shown = [name for name in figures if name != CURVE]
+    return [curve, _results_section(results, random_weights, shown), _published_section(results)]
+
+
+def eval_results(results: Results) -> list[EvalResult]:
+    """For the hub's model-index: accuracies are of image classification, the others of generation."""
     return [
         EvalResult(
             task_type="image-classification" if key == "test_accuracy" else "unconditional-image-generation",
@@ -38,7 +44,7 @@ def eval_results(facts: Facts) -> list[EvalResult]:
             metric_name=f"{name}: {METRICS[key]}",
             metric_value=value,
         )
-        for result in facts.results.values()
+        for result in results.values()
         for name, key, value in _numbers(title_of(result), result)
     ]
 
@@ -58,25 +64,25 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "pictures"
 
 
-def results_section(facts: Facts) -> str:
+def _results_section(results: Results, random_weights: Results, figures: list[str]) -> str:
     """Every task's numbers, beside those of initial weights where they were measured, and the figures."""
-    untaught = {row.name: row.text for _, row in _headlines(facts.random_weights)}
+    untaught = {row.name: row.text for _, row in _headlines(random_weights)}
     rows = [
         [result["dataset"], row.name, row.detail, row.text, untaught.get(row.name, "")]
-        for result, row in _headlines(facts.results)
+        for result, row in _headlines(results)
     ]
     head = ["Pictures", "Measure", "Chosen", "This model", "Random weights"]
     kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
     table = _table([head[place] for place in kept], [[row[place] for place in kept] for row in rows])
-    parts = [table, *(_figure(name) for name in facts.figures if name != CURVE)]
+    parts = [table, *map(_figure, figures)]
     shown = "\n\n".join(part for part in parts if part)
     return f"## Results\n\n{shown}" if shown else ""
 
 
-def published_section(facts: Facts) -> str:
+def _published_section(results: Results) -> str:
     """Groups of published numbers, ours on top of those that we measured too."""
     ours: dict[str, list[list[str]]] = {}
-    for result, row in _headlines(facts.results):
+    for result, row in _headlines(results):
         line = [result["dataset"], f"**this model: {row.name}**", row.text, "measured"]
         ours.setdefault(row.measure, []).append(line)
     measures = [measure for measure in dict.fromkeys(row.measure for row in PUBLISHED) if measure in ours]
@@ -94,7 +100,7 @@ def published_section(facts: Facts) -> str:
     return "\n\n".join(parts)
 
 
-def _headlines(results: dict[str, dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Headline]]:
+def _headlines(results: Results) -> Iterator[tuple[dict[str, Any], Headline]]:
     for result in results.values():
         for row in headlines_of(result):
             yield result, row
@@ -107,18 +113,5 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def curve(facts: Facts) -> str:
-    """The training curve, where there is one."""
-    return _figure(CURVE) if CURVE in facts.figures else ""
-
-
 def _figure(name: str) -> str:
     return f"![{name.removesuffix('.png').replace('_', ' ')}]({RESULTS / name})"
-
-
-def read_results(results: Path) -> dict[str, dict[str, Any]]:
-    """The content of each task's JSON in a folder, by task; files of other kinds are passed over."""
-    contents = [read_json(path) for path in sorted(results.glob("*.json"))]
-    return {
-        content["task"]: content for content in contents if isinstance(content, dict) and "inputs_digest" in content
-    }

@@ -9,6 +9,8 @@ import numpy as np
 
 from data_prep.common.files import atomic_write
 
+CURVE = "training.png"
+"""The training curve, in a folder of results."""
 CURVE_POINTS = 120
 
 

@@ -15,7 +15,7 @@
 The file is written after each task of a command, whole or not at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ class Measured:
     random_weights: Results
     others: list[str]
     """Names of files that are of another model or shard set."""
+
+
+def read_results(folder: Path) -> Results:
+    """The content of each task's JSON in a folder, by task; other files are skipped."""
+    return {result["task"]: result for _, result in _task_files(folder)}
 
 
 def read_measured(folder: Path, random_weights: Path, facts: ModelFacts, shards: ShardSet) -> Measured:
@@ -87,15 +92,20 @@ def commands(facts: ModelFacts, measured: Measured) -> list[str]:
     return list(dict.fromkeys([*facts.training_commands, *said]))
 
 
-def _read(folder: Path, is_of_model: Any, shards: ShardSet) -> tuple[Results, list[str]]:
+def _read(folder: Path, is_of_model: Callable[[dict[str, Any]], bool], shards: ShardSet) -> tuple[Results, list[str]]:
     found: Results = {}
     others = []
-    for path in sorted(folder.glob("*.json")):
-        result = read_json(path)
-        if not isinstance(result, dict) or "inputs_digest" not in result:
-            continue  # ours, or a file of the user's
+    for path, result in _task_files(folder):
         if result["dataset_digest"] == shards.digest and is_of_model(result):
             found[result["task"]] = result
         else:
             others.append(path.name)
     return found, others
+
+
+def _task_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each task's JSON and its content; results.json and a user's files are none."""
+    for path in sorted(folder.glob("*.json")):
+        result = read_json(path)
+        if isinstance(result, dict) and "inputs_digest" in result:
+            yield path, result

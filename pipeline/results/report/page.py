@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.common.files import locked
 from data_prep.shards.reader import ShardSet
 from pipeline.model_folder.training_record import unfinished
-from pipeline.results.curve import draw_curve, has_losses, read_metrics
+from pipeline.results.curve import CURVE, draw_curve, has_losses, read_metrics
 from pipeline.results.headline import Headline, headlines_of
 from pipeline.results.provenance import ModelFacts
 from pipeline.results.published import PUBLISHED, RELATED
@@ -19,7 +19,6 @@ from pipeline.results.text import MISSING, percent
 
 REPORT = "report.html"
 LOCK = ".report.lock"
-CURVE = "training.png"
 BASELINES = {
     "Raw pixels": "raw_pixel_test_accuracy",
     "Colour histogram": "color_histogram_test_accuracy",
