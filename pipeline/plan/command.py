@@ -105,12 +105,13 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     model = gpt2_config(config.model, shards.colors if shards else 512, config.objective.kind)
     others = sorted(alternatives(config, model, cluster), key=lambda layout: layout.seconds)
     chosen = _chosen(config, model, cluster, others)
+    data_ranks = config.parallel.data_ranks(cluster.ranks)
     facts = {
         **_model_facts(config, model, cluster, chosen, shards.split("train").images if shards else None),
-        "ranks": f"{cluster.ranks} ranks = {config.parallel.data_ranks(cluster.ranks)} data-parallel x "
+        "ranks": f"{cluster.ranks} ranks = {data_ranks} data-parallel x "
         f"{config.parallel.pipeline_stages} pipeline stages x {config.parallel.tensor_parallel} tensor-parallel",
         "layout": chosen.name(),
-        "micro-batches": f"{config.accumulation_steps(config.parallel.data_ranks(cluster.ranks))} a step and rank",
+        "micro-batches": f"{config.batch.accumulation_steps(data_ranks)} a step and rank",
         "bubble": f"{chosen.bubble:.1%} of the step, messages aside",
     }
     _print_facts(facts)

@@ -74,17 +74,8 @@ class Layout:
 def lay_out(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Layout:
     """What becomes of a configuration. Raises ValueError naming the key if ranks or batch do not divide."""
     data_ranks = config.parallel.data_ranks(cluster.ranks)
-    micro_batches = config.accumulation_steps(data_ranks)
-    if model.n_layer < config.parallel.pipeline_stages:
-        raise ValueError(
-            f"parallel.pipeline_stages is {config.parallel.pipeline_stages}; it must be at most the model's blocks, "
-            f"{model.n_layer}."
-        )
-    if model.n_head % config.parallel.tensor_parallel:
-        raise ValueError(
-            f"parallel.tensor_parallel is {config.parallel.tensor_parallel}; it must divide the model's heads, "
-            f"{model.n_head}."
-        )
+    micro_batches = config.batch.accumulation_steps(data_ranks)
+    config.parallel.check_model(model.n_layer, model.n_head)
     bubble = costs.bubble(config.parallel.pipeline_stages, micro_batches)
     memory = memory_of_rank(config, model, cluster.ranks, cluster.on_cpu)
     work = work_of(config, model, cluster, data_ranks, micro_batches)

@@ -68,7 +68,7 @@ def _of_stage(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool, 
     always, backward, update = _state(config, held, parallel.data_ranks(ranks), on_cpu)
     always["libraries"] = FIXED_BYTES[kind]
     saved = saved_bytes(config, model, on_cpu)
-    micro_batches = config.accumulation_steps(parallel.data_ranks(ranks))
+    micro_batches = config.batch.accumulation_steps(parallel.data_ranks(ranks))
     in_flight = min(parallel.pipeline_stages - stage, micro_batches)
     width = 4 if config.precision == "fp32" else 2
     one_stream = config.batch.micro_size * model.n_positions * model.n_embd * width

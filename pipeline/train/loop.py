@@ -24,6 +24,7 @@ from pipeline.distributed import (
 )
 from pipeline.model.image_grid import completion_grid
 from pipeline.rank_errors import is_on_all_ranks, reported_once_per_node
+from pipeline.schedule import learning_rate_at
 from pipeline.train.checkpointing import Progress, Store
 from pipeline.train.data.verify import verify_shards
 from pipeline.train.health.diverged import Diverged
@@ -33,7 +34,6 @@ from pipeline.train.health.stragglers import SlowRanks
 from pipeline.train.health.watchdog import Watchdog, group_timeout
 from pipeline.train.monitor.startup import StartClock
 from pipeline.train.monitor.telemetry import StepClock, peak_memory_bytes, peak_memory_table
-from pipeline.train.schedule import rate_at
 from pipeline.train.setup import Inputs, Session, check_inputs, set_up
 from pipeline.train.validation import spread, validation_loss
 
@@ -112,7 +112,7 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
         tokens = barrier_with_errors(partial(clock.wait_for, partial(session.batches.at, progress.images, size)), ranks)
         watchdog.enter("training", step)
         profiler.before(step, bool(signs.profile))
-        rate = rate_at(step, config.optimizer, config.schedule)
+        rate = learning_rate_at(step, config.optimizer.learning_rate, config.schedule)
         result = engine.step(tokens, rate, step_filter.accept)
         step_filter.record(result)
         seconds, waited = clock.lap()

@@ -101,23 +101,14 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
             f"{shards.path} has {shards.split('train').images} pictures in its split 'train'; streamed to "
             f"{ranks.count} ranks it needs one for each at least."
         )
-    config.accumulation_steps(config.parallel.data_ranks(ranks.count))
+    config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count))
     check_compilers(config.parallel)
     if config.compile:
         check_torch_compiles(ranks.device)
     if config.precision == "fp8":
         float8.check_device(ranks.device)
     model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
-    if model_config.n_layer < config.parallel.pipeline_stages:
-        raise ValueError(
-            f"parallel.pipeline_stages is {config.parallel.pipeline_stages}; it must be at most the model's blocks, "
-            f"{model_config.n_layer}."
-        )
-    if model_config.n_head % config.parallel.tensor_parallel:
-        raise ValueError(
-            f"parallel.tensor_parallel is {config.parallel.tensor_parallel}; it must divide the model's heads, "
-            f"{model_config.n_head}."
-        )
+    config.parallel.check_model(model_config.n_layer, model_config.n_head)
     return Inputs(config, model_config, shards, ranks)
 
 

@@ -18,7 +18,7 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
-        "gradient_accumulation_steps": config.accumulation_steps(config.parallel.data_ranks(ranks.count)),
+        "gradient_accumulation_steps": config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count)),
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": config.parallel.offload != "none",  # a class derived from DeepSpeed's own

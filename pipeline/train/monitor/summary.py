@@ -44,7 +44,7 @@ def describe(
     """The derived quantities of a run, a line each."""
     batch, schedule, parallel = config.batch, config.schedule, config.parallel
     data_ranks = parallel.data_ranks(ranks.count)
-    accumulation = config.accumulation_steps(data_ranks)
+    accumulation = batch.accumulation_steps(data_ranks)
     parameters = costs.parameter_count(model_config)
     images = batch.images_after(schedule.steps)
     total_flops = images * throughput.tokens_per_image * throughput.flops_per_token

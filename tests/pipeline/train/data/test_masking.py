@@ -9,13 +9,13 @@ from torch.nn import functional
 from transformers import AutoConfig
 
 from data_prep.shards.reader import open_shard_set
-from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from pipeline.config import ModelConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.masks import Masks
 from pipeline.model.objectives import HIDDEN, masked_color
 from pipeline.model_folder.convert import load_model_folder
+from pipeline.schedule import learning_rate_at
 from pipeline.train.data.batches import ImageOrder
-from pipeline.train.schedule import rate_at
 from pipeline.train.validation import spread
 from tests.launch import run
 from tests.pipeline.conftest import Runner
@@ -41,7 +41,7 @@ def train_plainly(shards: Path, block: str) -> list[float]:
     schedule, losses = ScheduleConfig(steps=20, warmup_steps=4), []
     for step in range(20):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), schedule)
+            group["lr"] = learning_rate_at(step + 1, RATE, schedule)
         pictures = split.gather(order.at(step * 8, 8)[0])[0]
         marked = masks.hide(pictures, "train", np.arange(step * 8, step * 8 + 8))
         hidden = torch.from_numpy(marked >= HIDDEN)

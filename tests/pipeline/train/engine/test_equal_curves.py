@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 
 from data_prep.shards.reader import Split, open_shard_set
-from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from pipeline.config import ModelConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.objectives import HIDDEN
+from pipeline.schedule import learning_rate_at
 from pipeline.train.data.batches import ImageOrder
 from pipeline.train.data.masking import Masks
-from pipeline.train.schedule import rate_at
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE, RATE
@@ -78,7 +78,7 @@ class PlainModel:
         order = ImageOrder(split.record_images, seed=0)
         optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
         for step in range(STEPS):
-            rate = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), ScheduleConfig(steps=STEPS, warmup_steps=4))
+            rate = learning_rate_at(step + 1, RATE, ScheduleConfig(steps=STEPS, warmup_steps=4))
             optimizer.param_groups[0]["lr"] = rate
             places = np.arange(step * IMAGES, (step + 1) * IMAGES)
             loss = self.picture_nats(split, "train", order.at(places[0], IMAGES)[0], places).mean()

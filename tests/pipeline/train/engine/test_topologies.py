@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 
 from data_prep.shards.reader import open_shard_set
-from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from pipeline.config import ModelConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.schedule import learning_rate_at
 from pipeline.train.data.batches import ImageOrder
-from pipeline.train.schedule import rate_at
 from tests.pipeline.conftest import Runner
 
 RATE = 0.003
@@ -43,7 +43,7 @@ def train_plainly(
     losses, seen = [], 0
     for step, size in enumerate(sizes):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step + 1, OptimizerConfig(learning_rate=RATE), schedule)
+            group["lr"] = learning_rate_at(step + 1, RATE, schedule)
         tokens = torch.from_numpy(split.gather(order.at(seen, size)[0])[0].astype(np.int64))
         seen += size
         inputs = torch.cat([torch.full((size, 1), 512), tokens[:, :-1]], dim=1)

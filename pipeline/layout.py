@@ -1,0 +1,135 @@
+"""How a batch and the model's state are divided between ranks: the options, and what follows from them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.value_checks import require_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Gradient accumulation follows: global_size / (micro_size * data-parallel ranks)."""
+
+    global_size: int = 128
+    """Images of one optimizer step, over all ranks."""
+    micro_size: int = 16
+    """Images of one forward pass on one rank."""
+    warmup_steps: int = 0
+    """Steps over which the batch grows to global_size."""
+    first_size: int | None = None
+    """Images of the first step, when the batch grows; it grows by as many at a time."""
+
+    def __post_init__(self) -> None:
+        require_at_least("batch.global_size", self.global_size, 1)
+        require_at_least("batch.micro_size", self.micro_size, 1)
+        require_at_least("batch.warmup_steps", self.warmup_steps, 0)
+        if (self.warmup_steps > 0) != (self.first_size is not None):
+            raise ValueError(
+                f"batch.warmup_steps is {self.warmup_steps} and batch.first_size is "
+                f"{'not set' if self.first_size is None else self.first_size}; a batch that grows needs both, and one "
+                f"that does not needs neither."
+            )
+        if self.first_size is not None and (self.first_size < 1 or self.global_size % self.first_size):
+            raise ValueError(
+                f"batch.first_size is {self.first_size}; it must divide batch.global_size, {self.global_size}."
+            )
+
+    def size_at(self, step: int) -> int:
+        """Images of the step that makes step - 1 into step; step counts from 1. A pure function of the step.
+
+        Grows in equally long stretches through the multiples of first_size.
+        """
+        if self.first_size is None or step > self.warmup_steps:
+            return self.global_size
+        sizes = self.global_size // self.first_size
+        return self.first_size * (1 + (step - 1) * sizes // self.warmup_steps)
+
+    def images_after(self, steps: int) -> int:
+        """Images that `steps` steps from the first read."""
+        growing = min(steps, self.warmup_steps)
+        return sum(map(self.size_at, range(1, growing + 1))) + (steps - growing) * self.global_size
+
+    def accumulation_steps(self, data_ranks: int) -> int:
+        """Micro-batches a rank runs in a step of global_size. Raises ValueError if a batch does not divide."""
+        images = self.micro_size * data_ranks
+        for key in ("first_size", "global_size"):
+            size = getattr(self, key)
+            if size is not None and size % images:
+                raise ValueError(
+                    f"batch.{key} is {size}; it must be a multiple of batch.micro_size times the data-parallel ranks, "
+                    f"{self.micro_size} x {data_ranks} = {images}."
+                )
+        return self.global_size // images
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the state is spread over ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What each rank holds only its share of: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    pipeline_stages: int = 1
+    """Into how many runs of blocks the model is cut, each on ranks of its own; needs ZeRO-1."""
+    tensor_parallel: int = 1
+    """Ranks that share every block's matrices and heads, each holding a part of them."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What stays in the host's memory between uses: nothing, the optimizer's state, or (with ZeRO-3) weights too."""
+    nvme_path: str | None = None
+    """A folder on a node's own NVMe disk, where what ZeRO-3 offloads is kept instead of in memory; needs libaio."""
+    recompute: bool = False
+    """Activation checkpointing: recompute each block in the backward pass."""
+
+    def __post_init__(self) -> None:
+        require_at_least("parallel.pipeline_stages", self.pipeline_stages, 1)
+        require_at_least("parallel.tensor_parallel", self.tensor_parallel, 1)
+        if self.pipeline_stages > 1 and self.zero_stage != 1:
+            raise ValueError(
+                f"parallel.zero_stage is {self.zero_stage}; with parallel.pipeline_stages {self.pipeline_stages} it "
+                f"must be 1: DeepSpeed clips wrongly without it, and has no pipeline for 2 and 3."
+            )
+        if self.pipeline_stages > 1 and self.tensor_parallel > 1:
+            raise ValueError(
+                f"parallel.tensor_parallel is {self.tensor_parallel}; with parallel.pipeline_stages "
+                f"{self.pipeline_stages} it must be 1: DeepSpeed does not combine the two."
+            )
+        if self.tensor_parallel > 1 and self.zero_stage not in (1, 2):
+            raise ValueError(
+                f"parallel.zero_stage is {self.zero_stage}; with parallel.tensor_parallel {self.tensor_parallel} it "
+                f"must be 1 or 2."
+            )
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(
+                f"parallel.zero_stage is {self.zero_stage}; with parallel.offload {self.offload} it must be at least "
+                f"{needed}."
+            )
+        if self.nvme_path is not None and (self.offload == "none" or self.zero_stage != 3):
+            raise ValueError(
+                f"parallel.nvme_path is {self.nvme_path}; with parallel.offload {self.offload} and parallel.zero_stage "
+                f"{self.zero_stage} it must be null: only what ZeRO-3 offloads can be kept on NVMe."
+            )
+
+    @property
+    def model_ranks(self) -> int:
+        """How many ranks share one copy of the model, by stages or by parts of matrices."""
+        return self.pipeline_stages * self.tensor_parallel
+
+    def data_ranks(self, ranks: int) -> int:
+        """How many of `ranks` read different pictures. Raises ValueError if the stages or parts don't divide them."""
+        for key in ("pipeline_stages", "tensor_parallel"):
+            if ranks % getattr(self, key):
+                raise ValueError(
+                    f"parallel.{key} is {getattr(self, key)}; it must divide the number of ranks, {ranks}."
+                )
+        return ranks // self.model_ranks
+
+    def check_model(self, blocks: int, heads: int) -> None:
+        """Raises ValueError naming the key if a model of so many blocks and heads can't be divided so."""
+        if blocks < self.pipeline_stages:
+            raise ValueError(
+                f"parallel.pipeline_stages is {self.pipeline_stages}; it must be at most the model's blocks, {blocks}."
+            )
+        if heads % self.tensor_parallel:
+            raise ValueError(
+                f"parallel.tensor_parallel is {self.tensor_parallel}; it must divide the model's heads, {heads}."
+            )

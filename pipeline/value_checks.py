@@ -1,0 +1,15 @@
+"""Checks of single values of a configuration, with one sentence each."""
+
+from math import inf
+
+
+def require_at_least(key: str, value: float, least: float) -> None:
+    """Raises ValueError naming the key if `value` is below `least`."""
+    if not value >= least:
+        raise ValueError(f"{key} is {value}; it must be at least {least}.")
+
+
+def require_positive(key: str, value: float) -> None:
+    """Raises ValueError naming the key if `value` is not above zero, or infinite."""
+    if not 0 < value < inf:
+        raise ValueError(f"{key} is {value}; it must be above 0, and finite.")
