@@ -1,4 +1,4 @@
-"""Mirrored and shifted pictures, made on the token grid as batches are read; colours move with their pixels."""
+"""Mirrored and shifted images, made on the token grid as batches are read; colors move with their pixels."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Changes:
-    """What is done to some pictures, drawn by seed and position."""
+    """What is done to some images, drawn by seed and position."""
 
     mirrored: np.ndarray
     """bool (B,): turned left to right, after the crop."""
     corners: np.ndarray
-    """int16 (B, 2): row and column of the padded picture at which the crop begins."""
+    """int16 (B, 2): row and column of the padded image at which the crop begins."""
 
     def __getitem__(self, which: slice) -> "Changes":
         return Changes(self.mirrored[which], self.corners[which])
@@ -25,15 +25,15 @@ class Changes:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures may be changed: `data.flip` and `data.reflect_crop`."""
+    """How images may be changed: `data.flip` and `data.reflect_crop`."""
 
     flip: bool = False
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
     reflect_crop: int = 0
-    """Pixels by which a picture is padded on each side with its reflection, before a random crop of its own size."""
+    """Pixels by which an image is padded on each side with its reflection, before a random crop of its own size."""
 
     def draw(self, draw: np.random.Generator, count: int) -> Changes:
-        """Changes of `count` pictures. Flips are drawn first, so that crops leave them as they would be without."""
+        """Changes of `count` images. Flips are drawn first, so that crops leave them as they would be without."""
         mirrored, corners = np.zeros(count, bool), np.zeros((count, 2), np.int16)
         if self.flip:
             mirrored = draw.random(count) < 0.5
@@ -53,7 +53,7 @@ class Augmentation:
 
 
 def mirror(tokens: np.ndarray, chosen: np.ndarray, resolution: int) -> np.ndarray:
-    """Flips the chosen pictures left to right: uint16 (B, T), bool (B,) to uint16 (B, T)."""
+    """Flips the chosen images left to right: uint16 (B, T), bool (B,) to uint16 (B, T)."""
     if not chosen.any():
         return tokens
     grid = tokens.reshape(len(tokens), resolution, resolution)  # (B, H, W)
@@ -61,8 +61,8 @@ def mirror(tokens: np.ndarray, chosen: np.ndarray, resolution: int) -> np.ndarra
 
 
 def _crop(tokens: np.ndarray, changes: Changes, padding: int, resolution: int) -> np.ndarray:
-    """Crops of the padded pictures, and the mirror, in one gather: no padded picture is ever made."""
-    reflected = np.pad(np.arange(resolution), padding, mode="reflect")  # a padded picture's row or column is which?
+    """Crops of the padded images, and the mirror, in one gather: no padded image is ever made."""
+    reflected = np.pad(np.arange(resolution), padding, mode="reflect")  # a padded image's row or column is which?
     side = np.arange(resolution)
     rows = reflected[changes.corners[:, :1] + side]  # (B, H)
     columns = reflected[changes.corners[:, 1:] + side]  # (B, W)

@@ -1,11 +1,11 @@
-"""The scores of the next colour, one position after the other: keys and values of earlier positions are kept.
+"""The scores of the next color, one position after the other: keys and values of earlier positions are kept.
 
 A position is a chain of small operations, and its floor is the time in which the weights are read once. transformers'
 own pass spends several times that between the operations; here the model's modules are called one after the other and
 nothing else is done. On CUDA the chain is recorded once and replayed as a graph, but under ZeRO-3; on CPU the weights
 are laid out once for products of few rows.
 
-Letters: B images, N new positions, P positions in all, D width, V colours, H heads of d dimensions.
+Letters: B images, N new positions, P positions in all, D width, V colors, H heads of d dimensions.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Decoder:
-    """Called with SOS and the colours so far, long (B, n), n growing: the scores of the next colour, (B, V).
+    """Called with SOS and the colors so far, long (B, n), n growing: the scores of the next color, (B, V).
 
     The first call may have any n >= 1, each later one a single new position. Takes 2 * L * B * P * D numbers; on CPU in
     fp32, since its attention is slower in bf16, and fp32 weights are held twice.

@@ -4,12 +4,11 @@ Sources: "Generative Pretraining from Pixels" (Chen et al., ICML 2020), sections
 github.com/openai/image-gpt, src/model.py.
 
 A model of either block is a transformers GPT2LMHeadModel, called as `model(input_ids).logits`. Its vocabulary is the
-palette's colours and, as the last row, SOS: the vector that stands in front of the first pixel.
+palette's colors and, as the last row, SOS: the vector that stands in front of the first pixel.
 
-Letters in shape comments: B images, T positions, D width, V colours, H heads, L layers.
+Letters in shape comments: B images, T positions, D width, V colors, H heads, L layers.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import ModelConfig
+from pipeline.model.seeding import torch_generator
 
 
 class Size(NamedTuple):
@@ -44,10 +44,10 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def gpt2_config(model: ModelConfig, colors: int = 512, objective: str = "next_color") -> GPT2Config:
-    """The GPT2Config of a model over `colors` colours and SOS, with one position a pixel.
+    """The GPT2Config of a model over `colors` colors and SOS, with one position a pixel.
 
-    Two attributes are ours, `block` and `colors`; they survive to_dict() and from_dict(). A model of hidden colours has
-    `objective` too and attends in both directions (`is_causal`), and its row for SOS stands for a hidden colour: zero,
+    Two attributes are ours, `block` and `colors`; they survive to_dict() and from_dict(). A model of hidden colors has
+    `objective` too and attends in both directions (`is_causal`), and its row for SOS stands for a hidden color: zero,
     and never learned.
     """
     if model.size is not None:
@@ -101,7 +101,7 @@ def build_model(config: GPT2Config) -> GPT2LMHeadModel:
 
 
 def _use_paper_block(model: GPT2LMHeadModel) -> None:
-    """Changes what the paper's model has otherwise than GPT-2: norms, bias-free projections, a head of V colours."""
+    """Changes what the paper's model has otherwise than GPT-2: norms, bias-free projections, a head of V colors."""
     config = model.config
     for block in model.transformer.h:
         block.ln_1 = _rms_norm(config)
@@ -135,8 +135,7 @@ def initial_value(name: str, shape: Sequence[int], config: GPT2Config, seed: int
         return torch.zeros(*shape, device="cpu")
     if ".ln_" in name:
         return torch.ones(*shape, device="cpu")
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = torch_generator(f"{seed}:{name}")
     std = _paper_std(name, config) if config.block == "igpt" else _gpt2_std(name, config)
     value = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").mul_(std)
     if name == "transformer.wte.weight" and not getattr(config, "is_causal", True):

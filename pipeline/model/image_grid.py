@@ -1,4 +1,4 @@
-"""Completions as a picture, the way the paper shows them: the given half, samples, the original, a row a picture."""
+"""Completions as a picture, the way the paper shows them: the given half, samples, the original, a row an image."""
 
 import numpy as np
 
@@ -26,9 +26,9 @@ def completion_grid(originals: np.ndarray, completed: np.ndarray, palette: np.nd
     return np.pad(np.concatenate(rows), ((GAP_PIXELS, 0), (0, GAP_PIXELS), (0, 0)), constant_values=PAPER)
 
 
-def _join(pictures: list[np.ndarray], resolution: int) -> np.ndarray:
-    """Enlarges pictures without smoothing and sets them side by side."""
+def _join(images: list[np.ndarray], resolution: int) -> np.ndarray:
+    """Enlarges images without smoothing and sets them side by side."""
     scale = max(1, CELL_PIXELS // resolution)
-    cells = [picture.repeat(scale, axis=0).repeat(scale, axis=1) for picture in pictures]
+    cells = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
     gap = ((0, GAP_PIXELS), (GAP_PIXELS, 0), (0, 0))
     return np.concatenate([np.pad(cell, gap, constant_values=PAPER) for cell in cells], axis=1)

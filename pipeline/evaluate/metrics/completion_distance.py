@@ -100,7 +100,7 @@ def _batch_features(
             originals.shape[1],
             seed=evaluation.seed,
             temperature=temperature,
-            first_picture=start,
+            first_image=start,
         )
     sets = {
         COMPLETED: completed.cpu().numpy().astype(np.uint16),

@@ -57,7 +57,7 @@ def test_equals_drawing_without_a_cache(block, given, monkeypatch):
 def test_a_picture_does_not_depend_on_its_batch():
     model, prefix = wide_awake_model(), some_pictures(6)[:, :20]
     together = complete(model, prefix, TOTAL, seed=5)
-    apart = [complete(model, prefix[at : at + 2], TOTAL, seed=5, first_picture=at) for at in (0, 2, 4)]
+    apart = [complete(model, prefix[at : at + 2], TOTAL, seed=5, first_image=at) for at in (0, 2, 4)]
     assert torch.equal(together, torch.cat(apart))
     assert torch.equal(together, complete(model, prefix, TOTAL, seed=5))
     assert not torch.equal(together, complete(model, prefix, TOTAL, seed=6))
