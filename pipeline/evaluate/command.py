@@ -277,9 +277,11 @@ def _anew(path: Path) -> str:
 
 def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: list[str]) -> Path:
     from pipeline.results.report.page import write_report
+    from pipeline.results.report.sections import generic_section
 
     titles = {name: _title(name) for name in not_run}
-    return write_report(evaluation.results, facts, evaluation.shards, random_weights, titles)
+    sections = {name: getattr(_module(name), "section", generic_section) for name in TASKS}
+    return write_report(evaluation.results, facts, evaluation.shards, random_weights, titles, sections=sections)
 
 
 def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:

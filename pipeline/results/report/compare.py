@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import atomic_write, read_json, write_json
-from pipeline.results.report.html import figure, note, table, write_page
+from pipeline.results.report.html import write_page
 from pipeline.results.schema import FORMAT, RESULTS
 from pipeline.results.text import MISSING, percent, words
 
@@ -198,20 +198,16 @@ def write_comparison(lines: list[Line], loss: str, command: Command) -> None:
         for line in lines
         for point in line.points
     ]
-    head = ["Model", "step", "pictures seen", "validation loss", "layer", "validation accuracy", "test accuracy"]
-    caption = (
-        f"Accuracy of {words(command.task)} on the {SPLITS[command.accuracy]} split against validation loss, a line a "
-        "model, a point a checkpoint; training goes to the right. Figure 3 of Chen et al. 2020 shows the same for "
-        "checkpoints at 65K to 1M steps."
+    write_page(
+        command.out / PAGE,
+        "compare.html",
+        title="Image GPT: accuracy against validation loss",
+        task=command.task,
+        split=SPLITS[command.accuracy],
+        picture=command.out / FIGURE,
+        rows=rows,
+        loss=LOSSES[loss],
     )
-    sections = [
-        f"<h1>{words(command.task).capitalize()} against validation loss</h1>",
-        figure(command.out / FIGURE, "accuracy against validation loss", caption),
-        "<h2>Checkpoints</h2>",
-        table(head, rows),
-        note(f"Validation loss in nats per colour: {LOSSES[loss]}."),
-    ]
-    write_page(command.out / PAGE, "Image GPT: accuracy against validation loss", sections)
     models = [{"name": line.name, "points": [asdict(point) for point in line.points]} for line in lines]
     content = {"task": command.task, "accuracy": command.accuracy, "loss": loss, "models": models}
     write_json(command.out / NUMBERS, content)

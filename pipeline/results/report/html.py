@@ -1,21 +1,35 @@
-"""The few pieces that the reports are built of: tables, figures inside the page, notes."""
+"""Pages, and the pieces that they are built of: rendered by jinja2 from templates/, which escapes every text."""
 
 import base64
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from string import Template
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_prep.common.files import atomic_write
+from pipeline.results.text import words
 
-TEMPLATE = Path(__file__).with_name("report_template.html")
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {"words": words, "base64": lambda path: base64.b64encode(path.read_bytes()).decode()}
 
 
-def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
-    """Writes a page that needs no other file; empty sections are left out."""
-    body = "\n".join(section for section in sections if section)
+def render(template: str, **values: Any) -> str:
+    """HTML of a file in templates/."""
+    return _TEMPLATES.get_template(template).render(values)
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Writes a page that needs no other file."""
+    page = render(template, **values)
     with atomic_write(path) as temporary:
-        temporary.write_text(Template(TEMPLATE.read_text()).substitute(title=escape(title), body=body))
+        temporary.write_text(page)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, ours: Sequence[int] = (), text: int = 1) -> str:
@@ -23,27 +37,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, ours: Sequence[
 
     ours: the rows to stress.
     """
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        marks = [""] * text + [' class="number"'] * (len(row) - text)
-        return "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for cell, mark in zip(row, marks, strict=True))
-
-    body = "".join(
-        f"<tr{' class=ours' if number in ours else ''}>{cells(row, 'td')}</tr>" for number, row in enumerate(rows)
-    )
-    return f'<div class="scroll"><table><tr>{cells(head, "th")}</tr>{body}</table></div>'
+    return _macro("table", head, rows, ours, text)
 
 
 def figure(path: Path, alternative: str, caption: str) -> str:
     """A PNG inside the page; nothing if it is not there."""
-    if not path.is_file():
-        return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{image}{below}</figure>"
+    return _macro("figure", path, alternative, caption)
 
 
 def note(text: str) -> str:
     """A paragraph of small print."""
-    return f'<p class="note">{escape(text)}</p>'
+    return _macro("note", text)
+
+
+def _macro(name: str, *values: Any) -> str:
+    """A str rather than Markup, which would escape the HTML that a caller adds to it."""
+    return str(getattr(_TEMPLATES.get_template("macros.html").module, name)(*values))

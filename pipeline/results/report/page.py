@@ -1,7 +1,10 @@
-"""report.html: what was measured, in one file that needs no other, and results.json beside it for programs."""
+"""report.html: what was measured, in one file that needs no other, and results.json beside it for programs.
 
-from collections.abc import Mapping
-from html import escape
+It draws on the numbers of one task by name: density's nats and baselines stand in the training curve and in how to
+read the report, where they were measured.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,12 @@ from data_prep.common.files import locked
 from data_prep.shards.reader import ShardSet
 from pipeline.model_folder.training_record import unfinished
 from pipeline.results.curve import CURVE, draw_curve, has_losses, read_metrics
-from pipeline.results.headline import Headline, headlines_of
+from pipeline.results.headline import Headline, headlines_of, title_of
 from pipeline.results.provenance import ModelFacts
 from pipeline.results.published import PUBLISHED, RELATED
-from pipeline.results.report.html import figure, note, table, write_page
-from pipeline.results.report.sections import section
-from pipeline.results.schema import RANDOM_WEIGHTS, Measured, Results, commands, read_measured, write_results
+from pipeline.results.report.html import write_page
+from pipeline.results.report.sections import generic_section
+from pipeline.results.schema import RANDOM_WEIGHTS, Results, commands, read_measured, write_results
 from pipeline.results.text import MISSING, percent
 
 REPORT = "report.html"
@@ -26,6 +29,9 @@ BASELINES = {
 }
 """What the probes' JSON holds of classifiers that do without the model."""
 
+Section = Callable[[dict[str, Any], Path], str]
+"""A task's JSON and the folder of results to its section of the report, HTML without its heading."""
+
 
 def write_report(
     folder: Path,
@@ -33,50 +39,55 @@ def write_report(
     shards: ShardSet,
     random_weights: Path | None = None,
     not_run: Mapping[str, str] = {},
+    *,
+    sections: Mapping[str, Section] = {},
 ) -> Path:
     """Writes RESULTS/report.html and results.json from the results that stand in the folder; returns the page's path.
 
     random_weights: the folder of results of the same model with initial weights; RESULTS/random_weights if not given.
     not_run: titles by name of the tasks that were asked for and did not run yet, which the report's head names.
+    sections: by task, in the order of the report; other tasks follow, with a section made from their JSON.
+
     Results of another model or shard set are left out, and the report says so. Of several commands that finish tasks
     at once one writes after the other, so that the last one's report has them all.
     """
     with locked(folder / LOCK, str(folder / REPORT)):
-        return _write_report(folder, facts, shards, random_weights, not_run)
+        measured = read_measured(folder, random_weights or folder / RANDOM_WEIGHTS, facts, shards)
+        order = [*sections, *(task for task in measured.tasks if task not in sections)]
+        tasks = {task: measured.tasks[task] for task in order if task in measured.tasks}
+        write_page(
+            folder / REPORT,
+            "report.html",
+            title=f"Image GPT: {shards.name}",
+            facts=facts,
+            shards=shards,
+            header=_header(facts, shards),
+            unfinished=unfinished(facts.checkpoint_step, facts.planned_steps),
+            not_run=not_run.values(),
+            numbers=_numbers(tasks, measured.random_weights),
+            curve=_curve(folder, facts, shards, tasks),
+            sections=[
+                {"title": title_of(result), "html": sections.get(task, generic_section)(result, folder)}
+                for task, result in tasks.items()
+            ],
+            published=_published(tasks, f"{shards.name} {shards.resolution}x{shards.resolution}"),
+            beyond_counts=_beyond_counts(tasks.get("density")),
+            commands=commands(facts, measured),
+            others=measured.others,
+        )
+        write_results(folder, facts, shards, measured, list(not_run))
+    return folder / REPORT
 
 
-def _write_report(
-    folder: Path, facts: ModelFacts, shards: ShardSet, random_weights: Path | None, not_run: Mapping[str, str]
-) -> Path:
-    from pipeline.evaluate.registry import TASKS
-
-    order = list(TASKS)
-    measured = read_measured(folder, random_weights or folder / RANDOM_WEIGHTS, facts, shards)
-    tasks = sorted(measured.tasks, key=lambda task: order.index(task) if task in order else len(order))
-    sections = [
-        _header(facts, shards),
-        _not_run(not_run),
-        _numbers(tasks, measured),
-        _curve(folder, facts, shards, measured.tasks),
-        *(section(measured.tasks[task], folder) for task in tasks),
-        _beside_the_paper(tasks, measured.tasks, shards),
-        _how_to_read(facts, measured.tasks, shards),
-        _commands(facts, measured),
-    ]
-    page = folder / REPORT
-    write_page(page, f"Image GPT: {shards.name}", sections)
-    write_results(folder, facts, shards, measured, list(not_run))
-    return page
-
-
-def _header(facts: ModelFacts, shards: ShardSet) -> str:
-    entries = {
+def _header(facts: ModelFacts, shards: ShardSet) -> dict[str, str]:
+    planned = "" if facts.checkpoint_step is None or facts.planned_steps is None else f" of {facts.planned_steps:,}"
+    return {
         "Parameters": f"{facts.parameters:,}",
         "Layers × width × heads": f"{facts.layers} × {facts.width} × {facts.heads}",
         "Block": "the paper's (RMSNorm, no biases)" if facts.block == "igpt" else "stock GPT-2",
         "Objective": {"next_color": "the next colour", "masked_color": "hidden colours (BERT)"}[facts.objective],
         "Pictures": f"{facts.resolution} × {facts.resolution}, {shards.colors} colours",
-        "Training step": _step(facts),
+        "Training step": _count(facts.checkpoint_step) + planned,
         "Pictures seen in training": _count(facts.images_seen),
         "Trained on": facts.source or "not recorded",
         "Measured on": f"{shards.name}, {len(shards.classes)} classes",
@@ -84,146 +95,67 @@ def _header(facts: ModelFacts, shards: ShardSet) -> str:
         "Palette": facts.palette_sha256[:12],
         "Model": facts.digest[:12],
     }
-    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in entries.items())
-    return (
-        f"<h1>Image GPT on {escape(shards.name)}</h1>\n"
-        '<p class="lead">A transformer that reads pictures as sequences of palette colours and learned to predict '
-        "them: what it came to, measured on pictures it was not trained on.</p>\n"
-        f"{_unfinished(facts)}"
-        f'<dl class="facts">{cells}</dl>'
-    )
-
-
-def _unfinished(facts: ModelFacts) -> str:
-    words = unfinished(facts.checkpoint_step, facts.planned_steps)
-    return f"<p><strong>{escape(words)}</strong></p>\n" if words else ""
-
-
-def _step(facts: ModelFacts) -> str:
-    planned = "" if facts.checkpoint_step is None or facts.planned_steps is None else f" of {facts.planned_steps:,}"
-    return _count(facts.checkpoint_step) + planned
-
-
-def _not_run(tasks: Mapping[str, str]) -> str:
-    return (
-        note(f"Asked for and not run yet: {', '.join(tasks.values())}. The same command goes on with them.")
-        if tasks
-        else ""
-    )
 
 
 def _count(number: int | None) -> str:
     return "not recorded" if number is None else f"{number:,}"
 
 
-def _numbers(tasks: list[str], measured: Measured) -> str:
-    """Every task's numbers, beside the same of initial weights and of classifiers that do without the model."""
-    rows = []
-    for task in tasks:
-        result = measured.tasks[task]
-        untaught = {row.name: row.text for row in _headlines_if_there(task, measured.random_weights)}
+def _numbers(tasks: Results, random_weights: Results) -> dict[str, Any]:
+    """A table of every task's headlines, beside those of initial weights and of classifiers that do without the model.
+
+    Of the last columns, only those that hold something.
+    """
+    text, rows = 2, []
+    for task, result in tasks.items():
+        untrained = headlines_of(random_weights[task]) if task in random_weights else []
+        texts = {headline.name: headline.text for headline in untrained}
         for row in headlines_of(result):
             baselines = [percent(result.get(key)) for key in BASELINES.values()]
-            rows.append([row.name, row.detail, row.text, untaught.get(row.name, MISSING), *baselines])
-    if not rows:
-        return ""
+            rows.append([row.name, row.detail, row.text, texts.get(row.name, MISSING), *baselines])
     head = ["Measure", "Chosen", "This model", "Random weights", *BASELINES]
-    kept = [place for place in range(len(head)) if place < 3 or any(row[place] != MISSING for row in rows)]
-    return (
-        "<h2>The numbers</h2>\n"
-        + table([head[place] for place in kept], [[row[place] for place in kept] for row in rows], text=2)
-        + note(
-            "Accuracies on the test split; ± is the binomial standard error, or the deviation where a measure is "
-            "repeated. Layers, strengths, rates and k were chosen on the validation split, and the test split was "
-            "looked at once. Random weights: the same architecture with initial weights, measured with --weights "
-            "random. Raw pixels and colour histograms go through the same classifier without the model."
-        )
-    )
+    shown = [place for place in range(len(head)) if place <= text or any(row[place] != MISSING for row in rows)]
+    return {
+        "head": [head[place] for place in shown],
+        "rows": [[row[place] for place in shown] for row in rows],
+        "text": text,
+    }
 
 
-def _headlines_if_there(task: str, results: Results) -> list[Headline]:
-    return headlines_of(results[task]) if task in results else []
-
-
-def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) -> str:
-    if facts.metrics is None:
-        return ""
-    rows = read_metrics(facts.metrics)
+def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) -> Path | None:
+    """Draws the training curve, where there is one."""
+    rows = read_metrics(facts.metrics) if facts.metrics is not None else []
     if not has_losses(rows):
-        return ""
-    path = folder / CURVE
-    draw_curve(rows, shards.colors, tasks.get("density"), path)
-    caption = (
-        "Loss on the training split (mean and range of neighbouring steps) and on the validation split. Below a dashed "
-        "line the model knows more than that baseline, as the density task scored it."
-    )
-    return f"<h2>Training</h2>\n{figure(path, 'training curve', caption)}"
+        return None
+    draw_curve(rows, shards.colors, tasks.get("density"), folder / CURVE)
+    return folder / CURVE
 
 
-def _beside_the_paper(tasks: list[str], found: Results, shards: ShardSet) -> str:
-    """Groups of published numbers, ours on top of those that we measured too."""
+def _published(tasks: Results, dataset: str) -> dict[str, list[dict[str, Any]]]:
+    """By measure that was measured here too, rows of our numbers and then the published ones; last, related systems."""
     ours: dict[str, list[Headline]] = {}
-    for task in tasks:
-        for row in headlines_of(found[task]):
-            ours.setdefault(row.measure, []).append(row)
+    for result in tasks.values():
+        for headline in headlines_of(result):
+            ours.setdefault(headline.measure, []).append(headline)
     measures = [measure for measure in dict.fromkeys(row.measure for row in PUBLISHED) if measure in ours]
-    if not measures:
+    here = {"ours": True, "dataset": dataset, "source": "measured here"}
+    return {
+        measure: [
+            *(here | {"system": f"this model: {row.name}", "value": row.text} for row in ours.get(measure, [])),
+            *(row._asdict() | {"ours": False} for row in PUBLISHED if row.measure == measure),
+        ]
+        for measure in (measures and [*measures, RELATED])
+    }
+
+
+def _beyond_counts(density: dict[str, Any] | None) -> str:
+    """What the model's nats mean beside those of counts; nothing of masked models, whose nats do not compare."""
+    if density is None or density["masked"]:
         return ""
-    dataset = f"{shards.name} {shards.resolution}x{shards.resolution}"
-    lines = ['<tr><th>Dataset</th><th>System</th><th class="number">Value</th><th>Source</th></tr>']
-    for measure in [*measures, RELATED]:
-        lines.append(f'<tr class=group><th colspan="4">{escape(measure)}</th></tr>')
-        lines += [
-            _line(dataset, f"this model: {row.name}", row.text, "measured here", " class=ours")
-            for row in ours.get(measure, [])
-        ]
-        lines += [_line(*row[1:]) for row in PUBLISHED if row.measure == measure]
-    return f'<h2>Beside the published numbers</h2>\n<div class="scroll"><table>{"".join(lines)}</table></div>\n' + note(
-        "Numbers compare only on the same dataset, and losses only under the same palette too; the others stand here "
-        "for scale. Published probes use features learned on ImageNet."
-    )
-
-
-def _line(dataset: str, system: str, value: str, source: str, mark: str = "") -> str:
-    return (
-        f"<tr{mark}><td>{escape(dataset)}</td><td>{escape(system)}</td>"
-        f'<td class="number">{escape(value)}</td><td>{escape(source)}</td></tr>'
-    )
-
-
-def _how_to_read(facts: ModelFacts, results: Results, shards: ShardSet) -> str:
-    seen = "" if facts.images_seen is None else f" and saw {facts.images_seen:,} pictures"
-    sentences = [
-        "The paper's smallest model has 76 million parameters and saw 128 million pictures.",
-        f"This one has {facts.parameters:,}{seen}.",
-        *_known_by_density(results.get("density", {})),
-        "That a middle or late layer does better than the first, and trained weights better than random ones, says "
-        "that training built something; whether it also beats a colour histogram depends on how far colour alone gives "
-        "the class away, which is why those baselines are printed.",
-    ]
-    if shards.name == "photographs":
-        sentences.append(
-            "The classes are windows of a few photographs, and test windows of one photograph resemble each other: the "
-            "true uncertainty of an accuracy is larger than its binomial error."
-        )
-    return f"<h2>How to read this</h2>\n<p>{' '.join(sentences)}</p>"
-
-
-def _known_by_density(density: dict[str, Any]) -> list[str]:
-    """What the model's nats say beside those of counts."""
-    if not density or density["masked"]:
-        return []
     if density["nats_per_color"] >= density["bigram_nats_per_color"]:
-        return ["It predicts colours no better than the previous colour alone does: trained for longer, it would."]
+        return "It predicts colours no better than the previous colour alone does: trained for longer, it would."
     if density["nats_per_color"] >= density["left_times_above_nats_per_color"]:
-        return [
+        return (
             "It beats what the previous colour tells, not what two neighbours tell: it continues colours, no objects."
-        ]
-    return ["It beats what two neighbouring colours tell, so it has learned structure beyond them."]
-
-
-def _commands(facts: ModelFacts, measured: Measured) -> str:
-    parts = ["<h2>Commands</h2>", *(f"<pre>{escape(command)}</pre>" for command in commands(facts, measured))]
-    if measured.others:
-        parts.append(note(f"Left out, because they are of another model or shard set: {', '.join(measured.others)}."))
-    return "\n".join(parts)
+        )
+    return "It beats what two neighbouring colours tell, so it has learned structure beyond them."

@@ -24,7 +24,7 @@ from pipeline.results.curve import summarised
 from pipeline.results.headline import Headline, accuracy_headlines, headlines_of, title_of
 from pipeline.results.provenance import model_facts
 from pipeline.results.report.page import write_report
-from pipeline.results.report.sections import section
+from pipeline.results.report.sections import generic_section
 from tests.pipeline.evaluate.tiny_sets import COLORS
 
 QUICK = [
@@ -204,6 +204,20 @@ def test_results_of_another_model_are_left_out(
     assert "The numbers" not in Page(text).headings
 
 
+def test_sections_stand_in_the_order_that_is_handed_in(
+    trained_model: Path, shards: ShardSet, out: Path, tmp_path: Path
+) -> None:
+    """A task's own section as it words it; tasks that have none follow, each with one from its JSON."""
+    out = copytree(out, tmp_path / "results")
+    sections = {"linear_probe": generic_section, "absent": generic_section, "density": lambda *_: "<p>own words</p>"}
+    facts = model_facts(trained_model, load_model_folder(trained_model))
+    text = write_report(out, facts, shards, sections=sections).read_text()
+    headings = Page(text).headings
+    assert headings[2:4] == ["Linear probe", "Density"]
+    assert set(headings[4:7]) == {"k-NN", "Few labels", "Completions"}
+    assert "<p>own words</p>" in text
+
+
 def test_tasks_that_finish_at_once_are_all_in_the_report(
     trained_model: Path, shards: ShardSet, out: Path, tmp_path: Path
 ) -> None:
@@ -273,12 +287,16 @@ def test_a_section_of_lists_and_long_lists(tmp_path: Path) -> None:
         "layers": list(range(13)),
         "best": {"layer": 7, "rates": [0.1, 0.01]},
         "nothing": None,
+        "summary": "better & worse",
+        "headlines": [{"name": "Few", "value": 0.25, "unit": "accuracy"}],
     }
-    shown = section(result, tmp_path)
-    for part in ("<h2>Few</h2>", "data:image/png", "<td>4 a class</td>", "best layer", "0.1, 0.01"):
+    shown = generic_section(result, tmp_path)
+    for part in ("data:image/png", "<td>4 a class</td>", "best layer", "0.1, 0.01"):
         assert part in shown
-    assert "secret" not in shown and "layers" not in shown and "subsets" not in shown
-    assert [(row.name, row.text) for row in headlines_of(result)] == [("Few: 4 a class", "25.0 % ± 1.0")]
+    assert "<p>Better &amp; worse.</p>" in shown
+    for part in ("secret", "layers", "subsets", "headlines", "unit"):
+        assert part not in shown
+    assert [(row.name, row.text) for row in accuracy_headlines(result, "Few")] == [("Few: 4 a class", "25.0 % ± 1.0")]
 
 
 def test_every_accuracy_is_a_headline() -> None:
