@@ -43,7 +43,7 @@ def plan(arguments: list[str]) -> int:
 
 def export(arguments: list[str]) -> int:
     """Writes a checkpoint as a Hugging Face model folder."""
-    from pipeline.model_folder.export import export_command
+    from pipeline.model_folder.command import export_command
 
     return export_command(arguments)
 

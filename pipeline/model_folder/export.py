@@ -10,7 +10,6 @@ import torch
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import read_json, write_json
 from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.shards.reader import ShardSet, open_shard_set
@@ -32,21 +31,6 @@ CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precis
 """What a model folder tells of its checkpoint: nothing that depends on the ranks."""
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 5e-2}
 """Nats per token between the exported fp32 weights and what the run computed in its own precision (fp8: in bf16)."""
-
-
-def export_command(arguments: list[str]) -> int:
-    """`export RUN --out MODEL [--step N]`. Raises ValueError for a user's mistake."""
-    parser = new_parser("python -m pipeline export", "Write a checkpoint as a Hugging Face model folder.")
-    parser.add_argument("source", type=str, help="A run, or one of its checkpoints.")
-    parser.add_argument("--out", type=str, required=True, help="The model folder to write.")
-    parser.add_argument(
-        "--step", type=int | None, default=None, help="Which of a run's checkpoints; its newest by default."
-    )
-    chosen = parse(parser, arguments)
-    checkpoint = find_checkpoint(Path(chosen.source), chosen.step)
-    export(checkpoint, Path(chosen.out))
-    print(f"exported step {checkpoint.record.step} to {chosen.out}")
-    return 0
 
 
 def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
