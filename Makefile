@@ -32,8 +32,8 @@ $(SET_UP): requirements.txt
 demo: $(SET_UP)
 	@echo "Five to ten minutes on two cores: small pictures are cut out of photographs, a toy Image GPT learns them on $(RANKS)"
 	@echo "ranks with ZeRO, is exported, probed, and completes half pictures. Expect colours and edges, no objects."
-	@echo "What is in $(DEMO) from an earlier run is gone on with; make demo ANEW=1 starts over."
-	$(if $(ANEW),rm -rf $(DEMO))
+	@echo "What is in $(DEMO) from an earlier run is resumed; make demo RESTART=1 starts over."
+	$(if $(RESTART)$(ANEW),rm -rf $(DEMO))
 	$(BIN)/python -m data_prep shards --config configs/data/demo.yaml --out $(DEMO)/shards
 	$(BIN)/python -m data_prep verify $(DEMO)/shards
 	$(BIN)/python -m data_prep show $(DEMO)/shards --split train --out $(DEMO)/pictures.png
@@ -87,4 +87,4 @@ lint: $(SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources --source-path slurm slurm/*.sh
+	$(BIN)/shellcheck --external-sources --source-path slurm slurm/*.sh slurm/lib/*.sh

@@ -2,7 +2,7 @@
 # Measures the checkpoints of a run, one task of the array for each checkpoint and evaluation task:
 #   sbatch --array=0-5 slurm/evaluate.sh --run RUN --shards SHARDS --out RESULTS [--tasks density,linear_probe] [options]
 # Options are those of python -m pipeline evaluate. Results of a checkpoint are in RESULTS/step-<n>; numbers of the array
-# beyond checkpoints x tasks have nothing to do (`slurm/evaluate.sh --test ...` counts them).
+# beyond checkpoints x tasks have nothing to do (`slurm/evaluate.sh --dry-run ...` counts them).
 #SBATCH --job-name=evaluate
 #SBATCH --array=0-2
 #SBATCH --ntasks=1
@@ -16,47 +16,51 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
-take_test "$@" && testing=true || testing=false
-$testing || [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || die "this is an array job: submit it with sbatch --array=0-N, or add --test."
-set -- "${ARGUMENTS[@]}"
-run=$(value_of --run "$@")
-out=$(value_of --out "$@")
-if [ -z "$run" ] || [ -z "$out" ] || [ -z "$(value_of --shards "$@")" ]; then
-  die "--run, --shards and --out are needed: the run, the shard set, and the folder of results."
-fi
-IFS=, read -ra tasks <<<"$(value_of --tasks "$@")"
-[ ${#tasks[@]} -gt 0 ] || tasks=(density linear_probe completions)
-mapfile -t checkpoints < <(checkpoints_of "$run")
-[ ${#checkpoints[@]} -gt 0 ] || die "$run holds no checkpoints; name the folder of a run."
-numbers=$((${#checkpoints[@]} * ${#tasks[@]}))
-granted=${SLURM_GPUS_ON_NODE:-0}
-! $testing || granted=$(value_of --gpus-per-node "${SITE_EVALUATE[@]}" --gpus-per-node="$ACCELERATORS_PER_NODE")
-granted=${granted##*:}
-launch=("$PYTHON" -m pipeline)
-if [ "$granted" -gt 1 ]; then # a rank each
-  launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$granted" -m -- pipeline)
-fi
-without "--run --out --tasks" "$@"
-
-# COMMAND is what a number of the array runs.
-command_of() {
-  local checkpoint=${checkpoints[$(($1 / ${#tasks[@]}))]}
-  COMMAND=("${SITE_LAUNCH[@]}" "${launch[@]}" evaluate "$checkpoint" --out "$out/$(basename "$checkpoint")"
-    --tasks "${tasks[$(($1 % ${#tasks[@]}))]}" "${REST[@]}")
+# Prints the evaluations, one checkpoint and one task a line, as commands on this many accelerators.
+commands() {
+  local accelerators=$1 run out found checkpoints checkpoint tasks task launch rest
+  shift
+  run=$(value_of --run "$@")
+  out=$(value_of --out "$@")
+  if [ -z "$run" ] || [ -z "$out" ] || [ -z "$(value_of --shards "$@")" ]; then
+    die "--run, --shards and --out are needed: the run, the shard set, and the folder of results."
+  fi
+  found=$(checkpoints_of "$run")
+  mapfile -t checkpoints <<<"$found"
+  IFS=, read -ra tasks <<<"$(value_of --tasks "$@")"
+  [ ${#tasks[@]} -gt 0 ] || tasks=(density linear_probe completions)
+  launch=(-m pipeline)
+  if [ "$accelerators" -gt 1 ]; then # a rank each
+    launch=(-m torch.distributed.run --standalone --nproc_per_node="$accelerators" -m -- pipeline)
+  fi
+  mapfile -d '' -t rest < <(without "--run --out --tasks" "$@")
+  for checkpoint in "${checkpoints[@]}"; do
+    for task in "${tasks[@]}"; do
+      typed "${SITE_LAUNCH[@]}" "$PYTHON" "${launch[@]}" evaluate "$checkpoint" --out "$out/$(basename "$checkpoint")" \
+        --tasks "$task" "${rest[@]}"
+    done
+  done
 }
 
-found="$run has ${#checkpoints[@]} checkpoints, and ${#tasks[@]} tasks are asked for"
-if $testing; then
-  echo "$found:"
-  for ((number = 0; number < numbers; number++)); do
-    command_of "$number"
-    echo "  $number: $(typed "${COMMAND[@]}")"
-  done
-  test_submission "${SITE_EVALUATE[@]}" --array="0-$((numbers - 1))" "$SCRIPTS/evaluate.sh" "$@"
-elif [ "$SLURM_ARRAY_TASK_ID" -ge "$numbers" ]; then
-  echo "$found: number $SLURM_ARRAY_TASK_ID has nothing to do"
-else
+job() {
+  local found evaluations
+  found=$(commands "${SLURM_GPUS_ON_NODE:-0}" "$@")
+  mapfile -t evaluations <<<"$found"
+  if [ "$SLURM_ARRAY_TASK_ID" -ge ${#evaluations[@]} ]; then
+    echo "number $SLURM_ARRAY_TASK_ID of the array has nothing to do: there are ${#evaluations[@]} evaluations"
+    return
+  fi
   site_prepare
-  command_of "$SLURM_ARRAY_TASK_ID"
-  exec "${COMMAND[@]}"
-fi
+  eval "exec ${evaluations[SLURM_ARRAY_TASK_ID]}"
+}
+
+dry_run() {
+  local accelerators found
+  accelerators=$(value_of --gpus-per-node "${SITE_EVALUATE[@]}" --gpus-per-node="$ACCELERATORS_PER_NODE")
+  found=$(commands "${accelerators##*:}" "$@")
+  echo "each kept checkpoint with each task, by its number in the array:"
+  awk '{ print "  " NR - 1 ": " $0 }' <<<"$found"
+  show_submission "${SITE_EVALUATE[@]}" --array="0-$(($(wc -l <<<"$found") - 1))" "$SCRIPTS/evaluate.sh" "$@"
+}
+
+run_script "$@"

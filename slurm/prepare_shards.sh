@@ -16,35 +16,46 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
-take_test "$@" && testing=true || testing=false
-$testing || [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || die "this is an array job: submit it with sbatch --array=1-N, or add --test."
-set -- "${ARGUMENTS[@]}"
-out=$(value_of --out "$@")
-[ -n "$out" ] || die "--out is not given; name the folder of the shard set."
-
-# JOIN is what sbatch is given to have the parts of an array joined.
-join_after() {
-  local join
-  join=$(typed env PYTHONPATH="$PYTHONPATH" "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep join "$out")
-  JOIN=("${SITE_CPU[@]}" --dependency="afterok:$1" --kill-on-invalid-dep=yes --job-name=join-shards --ntasks=1
-    --output=%x-%j.txt --wrap "$join")
+# Prints the command of one part of so many.
+command_of() {
+  local part=$1 parts=$2
+  shift 2
+  typed "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep shards "$@" --part "$part" --parts "$parts"
 }
 
-if $testing; then
-  parts=$(sed -n 's/^#SBATCH --array=1-//p' "$SCRIPTS/prepare_shards.sh")
+# What sbatch is given to join the parts after a job number, NUL-separated.
+join_after() {
+  local array=$1 out join
+  shift
+  out=$(value_of --out "$@")
+  [ -n "$out" ] || die "--out is not given; name the folder of the shard set."
+  join=$(typed env PYTHONPATH="$PYTHONPATH" "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep join "$out")
+  listed "${SITE_CPU[@]}" --dependency="afterok:$array" --kill-on-invalid-dep=yes --job-name=join-shards --ntasks=1 \
+    --output=%x-%j.txt --wrap "$join"
+}
+
+job() {
+  local part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1)) join
+  mapfile -d '' -t join < <(join_after "$SLURM_ARRAY_JOB_ID" "$@")
+  [ ${#join[@]} -gt 0 ] || exit 2
+  site_prepare
+  if [ "$part" -eq 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
+    submit_job "${join[@]}" >/dev/null || true
+  fi
+  eval "exec $(command_of "$part" "$SLURM_ARRAY_TASK_COUNT" "$@")"
+}
+
+dry_run() {
+  local part parts join
+  parts=$(sed -n 's/^#SBATCH --array=1-//p' "$0")
+  mapfile -d '' -t join < <(join_after THE_ARRAY "$@")
+  [ ${#join[@]} -gt 0 ] || exit 2
   echo "$parts parts (sbatch --array=1-N makes N):"
   for ((part = 1; part <= parts; part++)); do
-    echo "  $part: $(typed "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep shards "$@" --part "$part" --parts "$parts")"
+    echo "  $part: $(command_of "$part" "$parts" "$@")"
   done
-  join_after THE_ARRAY
-  echo "which the first part follows with: sbatch $(typed "${JOIN[@]}")"
-  test_submission "${SITE_CPU[@]}" "$SCRIPTS/prepare_shards.sh" "$@"
-  exit
-fi
-site_prepare
-part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))
-if [ "$part" -eq 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
-  join_after "$SLURM_ARRAY_JOB_ID"
-  submit_job "${JOIN[@]}" || true
-fi
-exec "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep shards "$@" --part "$part" --parts "$SLURM_ARRAY_TASK_COUNT"
+  echo "which the first part follows with: sbatch $(typed "${join[@]}")"
+  show_submission "${SITE_CPU[@]}" "$SCRIPTS/prepare_shards.sh" "$@"
+}
+
+run_script "$@"

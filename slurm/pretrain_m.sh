@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains configs/igpt_m.yaml: sbatch slurm/pretrain_m.sh --run RUN --data.shards SHARDS [options of python -m pipeline train]
-# What stands before the script's name are sbatch's options; `slurm/pretrain_m.sh --test` prints what it would submit.
+# What stands before the script's name are sbatch's options; `slurm/pretrain_m.sh --dry-run` prints what it would submit.
 #SBATCH --job-name=igpt-m
 #SBATCH --nodes=2
 #SBATCH --exclusive
@@ -14,4 +14,6 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 [ -e "$SCRIPTS/common.sh" ] || SCRIPTS=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\)\/[^ ]*.*/\1/p' | head -n 1)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
+# shellcheck source=lib/pretrain.sh
+source "$SCRIPTS/lib/pretrain.sh"
 pretrain igpt_m "$@"

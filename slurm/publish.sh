@@ -14,23 +14,35 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
-take_test "$@" && testing=true || testing=false
-$testing || [ -n "${SLURM_JOB_ID:-}" ] || die "this is a job script: submit it with sbatch, or add --test to see what it would do."
-set -- "${ARGUMENTS[@]}"
-run=$(value_of --run "$@")
-results=$(value_of --results "$@")
-to=$(value_of --to "$@")
-if [ -z "$run" ] || [ -z "$to" ]; then die "--run and --to are needed: the run, and hub:ORG/NAME or dir:PATH."; fi
-[ -z "$results" ] || [ -d "$results" ] || die "--results is $results, which is no folder; leave it out to publish without."
-mapfile -t checkpoints < <(checkpoints_of "$run")
-[ ${#checkpoints[@]} -gt 0 ] || die "$run holds no checkpoints; name the folder of a run."
-[[ $to != dir:* ]] || checkpoints=("${checkpoints[-1]}")
-without "--run --results" "$@"
-$testing || site_prepare
-for checkpoint in "${checkpoints[@]}"; do
-  own=()
-  [ ! -d "$results/$(basename "$checkpoint")" ] || own=(--results "$results/$(basename "$checkpoint")")
-  command=("${SITE_LAUNCH[@]}" "$PYTHON" -m pipeline publish "$checkpoint" "${own[@]}" "${REST[@]}")
-  if $testing; then typed "${command[@]}"; else "${command[@]}"; fi
-done
-! $testing || test_submission "${SITE_CPU[@]}" "$SCRIPTS/publish.sh" "$@"
+# Prints the commands, a line each.
+commands() {
+  local run results to found checkpoints checkpoint own rest
+  run=$(value_of --run "$@")
+  results=$(value_of --results "$@")
+  to=$(value_of --to "$@")
+  if [ -z "$run" ] || [ -z "$to" ]; then die "--run and --to are needed: the run, and hub:ORG/NAME or dir:PATH."; fi
+  [ -z "$results" ] || [ -d "$results" ] || die "--results is $results, which is no folder; leave it out to publish without."
+  found=$(checkpoints_of "$run")
+  mapfile -t checkpoints <<<"$found"
+  [[ $to != dir:* ]] || checkpoints=("${checkpoints[-1]}")
+  mapfile -d '' -t rest < <(without "--run --results" "$@")
+  for checkpoint in "${checkpoints[@]}"; do
+    own=()
+    [ ! -d "$results/$(basename "$checkpoint")" ] || own=(--results "$results/$(basename "$checkpoint")")
+    typed "${SITE_LAUNCH[@]}" "$PYTHON" -m pipeline publish "$checkpoint" "${own[@]}" "${rest[@]}"
+  done
+}
+
+job() {
+  local found
+  found=$(commands "$@")
+  site_prepare
+  eval "$found"
+}
+
+dry_run() {
+  commands "$@"
+  show_submission "${SITE_CPU[@]}" "$SCRIPTS/publish.sh" "$@"
+}
+
+run_script "$@"

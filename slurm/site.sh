@@ -34,27 +34,32 @@ site_prepare() {
 # Put before each rank's Python, for a container: (apptainer exec --nv image.sif)
 SITE_LAUNCH=()
 
+# Where runs and shard sets lie. A training job without --run takes SITE_RUNS/igpt_xl (its recipe), one without
+# --data.shards (and without --config) SITE_SHARDS/64 (its resolution).
+SITE_RUNS=${SITE_RUNS:-}
+SITE_SHARDS=${SITE_SHARDS:-}
+
 # Paths: copies of remote shard sets, and of what comes from the hub.
 # export IGPT_CACHE=/scratch/$USER/image-gpt
 # export HF_HOME=/scratch/$USER/huggingface
 
-# Network. NCCL finds its way on most clusters; name the interface where it does not.
+# Network. NCCL finds its interface on most clusters; name the interface where it does not.
 # export NCCL_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5
 # export NCCL_DEBUG=WARN
 # export GLOO_SOCKET_IFNAME=eth0
 
-# false where users may not requeue jobs: then submit with --array=1-20%1, whose later copies go on with the run and
-# exit at once when it is finished; or as a chain, each with --dependency=afterany:JOB on the one before.
+# false where users may not requeue jobs: then submit with --array=1-20%1, whose later copies resume the run and exit at
+# once when it is finished; or as a chain, each with --dependency=afterany:JOB on the one before.
 SITE_REQUEUES=${SITE_REQUEUES:-true}
 
-# How often one job may be queued again, and how many accidents (a killed rank, a lost node, a hang) may follow each other
+# How often one job may be requeued, and how many failures (a killed rank, a lost node, a hang) may follow each other
 # without a further step.
 MAX_RESTARTS=${MAX_RESTARTS:-100}
-MAX_ACCIDENTS=${MAX_ACCIDENTS:-3}
+MAX_FAILURES=${MAX_FAILURES:-3}
 
-# Seconds in which the nodes of a job must add numbers together before it trains; 0 looks at no node. And how many nodes
-# that are not sound one job may leave out.
+# Seconds in which the all-reduce between the nodes of a job must succeed before it trains; 0 checks no node. And how many
+# bad nodes one job may exclude.
 PREFLIGHT_SECONDS=${PREFLIGHT_SECONDS:-60}
 MAX_EXCLUDED=${MAX_EXCLUDED:-4}
 

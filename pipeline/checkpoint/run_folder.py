@@ -33,7 +33,7 @@ HELD_BY_JOB = ", SLURM job "
 """Before a job's number in the lock."""
 NOT_NAMED = "not named"
 """A holder that has not written itself down, as in the instant after it took the lock."""
-LEFT_BY_JOBS = ("logs", "accidents.jsonl")
+LEFT_BY_JOBS = ("logs", "failures.jsonl", "accidents.jsonl")
 Status = Literal["running", "stopped", "failed", "finished"]
 
 

@@ -14,7 +14,8 @@ from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
 
 Action = Literal["done", "requeue", "failed"]
-ACCIDENTS = "accidents.jsonl"
+FAILURES, EARLIER_FAILURES = "failures.jsonl", "accidents.jsonl"
+"""Of a run, and the name in runs of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ def _steps(run: Path) -> int | None:
 
 
 def next_action(
-    run: Path, code: int, restarts: int, max_restarts: int, max_accidents: int, since: str = "", *, asked: bool = False
+    run: Path, code: int, restarts: int, max_restarts: int, max_failures: int, since: str = "", *, asked: bool = False
 ) -> tuple[Action, str]:
-    """What is to be done with a run whose ranks ended with `code`, and why; an accident is noted in the run.
+    """What is to be done with a run whose ranks ended with `code`, and why; a failure is noted in the run.
 
     restarts: how often the job was queued again so far. An end that no one asked for (a killed rank, a hang, a lost
-    node) is an accident; `max_accidents` of them without a further step in between are a failure.
+    node) is a failure; after `max_failures` of them without a further step in between the job ends.
 
     since: when this start of the job began, in UTC; what the run says of itself from before is an earlier start's word.
     asked: the job was asked to stop; ranks that are still loading their packages end by the signal itself.
@@ -83,16 +84,17 @@ def next_action(
         return "failed", f"it was queued {restarts} times again, which is MAX_RESTARTS"
     if now.status == "stopped" or (asked and not opened):
         return "requeue", f"stopped on request at step {now.step:,}"
-    here = _note_accident(run / ACCIDENTS, now, code)[-max_accidents:]
-    if len(here) == max_accidents and max(here) == min(here):
-        return "failed", f"it ended {max_accidents} times at step {now.step:,} without anyone asking (MAX_ACCIDENTS)"
+    here = _note_failure(run, now, code)[-max_failures:]
+    if len(here) == max_failures and max(here) == min(here):
+        return "failed", f"it failed {max_failures} times at step {now.step:,}, which is MAX_FAILURES"
     return "requeue", f"it ended with code {code} after step {now.step:,}" + (f": {now.error}" if now.error else "")
 
 
-def _note_accident(path: Path, now: Standing, code: int) -> list[int]:
-    """Adds one. Returns the steps of all that were noted; a line that a kill cut short is left out."""
-    earlier = path.read_text() if path.is_file() else ""
-    with path.open("a") as file:
+def _note_failure(run: Path, now: Standing, code: int) -> list[int]:
+    """Adds one. Returns the steps of all that were noted; a line that a kill cut short is skipped."""
+    paths = [run / EARLIER_FAILURES, run / FAILURES]
+    earlier = "\n".join(path.read_text() for path in paths if path.is_file())
+    with paths[-1].open("a") as file:
         if earlier and not earlier.endswith("\n"):
             file.write("\n")
         file.write(json.dumps({"time": time.time(), "step": now.step, "code": code, "error": now.error}) + "\n")
@@ -112,13 +114,11 @@ def status_command(arguments: list[str]) -> int:
     parser.add_argument("--max_restarts", type=int, default=100, help="how often it may be")
     parser.add_argument("--since", type=str, default="", help="when its ranks were started, as 2026-01-31T12:00:00Z")
     parser.add_argument("--asked", action="store_true", help="the job was asked to stop")
-    parser.add_argument(
-        "--max_accidents", type=int, default=3, help="accidents without a step between that are too many"
-    )
+    parser.add_argument("--max_failures", type=int, default=3, help="failures without a step between that are too many")
     chosen = parse(parser, arguments)
     if chosen.after is not None:
         chosen.run.mkdir(parents=True, exist_ok=True)
-        limits = chosen.restarts, chosen.max_restarts, chosen.max_accidents
+        limits = chosen.restarts, chosen.max_restarts, chosen.max_failures
         action, why = next_action(chosen.run, chosen.after, *limits, chosen.since, asked=chosen.asked)
         print(f"{chosen.run}: {why}", file=sys.stderr, flush=True)
         print(action)

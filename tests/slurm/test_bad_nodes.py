@@ -73,13 +73,13 @@ def test_two_nodes_that_do_not_meet_are_tried_again_where_there_are_no_others(tr
     training.cluster.client("scontrol", "update", others, "State=DRAIN", "Reason=test")
     try:
         with unreachable(training, 2):
-            training.submit(PREFLIGHT_SECONDS="15", MAX_ACCIDENTS="2")
+            training.submit(PREFLIGHT_SECONDS="15", MAX_FAILURES="2")
             assert training.cluster.until_ended(training.job) == "FAILED"
     finally:
         training.cluster.client("scontrol", "update", others, "State=RESUME")
     job = training.cluster.job(training.job)
     assert (job["Restarts"], job["ExcNodeList"]) == ("1", "(null)")
-    assert "it ended 2 times at step 0 without anyone asking (MAX_ACCIDENTS)" in training.log()
+    assert "it failed 2 times at step 0, which is MAX_FAILURES" in training.log()
 
 
 def test_a_fault_of_all_nodes_is_a_mistake_said_once(training: Training, shards: Path) -> None:
@@ -103,4 +103,4 @@ def test_a_job_leaves_out_no_more_nodes_than_it_may(training: Training, shards: 
         assert training.cluster.until_ended(training.job) == "FAILED"
     finally:
         training.cluster.on_node(2, "umount", str(shards))
-    assert "node2 would be left out; MAX_EXCLUDED allows 0 nodes" in training.log()
+    assert "node2 would be excluded; MAX_EXCLUDED allows 0 nodes" in training.log()

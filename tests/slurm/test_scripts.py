@@ -43,7 +43,7 @@ def test_what_follows_a_run_is_submitted_once_for_each_thing_asked(sbatch: Path,
         (run / folder).mkdir(parents=True)
 
     def follow(published: str) -> str:
-        bash = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; follow_up {run}"
+        bash = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; source $SCRIPTS/lib/followup.sh; follow_up {run} 2>&1"
         variables = {**os.environ, "PUBLISH": published}
         return subprocess.run(["bash", "-c", bash], env=variables, capture_output=True, text=True, check=True).stdout
 
@@ -52,6 +52,57 @@ def test_what_follows_a_run_is_submitted_once_for_each_thing_asked(sbatch: Path,
         said = follow(published)
         assert published in said, "what is not done again is said"
     assert [line.split()[-1] for line in sbatch.read_text().splitlines()] == ["dir:one", "dir:two"]
+
+
+@pytest.fixture
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What was started, a line each: SLURM's clients and a Python that only write down their arguments."""
+    started, folder = tmp_path / "started.txt", tmp_path / "stubs"
+    folder.mkdir()
+    for name in ("srun", "scontrol", "python"):
+        stub = folder / name
+        stub.write_text(f'#!/bin/sh\necho {name} "$@" >>{started}\ncase "$*" in *--after*) echo done;; esac\n')
+        stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SITE_PYTHON", str(folder / "python"))
+    return started
+
+
+@pytest.mark.parametrize(
+    ("granted", "nodes_and_ranks"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "2"}, "--nodes=2 --ntasks=4 --ntasks-per-node=2"),
+        ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "8"}, "--nodes=2 --ntasks=16 --ntasks-per-node=8"),
+        ({"SLURM_NTASKS": "3"}, "--nodes=2 --ntasks=4 --ntasks-per-node=2"),
+        ({}, "--nodes=2 --ntasks=2 --ntasks-per-node=1"),
+    ],
+    ids=["tasks per node", "accelerators", "tasks", "nodes alone"],
+)
+def test_a_job_starts_a_process_a_rank_on_neighbors(
+    granted: dict[str, str], nodes_and_ranks: str, stubs: Path, tmp_path: Path
+) -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "PREFLIGHT_SECONDS": "0"}
+    site = {"SITE_RUNS": str(tmp_path / "runs"), "SITE_SHARDS": "/shards"}
+    script = [SCRIPTS / "pretrain_xl.sh", "--model.layers", "2"]
+    subprocess.run(script, env={**os.environ, **job, **site, **granted}, check=True)
+    [ranks] = [line for line in stubs.read_text().splitlines() if line.startswith("srun")]
+    assert f"{nodes_and_ranks} --distribution=block:block" in ranks
+    train = (
+        f"train --config {SCRIPTS.parent}/configs/igpt_xl.yaml --run {tmp_path}/runs/igpt_xl --data.shards /shards/64"
+    )
+    assert ranks.endswith(f"-m pipeline {train} --model.layers 2"), "the site's paths, where none are given"
+
+
+@pytest.mark.parametrize(
+    ("variables", "limit"), [({}, 3), ({"MAX_FAILURES": "5"}, 5), ({"MAX_ACCIDENTS": "7"}, 7)], ids=str
+)
+def test_the_limit_of_failures_has_an_earlier_name(variables: dict[str, str], limit: int, tmp_path: Path) -> None:
+    for site in (SCRIPTS / "site.sh", tmp_path / "site.sh"):
+        bash = f'SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; echo "$MAX_FAILURES"'
+        (tmp_path / "site.sh").write_text("MAX_ACCIDENTS=${MAX_ACCIDENTS:-3}\n")  # a site's file of earlier versions
+        environment = {**os.environ, **variables, "SITE_FILE": str(site)}
+        shown = subprocess.run(["bash", "-c", bash], env=environment, capture_output=True, text=True, check=True)
+        assert shown.stdout.strip() == str(limit)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +136,9 @@ def test_what_follows_a_run_is_submitted_once_for_each_thing_asked(sbatch: Path,
     ],
     ids=["evaluate", "publish", "prepare_shards"],
 )
+@pytest.mark.parametrize("option", ["--dry-run", "--test"])
 def test_a_script_prints_what_it_would_submit(
+    option: str,
     script: str,
     arguments: list[str],
     sbatch_options: str,
@@ -101,7 +154,7 @@ def test_a_script_prints_what_it_would_submit(
     for step in (20, 40):
         (run / f"checkpoints/step-000000{step}").mkdir(parents=True)
     finished = subprocess.run(
-        [SCRIPTS / script, "--test", "--run", run, *arguments],
+        [SCRIPTS / script, option, "--run", run, *arguments],
         env={**os.environ, "SITE_FILE": str(site)}, capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr

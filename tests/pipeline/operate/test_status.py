@@ -36,18 +36,23 @@ def test_what_follows_an_end(tmp_path: Path, status: str, error: str | None, cod
     assert next_action(ended(tmp_path, status, 7, error), code, 0, 100, 3)[0] == action
 
 
-def test_accidents_at_the_same_step_are_too_many_and_progress_forgives_them(tmp_path: Path) -> None:
+def test_failures_at_the_same_step_are_too_many_and_progress_forgives_them(tmp_path: Path) -> None:
     for step in (5, 5, 8, 8):
         assert next_action(ended(tmp_path, "running", step), 137, 0, 100, 3)[0] == "requeue"
     action, why = next_action(ended(tmp_path, "running", 8), 137, 0, 100, 3)
     assert (action, "3 times at step 8" in why) == ("failed", True)
 
 
-def test_an_accident_whose_line_was_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:
+def test_a_failure_whose_line_was_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:
     for torn in ("", '{"time": 1.0, "st'):
-        with (tmp_path / "accidents.jsonl").open("a") as file:
+        with (tmp_path / "failures.jsonl").open("a") as file:
             file.write(torn)
         assert next_action(ended(tmp_path, "running", 5), 137, 0, 100, 3)[0] == "requeue"
+    assert next_action(ended(tmp_path, "running", 5), 137, 0, 100, 3)[0] == "failed"
+
+
+def test_failures_that_an_earlier_version_noted_count(tmp_path: Path) -> None:
+    (tmp_path / "accidents.jsonl").write_text('{"step": 5}\n{"step": 5}\n')
     assert next_action(ended(tmp_path, "running", 5), 137, 0, 100, 3)[0] == "failed"
 
 
@@ -60,7 +65,7 @@ def test_ranks_that_never_came_to_the_run_do_not_repeat_its_last_word(tmp_path: 
     record = json.loads((tmp_path / "run.json").read_text()) | {"updated": BEFORE}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert next_action(tmp_path, 138, 0, 100, 3, since=AFTER, asked=True)[0] == "requeue"
-    assert not (tmp_path / "accidents.jsonl").exists(), "a signal while packages are loaded is no accident"
+    assert not (tmp_path / "failures.jsonl").exists(), "a signal while packages are loaded is no failure"
     actions = [next_action(tmp_path, 1, 0, 100, 3, since=AFTER)[0] for _ in range(3)]
     assert actions == ["requeue", "requeue", "failed"]
     assert next_action(tmp_path, 0, 0, 100, 3, since=AFTER)[0] == ("done" if status == "finished" else "failed")

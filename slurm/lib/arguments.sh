@@ -1,0 +1,50 @@
+# Command lines: reading options, and lists of arguments that are passed on NUL-separated (mapfile -d '').
+# shellcheck shell=bash
+
+# Ends the script as user error, with one sentence.
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Prints its arguments NUL-separated.
+listed() {
+  [ $# -eq 0 ] || printf '%s\0' "$@"
+}
+
+# Prints the value that follows an option among arguments, as --option VALUE or --option=VALUE.
+value_of() {
+  local option=$1
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      "$option") echo "${2:-}"; return ;;
+      "$option"=*) echo "${1#*=}"; return ;;
+    esac
+    shift
+  done
+}
+
+# The arguments without these options (one word, separated by spaces) and their values, NUL-separated.
+without() {
+  local options=" $1 "
+  shift
+  while [ $# -gt 0 ]; do
+    if [[ $options != *" ${1%%=*} "* ]]; then
+      listed "$1"
+    elif [[ $1 != *=* && $# -gt 1 ]]; then
+      shift
+    fi
+    shift
+  done
+}
+
+# Prints a command as one would type it.
+typed() {
+  local word line=()
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:,=%@+-]+$ ]] || word=${word@Q}
+    line+=("$word")
+  done
+  echo "${line[*]}"
+}

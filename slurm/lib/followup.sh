@@ -1,0 +1,29 @@
+# What follows a finished run: its evaluation and its publishing, as jobs of their own.
+# shellcheck shell=bash
+
+# Submits, once for the last checkpoint and what is asked, the evaluation of all kept checkpoints, where EVALUATE names
+# tasks, then their publishing, where PUBLISH names the place.
+follow_up() {
+  local run=$1 asked shards tasks found checkpoints evaluation dependency=() results=()
+  [ -n "$EVALUATE$PUBLISH" ] || return 0
+  found=$(checkpoints_of "$run") || return 0
+  mapfile -t checkpoints <<<"$found"
+  asked="$(basename "${checkpoints[-1]}") EVALUATE=$EVALUATE PUBLISH=$PUBLISH"
+  if grep -qxF "$asked" "$run/logs/followed.txt" 2>/dev/null; then
+    echo "submitted before, as $run/logs/followed.txt says, and not again: $asked"
+    return
+  fi
+  if [ -n "$EVALUATE" ]; then
+    shards=$(run_python -c 'import json, sys; print(json.load(open(sys.argv[1]))["shards"]["path"])' "$run/run.json")
+    tasks=$(tr ',' '\n' <<<"$EVALUATE" | wc -l)
+    evaluation=$(submit_job "${SITE_EVALUATE[@]}" --array="0-$((${#checkpoints[@]} * tasks - 1))" "$SCRIPTS/evaluate.sh" \
+      --run "$run" --shards "$shards" --out "$run/results" --tasks "$EVALUATE") || return 0
+    dependency=(--dependency="afterok:$evaluation" --kill-on-invalid-dep=yes)
+    results=(--results "$run/results")
+  fi
+  if [ -n "$PUBLISH" ]; then
+    submit_job "${SITE_CPU[@]}" "${dependency[@]}" "$SCRIPTS/publish.sh" --run "$run" "${results[@]}" --to "$PUBLISH" \
+      >/dev/null || return 0
+  fi
+  echo "$asked" >>"$run/logs/followed.txt"
+}
