@@ -8,7 +8,7 @@ import pytest
 from data_prep.common.files import read_json
 from tests.launch import files_of, run
 from tests.pipeline.conftest import Runner
-from tests.slurm.conftest import ACCELERATORS, NODES, Cluster, Training, job_scripts
+from tests.slurm.conftest import ACCELERATORS, NODES, SIZES, Cluster, Training, job_scripts
 
 SMALL_PICTURES = [
     "--source.kind=photographs",
@@ -20,13 +20,17 @@ SLOW_STEPS = {"schedule__steps": 700, "batch__global_size": 64}
 """So long that SLURM, which looks at time limits every 30 s, sees the limit come."""
 
 
-def test_an_urgent_job_preempts_the_run_goes_on_is_evaluated_and_published(training: Training) -> None:
-    cluster, published = training.cluster, training.runner.folder / "published"
-    training.submit(EVALUATE="density", PUBLISH=f"dir:{published}")
-    training.await_step(60)
+def test_an_urgent_job_preempts_the_run_resumes_is_evaluated_and_published(
+    cluster: Cluster, runner: Runner, shards: Path
+) -> None:
+    reference = Runner(shards, runner.folder / "reference")
+    reference.check_trains("run", 2, **SIZES)
+    training, published = Training(cluster, runner, reference.losses("run")), runner.folder / "published"
+    training.submit("--ntasks-per-node=1", EVALUATE="density", PUBLISH=f"dir:{published}")
+    training.await_step(10)
     urgent = cluster.client(
         "sbatch", "--parsable", "--partition=urgent", f"--nodes={NODES}", "--exclusive", "--output=/dev/null",
-        "--wrap=sleep 3",
+        "--wrap=true",
     ).strip()  # fmt: skip
     assert cluster.until_ended(urgent) == "COMPLETED"
     training.check_finishes(restarts=1)
@@ -57,7 +61,7 @@ def test_slurm_takes_every_script(cluster: Cluster) -> None:
 def test_a_plan_for_64_accelerators_is_printed_and_nothing_submitted(cluster: Cluster, tmp_path: Path) -> None:
     site = Path(__file__).parent / "site_64.sh"
     jobs_before = cluster.client("squeue", "--noheader", "--format=%i").split()
-    said = cluster.run_script("pretrain_xl.sh", "--test", "--run", tmp_path / "run", SITE_FILE=str(site))
+    said = cluster.run_script("pretrain_xl.sh", "--dry-run", "--run", tmp_path / "run", SITE_FILE=str(site))
     for words in ("8 nodes of 8 ranks", "64 ranks", "pipeline stage", "micro-batches", "bubble", "days", "GB of 80 GB"):
         assert words in said
     assert "to start at" in said  # SLURM's word on the script
@@ -89,7 +93,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(training: Training) -> No
     training.submit()
     training.await_step(60)
     training.cluster.client("scancel", training.job)
-    training.cluster.until(lambda: "the job was cancelled: it is not queued again" in training.log(), "the end")
+    training.cluster.until(lambda: "the job was cancelled: it is not requeued" in training.log(), "the end")
     assert training.cluster.until_ended(training.job) == "CANCELLED"
     assert training.record()["status"] == "stopped"
     assert training.restarts() == 0
@@ -118,7 +122,7 @@ def test_before_the_time_limit_the_run_is_saved_and_requeued(cluster: Cluster, s
     training.check_finishes()
     assert training.restarts() >= 1
     assert "asked to stop: the ranks save" in training.log()
-    assert not (training.run / "accidents.jsonl").exists()
+    assert not (training.run / "failures.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -127,7 +131,7 @@ def test_without_requeueing_the_next_copy_of_an_array_goes_on(training: Training
     training.await_step(60)
     (training.run / "STOP").touch()
     cluster = training.cluster
-    cluster.until(lambda: not cluster.client("squeue", "--noheader").strip(), "the end of the array", 600)
+    cluster.until(lambda: not cluster.client("squeue", "--noheader").strip(), "the end of the array")
     assert training.runner.losses("run") == training.unbroken
     assert (training.record()["status"], len(training.record()["starts"])) == ("finished", 2)
     copies = re.findall(r"JobState=(\w+)", cluster.client("scontrol", "--oneliner", "show", "job", training.job))
@@ -145,7 +149,7 @@ def test_a_run_goes_on_with_fewer_nodes(training: Training) -> None:
     cluster.client("scontrol", "update", f"NodeName={','.join(others)}", "State=DRAIN", "Reason=test")
     try:
         cluster.client("scancel", "--signal=USR1", "--batch", training.job)
-        assert cluster.until_ended(training.job, 600) == "COMPLETED", training.log()
+        assert cluster.until_ended(training.job) == "COMPLETED", training.log()
     finally:
         cluster.client("scontrol", "update", f"NodeName={','.join(others)}", "State=RESUME")
     assert cluster.job(training.job)["NodeList"] == first
