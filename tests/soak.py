@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.checkpoint.format import PARTIAL, open_checkpoint, published
+from pipeline.checkpoint.format import PARTIAL, committed, open_checkpoint
 from tests.launch import run, start
 from tests.pipeline.conftest import Runner
 
@@ -157,7 +157,7 @@ class Soak:
 
     def check_checkpoints(self, name: str) -> None:
         """Every folder that claims to be whole is."""
-        for folder in published(self.runner.folder / name / "checkpoints"):
+        for folder in committed(self.runner.folder / name / "checkpoints"):
             damage = open_checkpoint(folder).damage()
             if damage is not None:
                 raise Broken(f"{folder} claims to be whole: {damage}")

@@ -1,6 +1,6 @@
-"""Exact sums over a model's state that do not depend on how ranks share it: what a load proves itself by.
+"""Exact sums over a model's state that do not depend on how ranks share it: what a load is verified by.
 
-The fingerprint of the weights, and of each moment, is the sum, modulo 2^64, of the bits of all elements, each times a
+The checksum of the weights, and of each moment, is the sum, modulo 2^64, of the bits of all elements, each times a
 number made of its place in its parameter, each parameter's times one made of its name. Ranks add up what they hold,
 whatever that is; an element that is changed, lost or misplaced shows.
 """
@@ -20,7 +20,7 @@ COUNT = np.arange(PIECE, dtype=np.uint64)
 MODULUS = 1 << 64
 
 
-def fingerprints(tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, str]:
+def checksums(tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, str]:
     """By state (weight, exp_avg, exp_avg_sq), of a snapshot on the host: 16 hexadecimal digits."""
     sums = dict.fromkeys(STATES, 0)
     for fragment in map(Fragment.from_entry, index):
@@ -31,7 +31,7 @@ def fingerprints(tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, str
 
 
 def add_up(parts: list[dict[str, str]]) -> dict[str, str]:
-    """The fingerprints of the whole, from those of what each rank holds."""
+    """The checksums of the whole, from those of what each rank holds."""
     return {state: f"{sum(int(part[state], 16) for part in parts) % MODULUS:016x}" for state in STATES}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, verified, published by a rename; kept by rule; the newest whole one found again."""
+"""Checkpoints: written to a temporary folder, verified, committed by a rename; retained by a rule."""
 
 import json
 import re
@@ -22,7 +22,7 @@ STEP_NAME = re.compile(r"step-\d{8,}")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """What checkpoint.json says of a checkpoint."""
+    """The content of checkpoint.json."""
 
     step: int
     images: int
@@ -33,21 +33,21 @@ class CheckpointRecord:
     palette_sha256: str
     shards_digest: str
     order_fingerprint: str
-    """Digest of the pictures that come next; met again after a resume."""
+    """Digest of the images that come next; compared after a resume."""
     probe_loss: float
-    """Nats per token of the probe batch; met again after every load."""
+    """Nats per token of the probe batch; compared after every load."""
     precision: str
     files: dict[str, dict[str, Any]]
     """Each rank's file: bytes and sha256."""
     probe_tokens: int | None = None
-    """Tokens of the probe batch; None for those of a whole picture, as older checkpoints have it."""
+    """Tokens of the probe batch; None for those of a whole image, as older checkpoints have it."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Exact sums of all weights and moments, met again after every load; older checkpoints have none."""
+    """Checksums of all weights and moments, compared after every load; older checkpoints have none."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint."""
+    """A committed checkpoint."""
 
     folder: Path
     record: CheckpointRecord
@@ -80,7 +80,7 @@ def rank_file(rank: int) -> str:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Raises ValueError naming the folder if it holds no whole checkpoint's manifest."""
+    """Raises ValueError naming the folder if it holds no complete checkpoint's manifest."""
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; it must be a run, or one of its checkpoints.")
     if not (folder / MANIFEST).is_file():
@@ -94,41 +94,41 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder / MANIFEST} is not a manifest of this version ({error}).") from error
 
 
-def published(checkpoints: Path) -> list[Path]:
-    """Folders of all published checkpoints, oldest first; folders of other names are not ours."""
+def committed(checkpoints: Path) -> list[Path]:
+    """Folders of all committed checkpoints, oldest first; folders of other names are not ours."""
     return sorted((path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step that the name of a checkpoint's folder says."""
+    """The step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
-def aside_folder(checkpoints: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is published."""
+def temporary_folder(checkpoints: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is committed."""
     return checkpoints / f"{step_folder(checkpoints, step).name}{PARTIAL}"
 
 
 def begin(checkpoints: Path, step: int) -> None:
     """Clears what was left unfinished and makes the folder to write in. One rank calls it, before any rank writes."""
     discard_unfinished(checkpoints)
-    aside_folder(checkpoints, step).mkdir(parents=True)
+    temporary_folder(checkpoints, step).mkdir(parents=True)
 
 
 def discard_unfinished(checkpoints: Path) -> None:
-    """Deletes checkpoints that were never published, or were about to be deleted."""
+    """Deletes checkpoints that were never committed, or were about to be deleted."""
     for leftover in checkpoints.glob(f"*{PARTIAL}"):
         shutil.rmtree(leftover)
 
 
 def write_rank(
-    aside: Path,
+    folder: Path,
     rank: int,
     tensors: dict[str, torch.Tensor],
     index: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Writes one rank's file and flushes it. Returns its bytes and sha256 for the manifest."""
-    path = aside / rank_file(rank)
+    path = folder / rank_file(rank)
     try:
         save_file(tensors, path, metadata={"index": json.dumps(index)})
     except SafetensorError as error:
@@ -137,27 +137,27 @@ def write_rank(
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def publish(aside: Path, record: CheckpointRecord) -> Path:
-    """Writes the manifest and renames the folder into place; from here on it is whole. One rank calls it."""
-    manifest = aside / MANIFEST
+def commit(folder: Path, record: CheckpointRecord) -> Path:
+    """Writes the manifest and renames the folder into place; from here on it is complete. One rank calls it."""
+    manifest = folder / MANIFEST
     content = json.loads(json.dumps(asdict(record)))
     manifest.write_text(json.dumps(content | {"sha256": json_digest(content)}, indent=2) + "\n")
     flush_to_disk(manifest)
-    flush_to_disk(aside)
-    final = step_folder(aside.parent, record.step)
+    flush_to_disk(folder)
+    final = step_folder(folder.parent, record.step)
     if final.exists():  # a damaged one that resume passed over
         shutil.rmtree(final.rename(final.with_name(f"{final.name}.replaced{PARTIAL}")))
-    aside.rename(final)
+    folder.rename(final)
     flush_to_disk(final.parent)
     return final
 
 
 def retain(checkpoints: Path, rule: CheckpointConfig, newest: int) -> None:
-    """Deletes what neither `keep_last` nor `keep_every` keeps; a deleted one stops being whole first.
+    """Deletes what neither `keep_last` nor `keep_every` keeps; one to be deleted stops being complete first.
 
     Checkpoints later than the `newest` step are damaged ones that a resume passed over: they go too.
     """
-    steps = {step_of(folder): folder for folder in published(checkpoints)}
+    steps = {step_of(folder): folder for folder in committed(checkpoints)}
     kept = sorted(step for step in steps if step <= newest)
     recent, permanent = kept[-rule.keep_last :], permanent_steps(kept, rule.keep_every)
     for step, folder in steps.items():
@@ -185,7 +185,7 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:
-    """Sets this rank's generators as they were saved; a rank that the checkpoint has not goes on with its own."""
+    """Sets this rank's generators as they were saved; one that the checkpoint lacks keeps its own."""
     name = rank_file(rank)
     if name not in checkpoint.record.files:
         return

@@ -17,7 +17,7 @@ import yaml
 
 from data_prep.common.files import atomic_write, read_json, write_json
 from data_prep.shards.reader import ShardSet
-from pipeline.checkpoint.format import published
+from pipeline.checkpoint.format import committed
 from pipeline.config import TrainConfig, changed_keys, to_dict
 
 CONFIG_FILE = "config.yaml"
@@ -26,7 +26,7 @@ PALETTE_FILE = "palette.npy"
 CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
-"""A run keeps these: with others it would go on as another model, or with other pictures."""
+"""A run keeps these: with others it would go on as another model, or with other images."""
 LEFT_BEHIND = 3
 """Times health.hang_minutes after which a rank that waits for others has ended."""
 HELD_BY_JOB = ", SLURM job "
@@ -87,7 +87,7 @@ class RunFolder:
     def _check_saved(self) -> None:
         """Raises ValueError if the run has ended once, which it does with a checkpoint, and has none any more."""
         made = int(self._read_record().get("step", 0))
-        if made and not published(self.checkpoints):
+        if made and not committed(self.checkpoints):
             raise ValueError(
                 f"{self.path} has made {made:,} steps, but there is no checkpoint in {self.checkpoints}; put them "
                 f"back, or name a new --run."
@@ -201,11 +201,11 @@ def _is_foreign(path: Path) -> bool:
 
 
 def check_shards(recorded: dict[str, str], shards: ShardSet, where: Path) -> None:
-    """Raises ValueError naming both digests if a run or checkpoint was made from other pictures or colours."""
+    """Raises ValueError naming both digests if a run or checkpoint was made from other images or colors."""
     if recorded["palette_sha256"] != shards.palette_sha256:
         raise ValueError(
             f"{shards.path} has the palette {shards.palette_sha256[:12]}, but {where} was made with the palette "
-            f"{recorded['palette_sha256'][:12]}; colours would mean something else."
+            f"{recorded['palette_sha256'][:12]}; colors would mean something else."
         )
     if recorded["digest"] != shards.digest:
         raise ValueError(

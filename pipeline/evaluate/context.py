@@ -135,9 +135,8 @@ class Evaluation:
         if self.model.mask_probability is None:
             return objectives.next_color(tokens, colors)
         masks = Masks(self.seed, self.model.mask_probability)
-        hidden = masks.hide(tokens.cpu().numpy().astype(np.uint16), f"draw {draw}", indices)
-        marked = torch.from_numpy(hidden.astype(np.int64)).to(tokens.device)
-        return objectives.masked_color(marked, colors)
+        masked = torch.from_numpy(masks.draw(f"draw {draw}", indices, tokens.shape[1]))
+        return objectives.masked_color(tokens, masked.to(tokens.device), colors)
 
     @property
     def is_first(self) -> bool:

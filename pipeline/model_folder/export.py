@@ -13,9 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from data_prep.common.files import read_json, write_json
 from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, open_checkpoint, published, step_folder
+from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, committed, open_checkpoint, step_folder
 from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, lines_until
-from pipeline.checkpoint.probe import MaskedSplit, probe_tokens
+from pipeline.checkpoint.probe import HeldOutImages, probe_batch
 from pipeline.checkpoint.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
 from pipeline.config import ObjectiveConfig
 from pipeline.model import objectives
@@ -42,7 +42,7 @@ def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
         raise ValueError(f"{source} is a run without a folder {CHECKPOINTS_FOLDER}; put it back, or train again.")
     if not (source / CHECKPOINTS_FOLDER).is_dir():
         return _undamaged(open_checkpoint(source))
-    folders = published(source / CHECKPOINTS_FOLDER)
+    folders = committed(source / CHECKPOINTS_FOLDER)
     if not folders:
         raise ValueError(f"{source} has no checkpoint yet.")
     if step is None:
@@ -134,10 +134,11 @@ def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path, tokens_read
     config, split = _run_config(run), shards.split("valid")
     objective = ObjectiveConfig(**config["objective"])
     masks = Masks(config["seed"], objective.mask_probability) if objective.kind == "masked_color" else None
-    probe = probe_tokens(split if masks is None else MaskedSplit(split, masks), tokens_read)
-    tokens = torch.from_numpy(probe.astype(np.int64))
-    inputs, targets = objectives.inputs_and_targets(objective)(tokens, shards.colors)
-    return float(objectives.picture_loss(model(inputs).logits, targets, shards.colors).mean())
+    probe = probe_batch(HeldOutImages(split, masks), tokens_read)
+    tokens = torch.from_numpy(probe.tokens.astype(np.int64))
+    masked = None if probe.masked is None else torch.from_numpy(probe.masked)
+    inputs, targets = objectives.inputs_and_targets(tokens, masked, shards.colors)
+    return float(objectives.image_loss(model(inputs).logits, targets, shards.colors).mean())
 
 
 def _run_config(run: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from transformers import GPT2Config
 
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint import format as checkpoints
-from pipeline.checkpoint.checksums import add_up, fingerprints
+from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
 from pipeline.checkpoint.fragments import Tensors
-from pipeline.checkpoint.probe import PROBE_TOKENS, Pictures
+from pipeline.checkpoint.probe import PROBE_TOKENS, HeldOutImages
 from pipeline.checkpoint.run_folder import check_shards
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
@@ -54,7 +54,7 @@ def newest_whole(folder: Path, ranks: Ranks) -> Checkpoint | None:
 
     Says which ones it passed over. Raises ValueError if there are checkpoints and none is whole.
     """
-    candidates = from_first(lambda: [str(path) for path in reversed(checkpoints.published(folder))])
+    candidates = from_first(lambda: [str(path) for path in reversed(checkpoints.committed(folder))])
     for candidate in candidates:
         checkpoint, damage = None, None
         try:
@@ -86,7 +86,7 @@ class Store:
         model_config: GPT2Config,
         shards: ShardSet,
         order: Order,
-        probe: Pictures,
+        probe: HeldOutImages,
         ranks: Ranks,
     ) -> None:
         self.folder, self.config, self.model_config, self.shards = folder, config, model_config, shards
@@ -121,7 +121,7 @@ class Store:
         with raise_on_all_ranks():
             if self.ranks.is_first:
                 checkpoints.begin(self.folder, progress.step)
-        aside = checkpoints.aside_folder(self.folder, progress.step)
+        aside = checkpoints.temporary_folder(self.folder, progress.step)
         self._tensors, index = engine.snapshot(self._tensors)
         tensors = self._tensors | checkpoints.random_states(self.ranks.device)
         written = self._writer.submit(self._write, aside, tensors, index)
@@ -130,9 +130,9 @@ class Store:
             self.finish()
 
     def _write(self, aside: Path, tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, Any]:
-        """In the thread: this rank's file, and what its part adds to the fingerprints."""
+        """In the thread: this rank's file, and what its part adds to the checksums."""
         facts = checkpoints.write_rank(aside, self.ranks.rank, tensors, index)
-        return facts | {"fingerprints": fingerprints(tensors, index)}
+        return facts | {"checksums": checksums(tensors, index)}
 
     def finish(self) -> None:
         """Publishes what was begun, once all ranks have written it, and deletes what the rule does not keep.
@@ -147,12 +147,12 @@ class Store:
         with raise_on_all_ranks():
             written = pending.written.result()
         facts = [facts for facts in gather(written) if facts]
-        sums = add_up([fact.pop("fingerprints") for fact in facts])
+        sums = add_up([fact.pop("checksums") for fact in facts])
         files = {checkpoints.rank_file(rank): fact for rank, fact in enumerate(facts)}
         with raise_on_all_ranks():
             if self.ranks.is_first:
-                aside = checkpoints.aside_folder(self.folder, pending.progress.step)
-                checkpoints.publish(aside, self._record(pending.progress, pending.probe, files, sums))
+                aside = checkpoints.temporary_folder(self.folder, pending.progress.step)
+                checkpoints.commit(aside, self._record(pending.progress, pending.probe, files, sums))
                 checkpoints.retain(self.folder, self.config.checkpoint, pending.progress.step)
 
     def load(self, checkpoint: Checkpoint, engine: Engine) -> Progress:
@@ -168,7 +168,7 @@ class Store:
         engine.restore(reader, record.step)
         with raise_on_all_ranks():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
-        self._check_fingerprints(checkpoint, engine)
+        self._check_checksums(checkpoint, engine)
         losses = gather(probe_loss(engine, self.probe, record.probe_tokens))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
@@ -187,19 +187,19 @@ class Store:
             )
         return Progress(record.step, record.images)
 
-    def _check_fingerprints(self, checkpoint: Checkpoint, engine: Engine) -> None:
+    def _check_checksums(self, checkpoint: Checkpoint, engine: Engine) -> None:
         """Of what the engine holds now, whatever its topology. Raises ValueError on every rank if they differ."""
         stored = checkpoint.record.fingerprints
         if not stored:
             return
         self._tensors, index = engine.snapshot(self._tensors)
-        found = add_up(gather(fingerprints(self._tensors, index)))
+        found = add_up(gather(checksums(self._tensors, index)))
         odd = " and ".join(state for state in stored if found.get(state) != stored[state])
         if odd:
             raise reported_on_all_ranks(
                 ValueError(
                     f"{checkpoint.folder} was not restored as it was saved: {odd} of some parameter differs "
-                    f"(the fingerprints are not those of its manifest)."
+                    f"(the checksums are not those of its manifest)."
                 )
             )
 

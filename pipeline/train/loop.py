@@ -109,11 +109,11 @@ def run_loop(inputs: Inputs, session: Session) -> Progress:
     while progress.step < last and (save_owed or not signs.stopping):
         step, size = progress.step + 1, config.batch.size_at(progress.step + 1)
         watchdog.enter("reading", step)
-        tokens = barrier_with_errors(partial(clock.wait_for, partial(session.batches.at, progress.images, size)), ranks)
+        batch = barrier_with_errors(partial(clock.wait_for, partial(session.batches.at, progress.images, size)), ranks)
         watchdog.enter("training", step)
         profiler.before(step, bool(signs.profile))
         rate = learning_rate_at(step, config.optimizer.learning_rate, config.schedule)
-        result = engine.step(tokens, rate, step_filter.accept)
+        result = engine.step(batch, rate, step_filter.accept)
         step_filter.record(result)
         seconds, waited = clock.lap()
         signs = agree(session, ranks, waited)
@@ -208,7 +208,7 @@ def record_odd_step(
     inputs: Inputs, session: Session, position: int, size: int, row: dict[str, Any], reason: str
 ) -> None:
     """Writes the step and its pictures down. Raises Diverged if too many in a row were not applied."""
-    pictures = inputs.train_split.places(session.store.order.pictures(position, size))
+    pictures = inputs.train_split.places(session.store.order.image_numbers(position, size))
     facts = {"reason": reason, "positions": [position, position + size], "pictures": pictures}
     session.telemetry.odd_step(row | facts)
     if session.step_filter.exhausted:

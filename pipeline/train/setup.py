@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from data_prep.shards.reader import ShardSet, Split, open_shard_set
 from pipeline.checkpoint.metrics_log import last_steps
-from pipeline.checkpoint.probe import MaskedSplit, Pictures
+from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig, require_resolution
 from pipeline.distributed import Ranks, from_first, raise_on_all_ranks
@@ -59,9 +59,9 @@ class Inputs:
         return self.shards.split("valid")
 
     @cached_property
-    def held_out(self) -> Pictures:
+    def held_out(self) -> HeldOutImages:
         """The same as the engine reads them: some colours hidden, under the masked objective."""
-        return self.valid_split if self.masks is None else MaskedSplit(self.valid_split, self.masks)
+        return HeldOutImages(self.valid_split, self.masks)
 
     @cached_property
     def masks(self) -> Masks | None:

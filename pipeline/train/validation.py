@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.checkpoint.probe import PROBE_TOKENS, Pictures, probe_tokens
+from pipeline.checkpoint.probe import PROBE_TOKENS, HeldOutImages, probe_batch
 from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.train.engine.base import Engine
 
@@ -16,25 +16,24 @@ def spread(available: int, wanted: int) -> np.ndarray:
     return np.arange(count, dtype=np.int64) * available // count
 
 
-def validation_loss(engine: Engine, split: Pictures, images: int, ranks: Ranks) -> float:
+def validation_loss(engine: Engine, held_out: HeldOutImages, images: int, ranks: Ranks) -> float:
     """Mean nats per token over `images` pictures of the split; the same on all ranks.
 
     Ranks must run equally many forward passes (ZeRO-3 gathers weights in each), so a rank with fewer pictures
     repeats its last and leaves the repetition out of the sum.
     """
-    chosen = spread(split.images, images)
+    chosen = spread(held_out.images, images)
     own = np.array_split(chosen, engine.data_ranks)[engine.data_rank]
     share = -(-len(chosen) // engine.data_ranks)
     padded = np.concatenate([own, np.full(share - len(own), chosen[-1])])
     nats = [
-        engine.evaluate(split.gather(padded[start : start + CHUNK_IMAGES])[0])
-        for start in range(0, share, CHUNK_IMAGES)
+        engine.evaluate(held_out.batch(padded[start : start + CHUNK_IMAGES])) for start in range(0, share, CHUNK_IMAGES)
     ]
     # The stages of one data-parallel rank hold the same sum, so the mean over all ranks is that over these.
     total = torch.tensor([np.concatenate(nats)[: len(own)].sum()], dtype=torch.float64, device=ranks.device)
     return float(mean_over_ranks(total).item() * engine.data_ranks / len(chosen))
 
 
-def probe_loss(engine: Engine, split: Pictures, tokens: int | None = PROBE_TOKENS) -> float:
+def probe_loss(engine: Engine, held_out: HeldOutImages, tokens: int | None = PROBE_TOKENS) -> float:
     """Nats per token of the probe batch: the same on every rank and topology."""
-    return float(engine.evaluate(probe_tokens(split, tokens)).mean())
+    return float(engine.evaluate(probe_batch(held_out, tokens)).mean())

@@ -168,8 +168,8 @@ def checks() -> Iterator[str]:
         exact = model.double()(inputs).logits
         model.float()
         with torch.autocast(CUDA.type, torch.bfloat16):
-            bf16 = objectives.token_loss(model(inputs).logits, targets, 512)
-    loss = objectives.token_loss(exact, targets, 512)
+            bf16 = objectives.image_loss(model(inputs).logits, targets, 512).mean()
+    loss = objectives.image_loss(exact, targets, 512).mean()
     yield "| check | largest difference |\n|---|---|"
     yield f"| logits in fp32 from float64's | {(fp32 - exact).abs().max():.1e} of {exact.abs().max():.1f} |"
     yield f"| loss in bf16 from float64's, nats | {abs(bf16 - loss):.1e} of {loss:.4f} |"
@@ -196,10 +196,11 @@ def _wrong_colours(model: torch.nn.Module) -> int:
 
 
 def _curve(case: Case, ranks: "models.Ranks", steps: int = 20) -> list[float]:
+    from pipeline.model.masks import Batch
     from pipeline.train.engine.build import build_engine
 
     engine = build_engine(case.training(), case.config, ranks)
-    return [engine.step(case.tokens(), 1e-3).loss for _ in range(steps)]
+    return [engine.step(Batch(case.tokens()), 1e-3).loss for _ in range(steps)]
 
 
 def float8_l() -> Iterator[str]:
@@ -262,7 +263,7 @@ def _block_time(case: Case) -> BlockTime:
     )
     targets = torch.from_numpy(case.tokens().astype("int64")).to(CUDA)
     forward, both = _passes(lambda: block(states).sum())
-    head_forward, head_both = _passes(lambda: objectives.token_loss(head(states), targets, models.COLORS))
+    head_forward, head_both = _passes(lambda: objectives.image_loss(head(states), targets, models.COLORS).mean())
     weights = torch.randn(1 << (16 if TOY else 27), device=CUDA, requires_grad=True)
     weights.grad = torch.randn_like(weights)
     optimizer = torch.optim.AdamW([weights], fused=True)

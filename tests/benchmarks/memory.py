@@ -90,6 +90,7 @@ def _status(key: str) -> int:
 def measure(case: dict[str, Any]) -> None:
     """In a rank: prints the bytes that two steps took at their peak."""
     from pipeline.distributed import describe_ranks, start_group
+    from pipeline.model.masks import Batch
     from pipeline.train.engine.build import build_engine
 
     ranks = describe_ranks()
@@ -105,7 +106,7 @@ def measure(case: dict[str, Any]) -> None:
     draw = np.random.default_rng(ranks.rank // config.parallel.model_ranks)
     share = (config.batch.global_size // engine.data_ranks, model.n_positions)
     for _ in range(2):
-        engine.step(draw.integers(0, 512, share).astype(np.uint16), 1e-3)
+        engine.step(Batch(draw.integers(0, 512, share).astype(np.uint16)), 1e-3)
     print(f"BYTES {_status('VmHWM') - before}", flush=True)
     os._exit(0)
 

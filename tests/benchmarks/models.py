@@ -12,6 +12,7 @@ from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleCo
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.masks import Batch
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.deepspeed_config import new_optimizer
 from tests.benchmarks.turns import best
@@ -63,7 +64,7 @@ def our_step(case: Case, ranks: Ranks) -> Step:
     """A step through the engine, the update included; needs the process group."""
     engine = build_engine(case.training(), case.config, ranks)
     tokens = case.tokens()
-    return lambda: engine.step(tokens, 1e-4)
+    return lambda: engine.step(Batch(tokens), 1e-4)
 
 
 def plain_step(case: Case) -> Step:
@@ -75,7 +76,7 @@ def plain_step(case: Case) -> Step:
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         inputs, targets = objectives.next_color(tokens, COLORS)
-        return objectives.token_loss(model(inputs).logits, targets, COLORS)
+        return objectives.image_loss(model(inputs).logits, targets, COLORS).mean()
 
     return _plain(case, model, optimizer, loss)
 

@@ -1,7 +1,7 @@
-"""The order of the pictures (contract 3): a pure function of (seed, position), whatever the ranks and restarts.
+"""The order of the images (contract 3): a pure function of (seed, position), whatever the ranks and restarts.
 
-Position p is the p-th picture that the run trains on. It lies in epoch p // N of the split's N pictures. An epoch
-permutes the records, groups them into windows, and permutes the pictures inside each window, so that reads stay
+Position p is the p-th image that the run trains on. It lies in epoch p // N of the split's N images. An epoch
+permutes the records, groups them into windows, and permutes the images inside each window, so that reads stay
 local. The whole state of the loader is the position, "images seen".
 """
 
@@ -15,16 +15,17 @@ import numpy as np
 from data_prep.common.seeding import generator
 from data_prep.shards.reader import Split
 from pipeline.model.augmentation import Augmentation, Changes
+from pipeline.model.masks import Batch
 
 WINDOW_RECORDS = 64
-"""Records that are mixed with each other: up to 16,384 pictures."""
+"""Records that are mixed with each other: up to 16,384 images."""
 FINGERPRINT_IMAGES = 64
 STREAMED = "streamed/"
 """Begins the fingerprint of a stream's order, before the number of its ranks."""
 
 
 class Order(Protocol):
-    """Which pictures a run reads when; what the run's checkpoints must agree with."""
+    """Which images a run reads when; what the run's checkpoints must agree with."""
 
     def fingerprint(self, position: int) -> str:
         """Tells this order from others, from a position on."""
@@ -34,16 +35,16 @@ class Order(Protocol):
         """What to say of a run with another fingerprint that can go on all the same; None if it can't."""
         ...
 
-    def pictures(self, position: int, count: int) -> list[int]:
-        """The numbers in file order of the pictures at positions [position, position + count), as far as known."""
+    def image_numbers(self, position: int, count: int) -> list[int]:
+        """The numbers in file order of the images at positions [position, position + count), as far as known."""
         ...
 
 
 class Batches(Protocol):
     """A data-parallel rank's share of each batch."""
 
-    def at(self, position: int, global_size: int) -> np.ndarray:
-        """This rank's share of the global batch that starts at `position`: uint16 (global_size / ranks, T)."""
+    def at(self, position: int, global_size: int) -> Batch:
+        """This rank's share of the global batch that starts at `position`: global_size / ranks images."""
         ...
 
     def close(self) -> None:
@@ -52,10 +53,10 @@ class Batches(Protocol):
 
 
 class ImageOrder:
-    """Which picture stands at which position of an endless stream of shuffled epochs."""
+    """Which image stands at which position of an endless stream of shuffled epochs."""
 
     def __init__(self, record_images: np.ndarray, seed: int, augmentation: Augmentation | None = None) -> None:
-        """record_images: pictures of each record, in file order. augmentation: none, when left out."""
+        """record_images: images of each record, in file order. augmentation: none, when left out."""
         self._record_images = record_images.astype(np.int64)
         self._first_image = np.concatenate([[0], np.cumsum(self._record_images)])
         self._seed = seed
@@ -65,7 +66,7 @@ class ImageOrder:
         self._window = lru_cache(maxsize=3)(self._new_window)
 
     def at(self, position: int, count: int) -> tuple[np.ndarray, Changes]:
-        """Pictures at positions [position, position + count): indices in file order int64, and their changes."""
+        """Images at positions [position, position + count): indices in file order int64, and their changes."""
         indices, changes = [], []
         while count:
             epoch, place = divmod(position, self.images)
@@ -80,11 +81,11 @@ class ImageOrder:
         return np.concatenate(indices), Changes.join(changes)
 
     def fingerprint(self, position: int) -> str:
-        """Digest of the next few pictures; a change of the generator's algorithm would change it."""
+        """Digest of the next few images; a change of the generator's algorithm would change it."""
         indices, changes = self.at(position, FINGERPRINT_IMAGES)
         return hashlib.sha256(indices.tobytes() + self.augmentation.bytes_of(changes)).hexdigest()[:16]
 
-    def pictures(self, position: int, count: int) -> list[int]:
+    def image_numbers(self, position: int, count: int) -> list[int]:
         """Their numbers in file order."""
         return [int(number) for number in self.at(position, count)[0]]
 
@@ -93,7 +94,7 @@ class ImageOrder:
         if not recorded.startswith(STREAMED):
             return None
         return (
-            "the run was streamed so far and is read by index now; from here to the end of the epoch some pictures "
+            "the run was streamed so far and is read by index now; from here to the end of the epoch some images "
             "are read again and others left out"
         )
 
@@ -104,7 +105,7 @@ class ImageOrder:
         return records, np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
 
     def _new_window(self, epoch: int, window: int) -> tuple[np.ndarray, Changes]:
-        """Shuffled pictures of one window, and what is done to them."""
+        """Shuffled images of one window, and what is done to them."""
         records = self._epoch(epoch)[0][window * WINDOW_RECORDS : (window + 1) * WINDOW_RECORDS]
         images = np.concatenate([np.arange(self._first_image[r], self._first_image[r + 1]) for r in records])
         draw = generator(self._seed, "window", epoch, window)
@@ -119,25 +120,23 @@ class TrainingBatches:
         self._split, self._resolution, self._order = split, resolution, order
         self._rank, self._ranks = rank, ranks
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._ahead: tuple[tuple[int, int], Future[np.ndarray]] | None = None
+        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
 
-    def at(self, position: int, global_size: int) -> np.ndarray:
-        """This rank's share of the global batch that starts at `position`: uint16 (global_size / ranks, T)."""
+    def at(self, position: int, global_size: int) -> Batch:
+        """This rank's share of the global batch that starts at `position`: global_size / ranks images."""
         wanted = (position, global_size)
-        if self._ahead is not None and self._ahead[0] == wanted:
-            tokens = self._ahead[1].result()
-        else:
-            tokens = self._read(*wanted)
+        is_ahead = self._ahead is not None and self._ahead[0] == wanted
+        batch = self._ahead[1].result() if self._ahead and is_ahead else self._read(*wanted)
         following = (position + global_size, global_size)
         self._ahead = (following, self._reader.submit(self._read, *following))
-        return tokens
+        return batch
 
     def close(self) -> None:
         """Ends the reading thread."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, position: int, global_size: int) -> np.ndarray:
+    def _read(self, position: int, global_size: int) -> Batch:
         share = global_size // self._ranks
         indices, changes = self._order.at(position + self._rank * share, share)
         tokens, _ = self._split.gather(indices)
-        return self._order.augmentation.apply(tokens, changes, self._resolution)
+        return Batch(self._order.augmentation.apply(tokens, changes, self._resolution))

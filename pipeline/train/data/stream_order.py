@@ -1,9 +1,9 @@
-"""The order of pictures that are streamed: a pure function of (seed, position, data-parallel ranks).
+"""The order of images that are streamed: a pure function of (seed, position, data-parallel ranks).
 
 An epoch permutes the shards and reads them one after the other, records as they lie in the file. Rank r of D has the
-pictures from r * N // D to (r + 1) * N // D of that sequence of N; the cuts fall between pictures, so each is read by
+images from r * N // D to (r + 1) * N // D of that sequence of N; the cuts fall between images, so each is read by
 one rank, whatever the numbers of shards and ranks. A rank reads its part in windows of records and shuffles the
-pictures of a window; at the end of its part it goes on with its part of the next epoch, so it always has a next batch.
+images of a window; at the end of its part it goes on with its part of the next epoch, so it always has a next batch.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class Part:
     records: np.ndarray
     """Numbers in file order."""
     first_rows: np.ndarray
-    """The first picture that is this rank's; not 0 only where the part begins inside a record."""
+    """The first image that is this rank's; not 0 only where the part begins inside a record."""
     stop_rows: np.ndarray
     """One past the last."""
 
@@ -36,7 +36,7 @@ class Part:
 
     @property
     def images(self) -> int:
-        """Pictures of all its records together."""
+        """Images of all its records together."""
         return int((self.stop_rows - self.first_rows).sum())
 
 
@@ -46,13 +46,13 @@ class Window:
 
     part: Part
     shuffled: np.ndarray
-    """int64 (n,): the pictures in the order they are trained on, by their place in the order they are read."""
+    """int64 (n,): the images in the order they are trained on, by their place in the order they are read."""
     changes: Changes
-    """What is done to the pictures, in the order they are trained on."""
+    """What is done to the images, in the order they are trained on."""
 
 
 class StreamOrder:
-    """Which pictures each rank of a streamed run reads when."""
+    """Which images each rank of a streamed run reads when."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class StreamOrder:
         ranks: int,
         augmentation: Augmentation | None = None,
     ) -> None:
-        """shards: pictures of each record, for each shard. ranks: D, at most as many as there are pictures."""
+        """shards: images of each record, for each shard. ranks: D, at most as many as there are images."""
         self._shards = [np.asarray(records, np.int64) for records in shards]
         self._record_images = np.concatenate(self._shards)
         self._first_image = np.concatenate([[0], np.cumsum(self._record_images)])
@@ -75,7 +75,7 @@ class StreamOrder:
         self.window = lru_cache(maxsize=3)(self._new_window)
 
     def place(self, rank: int, position: int) -> tuple[int, int, int]:
-        """Epoch, window and place in the window of the picture that a rank reads after `position` others."""
+        """Epoch, window and place in the window of the image that a rank reads after `position` others."""
         epoch, place = divmod(position, self._stop(rank) - self._stop(rank - 1))
         starts = self._window_starts(self.part(rank, epoch))
         window = int(np.searchsorted(starts, place, side="right")) - 1
@@ -87,7 +87,7 @@ class StreamOrder:
         return (epoch, window + 1) if more else (epoch + 1, 0)
 
     def at(self, rank: int, position: int, count: int) -> tuple[np.ndarray, Changes]:
-        """The `count` pictures that a rank reads after `position` others: indices in file order int64, and changes."""
+        """The `count` images that a rank reads after `position` others: indices in file order int64, and changes."""
         indices, changes = [], []
         while count:
             epoch, number, offset = self.place(rank, position)
@@ -98,14 +98,14 @@ class StreamOrder:
             position, count = position + len(indices[-1]), count - len(indices[-1])
         return np.concatenate(indices), Changes.join(changes)
 
-    def pictures(self, position: int, count: int) -> list[int]:
-        """Those that all ranks read, one rank's after the other's; position and count: pictures of all ranks."""
+    def image_numbers(self, position: int, count: int) -> list[int]:
+        """Those that all ranks read, one rank's after the other's; position and count: images of all ranks."""
         share = count // self.ranks
         read = [self.at(rank, position // self.ranks, share)[0] for rank in range(self.ranks)]
         return [int(number) for number in np.concatenate(read)]
 
     def fingerprint(self, position: int) -> str:
-        """The ranks, and a digest of what the first and the last of them read next; position: pictures of all ranks."""
+        """The ranks, and a digest of what the first and the last of them read next; position: images of all ranks."""
         digest = hashlib.sha256()
         for rank in (0, self.ranks - 1):
             indices, changes = self.at(rank, position // self.ranks, FINGERPRINT_IMAGES)
@@ -114,7 +114,7 @@ class StreamOrder:
 
     def moved_from(self, recorded: str, position: int) -> str | None:
         """What to say of a run with another fingerprint that can go on; None if it can't."""
-        what = "from here to the end of the epoch some pictures are read again and others left out"
+        what = "from here to the end of the epoch some images are read again and others left out"
         if not recorded.startswith(STREAMED):
             return f"the run was read by index so far and is streamed now; {what}"
         ranks = int(recorded.removeprefix(STREAMED).partition("/")[0])
@@ -124,7 +124,7 @@ class StreamOrder:
         return f"the run was streamed to {ranks} data-parallel ranks so far and is to {self.ranks} now; {what}"
 
     def _stop(self, rank: int) -> int:
-        """One past the rank's last picture in the sequence of an epoch."""
+        """One past the rank's last image in the sequence of an epoch."""
         return (rank + 1) * self.images // self.ranks
 
     def _new_part(self, rank: int, epoch: int) -> Part:
@@ -151,7 +151,7 @@ class StreamOrder:
         return Window(part, shuffled, self.augmentation.draw(draw, part.images))
 
     def _indices(self, part: Part) -> np.ndarray:
-        """The pictures of some records by their number in file order, in the order they are read."""
+        """The images of some records by their number in file order, in the order they are read."""
         starts = self._first_image[part.records]
         ranges = zip(starts + part.first_rows, starts + part.stop_rows, strict=True)
         return np.concatenate([np.arange(first, stop) for first, stop in ranges])

@@ -15,14 +15,15 @@ import numpy as np
 from data_prep.shards.format import LABELS_DTYPE, MANIFEST, PIXELS_DTYPE, TAR_BLOCK, record_crc32
 from data_prep.shards.reader import Split
 from data_prep.shards.remote import address_of, open_remote
+from pipeline.model.masks import Batch
 from pipeline.train.data.batches import WINDOW_RECORDS
 from pipeline.train.data.stream_order import StreamOrder
 
 GUARANTEES = f"""\
   train is streamed, which guarantees less than a local shard set read by index:
     the order depends on the number of data-parallel ranks: with another number a run goes on at the same count of
-      pictures, but reads some of that epoch again and leaves out others;
-    pictures are shuffled with those of {WINDOW_RECORDS} records that lie side by side in shards of random order;
+      images, but reads some of that epoch again and leaves out others;
+    images are shuffled with those of {WINDOW_RECORDS} records that lie side by side in shards of random order;
     shards are not verified before the first step, but each record by its checksum as it is read."""
 Key = tuple[int, int]
 """Epoch, and window of the rank's part of it."""
@@ -46,11 +47,11 @@ class StreamedBatches:
         self._next_of_records: Key | None = None
         self._closing = Event()
 
-    def at(self, position: int, global_size: int) -> np.ndarray:
-        """This rank's share of the batch that starts when all ranks have read `position`: uint16 (B, T).
+    def at(self, position: int, global_size: int) -> Batch:
+        """This rank's share of the batch that starts when all ranks have read `position`.
 
         A pure function of (seed, position, ranks); another global_size at some step goes on with each rank's next
-        pictures, as its place is position / ranks. Raises ValueError or OSError naming what could not be read.
+        images, as its place is position / ranks. Raises ValueError or OSError naming what could not be read.
         """
         place, wanted = position // self._order.ranks, global_size // self._order.ranks
         batch = []
@@ -59,10 +60,10 @@ class StreamedBatches:
             tokens = self._window((epoch, number))
             window = self._order.window(self._rank, epoch, number)
             chosen = slice(offset, min(offset + wanted, len(window.shuffled)))
-            pictures = tokens[window.shuffled[chosen]]
-            batch.append(self._order.augmentation.apply(pictures, window.changes[chosen], self._resolution))
-            place, wanted = place + len(pictures), wanted - len(pictures)
-        return np.concatenate(batch)
+            images = tokens[window.shuffled[chosen]]
+            batch.append(self._order.augmentation.apply(images, window.changes[chosen], self._resolution))
+            place, wanted = place + len(images), wanted - len(images)
+        return Batch(np.concatenate(batch))
 
     def close(self) -> None:
         """Ends the reading thread at its next record, without waiting for a connection that may hang."""

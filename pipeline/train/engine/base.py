@@ -1,23 +1,15 @@
-"""The one interface between the loop and DeepSpeed (contract 6), and the one place that configures DeepSpeed."""
+"""What the training loop knows of an engine: one interface, whatever spreads the model over the ranks."""
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite, nan
-from time import perf_counter
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from pipeline.checkpoint.fragments import FragmentReader, Tensors
-from pipeline.train.engine import offload
-
-ADAM_EPSILON = 1e-8
-DIGEST_PIECE = 1 << 24
-
+from pipeline.model.masks import Batch
 
 NOT_FINITE = "not finite"
 """The reason of a step whose loss or gradient norm is NaN or Inf."""
@@ -64,20 +56,23 @@ class Engine(ABC):
     """A model spread over ranks, with its optimizer."""
 
     data_rank: int
-    """This process's place among the data-parallel ranks."""
+    """This process's number among the data-parallel ranks."""
     data_ranks: int
-    """How many ranks read different pictures."""
+    """How many ranks read different images."""
     work: str
     """Ranks with the same `work` compute the same part of the model."""
-    _timer: "ForwardTimer"
 
     @abstractmethod
-    def step(self, tokens: np.ndarray, rate: float, accept: Accept = accept_finite) -> StepResult:
-        """One optimizer step on this rank's share of the global batch, uint16 (share, T); the update if accepted."""
+    def step(self, batch: Batch, learning_rate: float, accept: Accept = accept_finite) -> StepResult:
+        """One optimizer step on this rank's share of the global batch; the update if accepted."""
 
     @abstractmethod
-    def evaluate(self, tokens: np.ndarray) -> np.ndarray:
-        """Nats per token of each picture, float64 (B,), for uint16 (B, T); every rank calls it with the same B."""
+    def evaluate(self, batch: Batch) -> np.ndarray:
+        """Nats per token of each image, float64 (B,); every rank calls it with the same number of images B."""
+
+    @abstractmethod
+    def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
+        """Draws the lower halves of uint16 (B, T) anew: uint16 (B, samples, T), the same on every rank."""
 
     @abstractmethod
     def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
@@ -88,90 +83,19 @@ class Engine(ABC):
 
     @abstractmethod
     def restore(self, reader: FragmentReader, steps: int) -> None:
-        """Takes weights, moments and step count from a checkpoint of any topology."""
+        """Takes weights, moments and step count from a checkpoint of any topology.
+
+        Raises ValueError on every rank if the checkpoint's parameters are not the model's.
+        """
 
     @abstractmethod
-    def digests(self) -> dict[str, str]:
+    def checksums(self) -> dict[str, str]:
         """Of the weights that the forward pass reads, by what other ranks may hold too: equal names, equal weights."""
 
+    @abstractmethod
     def forward_seconds(self) -> float:
         """Seconds that this rank spent in forward passes since it was last asked."""
-        return self._timer.read()
-
-    def close(self) -> None:
-        """Takes away what the engine put on disks for its own use."""
-        offload.clear_own_folder()
 
     @abstractmethod
-    def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
-        """Draws the lower halves of uint16 (B, T) anew: uint16 (B, samples, T), the same on every rank."""
-
-
-class ConditionalStep:
-    """Replaces the optimizer's `step`: the update is made only if `accept` says so, once the gradient is known."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, observe: Callable[[], tuple[float, float]]) -> None:
-        """observe: the loss and gradient norm of the step, called when all gradients are there."""
-        self._optimizer, self._observe, self._update = optimizer, observe, optimizer.step
-        self._accept: Accept | None = None
-        self._decision: StepDecision | None = None
-        self._seen = (nan, nan)
-        optimizer.step = self._step  # type: ignore[assignment,method-assign]
-
-    def begin(self, accept: Accept) -> None:
-        """Before each step; until the first, DeepSpeed's own set-up passes."""
-        self._accept, self._decision, self._seen = accept, None, (nan, nan)
-
-    def result(self, loss: float) -> StepResult:
-        """Of the last step. Where DeepSpeed refused a non-finite gradient itself, it never asked for the update."""
-        norm = self._seen[1]
-        apply, reason = self._decision or StepDecision(False, NOT_FINITE)
-        return StepResult(loss, norm if norm >= 0 else nan, apply, reason)
-
-    def _step(self) -> None:
-        """Called once for each of DeepSpeed's parameter groups."""
-        if self._accept is not None and self._decision is None:
-            self._seen = self._observe()
-            self._decision = self._accept(*self._seen)
-        if self._decision is None or self._decision.apply:
-            self._update()
-
-
-class ForwardTimer:
-    """Counts the time of a module's forward passes: by events on an accelerator, which is not waited for."""
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._cuda, self._seconds, self._began = device.type == "cuda", 0.0, 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        module.register_forward_pre_hook(self._begin)
-        module.register_forward_hook(self._end)
-
-    def read(self) -> float:
-        """Seconds since it was last read; on an accelerator the last pass must have ended."""
-        seconds = self._seconds + sum(first.elapsed_time(last) / 1000 for first, last in self._events)
-        self._seconds, self._events = 0.0, []
-        return seconds
-
-    def _begin(self, *_: Any) -> None:
-        if self._cuda:
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._events.append(pair)
-            pair[0].record()
-        else:
-            self._began = perf_counter()
-
-    def _end(self, *_: Any) -> None:
-        if self._cuda:
-            self._events[-1][1].record()
-        else:
-            self._seconds += perf_counter() - self._began
-
-
-def weights_digest(parameters: Iterable[torch.Tensor]) -> str:
-    """Of the bits of tensors, in order: their sums, taken where they lie, so that any one changed bit shows."""
-    kinds = {2: torch.int16, 4: torch.int32}
-    sums = []
-    for parameter in parameters:
-        pieces = parameter.detach().view(kinds[parameter.element_size()]).flatten().split(DIGEST_PIECE)
-        sums.append(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())
-    return hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
+    def close(self) -> None:
+        """Deletes what the engine put on disks for its own use."""

@@ -13,9 +13,9 @@ def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks, in
     initial: False leaves the weights as the memory is, for a checkpoint to fill.
     """
     if config.parallel.pipeline_stages > 1:
-        from pipeline.train.engine.pipeline import StagesEngine
+        from pipeline.train.engine.pipeline import PipelineEngine
 
-        return StagesEngine(config, model_config, ranks, initial)
+        return PipelineEngine(config, model_config, ranks, initial)
     from pipeline.train.engine.zero import ZeroEngine
 
     return ZeroEngine(config, model_config, ranks, initial)

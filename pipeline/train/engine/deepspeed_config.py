@@ -1,16 +1,26 @@
 """DeepSpeed's configuration and optimizer for a run."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from pipeline.config import TrainConfig
+from pipeline.config import ParallelConfig, TrainConfig
 from pipeline.distributed import Ranks
-from pipeline.train.engine import offload, tensor_parallel
-from pipeline.train.engine.base import ADAM_EPSILON
+from pipeline.train.engine import offload
+from pipeline.train.engine.deepspeed_internals import full_shape, new_cpu_adam
+
+ADAM_EPSILON = 1e-8
+OFFLOADED = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+"""Sections of `zero_optimization`, by parallel.offload."""
+MATRICES_CUT = [
+    {"patterns": [r".*attn\.c_attn\.weight$"], "partition_type": "column", "shape": [3, -1], "partition_dim": 0},
+    {"patterns": [r".*mlp\.c_fc\.weight$"], "partition_type": "column"},
+    {"patterns": [r".*c_proj\.weight$"], "partition_type": "row"},
+]
+"""AutoTP's names for what tensor_parallel.CUTS says."""
 
 
 def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
@@ -28,11 +38,14 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
             "overlap_comm": ranks.device.type == "cuda",
         },
     }
-    settings["zero_optimization"] |= offload.settings(config.parallel, pinned=ranks.device.type == "cuda")
+    settings["zero_optimization"] |= _offload_settings(config.parallel, pinned=ranks.device.type == "cuda")
     if config.parallel.tensor_parallel > 1:
-        # DeepSpeed would check the batch against all ranks, before it knows which of them read the same pictures.
+        # DeepSpeed would check the batch against all ranks, before it knows which of them read the same images.
         del settings["train_batch_size"]
-        settings["tensor_parallel"] = tensor_parallel.settings(config.parallel.tensor_parallel)
+        settings["tensor_parallel"] = {
+            "autotp_size": config.parallel.tensor_parallel,
+            "partition_config": {"use_default_specs": False, "layer_specs": MATRICES_CUT},
+        }
     if config.parallel.zero_stage > 0:
         settings["gradient_clipping"] = config.optimizer.clip_norm
     if config.precision == "bf16" and config.parallel.zero_stage == 0:
@@ -43,6 +56,15 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings
+
+
+def _offload_settings(parallel: ParallelConfig, pinned: bool) -> dict[str, dict[str, Any]]:
+    """ZeRO-Offload (to the host's memory) and ZeRO-Infinity (to NVMe): what is offloaded, and where to."""
+    target: dict[str, Any] = {"device": "cpu", "pin_memory": pinned}
+    if parallel.nvme_path is not None:
+        folder = offload.new_folder(Path(parallel.nvme_path))
+        target = {"device": "nvme", "nvme_path": str(folder), "pin_memory": pinned}
+    return {section: dict(target) for section in OFFLOADED[parallel.offload]}
 
 
 def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> Any:
@@ -57,7 +79,8 @@ def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parame
         {"params": spared, "weight_decay": 0.0},
     ]
     if config.parallel.offload != "none":
-        return offload.new_cpu_adam(groups, config.optimizer, ADAM_EPSILON)
+        offload.find_own_ninja()
+        return new_cpu_adam(groups, config.optimizer.learning_rate, config.optimizer.betas, ADAM_EPSILON)
     return torch.optim.AdamW(
         groups,
         lr=config.optimizer.learning_rate,
@@ -65,17 +88,3 @@ def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parame
         eps=ADAM_EPSILON,
         fused=True,
     )
-
-
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape before ZeRO-3 cut it over the ranks."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def to_device(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint16 on the host to int64 on the device; widened there, so that two bytes a token are copied, and not waited
-    for on an accelerator."""
-    narrow = torch.from_numpy(np.ascontiguousarray(tokens))
-    if device.type == "cuda":
-        narrow = narrow.pin_memory()
-    return narrow.to(device, non_blocking=True).long()

@@ -22,7 +22,7 @@ from pipeline.config import TrainConfig
 # One scale a tensor. torchao publishes both recipes' gains over bf16 for one GPT, Llama 3 8B on eight H100: 25% with
 # this one, 10% with a scale a row ("rowwise"), of which its own filter expects nothing where a product has no more than
 # 2048 outputs, as half of those of size L; nor has every Blackwell a kernel for it (pytorch issue 192707). Rowwise
-# rounds finer, and was run on 2,000 accelerators. Its other merit, that no picture's scale depends on those beside it,
+# rounds finer, and was run on 2,000 accelerators. Its other merit, that no image's scale depends on those beside it,
 # is had here by evaluating in bf16.
 RECIPE = "tensorwise"
 CAPABILITY = (8, 9)

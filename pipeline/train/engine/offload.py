@@ -1,4 +1,4 @@
-"""Optimizer state, or weights too, in the host's memory or on NVMe: DeepSpeed's ZeRO-Offload and ZeRO-Infinity.
+"""What offloading needs of a machine: compilers, and on NVMe a folder of each process.
 
 DeepSpeed compiles its Adam for the host, and what reads and writes NVMe, on the machine that runs them.
 """
@@ -9,29 +9,17 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from pipeline.config import OptimizerConfig, ParallelConfig
+from pipeline.config import ParallelConfig
 
-FAR_AWAY = 1 << 40
-"""A step that no run comes to."""
-SECTIONS = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
-"""Of DeepSpeed's `zero_optimization`."""
 FOLDER = "image-gpt-rank-"
 LOCK = "lock"
 _own_folder: tuple[Path, TextIO] | None = None
 """This process's on NVMe, and its lock."""
 
 
-def settings(parallel: ParallelConfig, pinned: bool) -> dict[str, dict[str, Any]]:
-    """The sections of DeepSpeed's `zero_optimization` that say what is offloaded, and where to."""
-    place: dict[str, Any] = {"device": "cpu", "pin_memory": pinned}
-    if parallel.nvme_path is not None:
-        place = {"device": "nvme", "nvme_path": str(_new_folder(Path(parallel.nvme_path))), "pin_memory": pinned}
-    return {section: dict(place) for section in SECTIONS[parallel.offload]}
-
-
-def _new_folder(nvme: Path) -> Path:
+def new_folder(nvme: Path) -> Path:
     """A folder of this process alone: DeepSpeed names its files by rank, so that two runs would share them.
 
     Takes away those that a killed process left.
@@ -71,7 +59,7 @@ def check_compilers(parallel: ParallelConfig) -> None:
     what = parallel.offload
     if what == "none":
         return
-    _find_own_ninja()
+    find_own_ninja()
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         raise ValueError(
@@ -116,27 +104,7 @@ def _takes_direct_writes(folder: Path) -> bool:
     return True
 
 
-def new_cpu_adam(groups: list[dict[str, Any]], settings: OptimizerConfig, epsilon: float) -> Any:
-    """DeepSpeed's vectorised Adam with decoupled weight decay; compiled at its first use, in about a minute."""
-    import torch
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    class HistoryFreeAdam(DeepSpeedCPUAdam):
-        """DeepSpeed's multiplies the powers of its betas up from step to step, and computes them where a step does not
-        follow the last: a resumed run would round otherwise. A step far away before each makes it compute them."""
-
-        def step(self, closure: None = None) -> None:
-            nothing = [torch.zeros(1) for _ in range(4)]
-            group = self.param_groups[0]
-            moments = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
-            self.ds_opt_adam.adam_update(self.opt_id, FAR_AWAY, *moments, *nothing)
-            super().step(closure)
-
-    _find_own_ninja()
-    return HistoryFreeAdam(groups, lr=settings.learning_rate, betas=settings.betas, eps=epsilon, adamw_mode=True)
-
-
-def _find_own_ninja() -> None:
+def find_own_ninja() -> None:
     """Puts the environment's programs on PATH, ninja among them: it need not be activated."""
     own = str(Path(sys.executable).parent)
     if own not in os.environ.get("PATH", "").split(os.pathsep):

@@ -5,7 +5,6 @@ the two c_proj by input. Everything else is held whole by every rank.
 """
 
 import re
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,16 +20,6 @@ CUTS = {  # dimension of a Linear's weight or bias, and how many matrices lie en
     r"mlp\.c_fc\.(weight|bias)$": (0, 1),
     r"(attn|mlp)\.c_proj\.weight$": (1, 1),
 }
-
-
-def settings(size: int) -> dict[str, Any]:
-    """DeepSpeed's `tensor_parallel` section for `size` ranks that share the matrices."""
-    specs = [
-        {"patterns": [r".*attn\.c_attn\.weight$"], "partition_type": "column", "shape": [3, -1], "partition_dim": 0},
-        {"patterns": [r".*mlp\.c_fc\.weight$"], "partition_type": "column"},
-        {"patterns": [r".*c_proj\.weight$"], "partition_type": "row"},
-    ]
-    return {"autotp_size": size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
 
 
 def prepare(model: GPT2LMHeadModel, size: int) -> None:

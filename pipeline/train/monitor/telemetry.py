@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import wraps
 from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ import torch
 from data_prep.common.files import atomic_write
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, drop_rows_after, to_line
 from pipeline.distributed import raise_on_all_ranks
+
+T = TypeVar("T")
 
 SAMPLES_FOLDER = "samples"
 CONSOLE_SECONDS = 5.0
@@ -174,12 +176,12 @@ class StepClock:
         self._start = time.perf_counter()
         self._waited = 0.0
 
-    def wait_for(self, read: Callable[[], np.ndarray]) -> np.ndarray:
+    def wait_for(self, read: Callable[[], T]) -> T:
         """Runs `read` and counts its time as waiting."""
         start = time.perf_counter()
-        tokens = read()
+        result = read()
         self._waited = time.perf_counter() - start
-        return tokens
+        return result
 
     def lap(self) -> tuple[float, float]:
         """Seconds since the last lap, and those of them spent waiting."""

@@ -89,7 +89,7 @@ def test_without_a_whole_checkpoint_the_run_does_not_start_from_scratch(run_at_3
 def test_what_was_changed_and_signed_again_is_found(
     run_at_30: Runner, state: str, fingerprinted: bool, message: str
 ) -> None:
-    """By the fingerprints, and weights by the probe too."""
+    """By the checksums, and weights by the probe too."""
     folder = run_at_30.folder / "run/checkpoints/step-00000030"
     path, manifest = folder / "rank-00000.safetensors", json.loads((folder / "checkpoint.json").read_text())
     metadata = header(path)

@@ -1,4 +1,4 @@
-"""What a load is proven by: fingerprints that no layout changes, and a probe batch that is part of a picture."""
+"""What a load is proven by: checksums that no layout changes, and a probe batch that is part of a picture."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint.checksums import add_up, fingerprints
+from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.fragments import STATES, Fragment, Part
-from pipeline.checkpoint.probe import PROBE_TOKENS, probe_tokens
-from pipeline.model.objectives import HIDDEN
+from pipeline.checkpoint.probe import PROBE_TOKENS, HeldOutImages, probe_batch
+from pipeline.model.masks import Batch
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.engine.test_topologies import FP32_TOLERANCE
@@ -26,7 +26,7 @@ def whole() -> Whole:
 
 
 def of_ranks(whole: Whole, ranks: list[list[Fragment]]) -> dict[str, str]:
-    """The fingerprints of a state that ranks share so."""
+    """The checksums of a state that ranks share so."""
     parts = []
     for fragments in ranks:
         tensors, index = {}, []
@@ -39,7 +39,7 @@ def of_ranks(whole: Whole, ranks: list[list[Fragment]]) -> dict[str, str]:
             part = vars(fragment.part) if fragment.part else None
             entry = {"name": fragment.name, "shape": fragment.shape, "start": fragment.start}
             index.append(entry | {"length": fragment.length, "part": part})
-        parts.append(fingerprints(tensors, index))
+        parts.append(checksums(tensors, index))
     return add_up(parts)
 
 
@@ -74,7 +74,7 @@ def by_hand(whole: Whole, state: str) -> int:
     return total % (1 << 64)
 
 
-def test_fingerprints_are_the_same_on_any_layout(whole: Whole) -> None:
+def test_checksums_are_the_same_on_any_layout(whole: Whole) -> None:
     expected = {state: f"{by_hand(whole, state):016x}" for state in STATES}
     names = list(SHAPES)
     for ranks in (1, 2, 3, 7):
@@ -111,28 +111,26 @@ def test_a_changed_an_exchanged_and_a_lost_element_show(whole: Whole) -> None:
     assert differ(norms) == {"weight", "exp_avg"}
 
 
-class OnePicture:
-    """Held-out pictures, of which the first has these tokens."""
+class OneImage(HeldOutImages):
+    """Held-out images, of which the first is this batch."""
 
-    images = 3
+    def __init__(self, image: Batch) -> None:
+        self.image = image
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        assert indices.tolist() == [0]
-        return self.tokens[None], np.zeros(1, np.int32)
+    def batch(self, numbers: np.ndarray) -> Batch:
+        assert numbers.tolist() == [0]
+        return self.image
 
 
 def test_the_probe_predicts_something() -> None:
-    picture = np.arange(256, dtype=np.uint16)
-    assert probe_tokens(OnePicture(picture)).tolist() == [picture[:PROBE_TOKENS].tolist()]
-    assert probe_tokens(OnePicture(picture), None).tolist() == [picture.tolist()]
-    picture[3] += HIDDEN
-    assert probe_tokens(OnePicture(picture)).shape == (1, PROBE_TOKENS)
-    picture[3] -= HIDDEN
-    picture[200] += HIDDEN
-    assert probe_tokens(OnePicture(picture)).shape == (1, 256)
+    tokens = np.arange(256, dtype=np.uint16)[None]
+    assert probe_batch(OneImage(Batch(tokens))).tokens.tolist() == tokens[:, :PROBE_TOKENS].tolist()
+    assert probe_batch(OneImage(Batch(tokens)), None).tokens.tolist() == tokens.tolist()
+    for pixel, length in [(3, PROBE_TOKENS), (200, 256)]:
+        masked = np.arange(256)[None] == pixel
+        probe = probe_batch(OneImage(Batch(tokens, masked)))
+        assert probe.tokens.shape == (1, length)
+        assert probe.masked is not None and probe.masked.tolist() == masked[:, :length].tolist()
 
 
 @pytest.fixture(scope="module")

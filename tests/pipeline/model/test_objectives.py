@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.model.objectives import IGNORED, joint_loss, next_color, per_token_loss, softened_loss, token_loss
+from pipeline.model.objectives import (
+    IGNORED,
+    image_loss,
+    inputs_and_targets,
+    joint_loss,
+    next_color,
+    per_token_loss,
+    softened_loss,
+)
 
 
 def test_next_color_shifts_by_one_behind_sos():
@@ -23,15 +31,24 @@ def test_losses_are_nats_of_the_colors():
     chosen = np.take_along_axis(scores / scores.sum(-1, keepdims=True), targets[..., None], -1)[..., 0]
     each = per_token_loss(torch.tensor(logits), torch.tensor(targets), 6)
     np.testing.assert_allclose(each.numpy(), -np.log(chosen), rtol=1e-5)
-    mean = token_loss(torch.tensor(logits), torch.tensor(targets), 6)
-    np.testing.assert_allclose(mean.item(), -np.log(chosen).mean(), rtol=1e-5)
+    images = image_loss(torch.tensor(logits), torch.tensor(targets), 6)
+    np.testing.assert_allclose(images.numpy(), -np.log(chosen).mean(1), rtol=1e-5)
+
+
+def test_masked_pixels_alone_are_predicted_and_hidden():
+    tokens = torch.tensor([[3, 1, 4], [1, 5, 9]])
+    masked = torch.tensor([[False, True, True], [True, False, False]])
+    inputs, targets = inputs_and_targets(tokens, masked, 512)
+    assert inputs.tolist() == [[3, 512, 512], [512, 5, 9]]
+    assert targets.tolist() == [[IGNORED, 1, 4], [1, IGNORED, IGNORED]]
+    assert inputs.dtype == targets.dtype == torch.long
 
 
 def test_half_precision_logits_are_widened():
     logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = torch.zeros(2, 3, dtype=torch.long)
     assert per_token_loss(logits, targets, 4).dtype == torch.float32
-    assert torch.equal(token_loss(logits, targets, 4), token_loss(logits.float(), targets, 4))
+    assert torch.equal(image_loss(logits, targets, 4), image_loss(logits.float(), targets, 4))
 
 
 def in_float64(logits: torch.Tensor) -> np.ndarray:

@@ -45,7 +45,7 @@ def write_run(run: Path, size: str) -> int:
     record = {"shards": digests | {"path": "/nowhere", "source": "noise"}, "starts": []}
     (run / "run.json").write_text(json.dumps(record))
     (run / "metrics.jsonl").touch()
-    aside = checkpoints.aside_folder(folder, 1)
+    aside = checkpoints.temporary_folder(folder, 1)
     files = {checkpoints.rank_file(rank): write_rank(aside, rank, shapes) for rank in range(RANKS)}
     manifest = CheckpointRecord(
         step=1,
@@ -59,7 +59,7 @@ def write_run(run: Path, size: str) -> int:
         precision="fp32",
         files=files,
     )
-    checkpoints.publish(aside, manifest)
+    checkpoints.commit(aside, manifest)
     return sum(shape.numel() for shape in shapes.values())
 
 

@@ -43,7 +43,7 @@ def autograd_bytes(model_config: ModelConfig, precision: str, images: int) -> in
     tokens = torch.from_numpy(np.zeros((images, config.n_positions), np.int64))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         inputs, targets = objectives.next_color(tokens, config.colors)
-        objectives.picture_loss(model(input_ids=inputs).logits, targets, config.colors).mean()
+        objectives.image_loss(model(input_ids=inputs).logits, targets, config.colors).mean()
     return sum(storage.nbytes() for storage in saved.values())
 
 

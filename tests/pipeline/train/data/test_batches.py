@@ -87,7 +87,7 @@ def test_the_ranks_slices_make_up_the_global_batch(ranks: int) -> None:
     pieces = []
     for rank in range(ranks):
         batches = TrainingBatches(NumberedSplit(), 2, ImageOrder(RECORDS, seed=5), rank, ranks)  # type: ignore[arg-type]
-        pieces.append([batches.at(IMAGES - 20 + 32 * step, 32)[:, 0] for step in range(3)])
+        pieces.append([batches.at(IMAGES - 20 + 32 * step, 32).tokens[:, 0] for step in range(3)])
         batches.close()
     steps = [np.concatenate([piece[step] for piece in pieces]) for step in range(3)]
     assert np.array_equal(np.concatenate(steps), whole)
@@ -95,10 +95,10 @@ def test_the_ranks_slices_make_up_the_global_batch(ranks: int) -> None:
 
 def test_reading_ahead_changes_nothing_when_the_loop_jumps() -> None:
     batches = TrainingBatches(NumberedSplit(), 2, ImageOrder(RECORDS, seed=5), 0, 1)  # type: ignore[arg-type]
-    first = batches.at(0, 16)
+    first = batches.at(0, 16).tokens
     batches.at(160, 16)
-    assert np.array_equal(batches.at(0, 16), first)
-    assert np.array_equal(batches.at(0, 8), first[:8])
+    assert np.array_equal(batches.at(0, 16).tokens, first)
+    assert np.array_equal(batches.at(0, 8).tokens, first[:8])
     batches.close()
 
 
@@ -115,7 +115,7 @@ class PhotographSplit:
 def test_batches_hold_the_pictures_as_the_order_changes_them(flip: bool, crop: int) -> None:
     order = ImageOrder(RECORDS, 0, Augmentation(flip, crop))
     batches = TrainingBatches(PhotographSplit(), 8, order, 1, 2)  # type: ignore[arg-type]
-    tokens = batches.at(64, 32)
+    tokens = batches.at(64, 32).tokens
     batches.close()
     indices, changes = order.at(64 + 16, 16)
     for picture, index, mirrored, (top, left) in zip(tokens, indices, changes.mirrored, changes.corners, strict=True):

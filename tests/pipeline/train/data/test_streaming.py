@@ -86,10 +86,10 @@ def order_of(split: Split, ranks: int, augmentation: Augmentation | None = None,
 def reader(
     split: Split, rank: int, ranks: int, augmentation: Augmentation | None = None
 ) -> Iterator[Callable[[int, int], np.ndarray]]:
-    """StreamedBatches.at of one rank; what it gives must be what its order says."""
+    """The tokens of one rank's StreamedBatches.at; they must be what its order says."""
     order = order_of(split, ranks, augmentation)
     streamed = StreamedBatches(split, RESOLUTION, order, rank)
-    yield streamed.at
+    yield lambda position, global_size: streamed.at(position, global_size).tokens
     streamed.close()
 
 

@@ -12,10 +12,9 @@ from torch.nn import functional
 from data_prep.shards.reader import Split, open_shard_set
 from pipeline.config import ModelConfig, ScheduleConfig
 from pipeline.model.gpt import build_model, gpt2_config, initialize
-from pipeline.model.objectives import HIDDEN
+from pipeline.model.masks import Masks
 from pipeline.schedule import learning_rate_at
 from pipeline.train.data.batches import ImageOrder
-from pipeline.train.data.masking import Masks
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE, RATE
@@ -60,8 +59,7 @@ class PlainModel:
         """Mean nats of each picture's predicted colours: (B,)."""
         colors = torch.from_numpy(split.gather(pictures)[0].astype(np.int64))  # (B, T)
         if self.masked:
-            marked = Masks(seed=0, probability=0.15).hide(split.gather(pictures)[0], name, places)
-            hidden = torch.from_numpy(marked >= HIDDEN)
+            hidden = torch.from_numpy(Masks(seed=0, probability=0.15).draw(name, places, 64))
             embedded = self.model.transformer.wte(colors) * ~hidden[..., None]
             mask = torch.zeros(len(colors), 1, 64, 64)
             logits = self.model(inputs_embeds=embedded, attention_mask=mask).logits[..., :512]

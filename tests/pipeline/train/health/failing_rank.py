@@ -18,7 +18,7 @@ import torch
 
 from pipeline.checkpoint import format as checkpoints
 from pipeline.train.data.batches import TrainingBatches
-from pipeline.train.engine.pipeline import StagesEngine
+from pipeline.train.engine.pipeline import PipelineEngine
 from pipeline.train.engine.zero import ZeroEngine
 
 KIND, (RANK, FIRST, LAST) = sys.argv[1], map(int, sys.argv[2:5])
@@ -59,7 +59,7 @@ def make_ill(kind: type) -> None:
 
 
 make_ill(ZeroEngine)
-make_ill(StagesEngine)
+make_ill(PipelineEngine)
 read = TrainingBatches.at
 
 

@@ -1,0 +1,144 @@
+"""What the engines over DeepSpeed do alike; how a batch runs through the model is their own."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from math import nan
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from torch import nn
+from transformers import GPT2Config
+
+from pipeline.checkpoint.fragments import FragmentReader, Tensors
+from pipeline.config import TrainConfig
+from pipeline.distributed import Ranks
+from pipeline.model import objectives
+from pipeline.model.masks import Batch
+from pipeline.train.engine import deepspeed_internals as internals
+from pipeline.train.engine import offload, snapshot
+from pipeline.train.engine.base import NOT_FINITE, Accept, Engine, StepDecision, StepResult, accept_finite
+from pipeline.train.engine.deepspeed_config import new_optimizer
+from pipeline.train.engine.forward_timer import ForwardTimer
+from pipeline.train.engine.partitions import RankCoordinates
+
+CHECKSUM_ELEMENTS = 1 << 24
+"""Weights that are summed at a time."""
+
+
+class DeepSpeedEngine(Engine):
+    """An engine over one of DeepSpeed's."""
+
+    _engine: Any
+    """DeepSpeed's."""
+    _model: nn.Module
+    """The whole model, whose parameter names count; parts that other ranks hold may be without memory."""
+    _coordinates: RankCoordinates
+
+    def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
+        self._config, self._model_config, self._ranks = config, model_config, ranks
+        self.data_ranks = config.parallel.data_ranks(ranks.count)
+
+    def _start(
+        self, module: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: dict[str, Any]
+    ) -> None:
+        """Hands the module and the optimizer of its named parameters to DeepSpeed."""
+        optimizer = new_optimizer(self._config, parameters)
+        self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm)
+        with redirect_stdout(StringIO()):  # DeepSpeed prints memory tables and layers
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self._timer = ForwardTimer(self._engine.module, self._ranks.device)
+
+    @abstractmethod
+    def _train(self, batch: Batch) -> float:
+        """Runs the batch forward and backward and asks for the update: mean nats per token over the global batch."""
+
+    @abstractmethod
+    def _loss_and_norm(self) -> tuple[float, float]:
+        """Of the step, once all gradients are there."""
+
+    def step(self, batch: Batch, learning_rate: float, accept: Accept = accept_finite) -> StepResult:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._conditional_step.begin(accept)
+        self._engine.set_train_batch_size(len(batch) * self.data_ranks)
+        return self._conditional_step.result(self._train(batch))
+
+    def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
+        return snapshot.snapshot(self._engine.optimizer, self._model, self._coordinates, earlier)
+
+    def restore(self, reader: FragmentReader, steps: int) -> None:
+        snapshot.restore(self._engine.optimizer, self._model, self._coordinates, reader)
+        internals.set_progress(self._engine, steps, self._config.batch.images_after(steps))
+
+    def forward_seconds(self) -> float:
+        return self._timer.read()
+
+    def close(self) -> None:
+        offload.clear_own_folder()
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets, long (micro_size, T) each, on the device; the last may be smaller."""
+        size, device = self._config.batch.micro_size, self._ranks.device
+        tokens = to_device(batch.tokens, device)  # (B, T)
+        masked = None if batch.masked is None else to_device(batch.masked, device)  # (B, T)
+        for first in range(0, len(batch), size):
+            chosen = slice(first, first + size)
+            yield objectives.inputs_and_targets(
+                tokens[chosen], None if masked is None else masked[chosen], self._model_config.colors
+            )
+
+    def _image_nats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """fp32 (B,): mean nats of each image's predicted tokens."""
+        return objectives.image_loss(logits, targets, self._model_config.colors)
+
+
+class ConditionalStep:
+    """Replaces the optimizer's `step`: the update is made only if `accept` says so, once the gradient is known."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, observe: Callable[[], tuple[float, float]]) -> None:
+        """observe: the loss and gradient norm of the step, called when all gradients are there."""
+        self._optimizer, self._observe, self._update = optimizer, observe, optimizer.step
+        self._accept: Accept | None = None
+        self._decision: StepDecision | None = None
+        self._seen = (nan, nan)
+        optimizer.step = self._step  # type: ignore[assignment,method-assign]
+
+    def begin(self, accept: Accept) -> None:
+        """Before each step; until the first, DeepSpeed's own set-up passes."""
+        self._accept, self._decision, self._seen = accept, None, (nan, nan)
+
+    def result(self, loss: float) -> StepResult:
+        """Of the last step. Where DeepSpeed refused a non-finite gradient itself, it never asked for the update."""
+        norm = self._seen[1]
+        apply, reason = self._decision or StepDecision(False, NOT_FINITE)
+        return StepResult(loss, norm if norm >= 0 else nan, apply, reason)
+
+    def _step(self) -> None:
+        """Called once for each of DeepSpeed's parameter groups."""
+        if self._accept is not None and self._decision is None:
+            self._seen = self._observe()
+            self._decision = self._accept(*self._seen)
+        if self._decision is None or self._decision.apply:
+            self._update()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on the device as it is on the host, so that two bytes a token are copied, and not waited for on an
+    accelerator."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def weights_checksum(parameters: Iterable[torch.Tensor]) -> str:
+    """Of the bits of tensors, in order: their sums, computed where they lie, so that any one changed bit shows."""
+    kinds = {2: torch.int16, 4: torch.int32}
+    sums = []
+    for parameter in parameters:
+        cuts = parameter.detach().view(kinds[parameter.element_size()]).flatten().split(CHECKSUM_ELEMENTS)
+        sums.append(torch.stack([cut.sum(dtype=torch.int64) for cut in cuts]).sum())
+    return hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()[:16]

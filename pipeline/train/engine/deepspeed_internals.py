@@ -1,0 +1,176 @@
+"""All that is used of DeepSpeed 0.19.8 beyond its documented interface: another version may need changes here alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.train.engine.partitions import ParameterNames, Partition, RankCoordinates
+
+DISTANT_STEP = 1 << 40
+"""A step that no run comes to."""
+Output = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of logits (B, T, V) and targets long (B, T): what the last pipeline stage computes."""
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape before ZeRO-3 cut it over the ranks."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def set_progress(engine: Any, steps: int, images: int) -> None:
+    """Tells an engine how many steps it has made."""
+    engine.global_steps, engine.global_samples = steps, images
+
+
+def restart_accumulation(engine: Any) -> None:
+    """The next micro-batch is the first of its batch: the engine finds the last by dividing, and batches may grow."""
+    engine.micro_steps = 0
+
+
+def gradient_norm(engine: Any) -> float:
+    """Global norm of the step's gradient before clipping, as ZeRO's optimizer measured it."""
+    return float(engine.optimizer._global_grad_norm)
+
+
+def mean_loss_of_stages(engine: Any) -> float:
+    """The mean loss of the step's micro-batches on all stages; they ask at the same time, after the last of them."""
+    return float(engine._aggregate_total_loss())
+
+
+def evaluate_stages(engine: Any, micro_batches: Iterator[Any], count: int, output: Output) -> list[torch.Tensor]:
+    """`output` of each of `count` micro-batches on the last stage, in place of the loss; [] or None on the others."""
+    module, loss = engine.module, engine.module.loss_fn
+    module.loss_fn, engine.total_loss = output, None
+    engine.reset_activation_shape()  # images here may be shorter than in training
+    try:
+        return engine.eval_batch(micro_batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
+    finally:
+        module.loss_fn = loss
+        engine.reset_activation_shape()
+
+
+def from_last_stage(engine: Any, values: torch.Tensor) -> torch.Tensor:
+    """The last stage's values on every stage, in the same tensor."""
+    last = engine.grid.stage_to_global(engine.num_stages - 1)
+    dist.broadcast(values, src=last, group=engine.grid.get_pipe_parallel_group())
+    return values
+
+
+def partitions_of(optimizer: Any, model: nn.Module, coordinates: RankCoordinates) -> Iterator[Partition]:
+    """What this rank of a DeepSpeed optimizer owns.
+
+    model: the whole one, whose names count; layers of other pipeline stages may be without memory.
+    """
+    names = ParameterNames(model, coordinates.parts)
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _stage_3(optimizer, names)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return _linked(optimizer, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return _linked(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
+    return _unpartitioned(optimizer, names, coordinates.rank, coordinates.ranks)
+
+
+def _stage_3(optimizer: Any, names: ParameterNames) -> Iterator[Partition]:
+    """ZeRO-3: every parameter is cut over the ranks, the last rank's cut padded."""
+    for number, (group, flat) in enumerate(
+        zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+    ):
+        fragments = []
+        for parameter in group:
+            _, place, cut = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = cut * optimizer._get_param_partition_rank(parameter)
+            length = min(cut, parameter.ds_numel - start)
+            if length > 0:
+                fragments.append(names.fragment(parameter, tuple(parameter.ds_shape), start, length, place))
+        with _in_memory(optimizer, number):
+            yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
+
+
+@contextmanager
+def _in_memory(optimizer: Any, number: int) -> Iterator[None]:
+    """Reads a partition of ZeRO-3 that lies on NVMe, and writes it back afterwards."""
+    away = optimizer._swappable_optimizer_subgroup(number)
+    if away:
+        optimizer._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if away:
+        optimizer._optimizer_states_and_gradient_swap_out(number)
+
+
+def _linked(optimizer: Any, groups: Any, flats: Any, names: ParameterNames) -> Iterator[Partition]:
+    """ZeRO-1 and 2: a group's parameters lie end to end and the whole is cut over the ranks."""
+    for group, flat in zip(groups, flats, strict=True):
+        fragments = []
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                inside, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                shape = tuple(parameter.shape)
+                fragments.append(names.fragment(parameter, shape, inside.start, here.numel, here.start))
+        yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
+
+
+def _unpartitioned(optimizer: Any, names: ParameterNames, rank: int, ranks: int) -> Iterator[Partition]:
+    """ZeRO-0: every rank holds everything and writes its share of each parameter."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            first, last = parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks
+            share = names.fragment(parameter, tuple(parameter.shape), first, last - first, first)
+            state = _Flattened(optimizer.state[parameter], parameter.shape)
+            yield Partition(parameter.data.view(-1), state, [share] if last > first else [])
+
+
+class _Flattened(dict[str, torch.Tensor]):
+    """Optimizer state of a whole parameter, seen flat; what is set is set in the optimizer too."""
+
+    def __init__(self, state: dict[str, torch.Tensor], shape: torch.Size) -> None:
+        super().__init__({key: value.view(-1) if value.dim() else value for key, value in state.items()})
+        self._state, self._shape = state, shape
+
+    def __setitem__(self, key: str, value: torch.Tensor) -> None:
+        super().__setitem__(key, value)
+        self._state[key] = value.view(self._shape) if value.dim() else value
+
+
+def step_count(optimizer: Any, step: float, device: torch.device) -> Any:
+    """As each Adam keeps it: DeepSpeed's as a number, torch's fused one as a tensor on the device."""
+    if hasattr(getattr(optimizer, "optimizer", optimizer), "ds_opt_adam"):
+        return int(step)
+    return torch.tensor(step, dtype=torch.float32, device=device)
+
+
+def refresh_low_precision(optimizer: Any) -> None:
+    """The weights that the forward pass reads, computed again from the fp32 ones."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+            with _in_memory(optimizer, number):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+
+
+def new_cpu_adam(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], epsilon: float) -> Any:
+    """DeepSpeed's vectorized Adam with decoupled weight decay; compiled at its first use, in about a minute."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    class HistoryFreeAdam(DeepSpeedCPUAdam):
+        """DeepSpeed's multiplies the powers of its betas up from step to step, and computes them where a step does not
+        follow the last: a resumed run would round otherwise. A distant step before each makes it compute them."""
+
+        def step(self, closure: None = None) -> None:
+            nothing = [torch.zeros(1) for _ in range(4)]
+            group = self.param_groups[0]
+            moments = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
+            self.ds_opt_adam.adam_update(self.opt_id, DISTANT_STEP, *moments, *nothing)
+            super().step(closure)
+
+    return HistoryFreeAdam(groups, lr=learning_rate, betas=betas, eps=epsilon, adamw_mode=True)
