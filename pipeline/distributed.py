@@ -34,7 +34,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank that speaks and writes for all."""
+        """True on the one rank that prints and writes for all."""
         return self.rank == 0
 
 
@@ -69,7 +69,7 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
     """Starts DeepSpeed's process group: NCCL on CUDA, gloo on CPU, no compiler needed for either.
 
     timeout: of a collective, in this group and in those that DeepSpeed makes; so long that the watchdog is there
-    first and says who is missing.
+    first and reports who is missing.
     """
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -91,7 +91,7 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=START_TIMEOUT, verbose=False)
     dist.distributed_c10d._set_pg_timeout(timeout)
-    # DeepSpeed makes groups without a word of time: NCCL's own ten minutes would be before the watchdog.
+    # DeepSpeed makes groups without a timeout: NCCL's own ten minutes would end before the watchdog's.
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
 

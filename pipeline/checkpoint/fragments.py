@@ -1,4 +1,4 @@
-"""An engine's partitions as named fragments of parameters: what makes a checkpoint free of topology (contract 7).
+"""An engine's partitions as named fragments of parameters: what makes a checkpoint free of topology.
 
 Under ZeRO a rank owns flat slices of the fp32 weights and of Adam's two moments. A fragment says which elements of
 which parameter a slice holds. Each rank writes its own fragments; a rank of any other topology reads the ranges it

@@ -1,4 +1,4 @@
-"""The scores of the next color, one position after the other: keys and values of earlier positions are kept.
+"""The scores of the next color, one position after the other: keys and values of earlier positions are cached.
 
 A position is a chain of small operations, and its floor is the time in which the weights are read once. transformers'
 own pass spends several times that between the operations; here the model's modules are called one after the other and
@@ -73,7 +73,7 @@ class Decoder:
         keys, values = memory[..., :end, :]
         # Not (P,): torch's choice of a kernel reads a mask's last two dimensions.
         mask = None if end else (torch.arange(self._positions, device=places.device) <= places)[None]  # (1, P)
-        with torch.autocast(split.device.type, enabled=False):  # it would round all that is kept at every position
+        with torch.autocast(split.device.type, enabled=False):  # it would round all that is cached at every position
             mixed = functional.scaled_dot_product_attention(
                 queries.to(memory.dtype),
                 keys,
@@ -114,11 +114,11 @@ class _Graph:
 
     def __init__(self, decoder: Decoder, token: torch.Tensor, place: int) -> None:
         self._token, self._place = token.clone(), torch.tensor([place], device=token.device)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is done at a first call only must not be recorded
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):  # what is done at a first call only must not be recorded
             decoder._pass(self._token, self._place, None)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(warm_up)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # a checkpoint's thread may copy
             self._scores = decoder._pass(self._token, self._place, None)

@@ -96,7 +96,7 @@ def build_model(config: GPT2Config) -> GPT2LMHeadModel:
     if not getattr(config, "is_causal", True):
         model.transformer.wte.padding_idx = config.colors  # its row gets no gradient
         for block in model.transformer.h:
-            block.attn.is_causal = False  # the configuration's word counts for the whole model only
+            block.attn.is_causal = False  # the configuration's counts for the whole model only
     return model
 
 

@@ -1,6 +1,6 @@
 """Completions: an image's first pixels go in, the model draws the rest color by color.
 
-As in the paper: temperature 1, no top-k, no nucleus. Keys and values of earlier positions are kept, so that each color
+As in the paper: temperature 1, no top-k, no nucleus. Keys and values of earlier positions are cached, so each color
 costs one position's forward pass.
 """
 

@@ -1,4 +1,4 @@
-"""The order of the images (contract 3): a pure function of (seed, position), whatever the ranks and restarts.
+"""The order of the images: a pure function of (seed, position), whatever the ranks and restarts.
 
 Position p is the p-th image that the run trains on. It lies in epoch p // N of the split's N images. An epoch
 permutes the records, groups them into windows, and permutes the images inside each window, so that reads stay
@@ -32,7 +32,7 @@ class Order(Protocol):
         ...
 
     def moved_from(self, recorded: str, position: int) -> str | None:
-        """What to say of a run with another fingerprint that can go on all the same; None if it can't."""
+        """The message for a run with another fingerprint that can resume all the same; None if it can't."""
         ...
 
     def image_numbers(self, position: int, count: int) -> list[int]:
@@ -56,7 +56,7 @@ class ImageOrder:
     """Which image stands at which position of an endless stream of shuffled epochs."""
 
     def __init__(self, record_images: np.ndarray, seed: int, augmentation: Augmentation | None = None) -> None:
-        """record_images: images of each record, in file order. augmentation: none, when left out."""
+        """record_images: images of each record, in file order. augmentation: none by default."""
         self._record_images = record_images.astype(np.int64)
         self._first_image = np.concatenate([[0], np.cumsum(self._record_images)])
         self._seed = seed
@@ -90,7 +90,7 @@ class ImageOrder:
         return [int(number) for number in self.at(position, count)[0]]
 
     def moved_from(self, recorded: str, position: int) -> str | None:
-        """What to say of a run that was streamed so far; None for one that read by index in another order."""
+        """The message for a run that was streamed so far; None for one that read by index in another order."""
         if not recorded.startswith(STREAMED):
             return None
         return (

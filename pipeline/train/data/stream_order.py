@@ -3,7 +3,7 @@
 An epoch permutes the shards and reads them one after the other, records as they lie in the file. Rank r of D has the
 images from r * N // D to (r + 1) * N // D of that sequence of N; the cuts fall between images, so each is read by
 one rank, whatever the numbers of shards and ranks. A rank reads its part in windows of records and shuffles the
-images of a window; at the end of its part it goes on with its part of the next epoch, so it always has a next batch.
+images of a window; at the end of its part it continues with its part of the next epoch, so it always has a next batch.
 """
 
 import hashlib
@@ -113,7 +113,7 @@ class StreamOrder:
         return f"{STREAMED}{self.ranks}/{digest.hexdigest()[:16]}"
 
     def moved_from(self, recorded: str, position: int) -> str | None:
-        """What to say of a run with another fingerprint that can go on; None if it can't."""
+        """The message for a run with another fingerprint that can resume; None if it can't."""
         what = "from here to the end of the epoch some images are read again and others left out"
         if not recorded.startswith(STREAMED):
             return f"the run was read by index so far and is streamed now; {what}"

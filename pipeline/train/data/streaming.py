@@ -50,7 +50,7 @@ class StreamedBatches:
     def at(self, position: int, global_size: int) -> Batch:
         """This rank's share of the batch that starts when all ranks have read `position`.
 
-        A pure function of (seed, position, ranks); another global_size at some step goes on with each rank's next
+        A pure function of (seed, position, ranks); another global_size at some step continues with each rank's next
         images, as its place is position / ranks. Raises ValueError or OSError naming what could not be read.
         """
         place, wanted = position // self._order.ranks, global_size // self._order.ranks
@@ -87,7 +87,7 @@ class StreamedBatches:
             self._end_records()
             self._records = self._records_from(key)
         records = self._records
-        self._next_of_records = None  # after an error the connection is not gone on with
+        self._next_of_records = None  # after an error the connection is not used again
         part = self._order.window(self._rank, *key).part
         tokens = np.empty((part.images, self._split.positions), PIXELS_DTYPE)
         filled = 0

@@ -20,7 +20,7 @@ MATRICES_CUT = [
     {"patterns": [r".*mlp\.c_fc\.weight$"], "partition_type": "column"},
     {"patterns": [r".*c_proj\.weight$"], "partition_type": "row"},
 ]
-"""AutoTP's names for what tensor_parallel.CUTS says."""
+"""The same as tensor_parallel.CUTS, as AutoTP has it."""
 
 
 def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A checkpoint of any topology resumes on any other, with the same curve (contract 7)."""
+"""A checkpoint of any topology resumes on any other, with the same curve."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Contract 3: the order of the pictures is a function of (seed, position) and of nothing else."""
+"""The order of the images is a function of (seed, position) and of nothing else."""
 
 import numpy as np
 import pytest
