@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data_prep.plan
+import data_prep.build.plan
 from data_prep.build.plan import plan_splits
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.images.crops import area_resize
@@ -83,7 +83,7 @@ def test_an_interrupted_run_is_finished(
     tmp_path: Path, options: list[str], run: Callable[..., Any], small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole shards are kept as they are; missing, damaged and half-written ones are made again."""
-    import data_prep.prepare as prepare
+    import data_prep.build.build as prepare
 
     assert run("shards", *options, "--out", tmp_path / "unbroken").code == 0
     out, written = tmp_path / "broken", []

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import data_prep.plan
-import data_prep.streams
+import data_prep.build.encode_stream
+import data_prep.build.plan
 from data_prep.shards.reader import open_shard_set
 from tests.data_prep.tar_files import picture_bytes, tar_bytes
 from tests.launch import files_of

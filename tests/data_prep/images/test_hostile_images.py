@@ -295,7 +295,7 @@ def test_memory_stays_within_bounds(files: dict[str, tuple[bytes, str]], tmp_pat
     script = """
 import resource, sys
 from pathlib import Path
-from data_prep.decoding import BadPicture, Decoder
+from data_prep.images.decode import BadPicture, Decoder
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 def decode(file):
     try: Decoder()(file.read_bytes(), file.name)
