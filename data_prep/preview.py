@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from data_prep.build.plan import make_plan
 from data_prep.common.files import atomic_write
 from data_prep.config import DataConfig
+from data_prep.images.crops import views_of
 from data_prep.images.decode import BadPicture
 from data_prep.palette.codec import decode
 from data_prep.shards.reader import ShardSet, open_shard_set
@@ -53,9 +54,8 @@ def _originals(shard_set: ShardSet, split: str, count: int) -> tuple[np.ndarray 
         return None, "without the source's pictures, as the source is a stream."
     if source.fingerprint != manifest["source"]["fingerprint"]:
         return None, "without the source's pictures, as the source has other pictures now."
-    plan = make_plan(source, config)
-    chosen = plan.splits[split]
-    views = plan.views(chosen.source_split)
+    chosen = make_plan(source, config).splits[split]
+    views = views_of(source, config, chosen.source_split)
     found: list[np.ndarray] = []
     for index, number in zip(chosen.pictures, chosen.views, strict=True):
         if len(found) == count:

@@ -5,7 +5,7 @@ where an earlier run was cut off, do not matter. What a restart keeps is whole u
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from itertools import islice
@@ -18,7 +18,7 @@ from data_prep.build.encode import Job, Outcome, encode_record
 from data_prep.build.encode_stream import encode_stream
 from data_prep.build.merge import join_shards
 from data_prep.build.parts import Part
-from data_prep.build.plan import Plan, Unit, make_plan
+from data_prep.build.plan import Plan, Unit, all_units, make_plan
 from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, write_skips
 from data_prep.build.state import Unfinished, finished
 from data_prep.common.files import read_json
@@ -29,6 +29,7 @@ from data_prep.palette.codec import load_palette, lookup_table, palette_sha256, 
 from data_prep.palette.fit import fit
 from data_prep.shards.format import MANIFEST, PALETTE, shard_name
 from data_prep.shards.writer import ShardWriter
+from data_prep.sources.base import Source
 from data_prep.sources.open import open_source
 
 READERS = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "faiss-cpu")
@@ -52,13 +53,14 @@ def prepare_shards(config: DataConfig, out: Path, part: Part) -> None:
     if finished(out, identity(config)):
         print(f"{out} is finished: it was prepared with this configuration{_same_source(config, out)}.")
         return
-    plan = make_plan(open_source(config.source), config)
+    source = open_source(config.source)
+    plan = make_plan(source, config)
     unfinished = Unfinished(out)
-    unfinished.begin(_described(plan))
+    unfinished.begin(_described(source, plan))
     unfinished.begin_part(part, config.max_skipped)
     workers = worker_count(config.workers)
-    palette = _palette(plan, out, workers)
-    pictures = _write_units(Job(plan, palette, lookup_table(palette)), unfinished, part, workers)
+    palette = _palette(source, plan, out, workers)
+    pictures = _write_units(Job(source, plan, palette, lookup_table(palette)), unfinished, part, workers)
     unfinished.finish_part(part, config.max_skipped, time.monotonic() - started, pictures)
     if part.count == 1:
         join_shards(out)
@@ -89,29 +91,25 @@ def identity(config: DataConfig) -> dict[str, Any]:
     return values
 
 
-def _described(plan: Plan) -> dict[str, Any]:
+def _described(source: Source, plan: Plan) -> dict[str, Any]:
     """What all parts must agree on, and the joining step needs to know."""
-    source = plan.source
-    units: dict[str, int] = {}
-    for unit in plan.units:
-        units[unit.split] = units.get(unit.split, 0) + 1
     return {
         "config": identity(plan.config),
         "source": {"name": source.name, "kind": plan.config.source.kind, "fingerprint": source.fingerprint}
         | source.facts,
         "classes": source.classes,
-        "streams": sorted(source.streams),
-        "units": units,
+        "streams": sorted(plan.pieces),
+        "units": plan.units,
         "made_with": {name: version(name) for name in READERS},
     }
 
 
-def _palette(plan: Plan, out: Path, workers: int) -> np.ndarray:
+def _palette(source: Source, plan: Plan, out: Path, workers: int) -> np.ndarray:
     """The given palette, that of an interrupted run, or a new one; kept in `out`."""
     wanted = plan.config.palette
     if wanted.file is None and (out / PALETTE).is_file():
         return load_palette(out / PALETTE, wanted.colors, key="the palette")
-    palette = fit(plan, workers) if wanted.file is None else _given_palette(Path(wanted.file), wanted.colors)
+    palette = fit(source, plan, workers) if wanted.file is None else _given_palette(Path(wanted.file), wanted.colors)
     save_palette(out / PALETTE, palette)
     return palette
 
@@ -131,13 +129,12 @@ def _write_units(job: Job, unfinished: Unfinished, part: Part, workers: int) -> 
     Returns how many pictures were met now.
     """
     digest = palette_sha256(job.palette)
-    units = part.of(job.plan.units)
+    units = part.of(all_units(job.plan.units))
     kept = {unit: unfinished.kept(unit, digest) for unit in units}
     missing = [unit for unit, note in kept.items() if note is None]
-    limit = SkipLimit(job.plan.config.max_skipped, job.plan.pictures, _tars(job.plan))
-    total = None if job.plan.source.streams else _images(job.plan, units)
+    limit = SkipLimit(job.plan.config.max_skipped, job.plan.pictures, job.plan.tars)
     try:
-        with progress("shards", total, "images") as advance:
+        with progress("shards", job.plan.images(units), "images") as advance:
             for note in kept.values():
                 if note is not None:
                     limit.add(note["pictures"], note["skips"])
@@ -152,14 +149,6 @@ def _write_units(job: Job, unfinished: Unfinished, part: Part, workers: int) -> 
     return limit.pictures - before
 
 
-def _tars(plan: Plan) -> int:
-    return sum(len(streams) for streams in plan.source.streams.values()) * plan.config.source.tars_per_shard
-
-
-def _images(plan: Plan, units: Sequence[Unit]) -> int:
-    return sum(len(part) for unit in units for part, _ in plan.splits[unit.split].records(unit.number))
-
-
 def _note_images(note: dict[str, Any]) -> int:
     return sum(entry["images"] for entry in note["shards"].values())
 
@@ -168,12 +157,11 @@ def _notes(
     job: Job, units: list[Unit], unfinished: Unfinished, workers: int, advance: Callable[[int], None]
 ) -> Iterator[dict[str, Any]]:
     """The note of each unit, once its shards are written and it is kept."""
-    planned = [unit for unit in units if not job.plan.is_stream(unit)]
-    tasks = [(unit, n) for unit in planned for n in range(len(job.plan.splits[unit.split].records(unit.number)))]
+    planned = {unit: job.plan.records(unit) for unit in units if not job.plan.is_stream(unit)}
+    tasks = [(unit, record) for unit, records in planned.items() for record in range(records)]
     with closing(in_workers(encode_record, job, tasks, workers)) as encoded:
-        for unit in planned:
-            outcomes = islice(encoded, len(job.plan.splits[unit.split].records(unit.number)))
-            yield _write_unit(job, unfinished, unit, _advancing(outcomes, advance))
+        for unit, records in planned.items():
+            yield _write_unit(job, unfinished, unit, _advancing(islice(encoded, records), advance))
     pieces = [unit for unit in units if job.plan.is_stream(unit)]
     with closing(in_workers(_write_piece, (job, unfinished), pieces, workers)) as written:
         for note in written:

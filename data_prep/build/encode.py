@@ -7,8 +7,10 @@ import numpy as np
 
 from data_prep.build.plan import Plan, Unit, counts
 from data_prep.build.skips import Skip, skip
+from data_prep.images.crops import views_of
 from data_prep.images.decode import BadPicture
 from data_prep.palette.codec import decode, encode
+from data_prep.sources.base import Source
 
 SAMPLES = 24
 """Images whose views are kept for the picture of the result."""
@@ -18,6 +20,7 @@ SAMPLES = 24
 class Job:
     """What a worker needs, handed on by fork."""
 
+    source: Source
     plan: Plan
     palette: np.ndarray
     """float32 (V, 3)."""
@@ -53,7 +56,7 @@ def encode_record(job: Job, task: tuple[Unit, int]) -> Outcome:
     unit, record = task
     plan = job.plan.splits[unit.split]
     pictures, numbers = plan.records(unit.number)[record]
-    views = job.plan.views(plan.source_split)
+    views = views_of(job.source, job.plan.config, plan.source_split)
     counted = counts(numbers)
     cut, kept, skips = [], [], []
     for place, (picture, number) in enumerate(zip(pictures, numbers, strict=True)):

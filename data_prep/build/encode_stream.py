@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data_prep.build.encode import Job, Outcome, encoded, samples
-from data_prep.build.plan import Plan, Unit
+from data_prep.build.plan import Unit
 from data_prep.build.skips import DAMAGED_TAR, Skip, skip
 from data_prep.common.seeding import generator
-from data_prep.images.crops import EVALUATION
+from data_prep.config import DataConfig
+from data_prep.images.crops import EVALUATION, cutter
 from data_prep.images.decode import BadPicture
 from data_prep.shards.format import IMAGES_PER_RECORD
+from data_prep.sources.base import Source
 
 BLOCK_IMAGES = 8 * IMAGES_PER_RECORD
 """Training mixes many more, so a block needs only be large enough to part neighbours, and is held in memory."""
@@ -24,18 +26,18 @@ View = tuple[str, np.ndarray, int]
 """The split of the shard set, the view uint8 (R, R, 3), its label."""
 
 
-def stream_views(plan: Plan, unit: Unit) -> Iterator[list[View] | BadPicture]:
+def stream_views(source: Source, config: DataConfig, unit: Unit) -> Iterator[list[View] | BadPicture]:
     """The views of each picture of a piece, or why there are none."""
-    held_out = _HeldOut(plan, unit)
-    cutter = plan.cutter(unit.split)
-    for place, item in enumerate(plan.source.streams[unit.split][unit.number]):
+    held_out = _HeldOut(source, config, unit)
+    views = cutter(source, config, unit.split)
+    for place, item in enumerate(source.streams[unit.split][unit.number]):
         wanted = held_out.draw()
         if isinstance(item, BadPicture):
             yield item
             continue
         try:
-            picture = cutter.decoder(*(number for _, number in wanted))(item.content, item.name)
-            cut = [(split, cutter.cut(picture, number, unit.number, place)) for split, number in wanted]
+            picture = views.decoder(*(number for _, number in wanted))(item.content, item.name)
+            cut = [(split, views.cut(picture, number, unit.number, place)) for split, number in wanted]
         except BadPicture as bad:
             yield bad
             continue
@@ -45,9 +47,8 @@ def stream_views(plan: Plan, unit: Unit) -> Iterator[list[View] | BadPicture]:
 class _HeldOut:
     """Draws for one picture after the other which split it goes to, and as which views."""
 
-    def __init__(self, plan: Plan, unit: Unit) -> None:
-        config = plan.config
-        brings_valid = "valid" in plan.source.streams or "valid" in plan.source.splits
+    def __init__(self, source: Source, config: DataConfig, unit: Unit) -> None:
+        brings_valid = "valid" in source.streams or "valid" in source.splits
         self._fraction = 0.0 if brings_valid or unit.split != "train" else config.valid_fraction
         self._random = generator(config.seed, "valid", unit.number)
         evaluation = [(unit.split, EVALUATION)]
@@ -94,7 +95,7 @@ def _encoded(job: Job, unit: Unit) -> Iterator[Outcome]:
     waiting: dict[str, list[View]] = {}
     pictures = 0
     skips: list[Skip] = []
-    for found in stream_views(job.plan, unit):
+    for found in stream_views(job.source, job.plan.config, unit):
         if isinstance(found, BadPicture):
             skips.append(skip(unit.split, found))
             pictures += found.reason != DAMAGED_TAR

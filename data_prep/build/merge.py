@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.build.parts import Part
-from data_prep.build.plan import Unit
+from data_prep.build.plan import Unit, all_units
 from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, counts_by_reason, write_skips
 from data_prep.build.state import Unfinished
 from data_prep.common.files import write_json
@@ -60,7 +60,7 @@ def _pieces(plan: dict[str, Any]) -> int:
 
 def _whole_notes(unfinished: Unfinished, plan: dict[str, Any]) -> dict[Unit, dict[str, Any]]:
     """The notes of all units, in order. Raises ValueError naming the first gap and the parts that left it."""
-    units = [Unit(split, number) for split, count in plan["units"].items() for number in range(count)]
+    units = all_units(plan["units"])
     notes = {unit: unfinished.note(unit) for unit in units}
     gaps = [unit for unit, note in notes.items() if note is None]
     if gaps:

@@ -5,7 +5,7 @@ shuffled as a whole, and a unit is one shard of it. A split that is a stream com
 is a piece, shuffled in blocks, and what it gives is one shard of train and one of valid.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.common.seeding import generator
 from data_prep.config import DataConfig
-from data_prep.images.crops import EVALUATION, Cutter, PictureViews
+from data_prep.images.crops import EVALUATION
 from data_prep.shards.format import IMAGES_PER_RECORD, RECORDS_PER_SHARD, shard_name
 from data_prep.sources.base import Source
 
@@ -47,9 +47,14 @@ class SplitPlan:
     def shards(self) -> int:
         return -(-len(self.pictures) // IMAGES_PER_SHARD)
 
+    def images(self, shard: int) -> int:
+        """How many a shard holds."""
+        return min(IMAGES_PER_SHARD, len(self.pictures) - shard * IMAGES_PER_SHARD)
+
     def records(self, shard: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(pictures, views) of each record of a shard."""
-        first, last = shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, len(self.pictures))
+        first = shard * IMAGES_PER_SHARD
+        last = first + self.images(shard)
         starts = range(first, last, IMAGES_PER_RECORD)
         parts = [slice(start, min(start + IMAGES_PER_RECORD, last)) for start in starts]
         return [(self.pictures[part], self.views[part]) for part in parts]
@@ -57,39 +62,45 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """An opened source, and what becomes of it."""
+    """What becomes of a source: numbers alone, so that parts and restarts agree on it."""
 
-    source: Source
     config: DataConfig
     splits: dict[str, SplitPlan]
     """By split of the shard set; what comes of streams isn't in it."""
+    pieces: dict[str, int]
+    """By split of the source that is a stream: its pieces."""
 
     @property
-    def units(self) -> list[Unit]:
-        """All of them, the streams' first pieces first."""
-        planned = [Unit(split, number) for split, plan in self.splits.items() for number in range(plan.shards)]
-        pieces = [Unit(split, n) for split, streams in self.source.streams.items() for n in range(len(streams))]
-        return [*planned, *pieces]
+    def units(self) -> dict[str, int]:
+        """How many units each split has; `all_units` lists them."""
+        shards = {split: plan.shards for split, plan in self.splits.items()}
+        return {split: count for split, count in (shards | self.pieces).items() if count}
 
     def is_stream(self, unit: Unit) -> bool:
-        return unit.split in self.source.streams
+        return unit.split in self.pieces
 
     @property
     def pictures(self) -> int | None:
         """How many will be met, each counted once of its views; None where streams don't say."""
-        return None if self.source.streams else sum(int(counts(plan.views).sum()) for plan in self.splits.values())
+        return None if self.pieces else sum(int(counts(plan.views).sum()) for plan in self.splits.values())
 
-    def cutter(self, source_split: str) -> Cutter:
-        """Cuts the views of one of the source's splits."""
-        views = self.config.views
-        random_crop = views.random_crop
-        if random_crop == "auto" and self.source.cropped:
-            random_crop = "never"
-        return Cutter(source_split, self.config.seed, self.config.resolution, random_crop, views.scaled_decode)
+    @property
+    def tars(self) -> int:
+        """Those of the streams; 0 without streams."""
+        return sum(self.pieces.values()) * self.config.source.tars_per_shard
 
-    def views(self, source_split: str) -> PictureViews:
-        """The views of one of the source's splits that is no stream."""
-        return PictureViews(self.source.splits[source_split], self.cutter(source_split))
+    def records(self, unit: Unit) -> int:
+        """Those of a unit that is no stream."""
+        return -(-self.splits[unit.split].images(unit.number) // IMAGES_PER_RECORD)
+
+    def images(self, units: Sequence[Unit]) -> int | None:
+        """Those of some units; None where streams don't say."""
+        return None if self.pieces else sum(self.splits[unit.split].images(unit.number) for unit in units)
+
+
+def all_units(counts: Mapping[str, int]) -> list[Unit]:
+    """The units of splits with so many each, in the order of the work."""
+    return [Unit(split, number) for split, count in counts.items() for number in range(count)]
 
 
 def counts(views: np.ndarray) -> np.ndarray:
@@ -102,7 +113,8 @@ def make_plan(source: Source, config: DataConfig) -> Plan:
     sizes = {split: len(pictures) for split, pictures in source.splits.items()}
     if config.fold_valid and ("valid" in sizes or "valid" in source.streams):
         raise ValueError(f"fold_valid is true, but {source.name} brings a validation split of its own; leave it out.")
-    return Plan(source, config, plan_splits(sizes, config))
+    pieces = {split: len(streams) for split, streams in source.streams.items()}
+    return Plan(config, plan_splits(sizes, config), pieces)
 
 
 def plan_splits(sizes: Mapping[str, int], config: DataConfig) -> dict[str, SplitPlan]:

@@ -16,8 +16,9 @@ from typing import Literal
 import numpy as np
 
 from data_prep.common.seeding import generator
+from data_prep.config import DataConfig
 from data_prep.images.decode import Decoder
-from data_prep.sources.base import Pictures
+from data_prep.sources.base import Pictures, Source
 
 EVALUATION = -1
 """The number of the evaluation view; training views count from 0."""
@@ -73,6 +74,18 @@ class PictureViews:
         """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3). Raises BadPicture."""
         picture = self.pictures.picture(index, self.cutter.decoder(number))
         return self.cutter.cut(picture, number, index)
+
+
+def cutter(source: Source, config: DataConfig, split: str) -> Cutter:
+    """Cuts the views of one of the source's splits."""
+    views = config.views
+    random_crop = "never" if views.random_crop == "auto" and source.cropped else views.random_crop
+    return Cutter(split, config.seed, config.resolution, random_crop, views.scaled_decode)
+
+
+def views_of(source: Source, config: DataConfig, split: str) -> PictureViews:
+    """The views of one of the source's splits that is no stream."""
+    return PictureViews(source.splits[split], cutter(source, config, split))
 
 
 def evaluation_view(picture: np.ndarray, resolution: int) -> np.ndarray:

@@ -32,16 +32,17 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
         raise ValueError(
             f"--out is {str(out)!r}, which is there already and is not written over; delete it, or name another file."
         )
-    plan = make_plan(open_source(config.source), config)
+    source = open_source(config.source)
+    plan = make_plan(source, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     if part.count > 1:
         described = {
             "config": config.to_dict(),
-            "source": {"fingerprint": plan.source.fingerprint},
+            "source": {"fingerprint": source.fingerprint},
             "parts": part.count,
         }
         _begin(out, described)
-    histogram = count_chunks(plan, part.of(fit_chunks(plan)), worker_count(config.workers))
+    histogram = count_chunks(source, plan, part.of(fit_chunks(plan)), worker_count(config.workers))
     if part.count == 1:
         _save(out, fit_histogram(histogram, config))
         return

@@ -16,8 +16,10 @@ from data_prep.common.progress import progress
 from data_prep.common.seeding import generator
 from data_prep.common.workers import in_workers
 from data_prep.config import DataConfig
+from data_prep.images.crops import views_of
 from data_prep.images.decode import BadPicture
 from data_prep.palette.codec import CODES, color_codes, fit_palette
+from data_prep.sources.base import Source
 
 FIT_PIXELS = 1 << 26
 """The palette is fitted to at most this many pixels: 65,536 pictures at 32x32."""
@@ -41,15 +43,14 @@ def fit_chunks(plan: Plan) -> list[Chunk]:
     if "train" in plan.splits:
         images = min(len(plan.splits["train"].pictures), images)
         return [Chunk(start, min(start + FIT_CHUNK, images)) for start in range(0, images, FIT_CHUNK)]
-    pieces = len(plan.source.streams["train"])
-    drawn = generator(plan.config.seed, "palette pieces").permutation(pieces)[:FIT_PIECES]
+    drawn = generator(plan.config.seed, "palette pieces").permutation(plan.pieces["train"])[:FIT_PIECES]
     return [Chunk(0, -(-images // len(drawn)), int(piece)) for piece in drawn]
 
 
-def count_chunks(plan: Plan, chunks: Sequence[Chunk], workers: int) -> np.ndarray:
+def count_chunks(source: Source, plan: Plan, chunks: Sequence[Chunk], workers: int) -> np.ndarray:
     """Pixels of each 24-bit colour in these chunks: int64 (2**24,)."""
     histogram = np.zeros(CODES, np.int64)
-    counted = in_workers(_count, plan, chunks, workers)
+    counted = in_workers(_count, (source, plan), chunks, workers)
     streamed = any(chunk.piece is not None for chunk in chunks)  # a piece may be shorter than its share
     total = None if streamed else sum(chunk.stop - chunk.start for chunk in chunks)
     with progress("palette", total) as advance, closing(counted):
@@ -72,14 +73,14 @@ def fit_histogram(histogram: np.ndarray, config: DataConfig) -> np.ndarray:
     return fit_palette(histogram, config.palette.colors, config.seed)
 
 
-def fit(plan: Plan, workers: int) -> np.ndarray:
+def fit(source: Source, plan: Plan, workers: int) -> np.ndarray:
     """The palette of the sample: float32 (V, 3)."""
-    return fit_histogram(count_chunks(plan, fit_chunks(plan), workers), plan.config)
+    return fit_histogram(count_chunks(source, plan, fit_chunks(plan), workers), plan.config)
 
 
-def _count(plan: Plan, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+def _count(state: tuple[Source, Plan], chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
     """The codes of a chunk's colours and how often each occurs; no more than FIT_CHUNK views are held at a time."""
-    views = _piece_views(plan, chunk) if chunk.piece is not None else _split_views(plan, chunk)
+    views = _split_views(*state, chunk) if chunk.piece is None else _piece_views(*state, chunk)
     codes, counts = np.empty(0, np.uint32), np.empty(0, np.int64)
     while pixels := list(islice(views, FIT_CHUNK)):
         more, of_more = np.unique(color_codes(np.stack(pixels)), return_counts=True)
@@ -88,10 +89,10 @@ def _count(plan: Plan, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
     return codes, counts
 
 
-def _split_views(plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
+def _split_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
     """The views of a chunk that can be had; the others are counted when they are met again."""
     split = plan.splits["train"]
-    views = plan.views(split.source_split)
+    views = views_of(source, plan.config, split.source_split)
     part = slice(chunk.start, chunk.stop)
     for picture, number in zip(split.pictures[part], split.views[part], strict=True):
         try:
@@ -100,10 +101,10 @@ def _split_views(plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
             continue
 
 
-def _piece_views(plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
+def _piece_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
     """The first training view of each of the first pictures of a piece."""
     assert chunk.piece is not None
-    found = stream_views(plan, Unit("train", chunk.piece))
+    found = stream_views(source, plan.config, Unit("train", chunk.piece))
     usable = (views for views in found if not isinstance(views, BadPicture))
     first = (next((view for split, view, _ in views if split == "train"), None) for views in usable)
     return islice((view for view in first if view is not None), chunk.stop)

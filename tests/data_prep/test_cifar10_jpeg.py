@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.build.plan import make_plan
-from data_prep.images.crops import EVALUATION
+from data_prep.images.crops import EVALUATION, views_of
 from data_prep.palette.codec import encode, lookup_table
 from data_prep.shards.reader import open_shard_set
 from data_prep.sources.open import open_source
@@ -56,8 +56,9 @@ def test_tokens_equal_the_image_processors(prepared: tuple[Path, float]) -> None
 
     shard_set = open_shard_set(prepared[0])
     config = DataConfig.from_dict(shard_set.manifest["config"])
-    plan = make_plan(open_source(config.source), config)
-    views = plan.views("test")
+    source = open_source(config.source)
+    plan = make_plan(source, config)
+    views = views_of(source, config, "test")
     pixels = np.stack([views.view(int(picture), EVALUATION) for picture in plan.splits["test"].pictures[:2000]])
     processor = ImageGPTImageProcessor(clusters=shard_set.palette.tolist(), do_resize=False)
     reference = np.concatenate(
