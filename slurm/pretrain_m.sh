@@ -12,8 +12,6 @@
 #SBATCH --signal=B:USR1@180
 SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 [ -e "$SCRIPTS/common.sh" ] || SCRIPTS=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\)\/[^ ]*.*/\1/p' | head -n 1)
-# shellcheck source=common.sh
-source "$SCRIPTS/common.sh"
 # shellcheck source=lib/pretrain.sh
 source "$SCRIPTS/lib/pretrain.sh"
 pretrain igpt_m "$@"

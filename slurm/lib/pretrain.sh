@@ -1,6 +1,8 @@
 # The training job: checks its nodes, starts the ranks, and requeues itself until the run is finished.
 # shellcheck shell=bash
 
+# shellcheck source=common.sh
+source "$SCRIPTS/common.sh"
 # shellcheck source=lib/nodes.sh
 source "$SCRIPTS/lib/nodes.sh"
 # shellcheck source=lib/ranks.sh

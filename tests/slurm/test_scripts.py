@@ -93,6 +93,19 @@ def test_a_job_starts_a_process_a_rank_on_neighbors(
     assert ranks.endswith(f"-m pipeline {train} --model.layers 2"), "the site's paths, where none are given"
 
 
+def test_status_lists_the_jobs_of_a_run(stubs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/igpt_s"
+    commands = [f"pretrain_s.sh --run {run} --seed 1", "pretrain_s.sh", "pretrain_s.sh --run /else", "pretrain_m.sh"]
+    queue = "".join(f"{number:10} {'igpt':80} /slurm/{command}\n" for number, command in enumerate(commands))
+    (tmp_path / "stubs/squeue").write_text(f"#!/bin/sh\ncat <<E\n{queue}E\n")
+    (tmp_path / "stubs/squeue").chmod(0o755)
+    for runs, listed in ((run.parent, ["0", "1"]), ("", ["0"])):
+        environment = {**os.environ, "SITE_RUNS": str(runs)}
+        command = [SCRIPTS / "status.sh", run]
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert [line.split()[0] for line in shown.splitlines()[2:]] == listed
+
+
 @pytest.mark.parametrize(
     ("variables", "limit"), [({}, 3), ({"MAX_FAILURES": "5"}, 5), ({"MAX_ACCIDENTS": "7"}, 7)], ids=str
 )
