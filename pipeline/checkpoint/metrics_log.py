@@ -82,7 +82,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
 def _parse(line: str) -> Row | None:
     """None if the line is no row."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity, as earlier versions wrote them
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

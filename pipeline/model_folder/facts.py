@@ -1,6 +1,5 @@
 """What a model folder holds of its model: the configuration, and the record of its training."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from safetensors import safe_open
 
 from data_prep.common.files import read_json
+from pipeline.checkpoint.metrics_log import Row, read_rows
 from pipeline.model_folder.training_record import TrainingRecord, read_training_record
 
 
@@ -20,7 +20,7 @@ class Facts:
     """config.json."""
     parameters: int
     training: TrainingRecord
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     """training/metrics.jsonl."""
 
     @property
@@ -46,7 +46,7 @@ def read_facts(folder: Path) -> Facts:
         config=config,
         parameters=parameters(folder, config),
         training=record,
-        rows=[json.loads(line) for line in record.metrics.read_text().splitlines()] if record.metrics else [],
+        rows=list(read_rows(record.metrics)) if record.metrics else [],
     )
 
 

@@ -1,6 +1,5 @@
 """The training curve of a report, out of a run's metrics.jsonl."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,35 +7,35 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.files import atomic_write
+from pipeline.checkpoint.metrics_log import Row
 
 CURVE = "training.png"
 """The training curve, in a folder of results."""
 CURVE_POINTS = 120
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def has_losses(rows: list[Row]) -> bool:
+    """Whether there is a training loss to draw."""
+    return bool(_with(rows, "loss"))
 
 
-def has_losses(rows: list[dict[str, Any]]) -> bool:
-    """Whether there is a finite training loss to draw."""
-    return any(math.isfinite(row.get("loss", math.nan)) for row in rows)
-
-
-def valid_loss_at(rows: list[dict[str, Any]], step: int | None) -> float | None:
-    """The run's own validation loss at a step, nats per token; None if it did not validate there."""
-    found = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None and row["step"] == step]
+def valid_loss_at(rows: list[Row], step: int | None) -> float | None:
+    """The run's own validation loss at a step, nats per token; None if it did not validate there, or was not finite."""
+    found = [row["valid_loss"] for row in _with(rows, "valid_loss") if row["step"] == step]
     return found[-1] if found else None
 
 
-def draw_curve(rows: list[dict[str, Any]], colors: int, density: dict[str, Any] | None, path: Path) -> None:
-    """Draws metrics.jsonl's losses over the pictures seen, with the baselines of `density` if it was measured."""
+def _with(rows: list[Row], key: str) -> list[Row]:
+    """The rows that have a number there: not null, which stands for NaN and Inf."""
+    return [row for row in rows if row.get(key) is not None]
+
+
+def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, path: Path) -> None:
+    """Draws metrics.jsonl's losses over the images seen, with the baselines of `density` if it was measured."""
     from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
 
-    training = [row for row in rows if "loss" in row]
-    validation = [row for row in rows if "valid_loss" in row]
-    images, low, mean, high = summarised(training)
+    validation = _with(rows, "valid_loss")
+    images, low, mean, high = summarized(rows)
     figure, axes = new_figure()
     axes.fill_between(images, low, high, color=ACCENT, alpha=0.18, linewidth=0)
     axes.plot(images, mean, color=ACCENT, linewidth=1.6, label="training")
@@ -58,12 +57,12 @@ def draw_curve(rows: list[dict[str, Any]], colors: int, density: dict[str, Any] 
         save_figure(figure, temporary)
 
 
-def summarised(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures seen, and least, mean and greatest loss, of at most CURVE_POINTS groups of neighbouring steps.
+def summarized(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Images seen, and least, mean and greatest loss, of at most CURVE_POINTS groups of neighbouring steps.
 
-    Steps without a finite loss are left out.
+    Steps without a finite loss are excluded.
     """
-    finite = np.array([(row["images"], row["loss"]) for row in rows if math.isfinite(row["loss"])])  # (steps, 2)
+    finite = np.array([(row["images"], row["loss"]) for row in _with(rows, "loss")])  # (steps, 2)
     groups = np.array_split(finite, min(CURVE_POINTS, len(finite)))
     images = np.array([group[:, 0].mean() for group in groups])
     low, mean, high = (np.array([reduce(group[:, 1]) for group in groups]) for reduce in (np.min, np.mean, np.max))

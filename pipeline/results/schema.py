@@ -22,7 +22,8 @@ from typing import Any
 
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet
-from pipeline.results.curve import read_metrics, valid_loss_at
+from pipeline.checkpoint.metrics_log import read_rows
+from pipeline.results.curve import valid_loss_at
 from pipeline.results.provenance import ModelFacts, untrained
 from pipeline.results.published import PUBLISHED
 
@@ -63,12 +64,12 @@ def write_results(
     folder: Path, facts: ModelFacts, shards: ShardSet, measured: Measured, not_run: Sequence[str] = ()
 ) -> None:
     """Writes results.json into the folder."""
-    metrics = read_metrics(facts.metrics) if facts.metrics else []
+    rows = list(read_rows(facts.metrics)) if facts.metrics else []
     model = {key: value for key, value in asdict(facts).items() if key not in ("metrics", "training_commands")}
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "model": model | {"valid_loss": valid_loss_at(metrics, facts.checkpoint_step)},
+        "model": model | {"valid_loss": valid_loss_at(rows, facts.checkpoint_step)},
         "dataset": {
             "name": shards.name,
             "digest": shards.digest,

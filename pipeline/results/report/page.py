@@ -10,8 +10,9 @@ from typing import Any
 
 from data_prep.common.files import locked
 from data_prep.shards.reader import ShardSet
+from pipeline.checkpoint.metrics_log import read_rows
 from pipeline.model_folder.training_record import unfinished
-from pipeline.results.curve import CURVE, draw_curve, has_losses, read_metrics
+from pipeline.results.curve import CURVE, draw_curve, has_losses
 from pipeline.results.headline import Headline, headlines_of, title_of
 from pipeline.results.provenance import ModelFacts
 from pipeline.results.published import PUBLISHED, RELATED
@@ -124,7 +125,7 @@ def _numbers(tasks: Results, random_weights: Results) -> dict[str, Any]:
 
 def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) -> Path | None:
     """Draws the training curve, where there is one."""
-    rows = read_metrics(facts.metrics) if facts.metrics is not None else []
+    rows = list(read_rows(facts.metrics)) if facts.metrics is not None else []
     if not has_losses(rows):
         return None
     draw_curve(rows, shards.colors, tasks.get("density"), folder / CURVE)

@@ -55,3 +55,8 @@ def test_last_steps_count_those_that_were_applied(run: Path) -> None:
     assert last_steps(run, 3, 2) == NULLS[:3]
     assert last_steps(run, 3, 1) == NULLS[1:3]
     assert last_steps(run, 2, 1) == NULLS[:2]
+
+
+def test_numbers_that_an_earlier_version_wrote_as_nan_are_null(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text('{"step": 2, "loss": NaN, "grad_norm": -Infinity, "applied": false}\n')
+    assert list(read_rows(tmp_path / METRICS_FILE)) == [NULLS[1]]

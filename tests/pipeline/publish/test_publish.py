@@ -25,6 +25,7 @@ from tests.pipeline.publish.conftest import REPOSITORY, environment
 
 TO_HUB = ("--to", f"hub:{REPOSITORY}")
 TOPOLOGIES = {"ZeRO-3": {"parallel__zero_stage": 3}, "two stages": {"parallel__pipeline_stages": 2}}
+NULLABLE = ("loss", "grad_norm", "valid_loss", "images_per_second", "tokens_per_second", "mfu")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json")
 
 
@@ -189,6 +190,18 @@ def test_a_folder_holds_what_a_repository_would(
     monkeypatch.chdir(tmp_path)
     exec(card_code((tmp_path / "image-gpt/README.md").read_bytes()), {})
     assert (tmp_path / "sample.png").is_file()
+
+
+def test_a_training_with_null_losses_is_published(models: dict[int, Path], tmp_path: Path) -> None:
+    """metrics.jsonl has null for NaN and Inf; where no loss is finite, there is no curve."""
+    model = Path(shutil.copytree(models[40], tmp_path / "model"))
+    rows = [json.loads(line) for line in (model / "training/metrics.jsonl").read_text().splitlines()]
+    nulls = [row | {key: None for key in row if key in NULLABLE} for row in rows]
+    for name, mixed, curve in (("some", nulls[:30] + rows[30:], True), ("all", nulls, False)):
+        (model / "training/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+        publish(model, "--to", f"dir:{tmp_path / name}")
+        assert (tmp_path / name / "results/training.png").is_file() == curve
+        assert ("| Last training loss |" in (tmp_path / name / "README.md").read_text()) == curve
 
 
 class EventFile:

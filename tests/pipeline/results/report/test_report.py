@@ -11,7 +11,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from shutil import copytree
 
-import numpy as np
 import pytest
 from sklearn.neighbors import NearestCentroid
 
@@ -20,7 +19,6 @@ from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.registry import LONG, TASKS
 from pipeline.model_folder.convert import load_model_folder
-from pipeline.results.curve import summarised
 from pipeline.results.headline import Headline, accuracy_headlines, headlines_of, title_of
 from pipeline.results.provenance import model_facts
 from pipeline.results.report.page import write_report
@@ -190,6 +188,24 @@ def test_what_was_not_measured_has_no_section(trained_model: Path, shards: Shard
     assert Page(report.read_text()).headings == ["How to read this", "Commands"]
 
 
+@pytest.mark.parametrize("some", [True, False])
+def test_a_training_with_null_losses_has_a_report(
+    some: bool, trained_model: Path, shards: ShardSet, tmp_path: Path
+) -> None:
+    """metrics.jsonl has null for NaN and Inf; without one finite loss there is no curve."""
+    model = copytree(trained_model, tmp_path / "model")
+    rows = [{"step": 1, "images": 16, "loss": 3.0}] if some else []
+    rows += [
+        {"step": 2, "images": 32, "loss": None, "grad_norm": None},
+        {"step": 59, "images": 944, "valid_loss": None},
+    ]
+    (model / "training/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 60, "lo')
+    (tmp_path / "results").mkdir()
+    report = write_report(tmp_path / "results", model_facts(model, load_model_folder(model)), shards)
+    assert ("Training" in Page(report.read_text()).headings) == some
+    assert json.loads((tmp_path / "results/results.json").read_text())["model"]["valid_loss"] is None
+
+
 def test_results_of_another_model_are_left_out(
     trained_model: Path,
     model_folders: dict[str, Path],
@@ -336,18 +352,3 @@ def test_results_of_an_earlier_version_name_themselves() -> None:
     assert headlines_of(earlier) == [Headline("Some probe", 0.5, "accuracy")]
     assert headlines_of(earlier | {"headlines": []}) == []
     assert title_of(earlier | {"title": "SoP"}) == "SoP"
-
-
-def test_the_curve_is_grouped_and_leaves_out_what_is_not_finite() -> None:
-    random = np.random.default_rng(0)
-    losses = random.uniform(1, 2, 1000)
-    rows = [{"images": 10 * step, "loss": float(loss)} for step, loss in enumerate(losses, 1)]
-    rows[7]["loss"] = float("inf")
-    images, low, mean, high = summarised(rows)
-    kept = np.delete(losses, 7)
-    assert len(images) == 120
-    assert (np.diff(images) > 0).all()
-    assert (low <= mean).all()
-    assert (mean <= high).all()
-    assert (low.min(), high.max()) == (kept.min(), kept.max())
-    assert mean.mean() == pytest.approx(kept.mean(), abs=2e-3)
