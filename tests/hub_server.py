@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
@@ -22,41 +22,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from tests.hub_repositories import File, Repositories, Repository
+
 TOKEN = "hf_" + "Q" * 34
 LFS_SIZE = 10_000_000
 LFS_SUFFIXES = (".safetensors", ".bin", ".npy", ".png", ".tar")
 MODES = ("main", "refs", "tree", "revision", "preupload", "commit", "branch", "tag")
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: closing sends a reset in place of an orderly end."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of a commit; the oid is the content's sha256 in LFS, else git's."""
-
-    oid: str
-    size: int
-    lfs: bool
-
-
-@dataclass(frozen=True)
-class Commit:
-    title: str
-    parent: str | None
-    files: dict[str, File]
-
-
-@dataclass
-class Repository:
-    private: bool
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
-
-    def find(self, revision: str) -> str | None:
-        """The commit of a branch, a tag or a commit's own name."""
-        names = self.branches | self.tags | {name: name for name in self.commits}
-        return names.get(revision.removeprefix("refs/heads/"))
 
 
 @dataclass
@@ -71,15 +44,12 @@ class Fault:
     headers: dict[str, str]
 
 
-class Hub:
-    """The repositories, and what was asked."""
+class Hub(Repositories):
+    """What is stored, and what was asked."""
 
     def __init__(self, token: str) -> None:
+        super().__init__()
         self.token = token
-        self.repositories: dict[str, Repository] = {}
-        """By models/ORG/NAME or datasets/ORG/NAME."""
-        self.contents: dict[str, bytes] = {}
-        """By oid."""
         self.requests: list[str] = []
         self.bytes_sent = 0
         """Of files, by clients."""
@@ -121,40 +91,6 @@ class Hub:
         """Stops, and comes back by itself."""
         self.stop()
         threading.Timer(seconds, self.start).start()
-
-    def repository(self, name: str, kind: str = "models") -> Repository:
-        return self.repositories[f"{kind}/{name}"]
-
-    def files(self, name: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
-        """The content of each file of a revision."""
-        repository = self.repository(name, kind)
-        commit = repository.find(revision)
-        assert commit is not None, f"{name} has no revision {revision}"
-        return {path: self.contents[file.oid] for path, file in repository.commits[commit].files.items()}
-
-    def titles(self, name: str, branch: str = "main", kind: str = "models") -> list[str]:
-        """The commits of a branch, oldest first."""
-        repository, found = self.repository(name, kind), []
-        at: str | None = repository.branches[branch]
-        while at is not None:
-            found.append(repository.commits[at].title)
-            at = repository.commits[at].parent
-        return found[::-1]
-
-    def store(self, content: bytes, *, lfs: bool) -> str:
-        header = b"" if lfs else b"blob %d\0" % len(content)
-        oid = (hashlib.sha256 if lfs else hashlib.sha1)(header + content).hexdigest()
-        self.contents[oid] = content
-        return oid
-
-    def commit(self, repository: Repository, branch: str, title: str, files: dict[str, File]) -> str:
-        parent = repository.branches.get(branch)
-        name = hashlib.sha1(
-            f"{id(repository)} {branch} {title} {parent} {len(repository.commits)}".encode()
-        ).hexdigest()
-        repository.commits[name] = Commit(title, parent, files)
-        repository.branches[branch] = name
-        return name
 
 
 class _Server(ThreadingHTTPServer):

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils.sha import git_hash
 
-from data_prep.common.files import file_sha256, read_json
+from data_prep.common.files import read_json
+from data_prep.common.retry import Result, backoff, retry
 from pipeline.hub import LOG_IN, lacks_xet, quiet_hub, reason, status_of
 
-Outcome = TypeVar("Outcome")
 MAIN = "main"
 STEP_FILE = "training/checkpoint.json"
 OURS = ("model*.safetensors", "model.safetensors.index.json", "training/*", "results/*")
@@ -78,25 +79,24 @@ def check_login(repository: str) -> None:
         raise ValueError(f"{constants.ENDPOINT} wants to know who publishes {repository}; {LOG_IN}.")
 
 
-def persistently(work: Callable[[], Outcome], what: str, patience: float) -> Outcome:
-    """The outcome of `work`, tried again after what may pass, with pauses that double and vary."""
-    began, failures = time.monotonic(), 0
-    while True:
-        try:
-            return work()
-        except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:
-            cause = _cause(error)
-            if cause is None:
-                raise
-            failures += 1
-            waited, asked = time.monotonic() - began, _asked_pause(cause)
-            pause = max(asked, min(LONGEST_PAUSE, 2.0**failures) * random.uniform(0.5, 1.0))
-            enough = waited + pause > patience and (failures >= ATTEMPTS or asked > patience)
-            if enough or not _may_pass(cause):
-                spent = f", in {failures} attempts over {waited:.0f} s" if failures > 1 else ""
-                raise ValueError(f"{what} was not published: {reason(cause)}{spent}.") from error
-            print(f"{what}: {reason(cause)}; trying again in {pause:.0f} s", flush=True)
-            time.sleep(pause)
+def persistently(work: Callable[[], Result], what: str, patience: float) -> Result:
+    """The result of `work`, tried again after what may pass, with pauses that double and vary."""
+    began = time.monotonic()
+
+    def pause_after(error: Exception, failures: int) -> float:
+        cause = _cause(error)
+        if cause is None:
+            raise error
+        waited, asked = time.monotonic() - began, _asked_pause(cause)
+        pause = max(asked, backoff(failures, first=2.0, longest=LONGEST_PAUSE) * random.uniform(0.5, 1.0))
+        enough = waited + pause > patience and (failures >= ATTEMPTS or asked > patience)
+        if enough or not _may_pass(cause):
+            spent = f", in {failures} attempts over {waited:.0f} s" if failures > 1 else ""
+            raise ValueError(f"{what} was not published: {reason(cause)}{spent}.") from error
+        print(f"{what}: {reason(cause)}; trying again in {pause:.0f} s", flush=True)
+        return pause
+
+    return retry(work, (HTTPError, OSError, RuntimeError, JSONDecodeError), pause_after)
 
 
 def _cause(error: BaseException) -> BaseException | None:
@@ -127,8 +127,12 @@ class Push:
     def __init__(self, api: HfApi, folder: Path, target: Target, step: int | None) -> None:
         self.api, self.folder, self.target, self.step = api, folder, target, step
         self.where: dict[str, Any] = {"repo_id": target.repository}
-        self.files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        self._sha256: dict[str, str] = {}
+        self.files = {
+            str(path.relative_to(folder)): UploadInfo.from_path(str(path))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        """Sizes and digests by name; a large file is read once for them, however many attempts there are."""
         self.sent: dict[str, None] = {}
 
     def attempt(self) -> Pushed:
@@ -202,19 +206,13 @@ class Push:
         return [*map(self._addition, changed), *(CommitOperationDelete(name, is_folder=False) for name in gone)]
 
     def _is_same(self, name: str, entry: RepoFile) -> bool:
-        if entry.size != self.files[name].stat().st_size:
+        if entry.size != self.files[name].size:
             return False
         if entry.lfs is not None:
-            return entry.lfs.sha256 == self._digest(name)
-        return entry.blob_id == git_hash(self.files[name].read_bytes())
+            return entry.lfs.sha256 == self.files[name].sha256.hex()
+        return entry.blob_id == git_hash((self.folder / name).read_bytes())
 
     def _addition(self, name: str) -> CommitOperationAdd:
-        addition = CommitOperationAdd(name, str(self.files[name]))
-        addition.upload_info.sha256 = bytes.fromhex(self._digest(name))
+        addition = CommitOperationAdd(name, self.folder / name)
+        addition.upload_info = self.files[name]
         return addition
-
-    def _digest(self, name: str) -> str:
-        """A large file is read once, however many attempts there are."""
-        if name not in self._sha256:
-            self._sha256[name] = file_sha256(self.files[name])
-        return self._sha256[name]

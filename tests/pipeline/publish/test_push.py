@@ -9,7 +9,8 @@ from huggingface_hub import constants
 
 from pipeline.publish import push as pushing
 from pipeline.publish.push import Target, push
-from tests.hub_server import TOKEN, File, Hub, Repository
+from tests.hub_repositories import File, Repository
+from tests.hub_server import TOKEN, Hub
 from tests.launch import files_of
 from tests.pipeline.publish.conftest import REPOSITORY
 
