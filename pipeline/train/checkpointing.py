@@ -1,4 +1,4 @@
-"""Saving and resuming across ranks: a thread writes a copy; the newest whole checkpoint is found, loaded and proven."""
+"""Saving and resuming across ranks: a thread writes a copy; the newest complete checkpoint is loaded and verified."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,21 +7,18 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from transformers import GPT2Config
-
-from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint import format as checkpoints
 from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
 from pipeline.checkpoint.fragments import Tensors
-from pipeline.checkpoint.probe import PROBE_TOKENS, HeldOutImages
+from pipeline.checkpoint.probe import PROBE_TOKENS
 from pipeline.checkpoint.run_folder import check_shards
-from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
 from pipeline.rank_errors import reported_on_all_ranks
 from pipeline.train.data.batches import Order
 from pipeline.train.engine.base import Engine
 from pipeline.train.health.diverged import Diverged
+from pipeline.train.setup import Inputs
 from pipeline.train.validation import probe_loss
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}
@@ -32,7 +29,7 @@ An fp8 run is evaluated in bf16."""
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: with the seed, all that the order of the pictures depends on."""
+    """How far a run is: with the seed, all that the order of the images depends on."""
 
     step: int = 0
     images: int = 0
@@ -49,10 +46,10 @@ class Pending:
     """What this rank's part of it is, once written: bytes and sha256."""
 
 
-def newest_whole(folder: Path, ranks: Ranks) -> Checkpoint | None:
+def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose files all are what was written; the ranks share the reading.
 
-    Says which ones it passed over. Raises ValueError if there are checkpoints and none is whole.
+    Says which ones it passed over. Raises ValueError if there are checkpoints and none is complete.
     """
     candidates = from_first(lambda: [str(path) for path in reversed(checkpoints.committed(folder))])
     for candidate in candidates:
@@ -71,26 +68,17 @@ def newest_whole(folder: Path, ranks: Ranks) -> Checkpoint | None:
             print(f"WARNING: passed over {candidate}: {damage}", flush=True)
     if candidates:
         raise ValueError(
-            f"{folder} holds {len(candidates)} checkpoints and none is whole; put a copy back, or name a new --run."
+            f"{folder} holds {len(candidates)} checkpoints and none is complete; put a copy back, or name a new --run."
         )
     return None
 
 
-class Store:
+class CheckpointManager:
     """A run's checkpoints, and what they must agree with."""
 
-    def __init__(
-        self,
-        folder: Path,
-        config: TrainConfig,
-        model_config: GPT2Config,
-        shards: ShardSet,
-        order: Order,
-        probe: HeldOutImages,
-        ranks: Ranks,
-    ) -> None:
-        self.folder, self.config, self.model_config, self.shards = folder, config, model_config, shards
-        self.order, self.probe, self.ranks = order, probe, ranks
+    def __init__(self, folder: Path, inputs: Inputs, order: Order) -> None:
+        self.folder, self.inputs, self.order = folder, inputs, order
+        self.config, self.ranks = inputs.config, inputs.ranks
         self._pending: Pending | None = None
         self._tensors: Tensors = {}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -108,15 +96,15 @@ class Store:
     def save(self, engine: Engine, progress: Progress) -> None:
         """Copies the state to the host and has it written; `finish` publishes it.
 
-        Waits for the save before, and raises as `finish` does; Diverged on every rank if the model gives no number.
+        Waits for the save before, and raises as `finish` does; Diverged on every rank if the model is not finite.
         """
         self.finish()
-        probe, *others = gather(probe_loss(engine, self.probe))
+        probe, *others = gather(probe_loss(engine, self.inputs.held_out))
         if not all(map(isfinite, [probe, *others])):
             raise Diverged(
                 f"the model of step {progress.step} is not finite (loss on the probe batch, by rank: "
                 f"{[probe, *others]}) and was not saved; the checkpoints in {self.folder} are from before it; a lower "
-                f"optimizer.learning_rate or a longer warm-up may pass it."
+                f"optimizer.learning_rate or a longer warm-up may help."
             )
         with raise_on_all_ranks():
             if self.ranks.is_first:
@@ -169,7 +157,7 @@ class Store:
         with raise_on_all_ranks():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
         self._check_checksums(checkpoint, engine)
-        losses = gather(probe_loss(engine, self.probe, record.probe_tokens))
+        losses = gather(probe_loss(engine, self.inputs.held_out, record.probe_tokens))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
             if not abs(loss - record.probe_loss) <= tolerance:
@@ -206,7 +194,7 @@ class Store:
     def _check_origin(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
         made_with = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
-        check_shards(made_with, self.shards, checkpoint.folder)
+        check_shards(made_with, self.inputs.shards, checkpoint.folder)
         if self.order.fingerprint(record.images) == record.order_fingerprint:
             return
         moved = self.order.moved_from(record.order_fingerprint, record.images)
@@ -230,9 +218,9 @@ class Store:
                 "pipeline_stages": self.config.parallel.pipeline_stages,
                 "tensor_parallel": self.config.parallel.tensor_parallel,
             },
-            model=self.model_config.to_dict(),
-            palette_sha256=self.shards.palette_sha256,
-            shards_digest=self.shards.digest,
+            model=self.inputs.model_config.to_dict(),
+            palette_sha256=self.inputs.shards.palette_sha256,
+            shards_digest=self.inputs.shards.digest,
             order_fingerprint=self.order.fingerprint(progress.images),
             probe_loss=probe,
             precision=self.config.precision,

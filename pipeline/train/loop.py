@@ -7,43 +7,49 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 
 from data_prep.common.exit_codes import FINISHED, STOPPED
-from pipeline.checkpoint.metrics_log import SKIPPED_FILE
+from pipeline.checkpoint.metrics_log import SKIPPED_FILE, last_steps
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import (
-    Ranks,
     all_reduce_max,
     barrier_with_errors,
     describe_ranks,
+    from_first,
     gather,
     raise_on_all_ranks,
     start_group,
 )
 from pipeline.model.image_grid import completion_grid
+from pipeline.model.masks import Batch
 from pipeline.rank_errors import is_on_all_ranks, reported_once_per_node
 from pipeline.schedule import learning_rate_at
-from pipeline.train.checkpointing import Progress, Store
+from pipeline.train.checkpointing import CheckpointManager, Progress, newest_complete
 from pipeline.train.data.verify import verify_shards
+from pipeline.train.engine.base import StepResult
+from pipeline.train.engine.build import build_engine
 from pipeline.train.health.diverged import Diverged
 from pipeline.train.health.replicas import check_replicas
+from pipeline.train.health.step_filter import StepFilter
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.stragglers import SlowRanks
 from pipeline.train.health.watchdog import Watchdog, group_timeout
+from pipeline.train.monitor.profiler import Profiler
 from pipeline.train.monitor.startup import StartClock
-from pipeline.train.monitor.telemetry import StepClock, peak_memory_bytes, peak_memory_table
-from pipeline.train.setup import Inputs, Session, check_inputs, set_up
+from pipeline.train.monitor.summary import Throughput, describe
+from pipeline.train.monitor.telemetry import StepClock, open_telemetry, peak_memory_bytes, peak_memory_table
+from pipeline.train.setup import Inputs, check_inputs, choose_attention, choose_reader
 from pipeline.train.validation import spread, validation_loss
 
-SAMPLES_A_PICTURE = 2
+SAMPLES_PER_IMAGE = 2
 
 
 def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     """Trains to the last step, or until asked to stop. Returns the exit code.
 
-    Raises ValueError or OSError for a user's mistake, Diverged if the numbers are no longer finite.
+    Raises ValueError or OSError for invalid input, Diverged if training can't continue.
     """
     start_clock = StartClock()
     start_clock.mark("imports")
@@ -53,13 +59,11 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         inputs = check_inputs(config, ranks)
         folder.check(config, inputs.shards)
     if folder.finished_steps() >= config.schedule.steps:
-        print(f"{run} has finished its {folder.finished_steps()} steps; nothing is left to train.", flush=True)
-        for line in folder.changes(config):
-            print(f"without effect on a finished run: {line}", flush=True)
+        print_finished(folder, config)
         return FINISHED
     start_clock.mark("checks")
     start_group(ranks, group_timeout(config.health.hang_minutes))
-    start_clock.mark("ranks meeting")
+    start_clock.mark("rendezvous")
     try:
         with raise_on_all_ranks():
             if ranks.is_first:
@@ -67,12 +71,12 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         verify_shards(inputs.shards, folder, ranks)
         watchdog = Watchdog(folder, ranks, config.health.hang_minutes)
         start_clock.mark("shards' digests")
-        session = set_up(inputs, folder, stop, watchdog, start_clock)
+        trainer = Trainer(inputs, folder, stop, watchdog, start_clock)
         gc.collect()
         gc.freeze()
         gc.enable()
-        with finishing_saves(session.store):
-            progress = run_loop(inputs, session)
+        with finishing_saves(trainer.checkpoints):
+            progress = trainer.run()
         finished = progress.step >= config.schedule.steps
         with raise_on_all_ranks():  # a rank that leaves early would break the others' connections
             if ranks.is_first:
@@ -87,142 +91,218 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         folder.close()
 
 
+def print_finished(folder: RunFolder, config: TrainConfig) -> None:
+    """For a run that has nothing left to train; what the configuration changes has no effect on it."""
+    print(f"{folder.path} has finished its {folder.finished_steps()} steps; nothing is left to train.", flush=True)
+    for line in folder.changes(config):
+        print(f"without effect on a finished run: {line}", flush=True)
+
+
 @contextmanager
-def finishing_saves(store: Store) -> Iterator[None]:
+def finishing_saves(checkpoints: CheckpointManager) -> Iterator[None]:
     """An error that all ranks raise does not take along the checkpoint that is being written."""
     try:
         yield
     except Exception as error:
         if is_on_all_ranks(error):
-            store.finish()
+            checkpoints.finish()
         raise
 
 
-def run_loop(inputs: Inputs, session: Session) -> Progress:
-    """Trains from session.start; returns how far it came. What happens at a step is recorded before it is saved."""
-    config, ranks, engine, store = inputs.config, inputs.ranks, session.engine, session.store
-    telemetry, watchdog, profiler = session.telemetry, session.watchdog, session.profiler
-    step_filter = session.step_filter
-    progress, last = session.start, config.schedule.steps
-    clock, slow_ranks = StepClock(), SlowRanks(ranks)
-    signs, save_owed = agree(session, ranks), False
-    while progress.step < last and (save_owed or not signs.stopping):
-        step, size = progress.step + 1, config.batch.size_at(progress.step + 1)
-        watchdog.enter("reading", step)
-        batch = barrier_with_errors(partial(clock.wait_for, partial(session.batches.at, progress.images, size)), ranks)
-        watchdog.enter("training", step)
-        profiler.before(step, bool(signs.profile))
-        rate = learning_rate_at(step, config.optimizer.learning_rate, config.schedule)
-        result = engine.step(batch, rate, step_filter.accept)
-        step_filter.record(result)
-        seconds, waited = clock.lap()
-        signs = agree(session, ranks, waited)
-        row = {
-            "step": step,
-            "images": progress.images + size,
-            "loss": result.loss,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "applied": result.applied,
-            **session.throughput.rates(size, seconds),
-            "data_wait": signs.waited / seconds,
-            "memory_bytes": signs.memory_bytes,
-        }
-        telemetry.training_step(row)
-        if progress == session.start:
-            session.start_clock.mark("first step")
-            telemetry.say(session.start_clock.describe())
-        telemetry.say(profiler.after(step))
-        telemetry.say(slow_ranks.look(engine, waited))
-        if result.reason is not None:
-            record_odd_step(inputs, session, progress.images, size, row, result.reason)
-        if signs.broken:
-            telemetry.raise_together()
-        if not signs.writing:
-            store.finish()
-        progress = Progress(step, progress.images + size)
-
-        def due(every: int, step: int = step) -> bool:
-            return every > 0 and (step % every == 0 or step == last)
-
-        # The next step that is applied shows whether the weights are sound; health.max_skipped others end the run.
-        sound = not step_filter.weights_may_be_nonfinite or step == last
-        save_owed |= due(config.checkpoint.every_steps) or bool(signs.stopping or signs.overdue)
-        save, save_owed = save_owed and sound, save_owed and not sound
-        watchdog.enter("comparing weights", step)
-        if config.health.replicas_every_steps and (save or due(config.health.replicas_every_steps)):
-            check_replicas(engine, step)
-        with clock.paused():
-            if due(config.validation.every_steps):
-                watchdog.enter("validation", step)
-                loss = validation_loss(engine, inputs.held_out, config.validation.images, ranks)
-                telemetry.validation({"step": step, "images": progress.images, "valid_loss": loss})
-            if due(config.samples.every_steps) and inputs.masks is None:
-                watchdog.enter("samples", step)
-                telemetry.samples(step, completions(inputs, session))
-            if save:
-                watchdog.enter("saving", step)
-                telemetry.flush()
-                telemetry.raise_together()
-                store.save(engine, progress)
-    watchdog.enter("ending", progress.step)
-    store.finish()
-    telemetry.say(profiler.close(progress.step))
-    telemetry.say(peak_memory_table(gather(peak_memory_bytes(ranks.device))))
-    if signs.stopping:
-        session.stop.honour()
-    session.batches.close()
-    engine.close()
-    telemetry.close()
-    telemetry.raise_together()
-    return progress
-
-
-class Signs(NamedTuple):
-    """What the ranks tell each other once a step: true if it is on one, or the largest."""
+class RankFlags(NamedTuple):
+    """What the ranks share once a step: true if it is on one rank, or the largest."""
 
     stopping: float
-    broken: float
+    telemetry_failed: float
     writing: float
-    overdue: float
+    """A checkpoint."""
+    save_overdue: float
     profile: float
-    waited: float
+    data_wait: float
+    """Seconds."""
     memory_bytes: float
 
 
-def agree(session: Session, ranks: Ranks, waited: float = 0.0) -> Signs:
-    """The signs of all ranks; `waited`: this rank's seconds for data."""
-    own = Signs(
-        stopping=session.stop.pending(),
-        broken=session.telemetry.failure is not None,
-        writing=session.store.writing(),
-        overdue=session.store.overdue(),
-        profile=session.profiler.requested(),
-        waited=waited,
-        memory_bytes=peak_memory_bytes(ranks.device),
-    )
-    return Signs(*all_reduce_max(list(own), ranks.device))
+class Trainer:
+    """A run from its start, or its newest checkpoint, to its end: `run` is the loop."""
 
+    def __init__(
+        self, inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watchdog, start_clock: StartClock
+    ) -> None:
+        """Builds the engine, resumes from the newest complete checkpoint and prints what is about to happen."""
+        self.inputs, self.config, self.ranks = inputs, inputs.config, inputs.ranks
+        self.stop, self.watchdog, self.start_clock = stop, watchdog, start_clock
+        config, ranks = self.config, self.ranks
+        torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
+        checkpoint = newest_complete(folder.checkpoints, ranks)
+        start_clock.mark("looking at checkpoints")
+        kernels = choose_attention(inputs, folder)
+        self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
+        start_clock.mark("model and engine")
+        order, self.batches = choose_reader(inputs, self.engine)
+        self.checkpoints = CheckpointManager(folder.checkpoints, inputs, order)
+        self.progress = self.checkpoints.load(checkpoint, self.engine) if checkpoint else Progress()
+        start_clock.mark("loading")
+        self.throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
+        self.telemetry = open_telemetry(folder.path, self.progress.step, config.schedule.steps, ranks)
+        rows = from_first(partial(last_steps, folder.path, self.progress.step, config.health.spike_window))
+        self.step_filter = StepFilter(config.health, rows)
+        self.profiler, self.slow_ranks = Profiler(folder.path, config.profile, ranks), SlowRanks(ranks)
+        self.first_step, self.last_step = self.progress.step + 1, config.schedule.steps
+        self.save_pending = False
+        self.clock = StepClock()
+        if ranks.is_first:
+            print(describe(inputs, self.throughput, kernels), flush=True)
 
-def record_odd_step(
-    inputs: Inputs, session: Session, position: int, size: int, row: dict[str, Any], reason: str
-) -> None:
-    """Writes the step and its pictures down. Raises Diverged if too many in a row were not applied."""
-    pictures = inputs.train_split.places(session.store.order.image_numbers(position, size))
-    facts = {"reason": reason, "positions": [position, position + size], "pictures": pictures}
-    session.telemetry.odd_step(row | facts)
-    if session.step_filter.exhausted:
-        raise Diverged(
-            f"step {row['step']} is {reason} (loss {row['loss']}, gradient norm {row['grad_norm']}), the last of "
-            f"{session.step_filter.skipped_in_a_row} in a row that were not applied (health.max_skipped); its pictures "
-            f"are {', '.join(pictures[:3])} ... and, with those of the other such steps, in {SKIPPED_FILE} of the run; "
-            f"a lower optimizer.learning_rate, a longer warm-up or precision fp32 may pass it."
+    def run(self) -> Progress:
+        """Trains until the last step or a request to stop. What happens at a step is recorded before it is saved."""
+        self.clock.start()
+        flags = self.sync_flags()
+        while self.progress.step < self.last_step and (self.save_pending or not flags.stopping):
+            step = self.progress.step + 1
+            batch = self.read_batch(step)
+            result = self.train_step(step, batch, profile=bool(flags.profile))
+            seconds, waited = self.clock.lap()
+            flags = self.sync_flags(waited)
+            self.record(step, result, seconds, waited, flags)
+            if flags.telemetry_failed:
+                self.telemetry.raise_failure()
+            if not flags.writing:
+                self.checkpoints.finish()
+            self.progress = Progress(step, self.progress.images + self.config.batch.size_at(step))
+            save_now = self.decide_to_save(flags)
+            self.compare_replicas(save_now)
+            with self.clock.paused():
+                self.validate()
+                self.draw_samples()
+                if save_now:
+                    self.save()
+        self.close(flags)
+        return self.progress
+
+    def sync_flags(self, data_wait: float = 0.0) -> RankFlags:
+        """The flags of all ranks; data_wait: this rank's seconds."""
+        own = RankFlags(
+            stopping=self.stop.pending(),
+            telemetry_failed=self.telemetry.failure is not None,
+            writing=self.checkpoints.writing(),
+            save_overdue=self.checkpoints.overdue(),
+            profile=self.profiler.requested(),
+            data_wait=data_wait,
+            memory_bytes=peak_memory_bytes(self.ranks.device),
         )
+        return RankFlags(*all_reduce_max(list(own), self.ranks.device))
 
+    def read_batch(self, step: int) -> Batch:
+        """This rank's share of the step's images; every rank raises if one can't read."""
+        self.watchdog.enter("reading", step)
+        read = partial(self.batches.at, self.progress.images, self.config.batch.size_at(step))
+        return barrier_with_errors(partial(self.clock.wait_for, read), self.ranks)
 
-def completions(inputs: Inputs, session: Session) -> np.ndarray:
-    """Half pictures of the valid split, completed: a grid uint8 (H, W, 3)."""
-    split, config = inputs.valid_split, inputs.config
-    tokens, _ = split.gather(spread(split.images, config.samples.images))
-    drawn = session.engine.complete(tokens, SAMPLES_A_PICTURE, config.seed)
-    return completion_grid(tokens, drawn, inputs.shards.palette, inputs.shards.resolution)
+    def train_step(self, step: int, batch: Batch, profile: bool) -> StepResult:
+        """Forward, backward, and the update, unless the step filter skips it."""
+        self.watchdog.enter("training", step)
+        self.profiler.before(step, profile)
+        result = self.engine.step(batch, self.learning_rate(step), self.step_filter.accept)
+        self.step_filter.record(result)
+        return result
+
+    def learning_rate(self, step: int) -> float:
+        """Of the update that makes step - 1 into step."""
+        return learning_rate_at(step, self.config.optimizer.learning_rate, self.config.schedule)
+
+    def record(self, step: int, result: StepResult, seconds: float, waited: float, flags: RankFlags) -> None:
+        """Writes the step's row, and logs what else is to be known of it. Raises Diverged as record_skipped does."""
+        size = self.config.batch.size_at(step)
+        row = {
+            "step": step,
+            "images": self.progress.images + size,
+            "loss": result.loss,
+            "learning_rate": self.learning_rate(step),
+            "grad_norm": result.grad_norm,
+            "applied": result.applied,
+            **self.throughput.rates(size, seconds),
+            "data_wait": flags.data_wait / seconds,
+            "memory_bytes": flags.memory_bytes,
+        }
+        self.telemetry.training_step(row)
+        if step == self.first_step:
+            self.start_clock.mark("first step")
+            self.telemetry.log(self.start_clock.describe())
+        self.telemetry.log(self.profiler.after(step))
+        self.telemetry.log(self.slow_ranks.check(self.engine, waited))
+        if result.reason is not None:
+            self.record_skipped(row, result.reason)
+
+    def record_skipped(self, row: dict[str, Any], reason: str) -> None:
+        """Writes down a skipped step, or a loss spike, with its images. Raises Diverged after too many in a row."""
+        start, stop = self.progress.images, row["images"]
+        images = self.inputs.train_split.places(self.checkpoints.order.image_numbers(start, stop - start))
+        self.telemetry.skipped_step(row | {"reason": reason, "positions": [start, stop], "pictures": images})
+        if self.step_filter.exhausted:
+            raise Diverged(
+                f"step {row['step']} is {reason} (loss {row['loss']}, gradient norm {row['grad_norm']}), the last of "
+                f"{self.step_filter.skipped_in_a_row} skipped steps in a row (health.max_skipped); its images are "
+                f"{', '.join(images[:3])} ... and, with those of the other skipped steps, in {SKIPPED_FILE} of the "
+                f"run; a lower optimizer.learning_rate, a longer warm-up or precision fp32 may help."
+            )
+
+    def is_due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and at the last, is due; 0 is for never."""
+        step = self.progress.step
+        return every > 0 and (step % every == 0 or step == self.last_step)
+
+    def decide_to_save(self, flags: RankFlags) -> bool:
+        """Whether to save now. A save that is due stays pending while the weights may be non-finite.
+
+        The next applied step shows that they are finite; health.max_skipped skipped ones end the run.
+        """
+        due = self.is_due(self.config.checkpoint.every_steps) or flags.stopping or flags.save_overdue
+        self.save_pending = self.save_pending or bool(due)
+        finite = not self.step_filter.weights_may_be_nonfinite or self.progress.step == self.last_step
+        save_now, self.save_pending = self.save_pending and finite, self.save_pending and not finite
+        return save_now
+
+    def compare_replicas(self, save_now: bool) -> None:
+        """At every so many steps, and before each save: what is saved is what all ranks hold."""
+        self.watchdog.enter("comparing weights", self.progress.step)
+        every = self.config.health.replicas_every_steps
+        if every and (save_now or self.is_due(every)):
+            check_replicas(self.engine, self.progress.step)
+
+    def validate(self) -> None:
+        """The loss on held-out images, if it is due."""
+        if self.is_due(self.config.validation.every_steps):
+            self.watchdog.enter("validation", self.progress.step)
+            loss = validation_loss(self.engine, self.inputs.held_out, self.config.validation.images, self.ranks)
+            self.telemetry.validation({"step": self.progress.step, "images": self.progress.images, "valid_loss": loss})
+
+    def draw_samples(self) -> None:
+        """Completed half images of the valid split, if they are due."""
+        if self.is_due(self.config.samples.every_steps) and self.inputs.masks is None:
+            self.watchdog.enter("samples", self.progress.step)
+            split, shards = self.inputs.valid_split, self.inputs.shards
+            tokens, _ = split.gather(spread(split.images, self.config.samples.images))
+            drawn = self.engine.complete(tokens, SAMPLES_PER_IMAGE, self.config.seed)
+            grid = completion_grid(tokens, drawn, shards.palette, shards.resolution)
+            self.telemetry.samples(self.progress.step, grid)
+
+    def save(self) -> None:
+        """Begins a checkpoint, once all rows up to its step are on disk."""
+        self.watchdog.enter("saving", self.progress.step)
+        self.telemetry.flush()
+        self.telemetry.raise_failure()
+        self.checkpoints.save(self.engine, self.progress)
+
+    def close(self, flags: RankFlags) -> None:
+        """Ends what is still under way, on every rank."""
+        self.watchdog.enter("ending", self.progress.step)
+        self.checkpoints.finish()
+        self.telemetry.log(self.profiler.close(self.progress.step))
+        self.telemetry.log(peak_memory_table(gather(peak_memory_bytes(self.ranks.device))))
+        if flags.stopping:
+            self.stop.acknowledge()
+        self.batches.close()
+        self.engine.close()
+        self.telemetry.close()
+        self.telemetry.raise_failure()

@@ -1,4 +1,4 @@
-"""From a configuration to all that the loop holds; a user's mistakes are found before any process group starts."""
+"""Checks a configuration before any process group starts, and chooses what reads and computes."""
 
 import os
 import shutil
@@ -10,31 +10,21 @@ import torch
 from transformers import GPT2Config
 
 from data_prep.shards.reader import ShardSet, Split, open_shard_set
-from pipeline.checkpoint.metrics_log import last_steps
 from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig, require_resolution
-from pipeline.distributed import Ranks, from_first, raise_on_all_ranks
+from pipeline.distributed import Ranks, from_first
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt import gpt2_config
 from pipeline.model.masks import Masks
-from pipeline.train.checkpointing import Progress, Store, newest_whole
 from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.data.masking import MaskedBatches
 from pipeline.train.data.stream_order import StreamOrder
-from pipeline.train.data.streaming import GUARANTEES, StreamedBatches
+from pipeline.train.data.streaming import StreamedBatches
 from pipeline.train.engine import float8
 from pipeline.train.engine.base import Engine
-from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.offload import check_compilers
-from pipeline.train.health.step_filter import StepFilter
-from pipeline.train.health.stop import StopRequests
-from pipeline.train.health.watchdog import Watchdog
-from pipeline.train.monitor.profiler import Profiler
-from pipeline.train.monitor.startup import StartClock
-from pipeline.train.monitor.summary import Throughput, describe
-from pipeline.train.monitor.telemetry import RunTelemetry, Telemetry
 
 ATTENTION = "attention"
 
@@ -70,23 +60,6 @@ class Inputs:
         return Masks(self.config.seed, objective.mask_probability) if objective.kind == "masked_color" else None
 
 
-@dataclass(frozen=True)
-class Session:
-    """What the loop holds between two steps."""
-
-    engine: Engine
-    batches: Batches
-    store: Store
-    telemetry: Telemetry
-    throughput: Throughput
-    step_filter: StepFilter
-    watchdog: Watchdog
-    profiler: Profiler
-    stop: StopRequests
-    start: Progress
-    start_clock: StartClock
-
-
 def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     """Opens the shard set and checks everything against it. Raises ValueError naming the key."""
     if config.data.shards is None:
@@ -110,43 +83,6 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
     config.parallel.check_model(model_config.n_layer, model_config.n_head)
     return Inputs(config, model_config, shards, ranks)
-
-
-def set_up(
-    inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watchdog, start_clock: StartClock
-) -> Session:
-    """Builds the engine, resumes the newest whole checkpoint and says what is about to happen."""
-    config, shards, ranks = inputs.config, inputs.shards, inputs.ranks
-    torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
-    checkpoint = newest_whole(folder.checkpoints, ranks)
-    start_clock.mark("looking at checkpoints")
-    kernels = choose_attention(inputs, folder)
-    engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
-    start_clock.mark("model and engine")
-    order, batches = choose_reader(inputs, engine)
-    if inputs.masks is not None:
-        batches = MaskedBatches(batches, inputs.masks, engine.data_rank)
-    store = Store(folder.checkpoints, config, inputs.model_config, shards, order, inputs.held_out, ranks)
-    start = store.load(checkpoint, engine) if checkpoint else Progress()
-    start_clock.mark("loading")
-    throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
-    telemetry = Telemetry()
-    with raise_on_all_ranks():
-        if ranks.is_first:
-            telemetry = RunTelemetry(folder.path, start.step, config.schedule.steps)
-    step_filter = StepFilter(
-        config.health, from_first(lambda: last_steps(folder.path, start.step, config.health.spike_window))
-    )
-    profiler = Profiler(folder.path, config.profile, ranks)
-    if ranks.is_first:
-        print(describe(config, inputs.model_config, inputs.train_split.images, throughput, ranks), flush=True)
-        if kernels:
-            print(f"  attention: {attention.describe(kernels)}", flush=True)
-        if shards.address is not None:
-            print(GUARANTEES, flush=True)
-    return Session(
-        engine, batches, store, telemetry, throughput, step_filter, watchdog, profiler, stop, start, start_clock
-    )
 
 
 def check_torch_compiles(device: torch.device) -> None:
@@ -193,12 +129,18 @@ def attention_seconds(folder: RunFolder, shape: attention.AttentionShape, device
 
 
 def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
-    """By index from a folder; streamed from an address."""
+    """By index from a folder, streamed from an address; with masks under the masked objective."""
     config, split, resolution = inputs.config, inputs.train_split, inputs.shards.resolution
     augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
+    order: Order
+    batches: Batches
     if inputs.shards.address is None:
         order = ImageOrder(split.record_images, config.seed, augmentation)
-        return order, TrainingBatches(split, resolution, order, engine.data_rank, engine.data_ranks)
-    shards = [shard["record_images"] for shard in split.shards]
-    streamed = StreamOrder(shards, config.seed, engine.data_ranks, augmentation)
-    return streamed, StreamedBatches(split, resolution, streamed, engine.data_rank)
+        batches = TrainingBatches(split, resolution, order, engine.data_rank, engine.data_ranks)
+    else:
+        shards = [shard["record_images"] for shard in split.shards]
+        order = StreamOrder(shards, config.seed, engine.data_ranks, augmentation)
+        batches = StreamedBatches(split, resolution, order, engine.data_rank)
+    if inputs.masks is not None:
+        batches = MaskedBatches(batches, inputs.masks, engine.data_rank)
+    return order, batches

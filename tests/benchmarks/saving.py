@@ -17,15 +17,16 @@ from pipeline.distributed import describe_ranks, start_group
 from pipeline.train.checkpointing import Progress
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.watchdog import Watchdog
+from pipeline.train.loop import Trainer
 from pipeline.train.monitor.startup import StartClock
-from pipeline.train.setup import Session, check_inputs, set_up
+from pipeline.train.setup import check_inputs
 from pipeline.train.validation import probe_loss
 from tests.launch import run
 
 SAVES = 5
 
 
-def session_on(shards: Path, folder: Path, asynchronous: bool) -> Session:
+def trainer_on(shards: Path, folder: Path, asynchronous: bool) -> Trainer:
     """One rank with ZeRO-1 at 16x16, after its first step, so that Adam has its moments."""
     config = TrainConfig(
         model=ModelConfig(size="s", resolution=16),
@@ -39,27 +40,27 @@ def session_on(shards: Path, folder: Path, asynchronous: bool) -> Session:
     start_group(ranks)
     runs = RunFolder(folder)
     runs.open(config, inputs.shards, [], 1)
-    session = set_up(inputs, runs, StopRequests(folder), Watchdog(runs, ranks, minutes=0), StartClock())
-    session.engine.step(session.batches.at(0, 1), 1e-3)
-    return session
+    trainer = Trainer(inputs, runs, StopRequests(folder), Watchdog(runs, ranks, minutes=0), StartClock())
+    trainer.engine.step(trainer.batches.at(0, 1), 1e-3)
+    return trainer
 
 
 def measure(shards: Path, folder: Path, asynchronous: bool) -> None:
     """Prints the mean seconds that `save` held up the loop, those of its probe, CPU-seconds, and the peak of memory."""
-    session = session_on(shards, folder, asynchronous)
+    trainer = trainer_on(shards, folder, asynchronous)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stalls, probes, own, all_threads = [], [], [], []
-    session.store.save(session.engine, Progress(0, 0))  # the first takes memory that the others write over
-    session.store.finish()
+    trainer.checkpoints.save(trainer.engine, Progress(0, 0))  # the first takes memory that the others write over
+    trainer.checkpoints.finish()
     for number in range(1, SAVES + 1):
         began, began_own, began_all = time.perf_counter(), time.thread_time(), time.process_time()
-        session.store.save(session.engine, Progress(number, number))
+        trainer.checkpoints.save(trainer.engine, Progress(number, number))
         stalls.append(time.perf_counter() - began)
         own.append(time.thread_time() - began_own)
         all_threads.append(time.process_time() - began_all)
-        session.store.finish()
+        trainer.checkpoints.finish()
         began = time.perf_counter()
-        probe_loss(session.engine, session.store.probe)
+        probe_loss(trainer.engine, trainer.inputs.held_out)
         probes.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stall, probe = sum(stalls) / SAVES, sum(probes) / SAVES

@@ -80,5 +80,5 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks_in_its_log(training: Tra
     training.check_finishes(restarts=1)
     log = training.log()
     assert "is silent (stopped, dead, or cut off)" in log
-    assert log.count("in run_loop") >= 3  # of the ranks that wait for it
+    assert log.count("in train_step") >= 3  # of the ranks that wait for it
     assert "hang" in json.loads((training.run / "failures.jsonl").read_text())["error"]

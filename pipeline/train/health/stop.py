@@ -29,6 +29,6 @@ class StopRequests:
         """True once this process was asked to stop."""
         return self._signalled or self._file.exists()
 
-    def honour(self) -> None:
-        """Takes the STOP file away, so that the run can be started again."""
+    def acknowledge(self) -> None:
+        """Deletes the STOP file, so that the run can be started again."""
         self._file.unlink(missing_ok=True)

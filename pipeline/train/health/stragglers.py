@@ -19,7 +19,7 @@ class SlowRanks:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._steps, self._waited = ranks, 0, 0.0
 
-    def look(self, engine: Engine, waited: float) -> str | None:
+    def check(self, engine: Engine, waited: float) -> str | None:
         """After each step, on all ranks; `waited`: seconds for data. Now and then a sentence, if a rank is slow."""
         self._steps, self._waited = self._steps + 1, self._waited + waited
         if self._steps < SLOW_STEPS:

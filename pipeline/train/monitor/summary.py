@@ -6,9 +6,11 @@ import torch
 from transformers import GPT2Config
 
 from pipeline import costs
-from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
+from pipeline.model import attention
+from pipeline.train.data.streaming import GUARANTEES
 from pipeline.train.engine import float8
+from pipeline.train.setup import Inputs
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Throughput:
         }
 
 
-def describe(
-    config: TrainConfig, model_config: GPT2Config, train_images: int, throughput: Throughput, ranks: Ranks
-) -> str:
-    """The derived quantities of a run, a line each."""
+def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) -> str:
+    """The derived quantities of a run, a line each; kernels: the seconds of each attention kernel, if measured."""
+    config, model_config, ranks = inputs.config, inputs.model_config, inputs.ranks
+    train_images = inputs.train_split.images
     batch, schedule, parallel = config.batch, config.schedule, config.parallel
     data_ranks = parallel.data_ranks(ranks.count)
     accumulation = batch.accumulation_steps(data_ranks)
@@ -78,4 +80,6 @@ def describe(
             f"(stages - 1) / (micro-batches + stages - 1)"
         )
     width = max(map(len, lines))
-    return "\n".join(f"  {key:<{width}}  {text}" for key, text in lines.items())
+    summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]
+    summary += [f"  attention: {attention.describe(kernels)}"] if kernels else []
+    return "\n".join([*summary, GUARANTEES] if inputs.shards.address is not None else summary)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a line on the console. Only the first rank tells it."""
+"""What a run records: metrics.jsonl, TensorBoard, and lines on the console. Only the first rank records."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ import torch
 
 from data_prep.common.files import atomic_write
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, drop_rows_after, to_line
-from pipeline.distributed import raise_on_all_ranks
+from pipeline.distributed import Ranks, raise_on_all_ranks
 
 T = TypeVar("T")
 
@@ -24,12 +24,12 @@ CONSOLE_SECONDS = 5.0
 
 
 class Telemetry:
-    """What the ranks but the first tell: nothing."""
+    """What the ranks but the first record: nothing."""
 
     failure: OSError | None = None
     """What kept it from writing; a rank does not raise it alone, the others would wait for it."""
 
-    def raise_together(self) -> None:
+    def raise_failure(self) -> None:
         """If one rank could not write, every rank raises; all ranks must call it."""
         with raise_on_all_ranks():
             if self.failure is not None:
@@ -41,11 +41,11 @@ class Telemetry:
     def validation(self, row: dict[str, Any]) -> None:
         """Records a validation; row has step, images and valid_loss."""
 
-    def odd_step(self, row: dict[str, Any]) -> None:
-        """Records a step that was a spike, or not applied: step, reason, and the batch's pictures."""
+    def skipped_step(self, row: dict[str, Any]) -> None:
+        """Records a skipped step, or a loss spike that was applied: its row, reason, and images."""
 
-    def say(self, words: str | None) -> None:
-        """A line on the console, if there is something to say."""
+    def log(self, message: str | None) -> None:
+        """Prints a message on the console, if there is one."""
 
     def samples(self, step: int, grid: np.ndarray) -> None:
         """Records completions: uint8 (H, W, 3), as a PNG in the run and a picture in TensorBoard."""
@@ -72,7 +72,7 @@ def _keeping_failure(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class RunTelemetry(Telemetry):
-    """Writes a run's rows; a resumed run goes on after `step`, and what an interrupted one wrote beyond is dropped."""
+    """Writes a run's rows; a resumed run continues after `step`, and drops what was written beyond it."""
 
     def __init__(self, run: Path, step: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -105,16 +105,16 @@ class RunTelemetry(Telemetry):
         print(f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token", flush=True)
 
     @_keeping_failure
-    def odd_step(self, row: dict[str, Any]) -> None:
+    def skipped_step(self, row: dict[str, Any]) -> None:
         with (self._run / SKIPPED_FILE).open("a") as rows:
             rows.write(to_line(row))
-        what = "applied all the same" if row["applied"] else "not applied"
-        print(f"step {row['step']} is {row['reason']}, {what}: its pictures are in {rows.name}", flush=True)
+        what = "applied all the same" if row["applied"] else "skipped"
+        print(f"step {row['step']} is {row['reason']}, {what}: its images are in {rows.name}", flush=True)
 
     @_keeping_failure
-    def say(self, words: str | None) -> None:
-        if words is not None:
-            print(words, flush=True)
+    def log(self, message: str | None) -> None:
+        if message is not None:
+            print(message, flush=True)
 
     @_keeping_failure
     def samples(self, step: int, grid: np.ndarray) -> None:
@@ -151,6 +151,12 @@ class RunTelemetry(Telemetry):
         )
 
 
+def open_telemetry(run: Path, step: int, steps: int, ranks: Ranks) -> Telemetry:
+    """That of this rank, for a run that continues after `step`. If the first can't write, every rank raises."""
+    with raise_on_all_ranks():
+        return RunTelemetry(run, step, steps) if ranks.is_first else Telemetry()
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -173,8 +179,11 @@ class StepClock:
     """Times one step and how long of it the loop waited for data."""
 
     def __init__(self) -> None:
+        self._start = self._waited = 0.0
+
+    def start(self) -> None:
+        """The first step begins."""
         self._start = time.perf_counter()
-        self._waited = 0.0
 
     def wait_for(self, read: Callable[[], T]) -> T:
         """Runs `read` and counts its time as waiting."""

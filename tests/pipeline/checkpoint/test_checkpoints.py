@@ -68,7 +68,7 @@ def test_without_a_whole_checkpoint_the_run_does_not_start_from_scratch(run_at_3
             file.truncate(1000)
     finished = run_at_30.train("run", 2, batch__micro_size=2)
     assert set(finished.codes) == {2}
-    assert "none is whole" in finished.output
+    assert "none is complete" in finished.output
     assert "Traceback" not in finished.output
 
 

@@ -65,7 +65,7 @@ def test_the_pictures_of_a_skipped_step_are_named(runner: Runner, shards: Path) 
     assert finished.codes == [1, 1]
     [message] = [line for line in "\n".join(finished.outputs).splitlines() if line.startswith("error:")]
     assert "step 8 is not finite" in message
-    assert "the last of 3 in a row" in message
+    assert "the last of 3 skipped steps in a row" in message
     rows = skipped(runner, "run")
     assert [row["step"] for row in rows] == [6, 7, 8]
     split = open_shard_set(shards).split("train")
@@ -130,7 +130,7 @@ def test_a_spike_is_said_and_skipped_if_so_wanted(runner: Runner, skip: bool) ->
     assert finished.codes == [0, 0], finished.output
     [row] = skipped(runner, "run")
     assert (row["step"], row["reason"], row["applied"]) == (15, "a spike", not skip)
-    assert f"step 15 is a spike, {'not applied' if skip else 'applied all the same'}" in finished.output
+    assert f"step 15 is a spike, {'skipped' if skip else 'applied all the same'}" in finished.output
     assert [r["applied"] for r in runner.rows("run") if r.get("step") == 15] == [not skip]
 
 

@@ -11,11 +11,11 @@ TOLD = """
 import gc, sys
 from pipeline.__main__ import train
 from pipeline.train import loop
-run_loop = loop.run_loop
-def told(*arguments):
+run = loop.Trainer.run
+def told(trainer):
     print("collecting:", gc.isenabled(), flush=True)
-    return run_loop(*arguments)
-loop.run_loop = told
+    return run(trainer)
+loop.Trainer.run = told
 sys.exit(train(sys.argv[1:]))
 """
 
