@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -201,7 +202,7 @@ def try_out(folder: Path) -> Finding:
         wanted = trial.losses("unbroken")
         for run in ("killed", "staged"):
             found = trial.losses(run)
-            apart = max((abs(a - b) for a, b in zip(found, wanted, strict=False)), default=0.0)
+            apart = largest_difference(found, wanted)
             if len(found) != STEPS or not apart <= TOLERANCE:
                 return Finding(
                     "trial",
@@ -215,6 +216,12 @@ def try_out(folder: Path) -> Finding:
         f"on the CPU: saved on 2 ranks, killed, resumed on 1 rank and on 2 stages, with the losses of an unbroken run "
         f"({time.monotonic() - began:.0f} s)",
     )
+
+
+def largest_difference(found: list[float | None], wanted: list[float | None]) -> float:
+    """Between losses of the same steps; infinite where one of them was NaN or Inf."""
+    pairs = zip(found, wanted, strict=False)
+    return max((inf if a is None or b is None else abs(a - b) for a, b in pairs), default=0.0)
 
 
 class _Trial:
@@ -246,8 +253,8 @@ class _Trial:
             process.send_signal(signal.SIGKILL)
             process.wait()
 
-    def losses(self, run: str) -> list[float]:
-        """Of every training step."""
+    def losses(self, run: str) -> list[float | None]:
+        """Of every training step; None where it was NaN or Inf."""
         return [row["loss"] for row in read_rows(self.folder / run / METRICS_FILE) if "loss" in row]
 
     def _train(self, run: str, ranks: int, stages: int = 1) -> list[subprocess.Popen[bytes]]:

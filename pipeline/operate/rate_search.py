@@ -11,17 +11,17 @@ import sys
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from data_prep.common.command_line import value_of
 from data_prep.common.exit_codes import STOPPED
-from data_prep.common.files import read_json, write_json
+from data_prep.common.files import write_json
 from data_prep.shards.reader import open_shard_set
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
 from pipeline.command_line import parse_training
 from pipeline.config import TrainConfig, changed_keys, to_dict
+from pipeline.operate.status import standing
 
 RATE_KEY = "--optimizer.learning_rate"
 SEARCH_FILE = "search.json"
@@ -147,37 +147,19 @@ def _final_loss(run: Path, rate: float, config: TrainConfig, launch: list[str], 
     """Trains one rate to its end, if that was not done before. Raises Stopped, or ValueError for any other end."""
     steps = config.schedule.steps
     _check_same(run, config)
-    if _diverged(run):
-        return inf
-    if _status(run) != ("finished", steps):
+    now = standing(run)
+    if (now.status, now.step) != ("finished", steps) and not now.diverged:
         code = subprocess.run([*launch, *rest, "--run", str(run), RATE_KEY, f"{rate:g}"]).returncode
-        if _diverged(run):
-            return inf
-        status = _status(run)[0]
-        if code == STOPPED or status == "stopped":
+        now = standing(run)
+        if not now.diverged and (code == STOPPED or now.status == "stopped"):
             raise Stopped(f"{run} was stopped")
-        if status != "finished":
-            raise ValueError(f"{run} ended with code {code} before it was finished; see what it said above.")
+        if not now.diverged and now.status != "finished":
+            raise ValueError(f"{run} ended with code {code} before it was finished; see its messages above.")
+    if now.diverged:
+        return inf
     rows = read_rows(run / METRICS_FILE)
     losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None and row["step"] == steps]
     return float(losses[-1]) if losses else inf
-
-
-def _record(run: Path) -> dict[str, Any]:
-    record = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    if not isinstance(record, dict):
-        raise ValueError(f"{run / 'run.json'} is no run's record any more; delete {run} to train it again.")
-    return record
-
-
-def _status(run: Path) -> tuple[str, int]:
-    record = _record(run)
-    return str(record.get("status", "")), int(record.get("step", 0))
-
-
-def _diverged(run: Path) -> bool:
-    record = _record(run)
-    return record.get("status") == "failed" and str(record.get("error", "")).startswith("Diverged")
 
 
 def _report(tried: list[Tried], folder: Path) -> None:

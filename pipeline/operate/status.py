@@ -35,6 +35,11 @@ class Standing:
     updated: str = ""
     """When run.json was written, in UTC as 2026-01-31T12:00:00Z."""
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended because its loss or weights were not finite for too long."""
+        return self.status == "failed" and self.error.startswith("Diverged")
+
 
 def standing(run: Path) -> Standing:
     """Reads run.json, config.yaml and the end of metrics.jsonl. Raises ValueError if there is no such run."""
@@ -136,7 +141,8 @@ def describe(now: Standing) -> str:
     lines.append(f"  step      {now.step:,}{of}; started {now.starts} times")
     if now.row:
         rate = now.row.get("images_per_second") or 0.0
-        lines.append(f"  loss      {now.row['loss']} nats per token, {rate:,.1f} images/s")
+        loss = "NaN or Inf" if now.row["loss"] is None else f"{now.row['loss']} nats per token"
+        lines.append(f"  loss      {loss}, {rate:,.1f} images/s")
         if now.step and rate and now.steps and now.status != "finished":
             a_step = (now.row["images"] / now.step) / rate
             lines.append(f"  left      {(now.steps - now.step) * a_step / 3600:,.1f} hours at this rate")

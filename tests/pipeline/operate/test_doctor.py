@@ -1,5 +1,7 @@
 """The doctor finds a sound machine sound, and says what is wrong with one that is not."""
 
+import json
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_a_resume_that_trains_something_else_is_bad(tmp_path: Path, monkeypatch:
     finding = doctor.try_out(tmp_path)
     assert finding.verdict == "BAD"
     assert "0.001 away" in finding.words
+
+
+def test_a_loss_that_was_not_finite_is_no_match(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}, {"step": 3, "loss": 2.25}]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = doctor._Trial(tmp_path).losses("run")
+    assert losses == [2.5, None, 2.25]
+    assert doctor.largest_difference(losses, [2.5, 2.5, 2.0]) == inf
+    assert doctor.largest_difference(losses[2:], [2.0]) == 0.25
 
 
 def test_a_run_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

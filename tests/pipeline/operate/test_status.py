@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.operate.status import next_action, standing
+from pipeline.operate.status import describe, next_action, standing
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 
@@ -94,3 +94,10 @@ def test_a_real_run_is_described(finished_run: Runner, tmp_path: Path) -> None:
     nothing = run(1, "-m", "pipeline", "status", tmp_path, logs=tmp_path / "logs")
     assert nothing.codes == [2]
     assert "holds no run.json" in nothing.output
+
+
+def test_a_step_that_was_not_finite_is_described(tmp_path: Path) -> None:
+    """Its loss is null in metrics.jsonl."""
+    row = {"step": 7, "images": 56, "loss": None, "grad_norm": None, "images_per_second": 3.5}
+    (ended(tmp_path, "running", 7) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert "loss      NaN or Inf, 3.5 images/s" in describe(standing(tmp_path))
