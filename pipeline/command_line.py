@@ -2,29 +2,25 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
+
+from data_prep.common.command_line import new_parser, parse, value_of
 from pipeline.config import TrainConfig
 
 
 def parse_training(arguments: list[str]) -> tuple[TrainConfig, Path]:
     """The arguments of `train`: the configuration and the run's folder. Raises ValueError."""
-    from data_prep.common.command_line import new_parser
-
-    parser = new_parser("python -m pipeline train", "Train a run, or go on from its newest whole checkpoint.")
+    parser = new_parser("python -m pipeline train", "Train a run, or resume it from its newest complete checkpoint.")
     parsed = parse_run(parser, arguments)
     return training_config(parsed), Path(parsed.run)
 
 
-def parse_run(parser: "ArgumentParser", arguments: list[str]) -> "Namespace":
+def parse_run(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """Parses the options of `train` beside those that the parser has already.
 
-    Without --config, a run that was started before goes on with its own config.yaml. Raises ValueError.
+    Without --config, a run that was started before resumes with its own config.yaml. Raises ValueError.
     """
-    from data_prep.common.command_line import parse, value_of
-
     parser.add_argument("--config", action="config", help="A YAML file of the keys below; see configs/.")
     parser.add_argument("--run", type=str, required=True, help="The run's folder.")
     parser.add_class_arguments(TrainConfig)
@@ -34,6 +30,6 @@ def parse_run(parser: "ArgumentParser", arguments: list[str]) -> "Namespace":
     return parse(parser, arguments)
 
 
-def training_config(parsed: "Namespace") -> TrainConfig:
+def training_config(parsed: Namespace) -> TrainConfig:
     """The configuration among parsed options."""
     return TrainConfig(**{field.name: getattr(parsed, field.name) for field in fields(TrainConfig)})

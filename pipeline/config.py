@@ -53,7 +53,7 @@ class ObjectiveConfig:
     """What the model learns."""
 
     kind: Literal["next_color", "masked_color"] = "next_color"
-    """next_color: predict each pixel's colour from those before it; masked_color: hide pixels and predict them from
+    """next_color: predict each pixel's color from those before it; masked_color: hide pixels and predict them from
     all others (the paper's BERT objective)."""
     mask_probability: float = 0.15
     """Of each pixel to be hidden, under masked_color."""
@@ -71,10 +71,10 @@ class DataConfig:
     """Folder of a shard set (python -m data_prep shards), or its address: https://host/set, s3://bucket/set,
     hf://datasets/owner/name/set, pipe:ssh store cat /sets/{}; train is then streamed."""
     flip: bool = False
-    """Mirror half of the training pictures, drawn by seed and position."""
+    """Mirror half of the training images, drawn by seed and position."""
     reflect_crop: int = 0
-    """Pad training pictures by so many pixels of their reflection and cut them to size again at random, as is done
-    with CIFAR (4 pixels at 32x32); 0 leaves them whole."""
+    """Pad training images by so many pixels of their reflection and cut them to size again at random, as is done
+    with CIFAR (4 pixels at 32x32); 0 leaves them uncropped."""
 
     def __post_init__(self) -> None:
         require_at_least("data.reflect_crop", self.reflect_crop, 0)
@@ -110,7 +110,7 @@ class CheckpointConfig:
     every_minutes: float = 0.0
     """Minutes after which a checkpoint is saved though every_steps did not ask for one; 0 for never."""
     asynchronous: bool = True
-    """Go on training while a thread writes: the loop waits for a copy to the host only, which has to fit there."""
+    """Continue training while a thread writes: the loop waits for a copy to the host only, which has to fit there."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 100_000
@@ -125,12 +125,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """The loss on held-out pictures during training."""
+    """The loss on held-out images during training."""
 
     every_steps: int = 5000
     """Steps between validations; the last step is always validated."""
     images: int = 5120
-    """Pictures of the `valid` split that are read, the same ones each time; fewer where the split is smaller."""
+    """Images of the `valid` split that are read, the same ones each time; fewer where the split is smaller."""
 
     def __post_init__(self) -> None:
         require_at_least("validation.every_steps", self.every_steps, 1)
@@ -139,12 +139,12 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """Half pictures completed during training, for TensorBoard and RUN/samples."""
+    """Half images completed during training, for TensorBoard and RUN/samples."""
 
     every_steps: int = 50_000
-    """Steps between completions; 0 for none, and none under masked_color, which continues no half picture."""
+    """Steps between completions; 0 for none, and none under masked_color, which continues no half image."""
     images: int = 4
-    """Pictures of the `valid` split, each completed twice."""
+    """Images of the `valid` split, each completed twice."""
 
     def __post_init__(self) -> None:
         require_at_least("samples.every_steps", self.every_steps, 0)
@@ -153,16 +153,16 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """When a step is not applied, and when a run ends itself."""
+    """When a step is skipped, and when a run ends itself."""
 
     max_skipped: int = 10
-    """Steps in a row that were not applied, after which the run ends; 1 ends it at the first."""
+    """Skipped steps in a row after which the run ends; 1 ends it at the first."""
     spike_sigmas: float = 6.0
     """A loss or gradient norm so many standard deviations above the mean of the window is a spike; 0 looks for none."""
     spike_window: int = 128
     """Applied steps before it that a step is compared with."""
     skip_spikes: bool = False
-    """Do not apply a spike; otherwise it is only counted and said."""
+    """Skip loss spikes; otherwise they are applied and logged."""
     replicas_every_steps: int = 1000
     """Steps between comparisons of the weights that ranks hold in common; before each save too; 0 for never."""
     hang_minutes: float = 20.0
@@ -196,7 +196,7 @@ class TrainConfig:
     """One training run; `python -m pipeline train --config FILE --run RUN` with dotted overrides."""
 
     seed: int = 0
-    """Seeds the initial weights and the order of the pictures."""
+    """Seeds the initial weights and the order of the images."""
     model: ModelConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -219,7 +219,7 @@ class TrainConfig:
         if self.data.reflect_crop >= self.model.resolution:
             raise ValueError(
                 f"data.reflect_crop is {self.data.reflect_crop}; it must be below model.resolution, "
-                f"{self.model.resolution}: a reflection is no larger than the picture."
+                f"{self.model.resolution}: a reflection is no larger than the image."
             )
         if self.profile.steps and self.profile.first_step > self.schedule.steps:
             raise ValueError(
@@ -255,13 +255,13 @@ class TrainConfig:
             )
         if self.batch.micro_size * positions % FLOAT8_MULTIPLE:
             raise ValueError(
-                f"batch.micro_size is {self.batch.micro_size}; with precision fp8 its pictures of {positions} pixels "
+                f"batch.micro_size is {self.batch.micro_size}; with precision fp8 its images of {positions} pixels "
                 f"must have a multiple of {FLOAT8_MULTIPLE} pixels in all, not {self.batch.micro_size * positions}."
             )
 
 
 def require_resolution(config: TrainConfig, resolution: int, path: object) -> None:
-    """Raises ValueError naming the key if a shard set's pictures are not of the model's resolution."""
+    """Raises ValueError naming the key if a shard set's images are not of the model's resolution."""
     if resolution != config.model.resolution:
         raise ValueError(
             f"model.resolution is {config.model.resolution}; it must be {resolution}, the resolution of the shard set "

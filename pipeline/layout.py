@@ -115,7 +115,7 @@ class ParallelConfig:
         return self.pipeline_stages * self.tensor_parallel
 
     def data_ranks(self, ranks: int) -> int:
-        """How many of `ranks` read different pictures. Raises ValueError if the stages or parts don't divide them."""
+        """How many of `ranks` read different images. Raises ValueError if the stages or parts don't divide them."""
         for key in ("pipeline_stages", "tensor_parallel"):
             if ranks % getattr(self, key):
                 raise ValueError(

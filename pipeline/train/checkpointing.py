@@ -23,7 +23,7 @@ from pipeline.train.validation import probe_loss
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}
 """Nats per token by which the probe loss may differ after a load: another topology sums in another order, and ZeRO-0
-keeps fp32 between products where the others round to bf16 (one picture of 64 tokens: 0.015 at most of a thousand).
+keeps fp32 between products where the others round to bf16 (one image of 64 tokens: 0.015 at most of a thousand).
 An fp8 run is evaluated in bf16."""
 
 
@@ -49,7 +49,7 @@ class Pending:
 def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose files all are what was written; the ranks share the reading.
 
-    Says which ones it passed over. Raises ValueError if there are checkpoints and none is complete.
+    Prints which ones it passed over. Raises ValueError if there are checkpoints and none is complete.
     """
     candidates = from_first(lambda: [str(path) for path in reversed(checkpoints.committed(folder))])
     for candidate in candidates:
@@ -109,17 +109,17 @@ class CheckpointManager:
         with raise_on_all_ranks():
             if self.ranks.is_first:
                 checkpoints.begin(self.folder, progress.step)
-        aside = checkpoints.temporary_folder(self.folder, progress.step)
+        temporary = checkpoints.temporary_folder(self.folder, progress.step)
         self._tensors, index = engine.snapshot(self._tensors)
         tensors = self._tensors | checkpoints.random_states(self.ranks.device)
-        written = self._writer.submit(self._write, aside, tensors, index)
+        written = self._writer.submit(self._write, temporary, tensors, index)
         self._pending, self._last_save = Pending(progress, probe, written), time.monotonic()
         if not self.config.checkpoint.asynchronous:
             self.finish()
 
-    def _write(self, aside: Path, tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, Any]:
+    def _write(self, temporary: Path, tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, Any]:
         """In the thread: this rank's file, and what its part adds to the checksums."""
-        facts = checkpoints.write_rank(aside, self.ranks.rank, tensors, index)
+        facts = checkpoints.write_rank(temporary, self.ranks.rank, tensors, index)
         return facts | {"checksums": checksums(tensors, index)}
 
     def finish(self) -> None:
@@ -139,14 +139,14 @@ class CheckpointManager:
         files = {checkpoints.rank_file(rank): fact for rank, fact in enumerate(facts)}
         with raise_on_all_ranks():
             if self.ranks.is_first:
-                aside = checkpoints.temporary_folder(self.folder, pending.progress.step)
-                checkpoints.commit(aside, self._record(pending.progress, pending.probe, files, sums))
+                temporary = checkpoints.temporary_folder(self.folder, pending.progress.step)
+                checkpoints.commit(temporary, self._record(pending.progress, pending.probe, files, sums))
                 checkpoints.retain(self.folder, self.config.checkpoint, pending.progress.step)
 
     def load(self, checkpoint: Checkpoint, engine: Engine) -> Progress:
         """Fills the engine from a checkpoint of any topology, and proves it.
 
-        Raises ValueError if it was made with other shards, another palette or another order of the pictures, if an
+        Raises ValueError if it was made with other shards, another palette or another order of the images, if an
         element of weights or moments is not what it was, or if the probe batch's loss is not the stored one.
         """
         record = checkpoint.record
@@ -170,7 +170,7 @@ class CheckpointManager:
         if self.ranks.is_first:
             print(
                 f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; a "
-                f"held-out picture gives the loss {losses[0]:.7f} (when it was saved: {record.probe_loss:.7f})",
+                f"held-out image gives the loss {losses[0]:.7f} (when it was saved: {record.probe_loss:.7f})",
                 flush=True,
             )
         return Progress(record.step, record.images)
@@ -200,7 +200,7 @@ class CheckpointManager:
         moved = self.order.moved_from(record.order_fingerprint, record.images)
         if moved is None:
             raise ValueError(
-                f"{checkpoint.folder} goes on with other pictures than this run would read next; seed, data.flip "
+                f"{checkpoint.folder} continues with other images than this run would read next; seed, data.flip "
                 f"and data.reflect_crop must be those of the run, and numpy must draw as it did."
             )
         if self.ranks.is_first:

@@ -40,22 +40,22 @@ class Inputs:
 
     @cached_property
     def train_split(self) -> Split:
-        """The pictures that the run learns from."""
+        """The images that the run learns from."""
         return self.shards.split("train")
 
     @cached_property
     def valid_split(self) -> Split:
-        """The pictures that are held out of train."""
+        """The images that are held out of train."""
         return self.shards.split("valid")
 
     @cached_property
     def held_out(self) -> HeldOutImages:
-        """The same as the engine reads them: some colours hidden, under the masked objective."""
+        """The same as the engine reads them: with masks under the masked objective."""
         return HeldOutImages(self.valid_split, self.masks)
 
     @cached_property
     def masks(self) -> Masks | None:
-        """What hides colours, if the objective wants it."""
+        """What masks pixels, under the masked objective."""
         objective = self.config.objective
         return Masks(self.config.seed, objective.mask_probability) if objective.kind == "masked_color" else None
 
@@ -68,10 +68,10 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     require_resolution(config, shards.resolution, shards.path)
     for name in ("train", "valid"):
         if shards.split(name).images == 0:
-            raise ValueError(f"{shards.path} has no pictures in its split {name!r}; training reads train and valid.")
+            raise ValueError(f"{shards.path} has no images in its split {name!r}; training reads train and valid.")
     if shards.address is not None and shards.split("train").images < config.parallel.data_ranks(ranks.count):
         raise ValueError(
-            f"{shards.path} has {shards.split('train').images} pictures in its split 'train'; streamed to "
+            f"{shards.path} has {shards.split('train').images} images in its split 'train'; streamed to "
             f"{ranks.count} ranks it needs one for each at least."
         )
     config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count))

@@ -1,4 +1,4 @@
-"""The loss on fixed held-out pictures, shared between the ranks."""
+"""The loss on fixed held-out images, shared between the ranks."""
 
 import numpy as np
 import torch
@@ -11,15 +11,15 @@ CHUNK_IMAGES = 512
 
 
 def spread(available: int, wanted: int) -> np.ndarray:
-    """Indices of `wanted` pictures (or all) spread evenly over a split: int64 (n,)."""
+    """Indices of `wanted` images (or all) spread evenly over a split: int64 (n,)."""
     count = min(available, wanted)
     return np.arange(count, dtype=np.int64) * available // count
 
 
 def validation_loss(engine: Engine, held_out: HeldOutImages, images: int, ranks: Ranks) -> float:
-    """Mean nats per token over `images` pictures of the split; the same on all ranks.
+    """Mean nats per token over `images` images of the split; the same on all ranks.
 
-    Ranks must run equally many forward passes (ZeRO-3 gathers weights in each), so a rank with fewer pictures
+    Ranks must run equally many forward passes (ZeRO-3 gathers weights in each), so a rank with fewer images
     repeats its last and leaves the repetition out of the sum.
     """
     chosen = spread(held_out.images, images)

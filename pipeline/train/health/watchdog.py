@@ -1,4 +1,4 @@
-"""Ends a run that hangs, saying where: each rank watches its own progress, since a hung one can't be asked."""
+"""Ends a run that hangs, and logs where: each rank watches its own progress, since a hung one can't be asked."""
 
 import faulthandler
 import json
@@ -36,7 +36,7 @@ class Watchdog:
     """A thread that ends this process with code 1, if the loop does not `enter` a phase for too long.
 
     Before that it writes the stacks of all threads, and the last collectives, to RUN/stacks; the first rank that lives
-    says who is behind. Where code that holds Python's lock does not return, no thread runs any more: then faulthandler,
+    logs who is behind. Where code that holds Python's lock does not return, no thread runs any more: then faulthandler,
     which needs none, writes the stacks to standard error a little later and ends the process.
     """
 
@@ -54,7 +54,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int) -> None:
-        """Says that the loop has come to a phase ("reading", "training", "saving" ...) of a step."""
+        """Notes that the loop has come to a phase ("reading", "training", "saving" ...) of a step."""
         if self._first_step is None:
             self._first_step = step
         ordinary = phase in ("reading", "training") and step > self._first_step
@@ -89,7 +89,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
             try:
                 write_collectives(file)
-            except Exception as error:  # a part of torch that may change; who is behind must be said all the same
+            except Exception as error:  # a part of torch that may change; who is behind must be logged all the same
                 file.write(f"the last collectives can't be read: {type(error).__name__}: {error}\n")
         time.sleep(min(GRACE_SECONDS, self._seconds))
         places = {rank: self._place_of(rank) for rank in range(self._ranks.count)}
@@ -133,7 +133,7 @@ def write_collectives(file: TextIO) -> None:
 
 
 def describe(places: dict[int, str | None]) -> str:
-    """Who is where: the ranks that said nothing first, then the smallest group."""
+    """Who is where: the silent ranks first, then the smallest group."""
     groups: dict[str | None, list[int]] = {}
     for rank, place in places.items():
         groups.setdefault(place, []).append(rank)

@@ -53,22 +53,22 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
     lines = {
         "model": f"{parameters:,} parameters: {model_config.n_layer} layers, width {model_config.n_embd}, "
         f"{model_config.n_head} heads, block {model_config.block}, {config.precision}",
-        "sequence": f"{throughput.tokens_per_image} tokens of {model_config.colors} colours "
+        "sequence": f"{throughput.tokens_per_image} tokens of {model_config.colors} colors "
         f"({config.model.resolution} x {config.model.resolution})",
         "batch": f"{batch.global_size} images = {data_ranks} data-parallel ranks x {batch.micro_size} "
         f"x {accumulation} accumulated"
         + (f", growing from {batch.first_size} over {batch.warmup_steps:,} steps" if batch.first_size else ""),
         "schedule": f"{schedule.steps:,} steps, {images:,} images, {images / train_images:.2f} epochs of "
-        f"{train_images:,}; "
-        f"rate {config.optimizer.learning_rate:g}, {schedule.warmup_steps:,} steps of warm-up, {schedule.decay}",
+        f"{train_images:,}; learning rate {config.optimizer.learning_rate:g}, {schedule.warmup_steps:,} steps of "
+        f"warm-up, {schedule.decay}",
         "compute": f"{total_flops:.3g} FLOP; {throughput.flops_per_token / 1e9:.4g} GFLOP a token",
         "MFU": f"(6 x matmul parameters + 12 x layers x tokens x width) FLOP a token, full attention, over "
         f"{throughput.peak_flops / 1e12:.3g} TFLOP/s of {ranks.count} ranks ({throughput.peak_source})",
         "memory": f"ZeRO stage {parallel.zero_stage} over {data_ranks} data-parallel ranks on {ranks.device.type}; "
         f"weights and moments {parameters * costs.STATE_BYTES / 1e9:.3g} GB in all, which is a checkpoint's size",
-        "health": f"ends after {config.health.max_skipped} steps in a row that are not applied, or "
+        "health": f"ends after {config.health.max_skipped} skipped steps in a row, or "
         f"{config.health.hang_minutes:g} minutes without progress; spikes beyond "
-        f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and said'}",
+        f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and logged'}",
         "threads": f"{torch.get_num_threads()} a rank",
     }
     if config.precision == "fp8":

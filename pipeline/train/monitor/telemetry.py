@@ -51,7 +51,7 @@ class Telemetry:
         """Records completions: uint8 (H, W, 3), as a PNG in the run and a picture in TensorBoard."""
 
     def flush(self) -> None:
-        """Pushes everything to disk, before a checkpoint says that these steps are done."""
+        """Pushes everything to disk, before a checkpoint records that these steps are done."""
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -145,7 +145,7 @@ class RunTelemetry(Telemetry):
         left = (self._steps - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
         return (
             f"step {row['step']:>{len(str(self._steps))}}/{self._steps} | loss {row['loss']:.4f} | "
-            f"rate {row['learning_rate']:.2e} | norm {row['grad_norm']:.3f} | "
+            f"lr {row['learning_rate']:.2e} | norm {row['grad_norm']:.3f} | "
             f"{row['images_per_second']:.1f} images/s | {row['tokens_per_second']:,.0f} tokens/s | "
             f"MFU {row['mfu']:.1%} | waited {row['data_wait']:.1%} for data | {_duration(left)} left"
         )

@@ -92,7 +92,7 @@ def test_blocks_alone_are_converted_and_evaluation_is_as_in_bf16() -> None:
         ({"model": ModelConfig(layers=1, width=40, heads=2)}, "model.width is 40; with precision fp8 it must be"),
         (
             {"model": ModelConfig(size="s", resolution=6), "batch": BatchConfig(micro_size=2)},
-            "batch.micro_size is 2; with precision fp8 its pictures of 36 pixels must have a multiple of 16",
+            "batch.micro_size is 2; with precision fp8 its images of 36 pixels must have a multiple of 16",
         ),
     ],
 )
