@@ -110,16 +110,11 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
-    """Each flag is true on all ranks if it is true on one."""
-    return [bool(vote) for vote in all_reduce_max([float(flag) for flag in flags], device)]
-
-
 def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
-    """The largest of each value over all ranks."""
-    vote = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return [float(value) for value in vote.tolist()]
+    """The largest of each value over all ranks; of flags, 1.0 if it is true on one."""
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def from_first(work: Callable[[], T]) -> T:
@@ -182,7 +177,7 @@ def barrier_with_errors(work: Callable[[], T], ranks: Ranks) -> T:
         result = work()
     except Exception as error:  # whatever it is, the others must not wait for this rank
         failure = error
-    [failed] = any_rank([failure is not None], ranks.device)
+    [failed] = all_reduce_max([failure is not None], ranks.device)
     if failed:
         with raise_on_all_ranks():  # so that every rank knows what happened
             if failure is not None:

@@ -101,8 +101,7 @@ class ImageOrder:
     def _new_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Records in their order of this epoch, and the place in the epoch at which each window starts."""
         records = generator(self._seed, "records", epoch).permutation(len(self._record_images))
-        ends = np.cumsum(self._record_images[records])
-        return records, np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
+        return records, window_starts(self._record_images[records])
 
     def _new_window(self, epoch: int, window: int) -> tuple[np.ndarray, Changes]:
         """Shuffled images of one window, and what is done to them."""
@@ -111,6 +110,12 @@ class ImageOrder:
         draw = generator(self._seed, "window", epoch, window)
         shuffled = draw.permutation(images)
         return shuffled, self.augmentation.draw(draw, len(images))
+
+
+def window_starts(record_images: np.ndarray) -> np.ndarray:
+    """Of records with so many images each, in the order they are read: the place at which each window starts."""
+    ends = np.cumsum(record_images)
+    return np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
 
 
 class TrainingBatches:

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.common.seeding import generator
 from pipeline.model.augmentation import Augmentation, Changes
-from pipeline.train.data.batches import FINGERPRINT_IMAGES, STREAMED, WINDOW_RECORDS
+from pipeline.train.data.batches import FINGERPRINT_IMAGES, STREAMED, WINDOW_RECORDS, window_starts
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class StreamOrder:
     def place(self, rank: int, position: int) -> tuple[int, int, int]:
         """Epoch, window and place in the window of the image that a rank reads after `position` others."""
         epoch, place = divmod(position, self._stop(rank) - self._stop(rank - 1))
-        starts = self._window_starts(self.part(rank, epoch))
+        part = self.part(rank, epoch)
+        starts = window_starts(part.stop_rows - part.first_rows)
         window = int(np.searchsorted(starts, place, side="right")) - 1
         return epoch, window, place - int(starts[window])
 
@@ -138,11 +139,6 @@ class StreamOrder:
         before = (ends - images)[own]
         first_rows = np.maximum(first_image - before, 0)
         return Part(records[own], first_rows, np.minimum(stop_image - before, images[own]))
-
-    def _window_starts(self, part: Part) -> np.ndarray:
-        """The place in the part at which each window starts."""
-        ends = np.cumsum(part.stop_rows - part.first_rows)
-        return np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
 
     def _new_window(self, rank: int, epoch: int, number: int) -> Window:
         part = self.part(rank, epoch).window(number)
