@@ -119,10 +119,11 @@ def _rms_norm(config: GPT2Config) -> nn.RMSNorm:
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Sets every parameter to its initial value. The zero head makes the loss before step 1 ln V."""
+    """Sets every parameter that has memory to its initial value. The zero head makes the loss before step 1 ln V."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+            if not parameter.is_meta:
+                parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
 
 
 def initial_value(name: str, shape: Sequence[int], config: GPT2Config, seed: int) -> torch.Tensor:

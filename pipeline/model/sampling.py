@@ -5,6 +5,7 @@ costs one position's forward pass.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,10 +49,7 @@ def complete_halves(
     model: nn.Module, tokens: np.ndarray, *, samples: int, seed: int, temperature: float = 1.0
 ) -> np.ndarray:
     """Draws the lower half of each image `samples` times: tokens (B, T) to uint16 (B, samples, T)."""
-
-    def draw_rest(upper: torch.Tensor) -> torch.Tensor:
-        return complete(model, upper, tokens.shape[1], seed=seed, temperature=temperature)
-
+    draw_rest = partial(complete, model, total=tokens.shape[1], seed=seed, temperature=temperature)
     return _complete_halves(draw_rest, tokens, samples, next(model.parameters()).device)
 
 
@@ -59,9 +57,8 @@ def complete_halves_by(
     next_scores: NextScores, tokens: np.ndarray, *, colors: int, samples: int, seed: int, device: torch.device
 ) -> np.ndarray:
     """The same for a model that gives its scores in any other way."""
-    return _complete_halves(
-        lambda upper: _drawn(next_scores, upper, tokens.shape[1], colors, seed), tokens, samples, device
-    )
+    draw_rest = partial(_drawn, next_scores, total=tokens.shape[1], colors=colors, seed=seed)
+    return _complete_halves(draw_rest, tokens, samples, device)
 
 
 def _complete_halves(

@@ -24,7 +24,6 @@ from pipeline.train.engine import offload, snapshot
 from pipeline.train.engine.base import NOT_FINITE, Accept, Engine, StepDecision, StepResult, accept_finite
 from pipeline.train.engine.deepspeed_config import new_optimizer
 from pipeline.train.engine.forward_timer import ForwardTimer
-from pipeline.train.engine.partitions import RankCoordinates
 
 CHECKSUM_ELEMENTS = 1 << 24
 """Weights that are summed at a time."""
@@ -37,7 +36,7 @@ class DeepSpeedEngine(Engine):
     """DeepSpeed's."""
     _model: nn.Module
     """The whole model, whose parameter names count; parts that other ranks hold may be without memory."""
-    _coordinates: RankCoordinates
+    _coordinates: internals.RankCoordinates
 
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
         self._config, self._model_config, self._ranks = config, model_config, ranks

@@ -16,14 +16,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
-from pipeline.model.gpt import build_model, initial_value
+from pipeline.model.gpt import build_model, initialize
 from pipeline.model.masks import Batch
 from pipeline.model.sampling import complete_halves_by
 from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine import float8
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
-from pipeline.train.engine.partitions import RankCoordinates
 
 
 class Start(nn.Module):
@@ -84,11 +83,11 @@ class PipelineEngine(DeepSpeedEngine):
                 partition_method=f"type:{Middle.__name__}",
             )
         if initial:
-            self._initialize()
+            initialize(self._model, config.seed)
         self._start(module, self._own_parameters(), deepspeed_config(config, ranks))
         self.data_rank = self._engine.grid.get_data_parallel_id()
         self.work = f"stage {self._engine.stage_id}"
-        self._coordinates = RankCoordinates(self.data_rank, self.data_ranks, parts={})
+        self._coordinates = internals.RankCoordinates(self.data_rank, self.data_ranks, parts={})
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         return self._evaluate(batch, self._image_nats, ()).double().cpu().numpy()
@@ -113,11 +112,6 @@ class PipelineEngine(DeepSpeedEngine):
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those of this stage's layers, under the whole model's names."""
         return [(name, parameter) for name, parameter in self._model.named_parameters() if not parameter.is_meta]
-
-    def _initialize(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self._own_parameters():
-                parameter.copy_(initial_value(name, parameter.shape, self._model_config, self._config.seed))
 
     def _train(self, batch: Batch) -> float:
         return float(self._engine.train_batch(self._micro_batches(batch)))

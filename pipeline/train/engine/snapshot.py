@@ -9,7 +9,7 @@ from torch import nn
 from pipeline.checkpoint.fragments import STATES, FragmentReader, Tensors
 from pipeline.distributed import raise_on_all_ranks
 from pipeline.train.engine import deepspeed_internals as internals
-from pipeline.train.engine.partitions import RankCoordinates
+from pipeline.train.engine.deepspeed_internals import RankCoordinates
 
 
 def snapshot(

@@ -18,7 +18,6 @@ from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine import float8, tensor_parallel
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
-from pipeline.train.engine.partitions import RankCoordinates
 
 
 class ZeroEngine(DeepSpeedEngine):
@@ -32,7 +31,7 @@ class ZeroEngine(DeepSpeedEngine):
         self.work = f"part {part}"
         model = _new_model(config, model_config, settings, ranks.device, initial)
         parts = tensor_parallel.parts(model, config, ranks)
-        self._coordinates = RankCoordinates(self.data_rank, self.data_ranks, parts)
+        self._coordinates = internals.RankCoordinates(self.data_rank, self.data_ranks, parts)
         if config.precision == "fp8":
             float8.convert(model.transformer.h, ranks.device)
         if parallel.recompute:
