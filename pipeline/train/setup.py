@@ -1,7 +1,5 @@
 """Checks a configuration before any process group starts, and chooses what reads and computes."""
 
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -22,9 +20,8 @@ from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatc
 from pipeline.train.data.masking import MaskedBatches
 from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.data.streaming import StreamedBatches
-from pipeline.train.engine import float8
 from pipeline.train.engine.base import Engine
-from pipeline.train.engine.offload import check_compilers
+from pipeline.train.engine.build import check_machine
 
 ATTENTION = "attention"
 
@@ -75,26 +72,10 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
             f"{ranks.count} ranks it needs one for each at least."
         )
     config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count))
-    check_compilers(config.parallel)
-    if config.compile:
-        check_torch_compiles(ranks.device)
-    if config.precision == "fp8":
-        float8.check_device(ranks.device)
+    check_machine(config, ranks.device)
     model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
     config.parallel.check_model(model_config.n_layer, model_config.n_head)
     return Inputs(config, model_config, shards, ranks)
-
-
-def check_torch_compiles(device: torch.device) -> None:
-    """Raises ValueError if torch.compile finds no compiler: CXX or g++ on CPU; CC, gcc or clang on CUDA, for Triton."""
-    kind, variable, usual = ("C", "CC", ["gcc", "clang"]) if device.type == "cuda" else ("C++", "CXX", ["g++"])
-    named = os.environ.get(variable)
-    looked_for = usual if named is None else [named]  # neither looks further than at what is named
-    if all(shutil.which(name) is None for name in looked_for):
-        raise ValueError(
-            f"compile is true; torch.compile needs a {kind} compiler on this device, and {' or '.join(looked_for)} is "
-            f"not to be found on PATH; install it, name another in {variable}, or set compile to false."
-        )
 
 
 def choose_attention(inputs: Inputs, folder: RunFolder) -> dict[str, float]:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from pipeline.train.setup import check_torch_compiles
+from pipeline.train.engine.build import check_torch_compiles
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE, RATE, train_plainly
 
