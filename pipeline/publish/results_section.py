@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult
 
 from pipeline.model_folder.card import HUB_DATASETS
 from pipeline.results.curve import CURVE
-from pipeline.results.headline import Headline, headlines_of, title_of
-from pipeline.results.published import PUBLISHED, RELATED
+from pipeline.results.headline import headlines_of, title_of
+from pipeline.results.published import beside_published
 from pipeline.results.schema import RANDOM_WEIGHTS, Results, read_results
 
 RESULTS = Path("results")
@@ -66,44 +66,33 @@ def _slug(name: str) -> str:
 
 def _results_section(results: Results, random_weights: Results, figures: list[str]) -> str:
     """Every task's numbers, beside those of initial weights where they were measured, and the figures."""
-    untaught = {row.name: row.text for _, row in _headlines(random_weights)}
+    untrained = {row.name: row.text for result in random_weights.values() for row in headlines_of(result)}
     rows = [
-        [result["dataset"], row.name, row.detail, row.text, untaught.get(row.name, "")]
-        for result, row in _headlines(results)
+        [result["dataset"], row.name, row.detail, row.text, untrained.get(row.name, "")]
+        for result in results.values()
+        for row in headlines_of(result)
     ]
     head = ["Pictures", "Measure", "Chosen", "This model", "Random weights"]
-    kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
-    table = _table([head[place] for place in kept], [[row[place] for place in kept] for row in rows])
-    parts = [table, *map(_figure, figures)]
-    shown = "\n\n".join(part for part in parts if part)
-    return f"## Results\n\n{shown}" if shown else ""
+    filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    table = _table([head[place] for place in filled], [[row[place] for place in filled] for row in rows])
+    parts = [part for part in (table, *map(_figure, figures)) if part]
+    return "\n\n".join(["## Results", *parts]) if parts else ""
 
 
 def _published_section(results: Results) -> str:
     """Groups of published numbers, ours on top of those that we measured too."""
-    ours: dict[str, list[list[str]]] = {}
-    for result, row in _headlines(results):
-        line = [result["dataset"], f"**this model: {row.name}**", row.text, "measured"]
-        ours.setdefault(row.measure, []).append(line)
-    measures = [measure for measure in dict.fromkeys(row.measure for row in PUBLISHED) if measure in ours]
-    if not measures:
+    parts = []
+    for measure, (ours, theirs) in beside_published(results).items():
+        rows = [[result["dataset"], f"**this model: {row.name}**", row.text, "measured"] for result, row in ours]
+        rows += [list(row[1:]) for row in theirs]
+        parts += [f"**{measure}**", _table(["Pictures", "System", "Value", "Source"], rows)]
+    if not parts:
         return ""
-    parts = ["### Beside the published numbers"]
-    for measure in [*measures, RELATED]:
-        theirs = [list(row[1:]) for row in PUBLISHED if row.measure == measure]
-        table = _table(["Pictures", "System", "Value", "Source"], ours.get(measure, []) + theirs)
-        parts += [f"**{measure}**", table]
-    parts.append(
+    scale = (
         "Numbers compare only on the same pictures, and losses only under the same palette too; the others stand here "
         "for scale. Published probes use features learned on ImageNet."
     )
-    return "\n\n".join(parts)
-
-
-def _headlines(results: Results) -> Iterator[tuple[dict[str, Any], Headline]]:
-    for result in results.values():
-        for row in headlines_of(result):
-            yield result, row
+    return "\n\n".join(["### Beside the published numbers", *parts, scale])
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

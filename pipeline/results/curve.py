@@ -8,6 +8,7 @@ import numpy as np
 
 from data_prep.common.files import atomic_write
 from pipeline.checkpoint.metrics_log import Row
+from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
 
 CURVE = "training.png"
 """The training curve, in a folder of results."""
@@ -32,8 +33,6 @@ def _with(rows: list[Row], key: str) -> list[Row]:
 
 def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, path: Path) -> None:
     """Draws metrics.jsonl's losses over the images seen, with the baselines of `density` if it was measured."""
-    from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
-
     validation = _with(rows, "valid_loss")
     images, low, mean, high = summarized(rows)
     figure, axes = new_figure()

@@ -1,6 +1,8 @@
 """What the paper, its authors and related systems published, to stand beside our numbers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pipeline.results.headline import Headline, headlines_of
 
 PAPER = "Chen et al., ICML 2020"
 CODE = "github.com/openai/image-gpt"
@@ -66,3 +68,21 @@ PUBLISHED = (
     Published(RELATED, "ImageNet", "SeLa, ResNet-50", "61.5 %", "Asano et al. 2020 (SeLa)"),
     Published(RELATED, "ImageNet", "SEER, RegNetY-256", "84.2 %", "Goyal et al. 2021 (SEER)"),
 )
+
+
+def beside_published(
+    results: dict[str, dict[str, Any]],
+) -> dict[str, tuple[list[tuple[dict[str, Any], Headline]], list[Published]]]:
+    """By each published measure that was measured here too: our results with their headlines, and the published rows.
+
+    Last come related systems; nothing if none of the measures was measured.
+    """
+    ours: dict[str, list[tuple[dict[str, Any], Headline]]] = {}
+    for result in results.values():
+        for headline in headlines_of(result):
+            ours.setdefault(headline.measure, []).append((result, headline))
+    measures = [measure for measure in dict.fromkeys(row.measure for row in PUBLISHED) if measure in ours]
+    return {
+        measure: (ours.get(measure, []), [row for row in PUBLISHED if row.measure == measure])
+        for measure in (measures and [*measures, RELATED])
+    }

@@ -7,7 +7,8 @@
                     where unknown
     dataset         name, digest, resolution, colors, classes, images (by split)
     not_run         names of tasks that the last command to write this was asked for and had not run yet
-    tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and where they are from
+    tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and where they are from;
+                    title, summary and headlines (headline.py) say what a report shows of it
     random_weights  the same of the model with initial weights (`--weights random`), as far as it was measured
     published       numbers of the paper and related systems: measure, dataset, system, value, source
     commands        of the training and of the measurements

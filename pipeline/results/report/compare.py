@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import atomic_write, read_json, write_json
+from pipeline.results.figures import ACCENT, BASELINES, new_figure, save_figure
 from pipeline.results.report.html import write_page
 from pipeline.results.schema import FORMAT, RESULTS
 from pipeline.results.text import MISSING, percent, words
@@ -64,7 +65,7 @@ class Line:
 
 
 def compare_command(arguments: list[str]) -> int:
-    """Writes the comparison. Raises ValueError for a user's mistake."""
+    """Writes the comparison. Raises ValueError for invalid input."""
     parser = new_parser("python -m pipeline compare", "Shows accuracy against validation loss over checkpoints.")
     parser.add_argument("results", nargs="+", type=Path, help="folders of results: RESULTS/step-*/, or one model's")
     parser.add_class_arguments(Command)
@@ -218,8 +219,6 @@ SPLITS = {"valid": "validation", "test": "test"}
 
 def draw(lines: list[Line], command: Command, path: Path) -> None:
     """Draws accuracy in percent against loss, with the steps at the ends of each line."""
-    from pipeline.results.figures import ACCENT, BASELINES, new_figure, save_figure
-
     figure, axes = new_figure()
     colors = (ACCENT, *BASELINES)
     for number, line in enumerate(lines):

@@ -16,6 +16,7 @@ _TEMPLATES = Environment(
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
+    keep_trailing_newline=True,
 )
 _TEMPLATES.filters |= {"words": words, "base64": lambda path: base64.b64encode(path.read_bytes()).decode()}
 

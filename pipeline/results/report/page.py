@@ -13,9 +13,9 @@ from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.metrics_log import read_rows
 from pipeline.model_folder.training_record import unfinished
 from pipeline.results.curve import CURVE, draw_curve, has_losses
-from pipeline.results.headline import Headline, headlines_of, title_of
+from pipeline.results.headline import headlines_of, title_of
 from pipeline.results.provenance import ModelFacts
-from pipeline.results.published import PUBLISHED, RELATED
+from pipeline.results.published import beside_published
 from pipeline.results.report.html import write_page
 from pipeline.results.report.sections import generic_section
 from pipeline.results.schema import RANDOM_WEIGHTS, Results, commands, read_measured, write_results
@@ -71,7 +71,7 @@ def write_report(
                 {"title": title_of(result), "html": sections.get(task, generic_section)(result, folder)}
                 for task, result in tasks.items()
             ],
-            published=_published(tasks, f"{shards.name} {shards.resolution}x{shards.resolution}"),
+            published=beside_published(tasks),
             beyond_counts=_beyond_counts(tasks.get("density")),
             commands=commands(facts, measured),
             others=measured.others,
@@ -130,23 +130,6 @@ def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) ->
         return None
     draw_curve(rows, shards.colors, tasks.get("density"), folder / CURVE)
     return folder / CURVE
-
-
-def _published(tasks: Results, dataset: str) -> dict[str, list[dict[str, Any]]]:
-    """By measure that was measured here too, rows of our numbers and then the published ones; last, related systems."""
-    ours: dict[str, list[Headline]] = {}
-    for result in tasks.values():
-        for headline in headlines_of(result):
-            ours.setdefault(headline.measure, []).append(headline)
-    measures = [measure for measure in dict.fromkeys(row.measure for row in PUBLISHED) if measure in ours]
-    here = {"ours": True, "dataset": dataset, "source": "measured here"}
-    return {
-        measure: [
-            *(here | {"system": f"this model: {row.name}", "value": row.text} for row in ours.get(measure, [])),
-            *(row._asdict() | {"ours": False} for row in PUBLISHED if row.measure == measure),
-        ]
-        for measure in (measures and [*measures, RELATED])
-    }
 
 
 def _beyond_counts(density: dict[str, Any] | None) -> str:
