@@ -3,7 +3,7 @@
 As the paper fine-tunes (Chen et al. 2020, section 2.3): the mean over positions of the output of ln_f, then a linear
 layer without bias, zero at the start. transformers' ImageGPTForImageClassification computes the same.
 
-The folder is a model folder (huggingface.py) with two files more: `class_head.safetensors`, which holds `score.weight`
+The folder is a model folder (convert.py) with two files more: `class_head.safetensors`, which holds `score.weight`
 (classes, D), and `class_head.json` with the names of the classes and what is told of the training.
 """
 

@@ -147,7 +147,10 @@ def _copy(source: Path, target: Path, *, link: bool = False) -> None:
 
 
 def _draw_missing_curve(folder: Path) -> None:
-    """A report brings its curve; without one it is drawn here, if the run's metrics are at hand."""
+    """A report brings its curve; without one it is drawn here, if the run's metrics are at hand.
+
+    The baselines in it are those of density, where that was measured.
+    """
     facts, path = read_facts(folder), folder / RESULTS / CURVE
     if not path.exists() and has_losses(facts.rows):
         draw_curve(facts.rows, facts.config["vocab_size"] - 1, read_results(folder / RESULTS).get("density"), path)

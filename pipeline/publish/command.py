@@ -1,4 +1,7 @@
-"""`python -m pipeline publish`: a model and its results to a hub or to a folder."""
+"""`python -m pipeline publish`: a model and its results to a hub or to a folder.
+
+What takes long to import is imported once the options are parsed.
+"""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +14,6 @@ from pipeline.hub import HUB, parse_name
 from pipeline.model_folder.resolve import model_folder
 
 if TYPE_CHECKING:
-    from pipeline.publish.assemble import About
     from pipeline.publish.push import Pushed
 
 DIR = "dir:"
@@ -36,7 +38,7 @@ class Options:
 
 
 def publish_command(arguments: list[str]) -> int:
-    """`publish SOURCE [--results RESULTS] --to hub:ORG/NAME|dir:PATH`. Raises ValueError for a user's mistake."""
+    """`publish SOURCE [--results RESULTS] --to hub:ORG/NAME|dir:PATH`. Raises ValueError for invalid input."""
     source, options = _parse(arguments)
     kind, target = _target(options.to)
     if kind == HUB:
@@ -47,14 +49,15 @@ def publish_command(arguments: list[str]) -> int:
 
 
 def _to_folder(source: Path, options: Options, target: Path) -> None:
-    from pipeline.publish.assemble import publish_to_folder
+    from pipeline.publish.assemble import About, publish_to_folder
 
-    publish_to_folder(model_folder(source), options.results, target, _about(options, target.resolve().name))
+    about = About(name=target.resolve().name, license=options.license, dataset=options.dataset)
+    publish_to_folder(model_folder(source), options.results, target, about)
     print(f"published to {target}")
 
 
 def _to_hub(source: Path, options: Options, name: str) -> None:
-    from pipeline.publish.assemble import assemble, step_of
+    from pipeline.publish.assemble import About, assemble, step_of
     from pipeline.publish.push import Target, check_login, push
 
     repository, revision = parse_name(name)
@@ -62,9 +65,10 @@ def _to_hub(source: Path, options: Options, name: str) -> None:
         raise ValueError(f"--to is {HUB}{name}; give no revision, a step is tagged by itself.")
     check_login(repository)
     model = model_folder(source)
-    with TemporaryDirectory(prefix="publish-") as aside:
-        folder = Path(aside)
-        assemble(model, options.results, folder, _about(options, repository), link_weights=True)
+    about = About(name=repository, license=options.license, dataset=options.dataset)
+    with TemporaryDirectory(prefix="publish-") as temporary:
+        folder = Path(temporary)
+        assemble(model, options.results, folder, about, link_weights=True)
         target = Target(repository=repository, public=options.public)
         pushed = push(folder, target, step=step_of(folder), patience=60 * options.patience)
     _say(pushed, options.public)
@@ -79,12 +83,6 @@ def _say(pushed: "Pushed", wanted_public: bool) -> None:
         print("main keeps a later step")
     if wanted_public and pushed.private:
         print("it was private before, and stays so: change that on the hub")
-
-
-def _about(options: Options, name: str) -> "About":
-    from pipeline.publish.assemble import About
-
-    return About(name=name, license=options.license, dataset=options.dataset)
 
 
 def _parse(arguments: list[str]) -> tuple[Path, Options]:

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
 from data_prep.shards.reader import open_shard_set
 from pipeline.model.gpt import build_model
-from pipeline.model_folder import lazy_weights as streamed
+from pipeline.model_folder import lazy_weights
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.export import CheckpointWeights, export, find_checkpoint
 from pipeline.model_folder.resolve import model_folder
@@ -80,7 +80,7 @@ def test_the_stock_block_exports_to_gpt2(runner: Runner, tmp_path: Path) -> None
 def test_a_model_of_several_files(finished_run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = find_checkpoint(finished_run.folder / "reference")
     export(checkpoint, tmp_path / "one")
-    monkeypatch.setattr(streamed, "FILE_SIZE", "100KB")
+    monkeypatch.setattr(lazy_weights, "FILE_SIZE", "100KB")
     export(checkpoint, tmp_path / "several")
     files = sorted(file.name for file in (tmp_path / "several").glob("*.safetensors"))
     assert files == [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
@@ -93,7 +93,7 @@ def test_a_model_of_several_files(finished_run: Runner, tmp_path: Path, monkeypa
 def test_a_model_that_fetches_its_weights_holds_none(finished_run: Runner) -> None:
     checkpoint = find_checkpoint(finished_run.folder / "reference")
     weights = CheckpointWeights(checkpoint)
-    fetching, holding = streamed.fetching_model(weights.config, weights), build_model(weights.config)
+    fetching, holding = lazy_weights.fetching_model(weights.config, weights), build_model(weights.config)
     holding.load_state_dict(dict(weights))
     tokens = torch.randint(512, (2, 64))
     for _ in range(2):
