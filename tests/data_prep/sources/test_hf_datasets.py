@@ -10,8 +10,10 @@ from PIL import Image
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
+from data_prep.shards.reader import open_shard_set
 from data_prep.sources.base import Encoded, Source
 from data_prep.sources.open import open_source
+from tests.data_prep.sources.reading import check_shards, reduced
 
 Small = tuple[np.ndarray, np.ndarray]
 NAMES = ["astronaut", "cat", "coffee"]
@@ -137,3 +139,19 @@ def test_a_data_set_needs_a_training_split(tmp_path: Path, table: Callable[..., 
 def test_no_such_data_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't be loaded as a Hugging Face data set"):
         opened(tmp_path / "nothing")
+
+
+def test_hugging_face_prepared(
+    tmp_path: Path, small: tuple[np.ndarray, np.ndarray], prepare: Callable[..., Path]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    names, splits, tables = ["astronaut", "cat", "coffee"], {}, {}
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    for name, part in (("train", slice(0, 40)), ("validation", slice(40, 50)), ("test", slice(50, 60))):
+        columns = {"img": list(map(Image.fromarray, small[0][part])), "label": small[1][part].tolist()}
+        tables[name] = datasets.Dataset.from_dict(columns, features=features)
+        splits[name] = dict(zip(map(reduced, small[0][part]), columns["label"], strict=True))
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    out = prepare("hf_dataset", tmp_path / "saved")
+    check_shards(out, {"train": splits["train"] | splits["validation"], "test": splits["test"]}, names)
+    assert open_shard_set(out).split("valid").images == 10

@@ -6,7 +6,6 @@ import gzip
 import io
 import lzma
 import random
-import signal
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -22,6 +21,7 @@ from data_prep.images.decode import BadPicture
 from data_prep.sources.base import Encoded
 from data_prep.sources.open import open_source
 from tests.data_prep.tar_files import tar_bytes
+from tests.data_prep.time_limit import time_limit
 
 SECONDS = 5
 BLOCK = 512
@@ -36,15 +36,9 @@ Outcome = list[Encoded | BadPicture]
 
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
-    """Nothing hangs."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"{SECONDS} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
+    """No tar keeps a reader busy, or waiting."""
+    with time_limit(SECONDS):
+        yield
 
 
 @pytest.fixture

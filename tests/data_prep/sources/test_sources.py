@@ -7,9 +7,11 @@ import pytest
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
+from data_prep.shards.reader import open_shard_set
 from data_prep.sources.base import Pictures, Source
 from data_prep.sources.open import open_source
 from tests.data_prep.small_data import CLASSES, archive_of, write_folder
+from tests.data_prep.sources.reading import Expected, check_shards, reduced
 
 Small = tuple[np.ndarray, np.ndarray]
 
@@ -122,3 +124,21 @@ def test_labels_outside_the_classes_are_refused(write_cifar: Callable[[str, str]
     (folder / "test_batch.bin").write_bytes(content)
     with pytest.raises(ValueError, match=r"test_batch\.bin has a label outside 0 to 9"):
         opened("cifar10", folder)
+
+
+@pytest.mark.parametrize(("kind", "version"), [("cifar10", "python"), ("cifar100", "binary")])
+def test_cifar_prepared(
+    kind: str,
+    version: str,
+    write_cifar: Callable[[str, str], Path],
+    small: tuple[np.ndarray, np.ndarray],
+    prepare: Callable[..., Path],
+) -> None:
+    cells = dict(zip(map(reduced, small[0]), small[1].tolist(), strict=True))
+    assert len(cells) == 60
+    splits: dict[str, Expected] = {"train": dict(list(cells.items())[:50]), "test": dict(list(cells.items())[50:])}
+    classes = [f"class{number}" for number in range(int(kind.removeprefix("cifar")))]
+    out = prepare(kind, archive_of(write_cifar(kind, version)), "--valid_fraction", "0.2")
+    check_shards(out, splits, classes)
+    images = {name: open_shard_set(out).split(name).images for name in ("train", "valid", "test")}
+    assert images == {"train": 40, "valid": 10, "test": 10}

@@ -1,0 +1,38 @@
+"""Windows for the miniatures of data sets, and their preparation by the command."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.config import SourceConfig
+from data_prep.images.decode import Decoder
+from data_prep.sources.open import open_source
+
+CONFIGS = Path(__file__).parents[3] / "configs/data"
+
+
+@pytest.fixture(scope="session")
+def windows() -> list[np.ndarray]:
+    """Forty different windows of photographs, of 64 to 256 pixels."""
+    pictures = open_source(SourceConfig(kind="photographs", train_per_class=4)).splits["train"]
+    return [np.ascontiguousarray(pictures.picture(index, Decoder())) for index in range(40)]
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, run: Callable[..., Any]) -> Callable[..., Path]:
+    """Prepares a source whole, uncropped, at 8x8 through the command."""
+
+    def prepared(kind: str, path: Path, *more: str) -> Path:
+        out = tmp_path / f"shards-{path.name}"
+        options = ("--resolution", "8", "--palette.colors", "64", "--workers", "2", "--views.random_crop", "never")
+        result = run(
+            *("shards", "--config", CONFIGS / f"{kind}.yaml", "--source.path", path),
+            *(*options, "--out", out, *more),
+        )
+        assert result.code == 0, result.err
+        return out
+
+    return prepared

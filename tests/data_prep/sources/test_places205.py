@@ -1,0 +1,121 @@
+"""Miniatures of Places205 in its true layouts, checked against their own files, and prepared by the command."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.images.decode import BadPicture, Decoder
+from tests.data_prep.sources import official_layouts as layouts
+from tests.data_prep.sources.reading import (
+    Expected,
+    check_shards,
+    found,
+    opened,
+    opened_jpeg,
+    opened_with_peak,
+    read,
+    reduced,
+)
+
+
+@pytest.fixture
+def places205(tmp_path: Path, windows: list[np.ndarray]) -> Path:
+    layouts.write_places205(tmp_path / "places", windows)
+    return tmp_path / "places"
+
+
+def places_split(images: Path, file: Path) -> Expected:
+    rows = [line.split(" ") for line in file.read_text().splitlines()]
+    return {read(images / name): int(label) for name, label in rows}
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_places205(tmp_path: Path, windows: list[np.ndarray], official: bool) -> None:
+    layouts.write_places205(tmp_path, windows, official)
+    images = tmp_path / ("data/vision/torralba/deeplearning/images256" if official else "images256")
+    lists = tmp_path / ("trainvalsplit_places205" if official else ".")
+    source = opened("places205", tmp_path)
+    assert source.classes == ["abbey", "airport_terminal", "apartment_building/outdoor", "yard"]
+    numbers: list[Any] = list(range(4))
+    for split, name, count in (("train", "train", 12), ("test", "val", 4)):
+        expected = places_split(images, lists / f"{name}_places205.csv")
+        assert found(source, split, numbers) == expected
+        assert len(expected) == count
+    first = (lists / "train_places205.csv").read_text().split()[0]
+    assert source.splits["train"].picture(0, Decoder()).tobytes() == read(images / first)
+
+
+def test_a_missing_picture_of_places205_is_a_bad_picture(places205: Path) -> None:
+    source = opened("places205", places205)
+    name = (places205 / "trainvalsplit_places205/train_places205.csv").read_text().split()[4]
+    next(places205.rglob(Path(name).name)).unlink()
+    with pytest.raises(BadPicture) as caught:
+        source.splits["train"].picture(2, Decoder())
+    assert caught.value.reason == "unreadable"
+    assert caught.value.name.endswith(name)
+
+
+Change = Callable[[str], str]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train", lambda text: "", "train_places205.csv lists no pictures"),
+        ("val", lambda text: "\n", "val_places205.csv lists no pictures"),
+        ("train", lambda text: text.replace(" 2", " two"), r"has the line 'a/apartment.* two'; a line must be like"),
+        ("train", lambda text: text.replace(" 2", " -1"), r"has the line 'a/apartment.* -1'"),
+        ("train", lambda text: text.replace(" 1\n", " 4\n"), "has no picture of class 1"),
+        ("val", lambda text: text.replace(" 1\n", " 204\n"), "val_places205.csv has class 204, which the training"),
+        ("train", lambda text: text.replace(" 1\n", " 0\n", 1), "puts class 0 into a/a.*; it must be one folder"),
+        ("both", lambda text: text.replace("y/yard", "a/abbey"), "a/abbey/ is class . and class .; a class has"),
+        ("train", lambda text: text.replace("yard", "yurt"), "puts class 3 into y/yard/ and y/yurt/"),
+    ],
+)
+def test_mistakes_in_the_lists_of_places205_are_named(places205: Path, name: str, change: Change, message: str) -> None:
+    for one in ("train", "val") if name == "both" else (name,):
+        file = places205 / f"trainvalsplit_places205/{one}_places205.csv"
+        file.write_text(change(file.read_text()))
+    with pytest.raises(ValueError, match=message):
+        opened("places205", places205)
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("data", "places holds no data/vision/torralba/deeplearning/images256; extract imagesPlaces205_resize.tar.gz"),
+        ("trainvalsplit_places205/val_places205.csv", "val_places205.csv is missing; extract trainvalsplit_places205"),
+        ("data/vision/torralba/deeplearning/images256/y", "images256/y/yard is missing"),
+    ],
+)
+def test_missing_parts_of_places205_are_named(places205: Path, gone: str, message: str) -> None:
+    (places205 / gone).rename(places205 / "elsewhere")
+    with pytest.raises(ValueError, match=message):
+        opened("places205", places205)
+
+
+def test_places205_prepared(places205: Path, prepare: Callable[..., Path]) -> None:
+    images = places205 / "data/vision/torralba/deeplearning/images256"
+    splits: dict[str, Expected] = {}
+    for split, name in (("train", "train"), ("test", "val")):
+        rows = (places205 / f"trainvalsplit_places205/{name}_places205.csv").read_text().splitlines()
+        pairs = [row.split(" ") for row in rows]
+        splits[split] = {reduced(opened_jpeg(images / picture)): int(label) for picture, label in pairs}
+    classes = ["abbey", "airport_terminal", "apartment_building/outdoor", "yard"]
+    check_shards(prepare("places205", places205), splits, classes)
+
+
+def test_a_long_list_takes_little_memory(places205: Path) -> None:
+    """A string for each name would keep 49 bytes more than its characters, and 8 for its place in a list."""
+    pictures = 200_000
+    lines = [f"{layouts.PLACES[n % 4]}/gsun_{n:032x}.jpg {n % 4}\n" for n in range(pictures)]
+    (places205 / "trainvalsplit_places205/train_places205.csv").write_text("".join(lines))
+    characters = sum(map(len, lines)) - 3 * pictures
+    del lines
+    source, kept, peak = opened_with_peak("places205", places205)
+    assert len(source.splits["train"]) == pictures
+    assert kept < characters + 16 * pictures + 1e6
+    assert peak < 2 * characters + 64 * pictures + 1e6
