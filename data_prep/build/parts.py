@@ -14,6 +14,11 @@ class Part:
     number: int = 1
     count: int = 1
 
+    @property
+    def name(self) -> str:
+        """As files are named: 00001-of-00004."""
+        return f"{self.number:05d}-of-{self.count:05d}"
+
     def check(self) -> None:
         """Raises ValueError if there is no such part."""
         if not 1 <= self.number <= self.count:

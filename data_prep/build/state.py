@@ -19,6 +19,8 @@ from data_prep.common.files import atomic_write, file_sha256, read_json, write_j
 from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 
+PLAN = "plan.json"
+
 
 def finished(out: Path, config: dict[str, Any]) -> bool:
     """Whether `out` is a finished set of this very configuration. Raises ValueError if it is another's or damaged."""
@@ -39,25 +41,21 @@ class Unfinished:
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / "unfinished"
+        self._plan_file = self.folder / PLAN
 
     def begin(self, plan: dict[str, Any]) -> None:
         """Creates the folder, or goes on in it. Raises ValueError if `out` holds anything else."""
-        plan_file = self.folder / "plan.json"
-        if not plan_file.is_file():
+        if not self._plan_file.is_file():
             others = self.out.is_dir() and any(child != self.folder for child in self.out.iterdir())
-            if others and not plan_file.is_file():  # asked again: another part may have begun meanwhile
+            if others and not self._plan_file.is_file():  # asked again: another part may have begun meanwhile
                 raise ValueError(f"--out {self.out} holds other files; choose a new or empty folder.")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(plan_file, plan)
-        # Read again also after writing: another part may have begun at the same moment, with other options.
-        refuse_difference(self.out, read_json(plan_file), plan)
+        begin_plan(self._plan_file, self.out, plan)
 
     def plan(self) -> dict[str, Any]:
         """Raises ValueError if nothing was begun here."""
-        plan_file = self.folder / "plan.json"
-        if not plan_file.is_file():
+        if not self._plan_file.is_file():
             raise ValueError(f"{self.out} holds no parts of a shard set; prepare them with --part and --parts first.")
-        return read_json(plan_file)
+        return read_json(self._plan_file)
 
     def begin_part(self, part: Part, max_skipped: float) -> None:
         """Notes that a part was begun, and the share of pictures that it may skip."""
@@ -86,7 +84,7 @@ class Unfinished:
 
     def _check_begun(self) -> None:
         """What comes after the parts were joined, or the folder removed, must not begin it anew."""
-        if not (self.folder / "plan.json").is_file():
+        if not self._plan_file.is_file():
             raise ValueError(
                 f"{self.out} was joined or removed while this call was at work; it is not needed any more."
             )
@@ -99,7 +97,7 @@ class Unfinished:
         return found
 
     def _part_file(self, part: Part) -> Path:
-        return self.folder / f"part-{part.number:05d}-of-{part.count:05d}.json"
+        return self.folder / f"part-{part.name}.json"
 
     def keep(self, unit: Unit, note: dict[str, Any]) -> None:
         """Notes that a unit is whole."""
@@ -143,6 +141,14 @@ class Unfinished:
 
     def _note(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.json"
+
+
+def begin_plan(file: Path, out: Path, plan: dict[str, Any]) -> None:
+    """Writes the plan that all parts share, unless one has. Raises ValueError if that one's differs."""
+    if not file.is_file():
+        write_json(file, plan)
+    # Read again also after writing: another part may have begun at the same moment, with other options.
+    refuse_difference(out, read_json(file), plan)
 
 
 def refuse_difference(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 
 from data_prep.build.parts import Part
 from data_prep.build.plan import make_plan
-from data_prep.build.state import refuse_difference
-from data_prep.common.files import atomic_write, read_json, write_json
+from data_prep.build.state import PLAN, begin_plan
+from data_prep.common.files import atomic_write, read_json
 from data_prep.common.workers import worker_count
 from data_prep.config import DataConfig
 from data_prep.palette.codec import CODES, palette_sha256, save_palette
@@ -36,17 +36,13 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
     plan = make_plan(source, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     if part.count > 1:
-        described = {
-            "config": config.to_dict(),
-            "source": {"fingerprint": source.fingerprint},
-            "parts": part.count,
-        }
-        _begin(out, described)
+        begun = {"config": config.to_dict(), "source": {"fingerprint": source.fingerprint}, "parts": part.count}
+        begin_plan(_folder(out) / PLAN, _folder(out), begun)
     histogram = count_chunks(source, plan, part.of(fit_chunks(plan)), worker_count(config.workers))
     if part.count == 1:
         _save(out, fit_histogram(histogram, config))
         return
-    _save_histogram(_folder(out) / f"{part.number:05d}-of-{part.count:05d}.npz", histogram)
+    _save_histogram(_histogram_file(out, part), histogram)
     print(f"{out}: part {part.number} of {part.count} is counted. When all are: python -m data_prep join {out}")
 
 
@@ -57,11 +53,11 @@ def has_parts(out: Path) -> bool:
 
 def join_palette(out: Path) -> None:
     """Fits the palette to the sum of the parts. Raises ValueError naming the parts that are missing."""
-    described = read_json(_folder(out) / "plan.json")
+    described = read_json(_folder(out) / PLAN)
     if out.exists():
         raise ValueError(f"{out} is there already and is not written over; delete it, then join again.")
     parts = described["parts"]
-    files = [_folder(out) / f"{number:05d}-of-{parts:05d}.npz" for number in range(1, parts + 1)]
+    files = [_histogram_file(out, Part(number, parts)) for number in range(1, parts + 1)]
     missing = [str(number) for number, file in enumerate(files, 1) if not file.is_file()]
     if missing:
         raise ValueError(f"{out} lacks part {', '.join(missing)} of {parts}; run them, then join again.")
@@ -77,11 +73,8 @@ def _folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
-def _begin(out: Path, described: dict[str, object]) -> None:
-    plan_file = _folder(out) / "plan.json"
-    if not plan_file.is_file():
-        write_json(plan_file, described)
-    refuse_difference(_folder(out), read_json(plan_file), described)
+def _histogram_file(out: Path, part: Part) -> Path:
+    return _folder(out) / f"{part.name}.npz"
 
 
 def _save_histogram(file: Path, histogram: np.ndarray) -> None:
