@@ -107,10 +107,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Raises ValueError naming the file if it is not JSON, OSError if it can't be read."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(content: bytes, name: str) -> Any:
+    """The value in a JSON file's content. Raises ValueError with the file's name if it is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}); it was damaged after it was written.") from error
+        raise ValueError(f"{name} is not readable as JSON ({error}); it was damaged after it was written.") from error
 
 
 def json_digest(value: Any, separators: tuple[str, str] | None = None) -> str:

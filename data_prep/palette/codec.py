@@ -5,6 +5,7 @@ A token is the number of the nearest colour by squared distance in that space.
 """
 
 import hashlib
+import io
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,17 +40,22 @@ def load_palette(path: Path, colors: int, key: str = "palette.file") -> np.ndarr
     """float32 (colors, 3). Raises ValueError naming `key` and the file if it isn't a palette of that many colours."""
     if not path.is_file():
         raise ValueError(f"{key} {path} does not exist; it must be a palette.npy.")
+    return parse_palette(path.read_bytes(), f"{key} {path}", colors)
+
+
+def parse_palette(content: bytes, name: str, colors: int) -> np.ndarray:
+    """As `load_palette`, from the content of a palette.npy; `name` stands in messages."""
     try:
-        palette = np.load(path, allow_pickle=False)
+        palette = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{key} {path} is not readable as .npy ({error}).") from error
+        raise ValueError(f"{name} is not readable as .npy ({error}).") from error
     found = f"{palette.dtype} {palette.shape}" if isinstance(palette, np.ndarray) else "an archive"
     if not isinstance(palette, np.ndarray) or palette.dtype != np.float32 or palette.shape != (colors, 3):
         raise ValueError(
-            f"{key} {path} holds {found}; it must hold float32 ({colors}, 3), by palette.colors, scaled to [-1, 1]."
+            f"{name} holds {found}; it must hold float32 ({colors}, 3), by palette.colors, scaled to [-1, 1]."
         )
     if not (np.abs(palette) <= 1).all():
-        raise ValueError(f"{key} {path} has numbers outside [-1, 1]; it must hold colours scaled to [-1, 1].")
+        raise ValueError(f"{name} has numbers outside [-1, 1]; it must hold colours scaled to [-1, 1].")
     return palette
 
 

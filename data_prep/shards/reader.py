@@ -1,7 +1,6 @@
 """Opens, reads and verifies shard sets, in folders and at addresses."""
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.files import file_sha256, read_json
-from data_prep.palette.codec import load_palette, palette_sha256
+from data_prep.common.files import file_sha256, parse_json, read_json
+from data_prep.palette.codec import load_palette, palette_sha256, parse_palette
 from data_prep.shards.format import (
     CACHE_VARIABLE,
     FORMAT,
@@ -215,23 +214,26 @@ def open_shard_set(path: Path | str) -> ShardSet:
     What is cheap is checked: the manifest, the palette and, in a folder, each file's presence and size. Raises
     ValueError naming the folder or file that is missing, foreign, truncated or of another set.
     """
-    remote = is_remote(str(path))
-    manifest, where = _read_remote_manifest(str(path)) if remote else _read_manifest(Path(path))
+    place = str(path) if is_remote(str(path)) else Path(path)
+    manifest, where = _read_manifest(place)
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise ValueError(
             f"{where} is not a manifest of format {FORMAT}, version {VERSION}; prepare the shard set again."
         )
     try:
         _check_manifest(manifest, where)
-        if remote:
-            return ShardSet(str(path), manifest, _read_remote_palette(str(path), manifest))
-        _check_files(Path(path), manifest)
-        return ShardSet(Path(path), manifest, _read_palette(Path(path), manifest))
+        if isinstance(place, Path):
+            _check_files(place, manifest)
+        return ShardSet(place, manifest, _read_palette(place, manifest))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is incomplete ({error!r}); it was changed after it was written.") from error
 
 
-def _read_manifest(path: Path) -> tuple[Any, str]:
+def _read_manifest(path: Path | str) -> tuple[Any, str]:
+    """The manifest, and its name for messages."""
+    if isinstance(path, str):
+        where = address_of(path, MANIFEST)
+        return parse_json(read_remote(where), where), where
     if not path.is_dir():
         found = "is no folder" if path.exists() else "does not exist"
         raise ValueError(f"{path} {found}; a shard set is a folder that `python -m data_prep shards` wrote.")
@@ -240,33 +242,17 @@ def _read_manifest(path: Path) -> tuple[Any, str]:
     return read_json(path / MANIFEST), str(path / MANIFEST)
 
 
-def _read_remote_manifest(address: str) -> tuple[Any, str]:
-    where = address_of(address, MANIFEST)
-    try:
-        return json.loads(read_remote(where)), where
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is not readable as JSON ({error}); it was damaged after it was written.") from error
-
-
-def _read_palette(path: Path, manifest: dict[str, Any]) -> np.ndarray:
-    palette = load_palette(path / PALETTE, manifest["palette"]["colors"], key="the palette")
-    return _checked_palette(palette, str(path / PALETTE), manifest)
-
-
-def _read_remote_palette(address: str, manifest: dict[str, Any]) -> np.ndarray:
-    where = address_of(address, PALETTE)
-    content = read_remote(where)
-    try:
-        palette = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{where} is not readable as .npy ({error}).") from error
-    return _checked_palette(palette, where, manifest)
-
-
-def _checked_palette(palette: np.ndarray, where: str, manifest: dict[str, Any]) -> np.ndarray:
-    found, promised = palette_sha256(palette), manifest["palette"]["sha256"]
-    if found != promised or palette.shape != (manifest["palette"]["colors"], 3):
-        raise ValueError(f"{where} has sha256 {found}, {MANIFEST} names {promised}; it is another set's palette.")
+def _read_palette(place: Path | str, manifest: dict[str, Any]) -> np.ndarray:
+    colors, promised = manifest["palette"]["colors"], manifest["palette"]["sha256"]
+    if isinstance(place, Path):
+        name = str(place / PALETTE)
+        palette = load_palette(place / PALETTE, colors, key="the palette")
+    else:
+        name = address_of(place, PALETTE)
+        palette = parse_palette(read_remote(name), name, colors)
+    found = palette_sha256(palette)
+    if found != promised:
+        raise ValueError(f"{name} has sha256 {found}, {MANIFEST} names {promised}; it is another set's palette.")
     return palette
 
 
