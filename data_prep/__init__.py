@@ -1,1 +1,1 @@
-"""Pictures to shard sets: sources, views, palette, packed WebDataset records."""
+"""Images to shard sets: sources, views, palette, packed WebDataset records."""

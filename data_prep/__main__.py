@@ -20,7 +20,7 @@ def palette(arguments: list[str]) -> None:
 
 def shards(arguments: list[str]) -> None:
     """Prepares a shard set."""
-    description = "Prepares a shard set; started again after an interruption, it keeps the shards that are whole."
+    description = "Prepares a shard set; the same command resumes after an interruption and keeps complete shards."
     config, options = _configured("shards", description, arguments)
     from data_prep.build.build import prepare_shards
     from data_prep.build.parts import Part
@@ -96,7 +96,7 @@ def show(arguments: list[str]) -> None:
 if __name__ == "__main__":
     dispatch(
         "python -m data_prep",
-        "Pictures to shard sets.",
+        "Images to shard sets.",
         {
             "palette": ("fit a palette to a source's training pictures", palette),
             "shards": ("prepare a shard set", shards),

@@ -11,7 +11,7 @@ from data_prep.build.plan import make_plan
 from data_prep.common.files import atomic_write
 from data_prep.config import DataConfig
 from data_prep.images.crops import views_of
-from data_prep.images.decode import BadPicture
+from data_prep.images.decode import BadImage
 from data_prep.palette.codec import decode
 from data_prep.shards.reader import ShardSet, open_shard_set
 from data_prep.sources.open import open_source
@@ -60,7 +60,7 @@ def _originals(shard_set: ShardSet, split: str, count: int) -> tuple[np.ndarray 
     for index, number in zip(chosen.pictures, chosen.views, strict=True):
         if len(found) == count:
             break
-        with suppress(BadPicture):  # the preparation passed over it, too
+        with suppress(BadImage):  # the preparation passed over it, too
             found.append(views.view(int(index), int(number)))
     if len(found) < count:
         return None, "without the source's pictures, as some of them can't be read any more."

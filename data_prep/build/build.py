@@ -1,7 +1,7 @@
 """The job: source -> views -> palette -> shards, spread over processes and parts, and restartable.
 
 The bytes of the result are a function of the configuration and the source: the number of workers and parts, and
-where an earlier run was cut off, do not matter. What a restart keeps is whole units (data_prep/build/plan.py).
+where an earlier run was cut off, do not matter. What a restart keeps is complete units (data_prep/build/plan.py).
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Pictures to the images of a record: what worker processes do where pictures can be read in any order."""
+"""Source images to the images of a record: what worker processes do where a split can be read in any order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 from data_prep.build.plan import Plan, Unit, counts
 from data_prep.build.skips import Skip, skip
 from data_prep.images.crops import views_of
-from data_prep.images.decode import BadPicture
+from data_prep.images.decode import BadImage
 from data_prep.palette.codec import decode, encode
 from data_prep.sources.base import Source
 
@@ -63,7 +63,7 @@ def encode_record(job: Job, task: tuple[Unit, int]) -> Outcome:
         try:
             cut.append(views.view(int(picture), int(number)))
             kept.append(place)
-        except BadPicture as bad:
+        except BadImage as bad:
             if counted[place]:
                 skips.append(skip(unit.split, bad))
     outcome = encoded(job, unit.split, cut, views.labels[pictures[kept]])

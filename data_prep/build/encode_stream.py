@@ -15,7 +15,7 @@ from data_prep.build.skips import DAMAGED_TAR, Skip, skip
 from data_prep.common.seeding import generator
 from data_prep.config import DataConfig
 from data_prep.images.crops import EVALUATION, cutter
-from data_prep.images.decode import BadPicture
+from data_prep.images.decode import BadImage
 from data_prep.shards.format import IMAGES_PER_RECORD
 from data_prep.sources.base import Source
 
@@ -26,19 +26,19 @@ View = tuple[str, np.ndarray, int]
 """The split of the shard set, the view uint8 (R, R, 3), its label."""
 
 
-def stream_views(source: Source, config: DataConfig, unit: Unit) -> Iterator[list[View] | BadPicture]:
+def stream_views(source: Source, config: DataConfig, unit: Unit) -> Iterator[list[View] | BadImage]:
     """The views of each picture of a piece, or why there are none."""
     held_out = _HeldOut(source, config, unit)
     views = cutter(source, config, unit.split)
     for place, item in enumerate(source.streams[unit.split][unit.number]):
         wanted = held_out.draw()
-        if isinstance(item, BadPicture):
+        if isinstance(item, BadImage):
             yield item
             continue
         try:
             picture = views.decoder(*(number for _, number in wanted))(item.content, item.name)
             cut = [(split, views.cut(picture, number, unit.number, place)) for split, number in wanted]
-        except BadPicture as bad:
+        except BadImage as bad:
             yield bad
             continue
         yield [(split, view, item.label) for split, view in cut]
@@ -96,7 +96,7 @@ def _encoded(job: Job, unit: Unit) -> Iterator[Outcome]:
     pictures = 0
     skips: list[Skip] = []
     for found in stream_views(job.source, job.plan.config, unit):
-        if isinstance(found, BadPicture):
+        if isinstance(found, BadImage):
             skips.append(skip(unit.split, found))
             pictures += found.reason != DAMAGED_TAR
             continue

@@ -1,7 +1,7 @@
 """Which pictures a shard set holds, in which splits, order and shards: a function of the source and the seed.
 
-What is prepared as a whole, alone and in any order, is a unit. A split whose pictures can be read in any order is
-shuffled as a whole, and a unit is one shard of it. A split that is a stream comes in pieces of unknown length; a unit
+A unit of work is prepared alone and in any order. A split whose images can be read in any order is shuffled as a
+whole, and a unit is one shard of it. A split that is a stream comes in pieces of unknown length; a unit
 is a piece, shuffled in blocks, and what it gives is one shard of train and one of valid.
 """
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.common.files import atomic_write
-from data_prep.images.decode import BadPicture
+from data_prep.images.decode import BadImage
 
 SKIPPED = "skipped.jsonl"
 DAMAGED_TAR = "damaged tar"
 JUDGED_AFTER = 10_000
-"""Pictures of a stream after which a part is judged by its own share; its whole length is not known."""
+"""Images of a stream after which a part is judged by its own share; its whole length is not known."""
 
 Skip = dict[str, str]
 """One line of skipped.jsonl: split, name, reason, detail."""
 
 
-def skip(split: str, bad: BadPicture) -> Skip:
+def skip(split: str, bad: BadImage) -> Skip:
     """The line that says what became of a picture."""
     return {"split": split, "name": bad.name, "reason": bad.reason, "detail": bad.detail}
 

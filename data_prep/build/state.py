@@ -1,7 +1,7 @@
-"""The traces of a preparation that is not finished, so that a restart keeps what is whole and parts can be joined.
+"""The traces of a preparation that is not finished, so that a restart keeps what is complete and parts can be joined.
 
 OUT/unfinished/plan.json                  what is being prepared; the same for all parts
-OUT/unfinished/train-000000.json          a unit that is whole: its shards' manifest entries, and what was skipped
+OUT/unfinished/train-000000.json          a complete unit: its shards' manifest entries, and what was skipped
 OUT/unfinished/part-00001-of-00007.json   a part that was begun; how long it took, when it is done
 OUT/unfinished/samples.npz                the first images, for the picture of the result
 """
@@ -44,7 +44,7 @@ class Unfinished:
         self._plan_file = self.folder / PLAN
 
     def begin(self, plan: dict[str, Any]) -> None:
-        """Creates the folder, or goes on in it. Raises ValueError if `out` holds anything else."""
+        """Creates the folder, or resumes in it. Raises ValueError if `out` holds anything else."""
         if not self._plan_file.is_file():
             others = self.out.is_dir() and any(child != self.folder for child in self.out.iterdir())
             if others and not self._plan_file.is_file():  # asked again: another part may have begun meanwhile
@@ -100,12 +100,12 @@ class Unfinished:
         return self.folder / f"part-{part.name}.json"
 
     def keep(self, unit: Unit, note: dict[str, Any]) -> None:
-        """Notes that a unit is whole."""
+        """Notes that a unit is complete."""
         self._check_begun()
         write_json(self._note(unit), note)
 
     def note(self, unit: Unit) -> dict[str, Any] | None:
-        """What was noted of a unit, None if it isn't whole."""
+        """What was noted of a unit, None if it isn't complete."""
         return read_json(self._note(unit)) if self._note(unit).is_file() else None
 
     def kept(self, unit: Unit, palette_sha256: str) -> dict[str, Any] | None:
@@ -113,10 +113,9 @@ class Unfinished:
         note = self.note(unit)
         if note is None or note["palette_sha256"] != palette_sha256:
             return None
-        whole = all(self._is_whole(entry) for entry in note["shards"].values())
-        return note if whole else None
+        return note if all(map(self._is_complete, note["shards"].values())) else None
 
-    def _is_whole(self, entry: dict[str, Any]) -> bool:
+    def _is_complete(self, entry: dict[str, Any]) -> bool:
         path = self.out / entry["file"]
         return path.is_file() and file_sha256(path) == entry["sha256"]
 

@@ -53,7 +53,7 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
-    """Moves `--config FILE` to the front: what is said on the command line overrides the file, wherever it stands."""
+    """Moves `--config FILE` to the front: the command line overrides the file, wherever it stands."""
     moved: list[str] = []
     rest = list(arguments)
     while "--config" in rest[:-1]:
@@ -91,7 +91,7 @@ def run_command(
     leave: Callable[[int], NoReturn] = sys.exit,
     report: Callable[[BaseException], None] = print_error,
 ) -> NoReturn:
-    """Leaves with the command's code; a user's mistake (ValueError, OSError) prints one sentence and exits 2.
+    """Leaves with the command's code; invalid input (ValueError, OSError) prints one sentence and exits 2.
 
     Set IGPT_TRACEBACK=1 to see where an error came from.
     """
@@ -103,7 +103,7 @@ def run_command(
         report(error)
         code = USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command keeps what is whole and goes on.", file=sys.stderr, flush=True)
+        print("interrupted; the same command resumes from what is complete.", file=sys.stderr, flush=True)
         code = INTERRUPTED
     leave(code)
 

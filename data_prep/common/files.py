@@ -39,7 +39,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, waiting_for: str) -> Iterator[None]:
-    """Keeps other processes that lock the same file out, on all nodes that share it; says if it must wait for one."""
+    """Keeps other processes that lock the same file out, on all nodes that share it; prints a line if it waits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -100,7 +100,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all."""
+    """Writes `value` as indented JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 

@@ -63,7 +63,7 @@ def _in_file(content: dict[str, Any], hints: dict[str, Any], prefix: str = "") -
 
 
 def _on_command_line(parser: ArgumentParser, arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Keys and values of the options `--key value` and `--key=value`; flags that take no value are left out."""
+    """Keys and values of the options `--key value` and `--key=value`; flags that take no value are skipped."""
     options = {option: action for action in parser._actions for option in action.option_strings}
     rest = iter(arguments)
     for argument in rest:

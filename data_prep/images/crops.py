@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.common.seeding import generator
 from data_prep.config import DataConfig
 from data_prep.images.decode import Decoder
-from data_prep.sources.base import Pictures, Source
+from data_prep.sources.base import Images, Source
 
 EVALUATION = -1
 """The number of the evaluation view; training views count from 0."""
@@ -61,18 +61,18 @@ class Cutter:
         return training_view(picture, self.resolution, generator(self.seed, "view", self.split, *place, number))
 
 
-class PictureViews:
+class ImageViews:
     """The views of one split's pictures, cut when asked for."""
 
-    def __init__(self, pictures: Pictures, cutter: Cutter) -> None:
+    def __init__(self, pictures: Images, cutter: Cutter) -> None:
         self.pictures, self.labels, self.cutter = pictures, pictures.labels, cutter
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def view(self, index: int, number: int) -> np.ndarray:
-        """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3). Raises BadPicture."""
-        picture = self.pictures.picture(index, self.cutter.decoder(number))
+        """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3). Raises BadImage."""
+        picture = self.pictures.image(index, self.cutter.decoder(number))
         return self.cutter.cut(picture, number, index)
 
 
@@ -83,9 +83,9 @@ def cutter(source: Source, config: DataConfig, split: str) -> Cutter:
     return Cutter(split, config.seed, config.resolution, random_crop, views.scaled_decode)
 
 
-def views_of(source: Source, config: DataConfig, split: str) -> PictureViews:
+def views_of(source: Source, config: DataConfig, split: str) -> ImageViews:
     """The views of one of the source's splits that is no stream."""
-    return PictureViews(source.splits[split], cutter(source, config, split))
+    return ImageViews(source.splits[split], cutter(source, config, split))
 
 
 def evaluation_view(picture: np.ndarray, resolution: int) -> np.ndarray:

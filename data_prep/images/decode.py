@@ -42,19 +42,19 @@ XMP_ORIENTATION = b"tiff:Orientation"
 ORIENTATION = 0x0112
 
 
-class BadPicture(ValueError):
+class BadImage(ValueError):
     """A picture that can't be used."""
 
     def __init__(self, name: str, reason: Reason, detail: str = "") -> None:
         self.name, self.reason, self.detail = name, reason, " ".join(detail.split())
         super().__init__(f"{name} is {reason}{f' ({self.detail})' if self.detail else ''}")
 
-    def __reduce__(self) -> tuple[type["BadPicture"], tuple[str, Reason, str]]:
-        return BadPicture, (self.name, self.reason, self.detail)
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, Reason, str]]:
+        return BadImage, (self.name, self.reason, self.detail)
 
 
 Decode = Callable[[bytes, str], np.ndarray]
-"""Encoded bytes and a name for messages to uint8 (H, W, 3), RGB. Raises BadPicture."""
+"""Encoded bytes and a name for messages to uint8 (H, W, 3), RGB. Raises BadImage."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Decoder:
 
     def __call__(self, content: bytes, name: str) -> np.ndarray:
         if not content:
-            raise BadPicture(name, "empty", "0 bytes")
+            raise BadImage(name, "empty", "0 bytes")
         if content.startswith(JPEG_MAGIC):
             picture = self._jpeg(content, name)
             if picture is not None:
@@ -108,7 +108,7 @@ class Decoder:
 def _check_scans(content: bytes, name: str, height: int, width: int) -> None:
     scans = content.count(SCAN)
     if scans * height * width > MAX_SCANNED and any(marker in PROGRESSIVE for marker, _ in jpeg_segments(content)):
-        raise BadPicture(name, "too large", f"{scans:,} scans of {width}x{height} pixels")
+        raise BadImage(name, "too large", f"{scans:,} scans of {width}x{height} pixels")
 
 
 def jpeg_segments(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -174,17 +174,17 @@ def _by_pillow(content: bytes, name: str) -> np.ndarray:
     except UnidentifiedImageError as error:
         reason = _without_header(content)
         detail = f"none of {', '.join(FORMATS)}" if reason == "not a picture" else "its header can't be read"
-        raise BadPicture(name, reason, detail) from error
+        raise BadImage(name, reason, detail) from error
     except Image.DecompressionBombError as error:
-        raise BadPicture(name, "too large", str(error)) from error
+        raise BadImage(name, "too large", str(error)) from error
     except MemoryError as error:
-        raise BadPicture(name, "too large", "it does not fit in memory") from error
+        raise BadImage(name, "too large", "it does not fit in memory") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         detail = str(error) or type(error).__name__
         if "Decompressed data too large" in detail:  # a text or a colour profile within a PNG
-            raise BadPicture(name, "too large", detail) from error
+            raise BadImage(name, "too large", detail) from error
         said = any(word in detail for word in ("truncated", "Truncated", "EOF", "not enough image data"))
-        raise BadPicture(name, "truncated" if said or _cut_short(content) else "damaged", detail) from error
+        raise BadImage(name, "truncated" if said or _cut_short(content) else "damaged", detail) from error
 
 
 def _without_header(content: bytes) -> Reason:

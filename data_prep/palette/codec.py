@@ -31,7 +31,7 @@ def palette_sha256(palette: np.ndarray) -> str:
 
 
 def save_palette(path: Path, palette: np.ndarray) -> None:
-    """Writes a palette as .npy, whole or not at all."""
+    """Writes a palette as .npy, atomically."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.save(file, palette.astype("<f4"), allow_pickle=False)
 
@@ -84,7 +84,7 @@ def fit_palette(histogram: np.ndarray, colors: int, seed: int) -> np.ndarray:
     """k-means on all pixels at once: each distinct colour weighted by how often it occurs.
 
     histogram: int64 (2**24,), pixels of each code. Returns float32 (colors, 3), the same bytes for the same
-    histogram. Pictures of no more than `colors` distinct colours keep each exactly, and the last one is
+    histogram. Images of no more than `colors` distinct colours keep each exactly, and the last one is
     repeated in the places left over, which no token then names.
     """
     codes = np.flatnonzero(histogram)
@@ -171,7 +171,7 @@ def _nearest(axes: list[np.ndarray], colors: np.ndarray) -> np.ndarray:
 
 
 def encode(pictures: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Pictures uint8 (..., H, W, 3) to tokens uint16 (..., H*W) in raster order; `table` is `lookup_table`'s."""
+    """Images uint8 (..., H, W, 3) to tokens uint16 (..., H*W) in raster order; `table` is `lookup_table`'s."""
     *batch, height, width, _ = pictures.shape
     colors = pictures.reshape(-1, 3)
     tokens = np.empty(len(colors), np.uint16)

@@ -17,20 +17,20 @@ from data_prep.common.seeding import generator
 from data_prep.common.workers import in_workers
 from data_prep.config import DataConfig
 from data_prep.images.crops import views_of
-from data_prep.images.decode import BadPicture
+from data_prep.images.decode import BadImage
 from data_prep.palette.codec import CODES, color_codes, fit_palette
 from data_prep.sources.base import Source
 
 FIT_PIXELS = 1 << 26
 """The palette is fitted to at most this many pixels: 65,536 pictures at 32x32."""
 FIT_CHUNK = 512
-"""Pictures whose colours a worker counts at a time."""
+"""Images whose colours a worker counts at a time."""
 FIT_PIECES = 256
 """Pieces of a stream that are sampled; opening each of ten thousand remote tars would take longer than the rest."""
 
 
 class Chunk(NamedTuple):
-    """Pictures that are counted together: images [start, stop) of train, or of a piece of the stream `train`."""
+    """Images that are counted together: images [start, stop) of train, or of a piece of the stream `train`."""
 
     start: int
     stop: int
@@ -97,7 +97,7 @@ def _split_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarra
     for picture, number in zip(split.pictures[part], split.views[part], strict=True):
         try:
             yield views.view(int(picture), int(number))
-        except BadPicture:
+        except BadImage:
             continue
 
 
@@ -105,6 +105,6 @@ def _piece_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarra
     """The first training view of each of the first pictures of a piece."""
     assert chunk.piece is not None
     found = stream_views(source, plan.config, Unit("train", chunk.piece))
-    usable = (views for views in found if not isinstance(views, BadPicture))
+    usable = (views for views in found if not isinstance(views, BadImage))
     first = (next((view for split, view, _ in views if split == "train"), None) for views in usable)
     return islice((view for view in first if view is not None), chunk.stop)

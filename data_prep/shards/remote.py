@@ -87,7 +87,7 @@ def read_remote(address: str) -> bytes:
 
 
 def download(address: str, path: Path, size: int, sha256: str) -> None:
-    """Copies a file of `size` bytes to `path`, whole or not at all.
+    """Copies a file of `size` bytes to `path`, atomically.
 
     Raises ValueError naming the address if its sha256 differs twice, and as `open_remote` does.
     """

@@ -14,7 +14,7 @@ from data_prep.shards.format import LABELS_DTYPE, PIXELS_DTYPE, TAR_BLOCK, Recor
 
 
 class ShardWriter:
-    """Writes one tar, record by record, whole or not at all; `entry` is what the manifest says of it.
+    """Writes one tar, record by record, atomically; `entry` is what the manifest says of it.
 
     The same records give the same bytes: no times, no owners, no extended headers.
     """

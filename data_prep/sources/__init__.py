@@ -3,7 +3,7 @@
 To add one:
 
 1. Write a file like image_folder.py: `open_source(config: SourceConfig) -> Source` lists the images and reads the
-   labels, and decodes nothing. Splits are `Pictures` (read in any order) or lists of `PictureStream` (read from the
+   labels, and decodes nothing. Splits are `Images` (read in any order) or lists of `ImageStream` (read from the
    beginning); base.py has both, and classes for images in memory and in files. Raise ValueError, one sentence that
    names `source.path`, for what is missing.
 2. Add a line to SOURCES in registry.py. `--help`, the check of `source.kind` and the messages follow from it.

@@ -1,53 +1,57 @@
-"""What a source is: named splits of pictures with labels, and the names of the classes."""
+"""What a source is: named splits of images with labels, and the names of the classes."""
 
 import hashlib
 import os
+import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.images.decode import BadPicture, Decode
+from data_prep.images.decode import BadImage, Decode
 
 UNLABELLED = -1
 MAX_BYTES = 1 << 30
-"""A larger file is no picture: 16 bits for each of three colours of as many pixels as are decoded."""
+"""A larger file is no image: 16 bits for each of three colors of as many pixels as are decoded."""
 
 
-class Pictures(Protocol):
-    """One split: pictures that are decoded when asked for, so that worker processes do it."""
+class Images(Protocol):
+    """One split: images that are decoded when asked for, so that worker processes do it."""
 
     labels: np.ndarray
-    """int32 (N,): the class of each picture, -1 where unlabelled."""
+    """int32 (N,): the class of each image, -1 where unlabelled."""
 
     def __len__(self) -> int: ...
 
-    def picture(self, index: int, decode: Decode) -> np.ndarray:
-        """uint8 (H, W, 3), RGB; `decode` decodes what is encoded. Raises BadPicture if it can't be used."""
+    def image(self, index: int, decode: Decode) -> np.ndarray:
+        """uint8 (H, W, 3), RGB; `decode` decodes what is encoded. Raises BadImage if it can't be used."""
         ...
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture as it came off a stream: undecoded bytes, a name for messages, its class."""
+    """An image as it came off a stream: undecoded bytes, a name for messages, its class."""
 
     name: str
     content: bytes
     label: int
 
 
-class PictureStream(Protocol):
+class ImageStream(Protocol):
     """A piece of a split, such as one tar, that is read from its beginning and whose length is not known.
 
-    Pieces are read in any order, each by one process. What can't be used is yielded as a BadPicture in its
+    Pieces are read in any order, each by one process. What can't be used is yielded as a BadImage in its
     place, not raised; after one with the reason "damaged tar" nothing follows.
     """
 
     name: str
     """For messages."""
 
-    def __iter__(self) -> Iterator[Encoded | BadPicture]: ...
+    def __iter__(self) -> Iterator[Encoded | BadImage]: ...
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,19 @@ class Source:
     name: str
     classes: list[str]
     """Names by label; empty where the source knows none (a stream with bare numbers, or no labels)."""
-    splits: dict[str, Pictures]
-    streams: dict[str, list[PictureStream]]
+    splits: dict[str, Images]
+    streams: dict[str, list[ImageStream]]
     """Splits that are read as streams, piece by piece; a split is in one of the two."""
     fingerprint: str
-    """Changes when pictures are added, removed or renamed; cheap, so it does not see inside picture files."""
+    """Changes when images are added, removed or renamed; cheap, so it does not see inside image files."""
     cropped: bool = False
-    """Whether the pictures are random crops already, so that `random_crop: auto` takes them whole."""
+    """Whether the images are random crops already, so that `random_crop: auto` takes them whole."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What else the manifest should say of the source, in plain JSON types, such as what a label means."""
 
 
-class ArrayPictures:
-    """Pictures held in memory, or in a memory map."""
+class ImageArray:
+    """Images held in memory, or in a memory map."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         """pixels: uint8 (N, H, W, 3); labels: integers (N,)."""
@@ -79,7 +83,7 @@ class ArrayPictures:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def picture(self, index: int, decode: Decode) -> np.ndarray:
+    def image(self, index: int, decode: Decode) -> np.ndarray:
         return self.pixels[index]
 
 
@@ -104,7 +108,7 @@ class Names:
         return (self[index] for index in range(len(self)))
 
 
-class FilePictures:
+class ImageFiles:
     """Picture files below a folder."""
 
     def __init__(self, folder: str, names: Iterable[str], labels: np.ndarray) -> None:
@@ -115,17 +119,27 @@ class FilePictures:
     def __len__(self) -> int:
         return len(self.names)
 
-    def picture(self, index: int, decode: Decode) -> np.ndarray:
+    def image(self, index: int, decode: Decode) -> np.ndarray:
         path = f"{self.folder}/{self.names[index]}"
         try:
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123  (a Path and a buffer cost more than the read)
                 size = os.fstat(file.fileno()).st_size
                 if size > MAX_BYTES:
-                    raise BadPicture(path, "too large", f"{size:,} bytes")
+                    raise BadImage(path, "too large", f"{size:,} bytes")
                 content = file.read()
         except OSError as error:
-            raise BadPicture(path, "unreadable", error.strerror or str(error)) from error
+            raise BadImage(path, "unreadable", error.strerror or str(error)) from error
         return decode(content, path)
+
+
+@contextmanager
+def opened_archive(path: Path, name: str) -> Iterator[tarfile.TarFile]:
+    """A tar, compressed or not. Raises ValueError with `name` for what can't be read of it."""
+    try:
+        with tarfile.open(path) as tar:
+            yield tar
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{name} is no readable tar archive ({error}); fetch it again.") from error
 
 
 def fingerprint(parts: Iterable[Any]) -> str:

@@ -5,7 +5,6 @@ https://www.cs.toronto.edu/~kriz/cifar.html describes both layouts.
 
 import io
 import pickle
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.base import ArrayPictures, Source, fingerprint
+from data_prep.sources.base import ImageArray, Source, fingerprint, opened_archive
 
 SIDE = 32
 PIXEL_BYTES = 3 * SIDE * SIDE
@@ -63,8 +62,8 @@ def open_source(config: SourceConfig) -> Source:
     classes = _class_names(contents[layout.meta], layout, layout.meta)
     train = [_batch(contents[name], layout, name) for name in layout.train]
     splits = {
-        "train": ArrayPictures(np.concatenate([p for p, _ in train]), np.concatenate([n for _, n in train])),
-        "test": ArrayPictures(*_batch(contents[layout.test], layout, layout.test)),
+        "train": ImageArray(np.concatenate([p for p, _ in train]), np.concatenate([n for _, n in train])),
+        "test": ImageArray(*_batch(contents[layout.test], layout, layout.test)),
     }
     sizes = [f"{name} {len(contents[name])}" for name in layout.files]
     return Source(
@@ -87,16 +86,13 @@ def _folder_contents(folder: Path, kind: str) -> dict[str, bytes]:
 
 def _archive_contents(archive: Path, kind: str) -> dict[str, bytes]:
     contents = {}
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                name = PurePosixPath(member.name).name
-                if member.isfile() and name in _wanted(kind):
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    contents[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"source.path {archive} is no readable tar archive ({error}); fetch it again.") from error
+    with opened_archive(archive, f"source.path {archive}") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name).name
+            if member.isfile() and name in _wanted(kind):
+                file = tar.extractfile(member)
+                assert file is not None
+                contents[name] = file.read()
     return contents
 
 
@@ -120,7 +116,7 @@ def _class_names(content: bytes, layout: Layout, name: str) -> list[str]:
 
 
 def _batch(content: bytes, layout: Layout, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 (N, 32, 32, 3) and labels (N,) of one file."""
+    """Images uint8 (N, 32, 32, 3) and labels (N,) of one file."""
     if layout.label_bytes:
         row_bytes = layout.label_bytes + PIXEL_BYTES
         if not content or len(content) % row_bytes:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.base import UNLABELLED, FilePictures, Pictures, Source, fingerprint
+from data_prep.sources.base import UNLABELLED, ImageFiles, Images, Source, fingerprint
 
 YEARS = ("2017", "2014")
 SPLITS = {"train": "train", "test": "val"}
@@ -39,7 +39,7 @@ def open_source(config: SourceConfig) -> Source:
     year = next((year for year in YEARS if (root / f"train{year}").is_dir()), None)
     if year is None:
         raise ValueError(f"source.path {root} holds no folder train2017 (or train2014); extract train2017.zip there.")
-    splits: dict[str, Pictures] = {}
+    splits: dict[str, Images] = {}
     categories: dict[int, str] = {}
     parts: list[str] = []
     for split, official in SPLITS.items():
@@ -52,7 +52,7 @@ def open_source(config: SourceConfig) -> Source:
         categories = instances.categories
         names, labels = instances.labelled()
         _check_presence(folder, names, instances.file)
-        splits[split] = FilePictures(str(folder), names, labels)
+        splits[split] = ImageFiles(str(folder), names, labels)
         parts += [f"{split}/{name} {label}" for name, label in zip(names, labels.tolist(), strict=True)]
     classes = [categories[number] for number in sorted(categories)]
     return Source(f"COCO {year}", classes, splits, {}, fingerprint(parts), facts={"labels": LABELS})

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.images.decode import BadPicture, Decode
-from data_prep.sources.base import UNLABELLED, Encoded, Pictures, PictureStream, Source, fingerprint
+from data_prep.images.decode import BadImage, Decode
+from data_prep.sources.base import UNLABELLED, Encoded, Images, ImageStream, Source, fingerprint
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 """Our name of a split: the data set's names it is found under."""
@@ -25,7 +25,7 @@ class TablePictures:
     def __len__(self) -> int:
         return len(self.table)
 
-    def picture(self, index: int, decode: Decode) -> np.ndarray:
+    def image(self, index: int, decode: Decode) -> np.ndarray:
         name = f"{self.name}[{index}]"
         return decode(_content(self.table[int(index)][self.image_column], name), name)
 
@@ -36,7 +36,7 @@ class StreamPictures:
     def __init__(self, stream: Any, image_column: str, label_column: str | None, name: str) -> None:
         self.stream, self.image_column, self.label_column, self.name = stream, image_column, label_column, name
 
-    def __iter__(self) -> Iterator[Encoded | BadPicture]:
+    def __iter__(self) -> Iterator[Encoded | BadImage]:
         rows = iter(self.stream)
         index = 0
         while True:
@@ -49,7 +49,7 @@ class StreamPictures:
                 raise ValueError(f"{name} can't be read from its stream ({_first_line(error)}); try again.") from error
             try:
                 yield Encoded(name, _content(row[self.image_column], name), _label(row, self.label_column))
-            except BadPicture as bad:
+            except BadImage as bad:
                 yield bad
             index += 1
 
@@ -63,8 +63,8 @@ def open_source(config: SourceConfig) -> Source:
     features = _features(found["train"], config.path)
     image_column = _image_column(features, config)
     label_column = _label_column(features, config)
-    splits: dict[str, Pictures] = {}
-    streams: dict[str, list[PictureStream]] = {}
+    splits: dict[str, Images] = {}
+    streams: dict[str, list[ImageStream]] = {}
     for split, names in SPLITS.items():
         data = next((found[name] for name in names if name in found), None)
         if data is None:
@@ -90,7 +90,7 @@ def open_source(config: SourceConfig) -> Source:
     )
 
 
-def _pieces(data: Any, image_column: str, label_column: str | None, name: str) -> list[PictureStream]:
+def _pieces(data: Any, image_column: str, label_column: str | None, name: str) -> list[ImageStream]:
     """The files of a stream, each a piece of its own."""
     pieces = [data.shard(data.num_shards, number) for number in range(data.num_shards)]
     return [
@@ -188,18 +188,18 @@ def _undecoded(data: Any, column: str) -> Any:
 
 
 def _content(value: dict[str, Any] | None, name: str) -> bytes:
-    """The encoded picture, from the row itself or from the file that it names. Raises BadPicture without one."""
+    """The encoded picture, from the row itself or from the file that it names. Raises BadImage without one."""
     if value and value.get("bytes") is not None:
         return value["bytes"]
     if not value or not value.get("path"):
-        raise BadPicture(name, "empty", "the row has no picture")
+        raise BadImage(name, "empty", "the row has no picture")
     from datasets.utils.file_utils import xopen
 
     try:
         with xopen(value["path"], "rb") as file:
             return file.read()
     except OSError as error:
-        raise BadPicture(name, "unreadable", str(error)) from error
+        raise BadImage(name, "unreadable", str(error)) from error
 
 
 def _labels(table: Any, column: str | None) -> np.ndarray:

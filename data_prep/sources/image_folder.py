@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.base import FilePictures, Pictures, Source, fingerprint
+from data_prep.sources.base import ImageFiles, Images, Source, fingerprint
 
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 """Our name of a split: the folder's names it is found under."""
@@ -26,7 +26,7 @@ def open_source(config: SourceConfig) -> Source:
     classes = _subfolders(folders["train"])
     if not classes:
         raise ValueError(f"{folders['train']} holds no class folders; pictures must lie in train/<class>/.")
-    splits: dict[str, Pictures] = {
+    splits: dict[str, Images] = {
         split: _list_split(folder, classes) for split, folder in folders.items() if folder is not None
     }
     names = (f"{split}/{name}" for split, found in splits.items() for name in found.names)  # type: ignore[attr-defined]
@@ -44,7 +44,7 @@ def _subfolders(folder: Path) -> list[str]:
         )
 
 
-def _list_split(folder: Path, classes: list[str]) -> FilePictures:
+def _list_split(folder: Path, classes: list[str]) -> ImageFiles:
     names: list[str] = []
     labels: list[int] = []
     above = frozenset([folder.resolve(), *folder.resolve().parents])
@@ -56,7 +56,7 @@ def _list_split(folder: Path, classes: list[str]) -> FilePictures:
         labels += [classes.index(name)] * len(found)
     if not names:
         raise ValueError(f"{folder} holds no pictures; they must lie in <class>/ and end in .jpg, .png or the like.")
-    return FilePictures(str(folder), names, np.array(labels))
+    return ImageFiles(str(folder), names, np.array(labels))
 
 
 def _pictures_below(folder: Path, name: str, above: frozenset[Path]) -> list[str]:

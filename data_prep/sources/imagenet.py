@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.base import FilePictures, Names, Source, fingerprint
+from data_prep.sources.base import ImageFiles, Names, Source, fingerprint
 from data_prep.sources.imagenet_classes import Classes, read_classes
-from data_prep.sources.tar_index import Member, PlacedFile, TarPictures, open_placed, tar_members
+from data_prep.sources.tar_index import Member, PlacedFile, TarImages, open_placed, tar_members
 
 KAGGLE_PICTURES = "ILSVRC/Data/CLS-LOC"
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -57,7 +57,7 @@ def open_source(config: SourceConfig) -> Source:
     return Source("ImageNet", names, {**splits}, {}, fingerprint(parts), facts=facts)
 
 
-def _open_train(place: Path) -> tuple[FilePictures | TarPictures, list[str]]:
+def _open_train(place: Path) -> tuple[ImageFiles | TarImages, list[str]]:
     """The pictures, and the sorted WordNet ids of their classes."""
     if (place / "train").is_dir():
         wnids = _class_folders(place / "train")
@@ -81,10 +81,10 @@ def _open_train(place: Path) -> tuple[FilePictures | TarPictures, list[str]]:
             raise ValueError(f"{file.name}/{wnid}.tar holds no .JPEG pictures; fetch it again.")
     offsets, sizes = (np.concatenate([one[column] for one in listed]) for column in (1, 2))
     names_by_class = [names for names, _, _ in listed]
-    return TarPictures(file, _below(wnids, names_by_class), offsets, sizes, _ranks(names_by_class)), wnids
+    return TarImages(file, _below(wnids, names_by_class), offsets, sizes, _ranks(names_by_class)), wnids
 
 
-def _open_val(place: Path, root: Path, wnids: list[str], classes: Classes) -> FilePictures | TarPictures | None:
+def _open_val(place: Path, root: Path, wnids: list[str], classes: Classes) -> ImageFiles | TarImages | None:
     """The validation pictures, where there are any."""
     folder = place / "val"
     if folder.is_dir():
@@ -93,12 +93,12 @@ def _open_val(place: Path, root: Path, wnids: list[str], classes: Classes) -> Fi
             _refuse_unknown(found, wnids, folder)
             return _in_class_folders(folder, wnids)
         flat = _pictures_in(folder)
-        return FilePictures(str(folder), flat, _flat_labels(flat, wnids, classes, folder, root))
+        return ImageFiles(str(folder), flat, _flat_labels(flat, wnids, classes, folder, root))
     if not (place / VAL_TAR).is_file():
         return None
     file = open_placed(place / VAL_TAR)
     names, offsets, sizes = _list_tar(file)
-    return TarPictures(file, names, offsets, sizes, _flat_labels(list(names), wnids, classes, Path(file.name), root))
+    return TarImages(file, names, offsets, sizes, _flat_labels(list(names), wnids, classes, Path(file.name), root))
 
 
 def _flat_labels(names: list[str], wnids: list[str], classes: Classes, place: Path, root: Path) -> np.ndarray:
@@ -122,7 +122,7 @@ def _class_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if WNID.fullmatch(entry.name) and entry.is_dir())
 
 
-def _in_class_folders(folder: Path, wnids: list[str]) -> FilePictures:
+def _in_class_folders(folder: Path, wnids: list[str]) -> ImageFiles:
     """The pictures of folder/<wnid>/, class after class."""
     names_by_class = []
     for wnid in wnids:
@@ -130,7 +130,7 @@ def _in_class_folders(folder: Path, wnids: list[str]) -> FilePictures:
         if not names:
             raise ValueError(f"{folder / wnid} holds no .JPEG pictures; extract or copy that class again.")
         names_by_class.append(Names(names))
-    return FilePictures(str(folder), _below(wnids, names_by_class), _ranks(names_by_class))
+    return ImageFiles(str(folder), _below(wnids, names_by_class), _ranks(names_by_class))
 
 
 def _below(wnids: list[str], names_by_class: list[Names]) -> Iterator[str]:

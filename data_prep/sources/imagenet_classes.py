@@ -6,10 +6,10 @@ sorted WordNet ids; so everything here speaks of WordNet ids ("wnids"), and numb
 
 import csv
 import io
-import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from data_prep.sources.base import opened_archive
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
@@ -79,15 +79,12 @@ def _devkit_files(root: Path) -> dict[str, bytes] | None:
     if folder.is_dir():
         contents = {name: (folder / name).read_bytes() for name in (TRUTH, META) if (folder / name).is_file()}
     elif archive.is_file():
-        try:
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    wanted = [name for name in (TRUTH, META) if member.name.endswith(name)]
-                    file = tar.extractfile(member) if wanted else None
-                    if file is not None:
-                        contents[wanted[0]] = file.read()
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{archive} is no readable tar archive ({error}); fetch it again.") from error
+        with opened_archive(archive, str(archive)) as tar:
+            for member in tar:
+                wanted = [name for name in (TRUTH, META) if member.name.endswith(name)]
+                file = tar.extractfile(member) if wanted else None
+                if file is not None:
+                    contents[wanted[0]] = file.read()
     else:
         return None
     for name in (TRUTH, META):

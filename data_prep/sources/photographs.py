@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decode, Decoder
-from data_prep.sources.base import Pictures, Source, fingerprint
+from data_prep.sources.base import Images, Source, fingerprint
 
 PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png"),
@@ -44,7 +44,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def picture(self, index: int, decode: Decode) -> np.ndarray:
+    def image(self, index: int, decode: Decode) -> np.ndarray:
         """The window as it is; `decode` is not asked, as scaled windows would be other ones."""
         left, top, side = self.boxes[index]
         return _photograph(self.files[self.labels[index]])[top : top + side, left : left + side]
@@ -56,7 +56,7 @@ def open_source(config: SourceConfig) -> Source:
     counts = {"train": config.train_per_class, "valid": config.valid_per_class, "test": config.test_per_class}
     sizes = [_photograph(file).shape[:2] for file in files]
     cut = [cut_windows(height, width, counts, label) for label, (height, width) in enumerate(sizes)]
-    splits: dict[str, Pictures] = {
+    splits: dict[str, Images] = {
         split: Windows(files, np.repeat(np.arange(len(files)), count), np.concatenate([boxes[split] for boxes in cut]))
         for split, count in counts.items()
     }

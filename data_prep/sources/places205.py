@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.base import FilePictures, Source, fingerprint
+from data_prep.sources.base import ImageFiles, Source, fingerprint
 
 PICTURE_FOLDERS = ("data/vision/torralba/deeplearning/images256", "images256")
 LIST_FOLDERS = ("trainvalsplit_places205", ".")
@@ -35,7 +35,7 @@ def open_source(config: SourceConfig) -> Source:
     folders: dict[int, str] = {}
     labels = {split: _labels(file, folders) for split, file in lists.items()}
     _check_classes(folders, labels["train"], lists, pictures)
-    splits = {split: FilePictures(str(pictures), _names(file), labels[split]) for split, file in lists.items()}
+    splits = {split: ImageFiles(str(pictures), _names(file), labels[split]) for split, file in lists.items()}
     classes = [folders[number].partition("/")[2] for number in range(len(folders))]
     lines = (f"{split} {line}" for split, file in lists.items() for line in _lines(file))
     return Source("Places205", classes, {**splits}, {}, fingerprint(lines))

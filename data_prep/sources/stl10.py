@@ -5,19 +5,18 @@ column after column; labels count from 1.
 """
 
 import os
-import tarfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from tempfile import TemporaryFile, gettempdir
+from typing import IO
 
 import numpy as np
 
 from data_prep.common.files import DISK_FULL
 from data_prep.config import SourceConfig
-from data_prep.images.decode import BadPicture, Decode
-from data_prep.sources.base import UNLABELLED, Pictures, Source, fingerprint
+from data_prep.images.decode import BadImage, Decode
+from data_prep.sources.base import UNLABELLED, Images, Source, fingerprint, opened_archive
 from data_prep.sources.tar_index import PlacedFile, open_placed
 
 SIDE = 96
@@ -28,7 +27,7 @@ NAMES_FILE = "class_names.txt"
 COPY_BYTES = 1 << 20
 
 
-class PlanePictures:
+class PlaneImages:
     """The pictures of one or more _X.bin files, one file after the other."""
 
     def __init__(self, files: Sequence[PlacedFile], labels: np.ndarray) -> None:
@@ -40,12 +39,12 @@ class PlanePictures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def picture(self, index: int, decode: Decode) -> np.ndarray:
+    def image(self, index: int, decode: Decode) -> np.ndarray:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         file, place = self.files[number], int(index - self._starts[number])
         content = file.read(place * PICTURE_BYTES, PICTURE_BYTES)
         if len(content) < PICTURE_BYTES:
-            raise BadPicture(f"{file.name}, picture {place}", "unreadable", "the file became shorter")
+            raise BadImage(f"{file.name}, picture {place}", "unreadable", "the file became shorter")
         columns = np.frombuffer(content, np.uint8).reshape(3, SIDE, SIDE)  # colour, x, y
         return np.ascontiguousarray(columns.transpose(2, 1, 0))
 
@@ -68,7 +67,7 @@ def open_source(config: SourceConfig) -> Source:
         unlabelled = files[UNLABELLED_FILE]
         pictures["train"].append(unlabelled)
         labels["train"] = np.concatenate([labels["train"], np.full(_count(unlabelled), UNLABELLED)])
-    splits: dict[str, Pictures] = {split: PlanePictures(pictures[split], labels[split]) for split in LABELLED}
+    splits: dict[str, Images] = {split: PlaneImages(pictures[split], labels[split]) for split in LABELLED}
     sizes = (f"{name} {files[name].size}" for name in wanted)
     return Source("STL-10", classes, splits, {}, fingerprint(sizes))
 
@@ -85,27 +84,31 @@ def _open_files(path: Path, wanted: Sequence[str]) -> dict[str, PlacedFile]:
 def _unpacked(archive: Path, wanted: Sequence[str]) -> dict[str, PlacedFile]:
     """The wanted files of the archive, each in a temporary file that vanishes when it is closed."""
     files: dict[str, PlacedFile] = {}
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                name = PurePosixPath(member.name).name
-                content = tar.extractfile(member) if name in wanted else None
-                if content is None:
-                    continue
-                with TemporaryFile() as temporary:
-                    copyfileobj(content, temporary, COPY_BYTES)
-                    temporary.flush()
-                    files[name] = PlacedFile(f"{archive}/{name}", os.dup(temporary.fileno()))
-                if len(files) == len(wanted):  # the rest of the archive, such as the unlabelled part, is not unpacked
-                    break
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise ValueError(
-                f"source.path {archive} does not fit unpacked into {gettempdir()}; name its extracted folder, "
-                "or set TMPDIR to a folder with more room."
-            ) from error
-        raise ValueError(f"source.path {archive} is no readable tar archive ({error}); fetch it again.") from error
+    with opened_archive(archive, f"source.path {archive}") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name).name
+            content = tar.extractfile(member) if name in wanted else None
+            if content is not None:
+                files[name] = PlacedFile(f"{archive}/{name}", _unpacked_file(content, archive))
+            if len(files) == len(wanted):  # the rest of the archive, such as the unlabelled part, is not unpacked
+                break
     return files
+
+
+def _unpacked_file(content: IO[bytes], archive: Path) -> int:
+    """The descriptor of a temporary file with this content."""
+    try:
+        with TemporaryFile() as temporary:
+            copyfileobj(content, temporary, COPY_BYTES)
+            temporary.flush()
+            return os.dup(temporary.fileno())
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise ValueError(
+            f"source.path {archive} does not fit unpacked into {gettempdir()}; name its extracted folder, "
+            "or set TMPDIR to a folder with more room."
+        ) from error
 
 
 def _count(file: PlacedFile) -> int:

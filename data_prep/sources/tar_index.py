@@ -1,4 +1,4 @@
-"""Pictures that lie unextracted inside a large file, read by their place in it."""
+"""Images that lie unextracted inside a large file, read by their place in it."""
 
 import os
 import tarfile
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.images.decode import BadPicture, Decode
+from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import Names
 
 BLOCK = 512
@@ -76,7 +76,7 @@ def tar_members(file: PlacedFile, inside: Member | None = None) -> Iterator[Memb
         offset = content + -(-member.size // BLOCK) * BLOCK
 
 
-class TarPictures:
+class TarImages:
     """Picture files inside an uncompressed tar, at known places."""
 
     def __init__(
@@ -90,13 +90,13 @@ class TarPictures:
     def __len__(self) -> int:
         return len(self.names)
 
-    def picture(self, index: int, decode: Decode) -> np.ndarray:
+    def image(self, index: int, decode: Decode) -> np.ndarray:
         name = f"{self.file.name}/{self.names[index]}"
         size = int(self.sizes[index])
         try:
             content = self.file.read(int(self.offsets[index]), size)
         except OSError as error:
-            raise BadPicture(name, "unreadable", error.strerror or str(error)) from error
+            raise BadImage(name, "unreadable", error.strerror or str(error)) from error
         if len(content) < size:
-            raise BadPicture(name, "unreadable", "the tar became shorter while it was read")
+            raise BadImage(name, "unreadable", "the tar became shorter while it was read")
         return decode(content, name)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import SourceConfig
-from data_prep.images.decode import BadPicture
+from data_prep.images.decode import BadImage
 from data_prep.shards.remote import is_remote, open_remote
-from data_prep.sources.base import UNLABELLED, Encoded, PictureStream, Source, fingerprint
+from data_prep.sources.base import UNLABELLED, Encoded, ImageStream, Source, fingerprint
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
 
@@ -45,7 +45,7 @@ def open_source(config: SourceConfig) -> Source:
         tars, name = _tars_of_folder(path), path.resolve().name
     else:
         tars, name = {"train": _expanded(config.path)}, _name(config.path)
-    streams: dict[str, list[PictureStream]] = {
+    streams: dict[str, list[ImageStream]] = {
         split: [
             Tars(found[first : first + config.tars_per_shard], config.label_column)
             for first in range(0, len(found), config.tars_per_shard)
@@ -115,15 +115,15 @@ def _identity(tar: str) -> str:
 
 
 class Tars:
-    """A piece of a split: tars read one after the other. A `PictureStream`."""
+    """A piece of a split: tars read one after the other. A `ImageStream`."""
 
     def __init__(self, addresses: list[str], label_column: str | None) -> None:
         self.addresses, self.label_column = addresses, label_column
         first, last = addresses[0], addresses[-1]
         self.name = first if first == last else f"{first} to {last}"
 
-    def __iter__(self) -> Iterator[Encoded | BadPicture]:
-        """A damaged tar ends with a BadPicture that says so, and the next tar follows.
+    def __iter__(self) -> Iterator[Encoded | BadImage]:
+        """A damaged tar ends with a BadImage that says so, and the next tar follows.
 
         Raises ValueError naming a tar that isn't there, and OSError for one that can't be read to its end: a
         network that fails is no damaged tar.
@@ -132,7 +132,7 @@ class Tars:
             yield from read_tar(address, self.label_column)
 
 
-def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadPicture]:
+def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadImage]:
     """The pictures of one tar, one at a time in memory; see `Tars`."""
     labels = "cls" if label_column is None else "json"
     sample: Sample | None = None
@@ -161,7 +161,7 @@ def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadPi
             # Where labels are the rule, a picture whose label is lost must not become one without.
             if sample and sample.content is not None and (sample.label is not None or not expects_label):
                 yield sample.outcome(label_column)
-            yield BadPicture(f"{address} at byte {tar.place}", "damaged tar", str(damage))
+            yield BadImage(f"{address} at byte {tar.place}", "damaged tar", str(damage))
 
 
 def key_and_extension(member: tarfile.TarInfo) -> tuple[str | None, str]:
@@ -189,16 +189,16 @@ class Sample:
     label: bytes | None = None
     """The .cls, or the .json if labels come from there."""
 
-    def outcome(self, label_column: str | None) -> Encoded | BadPicture:
+    def outcome(self, label_column: str | None) -> Encoded | BadImage:
         """The picture with its label, or why there is none."""
         name = _printable(f"{self.name or self.key} in {self.address}")
         if self.content is None:
             present = _printable(", ".join(f".{extension}" for extension in self.extensions[:5]))
-            return BadPicture(name, "not a picture", f"it has {present}, and no .jpg, .png or the like")
+            return BadImage(name, "not a picture", f"it has {present}, and no .jpg, .png or the like")
         try:
             return Encoded(name, self.content, _label(self.label, label_column))
         except ValueError as error:
-            return BadPicture(name, "damaged", str(error))
+            return BadImage(name, "damaged", str(error))
 
 
 def _label(text: bytes | None, column: str | None) -> int:

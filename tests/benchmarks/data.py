@@ -1,4 +1,4 @@
-"""Pictures to shards, against the straightforward peer: Pillow and ImageGPTImageProcessor, a picture at a time."""
+"""Images to shards, against the straightforward peer: Pillow and ImageGPTImageProcessor, a picture at a time."""
 
 import io
 import os
@@ -59,7 +59,7 @@ def photographs(count: int, size: tuple[int, int], grain: float = 0) -> Iterator
     random = np.random.default_rng(0)
     for number in range(count):
         index = number * len(windows) // count
-        window = Image.fromarray(windows.picture(index, Decoder())).resize(size, Image.Resampling.BICUBIC)
+        window = Image.fromarray(windows.image(index, Decoder())).resize(size, Image.Resampling.BICUBIC)
         if grain:
             noisy = np.asarray(window) + random.normal(0, grain, (size[1], size[0], 3))
             window = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
@@ -122,7 +122,7 @@ def prepare(count: int, palette: Path, out: Path, workers: int, options: Sequenc
 
 
 def peer(pictures: Path, palette: Path, **environment: str) -> float:
-    """Pictures a CPU-second of the peer in a process of its own with one thread, its start not counted."""
+    """Images a CPU-second of the peer in a process of its own with one thread, its start not counted."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.data", pictures, palette],
         cwd=ROOT,
@@ -135,7 +135,7 @@ def peer(pictures: Path, palette: Path, **environment: str) -> float:
 
 
 def peer_rate(pictures: Path, palette: Path) -> float:
-    """Pictures a CPU-second of Pillow and ImageGPTImageProcessor in this process, one picture after the other."""
+    """Images a CPU-second of Pillow and ImageGPTImageProcessor in this process, one picture after the other."""
     from threadpoolctl import threadpool_limits
     from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 

@@ -42,7 +42,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 def small() -> tuple[np.ndarray, np.ndarray]:
     """Photographs' windows at 32x32: uint8 (60, 32, 32, 3) and labels 0 to 2, as CIFAR has them."""
     windows = open_source(SourceConfig(kind="photographs", train_per_class=20)).splits["train"]
-    return np.stack([area_resize(windows.picture(i, Decoder()), 32) for i in range(60)]), windows.labels[:60]
+    return np.stack([area_resize(windows.image(i, Decoder()), 32) for i in range(60)]), windows.labels[:60]
 
 
 @pytest.fixture

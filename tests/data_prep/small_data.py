@@ -10,7 +10,7 @@ CLASSES = ["astronaut", "cat", "coffee"]
 
 
 def write_folder(root: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
-    """Pictures uint8 (N, H, W, 3) as root/<class>/<number>.png."""
+    """Images uint8 (N, H, W, 3) as root/<class>/<number>.png."""
     for index, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
         folder = root / CLASSES[label]
         folder.mkdir(parents=True, exist_ok=True)

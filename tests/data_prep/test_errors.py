@@ -1,4 +1,4 @@
-"""A user's mistake ends in one sentence, leaves no manifest, and shows no traceback (contract 10)."""
+"""Invalid input ends in one sentence, leaves no manifest, and shows no traceback."""
 
 import contextlib
 import json

@@ -3,8 +3,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data_prep.images.crops import EVALUATION, Cutter, PictureViews, area_resize, evaluation_view
-from data_prep.sources.base import ArrayPictures
+from data_prep.images.crops import EVALUATION, Cutter, ImageViews, area_resize, evaluation_view
+from data_prep.sources.base import ImageArray
 
 
 def cutter(**changes: object) -> Cutter:
@@ -77,6 +77,6 @@ def test_which_pictures_are_cropped(random_crop: str, side: int, cropped: bool) 
 
 
 def test_views_of_pictures_in_any_order() -> None:
-    views = PictureViews(ArrayPictures(np.stack([noise(20, 20)] * 3), np.arange(3)), cutter(resolution=10))
+    views = ImageViews(ImageArray(np.stack([noise(20, 20)] * 3), np.arange(3)), cutter(resolution=10))
     assert len(views) == 3
     assert views.view(2, EVALUATION).shape == (10, 10, 3)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_prep.config import SourceConfig
 from data_prep.images.crops import area_resize
-from data_prep.images.decode import MAX_PIXELS, BadPicture, Decoder
+from data_prep.images.decode import MAX_PIXELS, BadImage, Decoder
 from data_prep.sources.open import open_source
 from tests.data_prep.images.encoded_images import by_pillow, encoded, oriented, png
 
@@ -20,7 +20,7 @@ SIZES = [(160, 120), (159, 121), (17, 16), (7, 200), (33, 97), (2, 5), (1, 1)]
 def photographs() -> list[Image.Image]:
     """A window of each photograph, at least 64 pixels a side."""
     windows = open_source(SourceConfig(kind="photographs", train_per_class=1)).splits["train"]
-    return [Image.fromarray(windows.picture(index, Decoder())) for index in range(len(windows))]
+    return [Image.fromarray(windows.image(index, Decoder())) for index in range(len(windows))]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_the_first_frame_of_several_counts(kind: str, photographs: list[Image.Im
 
 
 def test_a_bad_picture_crosses_processes_whole() -> None:
-    bad = pickle.loads(pickle.dumps(BadPicture("a/b.jpg", "damaged", "so\n and   so")))
+    bad = pickle.loads(pickle.dumps(BadImage("a/b.jpg", "damaged", "so\n and   so")))
     assert (bad.name, bad.reason, bad.detail) == ("a/b.jpg", "damaged", "so and so")
     assert str(bad) == "a/b.jpg is damaged (so and so)"
 
@@ -220,7 +220,7 @@ def test_a_progressive_jpeg_of_very_many_scans_is_refused(scans: int) -> None:
     content = encoded(Image.new("RGB", (4000, 4000), (90, 120, 30)), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     bomb = content[:last] + scans * content[last:-2] + content[-2:]
-    with pytest.raises(BadPicture, match=r"x is too large \(2?,?\d+ scans of 4000x4000 pixels\)"):
+    with pytest.raises(BadImage, match=r"x is too large \(2?,?\d+ scans of 4000x4000 pixels\)"):
         Decoder()(bomb, "x")
     assert Decoder()(content, "x").shape == (4000, 4000, 3)
 
@@ -257,7 +257,7 @@ def test_randomly_changed_jpegs_are_read_or_refused_as_by_pillow(form: str, phot
             expected = None
         if expected is None:
             outcomes["refused"] += 1
-            with pytest.raises(BadPicture):
+            with pytest.raises(BadImage):
                 Decoder()(bytes(content), "x")
         else:
             outcomes["read"] += 1

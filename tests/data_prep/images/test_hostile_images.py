@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from data_prep.config import SourceConfig
-from data_prep.images.decode import BadPicture, Decoder
+from data_prep.images.decode import BadImage, Decoder
 from data_prep.shards.reader import open_shard_set
 from data_prep.sources.open import open_source
 from tests.data_prep.images.encoded_images import by_pillow
@@ -33,7 +33,7 @@ MEGABYTES = 300
 @pytest.fixture(scope="module")
 def files() -> dict[str, tuple[bytes, str]]:
     windows = open_source(SourceConfig(kind="photographs", train_per_class=1)).splits["train"]
-    return corpus(Image.fromarray(windows.picture(1, Decoder())).resize((160, 120)))
+    return corpus(Image.fromarray(windows.image(1, Decoder())).resize((160, 120)))
 
 
 def outcome(content: bytes, name: str) -> str:
@@ -41,7 +41,7 @@ def outcome(content: bytes, name: str) -> str:
     try:
         with time_limit(SECONDS):
             picture = Decoder()(content, name)
-    except BadPicture as bad:
+    except BadImage as bad:
         assert bad.name == name
         assert "\n" not in str(bad)
         return bad.reason
@@ -73,7 +73,7 @@ def test_scaled_decode_skips_the_same_files(smallest: int, files: dict[str, tupl
         try:
             with time_limit(SECONDS):
                 Decoder(smallest)(content, name)
-        except BadPicture as bad:
+        except BadImage as bad:
             assert (name, bad.reason) == (name, expected)
         else:
             assert expected in (AS_PILLOW, BY_UPPER_BITS), name
@@ -86,11 +86,11 @@ def test_memory_stays_within_bounds(files: dict[str, tuple[bytes, str]], tmp_pat
     script = """
 import resource, sys
 from pathlib import Path
-from data_prep.images.decode import BadPicture, Decoder
+from data_prep.images.decode import BadImage, Decoder
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 def decode(file):
     try: Decoder()(file.read_bytes(), file.name)
-    except BadPicture: pass
+    except BadImage: pass
 decode(Path(sys.argv[1]) / "png_named.jpg")
 before = peak()
 for file in Path(sys.argv[1]).iterdir(): decode(file)
@@ -146,9 +146,9 @@ def test_only_files_are_listed_and_none_is_waited_for(strange_folder: Path) -> N
         found, skips = 0, {}
         for index in range(len(pictures)):
             try:
-                assert pictures.picture(index, Decoder()).shape == (32, 32, 3)
+                assert pictures.image(index, Decoder()).shape == (32, 32, 3)
                 found += 1
-            except BadPicture as bad:
+            except BadImage as bad:
                 skips[Path(bad.name).name] = bad.reason
     assert (found, skips) == (before + STRANGE_PICTURES, STRANGE_SKIPS)
 

@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[3] / "configs/data"
 def windows() -> list[np.ndarray]:
     """Forty different windows of photographs, of 64 to 256 pixels."""
     pictures = open_source(SourceConfig(kind="photographs", train_per_class=4)).splits["train"]
-    return [np.ascontiguousarray(pictures.picture(index, Decoder())) for index in range(40)]
+    return [np.ascontiguousarray(pictures.image(index, Decoder())) for index in range(40)]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Pictures = Sequence[np.ndarray]
+Images = Sequence[np.ndarray]
 
 SYNSETS = {  # wnid: ILSVRC2012_ID, words; two classes called "crane", numbers in another order than the wnids
     "n01440764": (5, "tench, Tinca tinca"),
@@ -50,7 +50,7 @@ def tar_of(folder: Path, tar: Path, arcname: str = ".", mode: str = "w") -> Path
 # --- ImageNet
 
 
-def write_imagenet(root: Path, pictures: Pictures) -> None:
+def write_imagenet(root: Path, pictures: Images) -> None:
     """train/, val/ and the devkit: 3, 4, 3, 4, 3 training pictures of the classes, and 8 for validation."""
     remaining = iter(pictures)
     for number, wnid in enumerate(SYNSETS):
@@ -120,8 +120,8 @@ def to_kaggle(root: Path) -> None:
 # --- STL-10
 
 
-def write_stl10(root: Path, pictures: Pictures, train: int, test: int) -> Path:
-    """Pictures (96, 96, 3): `train` and `test` labelled ones, the rest unlabelled. Returns stl10_binary/."""
+def write_stl10(root: Path, pictures: Images, train: int, test: int) -> Path:
+    """Images (96, 96, 3): `train` and `test` labelled ones, the rest unlabelled. Returns stl10_binary/."""
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
     stacked = np.stack(pictures).transpose(0, 3, 2, 1)  # colour, x, y
@@ -141,7 +141,7 @@ def write_stl10(root: Path, pictures: Pictures, train: int, test: int) -> Path:
 COCO_CATEGORIES = {1: "person", 3: "car", 18: "dog", 62: "chair", 90: "toothbrush"}
 
 
-def write_coco(root: Path, pictures: Pictures, year: str = "2017") -> None:
+def write_coco(root: Path, pictures: Images, year: str = "2017") -> None:
     """Six training and four validation pictures, among them all that is special about their objects."""
     polygon = [[round(0.37 * n, 2) for n in range(40)]]
     objects: dict[int, list[dict[str, Any]]] = {
@@ -190,7 +190,7 @@ def coco_json(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -
 PLACES = {0: "a/abbey", 1: "a/airport_terminal", 2: "a/apartment_building/outdoor", 3: "y/yard"}
 
 
-def write_places205(root: Path, pictures: Pictures, official: bool = True) -> None:
+def write_places205(root: Path, pictures: Images, official: bool = True) -> None:
     """Twelve training and four validation pictures, listed in no order; `official`: in the archives' folders."""
     images = root / ("data/vision/torralba/deeplearning/images256" if official else "images256")
     lists = root / ("trainvalsplit_places205" if official else ".")

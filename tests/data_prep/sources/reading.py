@@ -30,7 +30,7 @@ def found(source: Source, split: str, classes: list[str] | None = None) -> Expec
     pictures = source.splits[split]
     assert pictures.labels.dtype == np.int32
     assert pictures.labels.shape == (len(pictures),)
-    pixels = [pictures.picture(index, Decoder()) for index in range(len(pictures))]
+    pixels = [pictures.image(index, Decoder()) for index in range(len(pictures))]
     assert all(one.dtype == np.uint8 and one.shape[2] == 3 for one in pixels)
     classes = source.classes if classes is None else classes
     named = [None if label < 0 else classes[label] for label in pictures.labels.tolist()]

@@ -53,7 +53,7 @@ def parquet_folder(folder: Path, **splits: Any) -> Path:
 def assert_same(source: Source, split: str, small: Small, part: slice) -> None:
     pictures = source.splits[split]
     assert (pictures.labels == small[1][part]).all()
-    assert all((pictures.picture(i, Decoder()) == want).all() for i, want in enumerate(small[0][part]))
+    assert all((pictures.image(i, Decoder()) == want).all() for i, want in enumerate(small[0][part]))
 
 
 def test_a_saved_dictionary_of_splits(tmp_path: Path, table: Callable[..., Any], small: Small) -> None:

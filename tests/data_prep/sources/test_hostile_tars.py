@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_prep.config import SourceConfig
-from data_prep.images.decode import BadPicture
+from data_prep.images.decode import BadImage
 from data_prep.sources.base import Encoded
 from data_prep.sources.open import open_source
 from tests.data_prep.tar_files import tar_bytes
@@ -31,7 +31,7 @@ WHOLE = tar_bytes(MEMBERS)
 ENDS = 2 * BLOCK
 """Bytes of the mark of the end; a tar is padded after it."""
 
-Outcome = list[Encoded | BadPicture]
+Outcome = list[Encoded | BadImage]
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +176,7 @@ HOSTILE = {
 def test_every_picture_before_the_damage_and_where_it_is(case: str, read: Callable[..., Outcome]) -> None:
     content, pictures, byte, what = HOSTILE[case]
     *before, last = read(content)
-    assert isinstance(last, BadPicture)
+    assert isinstance(last, BadImage)
     assert last.reason == "damaged tar"
     assert what in last.detail
     if byte is not None:
@@ -207,7 +207,7 @@ def test_a_changed_byte_in_gzip_is_noticed(read: Callable[..., Outcome]) -> None
     for at in range(300, len(content) - 10, 997):
         found = read(changed(at, bytes([content[at] ^ 0x10]), content))
         changed_pictures = [item for item in found if isinstance(item, Encoded) and item.content not in PICTURES]
-        assert changed_pictures or isinstance(found[-1], BadPicture)
+        assert changed_pictures or isinstance(found[-1], BadImage)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_random_damage(read: Callable[..., Outcome]) -> None:
             at, length = chance.randrange(len(content)), chance.choice([1, 1, 8, BLOCK, 3000])
             content[at : at + chance.choice([0, length])] = chance.randbytes(chance.choice([0, 1, length]))
         found = read(bytes(content))
-        damaged = [isinstance(item, BadPicture) and item.reason == "damaged tar" for item in found]
+        damaged = [isinstance(item, BadImage) and item.reason == "damaged tar" for item in found]
         assert not any(damaged[:-1])
         outcomes["damaged" if any(damaged) else "whole"] += 1
     assert min(outcomes.values()) > 20, outcomes
@@ -333,7 +333,7 @@ def test_random_headers(read: Callable[..., Outcome]) -> None:
                 header(f"{chance.randrange(3)}.jpg", size, kind) + chance.randbytes(chance.choice([0, 512, 1024]))
             )
         found = read(b"".join(blocks) + WHOLE)
-        assert sum(isinstance(item, BadPicture) and item.reason == "damaged tar" for item in found) <= 1
+        assert sum(isinstance(item, BadImage) and item.reason == "damaged tar" for item in found) <= 1
 
 
 @pytest.mark.parametrize("size", [0, 700, 0o77777777777, base_256(1 << 60), base_256(-10_000)])

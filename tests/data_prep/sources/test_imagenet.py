@@ -132,7 +132,7 @@ def labelled(source: Source, split: str) -> set[tuple[bytes, str]]:
     """(pixels, wnid) of every picture."""
     found = source.splits[split]
     wnids = source.facts["wnids"]
-    return {(found.picture(n, Decoder()).tobytes(), wnids[found.labels[n]]) for n in range(len(found))}
+    return {(found.image(n, Decoder()).tobytes(), wnids[found.labels[n]]) for n in range(len(found))}
 
 
 def pixels(content: bytes) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat
 
-from data_prep.images.decode import BadPicture, Decoder
+from data_prep.images.decode import BadImage, Decoder
 from data_prep.shards.reader import open_shard_set
 from data_prep.sources.base import Source
 from tests.data_prep.sources import official_layouts as layouts
@@ -226,8 +226,8 @@ def test_a_tar_that_shrinks_gives_bad_pictures(imagenet: Path, tmp_path: Path) -
     pictures = opened("imagenet", tmp_path / "packed").splits["test"]
     with (tmp_path / "packed/ILSVRC2012_img_val.tar").open("r+b") as file:
         file.truncate(700)
-    with pytest.raises(BadPicture) as caught:
-        pictures.picture(5, Decoder())
+    with pytest.raises(BadImage) as caught:
+        pictures.image(5, Decoder())
     assert caught.value.reason == "unreadable"
     assert caught.value.name.endswith("ILSVRC2012_img_val.tar/ILSVRC2012_val_00000006.JPEG")
 

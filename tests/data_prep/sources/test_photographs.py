@@ -52,13 +52,13 @@ def test_a_window_is_that_part_of_the_photograph(split: str) -> None:
         left, top, side = pictures.boxes[index]
         with Image.open(pictures.files[pictures.labels[index]]) as image:
             expected = image.convert("RGB").crop((left, top, left + side, top + side))
-        assert (pictures.picture(index, Decoder()) == np.asarray(expected)).all()
+        assert (pictures.image(index, Decoder()) == np.asarray(expected)).all()
 
 
 def test_a_scaled_decode_does_not_change_windows() -> None:
     pictures = opened(train_per_class=1, valid_per_class=1, test_per_class=1)["train"]
     for index in range(len(PHOTOGRAPHS)):
-        assert (pictures.picture(index, Decoder(64)) == pictures.picture(index, Decoder())).all()
+        assert (pictures.image(index, Decoder(64)) == pictures.image(index, Decoder())).all()
 
 
 def test_photographs_are_balanced_and_always_the_same() -> None:

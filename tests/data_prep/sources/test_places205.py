@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.images.decode import BadPicture, Decoder
+from data_prep.images.decode import BadImage, Decoder
 from tests.data_prep.sources import official_layouts as layouts
 from tests.data_prep.sources.reading import (
     Expected,
@@ -45,15 +45,15 @@ def test_places205(tmp_path: Path, windows: list[np.ndarray], official: bool) ->
         assert found(source, split, numbers) == expected
         assert len(expected) == count
     first = (lists / "train_places205.csv").read_text().split()[0]
-    assert source.splits["train"].picture(0, Decoder()).tobytes() == read(images / first)
+    assert source.splits["train"].image(0, Decoder()).tobytes() == read(images / first)
 
 
 def test_a_missing_picture_of_places205_is_a_bad_picture(places205: Path) -> None:
     source = opened("places205", places205)
     name = (places205 / "trainvalsplit_places205/train_places205.csv").read_text().split()[4]
     next(places205.rglob(Path(name).name)).unlink()
-    with pytest.raises(BadPicture) as caught:
-        source.splits["train"].picture(2, Decoder())
+    with pytest.raises(BadImage) as caught:
+        source.splits["train"].image(2, Decoder())
     assert caught.value.reason == "unreadable"
     assert caught.value.name.endswith(name)
 

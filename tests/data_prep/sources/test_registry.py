@@ -18,13 +18,13 @@ TOY = '''
 
 import numpy as np
 
-from data_prep.sources.base import ArrayPictures, Source, fingerprint
+from data_prep.sources.base import ImageArray, Source, fingerprint
 
 
 def open_source(config):
     grays = np.load(f"{config.path}/squares.npy")
     pixels = np.broadcast_to(grays[:, None, None, None], (len(grays), 9, 9, 3)).copy()
-    return Source("squares", ["dark", "bright"], {"train": ArrayPictures(pixels, grays > 127)}, {}, fingerprint(grays))
+    return Source("squares", ["dark", "bright"], {"train": ImageArray(pixels, grays > 127)}, {}, fingerprint(grays))
 '''
 
 

@@ -8,7 +8,7 @@ import pytest
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
 from data_prep.shards.reader import open_shard_set
-from data_prep.sources.base import Pictures, Source
+from data_prep.sources.base import Images, Source
 from data_prep.sources.open import open_source
 from tests.data_prep.small_data import CLASSES, archive_of, write_folder
 from tests.data_prep.sources.reading import Expected, check_shards, reduced
@@ -16,8 +16,8 @@ from tests.data_prep.sources.reading import Expected, check_shards, reduced
 Small = tuple[np.ndarray, np.ndarray]
 
 
-def all_pictures(pictures: Pictures) -> np.ndarray:
-    return np.stack([pictures.picture(index, Decoder()) for index in range(len(pictures))])
+def all_pictures(pictures: Images) -> np.ndarray:
+    return np.stack([pictures.image(index, Decoder()) for index in range(len(pictures))])
 
 
 def opened(kind: str, path: Path, **options: object) -> Source:

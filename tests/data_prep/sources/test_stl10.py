@@ -60,7 +60,7 @@ def test_stl10(stl10: Path, windows: list[np.ndarray], form: str, unlabelled: bo
     }
     assert found(source, "train") == train
     assert found(source, "test") == test
-    assert (source.splits["train"].picture(7, Decoder()) == area_resize(square(windows[7]), 96)).all()
+    assert (source.splits["train"].image(7, Decoder()) == area_resize(square(windows[7]), 96)).all()
 
 
 def test_stl10_without_its_unlabelled_part_does_not_need_it(stl10: Path) -> None:

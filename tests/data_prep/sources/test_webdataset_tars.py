@@ -14,7 +14,7 @@ import pytest
 import webdataset as wds
 
 from data_prep.config import SourceConfig
-from data_prep.images.decode import BadPicture, Decoder
+from data_prep.images.decode import BadImage, Decoder
 from data_prep.shards import remote
 from data_prep.shards.reader import open_shard_set
 from data_prep.sources.base import Encoded, Source
@@ -37,13 +37,13 @@ def opened(path: object, **options: Any) -> Source:
     return open_source(SourceConfig(kind="webdataset", path=str(path), **options))
 
 
-def items(source: Source, split: str = "train") -> list[Encoded | BadPicture]:
+def items(source: Source, split: str = "train") -> list[Encoded | BadImage]:
     return [item for stream in source.streams[split] for item in stream]
 
 
 def pictures(source: Source, split: str = "train") -> list[Encoded]:
     found = items(source, split)
-    assert not [item for item in found if isinstance(item, BadPicture)]
+    assert not [item for item in found if isinstance(item, BadImage)]
     return found  # type: ignore[return-value]
 
 
@@ -143,7 +143,7 @@ def test_tars_of_a_shard_follow_each_other(img2dataset: Path) -> None:
 def test_a_damaged_tar_does_not_hide_the_next_of_its_shard(img2dataset: Path) -> None:
     (img2dataset / "00000.tar").write_bytes((img2dataset / "00000.tar").read_bytes()[:5000])
     found = items(opened(img2dataset, tars_per_shard=3))
-    assert [item.reason for item in found if isinstance(item, BadPicture)] == ["damaged tar"]
+    assert [item.reason for item in found if isinstance(item, BadImage)] == ["damaged tar"]
     assert found[-40:] == pictures(opened(img2dataset / "{00001,00002}.tar"))
 
 
@@ -209,7 +209,7 @@ def read_members(folder: Path, *members: tuple[str, bytes], **options: Any) -> l
     path = folder / "one.tar"
     path.write_bytes(tar_bytes(members))
     return [
-        (item.reason, item.detail) if isinstance(item, BadPicture) else (item.content.decode(), item.label)
+        (item.reason, item.detail) if isinstance(item, BadImage) else (item.content.decode(), item.label)
         for item in items(opened(path, **options))
     ]
 
