@@ -1,6 +1,6 @@
 #!/bin/bash
 # A shard set by an array of parts, each restartable; the set is joined by a job that waits for all of them:
-#   sbatch --array=1-10 slurm/prepare_shards.sh --config configs/data/imagenet.yaml --source.path PICTURES \
+#   sbatch --array=1-10 slurm/prepare_shards.sh --config configs/data/imagenet.yaml --source.path IMAGES \
 #       --palette.file palette.npy --out SHARDS
 # It needs no accelerator: after `source slurm/site.sh` with accelerators, give sbatch --gpus-per-node=0.
 # A part has nothing to do beyond the set's units of 8,192 images (or tars).
