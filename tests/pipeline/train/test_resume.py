@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch import Finished, finish, start
+from tests.launch import SECONDS, Finished, finish, start
 from tests.pipeline.conftest import Runner
 
 SAME = {"batch__micro_size": 2}
@@ -76,7 +76,7 @@ def test_a_request_to_stop_saves_and_asks_for_a_requeue(runner: Runner, finished
 
 def wait_for_step(run: Path, step: int) -> None:
     """Until metrics.jsonl has a row of that step."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + SECONDS
     while time.monotonic() < until:
         if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
             return
