@@ -57,7 +57,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def complete(arguments: list[str]) -> int:
     """Completes half pictures."""
-    from pipeline.evaluate.tasks.completions import complete_command
+    from pipeline.evaluate.complete import complete_command
 
     return complete_command(arguments)
 

@@ -5,26 +5,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from data_prep.common.progress import progress
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import palette_sha256
 from data_prep.shards.reader import ShardSet, Split
-from pipeline.evaluate.cache import Kept
-from pipeline.rank_errors import reported_on_all_ranks
+from pipeline.evaluate.cache import TaskCache
+from pipeline.evaluate.options import Sizes, Weights
+from pipeline.model import objectives
+from pipeline.model.masks import Masks
+from pipeline.model_folder.convert import LoadedModel
 
-if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
-
-    from pipeline.model_folder.convert import LoadedModel
-
-Outcome = TypeVar("Outcome")
-Weights = Literal["trained", "random"]
-"""The model's own, or initial ones in their place: what the architecture knows untaught."""
 GROUP_TIMEOUT = timedelta(hours=12)
 """Ranks wait for the one that fits the slowest probe."""
 
@@ -71,42 +68,18 @@ def choose_pictures(
     return Pictures(split, indices.astype(np.int64), labels[indices])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How many pictures are used."""
-
-    train_images: int | None = None
-    """Probe on so many random pictures of `train`; all if not set."""
-    valid_images: int | None = None
-    """Use so many random pictures of `valid`; all if not set."""
-    test_images: int | None = None
-    """Use so many random pictures of `test`; all if not set."""
-    batch_size: int = 64
-    """Pictures in one forward pass of one rank."""
-
-    def __post_init__(self) -> None:
-        for name in ("train_images", "valid_images", "test_images", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
-
-    def limit(self, split_name: str) -> int | None:
-        """The cap on a split; a split of another name has none."""
-        return getattr(self, f"{split_name}_images", None)
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """One model on one shard set, and where its results go."""
 
-    model: "LoadedModel"
+    model: LoadedModel
     shards: ShardSet
     results: Path
-    accelerator: "Accelerator"
+    accelerator: Accelerator
     seed: int
     sizes: Sizes
-    kept: Kept
-    """Finished pieces of the task at work."""
+    cache: TaskCache
+    """Finished work of the task that runs."""
     features: Path
     """Where features are cached."""
     model_digest: str
@@ -115,22 +88,17 @@ class Evaluation:
 
     @property
     def masked(self) -> bool:
-        """Whether the model predicts hidden colours, and sees all others."""
+        """Whether the model predicts masked pixels, and sees all others."""
         return self.model.mask_probability is not None
 
     def inputs_and_targets(
-        self, tokens: "torch.Tensor", indices: np.ndarray, draw: int = 0
-    ) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """What the model reads and what it is to say, both long (B, T), of pictures long (B, T).
+        self, tokens: torch.Tensor, indices: np.ndarray, draw: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model reads and what it is to predict, both long (B, T), of images long (B, T).
 
-        indices: the pictures' numbers in their split, int64 (B,). Of a model of hidden colours they and `draw` decide
-        what is hidden (the paper hides colours at evaluation too), and targets are IGNORED elsewhere.
+        indices: the images' numbers in their split, int64 (B,). Of a masked model they and `draw` decide which pixels
+        are masked (the paper masks at evaluation too), and targets are IGNORED elsewhere.
         """
-        import torch
-
-        from pipeline.model import objectives
-        from pipeline.model.masks import Masks
-
         colors = self.model.config.colors
         if self.model.mask_probability is None:
             return objectives.next_color(tokens, colors)
@@ -138,9 +106,13 @@ class Evaluation:
         masked = torch.from_numpy(masks.draw(f"draw {draw}", indices, tokens.shape[1]))
         return objectives.masked_color(tokens, masked.to(tokens.device), colors)
 
+    def on_device(self, tokens: np.ndarray) -> torch.Tensor:
+        """Integers as a long tensor of the same shape on this rank's device."""
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.accelerator.device)
+
     @property
     def is_first(self) -> bool:
-        """True on the one rank that speaks and writes for all."""
+        """True on the one rank that prints and writes for all."""
         return self.accelerator.is_main_process
 
     def pictures(self, split_name: str, *, labelled: bool = False) -> Pictures:
@@ -150,22 +122,20 @@ class Evaluation:
 
     def batches(
         self, pictures: Pictures, label: str, done: Container[int] = ()
-    ) -> Iterator[tuple[slice, "torch.Tensor"]]:
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
         """This rank's batches: (their place in `pictures`, tokens long (B, T) on the device).
 
         Batch k goes to rank k modulo the ranks. A batch holds the same pictures whatever the number of
         ranks, so that what is computed from it has the same bits. Batches whose first picture is in `done` are left
         out before they are shared.
         """
-        import torch
-
         size, ranks = self.sizes.batch_size, self.accelerator.num_processes
         starts = [start for start in range(0, len(pictures), size) if start not in done]
         left = sum(min(size, len(pictures) - start) for start in starts)
         with self.progress(label, left) as advance:
             for number, start in enumerate(starts[self.accelerator.process_index :: ranks]):
-                tokens = pictures.tokens(start, start + size).astype(np.int64)  # (B, T)
-                yield slice(start, start + len(tokens)), torch.from_numpy(tokens).to(self.accelerator.device)
+                tokens = self.on_device(pictures.tokens(start, start + size))  # (B, T)
+                yield slice(start, start + len(tokens)), tokens
                 advance(min(size * ranks, left - number * size * ranks))
 
     def progress(
@@ -174,18 +144,14 @@ class Evaluation:
         """The first rank's progress, on the assumption that the others keep step."""
         return progress(label, total, unit) if self.is_first else nullcontext(lambda _count: None)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Prints a line, on the first rank only."""
         if self.is_first:
             print(line, flush=True)
 
 
-def start_accelerator(precision: Literal["fp32", "bf16"]) -> "Accelerator":
+def start_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
     """The device and the ranks, from torchrun's variables; one rank alone without them."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -193,26 +159,7 @@ def start_accelerator(precision: Literal["fp32", "bf16"]) -> "Accelerator":
     )
 
 
-def from_first(accelerator: "Accelerator", work: Callable[[], Outcome]) -> Outcome:
-    """Runs `work` on the first rank and gives its result to all; its ValueError or OSError is raised on all.
-
-    The first rank says it for all.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = work()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise reported_on_all_ranks(outcome[1])
-    return outcome[0]
-
-
-def check_match(model: "LoadedModel", folder: Path, shards: ShardSet) -> None:
+def check_match(model: LoadedModel, folder: Path, shards: ShardSet) -> None:
     """Raises ValueError if the model has no palette, or the shard set has another palette or resolution."""
     if model.resolution != shards.resolution:
         raise ValueError(

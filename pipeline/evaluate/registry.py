@@ -1,37 +1,48 @@
-"""The evaluation tasks by name."""
+"""The evaluation tasks by name. A new task is one file and one line here."""
 
+from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from pipeline.results.published import FINE_TUNING, LOW_DATA, PROBE
+from pipeline.evaluate import options
 
+if TYPE_CHECKING:
+    from pipeline.evaluate.task import Task
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a task is."""
+
+    path: str
+    """MODULE:CLASS."""
+    options: type | None = None
+    """Its options, where they are declared apart from the task, so that --help need not import it; of a task that
+    declares its own, they are those of its class, and they are known once --tasks names it."""
+    long: bool = False
+    """Trains for many epochs: runs only where --tasks names it."""
+
+
+_TASKS = "pipeline.evaluate.tasks"
 TASKS = {
-    "linear_probe": "pipeline.evaluate.tasks.linear_probe",
-    "knn": "pipeline.evaluate.tasks.knn",
-    "low_data": "pipeline.evaluate.tasks.low_data",
-    "attentive_probe": "pipeline.evaluate.tasks.attentive_probe",
-    "fine_tune": "pipeline.evaluate.tasks.fine_tune",
-    "distill": "pipeline.evaluate.tasks.distill",
-    "density": "pipeline.evaluate.tasks.density",
-    "completions": "pipeline.evaluate.tasks.completions",
+    "linear_probe": Entry(f"{_TASKS}.linear_probe:LinearProbe", options.LinearProbeOptions),
+    "knn": Entry(f"{_TASKS}.knn:KNN", options.KnnOptions),
+    "low_data": Entry(f"{_TASKS}.low_data:LowData", options.LowDataOptions),
+    "attentive_probe": Entry(f"{_TASKS}.attentive_probe:AttentiveProbe", options.AttentiveProbeOptions, long=True),
+    "fine_tune": Entry(f"{_TASKS}.fine_tune:FineTune", options.FineTuneOptions, long=True),
+    "distill": Entry(f"{_TASKS}.distill:Distill", options.DistillOptions, long=True),
+    "density": Entry(f"{_TASKS}.density:Density", options.DensityOptions),
+    "completions": Entry(f"{_TASKS}.completions:Completions", options.CompletionsOptions),
 }
-
-TITLES = {
-    "linear_probe": "Linear probe",
-    "knn": "k-NN",
-    "low_data": "Few labels",
-    "attentive_probe": "Attentive probe",
-    "fine_tune": "Fine-tuning",
-    "distill": "Distillation",
-    "density": "Density",
-    "completions": "Completions",
-}
-MEASURES = {"linear_probe": PROBE, "fine_tune": FINE_TUNING, "low_data": LOW_DATA}
-"""As published.py calls what a task's accuracies are."""
-
-LONG = ("attentive_probe", "fine_tune", "distill")
-"""Trainings of many epochs: they run only where they are named."""
+LONG = tuple(name for name, entry in TASKS.items() if entry.long)
 
 
-def _module(task: str) -> ModuleType:
-    return import_module(TASKS[task])
+def task_class(name: str) -> "type[Task[Any]]":
+    """The class of a task; imports its module."""
+    module, _, name_in_module = TASKS[name].path.partition(":")
+    return getattr(import_module(module), name_in_module)
+
+
+def options_type(name: str) -> type:
+    """The dataclass of a task's options; imports its module only if the registry does not name them."""
+    return TASKS[name].options or task_class(name).options_type

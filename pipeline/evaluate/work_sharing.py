@@ -1,40 +1,42 @@
-"""Work in pieces: shared out among the ranks, each piece kept, so that a task that was killed goes on where it was."""
+"""Work items divided among the ranks, each one cached: a task that was killed computes only what is missing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 
 from pipeline.evaluate.context import Evaluation
 
-Piece = Callable[[], dict[str, Any]]
+WorkItem = Callable[[], dict[str, Any]]
 
 
-def shared_out(evaluation: Evaluation, label: str, pieces: dict[str, Piece]) -> dict[str, dict[str, Any]]:
-    """Does each piece on one rank, keeps its value, and gives all values but their arrays to every rank.
+def map_over_ranks(
+    evaluation: Evaluation, label: str, items: Mapping[str, WorkItem], *, arrays: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Computes each item on one rank, caches its value, and gives all values to every rank, by the items' names.
 
-    A piece's value does not depend on the rank that did it, so the numbers are the same on any number of ranks.
-    Its arrays stay on disk: `evaluation.kept.once(name, piece)` reads them where they are wanted. A mistake of the
-    user on any rank is raised on all.
+    An item's value does not depend on the rank that computed it, so the numbers are the same on any number of ranks.
+    Without `arrays` the arrays stay on disk: `evaluation.cache.get_or_compute(name, item)` reads them where they are
+    wanted. A ValueError or OSError on any rank is raised on all.
     """
-    from accelerate.utils import gather_object
-
     accelerator = evaluation.accelerator
-    mine = list(pieces)[accelerator.process_index :: accelerator.num_processes]
+    mine = list(items)[accelerator.process_index :: accelerator.num_processes]
     done: list[tuple[str, Any]] = []
-    with evaluation.progress(label, len(mine), "pieces") as advance:
+    with evaluation.progress(label, len(mine), "work items") as advance:
         for name in mine:
             try:
-                done.append((name, _without_arrays(evaluation.kept.once(name, pieces[name]))))
+                value = evaluation.cache.get_or_compute(name, items[name])
             except (ValueError, OSError) as error:
                 done.append((name, error))
                 break
+            done.append((name, value if arrays else _without_arrays(value)))
             advance(1)
     gathered = dict(gather_object(done))
     for outcome in gathered.values():
         if isinstance(outcome, Exception):
             raise outcome
-    return {name: gathered[name] for name in pieces}
+    return {name: gathered[name] for name in items}
 
 
 def _without_arrays(value: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.files import atomic_write
 from pipeline.checkpoint.metrics_log import Row
 from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
 
@@ -52,8 +51,7 @@ def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, pat
     axes.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
     axes.set_xlim(left=0)
     axes.legend(frameon=False, loc="center right")
-    with atomic_write(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)
 
 
 def summarized(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -31,8 +31,9 @@ def new_figure() -> "tuple[Figure, Axes]":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes a PNG, whatever the file is called."""
-    figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+    """Writes a PNG, completely or not at all."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
 
 
 def label_line(axes: "Axes", height: float, words: str, color: str) -> None:
@@ -78,5 +79,4 @@ def draw_by_layer(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("validation accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(framealpha=0.9, edgecolor="none")
-    with atomic_write(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)

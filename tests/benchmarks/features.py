@@ -16,9 +16,10 @@ import torch
 
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
-from pipeline.evaluate.cache import Kept
-from pipeline.evaluate.context import Evaluation, Pictures, Sizes, start_accelerator
+from pipeline.evaluate.cache import TaskCache
+from pipeline.evaluate.context import Evaluation, Pictures, start_accelerator
 from pipeline.evaluate.features.pooled import pooled_features
+from pipeline.evaluate.options import Sizes
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model_folder.convert import load_model_folder, save_model_folder
 from tests.launch import run
@@ -43,7 +44,7 @@ def evaluation_in(folder: Path) -> Evaluation:
         start_accelerator("fp32"),
         0,
         Sizes(batch_size=BATCH, train_images=PICTURES),
-        Kept(folder, "features", "benchmark"),
+        TaskCache.of_task(folder, "features", "benchmark"),
         folder / "features",
         "benchmark",
     )

@@ -3,8 +3,8 @@
     order       pass p over the pictures is a permutation drawn from (seed, p); changes of pictures from (seed, epoch)
     ranks       each takes its part of every global batch; gradients are averaged by DistributedDataParallel, so one
                 rank and several give the same numbers up to the rounding of sums
-    a kill      after each epoch its state is written atomically; the same command resumes after the last complete
-                epoch, and on the same ranks gives the same bits (on a GPU up to what its attention kernels leave open)
+    a kill      after each epoch its state is cached; the same command resumes after the last complete epoch, and on the
+                same ranks gives the same bits (on a GPU up to what its attention kernels leave open)
     the end     when the epochs are over, or validation has not improved for `patience` epochs; the weights of the best
                 epoch on validation are what is left in the module
 
@@ -16,21 +16,20 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate.utils import gather_object
 from torch import nn
 
-from data_prep.common.files import atomic_write
 from data_prep.common.seeding import generator
-from pipeline.evaluate.classifiers.recipe import Recipe
-from pipeline.evaluate.context import Evaluation, Pictures, from_first
+from pipeline.distributed import from_first
+from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.options import Recipe
 from pipeline.model.augmentation import Augmentation
 
-STATE_FILE = "state.pt"
 BETAS = (0.9, 0.95)
 
 
@@ -54,9 +53,9 @@ class Training:
     """What is trained, and on what. K is the number of candidates in the module."""
 
     name: str
-    """Of its folder among the finished pieces; one task's trainings have different names."""
+    """Of its state in the cache; one task's trainings have different names."""
     module: nn.Module
-    """On the device; what requires a gradient is trained and kept."""
+    """On the device; what requires a gradient is trained and cached."""
     optimizer: torch.optim.Optimizer
     losses: Losses
     accuracies: Callable[[], np.ndarray]
@@ -100,7 +99,7 @@ class Record:
         return self.accuracies[epoch - 1][candidate]
 
     def losses_of(self, candidate: int) -> list[float | None]:
-        """A candidate's training loss by epoch; None where it was no number."""
+        """A candidate's training loss by epoch; None where it was NaN or Inf."""
         return [losses[candidate] if math.isfinite(losses[candidate]) else None for losses in self.losses]
 
     def is_over(self, recipe: Recipe) -> bool:
@@ -112,9 +111,8 @@ class Record:
 
 
 def train(evaluation: Evaluation, training: Training, recipe: Recipe) -> Record:
-    """Trains to the end, or goes on where a former process was; leaves the best epoch's weights in the module."""
-    folder = evaluation.kept.folder / training.name
-    record = _resume(evaluation, training, folder)
+    """Trains to the end, or resumes where an earlier process was; leaves the best epoch's weights in the module."""
+    record = _resume(evaluation, training)
     if not record.is_over(recipe):
         wrapped = _wrap(evaluation, training, recipe)
         while not record.is_over(recipe):
@@ -122,9 +120,12 @@ def train(evaluation: Evaluation, training: Training, recipe: Recipe) -> Record:
             losses = _train_epoch(evaluation, training, recipe, wrapped, epoch)  # (K,)
             training.module.eval()
             record = record.with_epoch(losses, training.accuracies())
-            _keep(evaluation, training, folder, record, recipe)
-            evaluation.say(_line(training.name, record))  # what is said is kept
-    _load_best(training.module, folder, record)
+            from_first(partial(_save, evaluation, training, record, recipe))
+            evaluation.log(_line(training.name, record))  # what is logged is cached
+    best = evaluation.cache.get(_best_weights(training, record))
+    assert best is not None
+    _set_weights(training.module, best)
+    training.module.eval()
     evaluation.accelerator.wait_for_everyone()
     return record
 
@@ -134,8 +135,8 @@ def search(
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """The module that did best on validation, of one training at each rate, and what happened at each.
 
-    Of equals the first is taken. What is said of a rate is `learning_rate`, `valid_accuracy`, `best_epoch`,
-    `valid_accuracy_by_epoch` and `train_loss_by_epoch` (None where it was no number).
+    Of equals the first is taken. A trial has `learning_rate`, `valid_accuracy`, `best_epoch`,
+    `valid_accuracy_by_epoch` and `train_loss_by_epoch` (None where it was NaN or Inf).
     """
     trials = []
     for rate in rates:
@@ -150,7 +151,7 @@ def search(
             }
         )
     chosen = training_at(best_of(trials)["learning_rate"])
-    train(evaluation, chosen, recipe)  # reads the weights that were kept
+    train(evaluation, chosen, recipe)  # reads the cached weights
     return chosen.module, trials
 
 
@@ -162,36 +163,14 @@ def best_of(trials: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def all_lost(rates: list[float]) -> ValueError:
-    """What is to be said when no rate was small enough."""
+    """The error where no learning rate was small enough."""
     tried = ", ".join(f"{rate:g}" for rate in rates)
-    return ValueError(f"learning_rates is {tried}, and at each the loss became no number; try smaller ones.")
+    return ValueError(f"learning_rates is {tried}, and at each the loss became NaN or Inf; try smaller ones.")
 
 
 def adam(module: nn.Module, rate: float) -> torch.optim.Adam:
     """Adam as in pretraining (the paper's appendix A.1), over what is trained."""
     return torch.optim.Adam(trainable(module).values(), lr=rate, betas=BETAS)
-
-
-def predictions(
-    evaluation: Evaluation,
-    pictures: Pictures,
-    label: str,
-    logits: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
-) -> np.ndarray:
-    """The class that is said of each picture, int64 (N, ...), the same on every rank; -1 where logits are no numbers.
-
-    logits: of tokens long (B, T) and their numbers in the split, int64 (B,), to (B, ..., C).
-    """
-    from accelerate.utils import gather_object
-
-    mine = []
-    with torch.inference_mode(), evaluation.accelerator.autocast():
-        for place, tokens in evaluation.batches(pictures, label):
-            scores = logits(tokens, pictures.indices[place]).float()  # (B, ..., C)
-            said = scores.argmax(-1).masked_fill(~scores.isfinite().all(-1), -1)  # (B, ...)
-            mine.append((place, said.cpu().numpy()))
-    parts = sorted(gather_object(mine), key=lambda part: part[0].start)
-    return np.concatenate([said for _, said in parts])
 
 
 def epoch_order(seed: int, pictures: int, images: int, epoch: int) -> np.ndarray:
@@ -216,7 +195,7 @@ def _wrap(evaluation: Evaluation, training: Training, recipe: Recipe) -> nn.Modu
     device_ids = [device.index] if device.type == "cuda" else None
     wrapped = nn.parallel.DistributedDataParallel(training.module, device_ids=device_ids, forward_sync_buffers=False)
     # After its first step it lays gradients out anew, and sums are rounded otherwise: with a step that is thrown away
-    # before, the layout is the same whether a training begins or goes on.
+    # before, the layout is the same whether a training starts or resumes.
     _backward(evaluation, training, wrapped, _Epoch(evaluation, training, recipe, 1), 0, 1)
     training.optimizer.zero_grad()
     return wrapped
@@ -239,11 +218,8 @@ class _Epoch:
         indices, labels = self._pictures.indices[places], self._pictures.labels[places]
         tokens = self._pictures.split.gather(indices)[0]  # uint16 (B, T)
         changed = self._augmentation.apply(tokens, changes, self._evaluation.shards.resolution)
-        tokens_on_device, labels_on_device = (
-            torch.from_numpy(array.astype(np.int64)).to(self._evaluation.accelerator.device)
-            for array in (changed, labels)
-        )
-        return Batch(tokens_on_device, indices, labels_on_device, self.number)
+        on_device = self._evaluation.on_device
+        return Batch(on_device(changed), indices, on_device(labels), self.number)
 
 
 def _train_epoch(
@@ -301,70 +277,55 @@ def _line(name: str, record: Record) -> str:
     return f"{name}, epoch {len(record)}: loss {loss:.4f}, validation {here:.1%} (best {record.valid_accuracy:.1%})"
 
 
-# What is kept of an epoch
+# What is cached of an epoch
 
 
-def _best_file(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch-{epoch:04d}.safetensors"
+def _state(training: Training) -> str:
+    return f"{training.name}/state"
 
 
-def _keep(evaluation: Evaluation, training: Training, folder: Path, record: Record, recipe: Recipe) -> None:
-    """Writes the state of the last epoch, and before it the weights if it was the best one."""
-    best, is_over = record.best[0], record.is_over(recipe)
-
-    def write() -> None:
-        weights = {name: value.detach().cpu().contiguous() for name, value in trainable(training.module).items()}
-        if best == len(record):
-            with atomic_write(_best_file(folder, best)) as temporary:
-                save_file(weights, temporary)
-        state: dict[str, Any] = {"record": asdict(record)}
-        if not is_over:
-            state |= {"weights": weights, "optimizer": training.optimizer.state_dict()}
-        with atomic_write(folder / STATE_FILE) as temporary:
-            torch.save(state, temporary)
-        for file in folder.glob("epoch-*.safetensors"):
-            if file != _best_file(folder, best):
-                file.unlink()
-
-    from_first(evaluation.accelerator, write)
+def _best_weights(training: Training, record: Record) -> str:
+    return f"{training.name}/epoch-{record.best[0]:04d}"
 
 
-def _resume(evaluation: Evaluation, training: Training, folder: Path) -> Record:
-    """The record of what was done before, its last epoch's weights and moments taken up; an empty one if none was."""
-    from accelerate.utils import gather_object
+def _save(evaluation: Evaluation, training: Training, record: Record, recipe: Recipe) -> None:
+    """Caches the state of the last epoch, and before it the weights if it was the best one."""
+    cache, best = evaluation.cache, _best_weights(training, record)
+    weights = {name: value.detach().cpu().numpy() for name, value in trainable(training.module).items()}
+    if record.best[0] == len(record):
+        cache.put(best, weights)
+    state: dict[str, Any] = {"record": asdict(record)}
+    if not record.is_over(recipe):
+        optimizer = training.optimizer.state_dict()
+        state |= {f"weights/{name}": value for name, value in weights.items()}
+        state |= {"param_groups": optimizer["param_groups"]}
+        for number, moments in optimizer["state"].items():
+            state |= {f"moments/{number}/{key}": value.cpu().numpy() for key, value in moments.items()}
+    cache.put(_state(training), state)
+    cache.keep_only(f"{training.name}/epoch-*", best)
 
-    state = _read_state(folder)
-    if not all(gather_object([state is not None])):
+
+def _resume(evaluation: Evaluation, training: Training) -> Record:
+    """The record of what was done before, its last epoch's weights and moments loaded; an empty one if none was."""
+    state = evaluation.cache.get(_state(training))
+    record = Record() if state is None else Record(**state["record"])
+    is_there = state is not None and evaluation.cache.get(_best_weights(training, record)) is not None
+    if not all(gather_object([is_there])):
         return Record()
     assert state is not None
-    record = Record(**state["record"])
-    if "weights" in state:
-        _set_weights(training.module, state["weights"])
-        training.optimizer.load_state_dict(state["optimizer"])
-        evaluation.say(f"{training.name}: goes on after epoch {len(record)}")
+    if "param_groups" in state:
+        _set_weights(training.module, state, "weights/")
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name in state:
+            if name.startswith("moments/"):
+                _, number, key = name.split("/")
+                moments.setdefault(int(number), {})[key] = torch.from_numpy(state[name])
+        training.optimizer.load_state_dict({"param_groups": state["param_groups"], "state": moments})
+        evaluation.log(f"{training.name}: resumes after epoch {len(record)}")
     return record
 
 
-def _read_state(folder: Path) -> dict[str, Any] | None:
-    """What `_keep` wrote last; None if there is nothing, or, as is said, if it was damaged since."""
-    path = folder / STATE_FILE
-    if not path.is_file():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        load_file(_best_file(folder, Record(**state["record"]).best[0]))
-    except Exception:  # pickle, zip and safetensors have exceptions of their own
-        print(f"{folder} holds a training that can't be read; it is done again", flush=True)
-        return None
-    return state
-
-
-def _load_best(module: nn.Module, folder: Path, record: Record) -> None:
-    _set_weights(module, load_file(_best_file(folder, record.best[0])))
-    module.eval()
-
-
-def _set_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def _set_weights(module: nn.Module, arrays: dict[str, np.ndarray], prefix: str = "") -> None:
     with torch.no_grad():
         for name, parameter in trainable(module).items():
-            parameter.copy_(weights[name])
+            parameter.copy_(torch.from_numpy(arrays[prefix + name]))

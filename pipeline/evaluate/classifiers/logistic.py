@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from pipeline.evaluate.features.labelled import Labelled, Rows, in_blocks
 
 ITERATIONS = 1000
 TOLERANCE = 1e-4
-L2_STRENGTHS = (1.0, 0.1, 0.01, 0.001, 0.0001)
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,10 @@ class LinearClassifier:
     setting: float
     """The L2 strength or the learning rate that it was fitted with."""
     converged: bool
-    """False if L-BFGS ran into its limit of iterations, or a loss by SGD was no number."""
+    """False if L-BFGS ran into its limit of iterations, or SGD ended in NaN or Inf."""
 
     def log_probabilities(self, features: Rows) -> np.ndarray:
         """ln p of each class it knows, float32 (N, C)."""
-        from scipy.special import log_softmax
-
         blocks = [log_softmax(self._scores(block), axis=1) for _, block in in_blocks(features)]
         return np.concatenate([np.empty((0, len(self.classes)), np.float32), *blocks])
 
@@ -55,13 +56,13 @@ class LinearClassifier:
         return -log_probabilities[np.arange(known.sum()), np.searchsorted(self.classes, data.labels[known])]
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for the pieces that are kept."""
+        """The fields, for the cache."""
         return asdict(self)
 
     @classmethod
-    def of(cls, kept: dict[str, Any]) -> "LinearClassifier":
+    def of(cls, cached: dict[str, Any]) -> "LinearClassifier":
         """From a dict that holds the fields, and may hold more."""
-        return cls(**{field.name: kept[field.name] for field in fields(cls)})
+        return cls(**{field.name: cached[field.name] for field in fields(cls)})
 
     def _scores(self, features: np.ndarray) -> np.ndarray:  # (n, D) -> (n, C)
         return standardised(features, self.mean, self.deviation) @ self.weight.T + self.bias
@@ -74,8 +75,6 @@ def standardised(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) 
 
 def moments(features: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each feature, float64 (D,); a feature that does not vary has deviation 1."""
-    from sklearn.preprocessing import StandardScaler
-
     scaler = StandardScaler()
     for _, block in in_blocks(features):
         scaler.partial_fit(block)
@@ -87,9 +86,6 @@ def logistic_path(train: Labelled, strengths: Sequence[float]) -> Iterator[Linea
 
     The strength s is that of (mean loss) + s/2 * (sum of squared weights).
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     mean, deviation = moments(train.features)
     blocks = [standardised(block, mean, deviation) for _, block in in_blocks(train.features)]
     inputs = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)  # (N, D)

@@ -6,88 +6,62 @@ so the search ends at lower rates than on features as they are.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from data_prep.common.seeding import generator
 from pipeline.evaluate.classifiers.logistic import LinearClassifier, moments, standardised
 from pipeline.evaluate.features.labelled import Labelled
-
-if TYPE_CHECKING:
-    import torch
+from pipeline.evaluate.options import SgdOptions
 
 MOMENTUM = 0.9
 BATCHES_AT_ONCE = 64
-RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-
-KeepPiece = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
-"""once(name, work) of the kept pieces."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SgdOptions:
-    """Training by SGD."""
+@dataclass(frozen=True)
+class Sgd:
+    """Fits classifiers by SGD; what was fitted is cached."""
 
-    rates: list[float] = field(default_factory=lambda: list(RATES))
-    """Peak rates to try, from large to small, until the final validation loss stops falling."""
-    epochs: int = 100
-    """Times that each training picture is seen; on ImageNet 100 are the paper's million steps at batch 128."""
-    batch_size: int = 128
-    """Pictures in a step."""
-    seeds: int = 3
-    """Trainings of the chosen layer and rate, each with another order of the pictures."""
+    options: SgdOptions
+    seed: int
+    device: torch.device
+    get_or_compute: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+    """Of a TaskCache."""
 
-    def __post_init__(self) -> None:
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"linear_probe.sgd.rates is {self.rates}; it must be a list of numbers above 0.")
-        for name in ("epochs", "batch_size", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"linear_probe.sgd.{name} is {getattr(self, name)}; it must be at least 1.")
+    def search(self, name: str, train: Labelled, valid: Labelled) -> dict[str, Any]:
+        """The classifier of the rate with the least final loss on `valid`, with `valid_accuracy` and `valid_loss`."""
+        best: dict[str, Any] | None = None
+        for rate in sorted(set(self.options.rates), reverse=True):
+            tried = self.fit(name, train, valid, rate, 0)
+            if best is not None and isfinite(best["valid_loss"]) and tried["valid_loss"] >= best["valid_loss"]:
+                break
+            best = tried
+        assert best is not None
+        return best
 
+    def fit(self, name: str, train: Labelled, valid: Labelled, rate: float, repeat: int) -> dict[str, Any]:
+        """A classifier trained at one rate; `repeat` numbers the trainings of one rate, each in another order."""
 
-def search_rate(
-    name: str, train: Labelled, valid: Labelled, options: SgdOptions, seed: int, device: "torch.device", once: KeepPiece
-) -> dict[str, Any]:
-    """The classifier of the rate with the least final loss on `valid`, with `valid_accuracy` and `valid_loss`.
+        def train_and_validate() -> dict[str, Any]:
+            random = generator(self.seed, "sgd", repeat)
+            classifier = train_sgd(train, rate, self.options.epochs, self.options.batch_size, random, self.device)
+            losses = classifier.losses(valid)
+            loss = float(losses.mean(dtype=np.float64)) if len(losses) and classifier.converged else np.inf
+            return classifier.as_dict() | {"valid_accuracy": classifier.accuracy(valid), "valid_loss": loss}
 
-    Each rate is a piece of its own, `NAME-rate-RATE-order-0`.
-    """
-    best: dict[str, Any] | None = None
-    for rate in sorted(set(options.rates), reverse=True):
-        tried = fit_sgd(name, train, valid, rate, 0, options, seed, device, once)
-        if best is not None and isfinite(best["valid_loss"]) and tried["valid_loss"] >= best["valid_loss"]:
-            break
-        best = tried
-    assert best is not None
-    return best
-
-
-def fit_sgd(
-    name: str, train: Labelled, valid: Labelled, rate: float, repeat: int, options: SgdOptions, seed: int,
-    device: "torch.device", once: KeepPiece,
-) -> dict[str, Any]:  # fmt: skip
-    """A classifier trained at one rate, kept as a piece; `repeat` numbers the trainings of one rate."""
-
-    def train_and_validate() -> dict[str, Any]:
-        classifier = train_sgd(train, rate, options.epochs, options.batch_size, generator(seed, "sgd", repeat), device)
-        losses = classifier.losses(valid)
-        loss = float(losses.mean(dtype=np.float64)) if len(losses) and classifier.converged else np.inf
-        return classifier.as_dict() | {"valid_accuracy": classifier.accuracy(valid), "valid_loss": loss}
-
-    return once(f"{name}-rate-{rate:g}-order-{repeat}", train_and_validate)
+        return self.get_or_compute(f"{name}-rate-{rate:g}-order-{repeat}", train_and_validate)
 
 
 def train_sgd(
-    train: Labelled, rate: float, epochs: int, batch_size: int, random: np.random.Generator, device: "torch.device"
+    train: Labelled, rate: float, epochs: int, batch_size: int, random: np.random.Generator, device: torch.device
 ) -> LinearClassifier:
     """Trains from zero weights; `random` gives the order of the pictures in each epoch."""
-    import torch
-    from torch.nn import functional
-    from torch.optim.lr_scheduler import CosineAnnealingLR
-
     mean, deviation = moments(train.features)
     classes, targets = np.unique(train.labels, return_inverse=True)  # (C,), (N,)
     weight, bias = torch.zeros(len(classes), len(mean), device=device), torch.zeros(len(classes), device=device)

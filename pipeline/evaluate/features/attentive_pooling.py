@@ -1,7 +1,5 @@
 """The parts of the attentive probe: token features of a frozen model, how they are standardised, and the pooling."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,11 +10,12 @@ from torch.nn import functional
 
 from data_prep.common.seeding import generator
 from pipeline.evaluate.context import Evaluation, Pictures
-from pipeline.evaluate.work_sharing import Piece, shared_out
+from pipeline.evaluate.features.pooled import hooked_layers
+from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
 
 EPSILON = 1e-6
 """Added to the variance, as in AIM's batch norm."""
-PICTURES_A_PIECE = 4096
+IMAGES_PER_ITEM = 4096
 
 
 class AttentivePooling(nn.Module):
@@ -96,44 +95,24 @@ def token_features(
     tokens, indices and draw as of `Evaluation.inputs_and_targets`.
     """
     inputs, _ = evaluation.inputs_and_targets(tokens, indices, draw)  # (B, T)
-    with _normed(evaluation.model.model, layers) as features:
+    with hooked_layers(evaluation.model.model, layers, lambda normed: normed) as features:
         evaluation.model.model.transformer(inputs)
-    return [features[layer] for layer in layers]
-
-
-@contextmanager
-def _normed(model: nn.Module, layers: list[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """While open, a pass of the model leaves these layers' features in what is yielded."""
-    norms = [*(block.ln_1 for block in model.transformer.h), model.transformer.ln_f]
-    features: dict[int, torch.Tensor] = {}
-
-    def keep(layer: int, normed: torch.Tensor) -> None:
-        features[layer] = normed
-
-    hooks = [
-        norms[layer].register_forward_hook(lambda _module, _inputs, normed, layer=layer: keep(layer, normed))
-        for layer in layers
-    ]
-    try:
-        yield features
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return features
 
 
 def standardisation(evaluation: Evaluation, pictures: Pictures, layers: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each layer's features over pictures and positions, float32 (layers, D) each.
 
-    The pictures are shared out among the ranks in pieces, which are kept; the numbers do not depend on the ranks.
+    The images are divided among the ranks; the numbers do not depend on how many there are.
     """
 
     def sums(start: int) -> dict[str, Any]:
-        """Sum and sum of squares over a piece, float64 (layers, D) each."""
+        """Sum and sum of squares over some images, float64 (layers, D) each."""
         total, squares = [], []
-        stop = min(start + PICTURES_A_PIECE, len(pictures))
+        stop = min(start + IMAGES_PER_ITEM, len(pictures))
         for first in range(start, stop, evaluation.sizes.batch_size):
             last = min(first + evaluation.sizes.batch_size, stop)
-            tokens = torch.from_numpy(pictures.tokens(first, last).astype(np.int64)).to(evaluation.accelerator.device)
+            tokens = evaluation.on_device(pictures.tokens(first, last))
             with evaluation.accelerator.autocast():
                 features = token_features(evaluation, tokens, pictures.indices[first:last], layers)
             total.append([of_layer.sum((0, 1), dtype=torch.float64) for of_layer in features])
@@ -143,11 +122,10 @@ def standardisation(evaluation: Evaluation, pictures: Pictures, layers: list[int
             for name, parts in (("sum", total), ("squares", squares))
         }
 
-    starts = range(0, len(pictures), PICTURES_A_PIECE)
-    pieces: dict[str, Piece] = {f"moments-{start:09d}": partial(sums, start) for start in starts}
-    shared_out(evaluation, "attentive_probe, mean and deviation", pieces)
-    done = [evaluation.kept.once(name, piece) for name, piece in pieces.items()]
+    starts = range(0, len(pictures), IMAGES_PER_ITEM)
+    items: dict[str, WorkItem] = {f"moments-{start:09d}": partial(sums, start) for start in starts}
+    done = map_over_ranks(evaluation, "attentive_probe, mean and deviation", items, arrays=True).values()
     count = len(pictures) * evaluation.shards.resolution**2
-    mean = sum(piece["sum"] for piece in done) / count  # (layers, D)
-    variance = np.maximum(sum(piece["squares"] for piece in done) / count - mean**2, 0)
+    mean = sum(part["sum"] for part in done) / count  # (layers, D)
+    variance = np.maximum(sum(part["squares"] for part in done) / count - mean**2, 0)
     return mean.astype(np.float32), np.sqrt(variance + EPSILON).astype(np.float32)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.features.pooled import pooled_features
 
 SPLITS = ("train", "valid", "test")
 BASELINES = ("raw_pixel", "color_histogram")
@@ -24,8 +25,8 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class SideBySide:
-    """Features of several layers put one behind the other, when they are read."""
+class Concatenated:
+    """Features of several layers concatenated, when they are read."""
 
     parts: Sequence[Rows]
 
@@ -57,9 +58,9 @@ class Labelled(NamedTuple):
     labels: np.ndarray  # int (N,)
 
 
-def side_by_side(layers: Sequence[Labelled]) -> Labelled:
+def concatenated(layers: Sequence[Labelled]) -> Labelled:
     """Several layers' features of the same pictures as one, (N, sum of D)."""
-    return Labelled(SideBySide([layer.features for layer in layers]), layers[0].labels)
+    return Labelled(Concatenated([layer.features for layer in layers]), layers[0].labels)
 
 
 def in_blocks(features: Rows) -> Iterator[tuple[slice, np.ndarray]]:
@@ -94,7 +95,7 @@ def baselines(evaluation: Evaluation, pictures: Pictures) -> dict[str, Labelled]
 
 
 def layer_name(layer: int) -> str:
-    """What a layer is called among the pieces of a task."""
+    """What a layer is called among the work items of a task."""
     return f"layer-{layer:03d}"
 
 
@@ -105,8 +106,6 @@ def layers_of(features: np.ndarray, labels: np.ndarray) -> dict[str, Labelled]:
 
 def known_features(evaluation: Evaluation, pictures: Pictures) -> dict[str, Labelled]:
     """The baselines and every layer of pictures, by name; a masked model sees the first mask. All ranks call it."""
-    from pipeline.evaluate.features.pooled import pooled_features
-
     return baselines(evaluation, pictures) | layers_of(pooled_features(evaluation, pictures), pictures.labels)
 
 
@@ -118,11 +117,11 @@ def labelled_splits(evaluation: Evaluation, task: str, splits: Collection[str] =
     pictures = _known_pictures(evaluation, task, splits)
     for name, absent in absent_classes(evaluation, pictures).items():
         if absent:
-            evaluation.say(f"{task}: no labelled picture in {name} of {_some(absent)}")
+            evaluation.log(f"{task}: no labelled picture in {name} of {_some(absent)}")
     return pictures
 
 
-def unfit(evaluation: Evaluation, _options: Any = None, splits: Collection[str] = SPLITS) -> str | None:
+def why_unlabelled(evaluation: Evaluation, splits: Collection[str] = SPLITS) -> str | None:
     """Why nothing can be probed on this shard set: a split is absent or has no labels, or train has a single class."""
     try:
         _known_pictures(evaluation, "this task", splits)

@@ -1,4 +1,4 @@
-"""What classifiers say of pictures, and how well: for the tasks that train one by gradient descent."""
+"""Classification metrics: what classifiers predict and how well, for the tasks that train one by gradient descent."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
-from data_prep.common.files import atomic_write
-from pipeline.evaluate.classifiers.finetune_loop import predictions
 from pipeline.evaluate.context import Evaluation, Pictures
-from pipeline.evaluate.metrics.mask_ensemble import MASKS, scores_of_looks
+from pipeline.evaluate.metrics.mask_ensemble import MASKS, score_predictions
+from pipeline.results.figures import new_figure, save_figure
 
 NAMES_SHOWN = 30
 """A confusion matrix of more classes has no names beside it."""
@@ -19,43 +19,65 @@ COUNTS_SHOWN = 15
 """And one of more than these no counts in its cells."""
 
 
-def classes_said(
+def predict(
+    evaluation: Evaluation,
+    pictures: Pictures,
+    label: str,
+    logits: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+) -> np.ndarray:
+    """The predicted class of each image, int64 (N, ...), the same on every rank; -1 where logits are NaN or Inf.
+
+    logits: of tokens long (B, T) and their numbers in the split, int64 (B,), to (B, ..., C). All ranks call it.
+    """
+    mine = []
+    with torch.inference_mode(), evaluation.accelerator.autocast():
+        for place, tokens in evaluation.batches(pictures, label):
+            scores = logits(tokens, pictures.indices[place]).float()  # (B, ..., C)
+            classes = scores.argmax(-1).masked_fill(~scores.isfinite().all(-1), -1)  # (B, ...)
+            mine.append((place, classes.cpu().numpy()))
+    parts = sorted(gather_object(mine), key=lambda part: part[0].start)
+    return np.concatenate([classes for _, classes in parts])
+
+
+def predict_classes(
     evaluation: Evaluation, classifier: nn.Module, pictures: Pictures, label: str, draw: int = 0
 ) -> np.ndarray:
-    """The class of each picture as the classifier says, int64 (N,); -1 where it says nothing. All ranks call it."""
+    """The class that a classifier predicts for each image, int64 (N,), as of `predict`. All ranks call it."""
 
     def logits(tokens: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
         inputs, _ = evaluation.inputs_and_targets(tokens, indices, draw)
         return classifier(inputs)[1]  # (B, C)
 
-    return predictions(evaluation, pictures, label, logits)
+    return predict(evaluation, pictures, label, logits)
 
 
 def valid_accuracy(evaluation: Evaluation, classifier: nn.Module, pictures: Pictures) -> np.ndarray:
-    """Fraction of the pictures whose class the classifier says, (1,). All ranks call it."""
-    said = classes_said(evaluation, classifier, pictures, "validation")
-    return (said == pictures.labels).mean(keepdims=True)
+    """Fraction of the images whose class the classifier predicts, (1,). All ranks call it."""
+    predicted = predict_classes(evaluation, classifier, pictures, "validation")
+    return (predicted == pictures.labels).mean(keepdims=True)
 
 
-def test_scores(evaluation: Evaluation, pictures: Pictures, said: Callable[[int], np.ndarray]) -> dict[str, Any]:
-    """Accuracy, its standard error, by class, and the confusion matrix; of a masked model also by vote of its masks.
+def per_mask(evaluation: Evaluation, predict_under: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Classes predicted under each mask, int (masks, N), of the number of a mask to (N,); one if nothing is masked."""
+    return np.stack([predict_under(draw) for draw in range(MASKS if evaluation.masked else 1)])
 
-    said: of the draw of hidden colours to the classes of the test pictures, int (N,).
-    """
-    predicted = np.stack([said(draw) for draw in range(MASKS if evaluation.masked else 1)])  # (masks, N)
+
+def test_scores(evaluation: Evaluation, pictures: Pictures, predicted: np.ndarray) -> dict[str, Any]:
+    """Of classes predicted `per_mask`: accuracy, its standard error, by class, and the confusion matrix; of a masked
+    model also by vote of its masks."""
     table = confusion(predicted[0], pictures.labels, len(evaluation.shards.classes))
-    return scores_of_looks(evaluation, predicted, pictures.labels) | {"confusion": table.tolist()}
+    return score_predictions(evaluation, predicted, pictures.labels) | {"confusion": table.tolist()}
 
 
-def test_words(result: dict[str, Any]) -> str:
-    """The accuracy on the test pictures in words."""
-    words = f"test accuracy {result['test_accuracy']:.1%}"
+def accuracy_text(result: dict[str, Any]) -> str:
+    """The accuracy on the test images in words."""
+    text = f"test accuracy {result['test_accuracy']:.1%}"
     voted = result.get("ensembled_test_accuracy")
-    return words if voted is None else f"{words} ({voted:.1%} by the vote of {result['masks']} masks)"
+    return text if voted is None else f"{text} ({voted:.1%} by the vote of {result['masks']} masks)"
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """How often a picture of each class (row) was taken for each class (column), int64 (C, C); -1 is left out."""
+    """How often a picture of each class (row) was taken for each class (column), int64 (C, C); -1 is excluded."""
     valid = predicted >= 0
     cells = labels[valid].astype(np.int64) * classes + predicted[valid]
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
@@ -63,8 +85,6 @@ def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
 
 def draw_confusion(result: dict[str, Any], path: Path) -> None:
     """Draws `confusion`, each row as shares of the class's pictures."""
-    from pipeline.results.figures import new_figure, save_figure
-
     counts = np.array(result["confusion"])  # (C, C)
     classes = len(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -82,5 +102,4 @@ def draw_confusion(result: dict[str, Any], path: Path) -> None:
             ink = "white" if shares[row, column] > 0.55 else "#333333"
             axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=ink)
     figure.colorbar(image, ax=axes, label="share of the class's test pictures (%)", shrink=0.8)
-    with atomic_write(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import decode
 from pipeline.evaluate.context import Evaluation
 from pipeline.evaluate.metrics.feature_network import FeatureNetwork, feature_network
 from pipeline.evaluate.metrics.frechet import Gaussian, frechet_distance
+from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
+from pipeline.model.sampling import complete
 
 FEWEST = 2
 COMPLETED, ORIGINAL, SHUFFLED, OTHER = SETS = ("completed", "original", "shuffled", "other")
@@ -62,19 +65,16 @@ def compared(evaluation: Evaluation, split_name: str, images: int) -> int:
 def _features(
     evaluation: Evaluation, split_name: str, halves: np.ndarray, temperature: float, network: FeatureNetwork
 ) -> dict[str, np.ndarray]:
-    """Features of the four sets, float32 (N, F) each; batches are shared out among the ranks and kept."""
-    from accelerate.utils import gather_object
-
-    accelerator, size, images = evaluation.accelerator, evaluation.sizes.batch_size, halves.shape[1]
-    done = []
-    with evaluation.progress("completions compared", images) as advance:
-        for start in range(0, images, size)[accelerator.process_index :: accelerator.num_processes]:
-            places = halves[:, start : start + size]
-            work = partial(_batch_features, evaluation, split_name, places, start, temperature, network)
-            done.append((start, evaluation.kept.once(f"distance-{start}", work)))
-            advance(min(size * accelerator.num_processes, images - start))
-    pieces = [piece for _, piece in sorted(gather_object(done), key=lambda pair: pair[0])]
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in SETS}
+    """Features of the four sets, float32 (N, F) each; batches are divided among the ranks and cached."""
+    size = evaluation.sizes.batch_size
+    items: dict[str, WorkItem] = {
+        f"distance-{start}": partial(
+            _batch_features, evaluation, split_name, halves[:, start : start + size], start, temperature, network
+        )
+        for start in range(0, halves.shape[1], size)
+    }
+    parts = map_over_ranks(evaluation, "completions compared", items, arrays=True).values()
+    return {name: np.concatenate([part[name] for part in parts]) for name in SETS}
 
 
 def _batch_features(
@@ -85,14 +85,10 @@ def _batch_features(
     temperature: float,
     network: FeatureNetwork,
 ) -> dict[str, np.ndarray]:
-    import torch
-
-    from pipeline.model.sampling import complete
-
     shards = evaluation.shards
     originals, others = (shards.split(split_name).gather(indices)[0] for indices in places)  # (B, T) each
     half = originals.shape[1] // 2
-    prefix = torch.from_numpy(originals[:, :half].astype(np.int64)).to(evaluation.accelerator.device)
+    prefix = evaluation.on_device(originals[:, :half])
     with evaluation.accelerator.autocast():
         completed = complete(
             evaluation.model.model,
@@ -121,8 +117,6 @@ def _shuffled(originals: np.ndarray, half: int, seed: int, start: int) -> np.nda
 
 def _network_features(evaluation: Evaluation, tokens: np.ndarray, network: FeatureNetwork) -> np.ndarray:
     """float32 (B, F) of tokens (B, T)."""
-    import torch
-
     pictures = decode(tokens, evaluation.shards.palette, evaluation.shards.resolution)  # (B, H, W, 3)
     channels_first = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
     return network.features(channels_first.to(evaluation.accelerator.device)).cpu().numpy()

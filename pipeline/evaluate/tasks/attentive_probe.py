@@ -16,7 +16,7 @@ cached: the frozen trunk runs once for each batch and epoch, and the probes of a
 pass. Layer, rate and epoch are chosen on validation; the test split is looked at once. To try it on a CPU:
 --train_images 2000 --attentive_probe.epochs 5 and fewer layers.
 
-The result, beside what `labelled.description` says of the pictures and `verdicts.test_scores` of the test:
+The result, beside what `labelled.description` says of the pictures and `classification.test_scores` of the test:
 
     layers, valid_accuracy_by_layer    the layers tried, and the best of rates and epochs for each
     learning_rates, heads
@@ -25,172 +25,135 @@ The result, beside what `labelled.description` says of the pictures and `verdict
     figure                                                   the confusion matrix
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Collection
+from typing import Any
 
-from pipeline.config import require_at_least
-from pipeline.evaluate.classifiers.recipe import Recipe
-from pipeline.evaluate.context import Evaluation, Pictures, from_first
-from pipeline.evaluate.features.labelled import unfit as unfit
+import numpy as np
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from pipeline.evaluate.classifiers.finetune_loop import Batch, Training
-    from pipeline.evaluate.features.attentive_pooling import Probes
+from pipeline.distributed import from_first
+from pipeline.evaluate.classifiers.finetune_loop import Batch, Training, all_lost, train
+from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.features.attentive_pooling import Probes, standardisation, token_features
+from pipeline.evaluate.features.labelled import description, labelled_splits
+from pipeline.evaluate.metrics.classification import accuracy_text, draw_confusion, per_mask, predict, test_scores
+from pipeline.evaluate.options import AttentiveProbeOptions
+from pipeline.evaluate.task import LabelledTask
+from pipeline.model.objectives import class_loss
 
 FIGURE = "attentive_probe.png"
 DEFAULT_DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 """Layers to try, as shares of the blocks: around the middle, where the paper's probes are best, and the last."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(Recipe):
-    """The attentive probe."""
+class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
+    """Attentive pooling over token features, and a linear classifier."""
 
-    TASK: ClassVar[str] = "attentive_probe"
+    title = "Attentive probe"
 
-    epochs: int = 30
-    """Passes over the training pictures; the rate falls to zero by half a cosine over them."""
-    patience: int = 0
-    """Stop after so many epochs without a better validation accuracy; 0 never stops early."""
-    layers: list[int] | None = None
-    """Layers to try, 0 (input of the first block) to the number of blocks (after the final norm); if not set, five
-    around the middle, where the paper's probes are best, and the last."""
-    heads: int | None = None
-    """Heads of the pooling; as many as the model's if not set."""
-    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-4])
-    """Peak rates to try."""
-    weight_decay: float = 0.01
-    """Decoupled, AdamW's."""
+    def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
+        """Raises ValueError if an option does not fit the model."""
+        self.options.check_fits(evaluation.shards.resolution)
+        self._layers(evaluation)
+        self._heads(evaluation)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_rates(self.learning_rates)
-        require_at_least(f"{self.TASK}.weight_decay", self.weight_decay, 0)
-        if self.heads is not None:
-            require_at_least(f"{self.TASK}.heads", self.heads, 1)
-        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise ValueError(f"{self.TASK}.layers is {self.layers}; it must be a list of layers, each once.")
+    def measure(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Trains the probes of all layers and learning rates in the same passes, and tests the best.
 
+        Raises ValueError if train, valid or test is absent or unlabelled, train has a single class, or an option does
+        not fit the model.
+        """
+        options = self.options
+        self.check(evaluation, ())
+        layers, rates = self._layers(evaluation), options.learning_rates
+        pictures = labelled_splits(evaluation, options.TASK)
+        probes = self._probes(evaluation, pictures["train"], layers)
+        record = train(evaluation, self._training(evaluation, pictures, probes, layers), options)
+        if not np.isfinite(record.losses).any():
+            raise all_lost(rates)
+        epoch, chosen = record.best
+        accuracies = np.array(record.accuracies)  # (E, K)
+        by_layer = accuracies.max(axis=0).reshape(len(layers), -1).max(axis=1)  # (layers,)
 
-def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
-    """Raises ValueError if an option does not fit the model."""
-    options.check_fits(evaluation.shards.resolution)
-    _layers(evaluation, options)
-    _heads(evaluation, options)
+        def predict_under(draw: int) -> np.ndarray:
+            def logits(tokens: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+                features = token_features(evaluation, tokens, indices, [probes.layers[chosen]], draw)
+                return probes.one(chosen, features[0])  # (B, C)
 
+            return predict(evaluation, pictures["test"], "attentive_probe, test", logits)
 
-def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
-    """Trains the probes of all layers and rates side by side, and tests the best.
+        result = {
+            **description(evaluation, pictures),
+            "layers": layers,
+            "valid_accuracy_by_layer": by_layer.tolist(),
+            "learning_rates": rates,
+            "heads": self._heads(evaluation),
+            "best_layer": probes.layers[chosen],
+            "learning_rate": rates[chosen % len(rates)],
+            "best_epoch": epoch,
+            "valid_accuracy": record.valid_accuracy,
+            "valid_accuracy_by_epoch": accuracies[:, chosen].tolist(),
+            "train_loss_by_epoch": record.losses_of(chosen),
+            **test_scores(evaluation, pictures["test"], per_mask(evaluation, predict_under)),
+            "figure": FIGURE,
+        }
+        from_first(lambda: draw_confusion(result, evaluation.results / FIGURE))
+        return result
 
-    Raises ValueError if train, valid or test is absent or unlabelled, train has a single class, or an option does not
-    fit the model.
-    """
-    import numpy as np
+    @classmethod
+    def summary(cls, result: dict[str, Any]) -> str:
+        return (
+            f"{accuracy_text(result)} at layer {result['best_layer']}, rate {result['learning_rate']:g}, "
+            f"epoch {result['best_epoch']}, best on validation ({result['valid_accuracy']:.1%})"
+        )
 
-    from pipeline.evaluate.classifiers.finetune_loop import all_lost, predictions, train
-    from pipeline.evaluate.features.attentive_pooling import token_features
-    from pipeline.evaluate.features.labelled import description, labelled_splits
-    from pipeline.evaluate.metrics.classification import draw_confusion, test_scores
+    def _layers(self, evaluation: Evaluation) -> list[int]:
+        """The layers to try, ascending. Raises ValueError if the model has not one of them."""
+        last = evaluation.model.config.n_layer
+        if self.options.layers is None:
+            return sorted({round(last * share) for share in DEFAULT_DEPTHS})
+        for layer in self.options.layers:
+            if not 0 <= layer <= last:
+                raise ValueError(f"attentive_probe.layers has {layer}; the model's layers are 0 to {last}.")
+        return sorted(self.options.layers)
 
-    options.check_fits(evaluation.shards.resolution)
-    layers, heads = _layers(evaluation, options), _heads(evaluation, options)
-    pictures = labelled_splits(evaluation, Options.TASK)
-    probes, training = _training(evaluation, pictures, options, layers, heads)
-    record = train(evaluation, training, options)
-    if not np.isfinite(record.losses).any():
-        raise all_lost(options.learning_rates)
-    epoch, chosen = record.best
-    accuracies = np.array(record.accuracies)  # (E, K)
-    by_layer = accuracies.max(axis=0).reshape(len(layers), -1).max(axis=1)  # (layers,)
+    def _heads(self, evaluation: Evaluation) -> int:
+        """Raises ValueError if the width can't be divided among them."""
+        heads, width = self.options.heads or evaluation.model.config.n_head, evaluation.model.config.n_embd
+        if width % heads:
+            raise ValueError(f"attentive_probe.heads is {heads}; it must divide the model's width, {width}.")
+        return heads
 
-    def said(draw: int) -> np.ndarray:
-        def logits(tokens: "torch.Tensor", indices: np.ndarray) -> "torch.Tensor":
-            features = token_features(evaluation, tokens, indices, [probes.layers[chosen]], draw)
-            return probes.one(chosen, features[0])  # (B, C)
+    def _probes(self, evaluation: Evaluation, train_pictures: Pictures, layers: list[int]) -> Probes:
+        mean, deviation = standardisation(evaluation, train_pictures, layers)  # (layers, D)
+        classes, rates = len(evaluation.shards.classes), len(self.options.learning_rates)
+        heads = self._heads(evaluation)
+        probes = Probes(layers, rates, mean, deviation, classes, heads, evaluation.seed)
+        return probes.to(evaluation.accelerator.device)
 
-        return predictions(evaluation, pictures["test"], "attentive_probe, test", logits)
+    def _training(
+        self, evaluation: Evaluation, pictures: dict[str, Pictures], probes: Probes, layers: list[int]
+    ) -> Training:
+        options = self.options
 
-    result = {
-        **description(evaluation, pictures),
-        "layers": layers,
-        "valid_accuracy_by_layer": by_layer.tolist(),
-        "learning_rates": options.learning_rates,
-        "heads": heads,
-        "best_layer": probes.layers[chosen],
-        "learning_rate": options.learning_rates[chosen % len(options.learning_rates)],
-        "best_epoch": epoch,
-        "valid_accuracy": record.valid_accuracy,
-        "valid_accuracy_by_epoch": accuracies[:, chosen].tolist(),
-        "train_loss_by_epoch": record.losses_of(chosen),
-        **test_scores(evaluation, pictures["test"], said),
-        "figure": FIGURE,
-    }
-    from_first(evaluation.accelerator, lambda: draw_confusion(result, evaluation.results / FIGURE))
-    return result
+        def losses(module: nn.Module, batch: Batch) -> torch.Tensor:
+            features = token_features(evaluation, batch.tokens, batch.indices, layers, batch.epoch)
+            logits = module(features)  # (B, K, C)
+            labels = batch.labels[:, None].expand(logits.shape[:2])  # (B, K)
+            return class_loss(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
 
+        def logits(tokens: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+            return probes(token_features(evaluation, tokens, indices, layers))  # (B, K, C)
 
-def summary(result: dict[str, Any]) -> str:
-    """The result in a line."""
-    from pipeline.evaluate.metrics.classification import test_words
+        def accuracies() -> np.ndarray:
+            predicted = predict(evaluation, pictures["valid"], "validation", logits)  # (N, K)
+            return (predicted == pictures["valid"].labels[:, None]).mean(axis=0)
 
-    return (
-        f"{test_words(result)} at layer {result['best_layer']}, rate {result['learning_rate']:g}, "
-        f"epoch {result['best_epoch']}, best on validation ({result['valid_accuracy']:.1%})"
-    )
-
-
-def _layers(evaluation: Evaluation, options: Options) -> list[int]:
-    """The layers to try, ascending. Raises ValueError if the model has not one of them."""
-    last = evaluation.model.config.n_layer
-    if options.layers is None:
-        return sorted({round(last * share) for share in DEFAULT_DEPTHS})
-    for layer in options.layers:
-        if not 0 <= layer <= last:
-            raise ValueError(f"attentive_probe.layers has {layer}; the model's layers are 0 to {last}.")
-    return sorted(options.layers)
-
-
-def _heads(evaluation: Evaluation, options: Options) -> int:
-    """Raises ValueError if the width can't be divided among them."""
-    heads, width = options.heads or evaluation.model.config.n_head, evaluation.model.config.n_embd
-    if width % heads:
-        raise ValueError(f"attentive_probe.heads is {heads}; it must divide the model's width, {width}.")
-    return heads
-
-
-def _training(
-    evaluation: Evaluation, pictures: dict[str, Pictures], options: Options, layers: list[int], heads: int
-) -> "tuple[Probes, Training]":
-    import numpy as np
-    import torch
-
-    from pipeline.evaluate.classifiers.finetune_loop import Training, predictions
-    from pipeline.evaluate.features.attentive_pooling import Probes, standardisation, token_features
-    from pipeline.model.objectives import class_loss
-
-    mean, deviation = standardisation(evaluation, pictures["train"], layers)  # (layers, D)
-    classes, rates = len(evaluation.shards.classes), options.learning_rates
-    probes = Probes(layers, len(rates), mean, deviation, classes, heads, evaluation.seed)
-    probes.to(evaluation.accelerator.device)
-
-    def losses(module: "nn.Module", batch: "Batch") -> "torch.Tensor":
-        features = token_features(evaluation, batch.tokens, batch.indices, layers, batch.epoch)
-        logits = module(features)  # (B, K, C)
-        labels = batch.labels[:, None].expand(logits.shape[:2])  # (B, K)
-        return class_loss(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
-
-    def logits(tokens: "torch.Tensor", indices: np.ndarray) -> "torch.Tensor":
-        return probes(token_features(evaluation, tokens, indices, layers))  # (B, K, C)
-
-    def accuracies() -> np.ndarray:
-        said = predictions(evaluation, pictures["valid"], "validation", logits)  # (N, K)
-        return (said == pictures["valid"].labels[:, None]).mean(axis=0)
-
-    groups = [
-        {"params": probe.parameters(), "lr": rates[number % len(rates)]} for number, probe in enumerate(probes.probes)
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
-    return probes, Training(Options.TASK, probes, optimizer, losses, accuracies, pictures["train"], cosine=True)
+        rates = options.learning_rates
+        groups = [
+            {"params": probe.parameters(), "lr": rates[number % len(rates)]}
+            for number, probe in enumerate(probes.probes)
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+        return Training(options.TASK, probes, optimizer, losses, accuracies, pictures["train"], cosine=True)

@@ -14,17 +14,24 @@ JSON: `split`, `images`, `masked`, `draws`, `nats_per_color`, `bits_per_color`, 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from matplotlib.ticker import MaxNLocator
 
-from data_prep.common.files import atomic_write
 from data_prep.shards.reader import Split
-from pipeline.evaluate.context import Evaluation, Pictures, from_first
+from pipeline.distributed import from_first
+from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.options import DensityOptions
+from pipeline.evaluate.task import Task
+from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
+from pipeline.model.objectives import IGNORED, per_token_loss
+from pipeline.results.figures import new_figure, save_figure
 from pipeline.results.headline import Headline
 from pipeline.results.published import NATS
 from pipeline.results.report.html import figure, note, table
@@ -39,144 +46,118 @@ NAMES = {
     "left_times_above": "Given the colours to the left and above (product)",
 }
 BASELINES = ("uniform", "unigram", "bigram", "left_times_above")
-BATCHES_OF_PIECE = 32
-"""A killed measurement loses at most so many batches of a rank."""
+BATCHES_PER_ITEM = 32
+"""A killed measurement loses at most this many batches of a rank."""
 
-Piece = dict[str, np.ndarray]
-"""Of some pictures, float64: `losses` (n,), the mean nats of each; `sums` and `counts` (T,), the nats and the number
+Sums = dict[str, np.ndarray]
+"""Of some images, float64: `losses` (n,), the mean nats of each; `sums` and `counts` (T,), the nats and the number
 of targets at each position."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Nats and bits per colour."""
+class Density(Task[DensityOptions]):
+    """Nats and bits per color."""
 
-    split: str = "test"
-    """The split to score."""
-    draws: int = 5
-    """Masks drawn for each picture, for a model of masked colours."""
+    title = "Density"
 
-    def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise ValueError(f"density.draws is {self.draws}; it must be at least 1.")
+    def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
+        """Raises ValueError if the split to score, or train, which the baselines count, is absent."""
+        for name in (self.options.split, "train"):
+            evaluation.pictures(name)
 
+    def measure(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Mean loss of the model and of the baselines on one split, and a heat map over positions."""
+        pictures = evaluation.pictures(self.options.split)
+        draws = self.options.draws if evaluation.masked else 1
+        scored = [score(evaluation, pictures, draw) for draw in range(draws)]
+        losses = np.mean([of_draw["losses"] for of_draw in scored], axis=0)  # (N,)
+        nats, side = float(losses.mean()), evaluation.shards.resolution
+        result = {
+            "split": self.options.split,
+            "images": len(pictures),
+            "masked": evaluation.masked,
+            "draws": draws,
+            "nats_per_color": nats,
+            "bits_per_color": nats / math.log(2),
+            "nats_standard_error": float(losses.std() / math.sqrt(len(losses))),
+            "nats_by_position": nats_by_position(scored, side),
+        }
+        if evaluation.masked:
+            result["nats_by_draw"] = [float(of_draw["losses"].mean()) for of_draw in scored]
+        baselines = from_first(
+            lambda: evaluation.cache.get_or_compute("baselines", lambda: baseline_losses(evaluation, pictures))
+        )
+        result |= {f"{name}_nats_per_color": loss for name, loss in baselines.items()}
+        from_first(lambda: draw_heat_map(result, evaluation.results / FIGURE))
+        return result
 
-def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
-    """Raises ValueError if the split to score, or train, which the baselines count, is absent."""
-    for name in (options.split, "train"):
-        evaluation.pictures(name)
+    @classmethod
+    def summary(cls, result: dict[str, Any]) -> str:
+        what = "masked pixel" if result["masked"] else "color"
+        return (
+            f"{result['nats_per_color']:.4f} nats, {result['bits_per_color']:.4f} bits per {what} on "
+            f"{result['split']}; uniform {result['uniform_nats_per_color']:.4f}, color frequencies "
+            f"{result['unigram_nats_per_color']:.4f}, previous color {result['bigram_nats_per_color']:.4f}, "
+            f"left x above {result['left_times_above_nats_per_color']:.4f}"
+        )
 
+    @classmethod
+    def headlines(cls, result: dict[str, Any]) -> list[Headline]:
+        """Nats, which the paper gives too."""
+        if result["masked"]:
+            masks = f"{result['draws']} masks a picture"
+            return [Headline("Nats per hidden colour", result["nats_per_color"], "nats", detail=masks)]
+        nats = result["nats_per_color"]
+        return [Headline("Nats per colour", nats, "nats", detail=result["split"], measure=NATS)]
 
-def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
-    """Mean loss of the model and of the baselines on one split, and a heat map over positions."""
-    pictures = evaluation.pictures(options.split)
-    draws = options.draws if evaluation.masked else 1
-    scored = [score(evaluation, pictures, draw) for draw in range(draws)]
-    losses = np.mean([piece["losses"] for piece in scored], axis=0)  # (N,)
-    nats, side = float(losses.mean()), evaluation.shards.resolution
-    result = {
-        "split": options.split,
-        "images": len(pictures),
-        "masked": evaluation.masked,
-        "draws": draws,
-        "nats_per_color": nats,
-        "bits_per_color": nats / math.log(2),
-        "nats_standard_error": float(losses.std() / math.sqrt(len(losses))),
-        "nats_by_position": nats_by_position(scored, side),
-    }
-    if evaluation.masked:
-        result["nats_by_draw"] = [float(piece["losses"].mean()) for piece in scored]
-    baselines = from_first(
-        evaluation.accelerator,
-        lambda: evaluation.kept.once("baselines", lambda: baseline_losses(evaluation, pictures)),
-    )
-    result |= {f"{name}_nats_per_color": loss for name, loss in baselines.items()}
-    from_first(evaluation.accelerator, lambda: draw_heat_map(result, evaluation.results / FIGURE))
-    return result
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The result in a line."""
-    what = "hidden colour" if result["masked"] else "colour"
-    return (
-        f"{result['nats_per_color']:.4f} nats, {result['bits_per_color']:.4f} bits per {what} on {result['split']}; "
-        f"uniform {result['uniform_nats_per_color']:.4f}, colour frequencies {result['unigram_nats_per_color']:.4f}, "
-        f"previous colour {result['bigram_nats_per_color']:.4f}, "
-        f"left x above {result['left_times_above_nats_per_color']:.4f}"
-    )
-
-
-def headlines(result: dict[str, Any]) -> list[Headline]:
-    """For the report: nats, which the paper gives too."""
-    nats = result["nats_per_color"]
-    if result["masked"]:
-        return [Headline("Nats per hidden colour", nats, "nats", detail=f"{result['draws']} masks a picture")]
-    return [Headline("Nats per colour", nats, "nats", detail=result["split"], measure=NATS)]
-
-
-def section(result: dict[str, Any], folder: Path) -> str:
-    """For the report: the model among the baselines, and the heat map."""
-    what = "hidden colour" if result["masked"] else "colour"
-    nats = {"model": result["nats_per_color"]} | {key: result[f"{key}_nats_per_color"] for key in BASELINES}
-    rows = sorted([(NAMES[key], value) for key, value in nats.items()], key=lambda row: row[1])
-    shown = table(
-        ["Predicting colours", f"nats per {what}", f"bits per {what}"],
-        [[name, f"{value:.4f}", f"{value / math.log(2):.4f}"] for name, value in rows],
-        ours=[number for number, (name, _) in enumerate(rows) if name == NAMES["model"]],
-    )
-    masks = f", each under {result['draws']} masks" if result["masked"] else ""
-    explained = note(
-        f"Mean over {result['images']:,} pictures of {result['split']}{masks}, standard error "
-        f"{result['nats_standard_error']:.4f} nats; lower is better. The baselines count the whole train split."
-        + (" A masked model sees all other colours: its nats do not compare with the baselines'." if masks else "")
-    )
-    caption = "Mean nats at each position: " + (
-        "what is hidden at a border has fewer neighbours to be told from."
-        if masks
-        else "the first colours of a picture, and of each row, have the least above and before them to be told from."
-    )
-    return shown + explained + figure(folder / FIGURE, "nats by position", caption)
+    @classmethod
+    def section(cls, result: dict[str, Any], folder: Path) -> str:
+        """The model among the baselines, and the heat map."""
+        what = "hidden colour" if result["masked"] else "colour"
+        nats = {"model": result["nats_per_color"]} | {key: result[f"{key}_nats_per_color"] for key in BASELINES}
+        rows = sorted([(NAMES[key], value) for key, value in nats.items()], key=lambda row: row[1])
+        shown = table(
+            ["Predicting colours", f"nats per {what}", f"bits per {what}"],
+            [[name, f"{value:.4f}", f"{value / math.log(2):.4f}"] for name, value in rows],
+            ours=[number for number, (name, _) in enumerate(rows) if name == NAMES["model"]],
+        )
+        masks = f", each under {result['draws']} masks" if result["masked"] else ""
+        explained = note(
+            f"Mean over {result['images']:,} pictures of {result['split']}{masks}, standard error "
+            f"{result['nats_standard_error']:.4f} nats; lower is better. The baselines count the whole train split."
+            + (" A masked model sees all other colours: its nats do not compare with the baselines'." if masks else "")
+        )
+        causal = "the first colors of an image, and of each row, have the least above and before them."
+        why = "a masked pixel at a border has fewer neighbours." if masks else causal
+        return shown + explained + figure(folder / FIGURE, "nats by position", f"Mean nats at each position: {why}")
 
 
-def score(evaluation: Evaluation, pictures: Pictures, draw: int) -> Piece:
-    """The piece of all pictures under one draw of masks, the same on every rank.
+def score(evaluation: Evaluation, pictures: Pictures, draw: int) -> Sums:
+    """The losses of all images under one draw of masks, the same on every rank.
 
-    Pieces are shared out among the ranks and kept; they are of the same pictures and summed in the same order whatever
-    the number of ranks.
+    Work items are of the same images, and are summed in the same order, whatever the number of ranks.
     """
-    from accelerate.utils import gather_object
-
-    accelerator, size = evaluation.accelerator, evaluation.sizes.batch_size * BATCHES_OF_PIECE
-    starts = range(0, len(pictures), size)
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    size = evaluation.sizes.batch_size * BATCHES_PER_ITEM
+    items: dict[str, WorkItem] = {
+        f"draw-{draw}-{start}": partial(_score_some, evaluation, pictures, start, start + size, draw)
+        for start in range(0, len(pictures), size)
+    }
     label = f"loss on {pictures.split.name}" + (f", draw {draw + 1}" if evaluation.masked else "")
-    done = []
-    with evaluation.progress(label, len(pictures)) as advance:
-        for start in mine:
-            stop = min(start + size, len(pictures))
-            work = partial(_score_piece, evaluation, pictures, start, stop, draw)
-            done.append((start, evaluation.kept.once(f"draw-{draw}-{start}", work)))
-            advance(min((stop - start) * accelerator.num_processes, len(pictures) - start))
-    pieces = [piece for _, piece in sorted(gather_object(done), key=lambda pair: pair[0])]
+    parts = list(map_over_ranks(evaluation, label, items, arrays=True).values())
     return {
-        "losses": np.concatenate([piece["losses"] for piece in pieces]),
-        "sums": np.sum([piece["sums"] for piece in pieces], axis=0),
-        "counts": np.sum([piece["counts"] for piece in pieces], axis=0),
+        "losses": np.concatenate([part["losses"] for part in parts]),
+        "sums": np.sum([part["sums"] for part in parts], axis=0),
+        "counts": np.sum([part["counts"] for part in parts], axis=0),
     }
 
 
-def _score_piece(evaluation: Evaluation, pictures: Pictures, start: int, stop: int, draw: int) -> Piece:
-    """The piece of the pictures start..stop, batch by batch."""
-    import torch
-
-    from pipeline.model.objectives import IGNORED, per_token_loss
-
+def _score_some(evaluation: Evaluation, pictures: Pictures, start: int, stop: int, draw: int) -> Sums:
+    """The losses of the images start..stop, or to the end, batch by batch."""
     model, colors = evaluation.model.model, evaluation.model.config.colors
-    positions = evaluation.shards.resolution**2
+    stop, positions = min(stop, len(pictures)), evaluation.shards.resolution**2
     losses, sums, counts = [], np.zeros(positions), np.zeros(positions)
     for first in range(start, stop, evaluation.sizes.batch_size):
         last = min(first + evaluation.sizes.batch_size, stop)
-        tokens = torch.from_numpy(pictures.tokens(first, last).astype(np.int64)).to(evaluation.accelerator.device)
+        tokens = evaluation.on_device(pictures.tokens(first, last))
         inputs, targets = evaluation.inputs_and_targets(tokens, pictures.indices[first:last], draw)  # (B, T)
         with torch.inference_mode(), evaluation.accelerator.autocast():
             nats = per_token_loss(model(inputs).logits, targets, colors).double().cpu().numpy()  # (B, T)
@@ -187,19 +168,15 @@ def _score_piece(evaluation: Evaluation, pictures: Pictures, start: int, stop: i
     return {"losses": np.concatenate(losses), "sums": sums, "counts": counts}
 
 
-def nats_by_position(scored: list[Piece], side: int) -> list[list[float | None]]:
+def nats_by_position(scored: list[Sums], side: int) -> list[list[float | None]]:
     """Mean nats at each position over pictures and draws, H lists of W; None where nothing was ever hidden."""
-    sums, counts = (np.sum([piece[name] for piece in scored], axis=0) for name in ("sums", "counts"))  # (T,)
+    sums, counts = (np.sum([part[name] for part in scored], axis=0) for name in ("sums", "counts"))  # (T,)
     means = [float(nats / count) if count else None for nats, count in zip(sums, counts, strict=True)]
     return [means[start : start + side] for start in range(0, side * side, side)]
 
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     """Draws the mean nats at each position of the picture."""
-    from matplotlib.ticker import MaxNLocator
-
-    from pipeline.results.figures import new_figure, save_figure
-
     figure, axes = new_figure()
     axes.grid(False)
     figure.set_size_inches(4.6, 3.8)
@@ -210,8 +187,7 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     bar.set_label("nats per hidden colour" if result["masked"] else "nats per colour")
     axes.set_xlabel("column")
     axes.set_ylabel("row (read from the top, left to right)")
-    with atomic_write(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)
 
 
 def baseline_losses(evaluation: Evaluation, pictures: Pictures) -> dict[str, float]:

@@ -4,9 +4,9 @@
 on ImageNet, for training sets that do not fit in memory. What the paper leaves open is decided here: features are
 standardised with the training pictures' mean and deviation, and the L2 strength of L-BFGS is searched for each layer on
 the validation split. The layer is chosen on the validation split too; the test split is looked at once, with the chosen
-layer. A second number puts 5 layers centred at the best one side by side, as the paper does for iGPT-XL. The same probe
-on raw pixels and on colour histograms stands beside it. Of a masked model the single-mask accuracy and the vote over
-five masks are given (votes.py); training and choices see one mask.
+layer. A second number concatenates 5 layers centred at the best one, as the paper does for iGPT-XL. The same probe
+on raw pixels and on color histograms stands beside it. Of a masked model the single-mask accuracy and the vote over
+five masks are given (mask_ensemble.py); training and choices see one mask.
 
 `linear_probe.json` has, besides what every result has (fractions for accuracies):
 
@@ -22,149 +22,156 @@ five masks are given (votes.py); training and choices see one mask.
     absent_classes {split: [name, ...]}, majority_class_test_accuracy
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from pipeline.evaluate.classifiers.logistic import L2_STRENGTHS, LinearClassifier, fit_logistic
-from pipeline.evaluate.classifiers.sgd import SgdOptions, fit_sgd, search_rate
-from pipeline.evaluate.context import Evaluation, from_first
+from pipeline.distributed import from_first
+from pipeline.evaluate.classifiers.logistic import LinearClassifier, fit_logistic
+from pipeline.evaluate.classifiers.sgd import Sgd
+from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.features.labelled import (
     BASELINES,
-    Labelled,
+    concatenated,
     description,
     known_features,
     labelled_splits,
     layer_name,
-    side_by_side,
 )
-from pipeline.evaluate.features.labelled import unfit as unfit
-from pipeline.evaluate.metrics.mask_ensemble import judged, looks
-from pipeline.evaluate.work_sharing import Piece, shared_out
+from pipeline.evaluate.metrics.mask_ensemble import features_per_mask, score
+from pipeline.evaluate.options import LinearProbeOptions
+from pipeline.evaluate.task import LabelledTask
+from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
 from pipeline.results.figures import draw_by_layer
+from pipeline.results.published import PROBE
 
 FIGURE = "linear_probe.png"
-JOINED = "concatenated"
+CONCATENATED = "concatenated"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class LinearProbe(LabelledTask[LinearProbeOptions]):
     """The linear probe over every layer."""
 
-    solver: Literal["lbfgs", "sgd"] = "lbfgs"
-    """lbfgs holds a layer of the training set in memory; sgd does not, and is for sets of ImageNet's size."""
-    l2: list[float] = field(default_factory=lambda: list(L2_STRENGTHS))
-    """Strengths to try with lbfgs: each is s in (mean loss) + s/2 * (sum of squared weights)."""
-    sgd: SgdOptions = field(default_factory=SgdOptions)
-    """How to train with sgd."""
-    concatenate: int = 5
-    """A second probe on so many layers side by side, centred at the best; 0 for none."""
+    title = "Linear probe"
+    published = PROBE
 
-    def __post_init__(self) -> None:
-        if not self.l2 or min(self.l2) <= 0:
-            raise ValueError(f"linear_probe.l2 is {self.l2}; it must be a list of numbers above 0.")
-        if self.concatenate < 0 or self.concatenate == 1:
-            raise ValueError(f"linear_probe.concatenate is {self.concatenate}; it must be 0, or 2 or more layers.")
+    def measure(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Runs the probe over every layer and both baselines, and draws accuracy by layer.
 
+        Raises ValueError if train, valid or test is absent or unlabelled, or train has a single class.
+        """
+        pictures = labelled_splits(evaluation, "linear_probe")
+        train, valid = (known_features(evaluation, pictures[split]) for split in ("train", "valid"))
+        sgd = self._sgd(evaluation)
 
-@dataclass(frozen=True)
-class Solver:
-    """Fits probes by the chosen solver, in pieces."""
+        def search(name: str) -> WorkItem:
+            if sgd is None:
+                return partial(fit_logistic, train[name], valid[name], self.options.l2)
+            return partial(sgd.search, name, train[name], valid[name])
 
-    evaluation: Evaluation
-    options: Options
+        items = {name: search(name) for name in train}
+        found = map_over_ranks(evaluation, "linear probes", items)
+        accuracies = [found[name]["valid_accuracy"] for name in train if name not in BASELINES]  # (L+1,)
+        best = int(np.argmax(accuracies))
+        chosen, layers = [layer_name(best)], layers_around(best, len(accuracies), self.options.concatenate)
+        if layers:
+            chosen.append(CONCATENATED)
+            for features in (train, valid):
+                features[CONCATENATED] = concatenated([features[layer_name(layer)] for layer in layers])
+            items[CONCATENATED] = search(CONCATENATED)
+            found |= map_over_ranks(evaluation, "concatenated layers", {CONCATENATED: items[CONCATENATED]})
+        if sgd is not None:
+            repeats: dict[str, WorkItem] = {
+                f"{name}-again-{repeat}": partial(
+                    sgd.fit, name, train[name], valid[name], found[name]["setting"], repeat
+                )
+                for name in chosen
+                for repeat in range(1, self.options.sgd.seeds)
+            }
+            map_over_ranks(evaluation, "other seeds", repeats)
+            items |= repeats
 
-    @property
-    def setting(self) -> str:
-        """What is searched for each probe."""
-        return "l2" if self.options.solver == "lbfgs" else "rate"
+        tested = _on_test(evaluation, pictures["test"], items, [*chosen, *BASELINES], layers)
+        result = description(evaluation, pictures) | {"valid_accuracy_by_layer": accuracies, "best_layer": best}
+        result |= self._shown(chosen, layers, found, tested)
+        if layers:
+            result[CONCATENATED]["features"] = train[CONCATENATED].features[:1].shape[1]
+        from_first(lambda: draw_by_layer(result, evaluation.results / FIGURE))
+        return result
 
-    @property
-    def repeats(self) -> range:
-        """Further trainings of a chosen probe, where there is randomness."""
-        return range(1, self.options.sgd.seeds if self.options.solver == "sgd" else 1)
-
-    def search(self, name: str, train: Labelled, valid: Labelled) -> Piece:
-        """The piece that fits a probe with every setting and keeps the best on `valid`."""
+    def _sgd(self, evaluation: Evaluation) -> Sgd | None:
         if self.options.solver == "lbfgs":
-            return lambda: fit_logistic(train, valid, self.options.l2)
-        return lambda: search_rate(name, train, valid, *self._how())
+            return None
+        return Sgd(self.options.sgd, evaluation.seed, evaluation.accelerator.device, evaluation.cache.get_or_compute)
 
-    def repeat(self, name: str, train: Labelled, valid: Labelled, rate: float, repeat: int) -> Piece:
-        """The piece that trains a probe once more by SGD, in another order."""
-        return lambda: fit_sgd(name, train, valid, rate, repeat, *self._how())
+    def _shown(
+        self, chosen: list[str], layers: list[int], found: dict[str, dict[str, Any]], tested: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the result holds of the chosen probes and of the baselines."""
+        setting, probe = "l2" if self.options.solver == "lbfgs" else "rate", found[chosen[0]]
+        result = {
+            "solver": self.options.solver,
+            f"best_{setting}": probe["setting"],
+            "best_layer_converged": probe["converged"],
+            **tested[chosen[0]],
+        }
+        for name in BASELINES:
+            result[f"{name}_valid_accuracy"] = found[name]["valid_accuracy"]
+            result[f"{name}_test_accuracy"] = tested[name]["test_accuracy"]
+        if layers:
+            result[CONCATENATED] = {
+                "layers": layers,
+                setting: found[CONCATENATED]["setting"],
+                "converged": found[CONCATENATED]["converged"],
+                "valid_accuracy": found[CONCATENATED]["valid_accuracy"],
+                **tested[CONCATENATED],
+            }
+        return result
 
-    def _how(self) -> tuple[Any, ...]:
-        evaluation = self.evaluation
-        return self.options.sgd, evaluation.seed, evaluation.accelerator.device, evaluation.kept.once
+    @classmethod
+    def summary(cls, result: dict[str, Any]) -> str:
+        layers = result["valid_accuracy_by_layer"]
+        deviation = f" +- {100 * result['test_accuracy_deviation']:.1f}" if "test_accuracy_deviation" in result else ""
+        voted = f", {result['ensembled_test_accuracy']:.1%} by vote" if "ensembled_test_accuracy" in result else ""
+        more = ""
+        if CONCATENATED in result:
+            several = result[CONCATENATED]
+            more = f"{several['test_accuracy']:.1%} from {len(several['layers'])} concatenated layers, "
+        return (
+            f"test accuracy {result['test_accuracy']:.1%}{deviation}{voted} at layer {result['best_layer']}, best on "
+            f"validation ({layers[0]:.1%} at the first layer, {max(layers):.1%} at the best); "
+            f"{more}raw pixels {result['raw_pixel_test_accuracy']:.1%}, "
+            f"color histogram {result['color_histogram_test_accuracy']:.1%}"
+        )
 
 
-def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
-    """Runs the probe over every layer and both baselines, and draws accuracy by layer.
+def _on_test(
+    evaluation: Evaluation,
+    pictures: Pictures,
+    items: Mapping[str, WorkItem],
+    names: list[str],
+    layers: list[int],
+) -> dict[str, Any]:
+    """Scores of the named probes on the test images, over their repeats; computed on the first rank alone.
 
-    Raises ValueError if train, valid or test is absent or unlabelled, or train has a single class.
+    layers: those that are concatenated; none if empty.
     """
-    pictures = labelled_splits(evaluation, "linear_probe")
-    solver = Solver(evaluation, options)
-    train, valid = (known_features(evaluation, pictures[split]) for split in ("train", "valid"))
-    pieces = {name: solver.search(name, train[name], valid[name]) for name in train}
-    found = shared_out(evaluation, "linear probes", pieces)
-    accuracies = [found[name]["valid_accuracy"] for name in train if name not in BASELINES]  # (L+1,)
-    best = int(np.argmax(accuracies))
-
-    chosen, joined = [layer_name(best)], layers_around(best, len(accuracies), options.concatenate)
-    if joined:
-        chosen.append(JOINED)
-        for features in (train, valid):
-            features[JOINED] = side_by_side([features[layer_name(layer)] for layer in joined])
-        pieces[JOINED] = solver.search(JOINED, train[JOINED], valid[JOINED])
-        found |= shared_out(evaluation, "layers side by side", {JOINED: pieces[JOINED]})
-    again = {
-        f"{name}-again-{repeat}": solver.repeat(name, train[name], valid[name], found[name]["setting"], repeat)
-        for name in chosen
-        for repeat in solver.repeats
-    }
-    if again:
-        shared_out(evaluation, "other seeds", again)
-
-    test = looks(evaluation, pictures["test"])
-    if joined:
-        by_mask = zip(*(test[layer_name(layer)] for layer in joined), strict=True)
-        test[JOINED] = [side_by_side(layers) for layers in by_mask]
+    test = features_per_mask(evaluation, pictures)
+    if layers:
+        by_mask = zip(*(test[layer_name(layer)] for layer in layers), strict=True)
+        test[CONCATENATED] = [concatenated(of_mask) for of_mask in by_mask]
 
     def scores(name: str) -> dict[str, Any]:
-        names = [name, *(other for other in again if other.startswith(f"{name}-again-"))]
-        kept = [evaluation.kept.once(each, (pieces | again)[each]) for each in names]
-        return over_seeds([judged(evaluation, test[name], LinearClassifier.of(piece).predict) for piece in kept])
+        trained = [name, *(other for other in items if other.startswith(f"{name}-again-"))]
+        probes = [LinearClassifier.of(evaluation.cache.get_or_compute(each, items[each])) for each in trained]
+        return over_seeds([score(evaluation, test[name], probe.predict) for probe in probes])
 
-    def on_test() -> dict[str, Any]:
-        return {name: scores(name) for name in (*chosen, *BASELINES)}
+    def compute() -> dict[str, Any]:
+        return {name: scores(name) for name in names}
 
-    tested = from_first(evaluation.accelerator, lambda: evaluation.kept.once("test", on_test))
-    probe = found[chosen[0]]
-    result = description(evaluation, pictures) | {
-        "solver": options.solver,
-        "valid_accuracy_by_layer": accuracies,
-        "best_layer": best,
-        f"best_{solver.setting}": probe["setting"],
-        "best_layer_converged": probe["converged"],
-        **tested[chosen[0]],
-    }
-    for name in BASELINES:
-        result[f"{name}_valid_accuracy"] = found[name]["valid_accuracy"]
-        result[f"{name}_test_accuracy"] = tested[name]["test_accuracy"]
-    if joined:
-        result[JOINED] = {
-            "layers": joined,
-            "features": train[JOINED].features[:1].shape[1],
-            solver.setting: found[JOINED]["setting"],
-            "converged": found[JOINED]["converged"],
-            "valid_accuracy": found[JOINED]["valid_accuracy"],
-            **tested[JOINED],
-        }
-    from_first(evaluation.accelerator, lambda: draw_by_layer(result, evaluation.results / FIGURE))
-    return result
+    return from_first(lambda: evaluation.cache.get_or_compute("test", compute))
 
 
 def layers_around(best: int, layers: int, count: int) -> list[int]:
@@ -188,19 +195,3 @@ def _mean(values: list[Any]) -> Any:
     if isinstance(values[0], list):
         return [_mean(list(entries)) for entries in zip(*values, strict=True)]
     return float(np.mean(values)) if isinstance(values[0], float) else values[0]
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The result in a line."""
-    layers = result["valid_accuracy_by_layer"]
-    deviation = f" +- {100 * result['test_accuracy_deviation']:.1f}" if "test_accuracy_deviation" in result else ""
-    voted = f", {result['ensembled_test_accuracy']:.1%} by vote" if "ensembled_test_accuracy" in result else ""
-    joined = ""
-    if JOINED in result:
-        joined = f"{result[JOINED]['test_accuracy']:.1%} from {len(result[JOINED]['layers'])} layers side by side, "
-    return (
-        f"test accuracy {result['test_accuracy']:.1%}{deviation}{voted} at layer {result['best_layer']}, best on "
-        f"validation ({layers[0]:.1%} at the first layer, {max(layers):.1%} at the best); "
-        f"{joined}raw pixels {result['raw_pixel_test_accuracy']:.1%}, "
-        f"colour histogram {result['color_histogram_test_accuracy']:.1%}"
-    )

@@ -26,21 +26,26 @@ labels, and `left_out` says so; one that was asked for is then a mistake.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from math import inf, nan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from sklearn.model_selection import StratifiedKFold
 
-from data_prep.common.files import atomic_write
 from data_prep.common.seeding import generator
-from pipeline.evaluate.classifiers.logistic import L2_STRENGTHS, logistic_path
-from pipeline.evaluate.context import Evaluation, Pictures, from_first
-from pipeline.evaluate.features.labelled import Labelled, description, labelled_splits, layers_of
-from pipeline.evaluate.features.labelled import unfit as unlabelled
-from pipeline.evaluate.work_sharing import Piece, shared_out
+from pipeline.distributed import from_first
+from pipeline.evaluate.classifiers.logistic import logistic_path
+from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.features.labelled import Labelled, description, labelled_splits, layers_of, why_unlabelled
+from pipeline.evaluate.features.pooled import pooled_features
+from pipeline.evaluate.options import LowDataOptions
+from pipeline.evaluate.task import Task
+from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
+from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
+from pipeline.results.published import LOW_DATA
 
 FIGURE = "low_data.png"
 PER_CLASS = (4, 25, 400)
@@ -48,52 +53,97 @@ FRACTIONS = (0.01, 0.1)
 FOLDS = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class LowData(Task[LowDataOptions]):
     """The linear probe with few labels."""
 
-    per_class: list[int] | None = None
-    """Labels of each class; if not set those of 4, 25, 400 that train has."""
-    fractions: list[float] | None = None
-    """Shares of train's labels; if not set those of 0.01, 0.1 that give each class enough."""
-    subsets: int = 5
-    """Random subsets of each setting."""
-    choose_on: Literal["labels", "valid"] = "labels"
-    """labels: layer and strength by cross-validation in the subset; valid: on the split valid, more labels."""
-    layer: int | None = None
-    """Take this layer instead of choosing one."""
-    l2: list[float] = field(default_factory=lambda: [10.0, *L2_STRENGTHS])
-    """Strengths to try: each is s in (mean loss) + s/2 * (sum of squared weights)."""
+    title = "Few labels"
+    published = LOW_DATA
 
-    def __post_init__(self) -> None:
-        if self.per_class is not None and any(number < self.least for number in self.per_class):
-            instead = "" if self.least == 1 else ", or choose_on valid"
+    def unfit(self, evaluation: Evaluation) -> str | None:
+        return why_unlabelled(evaluation, self.options.splits)
+
+    def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
+        """Raises ValueError if an option does not fit the model or the labels."""
+        splits = self.options.splits
+        self._settings(evaluation, {split: evaluation.pictures(split, labelled=True) for split in splits})
+
+    def measure(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Fits and tests the probe on every subset of every setting, and draws accuracy by number of labels.
+
+        Raises ValueError if a split that is used is absent or unlabelled, train has a single class, `layer` is none of
+        the model's, train has fewer labels than asked for, or valid has none to choose on.
+        """
+        options = self.options
+        pictures = labelled_splits(evaluation, "low_data", options.splits)
+        settings, left_out = self._settings(evaluation, pictures)
+        for each in left_out:
+            evaluation.log(f"low_data: {each['name']} skipped, {each['reason']}")
+        known = {
+            split: list(layers_of(pooled_features(evaluation, pictures[split]), pictures[split].labels).values())
+            for split in options.splits
+        }
+        items = {
+            f"{setting.name}-{number}".replace(" ", "-"): self._item(evaluation.seed, setting, number, known)
+            for number in range(options.subsets)
+            for setting in settings
+        }
+        done = list(map_over_ranks(evaluation, "few labels", items).values())
+        result = description(evaluation, pictures) | {
+            "settings": [_summed_up(setting, done[place :: len(settings)]) for place, setting in enumerate(settings)],
+            "left_out": left_out,
+            "choice": self._choice(),
+            "labels_for_choice": len(pictures["valid"]) if options.choose_on == "valid" else 0,
+        }
+        from_first(lambda: draw(result, evaluation.results / FIGURE))
+        return result
+
+    @classmethod
+    def summary(cls, result: dict[str, Any]) -> str:
+        parts = []
+        for setting in result["settings"]:
+            deviation = setting["test_accuracy_deviation"]
+            spread = "" if deviation is None else f" +- {100 * deviation:.1f}"
+            parts.append(f"{100 * setting['test_accuracy']:.1f}{spread}% with {setting['name']}")
+        return f"test accuracy {', '.join(parts)}; {result['choice']}"
+
+    def _settings(
+        self, evaluation: Evaluation, pictures: dict[str, Pictures]
+    ) -> "tuple[list[Setting], list[dict[str, str]]]":
+        """`settings_for` these images. Raises ValueError if nothing can be chosen among the layers or on valid too."""
+        last, layer = evaluation.model.config.n_layer, self.options.layer
+        if layer is not None and not 0 <= layer <= last:
+            raise ValueError(f"low_data.layer is {layer}; the model has the layers 0 to {last}.")
+        if "valid" in pictures and not np.isin(pictures["valid"].labels, pictures["train"].labels).any():
             raise ValueError(
-                f"low_data.per_class is {self.per_class}; layer and strength are chosen on {self.choose_on}, "
-                f"which takes {self.least} or more labels of a class{instead}."
+                f"low_data.choose_on is valid, but in {evaluation.shards.path} no labelled image of valid is of a "
+                f"class that train has; set low_data.choose_on labels."
             )
-        if self.fractions is not None and not all(0 < share <= 1 for share in self.fractions):
-            raise ValueError(f"low_data.fractions is {self.fractions}; shares of the labels are above 0 and at most 1.")
-        if self.per_class == [] and self.fractions == []:
-            raise ValueError("low_data.per_class and low_data.fractions are both empty; give one setting or more.")
-        for name in ("per_class", "fractions"):
-            asked = getattr(self, name) or []
-            if len(set(asked)) < len(asked):
-                raise ValueError(f"low_data.{name} is {asked}; each must stand there once.")
-        if self.subsets < 1:
-            raise ValueError(f"low_data.subsets is {self.subsets}; it must be at least 1.")
-        if not self.l2 or min(self.l2) <= 0:
-            raise ValueError(f"low_data.l2 is {self.l2}; it must be a list of numbers above 0.")
+        return settings_for(pictures["train"].labels, self.options, str(evaluation.shards.path))
 
-    @property
-    def least(self) -> int:
-        """Labels of a class that the choice takes: one is held out, one is learned from."""
-        return 2 if self.choose_on == "labels" else 1
+    def _item(self, seed: int, setting: "Setting", number: int, known: dict[str, list[Labelled]]) -> WorkItem:
+        """Draws one subset, chooses its layer and strength, and tests it."""
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits whose labels are used."""
-        return ("train", "test") if self.choose_on == "labels" else ("train", "valid", "test")
+        def work() -> dict[str, Any]:
+            random = generator(seed, "low_data", setting.name, number)
+            rows = setting.draw(known["train"][0].labels, random)
+            subset = [Labelled(layer.features[rows], layer.labels[rows]) for layer in known["train"]]
+            layer, strength = choose(subset, known.get("valid"), self.options, int(random.integers(2**31)))
+            probe = next(logistic_path(subset[layer], [strength]))
+            return {
+                "labels": len(rows),
+                "layer": layer,
+                "l2": strength,
+                "converged": probe.converged,
+                "test_accuracy": probe.accuracy(known["test"][layer]),
+            }
+
+        return work
+
+    def _choice(self) -> str:
+        layer, choose_on = self.options.layer, self.options.choose_on
+        what = "layer and L2 strength" if layer is None else f"layer {layer} given; L2 strength"
+        how = "cross-validation within each subset's labels" if choose_on == "labels" else "loss on the split valid"
+        return f"{what} by {how}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +178,7 @@ def balanced(available: np.ndarray, total: int, random: np.random.Generator) -> 
     return taken
 
 
-def settings_for(labels: np.ndarray, options: Options, where: str) -> tuple[list[Setting], list[dict[str, str]]]:
+def settings_for(labels: np.ndarray, options: LowDataOptions, where: str) -> tuple[list[Setting], list[dict[str, str]]]:
     """The settings to measure with the labels int (N,) of train, and those left out with the reason.
 
     Raises ValueError if one that was asked for can't be, or if none is left; `where` is the shard set.
@@ -155,87 +205,8 @@ def settings_for(labels: np.ndarray, options: Options, where: str) -> tuple[list
     return settings, left_out
 
 
-def unfit(evaluation: Evaluation, options: Options) -> str | None:
-    """Why nothing can be probed on this shard set: a split that is used is absent, or has no labels."""
-    return unlabelled(evaluation, options, options.splits)
-
-
-def check(evaluation: Evaluation, options: Options, _coming: list[str]) -> None:
-    """Raises ValueError if an option does not fit the model or the labels."""
-    _settings(evaluation, options, {split: evaluation.pictures(split, labelled=True) for split in options.splits})
-
-
-def _settings(
-    evaluation: Evaluation, options: Options, pictures: dict[str, Pictures]
-) -> tuple[list[Setting], list[dict[str, str]]]:
-    """`settings_for` these pictures. Raises ValueError if nothing can be chosen among the layers or on valid too."""
-    last = evaluation.model.config.n_layer
-    if options.layer is not None and not 0 <= options.layer <= last:
-        raise ValueError(f"low_data.layer is {options.layer}; the model has the layers 0 to {last}.")
-    if "valid" in pictures and not np.isin(pictures["valid"].labels, pictures["train"].labels).any():
-        raise ValueError(
-            f"low_data.choose_on is valid, but in {evaluation.shards.path} no labelled picture of valid is of a class "
-            f"that train has; set low_data.choose_on labels."
-        )
-    return settings_for(pictures["train"].labels, options, str(evaluation.shards.path))
-
-
-def measure(evaluation: Evaluation, options: Options) -> dict[str, Any]:
-    """Fits and tests the probe on every subset of every setting, and draws accuracy by number of labels.
-
-    Raises ValueError if a split that is used is absent or unlabelled, train has a single class, `layer` is none of the
-    model's, train has fewer labels than asked for, or valid has none to choose on.
-    """
-    from pipeline.evaluate.features.pooled import pooled_features
-
-    pictures = labelled_splits(evaluation, "low_data", options.splits)
-    settings, left_out = _settings(evaluation, options, pictures)
-    for each in left_out:
-        evaluation.say(f"low_data: {each['name']} left out, {each['reason']}")
-    known = {
-        split: list(layers_of(pooled_features(evaluation, pictures[split]), pictures[split].labels).values())
-        for split in options.splits
-    }
-    pieces = {
-        f"{setting.name}-{number}".replace(" ", "-"): _piece(evaluation, options, setting, number, known)
-        for number in range(options.subsets)
-        for setting in settings
-    }
-    done = list(shared_out(evaluation, "few labels", pieces).values())
-    result = description(evaluation, pictures) | {
-        "settings": [_summed_up(setting, done[place :: len(settings)]) for place, setting in enumerate(settings)],
-        "left_out": left_out,
-        "choice": _choice(options),
-        "labels_for_choice": len(pictures["valid"]) if options.choose_on == "valid" else 0,
-    }
-    from_first(evaluation.accelerator, lambda: draw(result, evaluation.results / FIGURE))
-    return result
-
-
-def _piece(
-    evaluation: Evaluation, options: Options, setting: Setting, number: int, known: dict[str, list[Labelled]]
-) -> Piece:
-    """Draws one subset, chooses its layer and strength, and tests it."""
-
-    def work() -> dict[str, Any]:
-        random = generator(evaluation.seed, "low_data", setting.name, number)
-        rows = setting.draw(known["train"][0].labels, random)
-        subset = [Labelled(layer.features[rows], layer.labels[rows]) for layer in known["train"]]
-        layer, strength = choose(subset, known.get("valid"), options, int(random.integers(2**31)))
-        probe = next(logistic_path(subset[layer], [strength]))
-        return {
-            "labels": len(rows),
-            "layer": layer,
-            "l2": strength,
-            "converged": probe.converged,
-            "test_accuracy": probe.accuracy(known["test"][layer]),
-        }
-
-    return work
-
-
 def choose(
-    subset: Sequence[Labelled], valid: Sequence[Labelled] | None, options: Options, seed: int
+    subset: Sequence[Labelled], valid: Sequence[Labelled] | None, options: LowDataOptions, seed: int
 ) -> tuple[int, float]:
     """The layer and the L2 strength with the least loss on held-out labels; of equals the first and the strongest.
 
@@ -264,8 +235,6 @@ def _losses(held_out: list[tuple[Labelled, Labelled]], strengths: Sequence[float
 
 def _folds(subset: Labelled, seed: int) -> Iterator[tuple[Labelled, Labelled]]:
     """(to learn from, held out), by turns; the only label of a class is never held out."""
-    from sklearn.model_selection import StratifiedKFold
-
     features, labels = subset
     classes, counts = np.unique(labels, return_counts=True)
     single = np.isin(labels, classes[counts == 1])
@@ -292,26 +261,8 @@ def _summed_up(setting: Setting, subsets: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def _choice(options: Options) -> str:
-    what = "layer and L2 strength" if options.layer is None else f"layer {options.layer} given; L2 strength"
-    how = "cross-validation within each subset's labels" if options.choose_on == "labels" else "loss on the split valid"
-    return f"{what} by {how}"
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The result in a line."""
-    parts = []
-    for setting in result["settings"]:
-        deviation = setting["test_accuracy_deviation"]
-        spread = "" if deviation is None else f" +- {100 * deviation:.1f}"
-        parts.append(f"{100 * setting['test_accuracy']:.1f}{spread}% with {setting['name']}")
-    return f"test accuracy {', '.join(parts)}; {result['choice']}"
-
-
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draws test accuracy by number of labels, in percent: mean and deviation over the subsets."""
-    from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
-
     count = len(result["settings"][0]["subsets"])
     figure, axes = new_figure()
     kinds = (("per_class", "so many of each class", ACCENT, (6, -12)), ("fraction", "share", BASELINES[0], (-6, 6)))
@@ -333,5 +284,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel(f"labels in all ({result['classes']} classes)")
     axes.set_ylabel("test accuracy (%)")
     axes.legend(frameon=False, loc="upper left", title=f"labels, {count} random subsets")
-    with atomic_write(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
-from data_prep.common.files import atomic_write, read_json, write_json
+from data_prep.common.files import read_json, write_json
 from pipeline.results.figures import ACCENT, BASELINES, new_figure, save_figure
 from pipeline.results.report.html import write_page
 from pipeline.results.schema import FORMAT, RESULTS
@@ -236,5 +236,4 @@ def draw(lines: list[Line], command: Command, path: Path) -> None:
     axes.set_xlabel("validation loss (nats per colour)")
     axes.set_ylabel(f"{SPLITS[command.accuracy]} accuracy (%)")
     axes.legend(frameon=False)
-    with atomic_write(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.evaluate.cache import Kept
-from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
+from pipeline.evaluate.cache import TaskCache
+from pipeline.evaluate.context import Evaluation, start_accelerator
+from pipeline.evaluate.options import Sizes
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.files import model_digest
 from tests.pipeline.evaluate.tiny_sets import (
@@ -84,7 +85,7 @@ def evaluation_of(shards: ShardSet, tmp_path: Path) -> Callable[..., Evaluation]
             accelerator=start_accelerator("fp32"),
             seed=0,
             sizes=Sizes(**sizes),
-            kept=Kept(results, "test", "0" * 64),
+            cache=TaskCache.of_task(results, "test", "0" * 64),
             features=tmp_path / features,
             model_digest=model_digest(folder),
         )

@@ -12,26 +12,26 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.command import evaluate
 
 if __name__ == "__main__":
     pieces, done = int(sys.argv[1]), 0
-    once = Kept.once
+    get_or_compute = TaskCache.get_or_compute
 
-    def counted(kept: Kept, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def counted(cache: TaskCache, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         def noted() -> dict[str, Any]:
             global done
             value = work()
             done += 1
-            print(f"did {kept.folder.parent.name} {name}", flush=True)
+            print(f"did {cache.folder.parent.name} {name}", flush=True)
             return value
 
         before = done
-        value = once(kept, name, noted)
+        value = get_or_compute(cache, name, noted)
         if done > before and done == pieces:
             os.kill(os.getpid(), signal.SIGKILL)
         return value
 
-    Kept.once = counted  # type: ignore[method-assign]
+    TaskCache.get_or_compute = counted  # type: ignore[method-assign]
     sys.exit(evaluate(sys.argv[2:]))

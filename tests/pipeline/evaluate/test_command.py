@@ -81,7 +81,8 @@ def test_what_was_measured_is_kept_until_an_input_changes(
     run("--tasks", "density")
     assert density.stat().st_mtime_ns == first
     assert "already measured" in capsys.readouterr().out
-    for change in (["--again"], ["--test_images", "60"], ["--seed", "1"], ["--density.split", "valid"]):
+    changes = (["--test_images", "60"], ["--seed", "1"], ["--density.split", "valid"])
+    for change in (["--overwrite"], ["--again"], *changes):
         run("--tasks", "density")
         before = density.stat().st_mtime_ns
         run("--tasks", "density", *change)
@@ -92,6 +93,26 @@ def test_what_was_measured_is_kept_until_an_input_changes(
     assert density.stat().st_mtime_ns != before
 
 
+def test_results_of_an_earlier_version_get_what_is_shown_of_them(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of tasks that the command reuses, and of others in the folder and beside it; their numbers stay."""
+    folder = run("--tasks", "density,knn")
+    run("--tasks", "density", "--weights", "random", "--out", str(folder / "random_weights"))
+    paths = [folder / "density.json", folder / "knn.json", folder / "random_weights" / "density.json"]
+    written = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, written, strict=True):
+        result = json.loads(content)
+        assert result["title"] and result["summary"]
+        assert [headline["unit"] for headline in result["headlines"]] == ["accuracy" if path.stem == "knn" else "nats"]
+        earlier = {key: value for key, value in result.items() if key not in ("title", "summary", "headlines")}
+        path.write_text(json.dumps(earlier))
+    capsys.readouterr()
+    run("--tasks", "density")
+    assert "already measured" in capsys.readouterr().out
+    assert [path.read_bytes() for path in paths] == written
+
+
 def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -100,7 +121,7 @@ def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
     def cut_off(*_: object) -> dict:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.evaluate.tasks.knn.measure", cut_off)
+    monkeypatch.setattr("pipeline.evaluate.tasks.knn.KNN.measure", cut_off)
     with pytest.raises(KeyboardInterrupt):
         run("--tasks", "density,knn,linear_probe,completions")
     results = json.loads((tmp_path / "results" / "results.json").read_text())
@@ -120,14 +141,14 @@ def test_a_classifier_whose_folder_was_deleted_is_trained_anew_by_again(
     folder = run("--tasks", "fine_tune") / "fine_tuned"
     capsys.readouterr()
     run("--tasks", "fine_tune")
-    assert "kept (--again measures anew)" in capsys.readouterr().out
+    assert "cached (--overwrite measures again)" in capsys.readouterr().out
     rmtree(folder)
     run("--tasks", "fine_tune")
-    assert f"but its folder {folder} is gone: --again trains the classifier anew" in capsys.readouterr().out
+    assert f"but its folder {folder} is gone: --overwrite trains the classifier again" in capsys.readouterr().out
     for tasks in ("distill", "fine_tune,distill"):
-        with pytest.raises(ValueError, match="run the task fine_tune with --again on the same results before"):
+        with pytest.raises(ValueError, match="run the task fine_tune with --overwrite on the same results before"):
             run("--tasks", tasks)
-    run("--tasks", "fine_tune", "--again")
+    run("--tasks", "fine_tune", "--overwrite")
     assert folder.is_dir()
 
 
@@ -163,11 +184,11 @@ def test_initial_weights_are_another_model(run: Callable[..., Path], model_folde
 def test_a_model_of_hidden_colours_is_measured_by_what_fits_it(
     run: Callable[..., Path], masked_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="completions need a model of the next colour"):
+    with pytest.raises(ValueError, match="completions need a model of the next color"):
         run("--tasks", "density,completions", model=masked_folder)
     assert not list((tmp_path / "results").glob("*.json"))  # said before anything was measured
     assert set(results_of(run(model=masked_folder))) == set(TASKS) - {"completions", *LONG}
-    assert "completions: left out; completions need a model of the next colour" in capsys.readouterr().out
+    assert "completions: skipped; completions need a model of the next color" in capsys.readouterr().out
 
 
 def test_a_set_without_labels_is_measured_by_what_needs_none(
@@ -178,7 +199,7 @@ def test_a_set_without_labels_is_measured_by_what_needs_none(
     with pytest.raises(ValueError, match="has no labelled pictures in its split train"):
         run("--shards", str(bare), "--tasks", "density,knn")
     assert set(results_of(run("--shards", str(bare)))) == {"density", "completions"}
-    assert f"knn: left out; {bare} has no labelled pictures" in capsys.readouterr().out
+    assert f"knn: skipped; {bare} has no labelled pictures" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -223,11 +244,11 @@ def test_mistakes_are_one_sentence(
         (["--tasks", "density,low_data", "--low_data.per_class", "[500]"], "low_data is to use 500 per class, but"),
         (
             ["--tasks", "density,fine_tune", "--fine_tune.reflect_crop", "6"],
-            r"fine_tune\.reflect_crop is 6; pictures of",
+            r"fine_tune\.reflect_crop is 6; images of",
         ),
         (
             ["--tasks", "density,knn", "--knn.k", "[999]"],
-            r"knn\.k is \[999\], but .* has 323 labelled pictures in train",
+            r"knn\.k is \[999\], but .* has 323 labelled images in train",
         ),
         (
             ["--tasks", "density,completions", "--completions.split", "dev"],

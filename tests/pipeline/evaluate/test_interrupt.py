@@ -52,7 +52,7 @@ def test_a_command_that_is_asked_to_stop_says_so_once(
 DEAF = """
 import signal, threading
 from contextlib import suppress
-from pipeline.evaluate import stopping
+from pipeline.evaluate import interrupt as stopping
 
 def deaf():
     threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()

@@ -2,21 +2,19 @@
 
 import re
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_prep.common.files import read_json
-from pipeline.evaluate.cache import Kept
-from pipeline.evaluate.classifiers.sgd import SgdOptions
-from pipeline.evaluate.registry import TASKS
-from pipeline.evaluate.tasks.linear_probe import Options as LinearProbe
+from pipeline.evaluate.cache import TaskCache, clear_unfinished
+from pipeline.evaluate.options import LinearProbeOptions, SgdOptions
+from pipeline.evaluate.registry import options_type, task_class
 from tests import launch
 
 SCRIPT = Path(__file__).with_name("killed_task.py")
-SGD = LinearProbe(solver="sgd", sgd=SgdOptions(rates=[0.1, 0.01], epochs=2, seeds=2))
+SGD = LinearProbeOptions(solver="sgd", sgd=SgdOptions(rates=[0.1, 0.01], epochs=2, seeds=2))
 TASK_OPTIONS = {
     "linear_probe": {"l2": [0.1, 0.01]},
     "knn": {},
@@ -32,34 +30,34 @@ class Killed(BaseException):
 def test_a_killed_task_does_what_is_left_and_finds_the_same(
     task: str, model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module(TASKS[task.split()[0]])
-    options = module.Options(**TASK_OPTIONS[task]) if task in TASK_OPTIONS else SGD
-    once, done, ends = Kept.once, [], [None]
+    name = task.split()[0]
+    tested = task_class(name)(options_type(name)(**TASK_OPTIONS[task]) if task in TASK_OPTIONS else SGD)
+    get_or_compute, done, ends = TaskCache.get_or_compute, [], [None]
 
-    def counted(kept: Kept, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def counted(cache: TaskCache, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         def noted() -> dict[str, Any]:
             value = work()
             done.append(name)
             return value
 
-        value = once(kept, name, noted)
+        value = get_or_compute(cache, name, noted)
         if len(done) == ends[-1]:
             raise Killed
         return value
 
-    monkeypatch.setattr(Kept, "once", counted)
+    monkeypatch.setattr(TaskCache, "get_or_compute", counted)
     evaluation = evaluation_of(model_folder)
-    expected = module.measure(evaluation, options)
+    expected = tested.measure(evaluation)
     pieces = sorted(done)
     assert len(set(pieces)) == len(pieces) > 3
-    evaluation.kept.clear()
+    clear_unfinished(evaluation.results, "test")
     done.clear()
     for count in (len(pieces) // 3, 2 * len(pieces) // 3, len(pieces)):  # the last one before the result is written
         ends.append(count)
         with pytest.raises(Killed):
-            module.measure(evaluation, options)
+            tested.measure(evaluation)
     ends.append(None)
-    assert module.measure(evaluation, options) == expected
+    assert tested.measure(evaluation) == expected
     assert sorted(done) == pieces  # each once
 
 

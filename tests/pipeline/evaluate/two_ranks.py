@@ -12,10 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import numpy as np
 
 from data_prep.shards.reader import open_shard_set
-from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.cache import CachedArray, TaskCache
 from pipeline.evaluate.command import evaluate
-from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
-from pipeline.evaluate.features.pooled import Cache, pooled_features
+from pipeline.evaluate.context import Evaluation, start_accelerator
+from pipeline.evaluate.features.pooled import pooled_features
+from pipeline.evaluate.options import Sizes
 from pipeline.model_folder.convert import load_model_folder
 
 if __name__ == "__main__":
@@ -28,13 +29,13 @@ if __name__ == "__main__":
         accelerator=accelerator,
         seed=0,
         sizes=Sizes(batch_size=20),
-        kept=Kept(Path(file).parent, "test", ""),
+        cache=TaskCache.of_task(Path(file).parent, "test", ""),
         features=Path(file).with_suffix(".features"),
         model_digest="",
     )
     if not accelerator.is_main_process:
-        noted = Cache.noted
-        Cache.noted = lambda cache: time.sleep(1) or noted(cache)  # type: ignore[method-assign]
+        noted = CachedArray.noted
+        CachedArray.noted = lambda array: time.sleep(1) or noted(array)  # type: ignore[method-assign]
     features = pooled_features(evaluation, evaluation.pictures("test"))
     if accelerator.is_main_process:
         np.save(file, features)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Training, best_of, epoch_order, search, train
-from pipeline.evaluate.classifiers.recipe import Recipe
 from pipeline.evaluate.context import Evaluation
+from pipeline.evaluate.options import Recipe
 
 PLAIN = Recipe(epochs=3, patience=0, global_size=20, flip=False, reflect_crop=0)
 
@@ -186,13 +186,13 @@ def test_a_killed_training_goes_on_with_the_same_bits(
 ) -> None:
     evaluation = evaluation_of(model_folder)
     whole = training_of(evaluation, (0.5, 0.01), cosine=True)
-    expected = train(replace(evaluation, kept=Kept(tmp_path, "whole", "")), whole, PLAIN)
+    expected = train(replace(evaluation, cache=TaskCache.of_task(tmp_path, "whole", "")), whole, PLAIN)
     with pytest.raises(Killed):
         train(evaluation, killed_after(training_of(evaluation, (0.5, 0.01), cosine=True), 2), PLAIN)
     again = training_of(evaluation, (0.5, 0.01), cosine=True)
     capsys.readouterr()
     assert train(evaluation, again, PLAIN) == expected
-    assert "counter: goes on after epoch 2" in capsys.readouterr().out
+    assert "counter: resumes after epoch 2" in capsys.readouterr().out
     for ours, theirs in zip(again.module.weights, whole.module.weights, strict=True):
         assert torch.equal(ours, theirs)
     assert (
@@ -200,17 +200,17 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     )  # nothing is left
 
 
-@pytest.mark.parametrize("pattern", ["state.pt", "epoch-*.safetensors"])
+@pytest.mark.parametrize("pattern", ["state.npz", "epoch-*.npz"])
 def test_a_damaged_state_is_said_and_trained_anew(
     pattern: str, model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = evaluation_of(model_folder)
     expected = train(evaluation, training_of(evaluation), PLAIN)
-    (file,) = (evaluation.kept.folder / "counter").glob(pattern)
+    (file,) = (evaluation.cache.folder / "counter").glob(pattern)
     file.write_bytes(file.read_bytes()[:50])
     capsys.readouterr()
     assert train(evaluation, training_of(evaluation), PLAIN) == expected
-    assert "holds a training that can't be read; it is done again" in capsys.readouterr().out
+    assert f"{file} can't be read; it is computed again" in capsys.readouterr().out
 
 
 def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> None:
@@ -230,5 +230,5 @@ def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> 
 
 def test_losses_that_are_lost_at_every_rate_are_said() -> None:
     lost = {"learning_rate": 100.0, "valid_accuracy": 0.0, "train_loss_by_epoch": [None]}
-    with pytest.raises(ValueError, match=r"learning_rates is 100, and at each the loss became no number"):
+    with pytest.raises(ValueError, match=r"learning_rates is 100, and at each the loss became NaN or Inf"):
         best_of([lost])

@@ -13,12 +13,12 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline.evaluate.classifiers import sgd
 from pipeline.evaluate.classifiers.logistic import LinearClassifier, fit_logistic, logistic_path, moments
-from pipeline.evaluate.classifiers.sgd import SgdOptions, fit_sgd, search_rate, train_sgd
+from pipeline.evaluate.classifiers.sgd import Sgd, train_sgd
 from pipeline.evaluate.features import labelled
-from pipeline.evaluate.features.labelled import Labelled, SideBySide, color_histogram, raw_pixels
-from pipeline.evaluate.metrics.mask_ensemble import most_votes
+from pipeline.evaluate.features.labelled import Concatenated, Labelled, color_histogram, raw_pixels
+from pipeline.evaluate.metrics.mask_ensemble import majority_vote
+from pipeline.evaluate.options import SgdOptions
 from tests.pipeline.evaluate.tiny_sets import random_palette, random_pictures
 
 STRENGTHS = [1.0, 0.1, 0.01, 0.001]
@@ -91,7 +91,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(deviation, expected, rtol=1e-6)
     parted = next(
-        logistic_path(Labelled(SideBySide([train.features[:, :5], train.features[:, 5:]]), train.labels), [0.1])
+        logistic_path(Labelled(Concatenated([train.features[:, :5], train.features[:, 5:]]), train.labels), [0.1])
     )
     np.testing.assert_allclose(parted.weight, whole.weight, atol=1e-3)
     np.testing.assert_array_equal(whole.predict(valid.features), whole.classes[whole._scores(valid.features).argmax(1)])
@@ -133,34 +133,36 @@ def test_the_rate_is_searched_downward_until_the_loss_stops_falling(monkeypatch:
     losses = {30.0: math.inf, 10.0: math.inf, 3.0: 2.0, 1.0: 1.5, 0.3: 1.6, 0.1: 1.0}
     tried = []
 
-    def fitted(_name: str, _train: Labelled, _valid: Labelled, rate: float, *_rest: object) -> dict[str, float]:
+    def fitted(
+        _self: Sgd, _name: str, _train: Labelled, _valid: Labelled, rate: float, *_rest: object
+    ) -> dict[str, float]:
         tried.append(rate)
         return {"setting": rate, "valid_loss": losses[rate]}
 
     with monkeypatch.context() as patched:
-        patched.setattr(sgd, "fit_sgd", fitted)
-        best = search_rate("x", train, valid, SgdOptions(rates=[3.0, *losses][::-1]), 0, CPU, at_once)
+        patched.setattr(Sgd, "fit", fitted)
+        best = Sgd(SgdOptions(rates=[3.0, *losses][::-1]), 0, CPU, at_once).search("x", train, valid)
     assert best["setting"] == 1.0
     assert tried == [30.0, 10.0, 3.0, 1.0, 0.3]
 
-    options = SgdOptions(epochs=3)  # as it is, nothing replaced
-    found = search_rate("x", train, valid, options, 0, CPU, at_once)
+    solver = Sgd(SgdOptions(epochs=3), 0, CPU, at_once)  # as it is, nothing replaced
+    found = solver.search("x", train, valid)
     assert 0.003 < found["setting"] < 30
-    again = fit_sgd("x", train, valid, found["setting"], 0, options, 0, CPU, at_once)
+    again = solver.fit("x", train, valid, found["setting"], 0)
     assert again["valid_loss"] == found["valid_loss"]
-    other = fit_sgd("x", train, valid, found["setting"], 1, options, 0, CPU, at_once)
+    other = solver.fit("x", train, valid, found["setting"], 1)
     assert not np.array_equal(other["weight"], again["weight"])  # another order of the pictures
 
 
 def test_the_commonest_of_the_votes_is_taken_and_ties_fall_at_random() -> None:
     random = np.random.default_rng(0)
     votes = random.integers(0, 4, (5, 3000))
-    voted = most_votes(votes, np.random.default_rng(1))
+    voted = majority_vote(votes, np.random.default_rng(1))
     expected = mode(votes, axis=0)
     counts = (votes == voted).sum(0)
     np.testing.assert_array_equal(counts, expected.count)
-    np.testing.assert_array_equal(voted, most_votes(votes, np.random.default_rng(1)))
-    tied = most_votes(np.repeat([[7], [7], [2], [2], [5]], 4000, axis=1), np.random.default_rng(2))
+    np.testing.assert_array_equal(voted, majority_vote(votes, np.random.default_rng(1)))
+    tied = majority_vote(np.repeat([[7], [7], [2], [2], [5]], 4000, axis=1), np.random.default_rng(2))
     assert set(tied) == {2, 7}
     assert np.mean(tied == 2) == pytest.approx(0.5, abs=0.03)
 

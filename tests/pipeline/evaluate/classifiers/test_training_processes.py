@@ -78,7 +78,7 @@ def test_a_killed_process_goes_on_and_says_the_same(
     capsys.readouterr()
     assert evaluate(arguments) == 0
     said = capsys.readouterr().out
-    assert "fine_tune-rate-0.003: goes on after epoch" in said
+    assert "fine_tune-rate-0.003: resumes after epoch" in said
     assert "fine_tune-rate-0.01, epoch" not in said  # finished before
     assert "fine_tune-rate-0.003, epoch 1:" not in said
     found, expected = result_of(tmp_path / "results", "fine_tune"), result_of(alone, "fine_tune")

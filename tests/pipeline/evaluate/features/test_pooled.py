@@ -11,9 +11,10 @@ import torch
 from transformers import GPT2Model, ImageGPTModel
 
 from data_prep.shards.reader import ShardSet
+from pipeline.evaluate import cache as cache_module
+from pipeline.evaluate.cache import CachedArray
 from pipeline.evaluate.context import Evaluation, choose_pictures
-from pipeline.evaluate.features import pooled as features_module
-from pipeline.evaluate.features.pooled import Cache, pooled_features
+from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.model.objectives import IGNORED
 
 HUGGING_FACE = {"igpt": ImageGPTModel, "gpt2": GPT2Model}
@@ -98,7 +99,7 @@ def test_another_model_has_features_of_its_own(model_folders: dict[str, Path], e
 def test_a_killed_extraction_goes_on(
     model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "SECONDS_BETWEEN_NOTES", 0.0)
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_NOTES", 0.0)
     expected = evaluation_of(model_folder, batch_size=20, features="elsewhere")
     expected = np.array(pooled_features(expected, expected.pictures("test")))
     killed = evaluation_of(model_folder, batch_size=20)
@@ -113,7 +114,7 @@ def test_a_killed_extraction_goes_on(
 
 
 def test_a_note_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, "test")
+    cache = CachedArray(tmp_path, "test")
     cache.note(0, [0, 20])
     with (tmp_path / "test.batches" / "rank-0").open("a") as file:
         file.write("\n12")  # of 120;

@@ -12,6 +12,7 @@ from scipy.stats import ortho_group
 
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import decode
+from pipeline.evaluate.cache import clear_unfinished
 from pipeline.evaluate.context import Evaluation
 from pipeline.evaluate.metrics import completion_distance as distance_module
 from pipeline.evaluate.metrics.completion_distance import completion_distance
@@ -165,7 +166,7 @@ def test_a_killed_measurement_goes_on(
     assert done == [10, 20]
     monkeypatch.undo()
     evaluation = evaluation_of(model_folder, batch_size=10)
-    evaluation.kept.clear()
+    clear_unfinished(evaluation.results, "test")
     assert distances(evaluation, toy) == again
 
 

@@ -10,13 +10,14 @@ import torch
 from transformers import ImageGPTModel
 
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.features import attentive_pooling
 from pipeline.evaluate.features.attentive_pooling import AttentivePooling, standardisation, token_features
-from pipeline.evaluate.tasks.attentive_probe import Options, measure, summary
+from pipeline.evaluate.options import AttentiveProbeOptions
+from pipeline.evaluate.tasks.attentive_probe import AttentiveProbe
 from tests.pipeline.evaluate.tiny_sets import COLORS
 
-QUICK = Options(epochs=8, layers=[1, 3], learning_rates=[0.02, 1e-6], global_size=20, reflect_crop=1)
+QUICK = AttentiveProbeOptions(epochs=8, layers=[1, 3], learning_rates=[0.02, 1e-6], global_size=20, reflect_crop=1)
 
 
 def some_pooling(heads: int = 4) -> AttentivePooling:
@@ -59,7 +60,7 @@ def test_pooling_is_its_definition_in_float64() -> None:
 def test_features_and_their_moments_are_those_of_transformers(
     model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attentive_pooling, "PICTURES_A_PIECE", 100)  # several pieces, the last one smaller
+    monkeypatch.setattr(attentive_pooling, "IMAGES_PER_ITEM", 100)  # several pieces, the last one smaller
     evaluation = evaluation_of(model_folder, batch_size=30)
     pictures = evaluation.pictures("train", labelled=True)
     tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
@@ -83,9 +84,9 @@ def test_features_and_their_moments_are_those_of_transformers(
 def test_it_learns_from_a_frozen_model(model_folder: Path, evaluation_of: Callable, separable: ShardSet) -> None:
     evaluation = evaluation_of(model_folder, separable)
     before = [parameter.clone() for parameter in evaluation.model.model.parameters()]
-    result = measure(evaluation, QUICK)
+    result = AttentiveProbe(QUICK).measure(evaluation)
     assert result["test_accuracy"] > 0.9
-    assert f"{result['test_accuracy']:.1%}" in summary(result)
+    assert f"{result['test_accuracy']:.1%}" in AttentiveProbe.summary(result)
     for after, parameter in zip(evaluation.model.model.parameters(), before, strict=True):
         assert torch.equal(after, parameter)
     assert (result["layers"], result["heads"]) == ([1, 3], 2)
@@ -104,17 +105,17 @@ def test_layers_side_by_side_are_layers_alone(
 ) -> None:
     evaluation = evaluation_of(model_folder, separable)
     options = replace(QUICK, epochs=2, learning_rates=[0.02])
-    both = measure(evaluation, options)
+    both = AttentiveProbe(options).measure(evaluation)
     for place, layer in enumerate(both["layers"]):
-        alone = replace(evaluation, kept=Kept(tmp_path, f"layer-{layer}", ""))
-        result = measure(alone, replace(options, layers=[layer]))
+        alone = replace(evaluation, cache=TaskCache.of_task(tmp_path, f"layer-{layer}", ""))
+        result = AttentiveProbe(replace(options, layers=[layer])).measure(alone)
         assert result["valid_accuracy"] == both["valid_accuracy_by_layer"][place]
 
 
 def test_a_model_of_hidden_colours_votes_over_masks(
     masked_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
-    result = measure(evaluation_of(masked_folder, separable), replace(QUICK, layers=[2]))
+    result = AttentiveProbe(replace(QUICK, layers=[2])).measure(evaluation_of(masked_folder, separable))
     assert result["masks"] == 5
     assert min(result["test_accuracy_by_mask"]) > 0.8
     assert result["ensembled_test_accuracy"] > 0.9
@@ -131,7 +132,7 @@ def test_options_that_do_not_fit_the_model(
     options: dict, message: str, model_folder: Path, evaluation_of: Callable
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        measure(evaluation_of(model_folder), Options(**{"reflect_crop": 0, **options}))
+        AttentiveProbe(AttentiveProbeOptions(**{"reflect_crop": 0, **options})).measure(evaluation_of(model_folder))
 
 
 @pytest.mark.parametrize(
@@ -146,14 +147,14 @@ def test_options_that_do_not_fit_the_model(
 )
 def test_options_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Options(**options)
+        AttentiveProbeOptions(**options)
 
 
 def test_losses_that_are_lost_at_every_rate_are_said(model_folder: Path, evaluation_of: Callable) -> None:
-    with pytest.raises(ValueError, match=r"learning_rates is 1e\+36, and at each the loss became no number"):
-        measure(evaluation_of(model_folder), replace(QUICK, learning_rates=[1e36]))
+    with pytest.raises(ValueError, match=r"learning_rates is 1e\+36, and at each the loss became NaN or Inf"):
+        AttentiveProbe(replace(QUICK, learning_rates=[1e36])).measure(evaluation_of(model_folder))
 
 
 def test_layers_around_the_middle_are_tried(model_folder: Path, evaluation_of: Callable) -> None:
-    result = measure(evaluation_of(model_folder), Options(epochs=1, learning_rates=[1e-3]))
+    result = AttentiveProbe(AttentiveProbeOptions(epochs=1, learning_rates=[1e-3])).measure(evaluation_of(model_folder))
     assert result["layers"] == [1, 2, 3]

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from data_prep.shards.reader import ShardSet
-from pipeline.evaluate.tasks.completions import Options, choose_examples, complete_command, read_besides, with_titles
+from pipeline.evaluate.complete import complete_command
+from pipeline.evaluate.options import CompletionsOptions
+from pipeline.evaluate.tasks.completions import Completions, choose_examples, with_titles
 from pipeline.model.sampling import complete_halves
 from pipeline.model_folder.convert import load_model_folder
 from tests.pipeline.evaluate.tiny_sets import COLORS, RESOLUTION
@@ -74,15 +76,15 @@ def test_the_command_writes_the_grid(command: Callable[..., Path], shards: Shard
 
 
 def test_a_model_of_hidden_colours_cant_complete(command: Callable[..., Path], masked_folder: Path) -> None:
-    with pytest.raises(ValueError, match="trained with masked_color: it says hidden colours from all others"):
+    with pytest.raises(ValueError, match="trained with masked_color: it predicts masked pixels from all others"):
         command(model=masked_folder)
 
 
 def test_another_feature_network_under_the_same_name_is_another_measurement(tmp_path: Path) -> None:
-    options = Options(feature_network=str(write_toy_network(tmp_path / "toy.pt")))
-    first = read_besides(tmp_path, options)
+    options = CompletionsOptions(feature_network=str(write_toy_network(tmp_path / "toy.pt")))
+    first = Completions(options).other_inputs(tmp_path)
     write_toy_network(tmp_path / "toy.pt", returns_features=True)
-    assert read_besides(tmp_path, options) != first
+    assert Completions(options).other_inputs(tmp_path) != first
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
 from data_prep.shards.reader import ShardSet
+from pipeline.evaluate.cache import clear_unfinished
+from pipeline.evaluate.options import DensityOptions
 from pipeline.evaluate.tasks import density as density_module
-from pipeline.evaluate.tasks.density import Counts, Options, measure, nats_by_position
+from pipeline.evaluate.tasks.density import Counts, Density, nats_by_position
 from tests.pipeline.evaluate.tiny_sets import COLORS, RESOLUTION
 
 HUGGING_FACE = {"igpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
@@ -25,7 +27,7 @@ def test_density_is_the_loss_of_transformers(
     block: str, model_folders: dict[str, Path], evaluation_of: Callable
 ) -> None:
     evaluation = evaluation_of(model_folders[block], batch_size=48)
-    result = measure(evaluation, Options())
+    result = Density(DensityOptions()).measure(evaluation)
     tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
     inputs = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)
     with torch.no_grad():
@@ -49,12 +51,12 @@ def test_density_agrees_with_the_loss_transformers_computes_itself(model_folder:
     of_last = functional.cross_entropy(last, tokens[:, -1]).item()
     positions = RESOLUTION**2
     expected = (theirs * (positions - 1) + of_last) / positions
-    assert measure(evaluation, Options())["nats_per_color"] == pytest.approx(expected, abs=1e-5)
+    assert Density(DensityOptions()).measure(evaluation)["nats_per_color"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_heat_map_is_the_loss_at_each_position(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder, batch_size=48)
-    result = measure(evaluation, Options())
+    result = Density(DensityOptions()).measure(evaluation)
     tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
     inputs = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)
     with torch.no_grad():
@@ -70,7 +72,7 @@ def test_a_masked_model_is_scored_on_hidden_colours_alone(masked_folder: Path, e
     """Against log probabilities in float64, gathered by hand under the evaluation's own masks."""
     evaluation = evaluation_of(masked_folder, batch_size=48)
     pictures = evaluation.pictures("test")
-    result = measure(evaluation, Options(draws=2))
+    result = Density(DensityOptions(draws=2)).measure(evaluation)
     tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
     by_draw, nats, hidden = [], [], []
     for draw in (0, 1):
@@ -98,10 +100,10 @@ def test_a_position_that_was_never_hidden_has_no_nats() -> None:
 def test_a_killed_measurement_goes_on(
     model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(density_module, "BATCHES_OF_PIECE", 2)
+    monkeypatch.setattr(density_module, "BATCHES_PER_ITEM", 2)
     whole = evaluation_of(model_folder, batch_size=20)
-    expected = measure(whole, Options())
-    whole.kept.clear()
+    expected = Density(DensityOptions()).measure(whole)
+    clear_unfinished(whole.results, "test")
     killed, read = evaluation_of(model_folder, batch_size=20), []
 
     def count(_module: object, inputs: tuple[torch.Tensor]) -> None:
@@ -111,11 +113,11 @@ def test_a_killed_measurement_goes_on(
 
     killed.model.model.transformer.register_forward_pre_hook(count)
     with pytest.raises(KeyboardInterrupt):
-        measure(killed, Options())
+        Density(DensityOptions()).measure(killed)
     read.clear()
     again = evaluation_of(model_folder, batch_size=20)
     again.model.model.transformer.register_forward_pre_hook(count)
-    assert measure(again, Options()) == expected
+    assert Density(DensityOptions()).measure(again) == expected
     assert sum(read) == 130 - 80
 
 
@@ -130,7 +132,7 @@ def grids(shards: ShardSet, split: str) -> np.ndarray:
 
 
 def test_baselines_by_counting(shards: ShardSet, model_folder: Path, evaluation_of: Callable) -> None:
-    result = measure(evaluation_of(model_folder), Options(split="valid"))
+    result = Density(DensityOptions(split="valid")).measure(evaluation_of(model_folder))
     train, scored = grids(shards, "train").reshape(-1, RESOLUTION**2), grids(shards, "valid").reshape(-1, RESOLUTION**2)
     single = Counter(train.ravel().tolist())
     total = sum(single.values())
@@ -207,4 +209,4 @@ def test_above_is_the_colour_of_the_row_above() -> None:
 
 def test_an_absent_split_is_named(model_folder: Path, evaluation_of: Callable) -> None:
     with pytest.raises(ValueError, match="has no split 'holdout'"):
-        measure(evaluation_of(model_folder), Options(split="holdout"))
+        Density(DensityOptions(split="holdout")).measure(evaluation_of(model_folder))

@@ -11,10 +11,11 @@ import torch
 
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.evaluate.cache import Kept
-from pipeline.evaluate.context import Evaluation, Sizes, start_accelerator
-from pipeline.evaluate.tasks import fine_tune
-from pipeline.evaluate.tasks.distill import Options, measure, read_besides, summary
+from pipeline.evaluate.cache import TaskCache
+from pipeline.evaluate.context import Evaluation, start_accelerator
+from pipeline.evaluate.options import DistillOptions, FineTuneOptions, Sizes
+from pipeline.evaluate.tasks.distill import Distill
+from pipeline.evaluate.tasks.fine_tune import FineTune
 from pipeline.model_folder.classifier import load_classifier
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.files import model_digest
@@ -26,8 +27,8 @@ from tests.pipeline.evaluate.tiny_sets import (
     write_shard_set,
 )
 
-QUICK = Options(epochs=4, learning_rates=[0.02], global_size=20, reflect_crop=1)
-TEACHING = fine_tune.Options(epochs=15, learning_rates=[0.01], global_size=20, reflect_crop=1)
+QUICK = DistillOptions(epochs=4, learning_rates=[0.02], global_size=20, reflect_crop=1)
+TEACHING = FineTuneOptions(epochs=15, learning_rates=[0.01], global_size=20, reflect_crop=1)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,11 @@ def taught(model_folder: Path, separable: ShardSet, tmp_path_factory: pytest.Tem
         accelerator=start_accelerator("fp32"),
         seed=0,
         sizes=Sizes(train_images=60),
-        kept=Kept(results, "fine_tune", ""),
+        cache=TaskCache.of_task(results, "fine_tune", ""),
         features=results / "features",
         model_digest=model_digest(model_folder),
     )
-    fine_tune.measure(evaluation, TEACHING)
+    FineTune(TEACHING).measure(evaluation)
     return results / "fine_tuned"
 
 
@@ -70,7 +71,7 @@ def test_a_student_learns_from_its_teacher_and_no_label(
     teacher: Path, model_folder: Path, evaluation_of: Callable, separable: ShardSet, tmp_path: Path
 ) -> None:
     evaluation = evaluation_of(model_folder, separable)
-    result = measure(evaluation, QUICK)
+    result = Distill(QUICK).measure(evaluation)
     assert result["student"]["test_accuracy"] > 0.85
     assert result["agreement"] > 0.85
     shape = {key: result["student"][key] for key in ("layers", "width", "heads")}
@@ -79,7 +80,7 @@ def test_a_student_learns_from_its_teacher_and_no_label(
     assert (result["unlabelled_images"], result["labelled_images"]) == (240, 60)  # the teacher's labels
     assert (result["images_per_training"], result["temperature"]) == (960, 1.0)
     for name in ("teacher", "student", "labels_alone"):
-        assert f"{result[name]['test_accuracy']:.1%}" in summary(result)
+        assert f"{result[name]['test_accuracy']:.1%}" in Distill.summary(result)
 
     classifier, pictures = load_classifier(teacher), evaluation.pictures("test")
     tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
@@ -92,8 +93,10 @@ def test_a_student_learns_from_its_teacher_and_no_label(
     assert (said == students).float().mean().item() == pytest.approx(result["agreement"])
 
     other = relabelled(separable, tmp_path / "relabelled")
-    blind = replace(evaluation, shards=other, kept=Kept(tmp_path, "blind", ""), results=tmp_path / "blind")
-    again = measure(blind, replace(QUICK, teacher=str(teacher)))
+    blind = replace(
+        evaluation, shards=other, cache=TaskCache.of_task(tmp_path, "blind", ""), results=tmp_path / "blind"
+    )
+    again = Distill(replace(QUICK, teacher=str(teacher))).measure(blind)
     assert again["student"]["trials"] == result["student"]["trials"]
     assert again["student"]["test_accuracy"] == result["student"]["test_accuracy"]
     assert again["labels_alone"]["test_accuracy"] < 0.3 < result["labels_alone"]["test_accuracy"]
@@ -105,7 +108,7 @@ def test_a_student_may_begin_from_a_model(
 ) -> None:
     """One of hidden colours reads with masks, while its teacher does not."""
     evaluation = evaluation_of(model_folder, separable)
-    result = measure(evaluation, replace(QUICK, student=str(masked_folder), epochs=3))
+    result = Distill(replace(QUICK, student=str(masked_folder), epochs=3)).measure(evaluation)
     assert result["student"]["masks"] == 5
     assert "masks" not in result["teacher"]
     assert result["student"]["test_accuracy"] > 0.85
@@ -117,16 +120,16 @@ def test_a_student_may_begin_from_a_model(
 
 def test_another_teacher_is_another_measurement(teacher: Path, masked_folder: Path, tmp_path: Path) -> None:
     results = teacher.parent
-    digests = read_besides(results, QUICK)
+    digests = Distill(QUICK).other_inputs(results)
     assert list(digests) == ["teacher_digest"]
-    assert read_besides(results, replace(QUICK, student=str(masked_folder))).keys() > digests.keys()
+    assert Distill(replace(QUICK, student=str(masked_folder))).other_inputs(results).keys() > digests.keys()
     other = tmp_path / "other"
     copytree(teacher, other)
-    assert read_besides(tmp_path, replace(QUICK, teacher=str(other))) == digests
+    assert Distill(replace(QUICK, teacher=str(other))).other_inputs(tmp_path) == digests
     head = bytearray((other / "class_head.safetensors").read_bytes())
     head[-1] ^= 1
     (other / "class_head.safetensors").write_bytes(head)
-    assert read_besides(tmp_path, replace(QUICK, teacher=str(other))) != digests
+    assert Distill(replace(QUICK, teacher=str(other))).other_inputs(tmp_path) != digests
 
 
 def test_teachers_and_students_that_do_not_fit(
@@ -136,10 +139,10 @@ def test_teachers_and_students_that_do_not_fit(
 
     def refused(message: str, evaluation: Evaluation = evaluation, **options: object) -> None:
         with pytest.raises(ValueError, match=message):
-            measure(evaluation, replace(QUICK, **options))
+            Distill(replace(QUICK, **options)).measure(evaluation)
 
     with pytest.raises(ValueError, match=r"distill needs a teacher, and .*nowhere.fine_tuned is none; run the task"):
-        read_besides(tmp_path / "nowhere", QUICK)
+        Distill(QUICK).other_inputs(tmp_path / "nowhere")
     refused("distill needs a teacher", teacher=str(model_folders["igpt"]))
     refused("was fine-tuned from another model than this one", evaluation_of(model_folders["gpt2"], separable))
     refused(r"distill\.heads is 3; it must divide the student's width, 8", heads=3)
@@ -170,4 +173,4 @@ def test_teachers_and_students_that_do_not_fit(
 )
 def test_options_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Options(**options)
+        DistillOptions(**options)

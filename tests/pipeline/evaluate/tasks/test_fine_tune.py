@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from transformers import ImageGPTForImageClassification
 
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.evaluate.cache import Kept
+from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.classifiers.finetune_loop import epoch_order
-from pipeline.evaluate.tasks.fine_tune import Options, measure, summary
+from pipeline.evaluate.options import FineTuneOptions
+from pipeline.evaluate.tasks.fine_tune import FineTune
 from pipeline.model_folder.classifier import load_classifier
 from pipeline.model_folder.convert import load_model_folder
 from tests.pipeline.evaluate.tiny_sets import CLASSES, COLORS, random_palette, separable_pictures, write_shard_set
 
-QUICK = Options(epochs=4, learning_rates=[0.01, 1e-6], global_size=20, reflect_crop=1)
+QUICK = FineTuneOptions(epochs=4, learning_rates=[0.01, 1e-6], global_size=20, reflect_crop=1)
 
 
 def test_it_learns_classes_and_leaves_a_classifier(
@@ -26,7 +27,7 @@ def test_it_learns_classes_and_leaves_a_classifier(
 ) -> None:
     evaluation = evaluation_of(model_folder, separable)
     before = [parameter.clone() for parameter in evaluation.model.model.parameters()]
-    result = measure(evaluation, QUICK)
+    result = FineTune(QUICK).measure(evaluation)
     assert result["test_accuracy"] > 0.9 > 0.5 > result["majority_class_test_accuracy"]
     assert (result["learning_rate"], len(result["trials"])) == (0.01, 2)
     best = result["trials"][0]
@@ -36,7 +37,7 @@ def test_it_learns_classes_and_leaves_a_classifier(
     losses = best["train_loss_by_epoch"]
     assert losses == sorted(losses, reverse=True)
     assert (result["train_images"], result["valid_images"], result["test_images"]) == (200, 90, 100)
-    assert f"{result['test_accuracy']:.1%}" in summary(result)
+    assert f"{result['test_accuracy']:.1%}" in FineTune.summary(result)
 
     confusion, labels = np.array(result["confusion"]), evaluation.pictures("test", labelled=True).labels
     assert confusion.sum(1).tolist() == np.bincount(labels).tolist()
@@ -59,8 +60,8 @@ def test_it_learns_classes_and_leaves_a_classifier(
 def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of: Callable, shards: ShardSet) -> None:
     """Six batches without changes of pictures: losses and weights, by transformers' own modules."""
     evaluation = evaluation_of(model_folder, train_images=48)
-    options = Options(epochs=1, learning_rates=[1e-3], global_size=8, flip=False, reflect_crop=0, clip_norm=1.0)
-    result = measure(evaluation, options)
+    options = FineTuneOptions(epochs=1, learning_rates=[1e-3], global_size=8, flip=False, reflect_crop=0, clip_norm=1.0)
+    result = FineTune(options).measure(evaluation)
 
     theirs = ImageGPTForImageClassification.from_pretrained(model_folder, num_labels=CLASSES).eval()
     head = torch.nn.Linear(16, COLORS, bias=False)
@@ -96,7 +97,7 @@ def test_classes_alone_leave_the_colours_head_as_it_was(
     model_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
     evaluation = evaluation_of(model_folder, separable)
-    result = measure(evaluation, replace(QUICK, generative_weight=0.0, learning_rates=[0.01]))
+    result = FineTune(replace(QUICK, generative_weight=0.0, learning_rates=[0.01])).measure(evaluation)
     assert result["test_accuracy"] > 0.9
     assert result["trials"][0]["train_loss_by_epoch"][0] < np.log(CLASSES)  # no nats of colours in it
     model = load_classifier(evaluation.results / "fine_tuned").loaded.model
@@ -108,11 +109,11 @@ def test_a_model_of_hidden_colours_votes_over_masks(
     masked_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
     evaluation = evaluation_of(masked_folder, separable)
-    result = measure(evaluation, replace(QUICK, learning_rates=[0.01]))
+    result = FineTune(replace(QUICK, learning_rates=[0.01])).measure(evaluation)
     assert result["masks"] == len(result["test_accuracy_by_mask"]) == 5
     assert result["test_accuracy_by_mask"][0] == result["test_accuracy"] > 0.9
     assert result["ensembled_test_accuracy"] > 0.9
-    assert "by the vote of 5 masks" in summary(result)
+    assert "by the vote of 5 masks" in FineTune.summary(result)
     assert load_classifier(evaluation.results / "fine_tuned").loaded.mask_probability == 0.15
 
 
@@ -123,7 +124,7 @@ def test_a_class_that_a_split_lacks_is_said(
     tokens, labels = splits["test"]
     splits["test"] = tokens[labels != 2], labels[labels != 2]
     other = open_shard_set(write_shard_set(tmp_path / "other", splits, random_palette()))
-    result = measure(evaluation_of(model_folder, other), replace(QUICK, epochs=1, learning_rates=[0.01]))
+    result = FineTune(replace(QUICK, epochs=1, learning_rates=[0.01])).measure(evaluation_of(model_folder, other))
     assert "fine_tune: no labelled picture in test of class 2" in capsys.readouterr().out
     assert result["absent_classes"]["test"] == ["class 2"]
     assert result["test_accuracy_by_class"][2] is None
@@ -145,17 +146,19 @@ def test_a_class_that_a_split_lacks_is_said(
 )
 def test_options_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Options(**options)
+        FineTuneOptions(**options)
 
 
 def test_what_cannot_be_fine_tuned(model_folder: Path, evaluation_of: Callable, tmp_path: Path) -> None:
     evaluation = evaluation_of(model_folder)
-    with pytest.raises(ValueError, match=r"fine_tune\.reflect_crop is 6; pictures of 6x6 have fewer than 6 pixels"):
-        measure(evaluation, replace(QUICK, reflect_crop=6))
+    with pytest.raises(ValueError, match=r"fine_tune\.reflect_crop is 6; images of 6x6 have fewer than 6 pixels"):
+        FineTune(replace(QUICK, reflect_crop=6)).measure(evaluation)
     unlabelled = {name: separable_pictures(20, 0, 20 * (name == "valid")) for name in ("train", "valid", "test")}
     other = open_shard_set(write_shard_set(tmp_path / "other", unlabelled, random_palette()))
     with pytest.raises(ValueError, match="has no labelled pictures in its split valid"):
-        measure(evaluation_of(model_folder, other), QUICK)
-    with pytest.raises(ValueError, match=r"learning_rates is 1e\+20, and at each the loss became no number"):
-        measure(replace(evaluation, kept=Kept(tmp_path, "lost", "")), replace(QUICK, learning_rates=[1e20]))
+        FineTune(QUICK).measure(evaluation_of(model_folder, other))
+    with pytest.raises(ValueError, match=r"learning_rates is 1e\+20, and at each the loss became NaN or Inf"):
+        FineTune(replace(QUICK, learning_rates=[1e20])).measure(
+            replace(evaluation, cache=TaskCache.of_task(tmp_path, "lost", ""))
+        )
     assert not (evaluation.results / "fine_tuned").exists()

@@ -11,8 +11,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from pipeline.evaluate.features import labelled
 from pipeline.evaluate.features.labelled import Labelled, color_histogram, raw_pixels
 from pipeline.evaluate.features.pooled import pooled_features
+from pipeline.evaluate.options import KnnOptions
 from pipeline.evaluate.tasks import knn
-from pipeline.evaluate.tasks.knn import Options, measure, predictions
+from pipeline.evaluate.tasks.knn import KNN, predictions
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,7 @@ def test_the_task_tests_the_layer_and_k_that_did_best_on_validation(
     model_folder: Path, evaluation_of: Callable
 ) -> None:
     evaluation = evaluation_of(model_folder)
-    result = measure(evaluation, Options(k=[5, 20, 300, 400]))
+    result = KNN(KnnOptions(k=[5, 20, 300, 400])).measure(evaluation)
 
     pictures = {name: evaluation.pictures(name, labelled=True) for name in ("train", "valid", "test")}
     labels = {name: chosen.labels for name, chosen in pictures.items()}
@@ -78,7 +79,7 @@ def test_the_task_tests_the_layer_and_k_that_did_best_on_validation(
 
 def test_a_masked_model_votes_over_five_masks(masked_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(masked_folder)
-    result = measure(evaluation, Options(k=[20]))
+    result = KNN(KnnOptions(k=[20])).measure(evaluation)
     pictures = {name: evaluation.pictures(name, labelled=True) for name in ("train", "test")}
     layer = result["best_layer"]
     bank = Labelled(pooled_features(evaluation, pictures["train"])[layer], pictures["train"].labels)
@@ -90,8 +91,8 @@ def test_a_masked_model_votes_over_five_masks(masked_folder: Path, evaluation_of
 
 
 def test_more_neighbours_than_pictures_are_refused(model_folder: Path, evaluation_of: Callable) -> None:
-    with pytest.raises(ValueError, match=r"knn\.k is \[100, 200\], but .* has 90 labelled pictures in train"):
-        measure(evaluation_of(model_folder, train_images=90), Options(k=[100, 200]))
+    with pytest.raises(ValueError, match=r"knn\.k is \[100, 200\], but .* has 90 labelled images in train"):
+        KNN(KnnOptions(k=[100, 200])).measure(evaluation_of(model_folder, train_images=90))
 
 
 @pytest.mark.parametrize(
@@ -104,4 +105,4 @@ def test_more_neighbours_than_pictures_are_refused(model_folder: Path, evaluatio
 )
 def test_options_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Options(**options)
+        KnnOptions(**options)

@@ -1,7 +1,6 @@
 """The linear probe as a task: what it measures against scikit-learn, and what it refuses."""
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.evaluate.classifiers.sgd import SgdOptions
+from pipeline.evaluate.cache import clear_unfinished
 from pipeline.evaluate.context import Evaluation
 from pipeline.evaluate.features.pooled import pooled_features
-from pipeline.evaluate.registry import TASKS
-from pipeline.evaluate.tasks.linear_probe import Options, layers_around, measure
+from pipeline.evaluate.options import LinearProbeOptions, SgdOptions
+from pipeline.evaluate.registry import options_type, task_class
+from pipeline.evaluate.tasks.linear_probe import LinearProbe, layers_around
 from tests.pipeline.evaluate.tiny_sets import random_palette, random_pictures, write_shard_set
 
 STRENGTHS = [1.0, 0.1, 0.01, 0.001]
@@ -40,7 +40,7 @@ def features_and_labels(evaluation: Evaluation, draw: int = 0) -> tuple[dict[str
 
 def test_the_task_measures_the_layer_that_did_best_on_validation(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder)
-    result = measure(evaluation, Options(l2=STRENGTHS, concatenate=3))
+    result = LinearProbe(LinearProbeOptions(l2=STRENGTHS, concatenate=3)).measure(evaluation)
 
     features, labels = features_and_labels(evaluation)
     expected = []
@@ -91,8 +91,8 @@ def test_labels_of_the_test_split_choose_nothing(
     results = []
     for number, each in enumerate((shards, other)):
         evaluation = evaluation_of(model_folder, each, features=f"features-{number}")
-        evaluation.kept.clear()
-        results.append(measure(evaluation, Options(l2=[0.1, 0.01])))
+        clear_unfinished(evaluation.results, "test")
+        results.append(LinearProbe(LinearProbeOptions(l2=[0.1, 0.01])).measure(evaluation))
     first, second = results
     for key in ("valid_accuracy_by_layer", "best_layer", "best_l2", "raw_pixel_valid_accuracy"):
         assert first[key] == second[key], key
@@ -103,7 +103,7 @@ def test_labels_of_the_test_split_choose_nothing(
 def test_sgd_gives_mean_and_deviation_over_seeds(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder)
     sgd = SgdOptions(rates=[0.1, 0.01], epochs=20, batch_size=32, seeds=3)
-    result = measure(evaluation, Options(solver="sgd", sgd=sgd, concatenate=2))
+    result = LinearProbe(LinearProbeOptions(solver="sgd", sgd=sgd, concatenate=2)).measure(evaluation)
     for probe in (result, result["concatenated"]):
         accuracies = probe["test_accuracy_by_seed"]
         assert len(accuracies) == 3
@@ -119,7 +119,7 @@ def test_sgd_gives_mean_and_deviation_over_seeds(model_folder: Path, evaluation_
 
 def test_a_masked_model_votes_over_five_masks(masked_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(masked_folder)
-    result = measure(evaluation, Options(l2=[0.1], concatenate=0))
+    result = LinearProbe(LinearProbeOptions(l2=[0.1], concatenate=0)).measure(evaluation)
     assert "concatenated" not in result
     features, labels = features_and_labels(evaluation)
     layer = result["best_layer"]
@@ -146,7 +146,7 @@ def test_classes_that_a_split_lacks(
     kept = {"train": [0, 2], "valid": [0, 1, 2], "test": [0, 1]}
     data = {name: tuple(part[np.isin(data[name][1], kept[name])] for part in data[name]) for name in data}
     other = open_shard_set(write_shard_set(tmp_path / "other", data, random_palette()))
-    result = measure(evaluation_of(model_folder, other), Options(l2=[0.1, 0.01]))
+    result = LinearProbe(LinearProbeOptions(l2=[0.1, 0.01])).measure(evaluation_of(model_folder, other))
     assert result["absent_classes"] == {"train": ["class 1"], "valid": [], "test": ["class 2"]}
     zero, one, two = result["test_accuracy_by_class"]
     assert zero > 0 and one == 0 and two is None
@@ -173,10 +173,9 @@ def test_splits_that_cannot_be_probed(
 ) -> None:
     data = {name: random_pictures(abs(n), seed=9, unlabelled=max(-n, 0)) for name, n in splits.items()}
     other: ShardSet = open_shard_set(write_shard_set(tmp_path / "other", data, random_palette()))
-    module = import_module(TASKS[task])
     evaluation = evaluation_of(model_folder, other)
     with pytest.raises(ValueError, match=message.replace("TASK", task)):
-        module.measure(evaluation, module.Options())
+        task_class(task)(options_type(task)()).measure(evaluation)
     assert not evaluation.features.exists()  # refused before any forward pass
 
 
@@ -189,4 +188,4 @@ def test_splits_that_cannot_be_probed(
 )
 def test_options_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Options(**options)
+        LinearProbeOptions(**options)

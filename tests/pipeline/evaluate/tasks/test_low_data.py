@@ -12,9 +12,11 @@ from sklearn.preprocessing import StandardScaler
 
 from data_prep.common.seeding import generator
 from data_prep.shards.reader import ShardSet, open_shard_set
+from pipeline.evaluate.cache import clear_unfinished
 from pipeline.evaluate.features.labelled import Labelled
 from pipeline.evaluate.features.pooled import pooled_features
-from pipeline.evaluate.tasks.low_data import Options, Setting, balanced, choose, measure, settings_for, unfit
+from pipeline.evaluate.options import LowDataOptions
+from pipeline.evaluate.tasks.low_data import LowData, Setting, balanced, choose, settings_for
 from tests.pipeline.evaluate.tiny_sets import random_palette, random_pictures, write_shard_set
 
 LABELS = np.repeat([0, 1, 2], [120, 60, 5])
@@ -46,7 +48,7 @@ def test_a_subset_has_so_many_of_each_class_and_is_random() -> None:
 
 
 def test_usual_settings_are_left_out_where_a_class_has_too_few() -> None:
-    settings, left_out = settings_for(LABELS, Options(), "SHARDS")
+    settings, left_out = settings_for(LABELS, LowDataOptions(), "SHARDS")
     assert [(setting.name, setting.labels) for setting in settings] == [("4 per class", 12), ("10%", 18)]
     assert left_out == [
         {"name": "25 per class", "reason": "the rarest class has 5 labels in train"},
@@ -64,12 +66,12 @@ def test_usual_settings_are_left_out_where_a_class_has_too_few() -> None:
 )
 def test_settings_that_were_asked_for_are_not_left_out(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settings_for(LABELS, Options(**options), "SHARDS")
+        settings_for(LABELS, LowDataOptions(**options), "SHARDS")
 
 
 def test_a_set_with_too_few_labels_for_anything_is_refused() -> None:
     with pytest.raises(ValueError, match="SHARDS has 6 labels in train, too few for low_data; the rarest class 3"):
-        settings_for(np.repeat([0, 1], 3), Options(), "SHARDS")
+        settings_for(np.repeat([0, 1], 3), LowDataOptions(), "SHARDS")
 
 
 @pytest.mark.parametrize("choose_on", ["labels", "valid"])
@@ -83,7 +85,7 @@ def test_layer_and_strength_are_those_of_the_least_loss_by_scikit_learn(choose_o
             features = centres[labels] + noise * random.normal(size=(60, 8))
             layers.append(Labelled(features.astype(np.float32), labels))
     strengths = [1.0, 0.03, 0.001]
-    options = Options(l2=strengths, choose_on=choose_on)
+    options = LowDataOptions(l2=strengths, choose_on=choose_on)
     layer, strength = choose(subset, valid if choose_on == "valid" else None, options, seed=11)
 
     def loss(layer: int, strength: float) -> float:
@@ -104,14 +106,14 @@ def test_the_only_label_of_a_class_is_learned_from() -> None:
     random = np.random.default_rng(0)
     labels = np.array([0] * 6 + [1] * 3 + [2])
     subset = [Labelled(random.normal(size=(10, 4)).astype(np.float32), labels)]
-    assert choose(subset, None, Options(l2=[0.1]), seed=0) == (0, 0.1)
+    assert choose(subset, None, LowDataOptions(l2=[0.1]), seed=0) == (0, 0.1)
 
 
 def test_the_task_against_scikit_learn(model_folder: Path, evaluation_of: Callable) -> None:
     """With the layer and the strength given, the mean over the same subsets; the test pictures in full."""
     evaluation = evaluation_of(model_folder)
-    options = Options(per_class=[4, 25], fractions=[0.5], subsets=3, layer=2, l2=[0.1])
-    result = measure(evaluation, options)
+    options = LowDataOptions(per_class=[4, 25], fractions=[0.5], subsets=3, layer=2, l2=[0.1])
+    result = LowData(options).measure(evaluation)
     train, test = (evaluation.pictures(name, labelled=True) for name in ("train", "test"))
     known, asked = (pooled_features(evaluation, pictures)[2] for pictures in (train, test))
     assert [setting["name"] for setting in result["settings"]] == ["4 per class", "25 per class", "50%"]
@@ -149,8 +151,10 @@ def test_no_label_beyond_the_setting_is_used_unless_it_is_said(
 ) -> None:
     def measured(choose_on: str, shards: ShardSet, name: str) -> dict:
         evaluation = evaluation_of(model_folder, shards, features=name)
-        evaluation.kept.clear()
-        return measure(evaluation, Options(per_class=[25], fractions=[], subsets=1, l2=[1, 0.01], choose_on=choose_on))
+        clear_unfinished(evaluation.results, "test")
+        return LowData(
+            LowDataOptions(per_class=[25], fractions=[], subsets=1, l2=[1, 0.01], choose_on=choose_on)
+        ).measure(evaluation)
 
     other_valid, other_test = (mislabelled(tmp_path / split, split) for split in ("valid", "test"))
     honest = measured("labels", shards, "first")
@@ -181,12 +185,12 @@ def test_no_label_beyond_the_setting_is_used_unless_it_is_said(
 )
 def test_options_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Options(**options)
+        LowDataOptions(**options)
 
 
 def test_a_layer_that_the_model_lacks_is_refused(model_folder: Path, evaluation_of: Callable) -> None:
     with pytest.raises(ValueError, match=r"low_data\.layer is 4; the model has the layers 0 to 3"):
-        measure(evaluation_of(model_folder), Options(layer=4))
+        LowData(LowDataOptions(layer=4)).measure(evaluation_of(model_folder))
 
 
 def with_valid(folder: Path, labels: list[int]) -> ShardSet:
@@ -204,8 +208,8 @@ def test_valid_is_wanted_only_where_it_is_used(
 ) -> None:
     """Absent, unlabelled, or of a class that train lacks."""
     evaluation = evaluation_of(model_folder, with_valid(tmp_path / "shards", labels))
-    honest = Options(per_class=[4], fractions=[], subsets=1, l2=[0.1], layer=1)
-    assert unfit(evaluation, honest) is None
-    assert "valid_images" not in measure(evaluation, honest)
+    honest = LowDataOptions(per_class=[4], fractions=[], subsets=1, l2=[0.1], layer=1)
+    assert LowData(honest).unfit(evaluation) is None
+    assert "valid_images" not in LowData(honest).measure(evaluation)
     with pytest.raises(ValueError, match=r"split .?valid|no labelled picture of valid is of a class"):
-        measure(evaluation, Options(per_class=[4], fractions=[], subsets=1, l2=[0.1], choose_on="valid"))
+        LowData(LowDataOptions(per_class=[4], fractions=[], subsets=1, l2=[0.1], choose_on="valid")).measure(evaluation)

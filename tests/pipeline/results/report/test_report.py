@@ -17,7 +17,7 @@ from sklearn.neighbors import NearestCentroid
 from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.features.pooled import pooled_features
-from pipeline.evaluate.registry import LONG, TASKS
+from pipeline.evaluate.registry import LONG, TASKS, Entry
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.results.headline import Headline, accuracy_headlines, headlines_of, title_of
 from pipeline.results.provenance import model_facts
@@ -279,9 +279,9 @@ def test_a_new_task_is_a_file_and_a_line(
 ) -> None:
     """The README's example, as it stands there, does what it says and comes into the report."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    (tmp_path / "nearest_mean.py").write_text(next(block for block in blocks if "def measure(" in block))
+    (tmp_path / "nearest_mean.py").write_text(next(block for block in blocks if "class NearestMean(" in block))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(TASKS, "nearest_mean", "nearest_mean")
+    monkeypatch.setitem(TASKS, "nearest_mean", Entry("nearest_mean:NearestMean"))
     out = measure_all(trained_model, tmp_path / "results", "--tasks", "nearest_mean", "--nearest_mean.layer", "1")
     result = json.loads((out / "nearest_mean.json").read_text())
     evaluation = evaluation_of(trained_model)

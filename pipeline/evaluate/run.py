@@ -1,0 +1,220 @@
+"""Runs evaluation tasks on one model, one after the other, and writes what each one found, and the report."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.files import read_json, write_json
+from data_prep.shards.reader import ShardSet
+from pipeline.distributed import from_first
+from pipeline.evaluate.cache import TaskCache, clear_unfinished
+from pipeline.evaluate.command import Request
+from pipeline.evaluate.context import Evaluation, check_match, start_accelerator
+from pipeline.evaluate.registry import TASKS, task_class
+from pipeline.evaluate.task import Task
+from pipeline.model.gpt import initialize
+from pipeline.model_folder.convert import load_model_folder
+from pipeline.model_folder.resolve import model_folder
+from pipeline.results.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
+from pipeline.results.report.page import write_report
+from pipeline.results.schema import RANDOM_WEIGHTS
+
+FEATURES = ".features"
+
+
+def run(request: Request, shards: ShardSet) -> None:
+    """Measures what was not measured yet with the same inputs. Raises ValueError for invalid input."""
+    evaluation, facts = _start(request, shards)
+    evaluation.log(_describe(facts, evaluation))
+    jobs = _fitting_jobs(request, evaluation, facts)
+    missing = from_first(lambda: [job.name for job in jobs if not job.is_measured()])
+    from_first(lambda: _check(jobs, missing))
+    page = None
+    for number, job in enumerate(jobs):
+        measured = job.run()
+        following = jobs[number + 1 :]
+        if measured or not following:  # after each, so that one that is stopped leaves a report of those that ended
+            not_run = {other.name: other.task.title for other in following if other.name in missing}
+            page = from_first(partial(_report, evaluation, facts, request.command.random_weights, not_run))
+    evaluation.log(f"report: {page}")
+    evaluation.accelerator.end_training()
+
+
+def _start(request: Request, shards: ShardSet) -> tuple[Evaluation, ModelFacts]:
+    """Loads the model. Raises ValueError if there is none, or it does not fit the shard set."""
+    command = request.command
+    accelerator = start_accelerator(command.precision)
+    folder = from_first(lambda: model_folder(request.model))
+    model = load_model_folder(folder)
+    check_match(model, folder, shards)
+    facts = from_first(lambda: model_facts(folder, model))
+    if command.weights == "random":
+        initialize(model.model, command.seed)
+        facts = untrained(facts, command.seed)
+    from_first(lambda: command.out.mkdir(parents=True, exist_ok=True))
+    model.model.to(accelerator.device).eval()
+    evaluation = Evaluation(
+        model=model,
+        shards=shards,
+        results=command.out,
+        accelerator=accelerator,
+        seed=command.seed,
+        sizes=request.sizes,
+        cache=TaskCache.of_task(command.out, "none", facts.digest),
+        features=command.features or command.out / FEATURES,
+        model_digest=facts.digest,
+        weights=command.weights,
+    )
+    return evaluation, facts
+
+
+def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:
+    planned = "" if facts.planned_steps is None else f" of {facts.planned_steps:,}"
+    step = "" if facts.checkpoint_step is None else f" at step {facts.checkpoint_step:,}{planned}"
+    ranks = evaluation.accelerator.num_processes
+    return (
+        f"model {facts.digest[:12]}{step}: {facts.parameters:,} parameters, "
+        f"{facts.layers} layers of width {facts.width}; "
+        f"shard set {evaluation.shards.digest[:12]} ({evaluation.shards.name}); "
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {evaluation.accelerator.device.type}"
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a task's result depends on, beside the model, the shard set and the seed."""
+
+    settings: dict[str, Any]
+    others: dict[str, str]
+    digest: str
+    """Of these, and of the model, the shard set and the seed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task of a command."""
+
+    name: str
+    task: Task[Any]
+    evaluation: Evaluation
+    facts: ModelFacts
+    request: Request
+
+    @property
+    def path(self) -> Path:
+        """The task's JSON."""
+        return self.evaluation.results / f"{self.name}.json"
+
+    def inputs(self) -> Inputs:
+        """The inputs as they are now. Raises ValueError if something that the task reads is missing."""
+        settings = {"precision": self.request.command.precision} | options_of(self.evaluation.sizes, self.task.options)
+        others = self.task.other_inputs(self.evaluation.results)
+        digest = inputs_digest(self.facts, self.evaluation.shards.digest, self.evaluation.seed, settings | others)
+        return Inputs(settings, others, digest)
+
+    def is_measured(self) -> bool:
+        """Whether the same was measured before, and is not to be overwritten."""
+        try:
+            return not self.request.command.overwrite and self._measured_inputs() == self.inputs().digest
+        except ValueError:  # what it reads may be to come, else `check` says so
+            return False
+
+    def run(self) -> bool:
+        """Runs the task and writes its JSON, last, unless the same was measured before; returns whether it ran."""
+        inputs, start = from_first(self.inputs), time.monotonic()
+        if not self.request.command.overwrite and from_first(self._measured_inputs) == inputs.digest:
+            self.evaluation.log(f"{self.name}: already measured with these inputs, cached ({self._how_to_overwrite()})")
+            return False
+        cache = TaskCache.of_task(self.evaluation.results, self.name, inputs.digest)
+        result = self.task.measure(replace(self.evaluation, cache=cache))
+        seconds = round(time.monotonic() - start, 1)
+        content = self._provenance(inputs, seconds) | result | _shown(self.task, result)
+        from_first(lambda: write_json(self.path, content))
+        from_first(lambda: clear_unfinished(self.evaluation.results, self.name))
+        self.evaluation.log(f"{self.name}: {content['summary']} ({seconds:.0f} s)")
+        return True
+
+    def _provenance(self, inputs: Inputs, seconds: float) -> dict[str, Any]:
+        shards = self.evaluation.shards
+        return {
+            "task": self.name,
+            "checkpoint_step": self.facts.checkpoint_step,
+            "model_digest": self.facts.digest,
+            "weights": self.evaluation.weights,
+            "dataset": shards.name,
+            "dataset_digest": shards.digest,
+            "palette_sha256": shards.palette_sha256,
+            "seed": self.evaluation.seed,
+            "command": self.request.command_line,
+            "options": inputs.settings,
+            **inputs.others,
+            "inputs_digest": inputs.digest,
+            "seconds": seconds,
+        }
+
+    def _measured_inputs(self) -> str | None:
+        result = read_json(self.path) if self.path.is_file() else None
+        return result.get("inputs_digest") if isinstance(result, dict) else None
+
+    def _how_to_overwrite(self) -> str:
+        """What --overwrite does, and whether the classifier's folder was deleted since."""
+        folder = self.path.parent / (read_json(self.path) if self.path.is_file() else {}).get("classifier", "")
+        if folder.is_dir():
+            return "--overwrite measures again"
+        return f"but its folder {folder} is gone: --overwrite trains the classifier again"
+
+
+def _fitting_jobs(request: Request, evaluation: Evaluation, facts: ModelFacts) -> list[Job]:
+    """The tasks that can measure this model. Raises ValueError for one that --tasks names and can't."""
+    jobs = {
+        name: Job(name, task_class(name)(options), evaluation, facts, request)
+        for name, options in request.options.items()
+    }
+
+    def fitting() -> list[str]:
+        reasons = {name: job.task.unfit(evaluation) for name, job in jobs.items()}
+        for name, reason in reasons.items():
+            if reason is not None and request.command.named:
+                raise ValueError(f"--tasks has {name}: {reason}")
+            if reason is not None:
+                evaluation.log(f"{name}: skipped; {reason}")
+        return [name for name, reason in reasons.items() if reason is None]
+
+    return [jobs[name] for name in from_first(fitting)]
+
+
+def _check(jobs: list[Job], missing: list[str]) -> None:
+    """Raises the ValueError of the first task that can't be measured with its options."""
+    for number, job in enumerate(jobs):
+        job.task.check(job.evaluation, [earlier.name for earlier in jobs[:number] if earlier.name in missing])
+
+
+def _shown(task: "Task[Any] | type[Task[Any]]", result: dict[str, Any]) -> dict[str, Any]:
+    """What report, card and comparison show of a task: they read it from its JSON."""
+    headlines = [headline.to_json() for headline in task.headlines(result)]
+    return {"title": task.title, "summary": task.summary(result), "headlines": headlines}
+
+
+def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: Mapping[str, str]) -> Path:
+    random_weights = random_weights or evaluation.results / RANDOM_WEIGHTS
+    for folder in (evaluation.results, random_weights):
+        _complete_earlier(folder)
+    sections = {name: _section(name) for name in TASKS}
+    return write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run, sections=sections)
+
+
+def _complete_earlier(folder: Path) -> None:
+    """Adds what is shown of a task to the JSON of results that an earlier version measured."""
+    for name in TASKS:
+        path = folder / f"{name}.json"
+        result = read_json(path) if path.is_file() else None
+        if isinstance(result, dict) and "inputs_digest" in result and "headlines" not in result:
+            write_json(path, result | _shown(task_class(name), result))
+
+
+def _section(name: str) -> Callable[[dict[str, Any], Path], str]:
+    """The task's section; its module is imported once there is a result to show."""
+    return lambda result, folder: task_class(name).section(result, folder)
