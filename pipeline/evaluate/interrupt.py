@@ -1,6 +1,6 @@
 """Requests to stop: a signal ends the command in a sentence, with the code that asks for a requeue.
 
-What is finished is on disk already, piece by piece, so nothing has to be saved.
+What is finished is on disk already, item by item, so nothing has to be saved.
 """
 
 import os
@@ -20,7 +20,7 @@ GRACE = 5.0
 in one for another that has left."""
 APART = 2.0
 """Seconds within which all ranks are told."""
-WORDS = "asked to stop: what was computed is kept, and the same command goes on from there."
+MESSAGE = "asked to stop: what was computed is cached, and the same command resumes from there."
 
 
 class Stopped(BaseException):
@@ -28,13 +28,13 @@ class Stopped(BaseException):
 
 
 def until_stopped(work: Callable[[], int]) -> int:
-    """What `work` returns; STOPPED, and a sentence of the first rank, if a signal (USR1, TERM, INT) ended it."""
+    """What `work` returns; STOPPED, and a message of the first rank, if a signal (USR1, TERM, INT) ended it."""
     end = _End()
     with _listening(end):
         try:
             return _with_others(work)
         except Stopped:
-            end.say()
+            end.report()
             return STOPPED
 
 
@@ -48,14 +48,14 @@ def _with_others(work: Callable[[], int]) -> int:
 
 
 class _End:
-    """Says once that the command was asked to stop, on the first rank."""
+    """Reports once that the command was asked to stop, on the first rank."""
 
     def __init__(self) -> None:
-        self._said = threading.Lock()
+        self._reported = threading.Lock()
 
-    def say(self) -> None:
-        if self._said.acquire(blocking=False) and os.environ.get("RANK", "0") == "0":
-            print(WORDS, flush=True)
+    def report(self) -> None:
+        if self._reported.acquire(blocking=False) and os.environ.get("RANK", "0") == "0":
+            print(MESSAGE, flush=True)
 
 
 @contextmanager
@@ -97,5 +97,5 @@ def _watch(reader: int, end: _End) -> None:
     while (left := last - time.monotonic()) > 0:
         if select.select([reader], [], [], left)[0] and not os.read(reader, 1):
             return
-    end.say()
+    end.report()
     os._exit(STOPPED)

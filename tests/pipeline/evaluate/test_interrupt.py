@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.common.files import read_json
-from pipeline.evaluate import interrupt as stopping
-from pipeline.evaluate.interrupt import WORDS, until_stopped
+from pipeline.evaluate import interrupt
+from pipeline.evaluate.interrupt import MESSAGE, until_stopped
 from tests import launch
 
 
-def wait_until(there: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(there: Callable[[], bool], seconds: float = 240) -> None:
     last = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < last
@@ -42,7 +42,7 @@ def test_a_command_that_is_asked_to_stop_says_so_once(
         process.send_signal(number)
     finished = launch.finish(processes, logs)
     assert finished.codes == [75] * ranks, finished.outputs
-    assert [output.count(WORDS) for output in finished.outputs] == [1, *[0] * (ranks - 1)]
+    assert [output.count(MESSAGE) for output in finished.outputs] == [1, *[0] * (ranks - 1)]
     assert not any("Traceback" in output or "error:" in output for output in finished.outputs), finished.outputs
     assert not list(out.rglob("*.partial"))
     results = read_json(out / "results.json")
@@ -52,27 +52,27 @@ def test_a_command_that_is_asked_to_stop_says_so_once(
 DEAF = """
 import signal, threading
 from contextlib import suppress
-from pipeline.evaluate import interrupt as stopping
+from pipeline.evaluate import interrupt
 
 def deaf():
     threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
     while True:
-        with suppress(stopping.Stopped):
+        with suppress(interrupt.Stopped):
             threading.Event().wait()
 
-stopping.GRACE = 0.2
-stopping.until_stopped(deaf)
+interrupt.GRACE = 0.2
+interrupt.until_stopped(deaf)
 """
 
 
 def test_who_never_hears_of_it_is_ended_too(tmp_path: Path) -> None:
     """As who waits in a collective for a rank that has left."""
-    finished = launch.run(1, "-c", DEAF, logs=tmp_path, seconds=20)
-    assert (finished.codes, finished.output) == ([75], f"{WORDS}\n")
+    finished = launch.run(1, "-c", DEAF, logs=tmp_path, seconds=120)
+    assert (finished.codes, finished.output) == ([75], f"{MESSAGE}\n")
 
 
 def test_signals_are_as_before_afterwards() -> None:
-    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    before = [signal.getsignal(number) for number in interrupt.SIGNALS]
     assert until_stopped(lambda: 3) == 3
-    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+    assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before
     assert until_stopped(lambda: os.kill(os.getpid(), signal.SIGUSR1) or 0) == 75

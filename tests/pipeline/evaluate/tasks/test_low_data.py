@@ -211,5 +211,5 @@ def test_valid_is_wanted_only_where_it_is_used(
     honest = LowDataOptions(per_class=[4], fractions=[], subsets=1, l2=[0.1], layer=1)
     assert LowData(honest).unfit(evaluation) is None
     assert "valid_images" not in LowData(honest).measure(evaluation)
-    with pytest.raises(ValueError, match=r"split .?valid|no labelled picture of valid is of a class"):
+    with pytest.raises(ValueError, match=r"split .?valid|no labelled image of valid is of a class"):
         LowData(LowDataOptions(per_class=[4], fractions=[], subsets=1, l2=[0.1], choose_on="valid")).measure(evaluation)
