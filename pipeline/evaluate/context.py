@@ -53,7 +53,7 @@ def choose_pictures(
 ) -> Pictures:
     """All pictures of a split, or a random `limit` of them that depends on (seed, split name) alone.
 
-    With `labelled`, unlabelled pictures are left out. Raises ValueError if the split is absent, or if
+    With `labelled`, unlabelled pictures are excluded. Raises ValueError if the split is absent, or if
     labels are wanted and it has none.
     """
     split = shards.split(split_name)

@@ -174,7 +174,7 @@ def adam(module: nn.Module, rate: float) -> torch.optim.Adam:
 
 
 def epoch_order(seed: int, pictures: int, images: int, epoch: int) -> np.ndarray:
-    """Which of some pictures make up an epoch, int64 (images,): the stream of all passes cut into equal pieces."""
+    """Which of some pictures make up an epoch, int64 (images,): the stream of all passes cut into equal parts."""
     first = (epoch - 1) * images
     passes = range(first // pictures, (first + images - 1) // pictures + 1)
     stream = np.concatenate([generator(seed, "supervised", "order", number).permutation(pictures) for number in passes])

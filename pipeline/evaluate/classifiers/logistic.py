@@ -50,7 +50,7 @@ class LinearClassifier:
         return float((self.predict(data.features) == data.labels).mean())
 
     def losses(self, data: Labelled) -> np.ndarray:
-        """-ln p of the label of each picture, (n,); pictures of a class that training lacked are left out."""
+        """-ln p of the label of each picture, (n,); images of a class that training lacked are excluded."""
         known = np.isin(data.labels, self.classes)
         log_probabilities = self.log_probabilities(data.features)[known]  # (n, C)
         return -log_probabilities[np.arange(known.sum()), np.searchsorted(self.classes, data.labels[known])]

@@ -3,7 +3,7 @@
 A model that predicts the next colour has no place where all of a picture is gathered, and a mean over positions may
 lose what single positions know. Here the trunk is frozen, and a learned query attends to a layer's token features: for
 each of H heads the weights are softmax(q_h . W_k,h x / sqrt(D / H)) over positions, the pooled value is W_v,h x under
-these weights, heads are put side by side, and a linear layer gives the classes. No biases, one query, no second layer,
+these weights, heads are concatenated, and a linear layer gives the classes. No biases, one query, no second layer,
 as in AIM's code (github.com/apple/ml-aim, AttentionPoolingClassifier).
 
 The features of layer l are those of the linear probe before they are pooled: the input of attention block l after its

@@ -14,7 +14,7 @@ validation. A teacher that learned from few labels is made by fine_tune with --t
 Adam as in pretraining, under a cosine; temperature, rates and epochs are chosen here. To try it on a CPU:
 --distill.learning_rates [0.003] --distill.epochs 5.
 
-The result, beside what is said of the pictures:
+The result, beside what `labelled.description` says of the images:
 
     split, unlabelled_images, labelled_images, class_names, temperature, images_per_training (at most)
     teacher, student, labels_alone    of each: layers, width, heads, parameters, valid_accuracy, test_accuracy,

@@ -10,8 +10,8 @@ options use more, and the result says so: `choose_on valid` chooses on the whole
 sees one mask.
 
 A subset has as many pictures of each class as the setting says; a share of the labels is spread evenly over the classes
-as far as they reach. The settings that are measured unless others are asked for are left out where a class has too few
-labels, and `left_out` says so; one that was asked for is then a mistake.
+as far as they reach. The settings that are measured unless others are asked for are skipped where a class has too few
+labels, and `left_out` lists them; one that was asked for is then invalid input.
 
 `low_data.json` has, besides what every result has (fractions for accuracies):
 
@@ -179,7 +179,7 @@ def balanced(available: np.ndarray, total: int, random: np.random.Generator) -> 
 
 
 def settings_for(labels: np.ndarray, options: LowDataOptions, where: str) -> tuple[list[Setting], list[dict[str, str]]]:
-    """The settings to measure with the labels int (N,) of train, and those left out with the reason.
+    """The settings to measure with the labels int (N,) of train, and those skipped with the reason.
 
     Raises ValueError if one that was asked for can't be, or if none is left; `where` is the shard set.
     """
