@@ -11,9 +11,9 @@ from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.distributed import from_first
 from pipeline.evaluate.cache import TaskCache, clear_unfinished
-from pipeline.evaluate.command import Request
 from pipeline.evaluate.context import Evaluation, check_match, start_accelerator
 from pipeline.evaluate.registry import TASKS, task_class
+from pipeline.evaluate.request import Request
 from pipeline.evaluate.task import Task
 from pipeline.model.gpt import initialize
 from pipeline.model_folder.convert import load_model_folder
