@@ -94,7 +94,7 @@ class CheckpointManager:
         return self._pending is not None and not self._pending.written.done()
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Copies the state to the host and has it written; `finish` publishes it.
+        """Copies the state to the host and has it written; `finish` commits it.
 
         Waits for the save before, and raises as `finish` does; Diverged on every rank if the model is not finite.
         """
@@ -123,10 +123,10 @@ class CheckpointManager:
         return facts | {"checksums": checksums(tensors, index)}
 
     def finish(self) -> None:
-        """Publishes what was begun, once all ranks have written it, and deletes what the rule does not keep.
+        """Commits what was begun, once all ranks have written it, and deletes what the rule does not keep.
 
         Every rank calls it. Raises ValueError or OSError on every rank if one could not write; then nothing is
-        published and the older checkpoints stay.
+        committed and the older checkpoints stay.
         """
         if self._pending is None:
             return
