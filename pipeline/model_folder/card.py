@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
-from pipeline.model_folder.facts import Facts, read_facts
-from pipeline.model_folder.training_record import unfinished
+from data_prep.common.files import read_json
+from pipeline.checkpoint.metrics_log import Row
+from pipeline.model_folder.training_record import TrainingRecord, read_training_record, unfinished
 
 CARD = "README.md"
 
@@ -39,28 +41,30 @@ def write_card(
 
     name: what from_pretrained will be given. license_id, dataset: the hub's identifiers of the licence and of the
     images; without them those of the card that stands there remain. measured, sections: results for the hub's
-    model-index, and Markdown about them that follows the section on the training.
+    model-index, and Markdown about them that follows the section on the training. Raises ValueError naming a file that
+    is damaged.
     """
-    facts = read_facts(folder)
+    config, record = read_json(folder / "config.json"), read_training_record(folder)
+    masked = _is_masked(config)
     earlier = _earlier_metadata(folder)
     license_id = license_id or earlier.license
-    datasets = [dataset] if dataset else earlier.datasets or _known_dataset(facts)
+    known = [HUB_DATASETS[record.source]] if record.source in HUB_DATASETS else None
     metadata = ModelCardData(
         license=license_id,
-        library_name=None if facts.masked else "transformers",
-        pipeline_tag="image-feature-extraction" if facts.masked else "unconditional-image-generation",
+        library_name=None if masked else "transformers",
+        pipeline_tag="image-feature-extraction" if masked else "unconditional-image-generation",
         tags=["image-gpt", "generative-pretraining"],
-        datasets=datasets,
+        datasets=[dataset] if dataset else earlier.datasets or known,
         metrics=sorted({result.metric_type for result in measured}) or None,
         model_name=name.rpartition("/")[2],
         eval_results=list(measured) or None,
     )
     parts = [
-        _what_it_is(facts),
-        _loading(facts, name),
-        _training(facts),
+        _what_it_is(config, _parameters(folder, config), record),
+        _loading_by_us(name) if masked else _loading(config, name),
+        _training(record),
         *sections,
-        _limits(facts),
+        _limits(config),
         _licence(license_id),
         _contents(folder),
     ]
@@ -76,35 +80,40 @@ def _earlier_metadata(folder: Path) -> ModelCardData:
         raise ValueError(f"{path} has a head that is no YAML of a model card; mend it or delete the file.") from error
 
 
-def _known_dataset(facts: Facts) -> list[str] | None:
-    return [HUB_DATASETS[facts.source]] if facts.source in HUB_DATASETS else None
+def _is_masked(config: dict[str, Any]) -> bool:
+    """Whether it predicts masked pixels; transformers has no class for it."""
+    return config["model_type"] not in CLASSES
 
 
-def _what_it_is(facts: Facts) -> str:
-    config = facts.config
+def _parameters(folder: Path, config: dict[str, Any]) -> int:
+    """Parameters of a model folder by its weights' headers; ImageGPT's biases, all zero, do not count."""
+    count = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="np") as weights:
+            for name in weights.keys():  # noqa: SIM118 (no mapping)
+                if config["model_type"] != "imagegpt" or not name.endswith(".bias"):
+                    count += math.prod(weights.get_slice(name).get_shape())
+    return count
+
+
+def _what_it_is(config: dict[str, Any], parameters: int, record: TrainingRecord) -> str:
     side, colors = math.isqrt(config["n_positions"]), config["vocab_size"] - 1
-    step = f", step {facts.step:,}" if facts.step is not None else ""
-    pictures = f" It was trained on {facts.source}." if facts.source else ""
+    step = f", step {record.step:,}" if record.step is not None else ""
+    pictures = f" It was trained on {record.source}." if record.source else ""
+    short = unfinished(record.step, record.planned_steps)
     block = "stock GPT-2 blocks" if config["model_type"] == "gpt2" else "the paper's block"
-    task = "predicts hidden colours from all others" if facts.masked else "predicts the next one"
+    task = "predicts hidden colours from all others" if _is_masked(config) else "predicts the next one"
     return (
         f"# Image GPT{step}\n\n"
         f"A transformer that reads a picture as a row of palette colours and {task}, as in "
         f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} pictures, {colors} colours, "
         f"{config['n_layer']} layers of {block}, width {config['n_embd']}, {config['n_head']} heads, "
-        f"{facts.parameters:,} parameters.{pictures}{_unfinished(facts)}"
+        f"{parameters:,} parameters.{pictures}" + (f"\n\n**{short}**" if short else "")
     )
 
 
-def _unfinished(facts: Facts) -> str:
-    words = unfinished(facts.step, facts.training.planned_steps)
-    return f"\n\n**{words}**" if words else ""
-
-
-def _loading(facts: Facts, name: str) -> str:
-    if facts.masked:
-        return _loading_by_us(name)
-    kind = CLASSES[facts.config["model_type"]]
+def _loading(config: dict[str, Any], name: str) -> str:
+    kind = CLASSES[config["model_type"]]
     return f"""## Use
 
 ```python
@@ -142,35 +151,33 @@ model = load_model_folder(model_folder(Path("{where}"))).model
 ```"""
 
 
-def _training(facts: Facts) -> str:
-    if not facts.training.checkpoint:
+def _training(record: TrainingRecord) -> str:
+    if not record.checkpoint:
         return ""
-    record = facts.training
-    checkpoint, settings, starts = record.checkpoint, record.settings, record.run.get("starts", [])
+    checkpoint, settings, starts, rows = record.checkpoint, record.settings, record.run.get("starts", []), record.rows
+    packages = starts[-1]["packages"] if starts else {}
     lines = {
-        "Pictures": facts.source,
+        "Pictures": record.source,
         "Shard set": _short(checkpoint.get("shards_digest")),
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
-        "Steps": _steps(facts),
+        "Steps": f"{record.step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else ""),
         "Pictures seen": f"{checkpoint['images']:,}",
         "Batch": _chosen(settings, "batch", "global_size"),
         "Optimiser": _optimiser(settings),
         "Schedule": _schedule(settings),
         "Augmentation": _augmentation(settings),
         "Precision": settings.get("precision"),
-        "Last training loss": _last(facts.rows, "loss"),
-        "Last validation loss": _last(facts.rows, "valid_loss"),
-        "Time in steps": _duration(facts.rows),
+        "Last training loss": _last(rows, "loss"),
+        "Last validation loss": _last(rows, "valid_loss"),
+        "Time in steps": _duration(rows),
         "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
         "Layout": _layout(settings),
         "Code": starts[-1]["code"] if starts else None,
-        "Packages": ", ".join(f"{name} {version}" for name, version in starts[-1]["packages"].items())
-        if starts
-        else None,
+        "Packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
-    return f"## Training\n\n| | |\n|---|---|\n{rows}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
+    return f"## Training\n\n| | |\n|---|---|\n{table}"
 
 
 def _short(digest: str | None) -> str | None:
@@ -179,11 +186,6 @@ def _short(digest: str | None) -> str | None:
 
 def _chosen(settings: dict[str, Any], section: str, key: str) -> Any:
     return settings.get(section, {}).get(key)
-
-
-def _steps(facts: Facts) -> str:
-    planned = facts.training.planned_steps
-    return f"{facts.step:,}" + (f" of {planned:,}" if planned else "")
 
 
 def _optimiser(settings: dict[str, Any]) -> str | None:
@@ -218,12 +220,12 @@ def _layout(settings: dict[str, Any]) -> str | None:
     return ", ".join(parts)
 
 
-def _last(rows: list[dict[str, Any]], key: str) -> str | None:
+def _last(rows: list[Row], key: str) -> str | None:
     found = [row[key] for row in rows if row.get(key) is not None]
     return f"{found[-1]:.4f} nats per token" if found else None
 
 
-def _duration(rows: list[dict[str, Any]]) -> str | None:
+def _duration(rows: list[Row]) -> str | None:
     """The time that the steps took, saving and validation left out."""
     seconds, images = 0.0, 0
     for row in rows:
@@ -242,11 +244,11 @@ def _hardware(start: dict[str, Any]) -> str:
     return f"{start['ranks']} {'rank' if start['ranks'] == 1 else 'ranks'} on {device}"
 
 
-def _limits(facts: Facts) -> str:
-    side = math.isqrt(facts.config["n_positions"])
+def _limits(config: dict[str, Any]) -> str:
+    side = math.isqrt(config["n_positions"])
     return f"""## Limits and biases
 
-- It sees and draws {side}x{side} pictures in {facts.config["vocab_size"] - 1} colours, and nothing finer.
+- It sees and draws {side}x{side} pictures in {config["vocab_size"] - 1} colours, and nothing finer.
 - It repeats what its pictures show, and how often. Trained on pictures of the web, models of this kind take over what
   people are made to stand for there: [Steed and Caliskan (2021)](https://arxiv.org/abs/2010.15052) found associations
   of race and gender in the published Image GPT like those that psychology measures in humans. Such pictures also show
@@ -256,9 +258,7 @@ def _limits(facts: Facts) -> str:
 
 
 def _licence(license_id: str | None) -> str:
-    if license_id:
-        return ""
-    return "## Licence\n\nNone was named by whoever published this; ask before you use it."
+    return "" if license_id else "## Licence\n\nNone was named by whoever published this; ask before you use it."
 
 
 def _contents(folder: Path) -> str:
@@ -269,12 +269,6 @@ def _contents(folder: Path) -> str:
         "training/tensorboard": "the same as TensorBoard events",
         "results": "what was measured, a JSON a task, with figures and report.html",
     }
+    model = "- the model (safetensors), its configuration, and an image processor with the palette"
     lines = [f"- `{path}`: {meaning}" for path, meaning in known.items() if (folder / path).exists()]
-    return "\n".join(
-        [
-            "## What is here",
-            "",
-            "- the model (safetensors), its configuration, and an image processor with the palette",
-            *lines,
-        ]
-    )
+    return "\n".join(["## What is here", "", model, *lines])

@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from data_prep.common.files import read_json
+from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_rows
 
 TRAINING_FOLDER = "training"
-CHECKPOINT_FILE, RUN_FILE, CONFIG_FILE, METRICS_FILE = "checkpoint.json", "run.json", "config.yaml", "metrics.jsonl"
+CHECKPOINT_FILE, RUN_FILE, CONFIG_FILE = "checkpoint.json", "run.json", "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class TrainingRecord:
     """config.yaml."""
     metrics: Path | None
     """metrics.jsonl, if it is there."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """Of metrics.jsonl."""
+        return list(read_rows(self.metrics)) if self.metrics else []
 
     @property
     def step(self) -> int | None:

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.common.files import atomic_folder, read_json
 from pipeline.model_folder.card import CARD, write_card
-from pipeline.model_folder.facts import read_facts
 from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, model_digest
+from pipeline.model_folder.training_record import read_training_record
 from pipeline.publish.results_section import RESULTS, card_sections, eval_results
 from pipeline.results.curve import CURVE, draw_curve, has_losses
 from pipeline.results.schema import read_results
@@ -76,7 +76,7 @@ def assemble(model: Path, results: Path | None, folder: Path, about: About, *, l
 
 def step_of(folder: Path) -> int | None:
     """The training step of a model folder; None where it does not say."""
-    return read_facts(folder).step
+    return read_training_record(folder).step
 
 
 def check_whole(model: Path) -> None:
@@ -151,9 +151,10 @@ def _draw_missing_curve(folder: Path) -> None:
 
     The baselines in it are those of density, where that was measured.
     """
-    facts, path = read_facts(folder), folder / RESULTS / CURVE
-    if not path.exists() and has_losses(facts.rows):
-        draw_curve(facts.rows, facts.config["vocab_size"] - 1, read_results(folder / RESULTS).get("density"), path)
+    rows, path = read_training_record(folder).rows, folder / RESULTS / CURVE
+    if not path.exists() and has_losses(rows):
+        colors = read_json(folder / "config.json")["vocab_size"] - 1
+        draw_curve(rows, colors, read_results(folder / RESULTS).get("density"), path)
 
 
 def _hide_credentials(folder: Path) -> None:
