@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fork_server import ENVIRONMENT, ForkServer, Program
+
 ROOT = Path(__file__).parents[1]
 SECONDS = 240
 
@@ -31,31 +33,41 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(ranks: int, *arguments: object, logs: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts `python ARGUMENTS` on some ranks, each in a process group with the others, a log file each."""
+Process = subprocess.Popen[bytes] | Program
+fork_server: ForkServer | None = None
+"""Set by the tests' conftest; benchmarks start fresh interpreters, as users do."""
+
+
+def start(ranks: int, *arguments: object, logs: Path, fresh: bool = False) -> list[Process]:
+    """Starts `python ARGUMENTS` on some ranks, each in a process group with the others, a log file each.
+
+    fresh: with an interpreter that has imported nothing yet, as tests of memory and of imports want it.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    processes: list[subprocess.Popen[bytes]] = []
+    words = [str(argument) for argument in arguments]
+    processes: list[Process] = []
     for rank in range(ranks):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "passive",
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         if ranks > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        group = processes[0].pid if processes else 0
-        with (logs / f"rank-{rank}.log").open("wb") as log:
-            command = [sys.executable, *map(str, arguments)]
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=group)
-            )
+        group, log = processes[0].pid if processes else 0, logs / f"rank-{rank}.log"
+        if fork_server is not None and not fresh and fork_server.suits(environment):
+            processes.append(fork_server.start(words, environment, log, group))
+        else:
+            processes.append(_start_fresh(words, environment, log, group))
     return processes
 
 
-def finish(processes: list[subprocess.Popen[bytes]], logs: Path, seconds: float = SECONDS) -> Finished:
+def _start_fresh(words: list[str], environment: dict[str, str], log: Path, group: int) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *words], env=environment, stdout=file, stderr=subprocess.STDOUT, process_group=group
+        )
+
+
+def finish(processes: list[Process], logs: Path, seconds: float = SECONDS) -> Finished:
     """Waits for all ranks; ends them if they take too long."""
     try:
         codes = [process.wait(seconds) for process in processes]
@@ -66,9 +78,9 @@ def finish(processes: list[subprocess.Popen[bytes]], logs: Path, seconds: float 
     return Finished(codes, outputs)
 
 
-def run(ranks: int, *arguments: object, logs: Path, seconds: float = SECONDS) -> Finished:
+def run(ranks: int, *arguments: object, logs: Path, seconds: float = SECONDS, fresh: bool = False) -> Finished:
     """Starts the ranks and waits for them."""
-    return finish(start(ranks, *arguments, logs=logs), logs, seconds)
+    return finish(start(ranks, *arguments, logs=logs, fresh=fresh), logs, seconds)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

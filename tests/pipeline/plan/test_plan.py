@@ -66,7 +66,7 @@ def test_a_run_takes_what_the_plan_says(number: int, tmp_path: Path, monkeypatch
         monkeypatch.setenv(name, "65536")
     _, ranks, case = CASES[number]
     config = config_of(case, ranks)
-    done = run(ranks, "-m", "tests.benchmarks.memory", json.dumps(case), logs=tmp_path)
+    done = run(ranks, "-m", "tests.benchmarks.memory", json.dumps(case), logs=tmp_path, fresh=True)
     peaks = [int(line.split()[1]) for text in done.outputs for line in text.splitlines() if line.startswith("BYTES")]
     assert len(peaks) == ranks, done.output
     planned = memory_of_rank(config, gpt2_config(config.model), ranks, on_cpu=True).peak

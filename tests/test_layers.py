@@ -1,0 +1,160 @@
+"""The layers of the code: what may import what, and how long a file and a function may be.
+
+Imports are read from the source with ast, so that those inside functions count like those at the top of a file.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+
+LAYERS = (
+    ("pipeline.__main__", "data_prep.__main__"),
+    ("pipeline.evaluate", "pipeline.publish"),
+    ("pipeline.results",),
+    ("pipeline.model_folder",),
+    ("pipeline.train",),
+    ("pipeline.operate",),
+    ("pipeline.plan",),
+    ("pipeline.checkpoint",),
+    ("pipeline.model",),
+    ("pipeline.distributed",),
+    ("pipeline.command_line",),
+    ("pipeline.config",),
+    ("pipeline.layout", "pipeline.schedule"),
+    ("pipeline.costs", "pipeline.hub", "pipeline.rank_errors", "pipeline.value_checks"),
+    ("data_prep",),
+    ("data_prep.common",),
+)
+"""From top to bottom. A module belongs to the entry with the longest matching name, and imports from its own entry or
+from lower layers: two entries of one layer never import each other."""
+FILE_LINES = 400
+FUNCTION_LINES = 60
+
+Imports = dict[str, set[str]]
+"""The modules that each module imports."""
+
+
+def read_imports(root: Path) -> Imports:
+    """Of every module of the two packages below `root`; a package's own name stands for its __init__."""
+    files = {_name(file, root): file for top in ("data_prep", "pipeline") for file in (root / top).rglob("*.py")}
+    return {name: set(_imported(name, file, files)) for name, file in files.items()}
+
+
+def _name(file: Path, root: Path) -> str:
+    return ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file}:{node.lineno}: name the whole module, not a relative one."
+            wanted = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        else:
+            continue
+        for target in wanted:
+            while target and target not in known:
+                target = target.rpartition(".")[0]
+            if target and target != name:
+                yield target
+
+
+def layer_of(module: str) -> tuple[int, str] | None:
+    """The number of a module's layer, and the entry that it belongs to."""
+    entries = [(number, entry) for number, layer in enumerate(LAYERS) for entry in layer]
+    matching = [(number, entry) for number, entry in entries if f"{module}.".startswith(f"{entry}.")]
+    return max(matching, key=lambda found: len(found[1]), default=None)
+
+
+def faults(imports: Imports) -> list[str]:
+    """A sentence for each module outside the layers, each import that runs up or across, and each circle."""
+    found = [f"{_path(module)} is in no layer." for module in imports if not _has_layer(module)]
+    for module, targets in sorted(imports.items()):
+        for target in sorted(targets):
+            above, below = layer_of(module), layer_of(target)
+            if above and below and above[1] != below[1] and above[0] >= below[0]:
+                found.append(f"{_path(module)} imports {_path(target)}, which is not in a lower layer.")
+    return found + [
+        f"These import each other in a circle: {', '.join(map(_path, circle))}." for circle in circles(imports)
+    ]
+
+
+def _has_layer(module: str) -> bool:
+    return layer_of(module) is not None or module in ("data_prep", "pipeline")
+
+
+def _path(module: str) -> str:
+    return f"{module.replace('.', '/')}.py"
+
+
+def _paths(modules: list[str]) -> str:
+    return ", ".join(map(_path, modules))
+
+
+def circles(imports: Imports) -> list[list[str]]:
+    """Groups of modules each of which reaches all others of its group."""
+    reached = {module: _reachable(module, imports) for module in imports}
+    groups = {
+        tuple(sorted(other for other in reached[module] if module in reached[other]))
+        for module in imports
+        if module in reached[module]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def _reachable(start: str, imports: Imports) -> set[str]:
+    seen: set[str] = set()
+    left = list(imports[start])
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            left += imports[module]
+    return seen
+
+
+def test_imports_run_down_and_in_no_circle() -> None:
+    assert faults(read_imports(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "imported", "named"),
+    [
+        ("pipeline/plan/memory.py", "pipeline.train.loop", ["pipeline/plan/memory.py", "pipeline/train/loop.py"]),
+        ("pipeline/publish/push.py", "pipeline.evaluate.registry", ["publish/push.py", "evaluate/registry.py"]),
+        ("pipeline/plan/hardware.py", "pipeline.plan.command", ["circle", "plan/hardware.py", "plan/command.py"]),
+        ("data_prep/common/files.py", "data_prep.config", ["data_prep/common/files.py", "data_prep/config.py"]),
+    ],
+)
+def test_a_broken_rule_is_reported_with_both_files(file: str, imported: str, named: list[str]) -> None:
+    imports = read_imports(ROOT)
+    imports[file.removesuffix(".py").replace("/", ".")].add(imported)
+    sentences = [sentence for sentence in faults(imports) if all(part in sentence for part in named)]
+    assert sentences
+
+
+def test_an_import_inside_a_function_counts(tmp_path: Path) -> None:
+    for name, text in {"a": "def f():\n    from pipeline.b import g\n", "b": "import pipeline.a\n"}.items():
+        (tmp_path / "pipeline").mkdir(exist_ok=True)
+        (tmp_path / f"pipeline/{name}.py").write_text(text)
+    found = faults(read_imports(tmp_path))
+    assert "pipeline/a.py is in no layer." in found
+    assert "These import each other in a circle: pipeline/a.py, pipeline/b.py." in found
+
+
+def test_files_and_functions_are_short() -> None:
+    too_long = []
+    for top in ("data_prep", "pipeline", "tests"):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            text = file.read_text()
+            if text.count("\n") > FILE_LINES:
+                too_long.append(f"{file.relative_to(ROOT)}: {text.count(chr(10))} lines")
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES:  # type: ignore[operator]
+                    too_long.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.name}")
+    assert too_long == []
