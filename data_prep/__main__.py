@@ -1,34 +1,34 @@
 """python -m data_prep palette | shards | join | verify | show"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from data_prep.common.command_line import dispatch, new_parser, parse
+from data_prep.common.command_line import dispatch, fill, new_parser, parse
 
 if TYPE_CHECKING:
+    from data_prep.build.parts import Part
     from data_prep.config import DataConfig
 
 
 def palette(arguments: list[str]) -> None:
     """Fits a palette."""
-    config, options = _configured("palette", "Fits a palette to a source's training pictures.", arguments)
-    from data_prep.build.parts import Part
+    configured = _configured("palette", "Fits a palette to a source's training pictures.", arguments)
     from data_prep.palette.command import prepare_palette
 
-    prepare_palette(config, Path(options.out), Part(options.part, options.parts))
+    prepare_palette(*configured)
 
 
 def shards(arguments: list[str]) -> None:
     """Prepares a shard set."""
     description = "Prepares a shard set; the same command resumes after an interruption and keeps complete shards."
-    config, options = _configured("shards", description, arguments)
+    configured = _configured("shards", description, arguments)
     from data_prep.build.build import prepare_shards
+
+    prepare_shards(*configured)
+
+
+def _configured(command: str, description: str, arguments: list[str]) -> tuple["DataConfig", Path, "Part"]:
     from data_prep.build.parts import Part
-
-    prepare_shards(config, Path(options.out), Part(options.part, options.parts))
-
-
-def _configured(command: str, description: str, arguments: list[str]) -> tuple["DataConfig", Any]:
     from data_prep.config import DataConfig
     from data_prep.sources.registry import SOURCES
 
@@ -40,8 +40,7 @@ def _configured(command: str, description: str, arguments: list[str]) -> tuple["
     parser.add_argument("--parts", type=int, default=1, help="parts of the job; python -m data_prep join ends it")
     parser.add_class_arguments(DataConfig)
     options = parse(parser, arguments)
-    names = DataConfig.__dataclass_fields__
-    return DataConfig(**{name: options[name] for name in names}), options
+    return fill(DataConfig, options), Path(options.out), Part(options.part, options.parts)
 
 
 def join(arguments: list[str]) -> None:
@@ -95,7 +94,7 @@ def show(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     dispatch(
-        "python -m data_prep",
+        "data_prep",
         "Images to shard sets.",
         {
             "palette": ("fit a palette to a source's training pictures", palette),

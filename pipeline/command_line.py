@@ -1,11 +1,10 @@
 """Parses the options of `train` and of the commands that take the same options."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from data_prep.common.command_line import new_parser, parse, value_of
+from data_prep.common.command_line import fill, new_parser, parse, value_of
 from pipeline.config import TrainConfig
 
 
@@ -13,7 +12,7 @@ def parse_training(arguments: list[str]) -> tuple[TrainConfig, Path]:
     """The arguments of `train`: the configuration and the run's folder. Raises ValueError."""
     parser = new_parser("python -m pipeline train", "Train a run, or resume it from its newest complete checkpoint.")
     parsed = parse_run(parser, arguments)
-    return training_config(parsed), Path(parsed.run)
+    return fill(TrainConfig, parsed), Path(parsed.run)
 
 
 def parse_run(parser: ArgumentParser, arguments: list[str]) -> Namespace:
@@ -28,8 +27,3 @@ def parse_run(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     if value_of("--config", arguments) is None and own.is_file():
         arguments = ["--config", str(own), *arguments]
     return parse(parser, arguments)
-
-
-def training_config(parsed: Namespace) -> TrainConfig:
-    """The configuration among parsed options."""
-    return TrainConfig(**{field.name: getattr(parsed, field.name) for field in fields(TrainConfig)})

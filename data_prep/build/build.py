@@ -43,7 +43,6 @@ def prepare_shards(config: DataConfig, out: Path, part: Part) -> None:
     OSError where it can't write; the manifest is then absent.
     """
     started = time.monotonic()
-    part.check()
     if part.count > 1 and config.palette.file is None:
         raise ValueError(
             "palette.file is not set; parts share one palette: fit it first with `python -m data_prep palette`."

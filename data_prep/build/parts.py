@@ -14,15 +14,14 @@ class Part:
     number: int = 1
     count: int = 1
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise ValueError(f"--part is {self.number}; it must be between 1 and --parts, which is {self.count}.")
+
     @property
     def name(self) -> str:
         """As files are named: 00001-of-00004."""
         return f"{self.number:05d}-of-{self.count:05d}"
-
-    def check(self) -> None:
-        """Raises ValueError if there is no such part."""
-        if not 1 <= self.number <= self.count:
-            raise ValueError(f"--part is {self.number}; it must be between 1 and --parts, which is {self.count}.")
 
     def of(self, pieces: Sequence[Thing]) -> Sequence[Thing]:
         """The pieces that this part does."""

@@ -5,9 +5,12 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from dataclasses import fields
+from itertools import compress, pairwise
+from operator import not_
 from pathlib import Path
-from typing import Any, NoReturn
+from pkgutil import resolve_name
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -16,6 +19,10 @@ from data_prep.common.exit_codes import INTERRUPTED, USER_ERROR
 from data_prep.common.invalid_options import invalid_option
 
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
+
+Command = Callable[[list[str]], int | None]
+"""Of the arguments that follow its name, to its exit code; None is 0."""
+Options = TypeVar("Options")
 
 
 def new_parser(prog: str, description: str) -> ArgumentParser:
@@ -42,6 +49,11 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise ValueError(f"{sentence or ' '.join(str(error).split())} (see {parser.prog} --help)") from error
 
 
+def fill(dataclass: type[Options], parsed: Namespace) -> Options:
+    """The dataclass, with those of the parsed options that its fields name."""
+    return dataclass(**{field.name: parsed[field.name] for field in fields(dataclass)})  # type: ignore[arg-type]
+
+
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     """What follows a flag, as `--flag value` or `--flag=value`, before any parsing."""
     for here, following in pairwise([*arguments, ""]):
@@ -54,14 +66,9 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
     """Moves `--config FILE` to the front: the command line overrides the file, wherever it stands."""
-    moved: list[str] = []
-    rest = list(arguments)
-    while "--config" in rest[:-1]:
-        place = rest.index("--config")
-        moved += rest[place : place + 2]
-        del rest[place : place + 2]
-    joined = [argument for argument in rest if argument.startswith("--config=")]
-    return moved + joined + [argument for argument in rest if argument not in joined]
+    words = list(pairwise(["", *arguments]))
+    of_config = ["--config" in (before, word) or word.startswith("--config=") for before, word in words]
+    return [*compress(arguments, of_config), *compress(arguments, map(not_, of_config))]
 
 
 def _read_config(path: str | None) -> dict[str, Any]:
@@ -86,26 +93,23 @@ def print_error(error: BaseException, where: str = "") -> None:
     print(f"error: {_describe(error)}{where}", file=sys.stderr, flush=True)
 
 
-def run_command(
-    command: Callable[[], int | None],
-    leave: Callable[[int], NoReturn] = sys.exit,
-    report: Callable[[BaseException], None] = print_error,
-) -> NoReturn:
-    """Leaves with the command's code; invalid input (ValueError, OSError) prints one sentence and exits 2.
+def _run(command: Command | str, arguments: list[str], report: Callable[[BaseException], None]) -> int:
+    """The exit code of the command, or of what "module:function" names.
 
+    That of invalid input (ValueError, OSError) is 2, after one sentence.
     Set IGPT_TRACEBACK=1 to see where an error came from.
     """
     try:
-        code = command() or 0
+        function: Command = resolve_name(command) if isinstance(command, str) else command
+        return function(arguments) or 0
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         report(error)
-        code = USER_ERROR
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from what is complete.", file=sys.stderr, flush=True)
-        code = INTERRUPTED
-    leave(code)
+        return INTERRUPTED
 
 
 def _describe(error: BaseException) -> str:
@@ -115,14 +119,17 @@ def _describe(error: BaseException) -> str:
 
 
 def dispatch(
-    prog: str,
+    package: str,
     description: str,
-    commands: dict[str, tuple[str, Callable[[list[str]], Any]]],
+    commands: dict[str, tuple[str, Command | str]],
     leave: Callable[[int], NoReturn] = sys.exit,
     report: Callable[[BaseException], None] = print_error,
 ) -> NoReturn:
-    """`prog COMMAND arguments...`: commands maps a name to (one-line help, function of the remaining arguments)."""
-    arguments = sys.argv[1:]
+    """`python -m package COMMAND arguments...`: commands maps a name to (one-line help, command).
+
+    A command is a function, or "module:function" of the package, which is imported when the command is called.
+    """
+    prog, arguments = f"python -m {package}", sys.argv[1:]
     width = max(map(len, commands))
     usage = f"usage: {prog} COMMAND [options]\n\n{description}\n\ncommands:\n" + "\n".join(
         f"  {name:<{width}}  {help_line}" for name, (help_line, _) in commands.items()
@@ -132,9 +139,7 @@ def dispatch(
         sys.exit(0 if arguments else USER_ERROR)
     name, rest = arguments[0], arguments[1:]
     if name not in commands:
-        print(
-            f"error: {name!r} is no command of {prog}; it must be one of {', '.join(commands)}.",
-            file=sys.stderr,
-        )
+        print_error(ValueError(f"{name!r} is no command of {prog}; it must be one of {', '.join(commands)}."))
         sys.exit(USER_ERROR)
-    run_command(lambda: commands[name][1](rest), leave, report)
+    _, command = commands[name]
+    leave(_run(f"{package}.{command}" if isinstance(command, str) else command, rest, report))

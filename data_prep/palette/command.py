@@ -25,7 +25,6 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
 
     Of several parts, each leaves the histogram of its share beside `out`, for `join_palette`.
     """
-    part.check()
     if config.palette.file is not None:
         raise ValueError(f"palette.file is {config.palette.file!r}; leave it out to fit a palette.")
     if out.exists():

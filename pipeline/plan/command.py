@@ -4,15 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.command_line import new_parser, parse, value_of
+from data_prep.common.command_line import fill, new_parser, parse, value_of
 from data_prep.common.files import write_json
 from data_prep.shards.reader import open_shard_set
 from pipeline import costs
-from pipeline.command_line import training_config
-from pipeline.config import TrainConfig, require_positive, require_resolution
+from pipeline.config import TrainConfig, require_resolution
 from pipeline.plan.block_times import MEASURED_PRECISION, BlockTimes, read_block_times
 from pipeline.plan.hardware import hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
+from pipeline.value_checks import require_at_least, require_positive
 
 DISK_BYTES_A_SECOND = 1e9
 HOST_COPY_BYTES_A_SECOND = 20e9
@@ -51,7 +51,7 @@ def plan_command(arguments: list[str]) -> int:
     parser.add_argument("--json", type=str, default=None, help="Write the plan to this file too.")
     parser.add_class_arguments(TrainConfig)
     parsed = parse(parser, arguments)
-    config, cluster = training_config(parsed), _cluster(parsed)
+    config, cluster = fill(TrainConfig, parsed), _cluster(parsed)
     if cluster.block_times and config.precision != MEASURED_PRECISION:
         raise ValueError(
             f"--block_times holds blocks measured in {MEASURED_PRECISION}, and precision is {config.precision}; leave "
@@ -64,8 +64,7 @@ def plan_command(arguments: list[str]) -> int:
 
 def _cluster(parsed: Any) -> Cluster:
     for key in ("ranks", "ranks_per_node"):
-        if parsed[key] < 1:
-            raise ValueError(f"--{key} is {parsed[key]}; it must be at least 1.")
+        require_at_least(f"--{key}", parsed[key], 1)
     for key in ("node_gb_per_second", "network_gb_per_second"):
         if parsed[key] is not None:
             require_positive(f"--{key}", parsed[key])
@@ -195,10 +194,7 @@ def _print_alternatives(others: list[Layout], cluster: Cluster) -> None:
     fitting = [layout for layout in others if fits(layout, cluster)]
     print("\nlayouts that fit, by estimated speed")
     for layout in fitting[:PROPOSED]:
-        print(
-            f"  {layout.seconds:8.3f} s a step  {layout.memory.peak / 1e9:6.1f} GB  bubble {layout.bubble:5.1%}  "
-            f"{layout.name()}"
-        )
+        print(f"{_cost(layout)}  bubble {layout.bubble:5.1%}  {layout.name()}")
     best = fitting[0].seconds if fitting else float("inf")
     too_large = [layout for layout in others if not fits(layout, cluster) and layout.seconds < best]
     if too_large or not fitting:
@@ -206,10 +202,11 @@ def _print_alternatives(others: list[Layout], cluster: Cluster) -> None:
         nearest = sorted(too_large or others, key=lambda layout: layout.memory.peak)
         for layout in nearest[:PROPOSED]:
             part, size = max(layout.memory.peak_parts.items(), key=lambda item: item[1])
-            print(
-                f"  {layout.seconds:8.3f} s a step  {layout.memory.peak / 1e9:6.1f} GB  {layout.name()}: {part} take "
-                f"{size / 1e9:.1f} GB"
-            )
+            print(f"{_cost(layout)}  {layout.name()}: {part} take {size / 1e9:.1f} GB")
+
+
+def _cost(layout: Layout) -> str:
+    return f"  {layout.seconds:8.3f} s a step  {layout.memory.peak / 1e9:6.1f} GB"
 
 
 def _as_json(layout: Layout) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.common.command_line import new_parser
+from data_prep.common.command_line import fill, new_parser
 from data_prep.common.exit_codes import USER_ERROR
 from data_prep.common.files import read_json
-from pipeline.command_line import parse_run, training_config
+from pipeline.command_line import parse_run
 from pipeline.config import TrainConfig
 from pipeline.operate.preflight.node_checks import look
 from pipeline.operate.preflight.report import read_line
@@ -35,7 +35,7 @@ def preflight_command(arguments: list[str]) -> int:
         if "--judge" in arguments:
             raise
         return USER_ERROR  # the judge has the same options, and says it once
-    config, run, nodes = training_config(parsed), Path(parsed.run), parsed.nodes.split(",")
+    config, run, nodes = fill(TrainConfig, parsed), Path(parsed.run), parsed.nodes.split(",")
     if parsed.judge:
         return _judge(config, run, nodes, sys.stdin)
     node = os.environ.get("SLURMD_NODENAME", platform.node())
