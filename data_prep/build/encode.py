@@ -75,13 +75,13 @@ def encode_record(job: Job, task: tuple[Unit, int]) -> Outcome:
 
 def samples(views: Sequence[np.ndarray], outcome: Outcome) -> Samples | None:
     """The first of the views that `outcome` was made of; None where there are none."""
-    return (np.stack(views[:SAMPLES]), outcome.tokens[:SAMPLES], outcome.labels[:SAMPLES]) if len(views) else None
+    return (np.stack(views[:SAMPLES]), outcome.tokens[:SAMPLES], outcome.labels[:SAMPLES]) if views else None
 
 
 def encoded(job: Job, split: str, views: Sequence[np.ndarray], labels: np.ndarray) -> Outcome:
     """The outcome of views uint8 (R, R, 3) and their labels (n,)."""
     resolution = job.plan.config.resolution
-    if not len(views):
+    if not views:
         return Outcome(split, np.empty((0, resolution**2), np.uint16), np.empty(0, np.int32), 0)
     pixels = np.stack(views)  # (n, R, R, 3)
     tokens = encode(pixels, job.table)  # (n, T)

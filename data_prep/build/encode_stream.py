@@ -4,8 +4,9 @@ Which pictures are held out for validation is drawn for each picture by its plac
 unknown until the end. The images of each split are shuffled in blocks of BLOCK_IMAGES.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,10 +29,9 @@ View = tuple[str, np.ndarray, int]
 
 def stream_views(source: Source, config: DataConfig, unit: Unit) -> Iterator[list[View] | BadImage]:
     """The views of each picture of a piece, or why there are none."""
-    held_out = _HeldOut(source, config, unit)
     views = cutter(source, config, unit.split)
-    for place, item in enumerate(source.streams[unit.split][unit.number]):
-        wanted = held_out.draw()
+    pictures = enumerate(source.streams[unit.split][unit.number])
+    for (place, item), wanted in zip(pictures, _drawn_views(source, config, unit), strict=False):
         if isinstance(item, BadImage):
             yield item
             continue
@@ -44,50 +44,33 @@ def stream_views(source: Source, config: DataConfig, unit: Unit) -> Iterator[lis
         yield [(split, view, item.label) for split, view in cut]
 
 
-class _HeldOut:
-    """Draws for one picture after the other which split it goes to, and as which views."""
-
-    def __init__(self, source: Source, config: DataConfig, unit: Unit) -> None:
-        brings_valid = "valid" in source.streams or "valid" in source.splits
-        self._fraction = 0.0 if brings_valid or unit.split != "train" else config.valid_fraction
-        self._random = generator(config.seed, "valid", unit.number)
-        evaluation = [(unit.split, EVALUATION)]
-        training = [("train", number) for number in range(config.views.train)]
-        self._kept = training if unit.split == "train" else evaluation
-        self._taken = [("valid", EVALUATION), *(training if config.fold_valid else [])]
-
-    def draw(self) -> list[tuple[str, int]]:
-        """(split of the shard set, number of the view) of each view of the next picture."""
-        return self._taken if self._random.random() < self._fraction else self._kept
-
-
-@dataclass
-class _Block:
-    """The images of one split since the last shuffle."""
-
-    tokens: list[np.ndarray] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    images: int = 0
-    number: int = 0
-
-    def add(self, outcome: Outcome) -> None:
-        self.tokens.append(outcome.tokens)
-        self.labels.append(outcome.labels)
-        self.images += len(outcome.labels)
+def _drawn_views(source: Source, config: DataConfig, unit: Unit) -> Iterator[list[tuple[str, int]]]:
+    """(split of the shard set, number of the view) of each view of one picture of a piece after the other."""
+    brings_valid = "valid" in source.streams or "valid" in source.splits
+    fraction = 0.0 if brings_valid or unit.split != "train" else config.valid_fraction
+    random = generator(config.seed, "valid", unit.number)
+    training = [("train", number) for number in range(config.views.train)]
+    kept = training if unit.split == "train" else [(unit.split, EVALUATION)]
+    held_out = [("valid", EVALUATION), *(training if config.fold_valid else [])]
+    while True:
+        yield held_out if random.random() < fraction else kept
 
 
 def encode_stream(job: Job, unit: Unit) -> Iterator[Outcome]:
     """The records of a piece; those without images tell what was met and skipped on the way to the next."""
-    blocks: dict[str, _Block] = {}
+    blocks: dict[str, list[Outcome]] = {}  # of each split, what was encoded since the last shuffle
+    shuffled: Counter[str] = Counter()
     for outcome in _encoded(job, unit):
-        block = blocks.setdefault(outcome.split, _Block())
-        block.add(outcome)
+        split, block = outcome.split, blocks.setdefault(outcome.split, [])
+        block.append(outcome)
         yield replace(outcome, tokens=outcome.tokens[:0], labels=outcome.labels[:0])
-        if block.images >= BLOCK_IMAGES:
-            yield from _shuffled(job, unit, outcome.split, block)
+        if sum(len(part.labels) for part in block) >= BLOCK_IMAGES:
+            yield from _shuffled(job, unit, block, shuffled[split])
+            shuffled[split] += 1
+            block.clear()
     for split, block in blocks.items():
-        if block.images:
-            yield from _shuffled(job, unit, split, block)
+        if block:
+            yield from _shuffled(job, unit, block, shuffled[split])
 
 
 def _encoded(job: Job, unit: Unit) -> Iterator[Outcome]:
@@ -119,11 +102,12 @@ def _encoded_views(job: Job, split: str, views: list[View], pictures: int, skips
     return outcome
 
 
-def _shuffled(job: Job, unit: Unit, split: str, block: _Block) -> Iterator[Outcome]:
-    """Empties a block: its images, shuffled, as records."""
-    tokens, labels = np.concatenate(block.tokens), np.concatenate(block.labels)
-    order = generator(job.plan.config.seed, "order of", split, *unit, block.number).permutation(len(labels))
-    block.tokens, block.labels, block.images, block.number = [], [], 0, block.number + 1
+def _shuffled(job: Job, unit: Unit, block: list[Outcome], number: int) -> Iterator[Outcome]:
+    """The images of a split's block of that number, shuffled, as records."""
+    split = block[0].split
+    tokens = np.concatenate([part.tokens for part in block])
+    labels = np.concatenate([part.labels for part in block])
+    order = generator(job.plan.config.seed, "order of", split, *unit, number).permutation(len(labels))
     for start in range(0, len(order), IMAGES_PER_RECORD):
         chosen = order[start : start + IMAGES_PER_RECORD]
         yield Outcome(split, tokens[chosen], labels[chosen], 0)

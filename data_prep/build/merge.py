@@ -39,7 +39,8 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
         max_skipped = unfinished.max_skipped()
     if not 0 <= max_skipped <= 1:
         raise ValueError(f"--max_skipped is {max_skipped:g}; it must be between 0 and 1.")
-    limit = SkipLimit(max_skipped, tars_planned=_pieces(plan) * plan["config"]["source"]["tars_per_shard"])
+    pieces = sum(plan["units"][split] for split in plan["streams"])
+    limit = SkipLimit(max_skipped, tars_planned=pieces * plan["config"]["source"]["tars_per_shard"])
     for note in notes.values():
         limit.take(note["pictures"], note["skips"])
     try:
@@ -52,10 +53,6 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
     write_json(out / MANIFEST, manifest)
     _report(out, manifest, limit.pictures, len(limit.skips), unfinished.rates())
     unfinished.remove()
-
-
-def _pieces(plan: dict[str, Any]) -> int:
-    return sum(plan["units"][split] for split in plan["streams"])
 
 
 def _whole_notes(unfinished: Unfinished, plan: dict[str, Any]) -> dict[Unit, dict[str, Any]]:

@@ -35,9 +35,6 @@ class SkipLimit:
     """All tars of the whole job."""
     pictures: int = 0
     skips: list[Skip] = field(default_factory=list)
-    _damaged_tars: int = 0
-    _first: dict[bool, Skip] = field(default_factory=dict)
-    """Of the damaged tars, and of the bad pictures."""
 
     def add(self, pictures: int, skips: Iterable[Skip]) -> None:
         """Raises ValueError as soon as the whole job can't stay within the share any more."""
@@ -50,29 +47,25 @@ class SkipLimit:
     def take(self, pictures: int, skips: Iterable[Skip]) -> None:
         """Counts without judging."""
         self.pictures += pictures
-        for one in skips:
-            is_tar = one["reason"] == DAMAGED_TAR
-            self._damaged_tars += is_tar
-            self._first.setdefault(is_tar, one)
-            self.skips.append(one)
+        self.skips += skips
 
     def finish(self) -> None:
         """Raises ValueError if more than the share was skipped."""
         self._check(self.pictures, self.tars_planned)
 
     def _check(self, pictures: int | None, tars: int) -> None:
-        bad_pictures = len(self.skips) - self._damaged_tars
-        if self._damaged_tars and self._damaged_tars > self.share * tars:
-            raise TooManySkips(self._sentence(True, self._damaged_tars, f"{tars:,} tars"), self.skips)
-        if bad_pictures and pictures is not None and bad_pictures > self.share * pictures:
-            raise TooManySkips(self._sentence(False, bad_pictures, f"{pictures:,} pictures"), self.skips)
+        damaged_tars = [one for one in self.skips if one["reason"] == DAMAGED_TAR]
+        bad_pictures = [one for one in self.skips if one["reason"] != DAMAGED_TAR]
+        for found, count, what in ((damaged_tars, tars, "tars"), (bad_pictures, pictures, "pictures")):
+            if found and count is not None and len(found) > self.share * count:
+                raise TooManySkips(self._sentence(found, f"{count:,} {what}"), self.skips)
 
-    def _sentence(self, is_tar: bool, count: int, of: str) -> str:
-        first = self._first[is_tar]
+    def _sentence(self, found: list[Skip], of: str) -> str:
+        first = found[0]
         detail = f" ({first['detail']})" if first["detail"] else ""
         so_far = "so far " if self.pictures_planned is not None and self.pictures < self.pictures_planned else ""
         return (
-            f"{so_far}{count:,} of {of} can't be used, more than max_skipped {self.share:g} allows; the first: "
+            f"{so_far}{len(found):,} of {of} can't be used, more than max_skipped {self.share:g} allows; the first: "
             f"{first['name']} is {first['reason']}{detail}; repair or remove them, or raise --max_skipped"
         )
 

@@ -67,9 +67,6 @@ class ImageViews:
     def __init__(self, pictures: Images, cutter: Cutter) -> None:
         self.pictures, self.labels, self.cutter = pictures, pictures.labels, cutter
 
-    def __len__(self) -> int:
-        return len(self.pictures)
-
     def view(self, index: int, number: int) -> np.ndarray:
         """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3). Raises BadImage."""
         picture = self.pictures.image(index, self.cutter.decoder(number))

@@ -4,7 +4,7 @@ Whole numbers add up in any order, so the palette is the same whatever the worke
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -95,10 +95,8 @@ def _split_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarra
     views = views_of(source, plan.config, split.source_split)
     part = slice(chunk.start, chunk.stop)
     for picture, number in zip(split.pictures[part], split.views[part], strict=True):
-        try:
+        with suppress(BadImage):
             yield views.view(int(picture), int(number))
-        except BadImage:
-            continue
 
 
 def _piece_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:

@@ -25,7 +25,8 @@ class Images(Protocol):
     labels: np.ndarray
     """int32 (N,): the class of each image, -1 where unlabelled."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
         """uint8 (H, W, 3), RGB; `decode` decodes what is encoded. Raises BadImage if it can't be used."""
@@ -72,16 +73,13 @@ class Source:
     """What else the manifest should say of the source, in plain JSON types, such as what a label means."""
 
 
-class ImageArray:
+class ImageArray(Images):
     """Images held in memory, or in a memory map."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         """pixels: uint8 (N, H, W, 3); labels: integers (N,)."""
         assert pixels.dtype == np.uint8 and pixels.ndim == 4 and len(pixels) == len(labels)
         self.pixels, self.labels = pixels, labels.astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
         return self.pixels[index]
@@ -108,16 +106,13 @@ class Names:
         return (self[index] for index in range(len(self)))
 
 
-class ImageFiles:
+class ImageFiles(Images):
     """Picture files below a folder."""
 
     def __init__(self, folder: str, names: Iterable[str], labels: np.ndarray) -> None:
         """names: paths below `folder`; labels (N,)."""
         self.folder, self.names, self.labels = folder, Names(names), labels.astype(np.int32)
         assert len(self.names) == len(self.labels)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
         path = f"{self.folder}/{self.names[index]}"

@@ -1,6 +1,7 @@
 """Hugging Face data sets: a hub name, a `save_to_disk` folder, or a folder that `load_dataset` understands."""
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,13 @@ SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": 
 """Our name of a split: the data set's names it is found under."""
 
 
-class TablePictures:
+class TablePictures(Images):
     """A split on disk, read in any order."""
 
     def __init__(self, table: Any, image_column: str, labels: np.ndarray, name: str) -> None:
         """table: a datasets.Dataset whose images are not decoded; labels (N,)."""
         self.table, self.image_column, self.name = table, image_column, name
         self.labels = labels.astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self.table)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
         name = f"{self.name}[{index}]"
@@ -38,8 +36,7 @@ class StreamPictures:
 
     def __iter__(self) -> Iterator[Encoded | BadImage]:
         rows = iter(self.stream)
-        index = 0
-        while True:
+        for index in count():
             name = f"{self.name}[{index}]"
             try:
                 row = next(rows)
@@ -51,7 +48,6 @@ class StreamPictures:
                 yield Encoded(name, _content(row[self.image_column], name), _label(row, self.label_column))
             except BadImage as bad:
                 yield bad
-            index += 1
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -79,7 +75,7 @@ def open_source(config: SourceConfig) -> Source:
             splits[split] = TablePictures(data, image_column, _labels(data, label_column), name)
     classes = list(getattr(features[label_column], "names", [])) if label_column else []
     if not classes and label_column and not streams:
-        classes = numbered_classes(max(int(pictures.labels.max()) for pictures in splits.values()))
+        classes = [str(number) for number in range(1 + max(int(found.labels.max()) for found in splits.values()))]
     sizes = [f"{split} {len(pictures)}" for split, pictures in splits.items()]
     return Source(
         Path(config.path).name,
@@ -97,11 +93,6 @@ def _pieces(data: Any, image_column: str, label_column: str | None, name: str) -
         StreamPictures(piece, image_column, label_column, f"{name}, file {number}" if len(pieces) > 1 else name)
         for number, piece in enumerate(pieces)
     ]
-
-
-def numbered_classes(largest: int) -> list[str]:
-    """Names for labels that are bare numbers from 0 to `largest`."""
-    return [str(number) for number in range(largest + 1)]
 
 
 def _load(config: SourceConfig) -> dict[str, Any]:

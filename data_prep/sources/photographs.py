@@ -34,15 +34,12 @@ WINDOW_SEED = 0
 """The windows are part of the data set: the configuration's seed does not move them."""
 
 
-class Windows:
+class Windows(Images):
     """Square windows of a few photographs."""
 
     def __init__(self, files: list[Path], labels: np.ndarray, boxes: np.ndarray) -> None:
         """labels: which photograph (N,); boxes: left, top, side in pixels (N, 3)."""
         self.files, self.boxes, self.labels = files, boxes, labels.astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
         """The window as it is; `decode` is not asked, as scaled windows would be other ones."""

@@ -27,7 +27,7 @@ NAMES_FILE = "class_names.txt"
 COPY_BYTES = 1 << 20
 
 
-class PlaneImages:
+class PlaneImages(Images):
     """The pictures of one or more _X.bin files, one file after the other."""
 
     def __init__(self, files: Sequence[PlacedFile], labels: np.ndarray) -> None:
@@ -35,9 +35,6 @@ class PlaneImages:
         self.files, self.labels = files, labels.astype(np.int32)
         self._starts = np.cumsum([0, *(file.size // PICTURE_BYTES for file in files)])
         assert self._starts[-1] == len(labels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1

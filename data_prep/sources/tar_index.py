@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.images.decode import BadImage, Decode
-from data_prep.sources.base import Names
+from data_prep.sources.base import Images, Names
 
 BLOCK = 512
 """A tar's headers and contents begin at multiples of so many bytes."""
@@ -76,7 +76,7 @@ def tar_members(file: PlacedFile, inside: Member | None = None) -> Iterator[Memb
         offset = content + -(-member.size // BLOCK) * BLOCK
 
 
-class TarImages:
+class TarImages(Images):
     """Picture files inside an uncompressed tar, at known places."""
 
     def __init__(
@@ -86,9 +86,6 @@ class TarImages:
         self.file, self.names, self.labels = file, Names(names), labels.astype(np.int32)
         self.offsets, self.sizes = offsets, sizes
         assert len(self.names) == len(offsets) == len(sizes) == len(labels)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
         name = f"{self.file.name}/{self.names[index]}"
