@@ -28,7 +28,7 @@ from data_prep.config import DataConfig
 from data_prep.palette.codec import load_palette, lookup_table, palette_sha256, save_palette
 from data_prep.palette.fit import fit
 from data_prep.shards.format import MANIFEST, PALETTE, shard_name
-from data_prep.shards.writer import ShardWriter
+from data_prep.shards.writer import ShardWriter, open_shard
 from data_prep.sources.base import Source
 from data_prep.sources.open import open_source
 
@@ -197,8 +197,8 @@ def _write_unit(job: Job, unfinished: Unfinished, unit: Unit, outcomes: Iterable
                 continue
             largest_label = max(largest_label, int(outcome.labels.max()))
             if outcome.split not in writers:
-                writer = ShardWriter(unfinished.out / shard_name(outcome.split, unit.number))
-                writers[outcome.split] = open_shards.enter_context(writer)
+                path = unfinished.out / shard_name(outcome.split, unit.number)
+                writers[outcome.split] = open_shards.enter_context(open_shard(path))
             writers[outcome.split].add((outcome.tokens, outcome.labels))
     shards = {split: writer.entry | {"squared_error": errors[split]} for split, writer in writers.items()}
     note = {"shards": shards, "pictures": pictures, "skips": skips, "largest_label": largest_label}

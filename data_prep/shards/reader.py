@@ -153,12 +153,9 @@ class ShardSet:
         for name in self.splits if splits is None else splits:
             split = self.split(name)
             for shard in split.shards:
-                self._verify_shard(split, shard)
+                with split.borrowed(shard) as path:
+                    self._verify_file(path, split, shard)
                 advance(shard["images"])
-
-    def _verify_shard(self, split: Split, shard: dict[str, Any]) -> None:
-        with split.borrowed(shard) as path:
-            self._verify_file(path, split, shard)
 
     def _verify_file(self, path: Path, split: Split, shard: dict[str, Any]) -> None:
         if file_sha256(path) != shard["sha256"]:

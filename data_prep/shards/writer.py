@@ -2,8 +2,8 @@
 
 import io
 import tarfile
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +14,36 @@ from data_prep.shards.format import LABELS_DTYPE, PIXELS_DTYPE, TAR_BLOCK, Recor
 
 
 class ShardWriter:
-    """Writes one tar, record by record, atomically; `entry` is what the manifest says of it.
+    """Adds records to a tar; `entry` is what the manifest says of it. Use `open_shard`."""
 
-    The same records give the same bytes: no times, no owners, no extended headers.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
         self.entry: dict[str, Any] = {"file": path.name, "images": 0, "bytes": 0, "sha256": ""}
         self.entry |= {"record_images": [], "pixels_offsets": [], "labels_offsets": [], "record_crc32": []}
-        self._path = path
-        self._open = ExitStack()
-
-    def __enter__(self) -> "ShardWriter":
-        self._aside = self._open.enter_context(atomic_write(self._path))
-        self._open.callback(self._describe)
-        self._tar = self._open.enter_context(tarfile.open(self._aside, "w", format=tarfile.USTAR_FORMAT))
-        return self
+        self._key, self._tar = path.stem, tar
 
     def add(self, record: Record) -> None:
         """Appends one record of at least one image."""
         pixels, labels = record[0].astype(PIXELS_DTYPE), record[1].astype(LABELS_DTYPE)
         assert len(pixels) == len(labels) > 0
-        key = f"{self._path.stem}-{len(self.entry['record_images']):03d}"
+        key = f"{self._key}-{len(self.entry['record_images']):03d}"
         self.entry["pixels_offsets"].append(_add_array(self._tar, f"{key}.pixels.npy", pixels))
         self.entry["labels_offsets"].append(_add_array(self._tar, f"{key}.labels.npy", labels))
         self.entry["record_crc32"].append(record_crc32(pixels, labels))
         self.entry["record_images"].append(len(labels))
         self.entry["images"] += len(labels)
 
-    def _describe(self) -> None:
-        """Between the end of the tar and its appearance under its name."""
-        self.entry["bytes"] = self._aside.stat().st_size
-        self.entry["sha256"] = file_sha256(self._aside)
 
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+@contextmanager
+def open_shard(path: Path) -> Iterator[ShardWriter]:
+    """Writes one tar, record by record, atomically; `entry` is complete once it is closed.
 
-
-def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
-    """Writes one tar and returns its entry in the manifest."""
-    with ShardWriter(path) as writer:
-        for record in records:
-            writer.add(record)
-    return writer.entry
+    The same records give the same bytes: no times, no owners, no extended headers.
+    """
+    with atomic_write(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            writer = ShardWriter(path, tar)
+            yield writer
+        writer.entry |= {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
 
 
 def _add_array(tar: tarfile.TarFile, name: str, array: np.ndarray) -> int:

@@ -1,10 +1,15 @@
 """Layouts that the fixtures and tests write."""
 
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from data_prep.shards.format import Record
+from data_prep.shards.writer import open_shard
 
 CLASSES = ["astronaut", "cat", "coffee"]
 
@@ -28,3 +33,11 @@ def archive_of(folder: Path) -> Path:
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, folder.name)
     return archive
+
+
+def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
+    """Writes one tar and returns its entry in the manifest."""
+    with open_shard(path) as writer:
+        for record in records:
+            writer.add(record)
+    return writer.entry

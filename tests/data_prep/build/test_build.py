@@ -87,7 +87,7 @@ def test_an_interrupted_run_is_finished(
 
     assert run("shards", *options, "--out", tmp_path / "unbroken").code == 0
     out, written = tmp_path / "broken", []
-    writer = prepare.ShardWriter
+    writer = prepare.open_shard
 
     def write_some(path: Path) -> Any:
         written.append(path.name)
@@ -95,7 +95,7 @@ def test_an_interrupted_run_is_finished(
             raise OSError(28, "No space left on device", str(path))
         return writer(path)
 
-    monkeypatch.setattr(prepare, "ShardWriter", write_some)
+    monkeypatch.setattr(prepare, "open_shard", write_some)
     failed = run("shards", *options, "--out", out)
     assert failed.code == 2
     assert failed.err.splitlines()[-1] == f"error: {out / written[3]}: No space left on device."
@@ -105,7 +105,7 @@ def test_an_interrupted_run_is_finished(
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     (out / ".train-000009.tar.99.partial").write_text("half")
     written.clear()
-    monkeypatch.setattr(prepare, "ShardWriter", writer)
+    monkeypatch.setattr(prepare, "open_shard", writer)
 
     assert run("shards", *options, "--out", out).code == 0
     assert kept.stat().st_mtime_ns == kept_since

@@ -11,7 +11,7 @@ import pytest
 from data_prep.palette.codec import palette_sha256
 from data_prep.shards.format import VERSION, manifest_digest
 from data_prep.shards.reader import open_shard_set
-from data_prep.shards.writer import write_shard
+from tests.data_prep.small_data import write_shard
 
 Record = tuple[np.ndarray, np.ndarray]
 

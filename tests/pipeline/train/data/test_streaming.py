@@ -15,12 +15,12 @@ from data_prep.palette.codec import palette_sha256
 from data_prep.shards import remote
 from data_prep.shards.format import VERSION
 from data_prep.shards.reader import Split, open_shard_set
-from data_prep.shards.writer import write_shard
 from pipeline.model.augmentation import Augmentation
 from pipeline.train.data import batches, stream_order, streaming
 from pipeline.train.data.batches import ImageOrder
 from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.data.streaming import StreamedBatches
+from tests.data_prep.small_data import write_shard
 from tests.http_server import Server, serve
 
 RESOLUTION = 4
