@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pipeline.layout import BatchConfig, ParallelConfig
 from pipeline.schedule import ScheduleConfig
-from pipeline.value_checks import require_at_least, require_positive
+from pipeline.value_checks import require_minimums, require_positive
 
 FLOAT8_MULTIPLE = 16
 """Of which the dimensions of a float8 product must be multiples: widths, and in a weight's gradient the tokens."""
@@ -38,10 +38,7 @@ class ModelConfig:
             )
         if self.size is not None and own != (None, None, None):
             raise ValueError("model.size and model.layers/width/heads exclude each other; leave one of them out.")
-        for name in ("layers", "width", "heads", "resolution"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} is {value}; it must be at least 1.")
+        require_minimums("model", self, layers=1, width=1, heads=1, resolution=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1.")
         if self.width is not None and self.heads is not None and self.width % self.heads:
@@ -77,7 +74,7 @@ class DataConfig:
     with CIFAR (4 pixels at 32x32); 0 leaves them uncropped."""
 
     def __post_init__(self) -> None:
-        require_at_least("data.reflect_crop", self.reflect_crop, 0)
+        require_minimums("data", self, reflect_crop=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +92,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive("optimizer.learning_rate", self.learning_rate)
-        require_at_least("optimizer.weight_decay", self.weight_decay, 0)
-        require_at_least("optimizer.clip_norm", self.clip_norm, 0)
+        require_minimums("optimizer", self, weight_decay=0, clip_norm=0)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {list(self.betas)}; both must be at least 0 and below 1.")
 
@@ -117,10 +113,7 @@ class CheckpointConfig:
     """Checkpoints at multiples of this step are kept for good; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        require_at_least("checkpoint.every_steps", self.every_steps, 1)
-        require_at_least("checkpoint.every_minutes", self.every_minutes, 0)
-        require_at_least("checkpoint.keep_last", self.keep_last, 1)
-        require_at_least("checkpoint.keep_every", self.keep_every, 0)
+        require_minimums("checkpoint", self, every_steps=1, every_minutes=0, keep_last=1, keep_every=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +126,7 @@ class ValidationConfig:
     """Images of the `valid` split that are read, the same ones each time; fewer where the split is smaller."""
 
     def __post_init__(self) -> None:
-        require_at_least("validation.every_steps", self.every_steps, 1)
-        require_at_least("validation.images", self.images, 1)
+        require_minimums("validation", self, every_steps=1, images=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +139,7 @@ class SamplesConfig:
     """Images of the `valid` split, each completed twice."""
 
     def __post_init__(self) -> None:
-        require_at_least("samples.every_steps", self.every_steps, 0)
-        require_at_least("samples.images", self.images, 1)
+        require_minimums("samples", self, every_steps=0, images=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +161,9 @@ class HealthConfig:
     may take three times as long; 0 for never."""
 
     def __post_init__(self) -> None:
-        require_at_least("health.max_skipped", self.max_skipped, 1)
-        require_at_least("health.spike_sigmas", self.spike_sigmas, 0)
-        require_at_least("health.spike_window", self.spike_window, 2)
-        require_at_least("health.replicas_every_steps", self.replicas_every_steps, 0)
-        require_at_least("health.hang_minutes", self.hang_minutes, 0)
+        require_minimums(
+            "health", self, max_skipped=1, spike_sigmas=0, spike_window=2, replicas_every_steps=0, hang_minutes=0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +176,7 @@ class ProfileConfig:
     """Its steps; 0 for no window (and 3 for one that is asked for by the file)."""
 
     def __post_init__(self) -> None:
-        require_at_least("profile.first_step", self.first_step, 1)
-        require_at_least("profile.steps", self.steps, 0)
+        require_minimums("profile", self, first_step=1, steps=0)
 
 
 @dataclass(frozen=True, kw_only=True)

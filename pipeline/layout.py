@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.value_checks import require_at_least
+from pipeline.value_checks import require_minimums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,7 @@ class BatchConfig:
     """Images of the first step, when the batch grows; it grows by as many at a time."""
 
     def __post_init__(self) -> None:
-        require_at_least("batch.global_size", self.global_size, 1)
-        require_at_least("batch.micro_size", self.micro_size, 1)
-        require_at_least("batch.warmup_steps", self.warmup_steps, 0)
+        require_minimums("batch", self, global_size=1, micro_size=1, warmup_steps=0)
         if (self.warmup_steps > 0) != (self.first_size is not None):
             raise ValueError(
                 f"batch.warmup_steps is {self.warmup_steps} and batch.first_size is "
@@ -80,8 +78,7 @@ class ParallelConfig:
     """Activation checkpointing: recompute each block in the backward pass."""
 
     def __post_init__(self) -> None:
-        require_at_least("parallel.pipeline_stages", self.pipeline_stages, 1)
-        require_at_least("parallel.tensor_parallel", self.tensor_parallel, 1)
+        require_minimums("parallel", self, pipeline_stages=1, tensor_parallel=1)
         if self.pipeline_stages > 1 and self.zero_stage != 1:
             raise ValueError(
                 f"parallel.zero_stage is {self.zero_stage}; with parallel.pipeline_stages {self.pipeline_stages} it "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.value_checks import require_at_least
+from pipeline.value_checks import require_minimums
 
 
 def cosine(step: int, schedule: "ScheduleConfig") -> float:
@@ -44,8 +44,7 @@ class ScheduleConfig:
     """cosine: to zero at the last step; constant: the peak rate after warm-up."""
 
     def __post_init__(self) -> None:
-        require_at_least("schedule.steps", self.steps, 1)
-        require_at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        require_minimums("schedule", self, steps=1, warmup_steps=0)
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps is {self.warmup_steps}; it must be below schedule.steps, {self.steps}."
