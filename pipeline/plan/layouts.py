@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline import costs
 from pipeline.config import TrainConfig
@@ -16,8 +17,6 @@ from pipeline.plan.simulator import StepTime, Work, simulate
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
-
-MICRO_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -90,26 +89,20 @@ def fits(layout: Layout, cluster: Cluster) -> bool:
 def alternatives(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Iterator[Layout]:
     """All layouts of the same run whose numbers divide; offloading only with ZeRO-3."""
     powers = [2**power for power in range(11)]
-    zero_stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-    offloads: tuple[Literal["none", "optimizer"], ...] = ("none", "optimizer")
-    for stage, stages, parts, micro, recompute, offload in product(
-        zero_stages, powers, powers, MICRO_SIZES, (False, True), offloads
-    ):
-        if parts > cluster.ranks_per_node or (offload != "none" and stage != 3):
-            continue
-        try:
-            parallel = replace(
-                config.parallel,
-                zero_stage=stage,
-                pipeline_stages=stages,
-                tensor_parallel=parts,
-                recompute=recompute,
-                offload=offload,
-            )
-            changed = replace(config, parallel=parallel, batch=replace(config.batch, micro_size=micro))
-            yield lay_out(changed, model, cluster)
-        except ValueError:
-            continue
+    choices: dict[str, Sequence[Any]] = {
+        "zero_stage": (1, 2, 3),
+        "pipeline_stages": powers,
+        "tensor_parallel": [parts for parts in powers if parts <= cluster.ranks_per_node],
+        "micro_size": (1, 2, 4, 8, 16, 32),
+        "recompute": (False, True),
+        "offload": ("none", "optimizer"),
+    }
+    for values in product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        batch = replace(config.batch, micro_size=chosen.pop("micro_size"))
+        if chosen["offload"] == "none" or chosen["zero_stage"] == 3:
+            with suppress(ValueError):
+                yield lay_out(replace(config, parallel=replace(config.parallel, **chosen), batch=batch), model, cluster)
 
 
 def work_of(config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks: int, micro_batches: int) -> Work:

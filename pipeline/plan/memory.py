@@ -72,11 +72,8 @@ def _of_stage(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool, 
     in_flight = min(parallel.pipeline_stages - stage, micro_batches)
     width = 4 if config.precision == "fp32" else 2
     one_stream = config.batch.micro_size * model.n_positions * model.n_embd * width
-    forward: dict[str, float] = {}
-    if parallel.recompute:
-        forward["activations"] = in_flight * blocks * one_stream + saved
-    else:
-        forward["activations"] = in_flight * blocks * saved
+    kept = one_stream if parallel.recompute else saved
+    forward = {"activations": in_flight * blocks * kept + (saved if parallel.recompute else 0.0)}
     if is_last:
         scores = config.batch.micro_size * model.n_positions * model.colors * 4
         forward["logits and loss"] = (3 if width == 4 else 4.5) * scores
@@ -181,8 +178,5 @@ def _stage_3(always: dict[str, float], held: float, ranks: int, width: int, on_c
     bucket = min(held, REDUCE_BUCKET)
     always["own gradients"] = 4 * held / ranks
     always["buckets"] = 4 * (bucket if on_cpu else REDUCE_BUCKET)
-    backward = {
-        "whole weights": width * min(held, LIVE_PARAMETERS),
-        "gradients": width * bucket + 4 * bucket,
-    }
+    backward = {"whole weights": width * min(held, LIVE_PARAMETERS), "gradients": width * bucket + 4 * bucket}
     return always, backward, {}
