@@ -36,7 +36,6 @@ LEAST_DISK = 20e9
 class Finding:
     """One thing that was looked at."""
 
-    what: str
     verdict: Literal["ok", "note", "BAD"]
     words: str
     """What was found; of what is bad, what to do."""
@@ -51,11 +50,10 @@ def doctor_command(arguments: list[str]) -> int:
     folder = Path(chosen.folder)
     if not folder.is_dir():
         raise ValueError(f"--folder is {chosen.folder!r}, which is no folder; name the one that runs would be kept in.")
-    findings = []
-    for finding in examine(folder, trial=not chosen.quick):
-        print(f"{finding.verdict:<4}  {finding.what:<14} {finding.words}", flush=True)
-        findings.append(finding)
-    bad = [finding.what for finding in findings if finding.verdict == "BAD"]
+    bad = []
+    for what, finding in examine(folder, trial=not chosen.quick):
+        print(f"{finding.verdict:<4}  {what:<14} {finding.words}", flush=True)
+        bad += [what] if finding.verdict == "BAD" else []
     if bad:
         print(f"\nnot sound: {', '.join(bad)}; what to do stands beside each.")
         return 1
@@ -63,32 +61,31 @@ def doctor_command(arguments: list[str]) -> int:
     return 0
 
 
-def examine(folder: Path, trial: bool) -> Iterator[Finding]:
-    """All findings, one after the other; a look that fails is a finding itself."""
-    looks: list[Callable[[], Finding]] = [
-        _system,
-        _packages,
-        _accelerators,
-        _compilers,
-        _shared_memory,
-        lambda: _disk(folder),
-        lambda: _renames(folder),
-        _network,
-        _slurm,
-    ]
+def examine(folder: Path, trial: bool) -> Iterator[tuple[str, Finding]]:
+    """What was looked at, and the finding, one after the other; a look that fails is a finding itself."""
+    looks: dict[str, Callable[[], Finding]] = {
+        "machine": _system,
+        "packages": _packages,
+        "accelerators": _accelerators,
+        "compilers": _compilers,
+        "/dev/shm": _shared_memory,
+        "disk": lambda: _disk(folder),
+        "file system": lambda: _renames(folder),
+        "network": _network,
+        "SLURM": _slurm,
+    }
     if trial:
-        looks.append(lambda: try_out(folder))
-    for look in looks:
+        looks["trial"] = lambda: try_out(folder)
+    for what, look in looks.items():
         try:
-            yield look()
+            yield what, look()
         except (OSError, ValueError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
-            yield Finding(getattr(look, "__name__", "look").strip("_<>"), "BAD", f"could not be looked at: {error}")
+            yield what, Finding("BAD", f"could not be looked at: {error}")
 
 
 def _system() -> Finding:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return Finding(
-        "machine",
         "ok",
         f"{os.cpu_count()} cores, {memory:.0f} GB, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}",
@@ -109,48 +106,44 @@ def _packages() -> Finding:
         if found.partition("+")[0] != wanted:
             wrong.append(f"{name} is {found}, not {wanted}")
     if wrong:
-        return Finding("packages", "BAD", f"{'; '.join(wrong)}: pip install -r requirements.txt")
-    return Finding("packages", "ok", "as in requirements.txt")
+        return Finding("BAD", f"{'; '.join(wrong)}: pip install -r requirements.txt")
+    return Finding("ok", "as in requirements.txt")
 
 
 def _accelerators() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("accelerators", "note", f"none that torch {torch.__version__} can use; runs take the CPU")
+        return Finding("note", f"none that torch {torch.__version__} can use; runs take the CPU")
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     free = [torch.cuda.mem_get_info(number)[0] / 1e9 for number in range(len(names))]
-    return Finding(
-        "accelerators", "ok", "; ".join(f"{name}, {left:.0f} GB free" for name, left in zip(names, free, strict=True))
-    )
+    return Finding("ok", "; ".join(f"{name}, {left:.0f} GB free" for name, left in zip(names, free, strict=True)))
 
 
 def _compilers() -> Finding:
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
     if missing:
-        return Finding(
-            "compilers", "note", f"{' and '.join(missing)} missing: no parallel.offload and no compile; all else runs"
-        )
+        return Finding("note", f"{' and '.join(missing)} missing: no parallel.offload and no compile; all else runs")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     nvme = "and libaio: parallel.nvme_path too" if AsyncIOBuilder().is_compatible() else "but no libaio for NVMe"
-    return Finding("compilers", "ok", f"g++ and ninja: parallel.offload and compile can be used; {nvme}")
+    return Finding("ok", f"g++ and ninja: parallel.offload and compile can be used; {nvme}")
 
 
 def _shared_memory() -> Finding:
     size = shutil.disk_usage("/dev/shm").total
     if size < LEAST_SHARED_MEMORY:
-        return Finding("/dev/shm", "note", f"{size / 1e9:.2f} GB: NCCL may need 1 GB (docker run --shm-size)")
-    return Finding("/dev/shm", "ok", f"{size / 1e9:.0f} GB")
+        return Finding("note", f"{size / 1e9:.2f} GB: NCCL may need 1 GB (docker run --shm-size)")
+    return Finding("ok", f"{size / 1e9:.0f} GB")
 
 
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     words = f"{free / 1e9:.0f} GB free in {folder.resolve()}"
     if free < LEAST_DISK:
-        return Finding("disk", "note", f"{words}: a checkpoint takes 12 bytes a parameter, and two or three are kept")
-    return Finding("disk", "ok", words)
+        return Finding("note", f"{words}: a checkpoint takes 12 bytes a parameter, and two or three are kept")
+    return Finding("ok", words)
 
 
 def _renames(folder: Path) -> Finding:
@@ -165,8 +158,8 @@ def _renames(folder: Path) -> Finding:
             seconds = time.perf_counter() - began
         aside.rename(final)
         if aside.exists() or (final / "file").stat().st_size != 4096:
-            return Finding("file system", "BAD", f"{folder} does not rename folders as a whole; keep runs elsewhere")
-    return Finding("file system", "ok", f"renames folders, flushes a file in {1000 * seconds:.1f} ms")
+            return Finding("BAD", f"{folder} does not rename folders as a whole; keep runs elsewhere")
+    return Finding("ok", f"renames folders, flushes a file in {1000 * seconds:.1f} ms")
 
 
 def _network() -> Finding:
@@ -174,18 +167,18 @@ def _network() -> Finding:
     try:
         address = socket.gethostbyname(name)
     except OSError:
-        return Finding("network", "note", f"{name} has no address: set MASTER_ADDR by number for several nodes")
+        return Finding("note", f"{name} has no address: set MASTER_ADDR by number for several nodes")
     chosen = {key: os.environ[key] for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if key in os.environ}
-    return Finding("network", "ok", f"{name} is {address}" + (f"; {chosen}" if chosen else ""))
+    return Finding("ok", f"{name} is {address}" + (f"; {chosen}" if chosen else ""))
 
 
 def _slurm() -> Finding:
     if shutil.which("sbatch") is None:
-        return Finding("SLURM", "note", "no sbatch here: start runs with torchrun")
+        return Finding("note", "no sbatch here: start runs with torchrun")
     said = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=20)
     if said.returncode:
-        return Finding("SLURM", "note", "sbatch is here, but no controller answers: start runs with torchrun")
-    return Finding("SLURM", "ok", f"{len(said.stdout.splitlines())} partitions and states (sinfo)")
+        return Finding("note", "sbatch is here, but no controller answers: start runs with torchrun")
+    return Finding("ok", f"{len(said.stdout.splitlines())} partitions and states (sinfo)")
 
 
 def try_out(folder: Path) -> Finding:
@@ -205,13 +198,11 @@ def try_out(folder: Path) -> Finding:
             apart = largest_difference(found, wanted)
             if len(found) != STEPS or not apart <= TOLERANCE:
                 return Finding(
-                    "trial",
                     "BAD",
                     f"a run that was killed and resumed has {len(found)} of {STEPS} steps and losses up to "
                     f"{apart:.2g} away: do not train here before it is known why",
                 )
     return Finding(
-        "trial",
         "ok",
         f"on the CPU: saved on 2 ranks, killed, resumed on 1 rank and on 2 stages, with the losses of an unbroken run "
         f"({time.monotonic() - began:.0f} s)",

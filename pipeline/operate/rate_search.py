@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentError, ArgumentParser
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -49,15 +50,15 @@ def search_command(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
-    if not options["--runs"]:
+    if not options["runs"]:
         raise ValueError("--runs is not set; give the folder that the runs of the search are kept in.")
     for key in (RATE_KEY, "--run"):
         if value_of(key, rest) is not None:
             raise ValueError(f"{key} is given, but the search sets it for each run; leave it out.")
-    first, last = (_number(key, options[key]) for key in ("--first", "--last"))
+    first, last = (_number(f"--{key}", options[key]) for key in ("first", "last"))
     if not inf > first >= last > 0:
         raise ValueError(f"--first is {first:g} and --last is {last:g}; the search goes down from first to last.")
-    folder, launch = Path(options["--runs"]), _launcher(options["--launch"])
+    folder, launch = Path(options["runs"]), _launcher(options["launch"])
     config = parse_training([*rest, "--run", str(folder / "none")])[0]  # every mistake is found now
     if config.data.shards is None:
         raise ValueError("data.shards is not set; give the folder of a shard set (python -m data_prep shards).")
@@ -99,21 +100,14 @@ All other options are train's (python -m pipeline train --help)."""
 
 def _own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """The search's own options, and train's."""
-    own = {"--runs": "", "--first": "0.01", "--last": "1e-05", "--launch": ""}
-    rest: list[str] = []
-    left = list(arguments)
-    while left:
-        word = left.pop(0)
-        key, equals, value = word.partition("=")
-        if key not in own:
-            rest.append(word)
-        elif equals:
-            own[key] = value
-        elif left:
-            own[key] = left.pop(0)
-        else:
-            raise ValueError(f"{key} is the last word; it must be followed by its value.")
-    return own, rest
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for key, default in {"runs": "", "first": "0.01", "last": "1e-05", "launch": ""}.items():
+        parser.add_argument(f"--{key}", default=default)
+    try:
+        own, rest = parser.parse_known_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(f"{error.argument_name} is the last word; it must be followed by its value.") from error
+    return vars(own), rest
 
 
 def _number(key: str, text: str) -> float:

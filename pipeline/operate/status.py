@@ -60,10 +60,9 @@ def standing(run: Path) -> Standing:
 def _steps(run: Path) -> int | None:
     import yaml
 
-    try:
+    with suppress(OSError, KeyError, TypeError, yaml.YAMLError):
         return int(yaml.safe_load((run / "config.yaml").read_text())["schedule"]["steps"])
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        return None
+    return None
 
 
 def next_action(

@@ -7,7 +7,7 @@ It prints LOOKED once the accelerators were looked at, MET after the all-reduce,
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -37,11 +37,10 @@ class Meeting:
         """Takes part, until it is over or its seconds are. Returns whether it went well, and what was printed."""
         arguments = map(str, (self.address, self.port, self.rank, self.count, self.accelerators, self.seconds))
         command = [sys.executable, "-m", "pipeline.operate.preflight.allreduce", *arguments]
-        end = time.monotonic() + self.seconds
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)
-            while process.poll() is None and time.monotonic() < end:
-                time.sleep(0.05)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(self.seconds)
             process.kill()  # and not waited for: a process in a driver's call may never go
             said.seek(0)
             lines = said.read().splitlines()

@@ -1,6 +1,7 @@
 """What one node says of itself before a job trains on it, as one line of JSON."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 
@@ -28,7 +29,6 @@ class Report:
 
 def read_line(line: str) -> Report | None:
     """The report of a line, or None: srun and modules print other lines among them."""
-    try:
+    with suppress(ValueError, TypeError):
         return Report(**json.loads(line))
-    except (ValueError, TypeError):
-        return None
+    return None

@@ -46,7 +46,8 @@ def test_a_loss_that_was_not_finite_is_no_match(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "STEPS", 3)  # fewer than the warm-up: train refuses it
-    *_, last = doctor.examine(tmp_path, trial=True)
+    *_, (what, last) = doctor.examine(tmp_path, trial=True)
+    assert what == "trial"
     assert last.verdict == "BAD"
     assert "schedule.warmup_steps is 4; it must be below schedule.steps, 3" in last.words
 
