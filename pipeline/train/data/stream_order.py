@@ -7,7 +7,7 @@ images of a window; at the end of its part it continues with its part of the nex
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -74,13 +74,17 @@ class StreamOrder:
         self.part = lru_cache(maxsize=3)(self._new_part)
         self.window = lru_cache(maxsize=3)(self._new_window)
 
-    def place(self, rank: int, position: int) -> tuple[int, int, int]:
-        """Epoch, window and place in the window of the image that a rank reads after `position` others."""
-        epoch, place = divmod(position, self._stop(rank) - self._stop(rank - 1))
-        part = self.part(rank, epoch)
-        starts = window_starts(part.stop_rows - part.first_rows)
-        window = int(np.searchsorted(starts, place, side="right")) - 1
-        return epoch, window, place - int(starts[window])
+    def slices(self, rank: int, position: int, count: int) -> Iterator[tuple[tuple[int, int], slice]]:
+        """Of the `count` images that a rank reads after `position` others: each (epoch, window), and which of it."""
+        while count:
+            epoch, place = divmod(position, self._stop(rank) - self._stop(rank - 1))
+            part = self.part(rank, epoch)
+            starts = window_starts(part.stop_rows - part.first_rows)
+            window = int(np.searchsorted(starts, place, side="right")) - 1
+            first = place - int(starts[window])
+            taken = min(count, len(self.window(rank, epoch, window).shuffled) - first)
+            yield (epoch, window), slice(first, first + taken)
+            position, count = position + taken, count - taken
 
     def following(self, rank: int, epoch: int, window: int) -> tuple[int, int]:
         """The epoch and number of the window after this one."""
@@ -90,13 +94,10 @@ class StreamOrder:
     def at(self, rank: int, position: int, count: int) -> tuple[np.ndarray, Changes]:
         """The `count` images that a rank reads after `position` others: indices in file order int64, and changes."""
         indices, changes = [], []
-        while count:
-            epoch, number, offset = self.place(rank, position)
-            window = self.window(rank, epoch, number)
-            chosen = slice(offset, min(offset + count, len(window.shuffled)))
+        for key, chosen in self.slices(rank, position, count):
+            window = self.window(rank, *key)
             indices.append(self._indices(window.part)[window.shuffled[chosen]])
             changes.append(window.changes[chosen])
-            position, count = position + len(indices[-1]), count - len(indices[-1])
         return np.concatenate(indices), Changes.join(changes)
 
     def image_numbers(self, position: int, count: int) -> list[int]:

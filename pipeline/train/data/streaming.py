@@ -53,16 +53,12 @@ class StreamedBatches:
         A pure function of (seed, position, ranks); another global_size at some step continues with each rank's next
         images, as its place is position / ranks. Raises ValueError or OSError naming what could not be read.
         """
-        place, wanted = position // self._order.ranks, global_size // self._order.ranks
+        place, share = position // self._order.ranks, global_size // self._order.ranks
         batch = []
-        while wanted:
-            epoch, number, offset = self._order.place(self._rank, place)
-            tokens = self._window((epoch, number))
-            window = self._order.window(self._rank, epoch, number)
-            chosen = slice(offset, min(offset + wanted, len(window.shuffled)))
-            images = tokens[window.shuffled[chosen]]
+        for key, chosen in self._order.slices(self._rank, place, share):
+            window = self._order.window(self._rank, *key)
+            images = self._window(key)[window.shuffled[chosen]]
             batch.append(self._order.augmentation.apply(images, window.changes[chosen], self._resolution))
-            place, wanted = place + len(images), wanted - len(images)
         return Batch(np.concatenate(batch))
 
     def close(self) -> None:

@@ -23,46 +23,12 @@ SAMPLES_FOLDER = "samples"
 CONSOLE_SECONDS = 5.0
 
 
-class Telemetry:
-    """What the ranks but the first record: nothing."""
-
-    failure: OSError | None = None
-    """What kept it from writing; a rank does not raise it alone, the others would wait for it."""
-
-    def raise_failure(self) -> None:
-        """If one rank could not write, every rank raises; all ranks must call it."""
-        with raise_on_all_ranks():
-            if self.failure is not None:
-                raise self.failure
-
-    def training_step(self, row: dict[str, Any]) -> None:
-        """Records one optimizer step; row is metrics.jsonl's object, in its order."""
-
-    def validation(self, row: dict[str, Any]) -> None:
-        """Records a validation; row has step, images and valid_loss."""
-
-    def skipped_step(self, row: dict[str, Any]) -> None:
-        """Records a skipped step, or a loss spike that was applied: its row, reason, and images."""
-
-    def log(self, message: str | None) -> None:
-        """Prints a message on the console, if there is one."""
-
-    def samples(self, step: int, grid: np.ndarray) -> None:
-        """Records completions: uint8 (H, W, 3), as a PNG in the run and a picture in TensorBoard."""
-
-    def flush(self) -> None:
-        """Pushes everything to disk, before a checkpoint records that these steps are done."""
-
-    def close(self) -> None:
-        """Flushes and closes the files."""
-
-
-def _keeping_failure(method: Callable[..., None]) -> Callable[..., None]:
-    """The method, which notes an OSError in `failure` and does nothing after the first."""
+def _on_first_rank(method: Callable[..., None]) -> Callable[..., None]:
+    """The method, which does nothing on other ranks; it notes an OSError in `failure`, and is not called after one."""
 
     @wraps(method)
-    def guarded(self: "RunTelemetry", *arguments: Any) -> None:
-        if self.failure is None:
+    def guarded(self: "Telemetry", *arguments: Any) -> None:
+        if self.records and self.failure is None:
             try:
                 method(self, *arguments)
             except OSError as error:
@@ -71,10 +37,16 @@ def _keeping_failure(method: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-class RunTelemetry(Telemetry):
+class Telemetry:
     """Writes a run's rows; a resumed run continues after `step`, and drops what was written beyond it."""
 
-    def __init__(self, run: Path, step: int, steps: int) -> None:
+    def __init__(self, run: Path, step: int, steps: int, records: bool) -> None:
+        """records: False for the ranks that record nothing."""
+        self.records = records
+        self.failure: OSError | None = None
+        """What kept it from writing; a rank does not raise it alone, the others would wait for it."""
+        if not records:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self._run, self._steps = run, steps
@@ -87,8 +59,15 @@ class RunTelemetry(Telemetry):
         self._board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
         self._last_line = 0.0
 
-    @_keeping_failure
+    def raise_failure(self) -> None:
+        """If one rank could not write, every rank raises; all ranks must call it."""
+        with raise_on_all_ranks():
+            if self.failure is not None:
+                raise self.failure
+
+    @_on_first_rank
     def training_step(self, row: dict[str, Any]) -> None:
+        """Records one optimizer step; row is metrics.jsonl's object, in its order."""
         self._write(row)
         for key, value in row.items():
             if key != "step" and isfinite(value):
@@ -98,26 +77,30 @@ class RunTelemetry(Telemetry):
             self._last_line = now
             print(self._line(row), flush=True)
 
-    @_keeping_failure
+    @_on_first_rank
     def validation(self, row: dict[str, Any]) -> None:
+        """Records a validation; row has step, images and valid_loss."""
         self._write(row)
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
         print(f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token", flush=True)
 
-    @_keeping_failure
+    @_on_first_rank
     def skipped_step(self, row: dict[str, Any]) -> None:
+        """Records a skipped step, or a loss spike that was applied: its row, reason, and images."""
         with (self._run / SKIPPED_FILE).open("a") as rows:
             rows.write(to_line(row))
         what = "applied all the same" if row["applied"] else "skipped"
         print(f"step {row['step']} is {row['reason']}, {what}: its images are in {rows.name}", flush=True)
 
-    @_keeping_failure
+    @_on_first_rank
     def log(self, message: str | None) -> None:
+        """Prints a message on the console, if there is one."""
         if message is not None:
             print(message, flush=True)
 
-    @_keeping_failure
+    @_on_first_rank
     def samples(self, step: int, grid: np.ndarray) -> None:
+        """Records completions: uint8 (H, W, 3), as a PNG in the run and a picture in TensorBoard."""
         from PIL import Image
 
         path = self._run / SAMPLES_FOLDER / f"step-{step:08d}.png"
@@ -125,14 +108,16 @@ class RunTelemetry(Telemetry):
             Image.fromarray(grid).save(temporary, format="png")
         self._board.add_image("completions", grid, step, dataformats="HWC")
 
-    @_keeping_failure
+    @_on_first_rank
     def flush(self) -> None:
+        """Pushes everything to disk, before a checkpoint records that these steps are done."""
         self._rows.flush()
         os.fsync(self._rows.fileno())
         self._board.flush()
 
-    @_keeping_failure
+    @_on_first_rank
     def close(self) -> None:
+        """Flushes and closes the files."""
         self.flush()
         self._rows.close()
         self._board.close()
@@ -154,7 +139,7 @@ class RunTelemetry(Telemetry):
 def open_telemetry(run: Path, step: int, steps: int, ranks: Ranks) -> Telemetry:
     """That of this rank, for a run that continues after `step`. If the first can't write, every rank raises."""
     with raise_on_all_ranks():
-        return RunTelemetry(run, step, steps) if ranks.is_first else Telemetry()
+        return Telemetry(run, step, steps, records=ranks.is_first)
 
 
 def _duration(seconds: float) -> str:
