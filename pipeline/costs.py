@@ -8,7 +8,6 @@ Recomputed activations do not count. L layers, T positions, D width, V colours.
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,10 +102,7 @@ def _inner(config: GPT2Config) -> int:
 
 def find_accelerator(device_name: str) -> Accelerator | None:
     """The table's entry for what torch.cuda.get_device_name() says; None if there is none."""
-    for accelerator in ACCELERATORS.values():
-        if re.search(accelerator.pattern, device_name):
-            return accelerator
-    return None
+    return next((found for found in ACCELERATORS.values() if re.search(found.pattern, device_name)), None)
 
 
 def device_peak(device: torch.device, precision: str) -> Peak:
@@ -127,21 +123,15 @@ def device_peak(device: torch.device, precision: str) -> Peak:
 
 
 def measured_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest of the square matrix products that fit into 0.3 s, after one to warm up."""
+    """FLOP/s of the fastest of the square matrix products that fit into 0.3 s, after some to warm up."""
     import torch
+    from torch.utils.benchmark import Timer
 
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     matrix = torch.randn(size, size, dtype=dtype, device=device, generator=generator)
-    seconds: list[float] = []
-    end = time.perf_counter() + MEASURE_SECONDS
-    while len(seconds) < 2 or time.perf_counter() < end:
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.blocked_autorange(min_run_time=MEASURE_SECONDS).times)
 
 
 def bubble(stages: int, micro_batches: int) -> float:
