@@ -7,7 +7,7 @@ the cache: all of it is huggingface_hub's own.
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HUB = "hub:"
@@ -23,16 +23,11 @@ def parse_name(name: str) -> tuple[str, str | None]:
     from huggingface_hub.utils import validate_repo_id
 
     repository, _, revision = name.partition("@")
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(repository)
-        valid = NAME.fullmatch(repository) is not None
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise ValueError(
-            f"{HUB}{name} is no name of a model on a hub; it must be {HUB}ORG/NAME or {HUB}ORG/NAME@REVISION."
-        )
-    return repository, revision or None
+        if NAME.fullmatch(repository):
+            return repository, revision or None
+    raise ValueError(f"{HUB}{name} is no name of a model on a hub; it must be {HUB}ORG/NAME or {HUB}ORG/NAME@REVISION.")
 
 
 def pull(name: str) -> Path:

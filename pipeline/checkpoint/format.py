@@ -111,14 +111,9 @@ def temporary_folder(checkpoints: Path, step: int) -> Path:
 
 def begin(checkpoints: Path, step: int) -> None:
     """Clears what was left unfinished and makes the folder to write in. One rank calls it, before any rank writes."""
-    discard_unfinished(checkpoints)
-    temporary_folder(checkpoints, step).mkdir(parents=True)
-
-
-def discard_unfinished(checkpoints: Path) -> None:
-    """Deletes checkpoints that were never committed, or were about to be deleted."""
-    for leftover in checkpoints.glob(f"*{PARTIAL}"):
+    for leftover in checkpoints.glob(f"*{PARTIAL}"):  # never committed, or about to be deleted
         shutil.rmtree(leftover)
+    temporary_folder(checkpoints, step).mkdir(parents=True)
 
 
 def write_rank(

@@ -105,11 +105,14 @@ class FragmentReader:
         self._files = [safe_open(str(file), framework="pt", backend=backend) for file in files]
         self._folder = files[0].parent
         self._stored: dict[str, dict[Part | None, list[Stored]]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Every parameter's shape."""
         for number, file in enumerate(self._files):
             for entry in json.loads(file.metadata()["index"]):
                 fragment = Fragment.from_entry(entry)
                 pieces = self._stored.setdefault(fragment.name, {}).setdefault(fragment.part, [])
                 pieces.append(Stored(fragment, number, entry["step"]))
+                self.shapes[fragment.name] = fragment.shape
         for name, by_part in self._stored.items():
             expected = max((part.ranks for part in by_part if part), default=1)
             if len(by_part) != expected:
@@ -128,11 +131,6 @@ class FragmentReader:
             raise ValueError(f"{self._folder}: {name} has {end} of {fragments[0].whole_length} elements.")
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter's shape."""
-        return {name: next(iter(by_part.values()))[0].fragment.shape for name, by_part in self._stored.items()}
-
-    @property
     def optimizer_step(self) -> float:
         """How many updates Adam has made."""
         steps = {piece.step for by_part in self._stored.values() for pieces in by_part.values() for piece in pieces}
@@ -142,7 +140,7 @@ class FragmentReader:
 
     def read(self, name: str, state: str = "weight") -> torch.Tensor:
         """One whole parameter, or one of its moments: fp32, in its shape."""
-        shape = self._shape(name)
+        shape = self.shapes[name]
         whole = torch.empty(shape)
         for part in self._stored[name]:
             wanted = Fragment(name, shape, 0, prod(shape) // (part.ranks if part else 1), 0, part)
@@ -159,8 +157,8 @@ class FragmentReader:
 
         A parameter that is cut otherwise than it was saved is put together first: one, never the model.
         """
-        if self._stored.get(wanted.name) is None or self._shape(wanted.name) != wanted.shape:
-            found = self._shape(wanted.name) if wanted.name in self._stored else "missing"
+        found = self.shapes.get(wanted.name, "missing")
+        if found != wanted.shape:
             raise ValueError(f"{self._folder}: {wanted.name} is {found}; this model needs {wanted.shape}.")
         if wanted.part in self._stored[wanted.name]:
             self._fill_alike(target, wanted, state)
@@ -168,9 +166,6 @@ class FragmentReader:
         whole = self.read(wanted.name, state)
         own = wanted.part.of(whole) if wanted.part else whole
         target.copy_(own.reshape(-1)[wanted.start : wanted.start + wanted.length])
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return next(iter(self._stored[name].values()))[0].fragment.shape
 
     def _fill_alike(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
         """From fragments of the same part, or of the whole parameter."""

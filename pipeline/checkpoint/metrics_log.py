@@ -4,6 +4,7 @@ step. A number that is NaN or infinite is null."""
 import json
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _parse(line: str) -> Row | None:
     """None if the line is no row."""
-    try:
+    with suppress(ValueError):
         row = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity, as earlier versions wrote them
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+        return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return None

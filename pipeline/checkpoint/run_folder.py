@@ -93,11 +93,8 @@ class RunFolder:
                 f"back, or name a new --run."
             )
 
-    def changes(self, config: TrainConfig) -> list[str]:
-        """What the configuration changes since the last start, a line a key."""
-        return [f"{key} was {old}, is {new}" for key, (old, new) in self._changed(config).items()]
-
-    def _changed(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    def changes(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """What the configuration changes since the last start: (old, new) by key."""
         return changed_keys(self._earlier_config(), to_dict(config)) if (self.path / CONFIG_FILE).exists() else {}
 
     def _read_record(self) -> dict[str, Any]:
@@ -118,7 +115,7 @@ class RunFolder:
             leftover.unlink()
         if (self.path / RECORD_FILE).exists():
             self._record = self._read_record()
-        lines, changes = self.changes(config), self._changed(config)
+        changes = self.changes(config)
         with atomic_write(self.path / CONFIG_FILE) as temporary:
             temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         with atomic_write(self.path / PALETTE_FILE) as temporary, temporary.open("wb") as file:
@@ -140,8 +137,8 @@ class RunFolder:
         }
         self._record["starts"] = [*self._record.get("starts", []), start]
         self.note("running")
-        for line in lines:
-            print(f"changed since the last start: {line}", flush=True)
+        for key, (old, new) in changes.items():
+            print(f"changed since the last start: {key} was {old}, is {new}", flush=True)
 
     def note(self, status: Status, **facts: Any) -> None:
         """Writes the status, and whatever else should be known of the run, to run.json."""
@@ -225,9 +222,8 @@ def code_version() -> str:
 
 def hardware() -> dict[str, Any]:
     """What this rank runs on."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "accelerator": accelerator,
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),

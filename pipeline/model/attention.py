@@ -2,6 +2,7 @@
 cuDNN's, by a measurement at the run's own shape."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +36,8 @@ def measure(shape: AttentionShape, kernels: Sequence[SDPBackend], device: torch.
             globals={"attend": scaled_dot_product_attention, "operands": operands, "causal": shape.causal},
             num_threads=torch.get_num_threads(),
         )
-        try:
-            with sdpa_kernel(kernel):
-                seconds[kernel.name] = timer.blocked_autorange(min_run_time=SECONDS_EACH).median
-        except RuntimeError:  # "No available kernel"
-            continue
+        with suppress(RuntimeError), sdpa_kernel(kernel):  # "No available kernel"
+            seconds[kernel.name] = timer.blocked_autorange(min_run_time=SECONDS_EACH).median
     return seconds
 
 

@@ -25,6 +25,8 @@ PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}
 """Nats per token by which the probe loss may differ after a load: another topology sums in another order, and ZeRO-0
 keeps fp32 between products where the others round to bf16 (one image of 64 tokens: 0.015 at most of a thousand).
 An fp8 run is evaluated in bf16."""
+TOPOLOGY = ("zero_stage", "pipeline_stages", "tensor_parallel")
+"""Keys of parallel that a checkpoint's manifest names."""
 
 
 @dataclass(frozen=True)
@@ -212,12 +214,7 @@ class CheckpointManager:
         return CheckpointRecord(
             step=progress.step,
             images=progress.images,
-            topology={
-                "ranks": self.ranks.count,
-                "zero_stage": self.config.parallel.zero_stage,
-                "pipeline_stages": self.config.parallel.pipeline_stages,
-                "tensor_parallel": self.config.parallel.tensor_parallel,
-            },
+            topology={"ranks": self.ranks.count} | {key: getattr(self.config.parallel, key) for key in TOPOLOGY},
             model=self.inputs.model_config.to_dict(),
             palette_sha256=self.inputs.shards.palette_sha256,
             shards_digest=self.inputs.shards.digest,

@@ -94,8 +94,8 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
 def print_finished(folder: RunFolder, config: TrainConfig) -> None:
     """For a run that has nothing left to train; what the configuration changes has no effect on it."""
     print(f"{folder.path} has finished its {folder.finished_steps()} steps; nothing is left to train.", flush=True)
-    for line in folder.changes(config):
-        print(f"without effect on a finished run: {line}", flush=True)
+    for key, (old, new) in folder.changes(config).items():
+        print(f"without effect on a finished run: {key} was {old}, is {new}", flush=True)
 
 
 @contextmanager

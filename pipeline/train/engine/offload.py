@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -26,22 +27,15 @@ def new_folder(nvme: Path) -> Path:
     """
     global _own_folder
     clear_own_folder()
-    for folder in nvme.glob(f"{FOLDER}*"):
-        _remove_if_left(folder)
+    for left in nvme.glob(f"{FOLDER}*"):  # an OSError shows a process that lives, or that is about to take its lock
+        with suppress(OSError), (left / LOCK).open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=nvme))
     lock = (folder / LOCK).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     _own_folder = folder, lock
     return folder
-
-
-def _remove_if_left(folder: Path) -> None:
-    try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # of a process that lives, or that is about to take its lock
-        return
 
 
 def clear_own_folder() -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
@@ -103,11 +104,10 @@ class Watchdog:
 
     def _place_of(self, rank: int) -> str | None:
         """What a rank wrote of where it is, or None if it wrote nothing."""
-        try:
-            found = re.match(r"rank \d+, (.*), for", self._file(rank).read_text())
-        except OSError:
-            return None
-        return found[1] if found else None
+        with suppress(OSError):
+            if found := re.match(r"rank \d+, (.*), for", self._file(rank).read_text()):
+                return found[1]
+        return None
 
 
 def write_collectives(file: TextIO) -> None:
