@@ -36,16 +36,13 @@ def complete_command(arguments: list[str]) -> int:
         raise ValueError(f"--out is {command.out}; it must be a file that ends in .png.")
     # So that --help and the errors above need no torch.
     from data_prep.shards.reader import open_shard_set
-    from pipeline.evaluate.context import check_match, start_accelerator
+    from pipeline.evaluate.context import load_matching, start_accelerator
     from pipeline.evaluate.tasks.completions import CANT_COMPLETE, choose_examples, draw_completions
-    from pipeline.model_folder.convert import load_model_folder
     from pipeline.model_folder.resolve import model_folder
 
     shards = open_shard_set(command.shards)
     choose_examples(shards, options.split, options.images, command.seed)
-    folder = model_folder(path)
-    model = load_model_folder(folder)
-    check_match(model, folder, shards)
+    model = load_matching(model_folder(path), shards)
     if model.mask_probability is not None:
         raise ValueError(CANT_COMPLETE)
     accelerator = start_accelerator(command.precision)

@@ -20,7 +20,7 @@ from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.options import Sizes, Weights
 from pipeline.model import objectives
 from pipeline.model.masks import Masks
-from pipeline.model_folder.convert import LoadedModel
+from pipeline.model_folder.convert import LoadedModel, load_model_folder
 
 GROUP_TIMEOUT = timedelta(hours=12)
 """Ranks wait for the one that fits the slowest probe."""
@@ -138,6 +138,12 @@ class Evaluation:
                 yield slice(start, start + len(tokens)), tokens
                 advance(min(size * ranks, left - number * size * ranks))
 
+    def batches_of(self, pictures: Pictures, part: slice) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Every batch of a part of the images, whatever the rank: as `batches` gives them, without progress."""
+        for start in range(part.start, part.stop, self.sizes.batch_size):
+            place = slice(start, min(start + self.sizes.batch_size, part.stop))
+            yield place, self.on_device(pictures.tokens(place.start, place.stop))
+
     def progress(
         self, label: str, total: int, unit: str = "pictures"
     ) -> AbstractContextManager[Callable[[int], object]]:
@@ -157,6 +163,13 @@ def start_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
         mixed_precision="bf16" if precision == "bf16" else "no",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
     )
+
+
+def load_matching(folder: Path, shards: ShardSet) -> LoadedModel:
+    """A model folder's content. Raises ValueError if it is damaged or does not match the shard set."""
+    model = load_model_folder(folder)
+    check_match(model, folder, shards)
+    return model
 
 
 def check_match(model: LoadedModel, folder: Path, shards: ShardSet) -> None:

@@ -11,12 +11,11 @@ from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.distributed import from_first
 from pipeline.evaluate.cache import TaskCache, clear_unfinished
-from pipeline.evaluate.context import Evaluation, check_match, start_accelerator
+from pipeline.evaluate.context import Evaluation, load_matching, start_accelerator
 from pipeline.evaluate.registry import TASKS, task_class
 from pipeline.evaluate.request import Request
 from pipeline.evaluate.task import Task
 from pipeline.model.gpt import initialize
-from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.resolve import model_folder
 from pipeline.results.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
 from pipeline.results.report.page import write_report
@@ -48,8 +47,7 @@ def _start(request: Request, shards: ShardSet) -> tuple[Evaluation, ModelFacts]:
     command = request.command
     accelerator = start_accelerator(command.precision)
     folder = from_first(lambda: model_folder(request.model))
-    model = load_model_folder(folder)
-    check_match(model, folder, shards)
+    model = load_matching(folder, shards)
     facts = from_first(lambda: model_facts(folder, model))
     if command.weights == "random":
         initialize(model.model, command.seed)

@@ -1,6 +1,7 @@
 """Work items divided among the ranks, each one cached: a task that was killed computes only what is missing."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,18 @@ def map_over_ranks(
         if isinstance(outcome, Exception):
             raise outcome
     return {name: gathered[name] for name in items}
+
+
+def map_parts(
+    evaluation: Evaluation, label: str, name: str, count: int, size: int, work: Callable[[slice], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What `work` gives of each `size` of 0..count, in order, by `map_over_ranks`; the last part may be smaller.
+
+    name: of a work item, with {} for where its part starts.
+    """
+    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    items: dict[str, WorkItem] = {name.format(part.start): partial(work, part) for part in parts}
+    return list(map_over_ranks(evaluation, label, items, arrays=True).values())
 
 
 def _without_arrays(value: dict[str, Any]) -> dict[str, Any]:

@@ -46,9 +46,8 @@ def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, pat
     if density:
         label_line(axes, density["unigram_nats_per_color"], "colour frequencies", BASELINES[0])
         label_line(axes, density["bigram_nats_per_color"], "previous colour", BASELINES[2])
-    axes.set_xlabel("pictures seen")
-    axes.set_ylabel("loss (nats per colour)")
-    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+    axes.set(xlabel="pictures seen", ylabel="loss (nats per colour)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(left=0)
     axes.legend(frameon=False, loc="center right")
     save_figure(figure, path)

@@ -16,13 +16,11 @@ BASELINES = ("#c2571a", "#777777", "#3b8a4e")
 DOTS_PER_INCH = 160
 
 
-def new_figure() -> "tuple[Figure, Axes]":
-    """A figure of 7 x 3.8 inches with one pair of axes, light grid, no box."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_figure(width: float = 7.0, height: float = 3.8) -> "tuple[Figure, Axes]":
+    """A figure of so many inches with one pair of axes, light grid, no box."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(True, color="#e3e3e3", linewidth=0.7)
     axes.set_axisbelow(True)

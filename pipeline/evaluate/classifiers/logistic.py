@@ -35,11 +35,6 @@ class LinearClassifier:
     converged: bool
     """False if L-BFGS ran into its limit of iterations, or SGD ended in NaN or Inf."""
 
-    def log_probabilities(self, features: Rows) -> np.ndarray:
-        """ln p of each class it knows, float32 (N, C)."""
-        blocks = [log_softmax(self._scores(block), axis=1) for _, block in in_blocks(features)]
-        return np.concatenate([np.empty((0, len(self.classes)), np.float32), *blocks])
-
     def predict(self, features: Rows) -> np.ndarray:
         """The most probable label of each picture, int (N,)."""
         best = [self._scores(block).argmax(axis=1) for _, block in in_blocks(features)]
@@ -52,16 +47,13 @@ class LinearClassifier:
     def losses(self, data: Labelled) -> np.ndarray:
         """-ln p of the label of each picture, (n,); images of a class that training lacked are excluded."""
         known = np.isin(data.labels, self.classes)
-        log_probabilities = self.log_probabilities(data.features)[known]  # (n, C)
+        blocks = [log_softmax(self._scores(block), axis=1) for _, block in in_blocks(data.features)]
+        log_probabilities = np.concatenate([np.empty((0, len(self.classes)), np.float32), *blocks])[known]  # (n, C)
         return -log_probabilities[np.arange(known.sum()), np.searchsorted(self.classes, data.labels[known])]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for the cache."""
-        return asdict(self)
 
     @classmethod
     def of(cls, cached: dict[str, Any]) -> "LinearClassifier":
-        """From a dict that holds the fields, and may hold more."""
+        """From a dict that holds the fields, as `asdict` gives them, and may hold more."""
         return cls(**{field.name: cached[field.name] for field in fields(cls)})
 
     def _scores(self, features: np.ndarray) -> np.ndarray:  # (n, D) -> (n, C)
@@ -108,4 +100,4 @@ def fit_logistic(train: Labelled, valid: Labelled, strengths: Sequence[float]) -
     """The classifier whose L2 strength does best on `valid`, the strongest of equals, with its `valid_accuracy`."""
     fitted = [(classifier, classifier.accuracy(valid)) for classifier in logistic_path(train, strengths)]
     best, accuracy = max(fitted, key=lambda pair: pair[1])
-    return best.as_dict() | {"valid_accuracy": accuracy}
+    return asdict(best) | {"valid_accuracy": accuracy}

@@ -6,7 +6,7 @@ so the search ends at lower rates than on features as they are.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
@@ -53,7 +53,7 @@ class Sgd:
             classifier = train_sgd(train, rate, self.options.epochs, self.options.batch_size, random, self.device)
             losses = classifier.losses(valid)
             loss = float(losses.mean(dtype=np.float64)) if len(losses) and classifier.converged else np.inf
-            return classifier.as_dict() | {"valid_accuracy": classifier.accuracy(valid), "valid_loss": loss}
+            return asdict(classifier) | {"valid_accuracy": classifier.accuracy(valid), "valid_loss": loss}
 
         return self.get_or_compute(f"{name}-rate-{rate:g}-order-{repeat}", train_and_validate)
 

@@ -1,6 +1,5 @@
 """The parts of the attentive probe: token features of a frozen model, how they are standardised, and the pooling."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch.nn import functional
 from data_prep.common.seeding import generator
 from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.features.pooled import hooked_layers
-from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
+from pipeline.evaluate.work_sharing import map_parts
 
 EPSILON = 1e-6
 """Added to the variance, as in AIM's batch norm."""
@@ -106,25 +105,19 @@ def standardisation(evaluation: Evaluation, pictures: Pictures, layers: list[int
     The images are divided among the ranks; the numbers do not depend on how many there are.
     """
 
-    def sums(start: int) -> dict[str, Any]:
+    def sums(part: slice) -> dict[str, Any]:
         """Sum and sum of squares over some images, float64 (layers, D) each."""
-        total, squares = [], []
-        stop = min(start + IMAGES_PER_ITEM, len(pictures))
-        for first in range(start, stop, evaluation.sizes.batch_size):
-            last = min(first + evaluation.sizes.batch_size, stop)
-            tokens = evaluation.on_device(pictures.tokens(first, last))
+        shape, device = (2, len(layers), evaluation.model.config.n_embd), evaluation.accelerator.device
+        total, squares = torch.zeros(shape, dtype=torch.float64, device=device)
+        for place, tokens in evaluation.batches_of(pictures, part):
             with evaluation.accelerator.autocast():
-                features = token_features(evaluation, tokens, pictures.indices[first:last], layers)
-            total.append([of_layer.sum((0, 1), dtype=torch.float64) for of_layer in features])
-            squares.append([of_layer.double().square().sum((0, 1)) for of_layer in features])
-        return {
-            name: sum(torch.stack(part).cpu().numpy() for part in parts)
-            for name, parts in (("sum", total), ("squares", squares))
-        }
+                features = token_features(evaluation, tokens, pictures.indices[place], layers)
+            total += torch.stack([of_layer.sum((0, 1), dtype=torch.float64) for of_layer in features])
+            squares += torch.stack([of_layer.double().square().sum((0, 1)) for of_layer in features])
+        return {"sum": total.cpu().numpy(), "squares": squares.cpu().numpy()}
 
-    starts = range(0, len(pictures), IMAGES_PER_ITEM)
-    items: dict[str, WorkItem] = {f"moments-{start:09d}": partial(sums, start) for start in starts}
-    done = map_over_ranks(evaluation, "attentive_probe, mean and deviation", items, arrays=True).values()
+    label = "attentive_probe, mean and deviation"
+    done = map_parts(evaluation, label, "moments-{:09d}", len(pictures), IMAGES_PER_ITEM, sums)
     count = len(pictures) * evaluation.shards.resolution**2
     mean = sum(part["sum"] for part in done) / count  # (layers, D)
     variance = np.maximum(sum(part["squares"] for part in done) / count - mean**2, 0)

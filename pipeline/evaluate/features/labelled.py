@@ -25,30 +25,18 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Concatenated:
-    """Features of several layers concatenated, when they are read."""
+class LazyRows:
+    """Features that are made when they are read: of several layers, or of the colors alone."""
 
-    parts: Sequence[Rows]
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def __getitem__(self, chosen: Any, /) -> np.ndarray:
-        return np.concatenate([part[chosen] for part in self.parts], axis=1)
-
-
-@dataclass(frozen=True)
-class Represented:
-    """Features made of the colours alone, when they are read: the baselines of every probe."""
-
-    tokens: np.ndarray  # uint16 (N, T)
-    represent: Callable[[np.ndarray], np.ndarray]
+    count: int
+    read: Callable[[Any], np.ndarray]
+    """Of a slice or row numbers to float32 (n, D)."""
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self.count
 
     def __getitem__(self, chosen: Any, /) -> np.ndarray:
-        return self.represent(self.tokens[chosen])
+        return self.read(chosen)
 
 
 class Labelled(NamedTuple):
@@ -60,7 +48,9 @@ class Labelled(NamedTuple):
 
 def concatenated(layers: Sequence[Labelled]) -> Labelled:
     """Several layers' features of the same pictures as one, (N, sum of D)."""
-    return Labelled(Concatenated([layer.features for layer in layers]), layers[0].labels)
+    labels = layers[0].labels
+    read = lambda chosen: np.concatenate([layer.features[chosen] for layer in layers], axis=1)  # noqa: E731
+    return Labelled(LazyRows(len(labels), read), labels)
 
 
 def in_blocks(features: Rows) -> Iterator[tuple[slice, np.ndarray]]:
@@ -87,11 +77,9 @@ def baselines(evaluation: Evaluation, pictures: Pictures) -> dict[str, Labelled]
     """Raw pixels and colour histograms of the pictures, by name."""
     tokens = pictures.tokens()  # uint16 (N, T)
     palette, colors = evaluation.shards.palette, evaluation.shards.colors
-    ways = (lambda chosen: raw_pixels(chosen, palette), lambda chosen: color_histogram(chosen, colors))
-    return {
-        name: Labelled(Represented(tokens, represent), pictures.labels)
-        for name, represent in zip(BASELINES, ways, strict=True)
-    }
+    ways = (lambda chosen: raw_pixels(tokens[chosen], palette), lambda chosen: color_histogram(tokens[chosen], colors))
+    rows = [LazyRows(len(tokens), read) for read in ways]
+    return {name: Labelled(features, pictures.labels) for name, features in zip(BASELINES, rows, strict=True)}
 
 
 def layer_name(layer: int) -> str:
@@ -160,22 +148,6 @@ def description(evaluation: Evaluation, pictures: dict[str, Pictures]) -> dict[s
         "images_by_class": {name: images_by_class(evaluation, chosen) for name, chosen in pictures.items()},
         "absent_classes": absent_classes(evaluation, pictures),
         "majority_class_test_accuracy": float((test == np.bincount(train).argmax()).mean()),
-    }
-
-
-def scores_on_test(predicted: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Any]:
-    """Accuracy on the test pictures, its binomial standard error, and by class (None where there is no picture).
-
-    predicted and labels: int (N,). A class that train lacks is never predicted: its pictures count as wrong.
-    """
-    right = predicted == labels  # (N,)
-    counts = np.bincount(labels, minlength=classes)
-    hits = np.bincount(labels, weights=right, minlength=classes)
-    accuracy = float(right.mean())
-    return {
-        "test_accuracy": accuracy,
-        "test_standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(labels))),
-        "test_accuracy_by_class": [float(h / n) if n else None for h, n in zip(hits, counts, strict=True)],
     }
 
 

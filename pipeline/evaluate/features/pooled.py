@@ -7,7 +7,8 @@ training one, [SOS, x0 .. x(n-2)]: without SOS every color would sit one positio
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,18 +30,13 @@ def hooked_layers(
     norms = [*(block.ln_1 for block in model.transformer.h), model.transformer.ln_f]
     taken = [torch.empty(0)] * len(layers)
 
-    def keep(place: int, normed: torch.Tensor) -> None:
+    def keep(place: int, _module: nn.Module, _inputs: tuple[torch.Tensor], normed: torch.Tensor) -> None:
         taken[place] = take(normed)
 
-    hooks = [
-        norms[layer].register_forward_hook(lambda _module, _inputs, normed, place=place: keep(place, normed))
-        for place, layer in enumerate(layers)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for place, layer in enumerate(layers):
+            hooks.enter_context(norms[layer].register_forward_hook(partial(keep, place)))
         yield taken
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

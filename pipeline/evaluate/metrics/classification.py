@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from sklearn.metrics import confusion_matrix
 from torch import nn
 
 from pipeline.evaluate.context import Evaluation, Pictures
@@ -63,9 +64,9 @@ def per_mask(evaluation: Evaluation, predict_under: Callable[[int], np.ndarray])
 
 
 def test_scores(evaluation: Evaluation, pictures: Pictures, predicted: np.ndarray) -> dict[str, Any]:
-    """Of classes predicted `per_mask`: accuracy, its standard error, by class, and the confusion matrix; of a masked
-    model also by vote of its masks."""
-    table = confusion(predicted[0], pictures.labels, len(evaluation.shards.classes))
+    """Of classes predicted `per_mask`: accuracy, its standard error, by class, and the confusion matrix (rows the true
+    classes, predictions of -1 excluded); of a masked model also by vote of its masks."""
+    table = confusion_matrix(pictures.labels, predicted[0], labels=range(len(evaluation.shards.classes)))
     return score_predictions(evaluation, predicted, pictures.labels) | {"confusion": table.tolist()}
 
 
@@ -76,24 +77,15 @@ def accuracy_text(result: dict[str, Any]) -> str:
     return text if voted is None else f"{text} ({voted:.1%} by the vote of {result['masks']} masks)"
 
 
-def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """How often a picture of each class (row) was taken for each class (column), int64 (C, C); -1 is excluded."""
-    valid = predicted >= 0
-    cells = labels[valid].astype(np.int64) * classes + predicted[valid]
-    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
-
-
 def draw_confusion(result: dict[str, Any], path: Path) -> None:
     """Draws `confusion`, each row as shares of the class's pictures."""
     counts = np.array(result["confusion"])  # (C, C)
     classes = len(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = new_figure()
-    figure.set_size_inches(7.0, 6.2)
+    figure, axes = new_figure(7.0, 6.2)
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     axes.grid(False)
-    axes.set_xlabel("class said")
-    axes.set_ylabel("class of the picture")
+    axes.set(xlabel="class said", ylabel="class of the picture")
     if classes <= NAMES_SHOWN:
         axes.set_xticks(range(classes), result["class_names"], rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(classes), result["class_names"])

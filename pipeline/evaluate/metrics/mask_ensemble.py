@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.common.seeding import generator
 from pipeline.evaluate.context import Evaluation, Pictures
-from pipeline.evaluate.features.labelled import Labelled, Rows, baselines, layers_of, scores_on_test
+from pipeline.evaluate.features.labelled import Labelled, Rows, baselines, layers_of
 from pipeline.evaluate.features.pooled import pooled_features
 
 MASKS = 5
@@ -42,13 +42,24 @@ def score(evaluation: Evaluation, test: list[Labelled], predict: Callable[[Rows]
 
 
 def score_predictions(evaluation: Evaluation, predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Scores of predictions int (masks, N): of the first alone, and, where there are several, also by vote."""
-    scores = scores_on_test(predicted[0], labels, len(evaluation.shards.classes))
+    """Scores of predictions int (masks, N) on the test images: of the first mask alone, and of several also by vote.
+
+    Of the first: accuracy, its binomial standard error, and accuracy by class (None where there is no image). labels:
+    int (N,). A class that train lacks is never predicted: its images count as wrong.
+    """
+    right, classes = predicted == labels, len(evaluation.shards.classes)  # (masks, N)
+    counts, hits = np.bincount(labels, minlength=classes), np.bincount(labels, weights=right[0], minlength=classes)
+    accuracy = float(right[0].mean())
+    scores = {
+        "test_accuracy": accuracy,
+        "test_standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(labels))),
+        "test_accuracy_by_class": [float(h / n) if n else None for h, n in zip(hits, counts, strict=True)],
+    }
     if len(predicted) == 1:
         return scores
     voted = majority_vote(predicted, generator(evaluation.seed, "votes"))
     return scores | {
         "masks": len(predicted),
-        "test_accuracy_by_mask": (predicted == labels).mean(axis=1).tolist(),
+        "test_accuracy_by_mask": right.mean(axis=1).tolist(),
         "ensembled_test_accuracy": float((voted == labels).mean()),
     }

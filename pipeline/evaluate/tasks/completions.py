@@ -52,7 +52,7 @@ class Completions(Task[CompletionsOptions]):
         choose_examples(evaluation.shards, options.split, options.images, evaluation.seed)
         if not options.distance_images:
             return
-        compared(evaluation, options.split, options.distance_images)
+        compared(evaluation, options)
         if options.feature_network is not None:
             device, side = evaluation.accelerator.device, evaluation.shards.resolution
             network = feature_network(Path(options.feature_network), device)
@@ -71,11 +71,7 @@ class Completions(Task[CompletionsOptions]):
         result = from_first(
             lambda: draw_completions(evaluation.model, evaluation.shards, options, evaluation.seed, path)
         )
-        distance = None
-        if options.distance_images:
-            distance = completion_distance(
-                evaluation, options.split, options.distance_images, options.temperature, options.feature_network
-            )
+        distance = completion_distance(evaluation, options) if options.distance_images else None
         return result | {"distance": distance}
 
     @classmethod

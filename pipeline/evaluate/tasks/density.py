@@ -29,7 +29,7 @@ from pipeline.distributed import from_first
 from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.options import DensityOptions
 from pipeline.evaluate.task import Task
-from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
+from pipeline.evaluate.work_sharing import map_parts
 from pipeline.model.objectives import IGNORED, per_token_loss
 from pipeline.results.figures import new_figure, save_figure
 from pipeline.results.headline import Headline
@@ -137,12 +137,9 @@ def score(evaluation: Evaluation, pictures: Pictures, draw: int) -> Sums:
     Work items are of the same images, and are summed in the same order, whatever the number of ranks.
     """
     size = evaluation.sizes.batch_size * BATCHES_PER_ITEM
-    items: dict[str, WorkItem] = {
-        f"draw-{draw}-{start}": partial(_score_some, evaluation, pictures, start, start + size, draw)
-        for start in range(0, len(pictures), size)
-    }
     label = f"loss on {pictures.split.name}" + (f", draw {draw + 1}" if evaluation.masked else "")
-    parts = list(map_over_ranks(evaluation, label, items, arrays=True).values())
+    work = partial(_score_some, evaluation, pictures, draw)
+    parts = map_parts(evaluation, label, f"draw-{draw}-{{}}", len(pictures), size, work)
     return {
         "losses": np.concatenate([part["losses"] for part in parts]),
         "sums": np.sum([part["sums"] for part in parts], axis=0),
@@ -150,15 +147,12 @@ def score(evaluation: Evaluation, pictures: Pictures, draw: int) -> Sums:
     }
 
 
-def _score_some(evaluation: Evaluation, pictures: Pictures, start: int, stop: int, draw: int) -> Sums:
-    """The losses of the images start..stop, or to the end, batch by batch."""
+def _score_some(evaluation: Evaluation, pictures: Pictures, draw: int, part: slice) -> Sums:
+    """The losses of a part of the images, batch by batch."""
     model, colors = evaluation.model.model, evaluation.model.config.colors
-    stop, positions = min(stop, len(pictures)), evaluation.shards.resolution**2
-    losses, sums, counts = [], np.zeros(positions), np.zeros(positions)
-    for first in range(start, stop, evaluation.sizes.batch_size):
-        last = min(first + evaluation.sizes.batch_size, stop)
-        tokens = evaluation.on_device(pictures.tokens(first, last))
-        inputs, targets = evaluation.inputs_and_targets(tokens, pictures.indices[first:last], draw)  # (B, T)
+    losses, (sums, counts) = [], np.zeros((2, evaluation.shards.resolution**2))
+    for place, tokens in evaluation.batches_of(pictures, part):
+        inputs, targets = evaluation.inputs_and_targets(tokens, pictures.indices[place], draw)  # (B, T)
         with torch.inference_mode(), evaluation.accelerator.autocast():
             nats = per_token_loss(model(inputs).logits, targets, colors).double().cpu().numpy()  # (B, T)
         wanted = (targets != IGNORED).cpu().numpy()  # (B, T)
@@ -177,16 +171,13 @@ def nats_by_position(scored: list[Sums], side: int) -> list[list[float | None]]:
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     """Draws the mean nats at each position of the picture."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(4.6, 3.8)
     axes.grid(False)
-    figure.set_size_inches(4.6, 3.8)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     shown = axes.imshow(np.asarray(result["nats_by_position"], float), cmap="viridis", interpolation="nearest")
-    bar = figure.colorbar(shown, ax=axes)
-    bar.set_label("nats per hidden colour" if result["masked"] else "nats per colour")
-    axes.set_xlabel("column")
-    axes.set_ylabel("row (read from the top, left to right)")
+    figure.colorbar(shown, ax=axes, label="nats per hidden colour" if result["masked"] else "nats per colour")
+    axes.set(xlabel="column", ylabel="row (read from the top, left to right)")
     save_figure(figure, path)
 
 

@@ -39,7 +39,7 @@ from pipeline.config import ModelConfig
 from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses
 from pipeline.evaluate.classifiers.whole_model import label_loss, test_classifier, train_classifier, write_classifier
-from pipeline.evaluate.context import Evaluation, Pictures, check_match, choose_pictures
+from pipeline.evaluate.context import Evaluation, Pictures, check_match, choose_pictures, load_matching
 from pipeline.evaluate.features.labelled import description, labelled_splits
 from pipeline.evaluate.metrics.classification import draw_confusion, valid_accuracy
 from pipeline.evaluate.options import DistillOptions
@@ -48,7 +48,7 @@ from pipeline.evaluate.tasks.fine_tune import FOLDER as TEACHER_FOLDER
 from pipeline.model.gpt import build_model, gpt2_config, initialize
 from pipeline.model.objectives import softened_loss
 from pipeline.model_folder.classifier import HEAD_FACTS, LoadedClassifier, load_classifier
-from pipeline.model_folder.convert import LoadedModel, load_model_folder
+from pipeline.model_folder.convert import LoadedModel
 from pipeline.model_folder.files import model_digest
 from pipeline.model_folder.resolve import model_folder
 
@@ -81,7 +81,7 @@ class Distill(LabelledTask[DistillOptions]):
         if options.student is None:
             _shape(teacher, options)
         else:
-            _load_student(model_folder(Path(options.student)), evaluation)
+            load_matching(model_folder(Path(options.student)), evaluation.shards)
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
         """Trains both students, tests them and the teacher, and writes the distilled one.
@@ -185,13 +185,7 @@ def _student(evaluation: Evaluation, teacher: LoadedClassifier, options: Distill
     if options.student is None:
         return _new_student(evaluation, teacher.loaded, options)
     path = Path(options.student)
-    return _load_student(from_first(lambda: model_folder(path)), evaluation)
-
-
-def _load_student(folder: Path, evaluation: Evaluation) -> LoadedModel:
-    student = load_model_folder(folder)
-    check_match(student, folder, evaluation.shards)
-    return student
+    return load_matching(from_first(lambda: model_folder(path)), evaluation.shards)
 
 
 def _new_student(evaluation: Evaluation, teacher: LoadedModel, options: DistillOptions) -> LoadedModel:

@@ -279,9 +279,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             place, side = (setting["labels"], 100 * setting["test_accuracy"]), "left" if beside[0] > 0 else "right"
             axes.annotate(setting["name"], place, beside, textcoords="offset points", ha=side, fontsize=8, color=color)
     label_line(axes, 100 * result["majority_class_test_accuracy"], "commonest class", BASELINES[1])
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel=f"labels in all ({result['classes']} classes)", ylabel="test accuracy (%)")
     axes.margins(x=0.15)
-    axes.set_xlabel(f"labels in all ({result['classes']} classes)")
-    axes.set_ylabel("test accuracy (%)")
     axes.legend(frameon=False, loc="upper left", title=f"labels, {count} random subsets")
     save_figure(figure, path)

@@ -233,7 +233,6 @@ def draw(lines: list[Line], command: Command, path: Path) -> None:
                 )  # fmt: skip
     axes.margins(x=0.08, y=0.12)
     axes.invert_xaxis()
-    axes.set_xlabel("validation loss (nats per colour)")
-    axes.set_ylabel(f"{SPLITS[command.accuracy]} accuracy (%)")
+    axes.set(xlabel="validation loss (nats per colour)", ylabel=f"{SPLITS[command.accuracy]} accuracy (%)")
     axes.legend(frameon=False)
     save_figure(figure, path)

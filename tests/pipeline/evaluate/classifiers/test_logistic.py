@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from pipeline.evaluate.classifiers.logistic import LinearClassifier, fit_logistic, logistic_path, moments
 from pipeline.evaluate.classifiers.sgd import Sgd, train_sgd
 from pipeline.evaluate.features import labelled
-from pipeline.evaluate.features.labelled import Concatenated, Labelled, color_histogram, raw_pixels
+from pipeline.evaluate.features.labelled import Labelled, color_histogram, concatenated, raw_pixels
 from pipeline.evaluate.metrics.mask_ensemble import majority_vote
 from pipeline.evaluate.options import SgdOptions
 from tests.pipeline.evaluate.tiny_sets import random_palette, random_pictures
@@ -90,9 +90,8 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     expected[3] = 1.0  # the constant one
     np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(deviation, expected, rtol=1e-6)
-    parted = next(
-        logistic_path(Labelled(Concatenated([train.features[:, :5], train.features[:, 5:]]), train.labels), [0.1])
-    )
+    halves = [Labelled(part, train.labels) for part in (train.features[:, :5], train.features[:, 5:])]
+    parted = next(logistic_path(concatenated(halves), [0.1]))
     np.testing.assert_allclose(parted.weight, whole.weight, atol=1e-3)
     np.testing.assert_array_equal(whole.predict(valid.features), whole.classes[whole._scores(valid.features).argmax(1)])
 

@@ -18,6 +18,7 @@ from pipeline.evaluate.metrics import completion_distance as distance_module
 from pipeline.evaluate.metrics.completion_distance import completion_distance
 from pipeline.evaluate.metrics.feature_network import feature_network
 from pipeline.evaluate.metrics.frechet import Gaussian, frechet_distance
+from pipeline.evaluate.options import CompletionsOptions
 from pipeline.model.sampling import complete
 from tests.pipeline.evaluate.toy_network import write_toy_network
 
@@ -108,7 +109,8 @@ def test_a_network_that_takes_other_pictures_is_refused_in_a_sentence(tmp_path: 
 
 
 def distances(evaluation: Evaluation, toy: Path, images: int = 30, split: str = "test") -> dict:
-    return completion_distance(evaluation, split, images, 1.0, str(toy))
+    options = CompletionsOptions(split=split, distance_images=images, feature_network=str(toy))
+    return completion_distance(evaluation, options)
 
 
 def test_the_distances_are_those_of_the_four_sets(model_folder: Path, evaluation_of: Callable, tmp_path: Path) -> None:
@@ -148,17 +150,15 @@ def test_a_killed_measurement_goes_on(
 ) -> None:
     toy = write_toy_network(tmp_path / "toy.pt")
     done: list[int] = []
-    work = distance_module._batch_features
+    work = distance_module._image_sets
 
-    def killed_at_the_third(
-        evaluation: Evaluation, split: str, places: np.ndarray, start: int, *rest: object
-    ) -> object:
+    def killed_at_the_third(*arguments: object) -> object:
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(start)
-        return work(evaluation, split, places, start, *rest)
+        done.append(arguments[-1])
+        return work(*arguments)
 
-    monkeypatch.setattr(distance_module, "_batch_features", killed_at_the_third)
+    monkeypatch.setattr(distance_module, "_image_sets", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         distances(evaluation_of(model_folder, batch_size=10), toy)
     del done[0]  # one more may be done, and has to be enough
