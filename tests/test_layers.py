@@ -5,6 +5,7 @@ Imports are read from the source with ast, so that those inside functions count 
 
 import ast
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,10 @@ def test_files_and_functions_are_short() -> None:
                 if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES:  # type: ignore[operator]
                     too_long.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.name}")
     assert too_long == []
+
+
+def test_every_test_file_is_collected(pytestconfig: pytest.Config) -> None:
+    """pytest leaves out folders of some names, such as build, without a word."""
+    left_out = [pattern for pattern in pytestconfig.getini("norecursedirs") if not pattern.startswith((".", "_"))]
+    folders = {file.parent.name for file in (ROOT / "tests").rglob("test_*.py")}
+    assert not [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in left_out)]
