@@ -1,8 +1,8 @@
 """Starts Python programs by forks of a process that has imported torch, DeepSpeed and transformers already.
 
 A program that starts so is a process of its own, in its own process group and with its own environment, and costs a
-tenth of a second of CPU time instead of five. The forking process is the standard library's fork server. What it can't
-show, the programs of the SLURM tests do, which start as a user's do: that imports work in a fresh interpreter, and that
+tenth of a second of CPU time instead of five. The forking process is the standard library's fork server. What that can't
+show is left to fresh interpreters, in the SLURM tests and where a test asks for them: that imports work, and that
 nothing depends on the order of a set, since forks share their hash seed.
 """
 
@@ -37,6 +37,7 @@ class ForkServer:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._environment: dict[str, str] | None = None
+        self._programs: list[Program] = []
 
     def suits(self, environment: dict[str, str]) -> bool:
         """Whether a program of this environment may be forked: libraries read variables while they are imported."""
@@ -50,7 +51,13 @@ class ForkServer:
         """As subprocess.Popen starts `python ARGUMENTS`: -m MODULE, or a file, and what follows."""
         process = self._context.Process(target=_run, args=(arguments, environment, str(Path.cwd()), str(log), group))
         process.start()
-        return Program(process, arguments)
+        self._programs.append(Program(process, arguments))
+        return self._programs[-1]
+
+    def close(self) -> None:
+        """Ends what a failed test left running; the interpreter would wait for it at its end."""
+        for program in self._programs:
+            program.kill()
 
 
 class Program:
@@ -125,10 +132,14 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, log: st
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if arguments[0] == "-m":
-        sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    kind, *rest = arguments
+    if kind == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = arguments
-        sys.path.insert(0, str(Path(arguments[0]).parent))
-        runpy.run_path(arguments[0], run_name="__main__")
+        sys.path.insert(0, str(Path(kind).parent))
+        runpy.run_path(kind, run_name="__main__")

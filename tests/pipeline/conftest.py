@@ -85,8 +85,12 @@ def runner(shards: Path, tmp_path: Path) -> Runner:
 
 @pytest.fixture(scope="session")
 def finished_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """A run named "reference", 40 steps on two ranks with ZeRO-1, checkpoints of 20, 30 and 40; tests only read it."""
+    """A run named "reference", 40 steps on two ranks with ZeRO-1, checkpoints of 20, 30 and 40; tests only read it.
+
+    Its interpreters are fresh, so that runs which are compared with it show that forked programs train alike.
+    """
     runner = Runner(shards, tmp_path_factory.mktemp("reference"))
-    finished = runner.train("reference", ranks=2, batch__micro_size=2, checkpoint__keep_last=3)
+    arguments = runner.arguments("reference", batch__micro_size=2, checkpoint__keep_last=3)
+    finished = run(2, *arguments, logs=runner.folder / "reference.logs", fresh=True)
     assert finished.codes == [0, 0], "\n".join(finished.outputs)
     return runner

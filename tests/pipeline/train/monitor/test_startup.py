@@ -22,7 +22,7 @@ sys.exit(train(sys.argv[1:]))
 
 def test_a_start_says_where_its_time_went_and_collects_garbage_from_the_first_step_on(runner: Runner) -> None:
     settings = {"schedule__steps": 2, "schedule__warmup_steps": 0}
-    done = run(1, "-c", TOLD, *runner.arguments("run", **settings)[3:], logs=runner.folder / "logs")
+    done = run(1, "-c", TOLD, *runner.arguments("run", **settings)[3:], logs=runner.folder / "logs", fresh=True)
     assert done.codes == [0], done.output
     assert done.output.count("collecting: True") == 1
     [(total, phases)] = re.findall(r"the first step ended ([\d.]+) s after the command began: (.*)", done.output)
