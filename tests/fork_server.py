@@ -1,9 +1,9 @@
 """Starts Python programs by forks of a process that has imported torch, DeepSpeed and transformers already.
 
 A program that starts so is a process of its own, in its own process group and with its own environment, and costs a
-tenth of a second of CPU time instead of five. The forking process is the standard library's fork server. What that can't
-show is left to fresh interpreters, in the SLURM tests and where a test asks for them: that imports work, and that
-nothing depends on the order of a set, since forks share their hash seed.
+tenth of a second of CPU time instead of five. The forking process is the standard library's fork server. Two things are
+left to fresh interpreters, in the SLURM tests and where a test asks for them: that imports work, and that nothing
+depends on the order of a set, since forks share their hash seed.
 """
 
 import multiprocessing
