@@ -165,21 +165,20 @@ class CachedArray:
             # edges.
             nonlocal noted_at
             for layer, rows in enumerate(batch):  # (B, D)
-                place, left = mapped.offset + (layer * mapped.shape[1] + start) * rows[0].nbytes, rows.tobytes()
-                while left:
-                    written = os.pwrite(file.fileno(), left, place)
-                    left, place = left[written:], place + written
+                file.seek(mapped.offset + (layer * mapped.shape[1] + start) * rows[0].nbytes)
+                file.write(rows.tobytes())
             fresh.append(start)
             if time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
                 note()
                 noted_at = time.monotonic()
 
         def note() -> None:
+            file.flush()
             os.fsync(file.fileno())
             self.note(rank, fresh)
             fresh.clear()
 
-        with self.path.open("r+b", buffering=0) as file:
+        with self.path.open("r+b") as file:
             yield write
             note()
 

@@ -5,6 +5,7 @@ A task of its own file may declare its options there instead: see registry.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,8 +18,16 @@ SGD_LEARNING_RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
 def _require_positive_list(key: str, values: Sequence[float]) -> None:
-    if not values or min(values) <= 0:
-        raise ValueError(f"{key} is {values}; it must be a list of numbers above 0.")
+    if not values or not all(0 < value < inf for value in values):
+        raise ValueError(f"{key} is {values}; it must be a list of numbers above 0, and finite.")
+
+
+def _require_least(options: object, prefix: str, **least: float) -> None:
+    """Raises ValueError for an option that is set and below its least value; prefix: of the options' keys."""
+    for name, least_value in least.items():
+        value = getattr(options, name)
+        if value is not None:
+            require_at_least(f"{prefix}{name}", value, least_value)
 
 
 def _require_unique(key: str, values: Sequence[float], each: str = "each") -> None:
@@ -40,10 +49,7 @@ class Sizes:
     """Images in one forward pass of one rank."""
 
     def __post_init__(self) -> None:
-        for name in ("train_images", "valid_images", "test_images", "batch_size"):
-            value = getattr(self, name)
-            if value is not None:
-                require_at_least(name, value, 1)
+        _require_least(self, "", train_images=1, valid_images=1, test_images=1, batch_size=1)
 
     def limit(self, split_name: str) -> int | None:
         """The cap on a split; a split of another name has none."""
@@ -68,8 +74,7 @@ class SgdOptions:
 
     def __post_init__(self) -> None:
         _require_positive_list("linear_probe.sgd.rates", self.rates)
-        for name in ("epochs", "batch_size", "seeds"):
-            require_at_least(f"linear_probe.sgd.{name}", getattr(self, name), 1)
+        _require_least(self, "linear_probe.sgd.", epochs=1, batch_size=1, seeds=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,14 +179,9 @@ class Recipe:
     """Learning rates to try."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("patience", 0), ("global_size", 1), ("reflect_crop", 0)):
-            require_at_least(f"{self.TASK}.{name}", getattr(self, name), least)
-        key = f"{self.TASK}.learning_rates"
-        if not self.learning_rates:
-            raise ValueError(f"{key} is []; it must be a list of numbers above 0.")
-        for rate in self.learning_rates:
-            require_positive(key, rate)
-        _require_unique(key, self.learning_rates, "each rate")
+        _require_least(self, f"{self.TASK}.", epochs=1, patience=0, global_size=1, reflect_crop=0)
+        _require_positive_list(f"{self.TASK}.learning_rates", self.learning_rates)
+        _require_unique(f"{self.TASK}.learning_rates", self.learning_rates, "each rate")
 
     def check_fits(self, resolution: int) -> None:
         """Raises ValueError if the reflection would be wider than an image."""
@@ -214,9 +214,7 @@ class AttentiveProbeOptions(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(f"{self.TASK}.weight_decay", self.weight_decay, 0)
-        if self.heads is not None:
-            require_at_least(f"{self.TASK}.heads", self.heads, 1)
+        _require_least(self, f"{self.TASK}.", weight_decay=0, heads=1)
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise ValueError(f"{self.TASK}.layers is {self.layers}; it must be a list of layers, each once.")
 
@@ -282,12 +280,9 @@ class DistillOptions(WholeModelRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(f"{self.TASK}.temperature", self.temperature)
-        for name in ("layers", "width", "heads"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            require_at_least(f"{self.TASK}.{name}", value, 1)
-            if self.student is not None:
+        _require_least(self, f"{self.TASK}.", layers=1, width=1, heads=1)
+        for name, value in {"layers": self.layers, "width": self.width, "heads": self.heads}.items():
+            if value is not None and self.student is not None:
                 raise ValueError(
                     f"{self.TASK}.{name} is {value}, but {self.TASK}.student is {self.student}, which has a shape of "
                     f"its own; give one or the other."
@@ -326,10 +321,7 @@ class GridOptions:
     """The split the images come from."""
 
     def __post_init__(self) -> None:
-        require_at_least("images", self.images, 1)
-        require_at_least("samples", self.samples, 1)
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or above.")
+        _require_least(self, "", images=1, samples=1, temperature=0)
 
 
 @dataclass(frozen=True, kw_only=True)

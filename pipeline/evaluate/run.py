@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.files import read_json, write_json
+from data_prep.common.files import json_digest, read_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.distributed import from_first
 from pipeline.evaluate.cache import TaskCache, clear_unfinished
@@ -17,7 +17,7 @@ from pipeline.evaluate.request import Request
 from pipeline.evaluate.task import Task
 from pipeline.model.gpt import initialize
 from pipeline.model_folder.resolve import model_folder
-from pipeline.results.provenance import ModelFacts, inputs_digest, model_facts, options_of, untrained
+from pipeline.results.provenance import ModelFacts, model_facts, untrained
 from pipeline.results.report.page import write_report
 from pipeline.results.schema import RANDOM_WEIGHTS
 
@@ -108,22 +108,23 @@ class Job:
 
     def inputs(self) -> Inputs:
         """The inputs as they are now. Raises ValueError if something that the task reads is missing."""
-        settings = {"precision": self.request.command.precision} | options_of(self.evaluation.sizes, self.task.options)
-        others = self.task.other_inputs(self.evaluation.results)
-        digest = inputs_digest(self.facts, self.evaluation.shards.digest, self.evaluation.seed, settings | others)
+        precision, evaluation = self.request.command.precision, self.evaluation
+        settings = {"precision": precision} | asdict(evaluation.sizes) | asdict(self.task.options)
+        others = self.task.other_inputs(evaluation.results)
+        digest = json_digest([self.facts.digest, evaluation.shards.digest, evaluation.seed, settings | others])
         return Inputs(settings, others, digest)
 
     def is_measured(self) -> bool:
         """Whether the same was measured before, and is not to be overwritten."""
         try:
-            return not self.request.command.overwrite and self._measured_inputs() == self.inputs().digest
+            return self._is_measured_with(self.inputs())
         except ValueError:  # what it reads may be to come, else `check` says so
             return False
 
     def run(self) -> bool:
         """Runs the task and writes its JSON, last, unless the same was measured before; returns whether it ran."""
         inputs, start = from_first(self.inputs), time.monotonic()
-        if not self.request.command.overwrite and from_first(self._measured_inputs) == inputs.digest:
+        if from_first(lambda: self._is_measured_with(inputs)):
             self.evaluation.log(f"{self.name}: already measured with these inputs, cached ({self._how_to_overwrite()})")
             return False
         cache = TaskCache.of_task(self.evaluation.results, self.name, inputs.digest)
@@ -153,16 +154,21 @@ class Job:
             "seconds": seconds,
         }
 
-    def _measured_inputs(self) -> str | None:
-        result = read_json(self.path) if self.path.is_file() else None
-        return result.get("inputs_digest") if isinstance(result, dict) else None
+    def _is_measured_with(self, inputs: Inputs) -> bool:
+        return not self.request.command.overwrite and _read(self.path).get("inputs_digest") == inputs.digest
 
     def _how_to_overwrite(self) -> str:
         """What --overwrite does, and whether the classifier's folder was deleted since."""
-        folder = self.path.parent / (read_json(self.path) if self.path.is_file() else {}).get("classifier", "")
+        folder = self.path.parent / _read(self.path).get("classifier", "")
         if folder.is_dir():
             return "--overwrite measures again"
         return f"but its folder {folder} is gone: --overwrite trains the classifier again"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON of a task; empty if there is none."""
+    result = read_json(path) if path.is_file() else None
+    return result if isinstance(result, dict) else {}
 
 
 def _fitting_jobs(request: Request, evaluation: Evaluation, facts: ModelFacts) -> list[Job]:
@@ -192,7 +198,7 @@ def _check(jobs: list[Job], missing: list[str]) -> None:
 
 def _shown(task: "Task[Any] | type[Task[Any]]", result: dict[str, Any]) -> dict[str, Any]:
     """What report, card and comparison show of a task: they read it from its JSON."""
-    headlines = [headline.to_json() for headline in task.headlines(result)]
+    headlines = [asdict(headline) for headline in task.headlines(result)]
     return {"title": task.title, "summary": task.summary(result), "headlines": headlines}
 
 
@@ -207,10 +213,9 @@ def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | No
 def _complete_earlier(folder: Path) -> None:
     """Adds what is shown of a task to the JSON of results that an earlier version measured."""
     for name in TASKS:
-        path = folder / f"{name}.json"
-        result = read_json(path) if path.is_file() else None
-        if isinstance(result, dict) and "inputs_digest" in result and "headlines" not in result:
-            write_json(path, result | _shown(task_class(name), result))
+        result = _read(folder / f"{name}.json")
+        if "inputs_digest" in result and "headlines" not in result:
+            write_json(folder / f"{name}.json", result | _shown(task_class(name), result))
 
 
 def _section(name: str) -> Callable[[dict[str, Any], Path], str]:

@@ -4,7 +4,7 @@
 comparison read them from there and know no task.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pipeline.results.text import number, percent, words
@@ -36,13 +36,9 @@ class Headline:
             return percent(self.value, self.error)
         return f"{self.value:.4f}" if self.unit == "nats" else f"{self.value:.3f}"
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Headline":
-        """What `to_json` gave; keys of a later version are passed over."""
+        """What `asdict` gave; keys of a later version are passed over."""
         return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
 
 

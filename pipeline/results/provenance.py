@@ -1,8 +1,8 @@
 """Which model was measured: its digest, its shape, and how it was trained, as its folder tells it."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data_prep.common.files import json_digest
 from data_prep.palette.codec import palette_sha256
@@ -64,13 +64,3 @@ def untrained(facts: ModelFacts, seed: int) -> ModelFacts:
     digest = json_digest([facts.digest, "initial weights", seed])
     return replace(facts, digest=digest, checkpoint_step=None, planned_steps=None, images_seen=None,
                    source="nothing: initial weights", metrics=None, training_commands=())  # fmt: skip
-
-
-def inputs_digest(facts: ModelFacts, dataset_digest: str, seed: int, options: dict[str, Any]) -> str:
-    """sha256 over everything a task's result depends on, so that finished work is known again."""
-    return json_digest([facts.digest, dataset_digest, seed, options])
-
-
-def options_of(*parts: Any) -> dict[str, Any]:
-    """The fields of some dataclasses in one dict."""
-    return {name: value for part in parts for name, value in asdict(part).items()}

@@ -30,8 +30,6 @@ from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.options import Recipe
 from pipeline.model.augmentation import Augmentation
 
-BETAS = (0.9, 0.95)
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -166,11 +164,6 @@ def all_lost(rates: list[float]) -> ValueError:
     """The error where no learning rate was small enough."""
     tried = ", ".join(f"{rate:g}" for rate in rates)
     return ValueError(f"learning_rates is {tried}, and at each the loss became NaN or Inf; try smaller ones.")
-
-
-def adam(module: nn.Module, rate: float) -> torch.optim.Adam:
-    """Adam as in pretraining (the paper's appendix A.1), over what is trained."""
-    return torch.optim.Adam(trainable(module).values(), lr=rate, betas=BETAS)
 
 
 def epoch_order(seed: int, pictures: int, images: int, epoch: int) -> np.ndarray:

@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses, Training, adam, best_of, search
+from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses, Training, best_of, search, trainable
 from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.metrics.classification import per_mask, predict_classes, test_scores, valid_accuracy
 from pipeline.evaluate.options import WholeModelRecipe
 from pipeline.model.objectives import class_loss, joint_loss
 from pipeline.model_folder.classifier import Classifier, save_classifier
+
+BETAS = (0.9, 0.95)
+"""Of Adam, as in pretraining (the paper's appendix A.1)."""
 
 
 def label_loss(evaluation: Evaluation, generative_weight: float = 0.0) -> Losses:
@@ -56,7 +59,7 @@ def train_classifier(
         return Training(
             name=f"{name}-rate-{rate}",
             module=classifier,
-            optimizer=adam(classifier, rate),
+            optimizer=torch.optim.Adam(trainable(classifier).values(), lr=rate, betas=BETAS),
             losses=losses,
             accuracies=lambda: valid_accuracy(evaluation, classifier, valid),
             pictures=pictures,

@@ -14,7 +14,7 @@ JSON: `split`, `images`, `masked`, `draws`, `nats_per_color`, `bits_per_color`, 
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -206,7 +206,8 @@ class Counts:
         """Counts a whole split of pictures of side x side colours."""
         single = np.zeros(colors, np.int64)
         left, above = np.zeros((2, colors, colors), np.int64)
-        for tokens in _records(split):
+        for record in range(len(split.record_images)):
+            tokens = np.asarray(split.record(record)[0], np.int64)  # (n, T)
             single += np.bincount(tokens.ravel(), minlength=colors)
             left += _pairs(tokens[:, :-1], tokens[:, 1:], colors)
             above += _pairs(tokens[:, :-side], tokens[:, side:], colors)
@@ -241,11 +242,6 @@ class Counts:
             self.left[left, here] + self.above[above, here] - self.single[here] - normaliser[left, above]
         )
         return result
-
-
-def _records(split: Split) -> Iterator[np.ndarray]:
-    for record in range(len(split.record_images)):
-        yield np.asarray(split.record(record)[0], np.int64)  # (n, T)
 
 
 def _pairs(condition: np.ndarray, outcome: np.ndarray, colors: int) -> np.ndarray:

@@ -93,7 +93,7 @@ class Distill(LabelledTask[DistillOptions]):
         teacher = _load_teacher(evaluation, options)
         # How an image is read is the model's matter.
         teaching = replace(evaluation, model=teacher.loaded)
-        learning = replace(evaluation, model=_student(evaluation, teacher, options))
+        learning = replace(evaluation, model=_student(evaluation, teacher.loaded, options))
         unlabelled = evaluation.pictures(options.split)
         pictures = labelled_splits(evaluation, options.TASK)
         pictures["train"] = _teachers_pictures(evaluation, teacher) or pictures["train"]
@@ -180,16 +180,14 @@ def _listed(classes: list[str]) -> str:
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
-def _student(evaluation: Evaluation, teacher: LoadedClassifier, options: DistillOptions) -> LoadedModel:
-    """The student before training. Raises ValueError if it does not fit the shard set."""
-    if options.student is None:
-        return _new_student(evaluation, teacher.loaded, options)
-    path = Path(options.student)
-    return load_matching(from_first(lambda: model_folder(path)), evaluation.shards)
+def _student(evaluation: Evaluation, teacher: LoadedModel, options: DistillOptions) -> LoadedModel:
+    """The student before training: without `student` initial weights in the teacher's kind of model.
 
-
-def _new_student(evaluation: Evaluation, teacher: LoadedModel, options: DistillOptions) -> LoadedModel:
-    """Initial weights in the teacher's kind of model."""
+    Raises ValueError if it does not fit the shard set.
+    """
+    if options.student is not None:
+        path = Path(options.student)
+        return load_matching(from_first(lambda: model_folder(path)), evaluation.shards)
     masked = teacher.mask_probability is not None
     config = gpt2_config(_shape(teacher, options), teacher.config.colors, "masked_color" if masked else "next_color")
     if masked:

@@ -18,6 +18,7 @@ at once. Raw pixels and colour histograms, with a k of their own, stand beside i
 """
 
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from pipeline.evaluate.features.labelled import (
 from pipeline.evaluate.metrics.mask_ensemble import features_per_mask, score
 from pipeline.evaluate.options import KnnOptions
 from pipeline.evaluate.task import LabelledTask
-from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
+from pipeline.evaluate.work_sharing import map_over_ranks
 from pipeline.results.figures import draw_by_layer
 
 FIGURE = "knn.png"
@@ -72,14 +73,11 @@ class KNN(LabelledTask[KnnOptions]):
         def vote(name: str, numbers: list[int], queries: Rows) -> np.ndarray:
             return predictions(bank[name], queries, numbers, temperature, evaluation.accelerator.device)
 
-        def validation(name: str) -> WorkItem:
-            def work() -> dict[str, Any]:
-                predicted = vote(name, numbers, valid[name].features)  # (k, N)
-                return {"valid_accuracy": (predicted == valid[name].labels).mean(axis=1).tolist()}
+        def validation(name: str) -> dict[str, Any]:
+            predicted = vote(name, numbers, valid[name].features)  # (k, N)
+            return {"valid_accuracy": (predicted == valid[name].labels).mean(axis=1).tolist()}
 
-            return work
-
-        found = map_over_ranks(evaluation, "nearest neighbours", {name: validation(name) for name in bank})
+        found = map_over_ranks(evaluation, "nearest neighbours", {name: partial(validation, name) for name in bank})
         table = np.array([found[name]["valid_accuracy"] for name in bank if name not in BASELINES])  # (L+1, k)
         layer, best = (int(place) for place in np.unravel_index(table.argmax(), table.shape))
         test = features_per_mask(evaluation, pictures["test"])

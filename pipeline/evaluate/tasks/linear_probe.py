@@ -64,7 +64,10 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
         """
         pictures = labelled_splits(evaluation, "linear_probe")
         train, valid = (known_features(evaluation, pictures[split]) for split in ("train", "valid"))
-        sgd = self._sgd(evaluation)
+        sgd = None
+        if self.options.solver == "sgd":
+            device, cache = evaluation.accelerator.device, evaluation.cache
+            sgd = Sgd(self.options.sgd, evaluation.seed, device, cache.get_or_compute)
 
         def search(name: str) -> WorkItem:
             if sgd is None:
@@ -100,11 +103,6 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
             result[CONCATENATED]["features"] = train[CONCATENATED].features[:1].shape[1]
         from_first(lambda: draw_by_layer(result, evaluation.results / FIGURE))
         return result
-
-    def _sgd(self, evaluation: Evaluation) -> Sgd | None:
-        if self.options.solver == "lbfgs":
-            return None
-        return Sgd(self.options.sgd, evaluation.seed, evaluation.accelerator.device, evaluation.cache.get_or_compute)
 
     def _shown(
         self, chosen: list[str], layers: list[int], found: dict[str, dict[str, Any]], tested: dict[str, Any]

@@ -28,6 +28,7 @@ labels, and `left_out` lists them; one that was asked for is then invalid input.
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ class LowData(Task[LowDataOptions]):
             split: list(layers_of(pooled_features(evaluation, pictures[split]), pictures[split].labels).values())
             for split in options.splits
         }
-        items = {
-            f"{setting.name}-{number}".replace(" ", "-"): self._item(evaluation.seed, setting, number, known)
+        items: dict[str, WorkItem] = {
+            f"{setting.name}-{number}".replace(" ", "-"): partial(self._test, evaluation.seed, setting, number, known)
             for number in range(options.subsets)
             for setting in settings
         }
@@ -120,24 +121,20 @@ class LowData(Task[LowDataOptions]):
             )
         return settings_for(pictures["train"].labels, self.options, str(evaluation.shards.path))
 
-    def _item(self, seed: int, setting: "Setting", number: int, known: dict[str, list[Labelled]]) -> WorkItem:
+    def _test(self, seed: int, setting: "Setting", number: int, known: dict[str, list[Labelled]]) -> dict[str, Any]:
         """Draws one subset, chooses its layer and strength, and tests it."""
-
-        def work() -> dict[str, Any]:
-            random = generator(seed, "low_data", setting.name, number)
-            rows = setting.draw(known["train"][0].labels, random)
-            subset = [Labelled(layer.features[rows], layer.labels[rows]) for layer in known["train"]]
-            layer, strength = choose(subset, known.get("valid"), self.options, int(random.integers(2**31)))
-            probe = next(logistic_path(subset[layer], [strength]))
-            return {
-                "labels": len(rows),
-                "layer": layer,
-                "l2": strength,
-                "converged": probe.converged,
-                "test_accuracy": probe.accuracy(known["test"][layer]),
-            }
-
-        return work
+        random = generator(seed, "low_data", setting.name, number)
+        rows = setting.draw(known["train"][0].labels, random)
+        subset = [Labelled(layer.features[rows], layer.labels[rows]) for layer in known["train"]]
+        layer, strength = choose(subset, known.get("valid"), self.options, int(random.integers(2**31)))
+        probe = next(logistic_path(subset[layer], [strength]))
+        return {
+            "labels": len(rows),
+            "layer": layer,
+            "l2": strength,
+            "converged": probe.converged,
+            "test_accuracy": probe.accuracy(known["test"][layer]),
+        }
 
     def _choice(self) -> str:
         layer, choose_on = self.options.layer, self.options.choose_on

@@ -92,7 +92,7 @@ def test_another_feature_network_under_the_same_name_is_another_measurement(tmp_
     [
         (["--images", "0"], "images is 0; it must be at least 1"),
         (["--images", "999"], "images is 999, but .* has 130 pictures in its split test"),
-        (["--temperature", "-1"], "temperature is -1.0; it must be 0 or above"),
+        (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
         (["--split", "dev"], "has no split 'dev'; it has train, valid, test"),
         (["--out", "a.jpg"], r"--out is a.jpg; it must be a file that ends in \.png"),
         (["--pictures", "4"], "pictures is no known key"),

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from shutil import copytree
@@ -340,7 +340,7 @@ def test_every_accuracy_is_a_headline() -> None:
     ],
 )
 def test_a_headline_is_read_back_from_json(headline: Headline, text: str) -> None:
-    stored = json.loads(json.dumps(headline.to_json()))
+    stored = json.loads(json.dumps(asdict(headline)))
     assert headlines_of({"task": "some_probe", "headlines": [stored | {"of a later version": 1}]}) == [headline]
     assert headline.text == text
 
