@@ -53,6 +53,7 @@ def start(ranks: int, *arguments: object, logs: Path, fresh: bool = False) -> li
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         group, log = processes[0].pid if processes else 0, logs / f"rank-{rank}.log"
+        log.touch()
         if fork_server is not None and not fresh and fork_server.suits(environment):
             processes.append(fork_server.start(words, environment, log, group))
         else:
