@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
 from safetensors import safe_open
 
 from data_prep.common.files import read_json
@@ -113,42 +114,11 @@ def _what_it_is(config: dict[str, Any], parameters: int, record: TrainingRecord)
 
 
 def _loading(config: dict[str, Any], name: str) -> str:
-    kind = CLASSES[config["model_type"]]
-    return f"""## Use
-
-```python
-import torch
-from PIL import Image
-from transformers import {kind}, ImageGPTImageProcessorPil  # of transformers 5
-
-model = {kind}.from_pretrained("{name}")
-palette = torch.tensor(ImageGPTImageProcessorPil.from_pretrained("{name}").clusters)  # (colours, 3) in [-1, 1]
-
-start = torch.tensor([[model.config.vocab_size - 1]])  # SOS
-tokens = model.generate(start, max_length=model.config.n_positions + 1, do_sample=True, top_k=0)[0, 1:]
-side = round(model.config.n_positions ** 0.5)
-pixels = (127.5 * (palette[tokens] + 1)).round().to(torch.uint8).view(side, side, 3)
-Image.fromarray(pixels.numpy()).save("sample.png")
-```
-
-A picture becomes tokens by the nearest palette colour of each pixel, row by row; the model wants the start token in
-front of them, and the last one left out."""
+    return _render("use.md", kind=CLASSES[config["model_type"]], name=name)
 
 
 def _loading_by_us(name: str) -> str:
-    where = f"hub:{name}" if "/" in name else name
-    return f"""## Use
-
-No class of transformers attends both ways as this model does; the project that trained it reads it:
-
-```python
-from pathlib import Path
-
-from pipeline.model_folder.convert import load_model_folder
-from pipeline.model_folder.resolve import model_folder
-
-model = load_model_folder(model_folder(Path("{where}"))).model
-```"""
+    return _render("use_masked.md", where=f"hub:{name}" if "/" in name else name)
 
 
 def _training(record: TrainingRecord) -> str:
@@ -245,16 +215,12 @@ def _hardware(start: dict[str, Any]) -> str:
 
 
 def _limits(config: dict[str, Any]) -> str:
-    side = math.isqrt(config["n_positions"])
-    return f"""## Limits and biases
+    return _render("limits.md", side=math.isqrt(config["n_positions"]), colors=config["vocab_size"] - 1)
 
-- It sees and draws {side}x{side} pictures in {config["vocab_size"] - 1} colours, and nothing finer.
-- It repeats what its pictures show, and how often. Trained on pictures of the web, models of this kind take over what
-  people are made to stand for there: [Steed and Caliskan (2021)](https://arxiv.org/abs/2010.15052) found associations
-  of race and gender in the published Image GPT like those that psychology measures in humans. Such pictures also show
-  people who were never asked. Do not use the model to depict people, or to judge them.
-- Its samples are no evidence of anything. Parts of training pictures may come back in them.
-- It was made for research on representations; a probe's accuracy on one data set says little about another."""
+
+def _render(template: str, **values: Any) -> str:
+    """Markdown of a file in templates/."""
+    return Template(Path(__file__).with_name("templates").joinpath(template).read_text()).render(values)
 
 
 def _licence(license_id: str | None) -> str:

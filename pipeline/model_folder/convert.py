@@ -36,8 +36,8 @@ from transformers.utils import logging as transformers_logging
 
 from data_prep.common.files import atomic_folder, read_json, write_json
 from pipeline.model.gpt import build_model, fixed_settings
-from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX
-from pipeline.model_folder.lazy_weights import Convert, Weights, fetching_model, stored_weights, write_weights
+from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, may_replace
+from pipeline.model_folder.lazy_weights import Weights, fetching_model, stored_weights, write_weights
 
 CLASSES = {"imagegpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
 CONFIGS = {"imagegpt": ImageGPTConfig, "gpt2": GPT2Config}
@@ -104,12 +104,17 @@ def save_model_folder(
     folder = folder.resolve()
     if palette.shape != (config.colors, 3):
         raise ValueError(f"The palette has shape {palette.shape}; the model needs ({config.colors}, 3).")
-    _check_replaceable(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a new folder, or a model folder to replace.")
+    if not may_replace(folder):
+        raise ValueError(f"{folder} is not empty and is no model folder; give a new one, or a model folder to replace.")
     model_type = MASKED_TYPE if is_masked(config) else TYPE_OF_BLOCK[config.block]
     with atomic_folder(folder) as temporary:
         _write_configs(model_type, config, palette, temporary)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
-        write_weights(_own_weights(model) if weights is None else weights, shapes, _converter(config), temporary)
+        if weights is None:
+            weights = {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
+        write_weights(weights, shapes, _to_imagegpt if model_type == "imagegpt" else _as_it_is, temporary)
         add_files(temporary)
         _check_logits(model, config, model_type, temporary)
 
@@ -166,16 +171,6 @@ def _shared(config: PreTrainedConfig) -> dict[str, Any]:
 # Writing
 
 
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a new folder, or a model folder to replace.")
-    whole = all((folder / name).is_file() for name in ("config.json", "preprocessor_config.json"))
-    if any(folder.iterdir()) and (not whole or (folder / ".git").exists()):  # all in it will go
-        raise ValueError(f"{folder} is not empty and is no model folder; give a new one, or a model folder to replace.")
-
-
 def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, folder: Path) -> None:
     side = int(np.sqrt(config.n_positions))
     processor = ImageGPTImageProcessorPil(
@@ -202,20 +197,12 @@ def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, fol
     generation.save_pretrained(folder)
 
 
-def _own_weights(model: nn.Module) -> Weights:
-    return {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
-
-
-def _converter(config: GPT2Config) -> Convert:
-    """Our names and shapes to Hugging Face's, where they differ."""
-    return _to_imagegpt if config.block == "igpt" and not is_masked(config) else _as_it_is
-
-
 def _as_it_is(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield name, value
 
 
 def _to_imagegpt(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A weight of ours by Hugging Face's name and in its shape."""
     if PROJECTION.search(name):
         yield name.removesuffix("weight") + "bias", value.new_zeros(value.shape[0])
         value = value.t().contiguous()  # (out, in) to (in, out)
@@ -356,18 +343,14 @@ def _imported_state(theirs: PreTrainedModel, block: str, folder: Path) -> dict[s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and reports from transformers: what goes wrong is said by the errors raised here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    offloading = logging.getLogger("accelerate.big_modeling")
-    level = offloading.level
-    transformers_logging.set_verbosity_error()
+    """No progress bars and warnings from transformers and accelerate: the errors raised here say what goes wrong."""
+    former, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    offloading.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        offloading.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
+        logging.disable(former)
         if bars:
             transformers_logging.enable_progress_bar()
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from data_prep.common.files import read_json, write_json
 from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, committed, open_checkpoint, step_folder
+from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, committed, open_checkpoint, step_folder, step_of
 from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, lines_until
 from pipeline.checkpoint.probe import HeldOutImages, probe_batch
 from pipeline.checkpoint.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
@@ -40,21 +40,16 @@ def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
     """
     if (source / RECORD_FILE).is_file() and not (source / CHECKPOINTS_FOLDER).is_dir():
         raise ValueError(f"{source} is a run without a folder {CHECKPOINTS_FOLDER}; put it back, or train again.")
-    if not (source / CHECKPOINTS_FOLDER).is_dir():
-        return _undamaged(open_checkpoint(source))
-    folders = committed(source / CHECKPOINTS_FOLDER)
-    if not folders:
-        raise ValueError(f"{source} has no checkpoint yet.")
-    if step is None:
-        return _undamaged(open_checkpoint(folders[-1]))
-    wanted = step_folder(source / CHECKPOINTS_FOLDER, step)
-    if wanted not in folders:
-        steps = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in folders)
-        raise ValueError(f"--step is {step}, which {source} has no checkpoint of; it has {steps}.")
-    return _undamaged(open_checkpoint(wanted))
-
-
-def _undamaged(checkpoint: Checkpoint) -> Checkpoint:
+    folder = source
+    if (source / CHECKPOINTS_FOLDER).is_dir():
+        folders = committed(source / CHECKPOINTS_FOLDER)
+        if not folders:
+            raise ValueError(f"{source} has no checkpoint yet.")
+        folder = folders[-1] if step is None else step_folder(source / CHECKPOINTS_FOLDER, step)
+        if folder not in folders:
+            steps = ", ".join(str(step_of(other)) for other in folders)
+            raise ValueError(f"--step is {step}, which {source} has no checkpoint of; it has {steps}.")
+    checkpoint = open_checkpoint(folder)
     damage = checkpoint.damage()
     if damage is not None:
         raise ValueError(f"{damage}; take another checkpoint with --step, or put a copy back.")

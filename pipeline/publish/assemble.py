@@ -2,20 +2,19 @@
 
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from data_prep.common.files import atomic_folder, read_json
-from pipeline.model_folder.card import CARD, write_card
-from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, model_digest
+from pipeline.model_folder.card import CARD
+from pipeline.model_folder.files import NEEDED, WEIGHTS, WEIGHTS_INDEX, may_replace, model_digest
 from pipeline.model_folder.training_record import read_training_record
 from pipeline.publish.results_section import RESULTS, card_sections, eval_results
 from pipeline.results.curve import CURVE, draw_curve, has_losses
 from pipeline.results.schema import read_results
 
-NEEDED = ("config.json", "preprocessor_config.json")
 RESULT_FILES = (".json", ".png", ".html")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s\"'@]+@")
 """A name and a password in an address."""
@@ -23,17 +22,11 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 """The form of the hub's tokens."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What the card can't know from the folder."""
-
-    name: str
-    """What from_pretrained will be given."""
-    license: str | None = None
-    dataset: str | None = None
+WriteCard = Callable[..., None]
+"""`write_card` with all arguments but the folder, `measured` and `sections`: what the folder can't tell."""
 
 
-def publish_to_folder(model: Path, results: Path | None, target: Path, about: About) -> None:
+def publish_to_folder(model: Path, results: Path | None, target: Path, card: WriteCard) -> None:
     """Writes `target` as a repository would hold it, whole or not at all; an earlier publication there is replaced.
 
     Raises ValueError if `target` holds something else or a later step.
@@ -43,10 +36,10 @@ def publish_to_folder(model: Path, results: Path | None, target: Path, about: Ab
         raise ValueError(f"--to is dir:{target}, which is the model itself; name another folder.")
     _check_replaceable(model, target)
     with atomic_folder(target) as temporary:
-        assemble(model, results, temporary, about)
+        assemble(model, results, temporary, card)
 
 
-def assemble(model: Path, results: Path | None, folder: Path, about: About, *, link_weights: bool = False) -> None:
+def assemble(model: Path, results: Path | None, folder: Path, card: WriteCard, *, link_weights: bool = False) -> None:
     """Fills an empty folder with the model, its results (those that lie in the model folder if None), and the card.
 
     link_weights: put symbolic links in place of the weights' copies.
@@ -64,14 +57,7 @@ def assemble(model: Path, results: Path | None, folder: Path, about: About, *, l
                 _copy(results / file, folder / RESULTS / file)
     _hide_credentials(folder)
     _draw_missing_curve(folder)
-    write_card(
-        folder,
-        about.name,
-        about.license,
-        about.dataset,
-        measured=eval_results(read_results(folder / RESULTS)),
-        sections=card_sections(folder),
-    )
+    card(folder, measured=eval_results(read_results(folder / RESULTS)), sections=card_sections(folder))
 
 
 def step_of(folder: Path) -> int | None:
@@ -118,14 +104,9 @@ def check_results(results: Path, model: Path) -> None:
 
 
 def _check_replaceable(model: Path, target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise ValueError(f"--to is dir:{target}, which is a file; name a folder.")
-    if not any(target.iterdir()):
-        return
-    published = all((target / name).is_file() for name in (*NEEDED, CARD))
-    if not published or (target / ".git").exists():  # all in it will go
+    if not may_replace(target, (*NEEDED, CARD)):
         raise ValueError(f"--to is dir:{target}, which holds other files; name a new folder, or a published one.")
     there, here = step_of(target), step_of(model)
     if there is not None and here is not None and here < there:

@@ -5,6 +5,7 @@ What takes long to import is imported once the options are parsed.
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -49,28 +50,30 @@ def publish_command(arguments: list[str]) -> int:
 
 
 def _to_folder(source: Path, options: Options, target: Path) -> None:
-    from pipeline.publish.assemble import About, publish_to_folder
+    from pipeline.model_folder.card import write_card
+    from pipeline.publish.assemble import publish_to_folder
 
-    about = About(name=target.resolve().name, license=options.license, dataset=options.dataset)
-    publish_to_folder(model_folder(source), options.results, target, about)
+    card = partial(write_card, name=target.resolve().name, license_id=options.license, dataset=options.dataset)
+    publish_to_folder(model_folder(source), options.results, target, card)
     print(f"published to {target}")
 
 
 def _to_hub(source: Path, options: Options, name: str) -> None:
-    from pipeline.publish.assemble import About, assemble, step_of
-    from pipeline.publish.push import Target, check_login, push
+    from pipeline.model_folder.card import write_card
+    from pipeline.publish.assemble import assemble, step_of
+    from pipeline.publish.push import check_login, push
 
     repository, revision = parse_name(name)
     if revision is not None:
         raise ValueError(f"--to is {HUB}{name}; give no revision, a step is tagged by itself.")
     check_login(repository)
     model = model_folder(source)
-    about = About(name=repository, license=options.license, dataset=options.dataset)
+    card = partial(write_card, name=repository, license_id=options.license, dataset=options.dataset)
     with TemporaryDirectory(prefix="publish-") as temporary:
         folder = Path(temporary)
-        assemble(model, options.results, folder, about, link_weights=True)
-        target = Target(repository=repository, public=options.public)
-        pushed = push(folder, target, step=step_of(folder), patience=60 * options.patience)
+        assemble(model, options.results, folder, card, link_weights=True)
+        step, patience = step_of(folder), 60 * options.patience
+        pushed = push(folder, repository, step=step, patience=patience, public=options.public)
     _say(pushed, options.public)
 
 

@@ -38,16 +38,6 @@ LONGEST_PAUSE = 60.0
 """Seconds between two attempts, unless the hub asks for more."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A repository."""
-
-    repository: str
-    """ORG/NAME."""
-    public: bool = False
-    """For a repository that is made: who sees it."""
-
-
 @dataclass(frozen=True)
 class Pushed:
     """What came of a push."""
@@ -61,16 +51,17 @@ class Pushed:
     """Files of the commit that were not there before."""
 
 
-def push(folder: Path, target: Target, *, step: int | None, patience: float) -> Pushed:
-    """Makes the repository hold what the folder holds, with a tag for its step if it has one.
+def push(folder: Path, repository: str, *, step: int | None, patience: float, public: bool = False) -> Pushed:
+    """Makes the repository ORG/NAME hold what the folder holds, with a tag for its step if it has one.
 
-    patience: seconds after which a hub that stays away or busy is given up. Raises ValueError, one sentence, if it is,
+    patience: seconds after which a hub that stays away or busy is given up. public: who sees a repository that is made.
+    Raises ValueError, one sentence, if it is,
     or if the hub refuses.
     """
-    check_login(target.repository)
-    pushing = Push(HfApi(), folder, target, step)
+    check_login(repository)
+    pushing = Push(HfApi(), folder, repository, step, public)
     with quiet_hub():
-        return persistently(pushing.attempt, target.repository, patience)
+        return persistently(pushing.attempt, repository, patience)
 
 
 def check_login(repository: str) -> None:
@@ -124,9 +115,9 @@ def _asked_pause(error: BaseException) -> float:
 class Push:
     """One folder on its way to one repository."""
 
-    def __init__(self, api: HfApi, folder: Path, target: Target, step: int | None) -> None:
-        self.api, self.folder, self.target, self.step = api, folder, target, step
-        self.where: dict[str, Any] = {"repo_id": target.repository}
+    def __init__(self, api: HfApi, folder: Path, repository: str, step: int | None, public: bool) -> None:
+        self.api, self.folder, self.step, self.public = api, folder, step, public
+        self.where: dict[str, Any] = {"repo_id": repository}
         self.files = {
             str(path.relative_to(folder)): UploadInfo.from_path(str(path))
             for path in sorted(folder.rglob("*"))
@@ -137,7 +128,7 @@ class Push:
 
     def attempt(self) -> Pushed:
         """Brings the repository to where it should be, from wherever an earlier attempt left it."""
-        url = self.api.create_repo(**self.where, private=not self.target.public, exist_ok=True)
+        url = self.api.create_repo(**self.where, private=not self.public, exist_ok=True)
         refs = self.api.list_repo_refs(**self.where)
         branches = {ref.name: ref.target_commit for ref in refs.branches}
         tags = {ref.name: ref.target_commit for ref in refs.tags}
