@@ -87,7 +87,8 @@ class TaskCache:
         `done` holds the starts of the batches that are there. facts: written into the manifest.
         """
         file = CachedArray(self.folder, name)
-        with file.held():
+        with ExitStack() as stack:  # other commands, such as another task of the same array, wait, and find it complete
+            from_first(lambda: stack.enter_context(locked(file.lock, str(file.path))))
             if not from_first(file.is_complete):
                 from_first(lambda: file.reserve(shape))
                 done = from_first(file.noted)  # the same for all ranks: they share out what is missing
@@ -110,16 +111,8 @@ class CachedArray:
     """A large array in one file: NAME.npy, complete once NAME.json with its digest stands beside it."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.path = folder / f"{name}.npy"
+        self.path, self.lock = folder / f"{name}.npy", folder / f".{name}.npy.lock"
         self._manifest, self._notes = folder / f"{name}.json", folder / f"{name}.batches"
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps other commands out, such as another task of the same array: they wait, and find the file complete."""
-        with ExitStack() as stack:
-            lock = self.path.with_name(f".{self.path.name}.lock")
-            from_first(lambda: stack.enter_context(locked(lock, str(self.path))))
-            yield
 
     def is_complete(self) -> bool:
         """Whether the file is as it was written; a damaged one is reported and removed."""

@@ -29,12 +29,17 @@ class Stopped(BaseException):
 
 def until_stopped(work: Callable[[], int]) -> int:
     """What `work` returns; STOPPED, and a message of the first rank, if a signal (USR1, TERM, INT) ended it."""
-    end = _End()
-    with _listening(end):
+    unreported = threading.Lock()
+
+    def report() -> None:
+        if unreported.acquire(blocking=False) and os.environ.get("RANK", "0") == "0":
+            print(MESSAGE, flush=True)
+
+    with _listening(report):
         try:
             return _with_others(work)
         except Stopped:
-            end.report()
+            report()
             return STOPPED
 
 
@@ -47,19 +52,8 @@ def _with_others(work: Callable[[], int]) -> int:
         raise
 
 
-class _End:
-    """Reports once that the command was asked to stop, on the first rank."""
-
-    def __init__(self) -> None:
-        self._reported = threading.Lock()
-
-    def report(self) -> None:
-        if self._reported.acquire(blocking=False) and os.environ.get("RANK", "0") == "0":
-            print(MESSAGE, flush=True)
-
-
 @contextmanager
-def _listening(end: _End) -> Iterator[None]:
+def _listening(report: Callable[[], None]) -> Iterator[None]:
     """While open, the first signal raises Stopped; GRACE seconds later the process ends if it is still there."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -76,7 +70,7 @@ def _listening(end: _End) -> Iterator[None]:
     os.set_blocking(writer, False)
     former = {number: signal.signal(number, stop) for number in SIGNALS}
     former_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, end), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reader, report), daemon=True)
     watcher.start()
     try:
         yield
@@ -89,7 +83,7 @@ def _listening(end: _End) -> Iterator[None]:
         os.close(reader)
 
 
-def _watch(reader: int, end: _End) -> None:
+def _watch(reader: int, report: Callable[[], None]) -> None:
     """Runs in a thread, which hears of a signal while the main one is in a call. Ends when the pipe is closed."""
     if not os.read(reader, 1):
         return
@@ -97,5 +91,5 @@ def _watch(reader: int, end: _End) -> None:
     while (left := last - time.monotonic()) > 0:
         if select.select([reader], [], [], left)[0] and not os.read(reader, 1):
             return
-    end.report()
+    report()
     os._exit(STOPPED)

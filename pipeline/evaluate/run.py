@@ -82,16 +82,6 @@ def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """All that a task's result depends on, beside the model, the shard set and the seed."""
-
-    settings: dict[str, Any]
-    others: dict[str, str]
-    digest: str
-    """Of these, and of the model, the shard set and the seed."""
-
-
-@dataclass(frozen=True)
 class Job:
     """One task of a command."""
 
@@ -106,13 +96,14 @@ class Job:
         """The task's JSON."""
         return self.evaluation.results / f"{self.name}.json"
 
-    def inputs(self) -> Inputs:
-        """The inputs as they are now. Raises ValueError if something that the task reads is missing."""
+    def inputs(self) -> dict[str, Any]:
+        """What its JSON records of its inputs as they are now: `options`, files' digests, and `inputs_digest` of these
+        and of the model, the shard set and the seed. Raises ValueError if something that the task reads is missing."""
         precision, evaluation = self.request.command.precision, self.evaluation
         settings = {"precision": precision} | asdict(evaluation.sizes) | asdict(self.task.options)
         others = self.task.other_inputs(evaluation.results)
         digest = json_digest([self.facts.digest, evaluation.shards.digest, evaluation.seed, settings | others])
-        return Inputs(settings, others, digest)
+        return {"options": settings, **others, "inputs_digest": digest}
 
     def is_measured(self) -> bool:
         """Whether the same was measured before, and is not to be overwritten."""
@@ -127,7 +118,7 @@ class Job:
         if from_first(lambda: self._is_measured_with(inputs)):
             self.evaluation.log(f"{self.name}: already measured with these inputs, cached ({self._how_to_overwrite()})")
             return False
-        cache = TaskCache.of_task(self.evaluation.results, self.name, inputs.digest)
+        cache = TaskCache.of_task(self.evaluation.results, self.name, inputs["inputs_digest"])
         result = self.task.measure(replace(self.evaluation, cache=cache))
         seconds = round(time.monotonic() - start, 1)
         content = self._provenance(inputs, seconds) | result | _shown(self.task, result)
@@ -136,7 +127,7 @@ class Job:
         self.evaluation.log(f"{self.name}: {content['summary']} ({seconds:.0f} s)")
         return True
 
-    def _provenance(self, inputs: Inputs, seconds: float) -> dict[str, Any]:
+    def _provenance(self, inputs: dict[str, Any], seconds: float) -> dict[str, Any]:
         shards = self.evaluation.shards
         return {
             "task": self.name,
@@ -148,14 +139,13 @@ class Job:
             "palette_sha256": shards.palette_sha256,
             "seed": self.evaluation.seed,
             "command": self.request.command_line,
-            "options": inputs.settings,
-            **inputs.others,
-            "inputs_digest": inputs.digest,
+            **inputs,
             "seconds": seconds,
         }
 
-    def _is_measured_with(self, inputs: Inputs) -> bool:
-        return not self.request.command.overwrite and _read(self.path).get("inputs_digest") == inputs.digest
+    def _is_measured_with(self, inputs: dict[str, Any]) -> bool:
+        measured = _read(self.path).get("inputs_digest")
+        return not self.request.command.overwrite and measured == inputs["inputs_digest"]
 
     def _how_to_overwrite(self) -> str:
         """What --overwrite does, and whether the classifier's folder was deleted since."""

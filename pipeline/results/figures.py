@@ -38,15 +38,9 @@ def label_line(axes: "Axes", height: float, words: str, color: str) -> None:
     """A dashed line across the figure with its name at the right end, above it."""
     axes.axhline(height, color=color, linestyle="--", linewidth=1.1)
     axes.annotate(
-        words,
-        xy=(1, height),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 3),
-        textcoords="offset points",
-        ha="right",
-        color=color,
-        fontsize=9,
-    )
+        words, (1, height), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+        ha="right", color=color, fontsize=9,
+    )  # fmt: skip
 
 
 def draw_by_layer(result: dict[str, Any], path: Path) -> None:

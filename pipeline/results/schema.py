@@ -95,14 +95,14 @@ def commands(facts: ModelFacts, measured: Measured) -> list[str]:
 
 
 def _read(folder: Path, is_of_model: Callable[[dict[str, Any]], bool], shards: ShardSet) -> tuple[Results, list[str]]:
-    found: Results = {}
-    others = []
-    for path, result in _task_files(folder):
-        if result["dataset_digest"] == shards.digest and is_of_model(result):
-            found[result["task"]] = result
-        else:
-            others.append(path.name)
-    return found, others
+    """By task the results of the model on the shard set, and the names of the other files."""
+    files = dict(_task_files(folder))
+    ours = {
+        path: result
+        for path, result in files.items()
+        if result["dataset_digest"] == shards.digest and is_of_model(result)
+    }
+    return {result["task"]: result for result in ours.values()}, [path.name for path in files if path not in ours]
 
 
 def _task_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses, Training, best_of, search, trainable
 from pipeline.evaluate.context import Evaluation, Pictures
-from pipeline.evaluate.metrics.classification import per_mask, predict_classes, test_scores, valid_accuracy
+from pipeline.evaluate.metrics.classification import predict_classes, test_scores, valid_accuracy
 from pipeline.evaluate.options import WholeModelRecipe
 from pipeline.model.objectives import class_loss, joint_loss
 from pipeline.model_folder.classifier import Classifier, save_classifier
@@ -78,8 +78,7 @@ def test_classifier(
     evaluation: Evaluation, classifier: nn.Module, pictures: Pictures, label: str
 ) -> tuple[dict[str, Any], np.ndarray]:
     """`test_scores` of a classifier, and the class it predicts for each image under the first mask, int (N,)."""
-    predicted = per_mask(evaluation, partial(predict_classes, evaluation, classifier, pictures, label))
-    return test_scores(evaluation, pictures, predicted), predicted[0]
+    return test_scores(evaluation, pictures, partial(predict_classes, evaluation, classifier, pictures, label))
 
 
 def write_classifier(

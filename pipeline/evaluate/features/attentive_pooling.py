@@ -50,23 +50,16 @@ class Probes(nn.Module):
     deviation: torch.Tensor
 
     def __init__(
-        self,
-        layers: list[int],
-        rates: int,
-        mean: np.ndarray,
-        deviation: np.ndarray,
-        classes: int,
-        heads: int,
-        seed: int,
+        self, layers: list[int], rates: int, moments: tuple[np.ndarray, np.ndarray], classes: int, heads: int, seed: int
     ) -> None:
-        """mean and deviation: of each layer's features, float32 (layers, D)."""
+        """moments: mean and deviation of each layer's features, float32 (layers, D) each."""
         super().__init__()
         self.layers = [layer for layer in layers for _ in range(rates)]
         """The layer of each probe."""
         self._places = [place for place in range(len(layers)) for _ in range(rates)]
-        self.register_buffer("mean", torch.from_numpy(mean))
-        self.register_buffer("deviation", torch.from_numpy(deviation))
-        width = mean.shape[1]
+        for name, values in zip(("mean", "deviation"), moments, strict=True):
+            self.register_buffer(name, torch.from_numpy(values))
+        width = self.mean.shape[1]
         self.probes = nn.ModuleList(
             AttentivePooling(width, classes, heads, generator(seed, "attentive_probe", layer)) for layer in self.layers
         )

@@ -58,16 +58,18 @@ def valid_accuracy(evaluation: Evaluation, classifier: nn.Module, pictures: Pict
     return (predicted == pictures.labels).mean(keepdims=True)
 
 
-def per_mask(evaluation: Evaluation, predict_under: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Classes predicted under each mask, int (masks, N), of the number of a mask to (N,); one if nothing is masked."""
-    return np.stack([predict_under(draw) for draw in range(MASKS if evaluation.masked else 1)])
+def test_scores(
+    evaluation: Evaluation, pictures: Pictures, predict_under: Callable[[int], np.ndarray]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Accuracy, its standard error, by class, and the confusion matrix (rows the true classes, predictions of -1
+    excluded), under the first mask; of a masked model also by vote of its masks.
 
-
-def test_scores(evaluation: Evaluation, pictures: Pictures, predicted: np.ndarray) -> dict[str, Any]:
-    """Of classes predicted `per_mask`: accuracy, its standard error, by class, and the confusion matrix (rows the true
-    classes, predictions of -1 excluded); of a masked model also by vote of its masks."""
+    predict_under: the number of a mask to the classes predicted under it, int (N,); those under the first come second.
+    """
+    predicted = np.stack([predict_under(draw) for draw in range(MASKS if evaluation.masked else 1)])  # (masks, N)
     table = confusion_matrix(pictures.labels, predicted[0], labels=range(len(evaluation.shards.classes)))
-    return score_predictions(evaluation, predicted, pictures.labels) | {"confusion": table.tolist()}
+    scores = score_predictions(evaluation, predicted, pictures.labels)
+    return scores | {"confusion": table.tolist()}, predicted[0]
 
 
 def accuracy_text(result: dict[str, Any]) -> str:

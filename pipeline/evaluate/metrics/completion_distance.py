@@ -78,18 +78,12 @@ def _image_sets(
     positions = originals.shape[1]
     prefix = evaluation.on_device(originals[:, : positions // 2])
     with evaluation.accelerator.autocast():
-        completed = complete(
-            evaluation.model.model,
-            prefix,
-            positions,
-            seed=evaluation.seed,
-            temperature=temperature,
-            first_image=start,
-        )
+        model, seed = evaluation.model.model, evaluation.seed
+        completed = complete(model, prefix, positions, seed=seed, temperature=temperature, first_image=start)
     return {
         "completed": completed.cpu().numpy().astype(np.uint16),
         "original": originals,
-        "shuffled": _shuffled(originals, positions // 2, evaluation.seed, start),
+        "shuffled": _shuffled(originals, positions // 2, seed, start),
         "other": others,
     }
 

@@ -88,12 +88,8 @@ def _torchscript(file: Path, device: torch.device) -> FeatureNetwork:
 def _cause(error: Exception) -> str:
     """What TorchScript says at last: before it stands where in the network's code it was."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (
-        (lines[-1] if lines else type(error).__name__)
-        .removeprefix("RuntimeError: ")
-        .removeprefix("builtins.")
-        .rstrip(".")
-    )
+    last = lines[-1] if lines else type(error).__name__
+    return last.removeprefix("RuntimeError: ").removeprefix("builtins.").rstrip(".")
 
 
 def _said(value: object) -> str:

@@ -37,7 +37,7 @@ from pipeline.evaluate.classifiers.finetune_loop import Batch, Training, all_los
 from pipeline.evaluate.context import Evaluation, Pictures
 from pipeline.evaluate.features.attentive_pooling import Probes, standardisation, token_features
 from pipeline.evaluate.features.labelled import description, labelled_splits
-from pipeline.evaluate.metrics.classification import accuracy_text, draw_confusion, per_mask, predict, test_scores
+from pipeline.evaluate.metrics.classification import accuracy_text, draw_confusion, predict, test_scores
 from pipeline.evaluate.options import AttentiveProbeOptions
 from pipeline.evaluate.task import LabelledTask
 from pipeline.model.objectives import class_loss
@@ -83,6 +83,7 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
 
             return predict(evaluation, pictures["test"], "attentive_probe, test", logits)
 
+        scores, _ = test_scores(evaluation, pictures["test"], predict_under)
         result = {
             **description(evaluation, pictures),
             "layers": layers,
@@ -95,7 +96,7 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             "valid_accuracy": record.valid_accuracy,
             "valid_accuracy_by_epoch": accuracies[:, chosen].tolist(),
             "train_loss_by_epoch": record.losses_of(chosen),
-            **test_scores(evaluation, pictures["test"], per_mask(evaluation, predict_under)),
+            **scores,
             "figure": FIGURE,
         }
         from_first(lambda: draw_confusion(result, evaluation.results / FIGURE))
@@ -126,10 +127,9 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
         return heads
 
     def _probes(self, evaluation: Evaluation, train_pictures: Pictures, layers: list[int]) -> Probes:
-        mean, deviation = standardisation(evaluation, train_pictures, layers)  # (layers, D)
+        moments, heads = standardisation(evaluation, train_pictures, layers), self._heads(evaluation)
         classes, rates = len(evaluation.shards.classes), len(self.options.learning_rates)
-        heads = self._heads(evaluation)
-        probes = Probes(layers, rates, mean, deviation, classes, heads, evaluation.seed)
+        probes = Probes(layers, rates, moments, classes, heads, evaluation.seed)
         return probes.to(evaluation.accelerator.device)
 
     def _training(

@@ -103,10 +103,9 @@ class Density(Task[DensityOptions]):
     @classmethod
     def headlines(cls, result: dict[str, Any]) -> list[Headline]:
         """Nats, which the paper gives too."""
-        if result["masked"]:
-            masks = f"{result['draws']} masks a picture"
-            return [Headline("Nats per hidden colour", result["nats_per_color"], "nats", detail=masks)]
         nats = result["nats_per_color"]
+        if result["masked"]:
+            return [Headline("Nats per hidden colour", nats, "nats", detail=f"{result['draws']} masks a picture")]
         return [Headline("Nats per colour", nats, "nats", detail=result["split"], measure=NATS)]
 
     @classmethod
@@ -212,11 +211,8 @@ class Counts:
             left += _pairs(tokens[:, :-1], tokens[:, 1:], colors)
             above += _pairs(tokens[:, :-side], tokens[:, side:], colors)
         probability = (single + 1) / (single.sum() + colors)  # add one: no colour is impossible
-        return cls(
-            np.log(probability),
-            np.log(_witten_bell(left, probability)),
-            np.log(_witten_bell(above, probability)),
-        )
+        pairs = [np.log(_witten_bell(counted, probability)) for counted in (left, above)]
+        return cls(np.log(probability), *pairs)
 
     def log_probabilities(self, tokens: np.ndarray, side: int) -> dict[str, np.ndarray]:
         """ln p of every colour of int64 (n, T), by baseline; where a neighbour is missing, by what is there."""

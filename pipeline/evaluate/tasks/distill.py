@@ -101,9 +101,8 @@ class Distill(LabelledTask[DistillOptions]):
 
         valid = float(valid_accuracy(teaching, teacher.classifier, pictures["valid"])[0])
         scores, predicted = {}, {}
-        scores["teacher"], predicted["teacher"] = _described(
-            teaching, teacher.classifier, "teacher", pictures, {"valid_accuracy": valid}
-        )
+        test, validation = pictures["test"], {"valid_accuracy": valid}
+        scores["teacher"], predicted["teacher"] = _described(teaching, teacher.classifier, "teacher", test, validation)
         for name, losses, lessons in (
             ("student", distillation_loss(teaching, teacher.classifier, learning, options.temperature), unlabelled),
             ("labels_alone", label_loss(learning), pictures["train"]),
@@ -112,7 +111,7 @@ class Distill(LabelledTask[DistillOptions]):
                 learning, options, f"{options.TASK}-{name}", losses, lessons, pictures["valid"],
                 cosine=True, images_per_epoch=len(unlabelled),
             )  # fmt: skip
-            scores[name], predicted[name] = _described(learning, classifier, name, pictures, validation)
+            scores[name], predicted[name] = _described(learning, classifier, name, test, validation)
             if name == "student":
                 facts = {"teacher": teacher.facts, "temperature": options.temperature}
                 from_first(partial(write_classifier, learning, classifier, FOLDER, options.TASK, facts))
@@ -235,15 +234,11 @@ def distillation_loss(teaching: Evaluation, teacher: nn.Module, learning: Evalua
 
 
 def _described(
-    evaluation: Evaluation,
-    classifier: nn.Module,
-    name: str,
-    pictures: dict[str, Pictures],
-    validation: dict[str, Any],
+    evaluation: Evaluation, classifier: nn.Module, name: str, test: Pictures, validation: dict[str, Any]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """What the result holds of one of the three, and the class it predicts for each test image, int (N,)."""
     config = evaluation.model.config
-    scores, predicted = test_classifier(evaluation, classifier, pictures["test"], f"distill, test of {name}")
+    scores, predicted = test_classifier(evaluation, classifier, test, f"distill, test of {name}")
     shape = {
         "layers": config.n_layer,
         "width": config.n_embd,

@@ -169,15 +169,8 @@ def _point(results: dict[str, Any], task: str, loss: str) -> Point:
         valid = result["valid_accuracy_by_layer"][best]
     valid_loss = _loss(results, loss)
     assert valid_loss is not None
-    return Point(
-        model["checkpoint_step"],
-        model["images_seen"],
-        model["parameters"],
-        valid_loss,
-        valid,
-        result.get("test_accuracy"),
-        best,
-    )
+    step, seen, parameters = (model[key] for key in ("checkpoint_step", "images_seen", "parameters"))
+    return Point(step, seen, parameters, valid_loss, valid, result.get("test_accuracy"), best)
 
 
 def write_comparison(lines: list[Line], loss: str, command: Command) -> None:
