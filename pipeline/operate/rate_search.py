@@ -106,7 +106,7 @@ def _own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     try:
         own, rest = parser.parse_known_args(arguments)
     except ArgumentError as error:
-        raise ValueError(f"{error.argument_name} is the last word; it must be followed by its value.") from error
+        raise ValueError(f"{error.argument_name} has no value; it must be followed by its value.") from error
     return vars(own), rest
 
 
