@@ -6,6 +6,7 @@ A task is a class in a file of its own (task.py) and a line in TASKS (registry.p
 import shlex
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -50,10 +51,14 @@ def _parse(arguments: list[str]) -> Request:
     parser.add_argument("--overwrite", "--again", action="store_true", help=overwrite)
     parser.add_class_arguments(Command, skip={"overwrite"})
     parser.add_class_arguments(Sizes)
-    asked = _asked_for(arguments)
+    file = _config(arguments)
+    asked = str(value_of("--tasks", arguments) or file.get("tasks")).replace(" ", "").split(",")
+    given = [*file, *(word[2:].partition("=")[0] for word in arguments if word.startswith("--"))]
     for name, entry in TASKS.items():
         if entry.options is not None or name in asked:
             parser.add_class_arguments(options_type(name), name)
+        elif option := next((key for key in given if key.partition(".")[0] == name), None):
+            raise ValueError(f"{option} is of the task {name}, and is read only where --tasks names {name}.")
     values = parse(parser, arguments)
     command = Command(**{name: values[name] for name in Command.__dataclass_fields__})
     sizes = Sizes(**{name: values[name] for name in Sizes.__dataclass_fields__})
@@ -62,16 +67,16 @@ def _parse(arguments: list[str]) -> Request:
     return Request(values.model, command, sizes, options, command_line)
 
 
-def _asked_for(arguments: list[str]) -> list[str]:
-    """The tasks named by --tasks, or by `tasks` in --config's file, before anything is parsed."""
-    tasks, config = value_of("--tasks", arguments), value_of("--config", arguments)
-    if tasks is None and config is not None and Path(config).is_file():
-        try:
-            content = yaml.safe_load(Path(config).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):  # which parsing reports
-            return []
-        tasks = content.get("tasks") if isinstance(content, dict) else None
-    return [name.strip() for name in str(tasks).split(",")]
+def _config(arguments: list[str]) -> dict[str, Any]:
+    """The content of --config's file, before anything is parsed; empty if it can't be read, which parsing reports."""
+    config = value_of("--config", arguments)
+    if config is None or not Path(config).is_file():
+        return {}
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _chosen_tasks(tasks: str) -> list[str]:

@@ -17,8 +17,8 @@ class Entry:
     path: str
     """MODULE:CLASS."""
     options: type | None = None
-    """Its options, where they are declared apart from the task, so that --help need not import it; of a task that
-    declares its own, they are those of its class, and they are known once --tasks names it."""
+    """Its options, where they are declared apart from the task, so that --help need not import it; a task that declares
+    its own in its file runs only where --tasks names it, and they are known then."""
     long: bool = False
     """Trains for many epochs: runs only where --tasks names it."""
 
@@ -34,7 +34,6 @@ TASKS = {
     "density": Entry(f"{_TASKS}.density:Density", options.DensityOptions),
     "completions": Entry(f"{_TASKS}.completions:Completions", options.CompletionsOptions),
 }
-LONG = tuple(name for name, entry in TASKS.items() if entry.long)
 
 
 def task_class(name: str) -> "type[Task[Any]]":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.evaluate.options import Sizes, Weights
-from pipeline.evaluate.registry import LONG, TASKS
+from pipeline.evaluate.registry import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +16,10 @@ class Command:
     """The shard set to measure on: a folder or an address."""
     out: Path
     """The folder of results."""
-    tasks: str = ",".join(name for name in TASKS if name not in LONG)
+    tasks: str = ",".join(name for name, entry in TASKS.items() if entry.options is not None and not entry.long)
     """Names of tasks, with commas between, in the order in which they run; beside the default's there are
-    attentive_probe, fine_tune and distill, which train for many epochs. A task that the registry names without its
-    options has them in --help only if --tasks names it."""
+    attentive_probe, fine_tune and distill, which train for many epochs. A task that declares its options in its own
+    file runs, and has them in --help, only if --tasks names it."""
     seed: int = 0
     """Chooses images where there is a cap, and draws completions."""
     precision: Literal["fp32", "bf16"] = "fp32"

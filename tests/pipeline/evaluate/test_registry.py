@@ -1,13 +1,17 @@
 """The registry: options declared beside tasks, and options declared within them."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.registry import TASKS, Entry, options_type, task_class
 from pipeline.evaluate.task import Task
+from tests.launch import ROOT
 
 OWN_OPTIONS = '''
 from dataclasses import dataclass
@@ -39,7 +43,8 @@ class Own(Task[Options]):
 def test_the_registry_names_the_options_and_title_of_each_task(name: str) -> None:
     task = task_class(name)
     assert issubclass(task, Task) and task.title
-    assert TASKS[name].options is task.options_type is options_type(name)
+    assert task.options_type is options_type(name)
+    assert TASKS[name].options in (None, task.options_type)
     assert getattr(task.options_type, "TASK", name) == name
 
 
@@ -64,6 +69,35 @@ def test_a_task_that_is_named_brings_its_own_options(
         arguments += ["--tasks", "own", "--own.size", "7"]
     with pytest.raises(ValueError, match="--tasks has own: its size is 7"):
         evaluate(arguments)
+
+
+def test_a_task_with_its_own_options_is_none_of_the_default(own_task: None, tmp_path: Path) -> None:
+    """In a process whose registry has it from the start: it gets as far as what is checked after parsing."""
+    registered = "from pipeline.evaluate.registry import TASKS, Entry; TASKS['own'] = Entry('own_task:Own'); "
+    words = registered + "import sys; from pipeline.evaluate.command import evaluate; evaluate(sys.argv[1:])"
+    arguments = ["model", "--shards", "shards", "--out", str(tmp_path / "own_task.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", words, *arguments],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert "ValueError: --out is" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("option", ["own.size", "own"])
+def test_an_option_of_a_task_that_is_not_named(option: str, own_task: None, tmp_path: Path) -> None:
+    arguments = ["model", "--shards", "shards", "--out", "out", "--tasks", "density"]
+    said = rf"^{option} is of the task own, and is read only where --tasks names own\.$"
+    with pytest.raises(ValueError, match=said):
+        evaluate([*arguments, f"--{option}=7"])
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(yaml.safe_dump({option: 7}))
+    with pytest.raises(ValueError, match=said):
+        evaluate([*arguments, "--config", str(config)])
+    config.write_text("knn: {k: [1]}\n")
+    with pytest.raises(ValueError, match="shards"):  # of what comes after parsing
+        evaluate([*arguments, "--config", str(config)])
 
 
 def test_a_task_that_is_not_named_is_not_imported(own_task: None, capsys: pytest.CaptureFixture[str]) -> None:
