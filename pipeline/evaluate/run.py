@@ -19,7 +19,6 @@ from pipeline.model.gpt import initialize
 from pipeline.model_folder.resolve import model_folder
 from pipeline.results.provenance import ModelFacts, model_facts, untrained
 from pipeline.results.report.page import write_report
-from pipeline.results.schema import RANDOM_WEIGHTS
 
 FEATURES = ".features"
 
@@ -186,28 +185,22 @@ def _check(jobs: list[Job], missing: list[str]) -> None:
         job.task.check(job.evaluation, [earlier.name for earlier in jobs[:number] if earlier.name in missing])
 
 
-def _shown(task: "Task[Any] | type[Task[Any]]", result: dict[str, Any]) -> dict[str, Any]:
+def _shown(task: Task[Any], result: dict[str, Any]) -> dict[str, Any]:
     """What report, card and comparison show of a task: they read it from its JSON."""
     headlines = [asdict(headline) for headline in task.headlines(result)]
     return {"title": task.title, "summary": task.summary(result), "headlines": headlines}
 
 
 def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: Mapping[str, str]) -> Path:
-    random_weights = random_weights or evaluation.results / RANDOM_WEIGHTS
-    for folder in (evaluation.results, random_weights):
-        _complete_earlier(folder)
     sections = {name: _section(name) for name in TASKS}
     return write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run, sections=sections)
 
 
-def _complete_earlier(folder: Path) -> None:
-    """Adds what is shown of a task to the JSON of results that an earlier version measured."""
-    for name in TASKS:
-        result = _read(folder / f"{name}.json")
-        if "inputs_digest" in result and "headlines" not in result:
-            write_json(folder / f"{name}.json", result | _shown(task_class(name), result))
-
-
 def _section(name: str) -> Callable[[dict[str, Any], Path], str]:
     """The task's section; its module is imported once there is a result to show."""
-    return lambda result, folder: task_class(name).section(result, folder)
+
+    def section(result: dict[str, Any], folder: Path) -> str:
+        task = task_class(name)
+        return task.section(result if "summary" in result else result | {"summary": task.summary(result)}, folder)
+
+    return section

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 
 from pipeline.model_folder.card import HUB_DATASETS
 from pipeline.results.curve import CURVE
-from pipeline.results.headline import headlines_of, title_of
+from pipeline.results.headline import headlines_of
 from pipeline.results.published import beside_published
 from pipeline.results.schema import RANDOM_WEIGHTS, Results, read_results
 
@@ -45,7 +45,7 @@ def eval_results(results: Results) -> list[EvalResult]:
             metric_value=value,
         )
         for result in results.values()
-        for name, key, value in _numbers(title_of(result), result)
+        for name, key, value in _numbers(result["title"], result)
     ]
 
 

@@ -1,7 +1,7 @@
 """Headlines: the numbers of a task that a reader looks for, as the task's JSON holds them.
 
 `python -m pipeline evaluate` writes `title`, `summary` and `headlines` into each task's JSON. Report, card and
-comparison read them from there and know no task.
+comparison read them from there and know no task; what an earlier version did not write is in earlier.py.
 """
 
 from dataclasses import dataclass, fields
@@ -43,15 +43,8 @@ class Headline:
 
 
 def headlines_of(result: dict[str, Any]) -> list[Headline]:
-    """Those in a task's JSON; where an earlier version wrote none, its accuracies."""
-    if "headlines" not in result:
-        return accuracy_headlines(result, title_of(result))
+    """Those in a task's JSON."""
     return [Headline.from_json(content) for content in result["headlines"]]
-
-
-def title_of(result: dict[str, Any]) -> str:
-    """The title in a task's JSON; where an earlier version wrote none, its name: linear_probe as "Linear probe"."""
-    return result.get("title") or words(result["task"]).capitalize()
 
 
 def accuracy_headlines(result: dict[str, Any], title: str, measure: str = "") -> list[Headline]:

@@ -25,6 +25,7 @@ from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.metrics_log import read_rows
 from pipeline.results.curve import valid_loss_at
+from pipeline.results.earlier import completed
 from pipeline.results.provenance import ModelFacts, untrained
 from pipeline.results.published import PUBLISHED
 
@@ -106,8 +107,8 @@ def _read(folder: Path, is_of_model: Callable[[dict[str, Any]], bool], shards: S
 
 
 def _task_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each task's JSON and its content; results.json and a user's files are none."""
+    """Each task's JSON and its content, an earlier version's completed; results.json and a user's files are none."""
     for path in sorted(folder.glob("*.json")):
         result = read_json(path)
         if isinstance(result, dict) and "inputs_digest" in result:
-            yield path, result
+            yield path, completed(result)

@@ -13,7 +13,7 @@ from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.metrics_log import read_rows
 from pipeline.model_folder.training_record import unfinished
 from pipeline.results.curve import CURVE, draw_curve, has_losses
-from pipeline.results.headline import headlines_of, title_of
+from pipeline.results.headline import headlines_of
 from pipeline.results.provenance import ModelFacts
 from pipeline.results.published import beside_published
 from pipeline.results.report.html import write_page
@@ -68,7 +68,7 @@ def write_report(
             numbers=_numbers(tasks, measured.random_weights),
             curve=_curve(folder, facts, shards, tasks),
             sections=[
-                {"title": title_of(result), "html": sections.get(task, generic_section)(result, folder)}
+                {"title": result["title"], "html": sections.get(task, generic_section)(result, folder)}
                 for task, result in tasks.items()
             ],
             published=beside_published(tasks),

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import ImageGPTForCausalImageModeling
 
 from pipeline.evaluate.command import evaluate
+from pipeline.evaluate.registry import TASKS, task_class
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.resolve import model_folder
 from pipeline.publish.command import publish_command
@@ -190,6 +192,32 @@ def test_a_folder_holds_what_a_repository_would(
     monkeypatch.chdir(tmp_path)
     exec(card_code((tmp_path / "image-gpt/README.md").read_bytes()), {})
     assert (tmp_path / "sample.png").is_file()
+
+
+def test_results_of_an_earlier_version_have_the_same_card(
+    models: dict[int, Path], results: Path, tmp_path: Path
+) -> None:
+    """Without title, summary and headlines in the tasks' JSON."""
+    folder = Path(shutil.copytree(results, tmp_path / "results"))
+    density = json.loads((folder / "density.json").read_text())
+    provenance = {
+        key: density[key] for key in ("model_digest", "dataset", "dataset_digest", "command", "inputs_digest")
+    }
+    numbers = {"test_accuracy": 0.5, "test_accuracy_deviation": 0.01, "best_layer": 2, "best_k": 20}
+    few = {"settings": [{"name": "4 per class", "test_accuracy": 0.25}], "student": {"test_accuracy": 0.75}}
+    distance = {"completions": 0.5, "originals": 0.25, "shuffled_lower_halves": 1.0}
+    measured = {name: provenance | numbers | few for name in TASKS if TASKS[name].options is not None}
+    measured |= {"density": density, "completions": provenance | {"distance": distance}}
+    for earlier in (False, True):
+        for name, result in measured.items():
+            task = task_class(name)
+            shown = {"title": task.title, "headlines": [asdict(headline) for headline in task.headlines(result)]}
+            kept = {key: value for key, value in result.items() if key not in ("title", "summary", "headlines")}
+            (folder / f"{name}.json").write_text(json.dumps({"task": name} | kept | ({} if earlier else shown)))
+        publish(models[40], "--results", folder, "--to", f"dir:{tmp_path / str(earlier) / 'model'}")
+    card, earlier_card = ((tmp_path / each / "model/README.md").read_text() for each in ("False", "True"))
+    assert all(words in card for words in ("k-NN", "Fréchet", "floor 0.250", "Nats per colour", "96.3 %", "MixMatch"))
+    assert earlier_card == card
 
 
 def test_a_training_with_null_losses_is_published(models: dict[int, Path], tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from sklearn.neighbors import NearestCentroid
 from data_prep.shards.reader import ShardSet
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.features.pooled import pooled_features
-from pipeline.evaluate.registry import TASKS, Entry
+from pipeline.evaluate.registry import TASKS, Entry, task_class
 from pipeline.evaluate.request import Command
 from pipeline.model_folder.convert import load_model_folder
-from pipeline.results.headline import Headline, accuracy_headlines, headlines_of, title_of
+from pipeline.results.earlier import completed
+from pipeline.results.headline import Headline, accuracy_headlines, headlines_of
 from pipeline.results.provenance import model_facts
 from pipeline.results.report.page import write_report
 from pipeline.results.report.sections import generic_section
@@ -348,9 +349,22 @@ def test_a_headline_is_read_back_from_json(headline: Headline, text: str) -> Non
 
 
 def test_results_of_an_earlier_version_name_themselves() -> None:
-    """Without title and headlines in its JSON, a task has its name and its accuracies."""
-    earlier = {"task": "some_probe", "test_accuracy": 0.5}
-    assert title_of(earlier) == "Some probe"
+    """Without title and headlines in its JSON, a task of no known name has its name and its accuracies."""
+    earlier = completed({"task": "some_probe", "test_accuracy": 0.5})
+    assert earlier["title"] == "Some probe"
     assert headlines_of(earlier) == [Headline("Some probe", 0.5, "accuracy")]
-    assert headlines_of(earlier | {"headlines": []}) == []
-    assert title_of(earlier | {"title": "SoP"}) == "SoP"
+    written = {"task": "some_probe", "test_accuracy": 0.5, "title": "SoP", "headlines": []}
+    assert completed(written) == written
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_what_an_earlier_version_did_not_write_is_as_the_task_words_it(name: str) -> None:
+    """Titles of all tasks, and published measures; other headlines are compared on what was measured."""
+    if TASKS[name].options is not None:
+        score = {"task": name, "test_accuracy": 0.5, "nats_per_color": 2.0, "masked": False, "split": "test"}
+        result = score | {"distance": {"completions": 0.5, "originals": 0.25, "shuffled_lower_halves": 1.0}}
+        task, found = task_class(name), completed(result)
+        assert (found["title"], headlines_of(found)) == (task.title, task.headlines(result))
+        masked, nothing = result | {"masked": True, "draws": 3}, result | {"distance": None}
+        for other in (masked, nothing):
+            assert headlines_of(completed(other)) == task.headlines(other)
