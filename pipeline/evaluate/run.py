@@ -1,9 +1,11 @@
 """Runs evaluation tasks on one model, one after the other, and writes what each one found, and the report."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ class Job:
         cache = TaskCache.of_task(self.evaluation.results, self.name, inputs["inputs_digest"])
         result = self.task.measure(replace(self.evaluation, cache=cache))
         seconds = round(time.monotonic() - start, 1)
-        content = self._provenance(inputs, seconds) | result | _shown(self.task, result)
+        content = self._content(self._provenance(inputs, seconds), result)
         from_first(lambda: write_json(self.path, content))
         from_first(lambda: clear_unfinished(self.evaluation.results, self.name))
         self.evaluation.log(f"{self.name}: {content['summary']} ({seconds:.0f} s)")
@@ -141,6 +143,17 @@ class Job:
             **inputs,
             "seconds": seconds,
         }
+
+    def _content(self, provenance: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """The task's JSON: numpy's numbers as Python's, NaN and Inf as null, which other programs can read.
+
+        Raises ValueError if a key of the result is one of those that say where it is from or what is shown of it.
+        """
+        result = json.loads(json.dumps(result, default=methodcaller("tolist")))
+        shown = _shown(self.task, result)
+        if taken := next((key for key in result if key in provenance | shown), None):
+            raise ValueError(f"{self.name} has {taken!r} in its result, a key that evaluate writes; name it otherwise.")
+        return json.loads(json.dumps(provenance | result | shown), parse_constant=lambda _: None)
 
     def _is_measured_with(self, inputs: dict[str, Any]) -> bool:
         measured = _read(self.path).get("inputs_digest")

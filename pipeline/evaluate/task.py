@@ -32,6 +32,13 @@ class Task(ABC, Generic[Options]):
         for base in getattr(cls, "__orig_bases__", ()):
             if isinstance(get_origin(base), type) and issubclass(get_origin(base), Task):
                 (cls.options_type,) = get_args(base)
+        options, name = getattr(cls, "options_type", None), cls.__name__
+        if "__orig_bases__" in vars(cls) and isinstance(options, TypeVar):
+            return  # such as LabelledTask, whose own classes name their options
+        if not isinstance(options, type):
+            raise TypeError(f"{name} must name the dataclass of its options: class {name}(Task[Options]).")
+        if not getattr(cls, "title", ""):
+            raise TypeError(f'{name} must have a title for the report, such as title = "Few labels".')
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -53,7 +60,8 @@ class Task(ABC, Generic[Options]):
 
     @abstractmethod
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Numbers that JSON can hold, the same on every rank; figures go into `evaluation.results` from the first rank.
+        """The result as JSON will hold it, the same on every rank; figures go into `evaluation.results` from the first
+        rank. Numbers may be numpy's; NaN and Inf become null, which `section` then reads.
 
         Longer work is cached in parts: `evaluation.cache.get_or_compute`, `map_over_ranks`.
         """

@@ -7,7 +7,7 @@ comparison read them from there and know no task; what an earlier version did no
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from pipeline.results.text import number, percent, words
+from pipeline.results.text import MISSING, number, percent, words
 
 CHOSEN = {"best_layer": "layer", "best_k": "k", "learning_rate": "rate", "best_rate": "rate", "best_epoch": "epoch"}
 """Keys of what was chosen on the validation split, and their words."""
@@ -19,7 +19,8 @@ class Headline:
 
     name: str
     """What was measured; the same words for every model."""
-    value: float
+    value: float | None
+    """None in a task's JSON where it is NaN or Inf."""
     unit: Literal["accuracy", "nats", "distance"]
     """accuracy: a fraction; nats: per color; distance: Fréchet's."""
     error: float | None = None
@@ -32,6 +33,8 @@ class Headline:
     @property
     def text(self) -> str:
         """The number, with its unit and error."""
+        if self.value is None:
+            return MISSING
         if self.unit == "accuracy":
             return percent(self.value, self.error)
         return f"{self.value:.4f}" if self.unit == "nats" else f"{self.value:.3f}"

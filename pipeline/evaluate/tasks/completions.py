@@ -1,7 +1,7 @@
 """Completions: the lower halves of images drawn anew; `python -m pipeline complete` draws the grid alone.
 
 The task also measures how far completions are from true images (completion_distance.py). JSON: `split`, `images` (the
-numbers of the images shown), `classes`, `samples`, `temperature`, `seed`, and `distance` as completion_distance.py
+numbers of the images shown), `classes`, `samples`, `temperature`, and `distance` as completion_distance.py
 describes it, or null.
 """
 
@@ -161,7 +161,6 @@ def draw_completions(
         "classes": [shards.classes[label] if label >= 0 else None for label in labels],
         "samples": options.samples,
         "temperature": options.temperature,
-        "seed": seed,
     }
 
 

@@ -111,6 +111,7 @@ class Density(Task[DensityOptions]):
     @classmethod
     def section(cls, result: dict[str, Any], folder: Path) -> str:
         """The model among the baselines, and the heat map."""
+        result = {key: math.nan if value is None else value for key, value in result.items()}  # as JSON has NaN
         what = "hidden colour" if result["masked"] else "colour"
         nats = {"model": result["nats_per_color"]} | {key: result[f"{key}_nats_per_color"] for key in BASELINES}
         rows = sorted([(NAMES[key], value) for key, value in nats.items()], key=lambda row: row[1])

@@ -133,8 +133,9 @@ def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) ->
 
 
 def _beyond_counts(density: dict[str, Any] | None) -> str:
-    """What the model's nats mean beside those of counts; nothing of masked models, whose nats do not compare."""
-    if density is None or density["masked"]:
+    """What the model's nats mean beside those of counts; nothing of masked models, whose nats do not compare, or if
+    there are none."""
+    if density is None or density["masked"] or density["nats_per_color"] is None:
         return ""
     if density["nats_per_color"] >= density["bigram_nats_per_color"]:
         return "It predicts colours no better than the previous colour alone does: trained for longer, it would."

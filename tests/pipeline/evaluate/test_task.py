@@ -1,0 +1,105 @@
+"""A new task: what its class must say, and what becomes of its result."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import new_class
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline.evaluate.command import evaluate
+from pipeline.evaluate.registry import TASKS, Entry
+from pipeline.evaluate.task import LabelledTask, Task
+from tests.pipeline.evaluate.tiny_sets import write_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """None."""
+
+
+class Odd(Task[Options]):
+    """A task whose result a test sets."""
+
+    title = "Odd"
+    result: dict[str, Any]
+
+    def measure(self, evaluation: object) -> dict[str, Any]:
+        return self.result
+
+    @classmethod
+    def summary(cls, result: dict[str, Any]) -> str:
+        return f"{result['test_accuracy']:.1%}"
+
+
+@pytest.fixture
+def measure(
+    shards_folder: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Measures `odd`, or another task; returns the folder of results."""
+    monkeypatch.setitem(TASKS, "odd", Entry(f"{__name__}:Odd"))
+
+    def command(result: dict[str, Any] | None = None, model: Path = model_folder, task: str = "odd") -> Path:
+        monkeypatch.setattr(Odd, "result", result, raising=False)
+        out = tmp_path / "results"
+        assert evaluate([str(model), "--shards", str(shards_folder), "--out", str(out), "--tasks", task]) == 0
+        return out
+
+    return command
+
+
+def strict(path: Path) -> Any:
+    """As a program reads it that knows no NaN."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{path} has {name}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_numbers_of_numpy_and_nan(measure: Callable[..., Path]) -> None:
+    result = {"test_accuracy": np.float32(0.5), "count": np.int64(3), "yes": np.bool_(True), "list": np.arange(2)}
+    lost = {"loss": np.float32("nan"), "rows": [{"name": "few", "test_accuracy": float("nan"), "worst": -np.inf}]}
+    out = measure(result | lost)
+    found = strict(out / "odd.json")
+    assert {key: found[key] for key in result} == {"test_accuracy": 0.5, "count": 3, "yes": True, "list": [0, 1]}
+    assert {key: found[key] for key in lost} == {
+        "loss": None,
+        "rows": [{"name": "few", "test_accuracy": None, "worst": None}],
+    }
+    assert [(row["name"], row["value"]) for row in found["headlines"]] == [("Odd", 0.5), ("Odd: few", None)]
+    assert strict(out / "results.json")["tasks"]["odd"] == found
+    assert '<td>Odd: few</td><td></td><td class="number">–</td>' in (out / "report.html").read_text().replace("\n", "")
+
+
+def test_a_model_without_finite_weights_has_a_report(measure: Callable[..., Path], tmp_path: Path) -> None:
+    model = write_model(tmp_path / "lost", "igpt")
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.wte.weight"] *= float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    out = measure(model=model, task="density")
+    assert strict(out / "results.json")["tasks"]["density"]["nats_per_color"] is None
+    assert "<h2>Density</h2>" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("key", ["task", "seed", "options", "inputs_digest", "title"])
+def test_a_key_that_says_where_a_result_is_from_is_no_result(key: str, measure: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=f"^odd has '{key}' in its result, a key that evaluate writes; name it other"):
+        measure({"test_accuracy": 0.5, key: 1})
+
+
+@pytest.mark.parametrize(
+    ("base", "content", "said"),
+    [
+        (Task, {"title": "T"}, r"T must name the dataclass of its options: class T\(Task\[Options\]\)\."),
+        (LabelledTask, {"title": "T"}, "T must name the dataclass of its options"),
+        (Task[Options], {}, r'T must have a title for the report, such as title = "Few labels"\.'),
+    ],
+)
+def test_a_class_that_lacks_something_says_so(base: Any, content: dict[str, str], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        new_class("T", (base,), {}, lambda names: names.update(content))
