@@ -93,7 +93,8 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
                 for name in chosen
                 for repeat in range(1, self.options.sgd.seeds)
             }
-            map_over_ranks(evaluation, "other seeds", repeats)
+            if repeats:
+                map_over_ranks(evaluation, "other seeds", repeats)
             items |= repeats
 
         tested = _on_test(evaluation, pictures["test"], items, [*chosen, *BASELINES], layers)

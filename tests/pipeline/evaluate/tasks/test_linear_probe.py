@@ -117,6 +117,15 @@ def test_sgd_gives_mean_and_deviation_over_seeds(model_folder: Path, evaluation_
     assert result["test_accuracy"] == pytest.approx(pipeline.score(*data["test"]), abs=0.06)  # 8 of 127 pictures
 
 
+def test_sgd_with_one_seed_has_no_others(
+    model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sgd = SgdOptions(rates=[0.1], epochs=1, batch_size=32, seeds=1)
+    result = LinearProbe(LinearProbeOptions(solver="sgd", sgd=sgd)).measure(evaluation_of(model_folder))
+    assert "other seeds" not in "".join(capsys.readouterr())
+    assert "test_accuracy_deviation" not in result
+
+
 def test_a_masked_model_votes_over_five_masks(masked_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(masked_folder)
     result = LinearProbe(LinearProbeOptions(l2=[0.1], concatenate=0)).measure(evaluation)
