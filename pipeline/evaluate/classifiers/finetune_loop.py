@@ -304,6 +304,8 @@ def _resume(evaluation: Evaluation, training: Training) -> Record:
     record = Record() if state is None else Record(**state["record"])
     is_there = state is not None and evaluation.cache.get(_best_weights(training, record)) is not None
     if not all(gather_object([is_there])):
+        if (evaluation.cache.folder / training.name / "state.pt").is_file():
+            evaluation.log(f"{training.name}: an earlier version began it; it is trained again from its beginning")
         return Record()
     assert state is not None
     if "param_groups" in state:

@@ -213,6 +213,20 @@ def test_a_damaged_state_is_said_and_trained_anew(
     assert f"{file} can't be read; it is computed again" in capsys.readouterr().out
 
 
+def test_a_state_of_an_earlier_version_is_said_to_be_trained_anew(
+    model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = evaluation_of(model_folder)
+    folder = evaluation.cache.folder / "counter"
+    folder.mkdir(parents=True)
+    (folder / "state.pt").touch()
+    (folder / "epoch-0001.safetensors").touch()
+    said = "counter: an earlier version began it; it is trained again from its beginning"
+    for times in (1, 0):  # once it is trained, there is nothing to say
+        train(evaluation, training_of(evaluation), PLAIN)
+        assert capsys.readouterr().out.count(said) == times
+
+
 def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder)
     rates = [1e-9, 0.5, 1e-8, float("inf")]
