@@ -285,6 +285,9 @@ def test_a_new_task_is_a_file_and_a_line(
     (tmp_path / "nearest_mean.py").write_text(next(block for block in blocks if "class NearestMean(" in block))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(TASKS, "nearest_mean", Entry("nearest_mean:NearestMean"))
+    for layer in ("9", "-1"):
+        with pytest.raises(ValueError, match=rf"nearest_mean\.layer is {layer}; it must be 0 to \d\."):
+            measure_all(trained_model, tmp_path / "results", "--tasks", "nearest_mean", "--nearest_mean.layer", layer)
     out = measure_all(trained_model, tmp_path / "results", "--tasks", "nearest_mean", "--nearest_mean.layer", "1")
     result = json.loads((out / "nearest_mean.json").read_text())
     evaluation = evaluation_of(trained_model)
