@@ -118,7 +118,8 @@ def status_command(arguments: list[str]) -> int:
     parser.add_argument("--max_restarts", type=int, default=100, help="how often it may be")
     parser.add_argument("--since", type=str, default="", help="when its ranks were started, as 2026-01-31T12:00:00Z")
     parser.add_argument("--asked", action="store_true", help="the job was asked to stop")
-    parser.add_argument("--max_failures", type=int, default=3, help="failures without a step between that are too many")
+    failures = "failures without a step between that are too many"  # accidents: of jobs that an earlier version started
+    parser.add_argument("--max_failures", "--max_accidents", type=int, default=3, help=failures)
     chosen = parse(parser, arguments)
     if chosen.after is not None:
         chosen.run.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.operate.status import describe, next_action, standing
+from pipeline.operate.status import describe, next_action, standing, status_command
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 
@@ -54,6 +54,14 @@ def test_a_failure_whose_line_was_cut_short_does_not_hide_the_others(tmp_path: P
 def test_failures_that_an_earlier_version_noted_count(tmp_path: Path) -> None:
     (tmp_path / "accidents.jsonl").write_text('{"step": 5}\n{"step": 5}\n')
     assert next_action(ended(tmp_path, "running", 5), 137, 0, 100, 3)[0] == "failed"
+
+
+@pytest.mark.parametrize("option", ["--max_failures", "--max_accidents"])
+def test_a_job_that_an_earlier_version_started_asks_with_its_name_of_the_limit(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status_command([str(ended(tmp_path, "running", 5)), "--after", "137", option, "1"])
+    assert capsys.readouterr().out == "failed\n"
 
 
 BEFORE, AFTER = "2026-01-31T12:00:00Z", "2026-01-31T12:00:05Z"
