@@ -44,13 +44,13 @@ commands() {
 
 job() {
   local found evaluations
+  site_prepare
   found=$(commands "${SLURM_GPUS_ON_NODE:-0}" "$@")
   mapfile -t evaluations <<<"$found"
   if [ "$SLURM_ARRAY_TASK_ID" -ge ${#evaluations[@]} ]; then
     echo "number $SLURM_ARRAY_TASK_ID of the array has nothing to do: there are ${#evaluations[@]} evaluations"
     return
   fi
-  site_prepare
   eval "exec ${evaluations[SLURM_ARRAY_TASK_ID]}"
 }
 

@@ -36,9 +36,9 @@ join_after() {
 
 job() {
   local part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1)) join
+  site_prepare
   mapfile -d '' -t join < <(join_after "$SLURM_ARRAY_JOB_ID" "$@")
   [ ${#join[@]} -gt 0 ] || exit 2
-  site_prepare
   if [ "$part" -eq 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
     submit_job "${join[@]}" >/dev/null || true
   fi

@@ -35,8 +35,8 @@ commands() {
 
 job() {
   local found
-  found=$(commands "$@")
   site_prepare
+  found=$(commands "$@")
   eval "$found"
 }
 

@@ -30,8 +30,10 @@ run_python() {
 
 # Prints the folders of a run's complete checkpoints, the oldest first. User error where there are none.
 checkpoints_of() {
-  find "$1/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' 2>/dev/null | sort | grep . ||
-    die "$1 holds no checkpoints; name the folder of a run."
+  local found # find fails where a folder is deleted while it lists
+  found=$(find "$1/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' 2>/dev/null | sort) || true
+  [ -n "$found" ] || die "$1 holds no checkpoints; name the folder of a run."
+  echo "$found"
 }
 
 # Submits a job without this job's own variables, which the other would take for its own. Prints the job's number.

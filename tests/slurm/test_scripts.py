@@ -59,7 +59,7 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What was started, a line each: SLURM's clients and a Python that only write down their arguments."""
     started, folder = tmp_path / "started.txt", tmp_path / "stubs"
     folder.mkdir()
-    for name in ("srun", "scontrol", "python"):
+    for name in ("srun", "scontrol", "python", "sbatch", "container"):
         stub = folder / name
         stub.write_text(f'#!/bin/sh\necho {name} "$@" >>{started}\ncase "$*" in *--after*) echo done;; esac\n')
         stub.chmod(0o755)
@@ -81,16 +81,67 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_job_starts_a_process_a_rank_on_neighbors(
     granted: dict[str, str], nodes_and_ranks: str, stubs: Path, tmp_path: Path
 ) -> None:
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "PREFLIGHT_SECONDS": "0"}
     site = {"SITE_RUNS": str(tmp_path / "runs"), "SITE_SHARDS": "/shards"}
     script = [SCRIPTS / "pretrain_xl.sh", "--model.layers", "2"]
-    subprocess.run(script, env={**os.environ, **job, **site, **granted}, check=True)
+    subprocess.run(script, env={**os.environ, **JOB, **site, **granted}, check=True)
     [ranks] = [line for line in stubs.read_text().splitlines() if line.startswith("srun")]
     assert f"{nodes_and_ranks} --distribution=block:block" in ranks
     train = (
         f"train --config {SCRIPTS.parent}/configs/igpt_xl.yaml --run {tmp_path}/runs/igpt_xl --data.shards /shards/64"
     )
     assert ranks.endswith(f"-m pipeline {train} --model.layers 2"), "the site's paths, where none are given"
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "PREFLIGHT_SECONDS": "0"}
+ARRAY = {
+    "SLURM_ARRAY_JOB_ID": "7",
+    "SLURM_ARRAY_TASK_ID": "0",
+    "SLURM_ARRAY_TASK_MIN": "0",
+    "SLURM_ARRAY_TASK_COUNT": "1",
+}
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A run with a checkpoint."""
+    (tmp_path / "run/checkpoints/step-00000040").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "started"),
+    [
+        ("pretrain_s.sh", "--run RUN", ["srun", "-m pipeline train", "-m pipeline status"]),
+        ("evaluate.sh", "--run RUN --shards SHARDS --out OUT", ["-m pipeline evaluate"]),
+        ("publish.sh", "--run RUN --to dir:OUT", ["-m pipeline publish"]),
+        ("prepare_shards.sh", "--out OUT", ["sbatch", "-m data_prep join", "-m data_prep shards"]),
+    ],
+)
+def test_what_a_site_prepares_is_how_python_is_started(
+    script: str, arguments: str, started: list[str], stubs: Path, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site.sh").write_text(
+        'source "$SCRIPTS/site.sh"\nsite_prepare() { SITE_LAUNCH=(container exec) PYTHON=/in/it/python; }\n'
+    )
+    command = [SCRIPTS / script, *arguments.replace("RUN", str(trained)).split()]
+    subprocess.run(command, env={**os.environ, **JOB, **ARRAY, "SITE_FILE": str(tmp_path / "site.sh")}, check=True)
+    lines = stubs.read_text()
+    pythons = [line for line in lines.splitlines() if "-m " in line]
+    assert all("container exec /in/it/python -m " in line for line in pythons), lines
+    assert all(word in "\n".join(pythons) for word in started), lines
+
+
+def test_checkpoints_are_those_that_are_listed_however_the_listing_ends(trained: Path, tmp_path: Path) -> None:
+    """find fails where a folder is deleted while it lists."""
+    find = tmp_path / "bin/find"
+    find.parent.mkdir()
+    find.write_text('#!/bin/sh\n/usr/bin/find "$@"\nexit 1\n')
+    find.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{find.parent}:{os.environ['PATH']}"}
+    bash = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; checkpoints_of"
+    for run, code, said in ((trained, 0, "step-00000040"), (tmp_path, 2, "holds no checkpoints")):
+        listed = subprocess.run(["bash", "-c", f"{bash} {run}"], env=environment, capture_output=True, text=True)
+        assert (listed.returncode, said in listed.stdout + listed.stderr) == (code, True)
 
 
 def test_status_lists_the_jobs_of_a_run(stubs: Path, tmp_path: Path) -> None:
