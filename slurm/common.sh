@@ -6,10 +6,9 @@ shopt -s inherit_errexit
 
 REPOSITORY=$(cd "$SCRIPTS/.." && pwd)
 SITE_FILE=${SITE_FILE:-$SCRIPTS/site.sh}
-MAX_FAILURES=${MAX_FAILURES:-${MAX_ACCIDENTS:-}} # its earlier name
 # shellcheck source=site.sh
 source "$SITE_FILE"
-MAX_FAILURES=${MAX_FAILURES:-${MAX_ACCIDENTS:-3}} # from an earlier site.sh
+MAX_FAILURES=${MAX_FAILURES:-${MAX_ACCIDENTS:-3}} # its earlier name
 PYTHON=${SITE_PYTHON:-$REPOSITORY/.venv/bin/python}
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 export OMP_WAIT_POLICY=passive

@@ -54,9 +54,9 @@ SITE_SHARDS=${SITE_SHARDS:-}
 SITE_REQUEUES=${SITE_REQUEUES:-true}
 
 # How often one job may be requeued, and how many failures (a killed rank, a lost node, a hang) may follow each other
-# without a further step.
+# without a further step; empty: 3.
 MAX_RESTARTS=${MAX_RESTARTS:-100}
-MAX_FAILURES=${MAX_FAILURES:-3}
+MAX_FAILURES=${MAX_FAILURES:-}
 
 # Seconds in which the all-reduce between the nodes of a job must succeed before it trains; 0 checks no node. And how many
 # bad nodes one job may exclude.

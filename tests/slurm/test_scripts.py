@@ -158,15 +158,31 @@ def test_status_lists_the_jobs_of_a_run(stubs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "limit"), [({}, 3), ({"MAX_FAILURES": "5"}, 5), ({"MAX_ACCIDENTS": "7"}, 7)], ids=str
+    ("variables", "limit", "set_by_site"),
+    [
+        ({}, 3, 5),
+        ({"MAX_FAILURES": "9"}, 9, 9),
+        ({"MAX_ACCIDENTS": "7"}, 7, 5),
+        ({"MAX_FAILURES": "9", "MAX_ACCIDENTS": "7"}, 9, 9),
+    ],
+    ids=str,
 )
-def test_the_limit_of_failures_has_an_earlier_name(variables: dict[str, str], limit: int, tmp_path: Path) -> None:
-    for site in (SCRIPTS / "site.sh", tmp_path / "site.sh"):
-        bash = f'SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; echo "$MAX_FAILURES"'
-        (tmp_path / "site.sh").write_text("MAX_ACCIDENTS=${MAX_ACCIDENTS:-3}\n")  # a site's file of earlier versions
-        environment = {**os.environ, **variables, "SITE_FILE": str(site)}
+def test_the_limit_of_failures_has_an_earlier_name(
+    variables: dict[str, str], limit: int, set_by_site: int, tmp_path: Path
+) -> None:
+    """Earlier versions of site.sh take that of the environment, unless they are edited to set one plainly."""
+    earlier, here = tmp_path / "site.sh", 'source "$SCRIPTS/site.sh"\n'
+    bash = f'SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; echo "$MAX_FAILURES"'
+    for text, expected in (
+        (here, limit),
+        ("MAX_ACCIDENTS=${MAX_ACCIDENTS:-3}\n", limit),
+        ("MAX_ACCIDENTS=5\n", set_by_site),
+        (f"{here}MAX_ACCIDENTS=5\n", set_by_site),
+    ):
+        earlier.write_text(text)
+        environment = {**os.environ, **variables, "SITE_FILE": str(earlier)}
         shown = subprocess.run(["bash", "-c", bash], env=environment, capture_output=True, text=True, check=True)
-        assert shown.stdout.strip() == str(limit)
+        assert shown.stdout.strip() == str(expected), text
 
 
 @pytest.mark.parametrize(
