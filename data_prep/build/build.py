@@ -195,6 +195,7 @@ def _write_unit(job: Job, unfinished: Unfinished, unit: Unit, outcomes: Iterable
                 shown = True
             if not len(outcome.labels):
                 continue
+            job.source.check_labels(outcome.split, outcome.labels)
             largest_label = max(largest_label, int(outcome.labels.max()))
             if outcome.split not in writers:
                 path = unfinished.out / shard_name(outcome.split, unit.number)

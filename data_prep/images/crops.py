@@ -64,12 +64,18 @@ class Cutter:
 class ImageViews:
     """The views of one split's pictures, cut when asked for."""
 
-    def __init__(self, pictures: Images, cutter: Cutter) -> None:
-        self.pictures, self.labels, self.cutter = pictures, pictures.labels, cutter
+    def __init__(self, pictures: Images, cutter: Cutter, source: str) -> None:
+        """source: its name, for messages."""
+        self.pictures, self.labels, self.cutter, self.source = pictures, pictures.labels, cutter, source
 
     def view(self, index: int, number: int) -> np.ndarray:
-        """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3). Raises BadImage."""
+        """View `number` (or EVALUATION) of picture `index`: uint8 (R, R, 3). Raises BadImage; ValueError by shape."""
         picture = self.pictures.image(index, self.cutter.decoder(number))
+        if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
+            raise ValueError(
+                f"{self.source} gives image {index} of {self.cutter.split} as {picture.dtype} {picture.shape}; it must "
+                f"be uint8 (height, width, 3)."
+            )
         return self.cutter.cut(picture, number, index)
 
 
@@ -82,7 +88,7 @@ def cutter(source: Source, config: DataConfig, split: str) -> Cutter:
 
 def views_of(source: Source, config: DataConfig, split: str) -> ImageViews:
     """The views of one of the source's splits that is no stream."""
-    return ImageViews(source.splits[split], cutter(source, config, split))
+    return ImageViews(source.splits[split], cutter(source, config, split), source.name)
 
 
 def evaluation_view(picture: np.ndarray, resolution: int) -> np.ndarray:

@@ -72,6 +72,16 @@ class Source:
     facts: dict[str, Any] = field(default_factory=dict)
     """What else the manifest should say of the source, in plain JSON types, such as what a label means."""
 
+    def check_labels(self, split: str, labels: np.ndarray) -> None:
+        """Raises ValueError if one of a split's labels (n,) is neither UNLABELLED nor a class's number."""
+        last = (len(self.classes) or 1 << 31) - 1
+        wrong = labels[(labels < UNLABELLED) | (labels > last)]
+        if len(wrong):
+            raise ValueError(
+                f"{self.name} gives an image of {split} the label {wrong[0]}; it must be 0 to {last}, the "
+                f"number of its class, or {UNLABELLED} for none."
+            )
+
 
 class ImageArray(Images):
     """Images held in memory, or in a memory map."""

@@ -77,5 +77,5 @@ def test_which_pictures_are_cropped(random_crop: str, side: int, cropped: bool) 
 
 
 def test_views_of_pictures_in_any_order() -> None:
-    views = ImageViews(ImageArray(np.stack([noise(20, 20)] * 3), np.arange(3)), cutter(resolution=10))
+    views = ImageViews(ImageArray(np.stack([noise(20, 20)] * 3), np.arange(3)), cutter(resolution=10), "noise")
     assert views.view(2, EVALUATION).shape == (10, 10, 3)

@@ -1,5 +1,6 @@
 """A source is one file and one line of the registry."""
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
@@ -49,6 +50,71 @@ def test_a_new_source_is_a_file_and_a_line(
     grays = np.round((shards.palette[tokens[:, 0]].mean(1) + 1) * 127.5)
     assert shards.classes == ["dark", "bright"]
     assert sorted(zip(grays, labels, strict=True)) == [(0, 0), (40, 0), (200, 1), (240, 1)]
+
+
+WRONG = '''
+import json
+
+import numpy as np
+
+from data_prep.sources.base import Encoded, ImageArray, Source
+
+
+class Shaped(ImageArray):
+    def __init__(self, shape, labels):
+        self.shape, self.labels = shape, np.array(labels)
+
+    def image(self, index, decode):
+        return np.zeros(self.shape, np.uint8)
+
+
+class Stream(list):
+    name = "stream"
+
+
+def open_source(config):
+    with open(f"{config.path}/wrong.json") as file:
+        wrong = json.load(file)
+    splits = {"train": Shaped((8, 8, 3), [0] * 4), "test": Shaped(wrong["shape"], wrong["labels"])}
+    if not wrong["streamed"]:
+        return Source("wrong", wrong["classes"], splits, {}, "")
+    content = b"P6 8 8 255 " + bytes(8 * 8 * 3)
+    stream = Stream(Encoded(str(label), content, label) for label in wrong["labels"])
+    return Source("wrong", wrong["classes"], {"train": splits["train"]}, {"test": [stream]}, "")
+'''
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"labels": [0, -5]}, "wrong gives an image of test the label -5; it must be 0 to 1"),
+        ({"labels": [0, 2]}, "wrong gives an image of test the label 2; it must be 0 to 1"),
+        ({"labels": [0, -5], "classes": []}, "wrong gives an image of test the label -5"),
+        ({"labels": [0, -5], "streamed": True}, "wrong gives an image of test the label -5"),
+        ({"labels": [0, 2], "streamed": True}, "wrong gives an image of test the label 2"),
+        ({"shape": [8, 8]}, "wrong gives image 0 of test as uint8 (8, 8); it must be uint8 (height, width, 3)."),
+        ({"shape": [8, 8, 4]}, "wrong gives image 0 of test as uint8 (8, 8, 4)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_source_must_not_give(
+    wrong: dict[str, Any],
+    said: str,
+    workers: int,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "wrong_source.py").write_text(WRONG)
+    right = {"labels": [0], "shape": [8, 8, 3], "classes": ["dark", "bright"], "streamed": False}
+    (tmp_path / "wrong.json").write_text(json.dumps(right | wrong))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(SOURCES, "wrong", SourceKind("wrong_source", "what is wrong"))
+    options = ["--source.kind", "wrong", "--source.path", tmp_path, "--resolution", 4, "--palette.colors", 4]
+    result = run("shards", *options, "--workers", workers, "--valid_fraction", 0, "--out", tmp_path / "out")
+    assert (result.code, said in result.err) == (2, True), result.err
+    assert not (tmp_path / "out/shards.json").exists()
 
 
 def test_an_unknown_kind_ends_before_anything_is_read(tmp_path: Path, run: Callable[..., Any]) -> None:
