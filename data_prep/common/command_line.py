@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from data_prep.common.exit_codes import INTERRUPTED, USER_ERROR
-from data_prep.common.invalid_options import invalid_option
+from data_prep.common.invalid_options import as_typed, invalid_option
 
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
 
@@ -46,7 +46,8 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         sentence = invalid_option(parser, file, arguments)
         if sentence is None and isinstance(error, TypeError):
             raise
-        raise ValueError(f"{sentence or ' '.join(str(error).split())} (see {parser.prog} --help)") from error
+        sentence = sentence or as_typed(parser, " ".join(str(error).split()))
+        raise ValueError(f"{sentence} (see {parser.prog} --help)") from error
 
 
 def fill(dataclass: type[Options], parsed: Namespace) -> Options:

@@ -36,6 +36,13 @@ def invalid_option(parser: ArgumentParser, file: dict[str, Any], arguments: Sequ
     return None
 
 
+def as_typed(parser: ArgumentParser, message: str) -> str:
+    """A parser's message; required options that are missing, which it names as keys, as one types them."""
+    before, required, keys = message.partition("are required: ")
+    flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    return before + required + ", ".join(flags.get(key, key) for key in keys.split(", "))
+
+
 def expected(hint: Any) -> str:
     """What a value of this type looks like, to follow "it must be"."""
     arguments = get_args(hint)

@@ -48,3 +48,17 @@ def test_every_command_is_listed(program: str) -> None:
 )
 def test_help_is_quick(program: str, command: str) -> None:
     assert f"python -m {program} {command}" in output_of(program, command, "--help")
+
+
+@pytest.mark.parametrize(
+    ("program", "command", "missing"),
+    [
+        ("pipeline", "train", "--run"),
+        ("pipeline", "export", "source, --out"),
+        ("data_prep", "shards", "--out, --source.kind"),
+        ("data_prep", "join", "out"),
+    ],
+)
+def test_what_is_missing_is_named_as_one_types_it(program: str, command: str, missing: str) -> None:
+    bare = subprocess.run([sys.executable, "-m", program, command], cwd=ROOT, capture_output=True, text=True)
+    assert f"the following arguments are required: {missing} (see" in bare.stderr

@@ -52,7 +52,7 @@ def test_a_new_source_is_a_file_and_a_line(
     assert sorted(zip(grays, labels, strict=True)) == [(0, 0), (40, 0), (200, 1), (240, 1)]
 
 
-WRONG = '''
+WRONG = """
 import json
 
 import numpy as np
@@ -81,7 +81,7 @@ def open_source(config):
     content = b"P6 8 8 255 " + bytes(8 * 8 * 3)
     stream = Stream(Encoded(str(label), content, label) for label in wrong["labels"])
     return Source("wrong", wrong["classes"], {"train": splits["train"]}, {"test": [stream]}, "")
-'''
+"""
 
 
 @pytest.mark.parametrize(
