@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import compress, pairwise
 from operator import not_
@@ -36,14 +36,14 @@ def new_parser(prog: str, description: str) -> ArgumentParser:
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parses and instantiates. Raises ValueError with one sentence for invalid input."""
-    file = _read_config(value_of("--config", arguments))
+    files = [_read_config(path) for path in values_of("--config", arguments)]
     try:
         namespace = parser.parse_args(_config_first(arguments))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return parser.instantiate(namespace)
     except (ArgumentError, TypeError) as error:
-        sentence = invalid_option(parser, file, arguments)
+        sentence = invalid_option(parser, files, arguments)
         if sentence is None and isinstance(error, TypeError):
             raise
         sentence = sentence or as_typed(parser, " ".join(str(error).split()))
@@ -56,13 +56,17 @@ def fill(dataclass: type[Options], parsed: Namespace) -> Options:
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """What follows a flag, as `--flag value` or `--flag=value`, before any parsing."""
+    """What follows a flag at its first place, before any parsing."""
+    return next(values_of(flag, arguments), None)
+
+
+def values_of(flag: str, arguments: Sequence[str]) -> Iterator[str]:
+    """What follows a flag at each of its places, as `--flag value` or `--flag=value`, before any parsing."""
     for here, following in pairwise([*arguments, ""]):
         if here == flag:
-            return following
-        if here.startswith(f"{flag}="):
-            return here.removeprefix(f"{flag}=")
-    return None
+            yield following
+        elif here.startswith(f"{flag}="):
+            yield here.removeprefix(f"{flag}=")
 
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
@@ -72,10 +76,8 @@ def _config_first(arguments: Sequence[str]) -> list[str]:
     return [*compress(arguments, of_config), *compress(arguments, map(not_, of_config))]
 
 
-def _read_config(path: str | None) -> dict[str, Any]:
-    """The content of a configuration file; empty without one. Raises ValueError if it can't be one."""
-    if path is None:
-        return {}
+def _read_config(path: str) -> dict[str, Any]:
+    """The content of a configuration file. Raises ValueError if it can't be one."""
     if not Path(path).is_file():
         raise ValueError(f"--config is {path!r}, which is no file; it must be a YAML file, see configs/.")
     try:

@@ -7,9 +7,11 @@ type hints. That happens only once parsing has failed.
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import yaml
 from jsonargparse import ArgumentParser
 
 TYPE_NAMES: dict[Any, str] = {
@@ -21,10 +23,11 @@ TYPE_NAMES: dict[Any, str] = {
 }
 
 
-def invalid_option(parser: ArgumentParser, file: dict[str, Any], arguments: Sequence[str]) -> str | None:
-    """What is wrong with the first invalid option of the configuration file's content or of the command line."""
+def invalid_option(parser: ArgumentParser, files: Sequence[dict[str, Any]], arguments: Sequence[str]) -> str | None:
+    """What is wrong with the first invalid option of the configuration files' contents or of the command line."""
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    for key, value in [*_in_file(file, hints), *_on_command_line(parser, arguments)]:
+    in_files = (option for content in files for option in _in_mapping(content, hints))
+    for key, value in [*in_files, *_on_command_line(parser, arguments, hints)]:
         if key not in hints:
             near = get_close_matches(key, hints, n=1)
             return f"{key} is no known key" + (f"; did you mean {near[0]}?" if near else "")
@@ -59,17 +62,19 @@ def _is_group(key: str, hints: dict[str, Any]) -> bool:
     return any(other.startswith(f"{key}.") for other in hints)
 
 
-def _in_file(content: dict[str, Any], hints: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _in_mapping(content: dict[str, Any], hints: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values; a group's keys one by one."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and _is_group(key, hints):
-            yield from _in_file(value, hints, f"{key}.")
+            yield from _in_mapping(value, hints, f"{key}.")
         else:
             yield key, value
 
 
-def _on_command_line(parser: ArgumentParser, arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _on_command_line(
+    parser: ArgumentParser, arguments: Sequence[str], hints: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
     """Keys and values of the options `--key value` and `--key=value`; flags that take no value are skipped."""
     options = {option: action for action in parser._actions for option in action.option_strings}
     rest = iter(arguments)
@@ -79,7 +84,19 @@ def _on_command_line(parser: ArgumentParser, arguments: Sequence[str]) -> Iterat
             if name.startswith("--"):
                 yield name.removeprefix("--"), None
         elif options[name].nargs != 0:
-            yield options[name].dest, _Text(value if equals else next(rest, ""))
+            key, text = options[name].dest, _Text(value if equals else next(rest, ""))
+            yield from _in_mapping({key: _of_group(text) if _is_group(key, hints) else text}, hints)
+
+
+def _of_group(text: "_Text") -> "dict[str, Any] | _Text":
+    """A group's keys and values, from YAML or the name of a YAML file; the text as it is if it holds none."""
+    try:
+        content = yaml.safe_load(text)
+        if isinstance(content, str):
+            content = yaml.safe_load(Path(content).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return text
+    return content if isinstance(content, dict) else text
 
 
 class _Text(str):

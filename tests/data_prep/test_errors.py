@@ -63,6 +63,37 @@ def test_wrong_options(added: list[str], words: list[str], options: list[str], f
     fails([*options, *added], *words)
 
 
+@pytest.mark.parametrize("group", ["{colors: 3}", "{}", "palette.yaml"])
+def test_a_group_given_whole_is_not_blamed_for_another_option(
+    group: str, tmp_path: Path, fails: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("palette.yaml").write_text("colors: 3\n")
+    fails(["--palette", group, "--seed", "x"], "seed is 'x'; it must be a whole number")
+    fails(["--palette", group, "--sed", "3"], "sed is no known key; did you mean seed?")
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        ("{colours: 3}", "palette.colours is no known key; did you mean palette.colors?"),
+        ("{colors: many}", "palette.colors is 'many'; it must be a whole number"),
+        ("many", "palette is 'many'; it must be keys and values"),
+        ("{colors: 3", "palette is '{colors: 3'; it must be keys and values"),
+    ],
+)
+def test_an_invalid_group_on_the_command_line(group: str, words: str, fails: Run) -> None:
+    fails(["--palette", group], words)
+
+
+def test_every_configuration_file_is_examined(tmp_path: Path, fails: Run) -> None:
+    (tmp_path / "first.yaml").write_text("seed: 1\n")
+    (tmp_path / "second.yaml").write_text("palete: {colors: 3}\n")
+    files = ["--config", tmp_path / "first.yaml", f"--config={tmp_path / 'second.yaml'}"]
+    fails(files, "palete is no known key; did you mean palette?")
+    fails(["--config", tmp_path / "first.yaml", "--config", "nothing.yaml"], "--config is 'nothing.yaml'")
+
+
 def test_the_source_has_to_be_named(fails: Run) -> None:
     fails([], "source.kind")
     fails(["--source.kind", "cifar10"], "source.path is not set", "cifar10")
