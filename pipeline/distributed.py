@@ -119,18 +119,28 @@ def from_first(work: Callable[[], T]) -> T:
 
     Its ValueError or OSError is raised on every rank. Without a process group this is the only rank.
     """
-    outcome: list[Any] = [None, None]  # the result, the error
+    result, failure = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            outcome[0] = work()
+            result = work()
         except (ValueError, OSError) as error:
-            outcome[1] = error
+            failure = error
     if dist.is_initialized():
+        outcome: list[Any] = [result, failure and _picklable(failure)]
         dist.broadcast_object_list(outcome, src=0)
-    result, failure = outcome
+        result, sent = outcome
+        failure = failure or sent  # rank 0 keeps its own, with its traceback
     if failure is not None:
         raise reported_on_all_ranks(failure)
     return cast(T, result)
+
+
+def _picklable(error: ValueError | OSError) -> ValueError | OSError:
+    """What the other ranks raise for an error: its message, and an OSError's number and file. Not all errors survive
+    pickling: urllib's HTTPError does not."""
+    if isinstance(error, OSError) and isinstance(error.errno, int) and error.strerror:
+        return OSError(error.errno, str(error.strerror), None if error.filename is None else str(error.filename))
+    return OSError(str(error)) if isinstance(error, OSError) else ValueError(str(error))
 
 
 def gather(value: T) -> list[T]:

@@ -10,6 +10,8 @@ from tests.launch import run
 
 TWO_RANKS = """
 import torch, torch.distributed as dist
+from io import BytesIO
+from urllib.error import HTTPError
 from pipeline.distributed import *
 from pipeline.rank_errors import is_on_all_ranks
 dist.init_process_group("gloo")
@@ -26,6 +28,20 @@ def outcome(work):
     except (ValueError, OSError) as error:
         return type(error).__name__, str(error), is_on_all_ranks(error)
 
+class Unpicklable(ValueError):
+    def __init__(self, file, place):
+        super().__init__(f"{file}: damaged at {place}")
+        self.file = open(file)
+
+def damaged():
+    raise Unpicklable("/dev/null", 3)
+
+def not_found():
+    raise HTTPError("http://hub/model", 404, "Not Found", {}, BytesIO())
+
+def missing():
+    open("/nowhere/shards.json")
+
 def guarded(rank):
     with raise_on_all_ranks():
         fail_on(rank)
@@ -33,6 +49,10 @@ def guarded(rank):
 assert from_first(lambda: f"of {ranks.rank}") == "of 0"
 assert outcome(lambda: from_first(lambda: fail_on(1))) == 0
 assert outcome(lambda: from_first(lambda: fail_on(0, OSError))) == ("OSError", "rank 0 failed", True)
+assert outcome(lambda: from_first(damaged))[1:] == ("/dev/null: damaged at 3", True)
+assert outcome(lambda: from_first(not_found))[1:] == ("HTTP Error 404: Not Found", True)
+expected = "FileNotFoundError", "[Errno 2] No such file or directory: '/nowhere/shards.json'", True
+assert outcome(lambda: from_first(missing)) == expected
 assert outcome(lambda: guarded(1)) == ("ValueError", "rank 1 failed", True)
 assert outcome(lambda: guarded(None)) is None
 assert outcome(lambda: barrier_with_errors(lambda: fail_on(None), ranks)) == ranks.rank
