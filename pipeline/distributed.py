@@ -1,13 +1,9 @@
-"""The ranks of a run: who this process is, how the group starts, and how all ranks agree."""
+"""The ranks of a run: who this process is, and how all ranks agree."""
 
-import logging
 import os
-import socket
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,8 +15,6 @@ T = TypeVar("T")
 
 SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """DeepSpeed does not read SLURM's names; MASTER_ADDR and MASTER_PORT come from the batch script."""
-START_TIMEOUT = timedelta(minutes=10)
-"""How long the ranks that are there wait for one that is not."""
 
 
 @dataclass(frozen=True)
@@ -63,40 +57,6 @@ def _number(name: str, default: int) -> int:
     if not text.isdecimal():
         raise ValueError(f"{name} is {text!r}; the launcher must set it to a whole number.")
     return int(text)
-
-
-def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Starts DeepSpeed's process group: NCCL on CUDA, gloo on CPU, no compiler needed for either.
-
-    timeout: of a collective, in this group and in those that DeepSpeed makes; so long that the watchdog is there
-    first and reports who is missing.
-    """
-    if ranks.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(alone | {"MASTER_PORT": str(_free_port())} | dict(os.environ))
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    # The shared-memory collective is an optional speed-up that wants a C++ compiler at start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=START_TIMEOUT, verbose=False)
-    dist.distributed_c10d._set_pg_timeout(timeout)
-    # DeepSpeed makes groups without a timeout: NCCL's own ten minutes would end before the watchdog's.
-    dist.distributed_c10d.default_pg_timeout = timeout
-    dist.distributed_c10d.default_pg_nccl_timeout = timeout
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

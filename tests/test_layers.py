@@ -32,6 +32,10 @@ LAYERS = (
 )
 """From top to bottom. A module belongs to the entry with the longest matching name, and imports from its own entry or
 from lower layers: two entries of one layer never import each other."""
+OF_DEEPSPEED = "pipeline/train/engine/deepspeed_internals.py"
+"""The one file that uses more of DeepSpeed than its documented interface."""
+UNDOCUMENTED = {"__compatible_ops__", "mp_group", "loss_fn", "global_steps", "global_samples", "micro_steps"}
+"""Names of DeepSpeed's, beside those that begin with ds_ and the private ones of its engines and optimizers."""
 FILE_LINES = 400
 FUNCTION_LINES = 60
 
@@ -146,6 +150,44 @@ def test_an_import_inside_a_function_counts(tmp_path: Path) -> None:
     found = faults(read_imports(tmp_path))
     assert "pipeline/a.py is in no layer." in found
     assert "These import each other in a circle: pipeline/a.py, pipeline/b.py." in found
+
+
+def internals_used(text: str) -> list[str]:
+    """The undocumented attributes of DeepSpeed that a source reads or sets, as `object.attribute`."""
+    used = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute):
+            holder, name = ast.unparse(node.value), node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            holder, name = ast.unparse(node.args[0]), ast.unparse(node.args[1]).strip("'")
+        else:
+            continue
+        of_deepspeed = holder.rpartition(".")[2].lstrip("_") in ("engine", "optimizer")
+        if name in UNDOCUMENTED or name.startswith("ds_") or (of_deepspeed and name.startswith("_")):
+            used.append(f"{holder}.{name}")
+    return used
+
+
+def test_one_file_knows_of_deepspeed_what_is_not_documented() -> None:
+    files = [file for top in ("data_prep", "pipeline") for file in (ROOT / top).rglob("*.py")]
+    used = {str(file.relative_to(ROOT)): found for file in files if (found := internals_used(file.read_text()))}
+    assert used.pop(OF_DEEPSPEED)
+    assert used == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "used"),
+    [
+        ("deepspeed.ops.__compatible_ops__['x'] = False", ["deepspeed.ops.__compatible_ops__"]),
+        ("hasattr(module, 'mp_group')", ["module.mp_group"]),
+        ("self._engine._aggregate_total_loss()", ["self._engine._aggregate_total_loss"]),
+        ("self._engine.optimizer._global_grad_norm", ["self._engine.optimizer._global_grad_norm"]),
+        ("parameter.ds_shape", ["parameter.ds_shape"]),
+        ("self._engine.step(); self._engine.optimizer.param_groups; self._optimizer", []),
+    ],
+)
+def test_what_deepspeed_does_not_document_is_recognized(source: str, used: list[str]) -> None:
+    assert internals_used(source) == used
 
 
 def test_files_and_functions_are_short() -> None:

@@ -2,8 +2,8 @@
 
 A position is a chain of small operations, and its floor is the time in which the weights are read once. transformers'
 own pass spends several times that between the operations; here the model's modules are called one after the other and
-nothing else is done. On CUDA the chain is recorded once and replayed as a graph, but under ZeRO-3; on CPU the weights
-are laid out once for products of few rows.
+nothing else is done. On CUDA the chain is recorded once and replayed as a graph; on CPU the weights are laid out once
+for products of few rows.
 
 Letters: B images, N new positions, P positions in all, D width, V colors, H heads of d dimensions.
 """
@@ -26,9 +26,12 @@ class Decoder:
     fp32, since its attention is slower in bf16, and fp32 weights are held twice.
     """
 
-    def __init__(self, model: nn.Module, positions: int) -> None:
-        """model: a GPT2LMHeadModel of either block; positions: how many there will be at most."""
-        self._model, self._positions, self._records = model, positions, can_be_recorded(model)
+    def __init__(self, model: nn.Module, positions: int, recorded: bool = True) -> None:
+        """model: a GPT2LMHeadModel of either block; positions: how many there will be at most.
+
+        recorded: False for weights that ranks share: CUDA refuses to record what fetches them, or sends their results.
+        """
+        self._model, self._positions, self._recorded = model, positions, recorded
         self._seen = 0
         self._products: dict[nn.Module, Product] = {}
         self._memories: list[torch.Tensor] = []  # of each block, (2, B, H, P, d): keys and values
@@ -39,7 +42,7 @@ class Decoder:
         assert first == 0 or end == first + 1, "one new position at a time after the first call"
         self._seen = end
         new = so_far[:, first:]
-        if first > 0 and new.is_cuda and self._records:
+        if first > 0 and new.is_cuda and self._recorded:
             if self._graph is None:
                 self._graph = _Graph(self, new, first)
             return self._graph.replay(new, first)
@@ -88,12 +91,6 @@ class Decoder:
         if module not in self._products:
             self._products[module] = _packed(module) or module
         return self._products[module]
-
-
-def can_be_recorded(model: nn.Module) -> bool:
-    """Whether a graph may hold a GPT2LMHeadModel's pass: ZeRO-3's hooks fetch each weight anew, and ask on the way what
-    has come, which CUDA refuses while it records; nor are messages between tensor-parallel ranks recorded."""
-    return not any(module._forward_pre_hooks or hasattr(module, "mp_group") for module in model.transformer.modules())
 
 
 def _packed(module: nn.Module) -> Product | None:

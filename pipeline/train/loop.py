@@ -20,7 +20,6 @@ from pipeline.distributed import (
     from_first,
     gather,
     raise_on_all_ranks,
-    start_group,
 )
 from pipeline.model.image_grid import completion_grid
 from pipeline.model.masks import Batch
@@ -30,6 +29,7 @@ from pipeline.train.checkpointing import CheckpointManager, Progress, newest_com
 from pipeline.train.data.verify import verify_shards
 from pipeline.train.engine.base import StepResult
 from pipeline.train.engine.build import build_engine
+from pipeline.train.engine.process_group import start_group
 from pipeline.train.health.diverged import Diverged
 from pipeline.train.health.replicas import check_replicas
 from pipeline.train.health.step_filter import StepFilter

@@ -88,7 +88,8 @@ def data_rates(folder: Path) -> Iterator[str]:
 
 def model_rates(_: Path) -> Iterator[str]:
     """Training steps, completions and features."""
-    from pipeline.distributed import describe_ranks, start_group
+    from pipeline.distributed import describe_ranks
+    from pipeline.train.engine.process_group import start_group
 
     ranks = describe_ranks()
     start_group(ranks)

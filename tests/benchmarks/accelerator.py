@@ -52,7 +52,8 @@ def case_of(size: str, **changes: object) -> Case:
 
 def start_alone() -> "models.Ranks":
     """The process group of one rank."""
-    from pipeline.distributed import describe_ranks, start_group
+    from pipeline.distributed import describe_ranks
+    from pipeline.train.engine.process_group import start_group
 
     ranks = describe_ranks()
     start_group(ranks)

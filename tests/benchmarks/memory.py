@@ -89,9 +89,10 @@ def _status(key: str) -> int:
 
 def measure(case: dict[str, Any]) -> None:
     """In a rank: prints the bytes that two steps took at their peak."""
-    from pipeline.distributed import describe_ranks, start_group
+    from pipeline.distributed import describe_ranks
     from pipeline.model.masks import Batch
     from pipeline.train.engine.build import build_engine
+    from pipeline.train.engine.process_group import start_group
 
     ranks = describe_ranks()
     config = config_of(case, ranks.count)

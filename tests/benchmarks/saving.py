@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
-from pipeline.distributed import describe_ranks, start_group
+from pipeline.distributed import describe_ranks
 from pipeline.train.checkpointing import Progress
+from pipeline.train.engine.process_group import start_group
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.watchdog import Watchdog
 from pipeline.train.loop import Trainer

@@ -17,6 +17,13 @@ Output = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of logits (B, T, V) and targets long (B, T): what the last pipeline stage computes."""
 
 
+def skip_shared_memory_collective() -> None:
+    """Keeps DeepSpeed from an optional speed-up that wants a C++ compiler as the process group starts."""
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """A parameter's shape before ZeRO-3 cut it over the ranks."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

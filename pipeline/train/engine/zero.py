@@ -11,9 +11,10 @@ from transformers import GPT2Config
 
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, mean_over_ranks
+from pipeline.model.decoding import Decoder
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.masks import Batch
-from pipeline.model.sampling import complete_halves
+from pipeline.model.sampling import complete_halves_by
 from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine import float8, tensor_parallel
 from pipeline.train.engine.deepspeed_config import deepspeed_config
@@ -54,7 +55,11 @@ class ZeroEngine(DeepSpeedEngine):
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         self._engine.eval()
-        return complete_halves(self._model, tokens, samples=samples, seed=seed)
+        parallel, colors, device = self._config.parallel, self._model_config.colors, self._ranks.device
+        whole = parallel.zero_stage < 3 and parallel.tensor_parallel == 1
+        with torch.no_grad():
+            decoder = Decoder(self._model, tokens.shape[1], recorded=whole)
+            return complete_halves_by(decoder, tokens, colors=colors, samples=samples, seed=seed, device=device)
 
     def checksums(self) -> dict[str, str]:
         if self._config.parallel.zero_stage == 3:
