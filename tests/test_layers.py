@@ -4,8 +4,11 @@ Imports are read from the source with ast, so that those inside functions count 
 """
 
 import ast
+import re
+import tokenize
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,11 @@ OF_DEEPSPEED = "pipeline/train/engine/deepspeed_internals.py"
 """The one file that uses more of DeepSpeed than its documented interface."""
 UNDOCUMENTED = {"__compatible_ops__", "mp_group", "loss_fn", "global_steps", "global_samples", "micro_steps"}
 """Names of DeepSpeed's, beside those that begin with ds_ and the private ones of its engines and optimizers."""
+NOT_OURS = {
+    *("src/model.py", "deepspeed/runtime/pipe/schedule.py", "deepspeed/runtime/pipe/p2p.py"),
+    "pipeline/evaluate/tasks/nearest_mean.py",
+}
+"""Files of other projects, and the README's example of a new one."""
 FILE_LINES = 400
 FUNCTION_LINES = 60
 
@@ -192,15 +200,63 @@ def test_what_deepspeed_does_not_document_is_recognized(source: str, used: list[
 
 def test_files_and_functions_are_short() -> None:
     too_long = []
-    for top in ("data_prep", "pipeline", "tests"):
-        for file in sorted((ROOT / top).rglob("*.py")):
-            text = file.read_text()
-            if text.count("\n") > FILE_LINES:
-                too_long.append(f"{file.relative_to(ROOT)}: {text.count(chr(10))} lines")
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES:  # type: ignore[operator]
-                    too_long.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.name}")
+    for file in python_files():
+        text = file.read_text()
+        if text.count("\n") > FILE_LINES:
+            too_long.append(f"{file.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES:  # type: ignore[operator]
+                too_long.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.name}")
     assert too_long == []
+
+
+def prose_of(file: Path) -> list[str]:
+    """The comments and docstrings of a Python file, which other triple-quoted strings count among; all other files."""
+    if file.suffix != ".py":
+        return [file.read_text()]
+    with file.open("rb") as source:
+        tokens = list(tokenize.tokenize(source.readline))
+    return [
+        token.string
+        for token in tokens
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.string.startswith('"""'))
+    ]
+
+
+def missing_files(text: str, folder: Path) -> list[str]:
+    """The Python files that a text in a folder names and that are not there. A name without a folder may be that of a
+    neighbour, or of the only file that is called so."""
+    named = set(re.findall(r"(?<![\w/.-])[\w-]+(?:/[\w-]+)*\.py\b", text)) - NOT_OURS
+    return [
+        name
+        for name in sorted(named)
+        if not any((start / name).exists() for start in (folder, ROOT))
+        and sum(f"/{file}".endswith(f"/{name}") for file in python_files()) != 1
+    ]
+
+
+@cache
+def python_files() -> list[Path]:
+    """Of the packages and the tests."""
+    return [file for top in ("data_prep", "pipeline", "tests") for file in sorted((ROOT / top).rglob("*.py"))]
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    others = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("slurm/**/*.sh"), ROOT / "README.md"]
+    missing = {
+        str(file.relative_to(ROOT)): found
+        for file in (*python_files(), *others)
+        for text in prose_of(file)
+        if (found := missing_files(text, file.parent))
+    }
+    assert missing == {}
+
+
+def test_a_file_that_moved_is_reported() -> None:
+    plan = ROOT / "pipeline/plan"
+    assert missing_files("see memory.py, plan/memory.py and pipeline/costs.py", plan) == []
+    assert missing_files("see batch.py and pipeline/plan/costs.py", plan) == ["batch.py", "pipeline/plan/costs.py"]
+    assert missing_files("see base.py", plan) == ["base.py"], "two files have the name, and neither is a neighbour"
 
 
 def test_every_test_file_is_collected(pytestconfig: pytest.Config) -> None:

@@ -2,7 +2,7 @@
 
 Under ZeRO a rank owns flat slices of the fp32 weights and of Adam's two moments. A fragment says which elements of
 which parameter a slice holds. Each rank writes its own fragments; a rank of any other topology reads the ranges it
-needs. No rank ever holds the model. The layouts are private attributes of DeepSpeed 0.19.8; tests round-trip them.
+needs. No rank ever holds the model. Where DeepSpeed keeps a rank's slices, deepspeed_internals.py knows.
 """
 
 import json

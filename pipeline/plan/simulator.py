@@ -3,7 +3,7 @@
 Stages run DeepSpeed's 1F1B (deepspeed/runtime/pipe/schedule.py, TrainSchedule): of two neighbours one is in a forward
 and one in a backward pass; between passes they meet, and both wait until gradient and activations have been sent
 (deepspeed/runtime/pipe/p2p.py sends on the computing stream). What ZeRO does was read in DeepSpeed 0.19.8 under the
-settings of pipeline/train/engine/base.py: gradients travel as fp32; ZeRO-0 and 1 sum them over all ranks after the last
+settings of deepspeed_config.py: gradients travel as fp32; ZeRO-0 and 1 sum them over all ranks after the last
 backward pass, ZeRO-2 bucket by bucket in every backward pass and behind it (an all-reduce too, by its default
 use_multi_rank_bucket_allreduce), ZeRO-3 gathers the weights of a block while the one before it computes, in the forward
 and again in the backward pass, and scatters its gradients. ZeRO-1 and 2 gather the weights after the update.

@@ -1,4 +1,4 @@
-"""Run by test_tasks.py under torchrun: FEATURES_FILE, then the arguments of `evaluate`.
+"""Run by test_command.py under torchrun: FEATURES_FILE, then the arguments of `evaluate`.
 
 Ranks but the first are late to look for what was done before: others may be through by then.
 """
