@@ -134,7 +134,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise reported_on_all_ranks(failure)
 
 
-def barrier_with_errors(work: Callable[[], T], ranks: Ranks) -> T:
+def run_on_all_ranks(work: Callable[[], T], ranks: Ranks) -> T:
     """Runs `work` on every rank and returns this rank's result. If it fails on one, every rank raises.
 
     Like `raise_on_all_ranks`, for what is done at every step: one small collective where nothing fails.

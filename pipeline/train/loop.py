@@ -15,11 +15,11 @@ from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import (
     all_reduce_max,
-    barrier_with_errors,
     describe_ranks,
     from_first,
     gather,
     raise_on_all_ranks,
+    run_on_all_ranks,
 )
 from pipeline.model.image_grid import completion_grid
 from pipeline.model.masks import Batch
@@ -75,7 +75,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         gc.collect()
         gc.freeze()
         gc.enable()
-        with finishing_saves(trainer.checkpoints):
+        with finishing_saves(trainer.checkpoint_manager):
             progress = trainer.run()
         finished = progress.step >= config.schedule.steps
         with raise_on_all_ranks():  # a rank that leaves early would break the others' connections
@@ -99,13 +99,13 @@ def print_finished(folder: RunFolder, config: TrainConfig) -> None:
 
 
 @contextmanager
-def finishing_saves(checkpoints: CheckpointManager) -> Iterator[None]:
+def finishing_saves(checkpoint_manager: CheckpointManager) -> Iterator[None]:
     """An error that all ranks raise does not take along the checkpoint that is being written."""
     try:
         yield
     except Exception as error:
         if is_on_all_ranks(error):
-            checkpoints.finish()
+            checkpoint_manager.finish()
         raise
 
 
@@ -140,8 +140,8 @@ class Trainer:
         self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
         start_clock.mark("model and engine")
         order, self.batches = choose_reader(inputs, self.engine)
-        self.checkpoints = CheckpointManager(folder.checkpoints, inputs, order)
-        self.progress = self.checkpoints.load(checkpoint, self.engine) if checkpoint else Progress()
+        self.checkpoint_manager = CheckpointManager(folder.checkpoints, inputs, order)
+        self.progress = self.checkpoint_manager.load(checkpoint, self.engine) if checkpoint else Progress()
         start_clock.mark("loading")
         self.throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
         self.telemetry = open_telemetry(folder.path, self.progress.step, config.schedule.steps, ranks)
@@ -168,7 +168,7 @@ class Trainer:
             if flags.telemetry_failed:
                 self.telemetry.raise_failure()
             if not flags.writing:
-                self.checkpoints.finish()
+                self.checkpoint_manager.finish()
             self.progress = Progress(step, self.progress.images + self.config.batch.size_at(step))
             save_now = self.decide_to_save(flags)
             self.compare_replicas(save_now)
@@ -185,8 +185,8 @@ class Trainer:
         own = RankFlags(
             stopping=self.stop.pending(),
             telemetry_failed=self.telemetry.failure is not None,
-            writing=self.checkpoints.writing(),
-            save_overdue=self.checkpoints.overdue(),
+            writing=self.checkpoint_manager.writing(),
+            save_overdue=self.checkpoint_manager.overdue(),
             profile=self.profiler.requested(),
             data_wait=data_wait,
             memory_bytes=peak_memory_bytes(self.ranks.device),
@@ -197,7 +197,7 @@ class Trainer:
         """This rank's share of the step's images; every rank raises if one can't read."""
         self.watchdog.enter("reading", step)
         read = partial(self.batches.at, self.progress.images, self.config.batch.size_at(step))
-        return barrier_with_errors(partial(self.clock.wait_for, read), self.ranks)
+        return run_on_all_ranks(partial(self.clock.wait_for, read), self.ranks)
 
     def train_step(self, step: int, batch: Batch, profile: bool) -> StepResult:
         """Forward, backward, and the update, unless the step filter skips it."""
@@ -237,7 +237,7 @@ class Trainer:
     def record_skipped(self, row: dict[str, Any], reason: str) -> None:
         """Writes down a skipped step, or a loss spike, with its images. Raises Diverged after too many in a row."""
         start, stop = self.progress.images, row["images"]
-        images = self.inputs.train_split.places(self.checkpoints.order.image_numbers(start, stop - start))
+        images = self.inputs.train_split.places(self.checkpoint_manager.order.image_numbers(start, stop - start))
         self.telemetry.skipped_step(row | {"reason": reason, "positions": [start, stop], "pictures": images})
         if self.step_filter.exhausted:
             raise Diverged(
@@ -292,12 +292,12 @@ class Trainer:
         self.watchdog.enter("saving", self.progress.step)
         self.telemetry.flush()
         self.telemetry.raise_failure()
-        self.checkpoints.save(self.engine, self.progress)
+        self.checkpoint_manager.save(self.engine, self.progress)
 
     def close(self, flags: RankFlags) -> None:
         """Ends what is still under way, on every rank."""
         self.watchdog.enter("ending", self.progress.step)
-        self.checkpoints.finish()
+        self.checkpoint_manager.finish()
         self.telemetry.log(self.profiler.close(self.progress.step))
         self.telemetry.log(peak_memory_table(gather(peak_memory_bytes(self.ranks.device))))
         if flags.stopping:

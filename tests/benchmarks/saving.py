@@ -51,15 +51,15 @@ def measure(shards: Path, folder: Path, asynchronous: bool) -> None:
     trainer = trainer_on(shards, folder, asynchronous)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stalls, probes, own, all_threads = [], [], [], []
-    trainer.checkpoints.save(trainer.engine, Progress(0, 0))  # the first takes memory that the others write over
-    trainer.checkpoints.finish()
+    trainer.checkpoint_manager.save(trainer.engine, Progress(0, 0))  # the first takes memory that the others write over
+    trainer.checkpoint_manager.finish()
     for number in range(1, SAVES + 1):
         began, began_own, began_all = time.perf_counter(), time.thread_time(), time.process_time()
-        trainer.checkpoints.save(trainer.engine, Progress(number, number))
+        trainer.checkpoint_manager.save(trainer.engine, Progress(number, number))
         stalls.append(time.perf_counter() - began)
         own.append(time.thread_time() - began_own)
         all_threads.append(time.process_time() - began_all)
-        trainer.checkpoints.finish()
+        trainer.checkpoint_manager.finish()
         began = time.perf_counter()
         probe_loss(trainer.engine, trainer.inputs.held_out)
         probes.append(time.perf_counter() - began)

@@ -55,8 +55,8 @@ expected = "FileNotFoundError", "[Errno 2] No such file or directory: '/nowhere/
 assert outcome(lambda: from_first(missing)) == expected
 assert outcome(lambda: guarded(1)) == ("ValueError", "rank 1 failed", True)
 assert outcome(lambda: guarded(None)) is None
-assert outcome(lambda: barrier_with_errors(lambda: fail_on(None), ranks)) == ranks.rank
-kind, message, everywhere = outcome(lambda: barrier_with_errors(lambda: fail_on(1, RuntimeError), ranks))
+assert outcome(lambda: run_on_all_ranks(lambda: fail_on(None), ranks)) == ranks.rank
+kind, message, everywhere = outcome(lambda: run_on_all_ranks(lambda: fail_on(1, RuntimeError), ranks))
 assert (kind, everywhere) == ("ValueError", True) and "rank 1 failed" in message
 assert first_message(None if ranks.rank == 0 else "of 1") == "of 1"
 assert all_reduce_max([float(ranks.rank), -float(ranks.rank)], ranks.device) == [1.0, 0.0]

@@ -89,7 +89,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def checksums(self) -> dict[str, str]:
+    def replica_checksums(self) -> dict[str, str]:
         """Of the weights that the forward pass reads, by what other ranks may hold too: equal names, equal weights."""
 
     @abstractmethod

@@ -106,7 +106,7 @@ class PipelineEngine(DeepSpeedEngine):
             next_scores, tokens, colors=colors, samples=samples, seed=seed, device=self._ranks.device
         )
 
-    def checksums(self) -> dict[str, str]:
+    def replica_checksums(self) -> dict[str, str]:
         return {self.work: weights_checksum(parameter for _, parameter in self._own_parameters())}
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:

@@ -61,7 +61,7 @@ class ZeroEngine(DeepSpeedEngine):
             decoder = Decoder(self._model, tokens.shape[1], recorded=whole)
             return complete_halves_by(decoder, tokens, colors=colors, samples=samples, seed=seed, device=device)
 
-    def checksums(self) -> dict[str, str]:
+    def replica_checksums(self) -> dict[str, str]:
         if self._config.parallel.zero_stage == 3:
             return {}  # no two ranks hold the same
         held: dict[str, list[torch.Tensor]] = {"whole": []}

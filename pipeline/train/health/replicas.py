@@ -17,7 +17,7 @@ def check_replicas(engine: Engine, step: int) -> None:
     Every rank calls it. Under ZeRO-1 and 2 each update gathers the weights anew, so what is found there is what went
     wrong since the last update.
     """
-    holdings = gather(engine.checksums())
+    holdings = gather(engine.replica_checksums())
     for replica in dict.fromkeys(name for held in holdings for name in held):
         digests = {rank: held[replica] for rank, held in enumerate(holdings) if replica in held}
         (usual, times), *others = Counter(digests.values()).most_common()
