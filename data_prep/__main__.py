@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def palette(arguments: list[str]) -> None:
     """Fits a palette."""
-    configured = _configured("palette", "Fits a palette to a source's training pictures.", arguments)
+    configured = _configured("palette", "Fits a palette to a source's training images.", arguments)
     from data_prep.palette.command import prepare_palette
 
     prepare_palette(*configured)
@@ -97,7 +97,7 @@ if __name__ == "__main__":
         "data_prep",
         "Images to shard sets.",
         {
-            "palette": ("fit a palette to a source's training pictures", palette),
+            "palette": ("fit a palette to a source's training images", palette),
             "shards": ("prepare a shard set", shards),
             "join": ("make one of the parts of a shard set or palette", join),
             "verify": ("re-read all that a shard set promises", verify),

@@ -11,7 +11,7 @@ from pipeline.rank_errors import local_rank, report_error, reported_once_per_nod
 
 
 def train(arguments: list[str]) -> int:
-    """Trains a run, or goes on with it."""
+    """Trains a run, or resumes it."""
     gc.disable()  # for four thousand modules that stay: a quarter of the time they take; the loop turns it on again
     from pipeline.command_line import parse_training
 
@@ -42,9 +42,9 @@ def leave(code: int) -> NoReturn:
 
 
 COMMANDS: dict[str, tuple[str, Command | str]] = {
-    "train": ("train a run, or go on with it (alone, under torchrun, or under srun)", train),
+    "train": ("train a run, or resume it (alone, under torchrun, or under srun)", train),
     "search": (
-        "find the peak rate by runs downward in half-decades, as the paper does",
+        "find the peak learning rate by a sweep downward in half-decades, as the paper does",
         "operate.rate_search:search_command",
     ),
     "plan": ("what a run takes on N accelerators, and the layouts that fit", "plan.command:plan_command"),
@@ -54,11 +54,11 @@ COMMANDS: dict[str, tuple[str, Command | str]] = {
         "accuracy against validation loss over checkpoints and models",
         "results.report.compare:compare_command",
     ),
-    "complete": ("complete half pictures", "evaluate.complete:complete_command"),
+    "complete": ("complete the lower halves of images", "evaluate.complete:complete_command"),
     "publish": ("a model, its results and a card to a hub or a folder", "publish.command:publish_command"),
     "status": ("where a run stands", "operate.status:status_command"),
     "preflight": (
-        "whether the nodes of a job are sound; the job scripts ask it before they train",
+        "health checks of a job's nodes, which the job scripts run before they train",
         "operate.preflight.command:preflight_command",
     ),
     "doctor": (

@@ -82,7 +82,7 @@ class OptimizerConfig:
     """Adam as in the paper's appendix A.1; weight decay, if any, is decoupled and spares gains and biases."""
 
     learning_rate: float = 0.003
-    """Peak rate."""
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the two moments."""
     weight_decay: float = 0.0

@@ -26,7 +26,7 @@ PALETTE_FILE = "palette.npy"
 CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
-"""A run keeps these: with others it would go on as another model, or with other images."""
+"""A run keeps these: with others it would continue as another model, or with other images."""
 LEFT_BEHIND = 3
 """Times health.hang_minutes after which a rank that waits for others has ended."""
 HELD_BY_JOB = ", SLURM job "
@@ -65,7 +65,7 @@ class RunFolder:
         for key, (old, new) in changed_keys(self._earlier_config(), to_dict(config)).items():
             if key.startswith(FIXED_KEYS):
                 raise ValueError(
-                    f"{key} is {new}, but {self.path} was started with {old}; go on with {old}, or name a new --run."
+                    f"{key} is {new}, but {self.path} was started with {old}; keep {old}, or name a new --run."
                 )
 
     def _earlier_config(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class RunFolder:
         return record
 
     def open(self, config: TrainConfig, shards: ShardSet, command: list[str], ranks: int) -> None:
-        """Makes the folder or goes on with it, and says what the configuration changed since the last start.
+        """Makes the folder or resumes it, and prints what the configuration changed since the last start.
 
         Raises ValueError if another process trains in it. A rank that a job left behind on a node that SLURM lost ends
         with its watchdog, and is waited for.

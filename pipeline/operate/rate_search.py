@@ -1,4 +1,4 @@
-"""python -m pipeline search: the paper's search for the peak rate, downward by half-decades (section 3.4 and A.1).
+"""python -m pipeline search: the paper's learning-rate sweep, downward by half-decades (section 3.4 and A.1).
 
 Each rate is an ordinary run; the search starts the next one while the final validation loss still falls. It can be
 started again: finished runs are not run twice, stopped ones are gone on with.
@@ -72,7 +72,7 @@ def search_command(arguments: list[str]) -> int:
             if len(tried) > 1 and tried[-1].valid_loss >= tried[-2].valid_loss and isfinite(tried[-2].valid_loss):
                 break
     except Stopped as stopped:
-        print(f"{stopped}; the same command goes on with it.", flush=True)
+        print(f"{stopped}; the same command resumes it.", flush=True)
         return STOPPED
     _report(tried, folder)
     return 0
@@ -91,8 +91,8 @@ def half_decades(first: float, last: float) -> list[float]:
 
 HELP = """usage: python -m pipeline search --runs FOLDER [--first 0.01] [--last 1e-05] [--launch COMMAND] [options]
 
-Trains with peak rates from --first downward by half-decades until the final validation loss stops falling, and says
-which was best. --launch is what a run's options are appended to; without it python -m pipeline train, for example:
+Trains with peak learning rates from --first downward by half-decades until the final validation loss stops falling, and
+prints which was best. --launch is what a run's options are appended to, by default python -m pipeline train. Examples:
   --launch "torchrun --standalone --nproc_per_node 8 -m -- pipeline train"
   --launch "srun python -m pipeline train"
 All other options are train's (python -m pipeline train --help)."""

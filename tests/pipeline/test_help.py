@@ -41,6 +41,7 @@ def test_every_command_is_listed(program: str) -> None:
     commands = usage.partition("commands:\n")[2].partition("\n\n")[0]
     assert re.findall(r"^  (\w+) ", commands, re.M) == COMMANDS[program]
     assert output_of(program, code=2) == usage
+    assert not re.search(r"\b(goes|go on|pictures?|peak rate|sound)\b", commands), "the field has other words"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def preflight_command(arguments: list[str]) -> int:
 
     Raises ValueError for a user's mistake, and with --judge for a fault that all nodes share.
     """
-    parser = new_parser("python -m pipeline preflight", "Whether the nodes of a job are sound; options are train's.")
+    parser = new_parser("python -m pipeline preflight", "Health checks of a job's nodes; options are train's.")
     parser.add_argument("--nodes", type=str, required=True, help="Names of the job's nodes, with commas.")
     parser.add_argument("--accelerators", type=int, default=0, help="That each node should have.")
     parser.add_argument("--seconds", type=float, default=60, help="For the all-reduce between all nodes.")

@@ -21,9 +21,9 @@ from pipeline.train.data.stream_order import StreamOrder
 
 GUARANTEES = f"""\
   train is streamed, which guarantees less than a local shard set read by index:
-    the order depends on the number of data-parallel ranks: with another number a run goes on at the same count of
-      images, but reads some of that epoch again and leaves out others;
-    images are shuffled with those of {WINDOW_RECORDS} records that lie side by side in shards of random order;
+    the order depends on the number of data-parallel ranks: with another number a run resumes at the same count of
+      images, but reads some images of that epoch twice and skips others;
+    images are shuffled within windows of {WINDOW_RECORDS} consecutive records; the order of the shards is random;
     shards are not verified before the first step, but each record by its checksum as it is read."""
 Key = tuple[int, int]
 """Epoch, and window of the rank's part of it."""
@@ -78,7 +78,7 @@ class StreamedBatches:
         return self._windows[key].result()
 
     def _read(self, key: Key) -> np.ndarray:
-        """Runs in the thread: uint16 (n, T). Goes on over the open connection, if the window is its next."""
+        """Runs in the thread: uint16 (n, T). Continues over the open connection, if the window is its next."""
         if self._records is None or self._next_of_records != key or key[1] == 0:
             self._end_records()
             self._records = self._records_from(key)

@@ -53,7 +53,7 @@ def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
     (folder / "STOP").touch()
     finished = search(runner, "--last", "0.003")
     assert finished.codes == [75]
-    assert "rate-0.01 was stopped; the same command goes on with it." in finished.output
+    assert "rate-0.01 was stopped; the same command resumes it." in finished.output
     finished = search(runner, "--last", "0.003")
     assert finished.codes == [0], finished.output
 
