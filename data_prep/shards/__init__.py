@@ -1,0 +1,1 @@
+"""Shard sets on disk and at addresses: start at format.py; writer.py packs records, reader.py opens and verifies."""

@@ -1,0 +1,1 @@
+"""Features of a model, as classifiers read them: start at pooled.py, which caches those of every layer."""
