@@ -98,8 +98,8 @@ def measure(case: dict[str, Any]) -> None:
     config = config_of(case, ranks.count)
     model = gpt2_config(config.model)
     start_group(ranks)
-    import pipeline.train.stages
-    import pipeline.train.zero  # noqa: F401
+    import pipeline.train.engine.pipeline
+    import pipeline.train.engine.zero  # noqa: F401
 
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
