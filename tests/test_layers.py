@@ -132,7 +132,8 @@ def _reachable(start: str, imports: Imports) -> set[str]:
 
 
 def test_imports_run_down_and_in_no_circle() -> None:
-    assert faults(read_imports(ROOT)) == []
+    found = faults(read_imports(ROOT))
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_files_and_functions_are_short() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES:  # type: ignore[operator]
                 too_long.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.name}")
-    assert too_long == []
+    assert not too_long, "\n".join(too_long)
 
 
 def prose_of(file: Path) -> list[str]:
