@@ -48,7 +48,7 @@ def test_a_node_that_is_cut_off(training: Training, place: int) -> None:
 
 def test_a_successor_waits_for_what_a_lost_node_still_holds(training: Training) -> None:
     """A chain, where no job may be queued again: the first node, cut off, goes on living and holds the run."""
-    overrides = {"health__hang_minutes": 2}  # longer than SLURM takes to give the node up
+    overrides = {"health__hang_minutes": 3}  # longer than a busy SLURM takes to give the node up and start the next job
     training.submit("--no-requeue", overrides=overrides, SITE_REQUEUES="false")
     training.await_step(60)
     first, node = training.job, training.nodes()[0]
