@@ -67,7 +67,7 @@ reach_controller() {
   for try in {1..60}; do
     answer=$("$@" 2>&1) && return
     [[ $answer != *"Job is pending"* ]] || return 0 # SLURM requeued it itself, over a lost node
-    [[ $answer == *[Uu]nable\ to\ contact* || $answer == *onnection* ]] || break
+    [[ $answer == *[Uu]nable\ to\ contact* || $answer == *onnection* || $answer == *[Uu]nexpected\ message* ]] || break
     [ "$try" -gt 1 ] || echo "SLURM's controller does not answer: tried again for ten minutes"
     sleep 10
   done
