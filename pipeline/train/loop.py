@@ -195,9 +195,15 @@ class Trainer:
 
     def read_batch(self, step: int) -> Batch:
         """This rank's share of the step's images; every rank raises if one can't read."""
-        self.watchdog.enter("reading", step)
-        read = partial(self.batches.at, self.progress.images, self.config.batch.size_at(step))
-        return run_on_all_ranks(partial(self.clock.wait_for, read), self.ranks)
+
+        def read() -> Batch:
+            self.watchdog.enter("reading", step)
+            size = self.config.batch.size_at(step)
+            batch = self.clock.wait_for(partial(self.batches.at, self.progress.images, size))
+            self.watchdog.enter("exchanging read errors", step)  # where the others wait for a rank that still reads
+            return batch
+
+        return run_on_all_ranks(read, self.ranks)
 
     def train_step(self, step: int, batch: Batch, profile: bool) -> StepResult:
         """Forward, backward, and the update, unless the step filter skips it."""

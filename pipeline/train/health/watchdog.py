@@ -21,6 +21,8 @@ from pipeline.distributed import Ranks
 STACKS = "stacks"
 PATIENT = 3
 """Times the limit that the first step (it compiles and connects) and what is not a step may take."""
+ORDINARY = ("reading", "exchanging read errors", "training")
+"""Phases of every step; the others, and the first step, may take PATIENT times as long."""
 GRACE_SECONDS = 5.0
 """Between writing one's own stacks and reading the others'."""
 STANDARD_ERROR = 2
@@ -58,7 +60,7 @@ class Watchdog:
         """Notes that the loop has come to a phase ("reading", "training", "saving" ...) of a step."""
         if self._first_step is None:
             self._first_step = step
-        ordinary = phase in ("reading", "training") and step > self._first_step
+        ordinary = phase in ORDINARY and step > self._first_step
         self._step, self._phase, self._since = step, phase, time.monotonic()  # first: the old wait has ended
         self._limit = self._seconds if ordinary else PATIENT * self._seconds
         if self._seconds:
