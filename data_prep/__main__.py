@@ -1,9 +1,12 @@
 """python -m data_prep palette | shards | join | verify | show"""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import dispatch, fill, new_parser, parse
+
+logger = logging.getLogger("data_prep")
 
 if TYPE_CHECKING:
     from data_prep.build.parts import Part
@@ -73,7 +76,7 @@ def verify(arguments: list[str]) -> None:
     with progress("verify", sum(sizes.values()), "images") as advance:
         shard_set.verify(advance=advance)
     counts = ", ".join(f"{name} {images:,}" for name, images in sizes.items())
-    print(f"{options.shards}: all as promised ({counts} images; digest {shard_set.digest})")
+    logger.info(f"{options.shards}: all as promised ({counts} images; digest {shard_set.digest})")
 
 
 def show(arguments: list[str]) -> None:

@@ -1,5 +1,6 @@
 """A labelled grid of a shard set's images, beside the pictures they were made from, above the palette."""
 
+import logging
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,8 @@ from data_prep.images.decode import BadImage
 from data_prep.palette.codec import decode
 from data_prep.shards.reader import ShardSet, open_shard_set
 from data_prep.sources.open import open_source
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = 8
 CELL = 96
@@ -39,7 +42,7 @@ def draw(path: Path | str, split: str, images: int, out: Path) -> None:
     tokens, labels = stored.gather(numbers)
     views, note = _originals(shard_set, split, len(numbers))
     draw_result(views, tokens, labels, shard_set.classes, shard_set.palette, out)
-    print(f"{out}: {len(numbers)} images of {split}, {note}")
+    logger.info(f"{out}: {len(numbers)} images of {split}, {note}")
 
 
 def _originals(shard_set: ShardSet, split: str, count: int) -> tuple[np.ndarray | None, str]:

@@ -2,9 +2,10 @@
 
 import logging
 
-# transformers imports torchao wherever it is installed. At import torchao then says which of its own kernels could not
-# be loaded (none of them is used here), and torch that torchao registers enumerations in an old way.
+# transformers imports torchao wherever it is installed. At import torchao logs which of its own kernels it could not load
+# (none of them is used here), and torch logs that torchao registers enumerations in an outdated way.
 logging.getLogger("torchao").addFilter(lambda record: not str(record.msg).startswith("Failed to load "))
+logging.getLogger("torchao.kernel.intmm").addFilter(lambda record: "no triton" not in str(record.msg))
 logging.getLogger("torch.utils._pytree").addFilter(
     lambda record: not any(str(getattr(value, "__module__", "")).startswith("torchao.") for value in record.args or ())
 )

@@ -4,6 +4,7 @@ The bytes of the result are a function of the configuration and the source: the 
 where an earlier run was cut off, do not matter. What a restart keeps is complete units (data_prep/build/plan.py).
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -32,6 +33,8 @@ from data_prep.shards.writer import ShardWriter, open_shard
 from data_prep.sources.base import Source
 from data_prep.sources.open import open_source
 
+logger = logging.getLogger(__name__)
+
 READERS = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "faiss-cpu")
 """Packages on whose versions the bytes may depend."""
 
@@ -50,7 +53,7 @@ def prepare_shards(config: DataConfig, out: Path, part: Part) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is {out}, which is a file; it must be a folder.")
     if finished(out, identity(config)):
-        print(f"{out} is finished: it was prepared with this configuration{_same_source(config, out)}.")
+        logger.info(f"{out} is finished: it was prepared with this configuration{_same_source(config, out)}.")
         return
     source = open_source(config.source)
     plan = make_plan(source, config)
@@ -64,7 +67,7 @@ def prepare_shards(config: DataConfig, out: Path, part: Part) -> None:
     if part.count == 1:
         join_shards(out)
     else:
-        print(f"{out}: part {part.number} of {part.count} is done. When all are: python -m data_prep join {out}")
+        logger.info(f"{out}: part {part.number} of {part.count} is done. When all are: python -m data_prep join {out}")
 
 
 def _same_source(config: DataConfig, out: Path) -> str:
@@ -118,7 +121,7 @@ def _given_palette(file: Path, colors: int) -> np.ndarray:
     if (palette == palette[0]).all():
         raise ValueError(f"palette.file {file} has one colour, {colors} times; it must hold different colours.")
     if palette.min() >= 0:
-        print(f"palette.file {file} has no number below 0; a palette is scaled to [-1, 1], not to [0, 1]")
+        logger.info(f"palette.file {file} has no number below 0; a palette is scaled to [-1, 1], not to [0, 1]")
     return palette
 
 

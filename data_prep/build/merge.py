@@ -1,5 +1,6 @@
 """The last step: the parts of a shard set, or of a palette's histogram, become one; gaps are refused."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.preview import draw_result
 from data_prep.shards.format import FORMAT, MANIFEST, PALETTE, VERSION
 from data_prep.shards.reader import open_shard_set
+
+logger = logging.getLogger(__name__)
 
 PICTURES = "pictures.png"
 NAMED_PARTS = 10
@@ -31,7 +34,7 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
         raise ValueError(f"{out} is a file without parts beside it; a palette that is joined is finished.")
     unfinished = Unfinished(out)
     if (out / MANIFEST).is_file() and not unfinished.folder.is_dir():
-        print(f"{out} is joined already: {', '.join(open_shard_set(out).splits)}.")
+        logger.info(f"{out} is joined already: {', '.join(open_shard_set(out).splits)}.")
         return
     plan = unfinished.plan()
     notes = _whole_notes(unfinished, plan)
@@ -141,14 +144,17 @@ def _report(out: Path, manifest: dict[str, Any], pictures: int, skipped: int, ra
     parts = f"{len(rates)} parts, {seconds:,.1f} s in all" if len(rates) > 1 else f"{seconds:,.1f} s"
     parts += "" if timed == pictures else f" (interrupted calls not counted: {timed:,} pictures)"
     rate = timed / max(seconds, 1e-9)
-    print(f"{out}: finished in {parts}, {rate:,.0f} pictures/s{' a part' if len(rates) > 1 else ''}")
-    print(f"  {pictures:,} pictures, {skipped:,} skipped; {images:,} images, {size / 1e6:,.1f} MB")
+    lines = [
+        f"{out}: finished in {parts}, {rate:,.0f} pictures/s{' a part' if len(rates) > 1 else ''}",
+        f"  {pictures:,} pictures, {skipped:,} skipped; {images:,} images, {size / 1e6:,.1f} MB",
+    ]
     for split, reasons in manifest["skipped"].items():
-        print(f"  {split:5} skipped: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}")
+        lines.append(f"  {split:5} skipped: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}")
     for name, split in splits.items():
         error = split["palette_mean_squared_error"]
-        print(f"  {name:5} {split['images']:>10,} images; mean squared error of the colours {error:.2f} a channel")
+        lines.append(f"  {name:5} {split['images']:>10,} images; mean squared color error {error:.2f} a channel")
+    lines.append(f"  {len(manifest['classes'])} classes; {palette['colors']} colors, sha256 {palette['sha256']}")
+    lines.append(f"  {out / PICTURES} shows some, beside what they were made from")
+    logger.info("\n".join(lines))
     if "valid" not in splits and (manifest["config"]["valid_fraction"] or "valid" in manifest["skipped"]):
-        print("  no picture is left for valid: a run on this set has no validation, a probe can't be chosen")
-    print(f"  {len(manifest['classes'])} classes; {palette['colors']} colours, sha256 {palette['sha256']}")
-    print(f"  {out / PICTURES} shows some, beside what they were made from")
+        logger.warning(f"{out} has no images in valid: a run on it can't validate, and a probe can't be chosen")

@@ -1,5 +1,6 @@
 """What both command lines share: parsing into dataclasses, one-sentence errors, exit codes."""
 
+import logging
 import os
 import sys
 import warnings
@@ -17,6 +18,9 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from data_prep.common.exit_codes import INTERRUPTED, USER_ERROR
 from data_prep.common.invalid_options import as_typed, invalid_option
+from data_prep.common.logs import FLAGS_HELP, configure_logging, split_flags
+
+logger = logging.getLogger(__name__)
 
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
 
@@ -31,7 +35,9 @@ def new_parser(prog: str, description: str) -> ArgumentParser:
     Its --help shows the docstrings below the fields of dataclasses.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    return ArgumentParser(
+        prog=prog, description=description, epilog=FLAGS_HELP, exit_on_error=False, allow_abbrev=False
+    )
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -111,7 +117,7 @@ def _run(command: Command | str, arguments: list[str], report: Callable[[BaseExc
         report(error)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from what is complete.", file=sys.stderr, flush=True)
+        logger.warning("interrupted; the same command resumes from what is complete.")
         return INTERRUPTED
 
 
@@ -138,9 +144,10 @@ def dispatch(
         f"  {name:<{width}}  {help_line}" for name, (help_line, _) in commands.items()
     )
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage + f"\n\n{prog} COMMAND --help lists a command's options.")
+        print(usage + f"\n\n{prog} COMMAND --help lists a command's options.\n{FLAGS_HELP}")
         sys.exit(0 if arguments else USER_ERROR)
-    name, rest = arguments[0], arguments[1:]
+    name, (level, rest) = arguments[0], split_flags(arguments[1:])
+    configure_logging(level)
     if name not in commands:
         print_error(ValueError(f"{name!r} is no command of {prog}; it must be one of {', '.join(commands)}."))
         sys.exit(USER_ERROR)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+logger = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RENAME_EXCHANGE, HERE = 2, -100
@@ -45,7 +48,7 @@ def locked(path: Path, waiting_for: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another command that writes {waiting_for}", flush=True)
+            logger.info(f"waiting for another command that writes {waiting_for}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

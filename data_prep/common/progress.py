@@ -1,9 +1,12 @@
 """A progress bar on a terminal, plain lines in a log."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -24,7 +27,7 @@ def progress(label: str, total: int | None = None, unit: str = "pictures") -> It
     def line(now: float) -> None:
         whole = "" if total is None else f" of {total:,}"
         rate = done / max(now - started, 1e-9)
-        print(f"{label}: {done:,}{whole} {unit}, {rate:,.0f}/s", file=sys.stderr, flush=True)
+        logger.info(f"{label}: {done:,}{whole} {unit}, {rate:,.0f}/s")
 
     def advance(count: int) -> None:
         nonlocal done, last

@@ -4,6 +4,7 @@ PALETTE.parts/plan.json               what is being counted; the same for all pa
 PALETTE.parts/00001-of-00004.npz      the colours that a part met, and how often
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from data_prep.config import DataConfig
 from data_prep.palette.codec import CODES, palette_sha256, save_palette
 from data_prep.palette.fit import count_chunks, fit_chunks, fit_histogram
 from data_prep.sources.open import open_source
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
@@ -42,7 +45,7 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
         _save(out, fit_histogram(histogram, config))
         return
     _save_histogram(_histogram_file(out, part), histogram)
-    print(f"{out}: part {part.number} of {part.count} is counted. When all are: python -m data_prep join {out}")
+    logger.info(f"{out}: part {part.number} of {part.count} is counted. When all are: python -m data_prep join {out}")
 
 
 def has_parts(out: Path) -> bool:
@@ -84,4 +87,4 @@ def _save_histogram(file: Path, histogram: np.ndarray) -> None:
 
 def _save(out: Path, palette: np.ndarray) -> None:
     save_palette(out, palette)
-    print(f"{out}: {len(palette)} colours, sha256 {palette_sha256(palette)}")
+    logger.info(f"{out}: {len(palette)} colours, sha256 {palette_sha256(palette)}")

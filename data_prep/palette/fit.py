@@ -3,6 +3,7 @@
 Whole numbers add up in any order, so the palette is the same whatever the workers and parts that counted.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from itertools import islice
@@ -20,6 +21,8 @@ from data_prep.images.crops import views_of
 from data_prep.images.decode import BadImage
 from data_prep.palette.codec import CODES, color_codes, fit_palette
 from data_prep.sources.base import Source
+
+logger = logging.getLogger(__name__)
 
 FIT_PIXELS = 1 << 26
 """The palette is fitted to at most this many pixels: 65,536 pictures at 32x32."""
@@ -59,7 +62,7 @@ def count_chunks(source: Source, plan: Plan, chunks: Sequence[Chunk], workers: i
             advance(int(counts.sum()) // plan.config.resolution**2)
     unusable = 0 if total is None else total - int(histogram.sum()) // plan.config.resolution**2
     if unusable:
-        print(f"palette: {unusable:,} of {total:,} pictures can't be used; `shards` lists them")
+        logger.info(f"palette: {unusable:,} of {total:,} pictures can't be used; `shards` lists them")
     return histogram
 
 
@@ -69,7 +72,8 @@ def fit_histogram(histogram: np.ndarray, config: DataConfig) -> np.ndarray:
     if not distinct:
         raise ValueError(f"source.path {config.source.path} has no training picture that can be used.")
     if distinct < config.palette.colors:
-        print(f"palette: the pictures have {distinct} colours; the other {config.palette.colors - distinct} go unused")
+        unused = config.palette.colors - distinct
+        logger.info(f"palette: the images have {distinct} colors; {unused} palette entries are unused")
     return fit_palette(histogram, config.palette.colors, config.seed)
 
 

@@ -10,13 +10,13 @@ go through fsspec, whose back-ends have time-outs of their own.
 import hashlib
 import http.client
 import io
+import logging
 import os
 import re
 import select
 import shlex
 import signal
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -25,6 +25,8 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from data_prep.common.files import atomic_write
 from data_prep.common.retry import backoff, retry
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 6
 """Openings in a row that bring no byte, before the file is given up."""
@@ -164,7 +166,7 @@ class Remote(io.RawIOBase):
             what = f"broke off at {place}" if self.position or self.size else "can't be reached or read"
             raise OSError(f"{self.address} {what}, {ATTEMPTS} times: {reason}") from error
         if failures == LOGGED_AFTER:
-            print(f"{self.address}: {reason}; trying again for half a minute", file=sys.stderr, flush=True)
+            logger.warning(f"{self.address}: {reason}; trying again for half a minute")
         return backoff(failures, FIRST_PAUSE, factor=4)
 
     def close(self) -> None:

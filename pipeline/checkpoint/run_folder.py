@@ -1,6 +1,7 @@
 """The run's folder: its lock, its resolved configuration, and run.json, the record of how it was made."""
 
 import fcntl
+import logging
 import os
 import platform
 import subprocess
@@ -19,6 +20,8 @@ from data_prep.common.files import atomic_write, read_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.format import committed
 from pipeline.config import TrainConfig, changed_keys, to_dict
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"
@@ -138,7 +141,7 @@ class RunFolder:
         self._record["starts"] = [*self._record.get("starts", []), start]
         self.note("running")
         for key, (old, new) in changes.items():
-            print(f"changed since the last start: {key} was {old}, is {new}", flush=True)
+            logger.warning(f"changed since the last start: {key} was {old}, is {new}")
 
     def note(self, status: Status, **facts: Any) -> None:
         """Writes the status, and whatever else should be known of the run, to run.json."""
@@ -172,10 +175,9 @@ class RunFolder:
             if not waits or time.monotonic() > end:
                 raise ValueError(f"{self.path} is being trained by another process ({holder}); wait for it or stop it.")
             if not said:
-                print(
+                logger.warning(
                     f"{holder} still holds the run, as ranks on a lost node do until their watchdog ends them; it is "
-                    f"waited for, up to {patience / 60:g} minutes",
-                    flush=True,
+                    f"waited for, up to {patience / 60:g} minutes"
                 )
             said = True
             time.sleep(1)

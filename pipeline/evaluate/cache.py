@@ -8,6 +8,7 @@ What is damaged is reported, and computed again.
 """
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -22,6 +23,8 @@ from accelerate import PartialState
 
 from data_prep.common.files import atomic_write, file_sha256, locked, write_json
 from pipeline.distributed import from_first
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
 SECONDS_BETWEEN_NOTES = 20.0
@@ -57,7 +60,7 @@ class TaskCache:
             with np.load(path, allow_pickle=False) as file:
                 return {key: file[key] for key in file.files if key != _JSON} | json.loads(str(file[_JSON]))
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):
-            print(f"{path} can't be read; it is computed again", flush=True)
+            logger.warning(f"{path} can't be read; it is computed again")
             return None
 
     def put(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class CachedArray:
                 return True
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        print(f"{self.path} is not what was written; it is computed again", flush=True)
+        logger.warning(f"{self.path} is not what was written; it is computed again")
         self._remove()
         return False
 

@@ -1,5 +1,6 @@
 """`python -m pipeline complete`: half images completed by a model, beside the originals."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,8 @@ from typing import Literal
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.exit_codes import FINISHED
 from pipeline.evaluate.options import GridOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,5 +52,5 @@ def complete_command(arguments: list[str]) -> int:
     model.model.to(accelerator.device).eval()
     with accelerator.autocast():
         draw_completions(model, shards, options, command.seed, command.out)
-    print(f"completions: {command.out}")
+    logger.info(f"completions: {command.out}")
     return FINISHED

@@ -1,5 +1,6 @@
 """What every task is given: the model, the shard set, the ranks, and the pictures of a split in fixed batches."""
 
+import logging
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from pipeline.evaluate.options import Sizes, Weights
 from pipeline.model import objectives
 from pipeline.model.masks import Masks
 from pipeline.model_folder.convert import LoadedModel, load_model_folder
+
+logger = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = timedelta(hours=12)
 """Ranks wait for the one that fits the slowest probe."""
@@ -151,9 +154,9 @@ class Evaluation:
         return progress(label, total, unit) if self.is_first else nullcontext(lambda _count: None)
 
     def log(self, line: str) -> None:
-        """Prints a line, on the first rank only."""
+        """Logs a line, on the first rank only."""
         if self.is_first:
-            print(line, flush=True)
+            logger.info(line)
 
 
 def start_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:

@@ -3,6 +3,7 @@
 What is finished is on disk already, item by item, so nothing has to be saved.
 """
 
+import logging
 import os
 import select
 import signal
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from data_prep.common.exit_codes import STOPPED
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 GRACE = 5.0
@@ -33,7 +36,7 @@ def until_stopped(work: Callable[[], int]) -> int:
 
     def report() -> None:
         if unreported.acquire(blocking=False) and os.environ.get("RANK", "0") == "0":
-            print(MESSAGE, flush=True)
+            logger.warning(MESSAGE)
 
     with _listening(report):
         try:

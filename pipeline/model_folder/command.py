@@ -1,9 +1,12 @@
 """`python -m pipeline export`: a run's checkpoint as a Hugging Face model folder."""
 
+import logging
 import os
 from pathlib import Path
 
 from data_prep.common.command_line import new_parser, parse
+
+logger = logging.getLogger(__name__)
 
 
 def export_command(arguments: list[str]) -> int:
@@ -20,5 +23,5 @@ def export_command(arguments: list[str]) -> int:
 
     checkpoint = find_checkpoint(Path(chosen.source), chosen.step)
     export(checkpoint, Path(chosen.out))
-    print(f"exported step {checkpoint.record.step} to {chosen.out}")
+    logger.info(f"exported step {checkpoint.record.step} to {chosen.out}")
     return os.EX_OK

@@ -1,5 +1,6 @@
 """A run's checkpoint as a Hugging Face model folder, read parameter by parameter from its fragments."""
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from pipeline.model_folder.convert import is_masked, save_model_folder
 from pipeline.model_folder.lazy_weights import fetching_model
 from pipeline.model_folder.tensorboard_events import copy_events
 from pipeline.model_folder.training_record import CHECKPOINT_FILE, TRAINING_FOLDER
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision")
 """What a model folder tells of its checkpoint: nothing that depends on the ranks."""
@@ -111,10 +114,10 @@ def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) ->
     try:
         shards = open_shard_set(shards_path)
     except (ValueError, OSError):
-        print(f"the shard set {shards_path} is not at hand, so the probe batch's loss was not compared")
+        logger.warning(f"the shard set {shards_path} is not at hand, so the probe batch's loss was not compared")
         return
     if shards.digest != record.shards_digest:
-        print(f"{shards_path} is another shard set by now, so the probe batch's loss was not compared")
+        logger.warning(f"{shards_path} is another shard set by now, so the probe batch's loss was not compared")
         return
     loss = _probe_loss(model, shards, run, record.probe_tokens)
     if not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:

@@ -4,6 +4,7 @@ Each rate is an ordinary run; the search starts the next one while the final val
 started again: finished runs are not run twice, stopped ones are gone on with.
 """
 
+import logging
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
 from pipeline.command_line import parse_training
 from pipeline.config import TrainConfig, changed_keys, to_dict
 from pipeline.operate.status import standing
+
+logger = logging.getLogger(__name__)
 
 RATE_KEY = "--optimizer.learning_rate"
 SEARCH_FILE = "search.json"
@@ -68,11 +71,11 @@ def search_command(arguments: list[str]) -> int:
     try:
         for rate in half_decades(first, last):
             tried.append(Tried(rate, _final_loss(folder / f"rate-{rate:g}", rate, config, launch, rest)))
-            print(f"rate {rate:g}: final validation loss {tried[-1].valid_loss:.4f}", flush=True)
+            logger.info(f"learning rate {rate:g}: final validation loss {tried[-1].valid_loss:.4f}")
             if len(tried) > 1 and tried[-1].valid_loss >= tried[-2].valid_loss and isfinite(tried[-2].valid_loss):
                 break
     except Stopped as stopped:
-        print(f"{stopped}; the same command resumes it.", flush=True)
+        logger.info(f"{stopped}; the same command resumes it.")
         return STOPPED
     _report(tried, folder)
     return 0

@@ -1,7 +1,7 @@
 """python -m pipeline status RUN: where a run stands; and, for the job scripts, what is to be done after it ended."""
 
 import json
-import sys
+import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,6 +12,8 @@ from data_prep.common.command_line import new_parser, parse
 from data_prep.common.exit_codes import USER_ERROR
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
+
+logger = logging.getLogger(__name__)
 
 Action = Literal["done", "requeue", "failed"]
 FAILURES, EARLIER_FAILURES = "failures.jsonl", "accidents.jsonl"
@@ -125,7 +127,7 @@ def status_command(arguments: list[str]) -> int:
         chosen.run.mkdir(parents=True, exist_ok=True)
         limits = chosen.restarts, chosen.max_restarts, chosen.max_failures
         action, why = next_action(chosen.run, chosen.after, *limits, chosen.since, asked=chosen.asked)
-        print(f"{chosen.run}: {why}", file=sys.stderr, flush=True)
+        logger.info(f"{chosen.run}: {why}")
         print(action)
         return 0
     if not (chosen.run / "run.json").is_file():

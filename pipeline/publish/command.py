@@ -3,6 +3,7 @@
 What takes long to import is imported once the options are parsed.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 from data_prep.common.command_line import new_parser, parse
 from pipeline.hub import HUB, parse_name
 from pipeline.model_folder.resolve import model_folder
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pipeline.publish.push import Pushed
@@ -55,7 +58,7 @@ def _to_folder(source: Path, options: Options, target: Path) -> None:
 
     card = partial(write_card, name=target.resolve().name, license_id=options.license, dataset=options.dataset)
     publish_to_folder(model_folder(source), options.results, target, card)
-    print(f"published to {target}")
+    logger.info(f"published to {target}")
 
 
 def _to_hub(source: Path, options: Options, name: str) -> None:
@@ -81,11 +84,11 @@ def _say(pushed: "Pushed", wanted_public: bool) -> None:
     files = f"{len(pushed.sent)} files" if len(pushed.sent) != 1 else "1 file"
     what = f"sent {files}" if pushed.sent else "nothing to send"
     where = f"{pushed.url}, commit {pushed.commit[:12]}" + (f", tag {pushed.tag}" if pushed.tag else "")
-    print(f"published to {where}: {what}; the repository is {'private' if pushed.private else 'public'}")
+    logger.info(f"published to {where}: {what}; the repository is {'private' if pushed.private else 'public'}")
     if not pushed.on_main:
-        print("main keeps a later step")
+        logger.info("main keeps a later step")
     if wanted_public and pushed.private:
-        print("it was private before, and stays so: change that on the hub")
+        logger.info("it was private before, and stays so: change that on the hub")
 
 
 def _parse(arguments: list[str]) -> tuple[Path, Options]:

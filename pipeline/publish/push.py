@@ -6,6 +6,7 @@ condition that nobody has committed since, then the tag. An older step than main
 once the tag holds its commit.
 """
 
+import logging
 import random
 import tempfile
 import time
@@ -25,6 +26,8 @@ from huggingface_hub.utils.sha import git_hash
 from data_prep.common.files import read_json
 from data_prep.common.retry import Result, backoff, retry
 from pipeline.hub import LOG_IN, lacks_xet, quiet_hub, reason, status_of
+
+logger = logging.getLogger(__name__)
 
 MAIN = "main"
 STEP_FILE = "training/checkpoint.json"
@@ -84,7 +87,7 @@ def persistently(work: Callable[[], Result], what: str, patience: float) -> Resu
         if enough or not _may_pass(cause):
             spent = f", in {failures} attempts over {waited:.0f} s" if failures > 1 else ""
             raise ValueError(f"{what} was not published: {reason(cause)}{spent}.") from error
-        print(f"{what}: {reason(cause)}; trying again in {pause:.0f} s", flush=True)
+        logger.warning(f"{what}: {reason(cause)}; trying again in {pause:.0f} s")
         return pause
 
     return retry(work, (HTTPError, OSError, RuntimeError, JSONDecodeError), pause_after)

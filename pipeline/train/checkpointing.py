@@ -1,5 +1,6 @@
 """Saving and resuming across ranks: a thread writes a copy; the newest complete checkpoint is loaded and verified."""
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pipeline.train.engine.base import Engine
 from pipeline.train.health.diverged import Diverged
 from pipeline.train.setup import Inputs
 from pipeline.train.validation import probe_loss
+
+logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}
 """Nats per token by which the probe loss may differ after a load: another topology sums in another order, and ZeRO-0
@@ -67,7 +70,7 @@ def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
         if damage is None:
             return checkpoint
         if ranks.is_first:
-            print(f"WARNING: passed over {candidate}: {damage}", flush=True)
+            logger.warning(f"passed over {candidate}: {damage}")
     if candidates:
         raise ValueError(
             f"{folder} holds {len(candidates)} checkpoints and none is complete; put a copy back, or name a new --run."
@@ -170,10 +173,9 @@ class CheckpointManager:
                     )
                 )
         if self.ranks.is_first:
-            print(
+            logger.info(
                 f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; a "
-                f"held-out image gives the loss {losses[0]:.7f} (when it was saved: {record.probe_loss:.7f})",
-                flush=True,
+                f"held-out image gives the loss {losses[0]:.7f} (when it was saved: {record.probe_loss:.7f})"
             )
         return Progress(record.step, record.images)
 
@@ -206,7 +208,7 @@ class CheckpointManager:
                 f"and data.reflect_crop must be those of the run, and numpy must draw as it did."
             )
         if self.ranks.is_first:
-            print(f"WARNING: {moved}", flush=True)
+            logger.warning(moved)
 
     def _record(
         self, progress: Progress, probe: float, files: dict[str, dict[str, Any]], sums: dict[str, str]

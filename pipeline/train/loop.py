@@ -1,6 +1,7 @@
 """The training loop: read, step, record, validate, sample, save, until the last step or a request to stop."""
 
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,6 +44,8 @@ from pipeline.train.monitor.telemetry import StepClock, open_telemetry, peak_mem
 from pipeline.train.setup import Inputs, check_inputs, choose_attention, choose_reader
 from pipeline.train.validation import spread, validation_loss
 
+logger = logging.getLogger(__name__)
+
 SAMPLES_PER_IMAGE = 2
 
 
@@ -81,7 +84,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         with raise_on_all_ranks():  # a rank that leaves early would break the others' connections
             if ranks.is_first:
                 folder.note("finished" if finished else "stopped", step=progress.step, images=progress.images)
-                print(f"{'finished' if finished else 'stopped on request'} at step {progress.step}: {run}", flush=True)
+                logger.info(f"{'finished' if finished else 'stopped on request'} at step {progress.step}: {run}")
         watchdog.end()
         return FINISHED if finished else STOPPED
     except BaseException as error:
@@ -93,9 +96,9 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
 
 def print_finished(folder: RunFolder, config: TrainConfig) -> None:
     """For a run that has nothing left to train; what the configuration changes has no effect on it."""
-    print(f"{folder.path} has finished its {folder.finished_steps()} steps; nothing is left to train.", flush=True)
+    logger.info(f"{folder.path} has finished its {folder.finished_steps()} steps; nothing is left to train.")
     for key, (old, new) in folder.changes(config).items():
-        print(f"without effect on a finished run: {key} was {old}, is {new}", flush=True)
+        logger.warning(f"without effect on a finished run: {key} was {old}, is {new}")
 
 
 @contextmanager
@@ -152,7 +155,7 @@ class Trainer:
         self.save_pending = False
         self.clock = StepClock()
         if ranks.is_first:
-            print(describe(inputs, self.throughput, kernels), flush=True)
+            logger.info(describe(inputs, self.throughput, kernels))
 
     def run(self) -> Progress:
         """Trains until the last step or a request to stop. What happens at a step is recorded before it is saved."""

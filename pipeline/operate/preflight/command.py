@@ -3,6 +3,7 @@
 srun starts it once on each node; what they print goes to one that judges. Both take the options of `train`.
 """
 
+import logging
 import os
 import platform
 import sys
@@ -17,6 +18,8 @@ from pipeline.config import TrainConfig
 from pipeline.operate.preflight.node_checks import look
 from pipeline.operate.preflight.report import read_line
 from pipeline.operate.preflight.verdict import judge
+
+logger = logging.getLogger(__name__)
 
 
 def preflight_command(arguments: list[str]) -> int:
@@ -50,17 +53,16 @@ def _judge(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str
     reports = [report for report in map(read_line, lines) if report is not None]
     verdict = judge(reports, nodes, needed, digest)
     for node, sentence in verdict.bad.items():
-        print(f"preflight: {node} is left out: {sentence}", file=sys.stderr)
+        logger.warning(f"preflight: {node} is excluded: {sentence}")
     if verdict.doubtful:
-        print(
-            f"preflight: {' and '.join(verdict.doubtful)} add no numbers together, and without a third node no one can "
-            f"tell whose fault it is",
-            file=sys.stderr,
+        logger.warning(
+            f"preflight: the all-reduce between {' and '.join(verdict.doubtful)} fails, and without a third node the "
+            f"faulty one can't be told from the other"
         )
     if verdict.again:
-        print(f"preflight: {verdict.again}", file=sys.stderr)
+        logger.warning(f"preflight: {verdict.again}")
     seconds = max((report.seconds for report in reports), default=0.0)
-    print(f"preflight: {len(nodes)} nodes in {seconds:.1f} s: {verdict.word}", file=sys.stderr, flush=True)
+    logger.info(f"preflight: {len(nodes)} nodes in {seconds:.1f} s: {verdict.word}")
     print(verdict.word)
     return 0
 

@@ -10,6 +10,7 @@ Writes compare.html, compare.png and compare.json: `task`, `accuracy` (valid or 
 test_accuracy, best_layer.
 """
 
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from pipeline.results.figures import ACCENT, BASELINES, new_figure, save_figure
 from pipeline.results.report.html import write_page
 from pipeline.results.schema import FORMAT, RESULTS
 from pipeline.results.text import MISSING, percent, words
+
+logger = logging.getLogger(__name__)
 
 PAGE, FIGURE, NUMBERS = "compare.html", "compare.png", "compare.json"
 LOSSES = {
@@ -76,7 +79,7 @@ def compare_command(arguments: list[str]) -> int:
     measured = {name: read_checkpoints(path, command.task) for name, path in _named(values["results"]).items()}
     lines, loss = lines_of(measured, command.task)
     write_comparison(lines, loss, command)
-    print(f"comparison: {command.out / PAGE}")
+    logger.info(f"comparison: {command.out / PAGE}")
     return os.EX_OK
 
 
@@ -103,7 +106,7 @@ def read_checkpoints(folder: Path, task: str) -> list[dict[str, Any]]:
         if task in results["tasks"]:
             found.append(results | {"file": file})
         else:
-            print(f"{file.parent} has no {task} yet and is left out", flush=True)
+            logger.warning(f"{file.parent} has no {task} yet and is excluded")
     if not found:
         raise ValueError(
             f"{folder} has no checkpoint with {task}; measure it with --tasks {task}, or name another --task."

@@ -30,7 +30,9 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.handlers.clear()  # its records go through this project's handler
+    logger.propagate = True
+    logger.setLevel(logging.getLogger().level)
     skip_shared_memory_collective()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)

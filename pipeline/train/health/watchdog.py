@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import TextIO
 
 import torch
 
+from data_prep.common.command_line import print_error
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.distributed import Ranks
 
@@ -77,9 +77,7 @@ class Watchdog:
                 try:
                     self._give_up()
                 except OSError as error:
-                    print(
-                        f"error: no progress in {self._phase}, stacks not written: {error}", file=sys.stderr, flush=True
-                    )
+                    print_error(error, f" (no progress in {self._phase}; the stacks could not be written)")
                 finally:
                     os._exit(1)
 
@@ -98,8 +96,9 @@ class Watchdog:
         places = {rank: self._place_of(rank) for rank in range(self._ranks.count)}
         if self._ranks.rank == min(rank for rank, known in places.items() if known is not None):
             message = f"no progress for {waited:.0f} s: {describe(places)}; the stacks are in {self._stacks}."
-            self._folder.note_failure(TimeoutError(message))
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            failure = TimeoutError(message)
+            self._folder.note_failure(failure)
+            print_error(failure)
 
     def _file(self, rank: int) -> Path:
         return self._stacks / f"rank-{rank:05d}.txt"

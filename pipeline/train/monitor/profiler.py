@@ -1,5 +1,6 @@
 """A few steps under torch's profiler: a trace for TensorBoard or a browser, and how much of them is communication."""
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import ProfileConfig
 from pipeline.distributed import Ranks
+
+logger = logging.getLogger(__name__)
 
 PROFILE_FOLDER = "profile"
 REQUEST_FILE = "PROFILE"
@@ -59,7 +62,7 @@ class Profiler:
             folder.mkdir(exist_ok=True)
             window.export_chrome_trace(str(trace))
         except (OSError, RuntimeError) as error:  # no reason to end a run
-            print(f"WARNING: the profile was not written to {trace}: {error}", flush=True)
+            logger.warning(f"the profile was not written to {trace}: {error}")
         if not self._ranks.is_first:
             return None
         seconds = time.perf_counter() - self._began

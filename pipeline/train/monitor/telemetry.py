@@ -1,5 +1,6 @@
 """What a run records: metrics.jsonl, TensorBoard, and lines on the console. Only the first rank records."""
 
+import logging
 import os
 import resource
 import time
@@ -16,6 +17,8 @@ import torch
 from data_prep.common.files import atomic_write
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, drop_rows_after, to_line
 from pipeline.distributed import Ranks, raise_on_all_ranks
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -75,14 +78,14 @@ class Telemetry:
         now = time.monotonic()
         if now - self._last_line >= CONSOLE_SECONDS or row["step"] in (1, self._steps):
             self._last_line = now
-            print(self._line(row), flush=True)
+            logger.info(self._line(row))
 
     @_on_first_rank
     def validation(self, row: dict[str, Any]) -> None:
         """Records a validation; row has step, images and valid_loss."""
         self._write(row)
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
-        print(f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token", flush=True)
+        logger.info(f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token")
 
     @_on_first_rank
     def skipped_step(self, row: dict[str, Any]) -> None:
@@ -90,13 +93,13 @@ class Telemetry:
         with (self._run / SKIPPED_FILE).open("a") as rows:
             rows.write(to_line(row))
         what = "applied all the same" if row["applied"] else "skipped"
-        print(f"step {row['step']} is {row['reason']}, {what}: its images are in {rows.name}", flush=True)
+        logger.warning(f"step {row['step']} is {row['reason']}, {what}: its images are in {rows.name}")
 
     @_on_first_rank
     def log(self, message: str | None) -> None:
-        """Prints a message on the console, if there is one."""
+        """Logs a message, if there is one."""
         if message is not None:
-            print(message, flush=True)
+            logger.info(message)
 
     @_on_first_rank
     def samples(self, step: int, grid: np.ndarray) -> None:
