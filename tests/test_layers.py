@@ -43,7 +43,7 @@ NOT_OURS = {
     *("src/model.py", "deepspeed/runtime/pipe/schedule.py", "deepspeed/runtime/pipe/p2p.py"),
     "pipeline/evaluate/tasks/nearest_mean.py",
 }
-"""Files of other projects, and the README's example of a new one."""
+"""Files of other projects, and the pages' examples of new ones."""
 FILE_LINES = 400
 FUNCTION_LINES = 60
 
@@ -243,7 +243,8 @@ def python_files() -> list[Path]:
 
 
 def test_every_file_that_is_named_is_there() -> None:
-    others = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("slurm/**/*.sh"), ROOT / "README.md"]
+    pages = [file for top in (".", "configs", "slurm", "data_prep", "pipeline", "tests") for file in ROOT.glob(f"{top}/*.md")]
+    others = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("slurm/**/*.sh"), *pages, *ROOT.glob("pipeline/*/README.md")]
     missing = {
         str(file.relative_to(ROOT)): found
         for file in (*python_files(), *others)
@@ -261,7 +262,7 @@ def test_a_file_that_moved_is_reported() -> None:
 
 
 def test_every_test_file_is_collected(pytestconfig: pytest.Config) -> None:
-    """pytest leaves out folders of some names, such as build, without a word."""
-    left_out = [pattern for pattern in pytestconfig.getini("norecursedirs") if not pattern.startswith((".", "_"))]
+    """pytest silently skips folders of some names, such as build."""
+    skipped = [pattern for pattern in pytestconfig.getini("norecursedirs") if not pattern.startswith((".", "_"))]
     folders = {file.parent.name for file in (ROOT / "tests").rglob("test_*.py")}
-    assert not [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in left_out)]
+    assert not [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in skipped)]
