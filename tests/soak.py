@@ -1,8 +1,8 @@
-"""Runs killed at random moments and gone on with, until a number of kills: python -m tests.soak --kills 50 --seed 0
+"""Kills runs at random moments and resumes them, until a number of kills: python -m tests.soak --kills 50 --seed 0
 
-One half stays on one topology, and its losses must be bit-equal to those of an unbroken run; the other goes on each
-time on a topology drawn anew, within 1e-5. After every kill, each folder that claims to be a whole checkpoint must be
-one. A checkpoint has one form for all topologies, so what a conversion would be is the load on another topology.
+Half of the runs stay on one topology: their losses must be bit-equal to those of an uninterrupted run. The others
+resume on a random topology each time: their losses must agree within 1e-5. After every kill, every committed
+checkpoint must be complete.
 """
 
 import argparse
@@ -42,44 +42,44 @@ TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
     "PP2": (2, 1, 2, 1),
     "tp2": (2, 1, 1, 2),
 }
-WAYS = ("kill all", "kill one", "USR1", "STOP file")
+METHODS = ("kill all", "kill one", "USR1", "STOP file")
 MOMENTS = ("anywhere", "during a save", "during the load")
-PATIENCE = 600.0
+TIMEOUT = 600.0
 TOLERANCE = 1e-5
 
 
-class Broken(AssertionError):
-    """What should never be."""
+class Failed(AssertionError):
+    """An invariant does not hold."""
 
 
 class Soak:
-    """Counts what was done to the runs."""
+    """Kills runs, resumes them, checks them, and counts what it did."""
 
     def __init__(self, runner: Runner, seed: int) -> None:
         self.runner, self.draw = runner, random.Random(seed)
         self.counts: Counter[str] = Counter()
-        self.kills, self.saves_cut, self.largest = 0, 0, 0.0
+        self.kills, self.unfinished_saves, self.largest = 0, 0, 0.0
 
     def round(self, name: str, mixed: bool, kills: int) -> None:
-        """One run from its start to its last step; at most `kills` lives are cut short."""
+        """One run from its start to its last step; at most `kills` starts are killed."""
         home = self.draw.choice(list(TOPOLOGIES))
-        cut = 0
+        killed = 0
         while True:
             topology = self.draw.choice(list(TOPOLOGIES)) if mixed else home
-            whole = cut >= kills
-            codes = self.live(name, topology, whole)
+            uninterrupted = killed >= kills
+            codes = self.start_once(name, topology, uninterrupted)
             self.check_checkpoints(name)
             if codes and set(codes) == {0}:
                 break
-            if whole:
-                raise Broken(f"{name} on {topology} ended with {codes}: {self.logs(name)}")
+            if uninterrupted:
+                raise Failed(f"{name} on {topology} ended with {codes}: {self.logs(name)}")
             if -signal.SIGKILL in codes:
-                cut += 1
+                killed += 1
                 self.kills += 1
         self.check_rows(name, home, mixed)
 
-    def live(self, name: str, topology: str, whole: bool) -> list[int]:
-        """Starts or goes on; ends it at a moment drawn, unless `whole`. Returns the exit codes."""
+    def start_once(self, name: str, topology: str, uninterrupted: bool) -> list[int]:
+        """Starts or resumes the run and, unless `uninterrupted`, ends it at a random moment. Returns the exit codes."""
         ranks, zero, stages, parts = TOPOLOGIES[topology]
         settings = SETTINGS | {
             "parallel__zero_stage": zero,
@@ -87,34 +87,36 @@ class Soak:
             "parallel__tensor_parallel": parts,
             "checkpoint__asynchronous": self.draw.random() < 0.7,
         }
-        way, moment = self.draw.choice(WAYS[:2] * 2 + WAYS[2:]), self.draw.choice(MOMENTS)
+        method, moment = self.draw.choice(METHODS[:2] * 2 + METHODS[2:]), self.draw.choice(MOMENTS)
         processes = start(ranks, *self.runner.arguments(name, **settings), logs=self.runner.folder / "logs" / name)
         try:
-            if not whole:
+            if not uninterrupted:
                 self.await_moment(self.runner.folder / name, moment, processes)
-                self.end(processes, way, self.runner.folder / name)
+                self.end(processes, method, self.runner.folder / name)
             codes = self.codes(processes)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        if not whole:
+        if not uninterrupted:
             unfinished = list((self.runner.folder / name / "checkpoints").glob(f"*{PARTIAL}"))
-            self.saves_cut += bool(unfinished)
-            self.counts[f"{way}, {moment}"] += set(codes) != {0}
-            self.say(f"{name} on {topology}: {way}, {moment}: codes {codes}{', in a save' * bool(unfinished)}")
+            self.unfinished_saves += bool(unfinished)
+            self.counts[f"{method}, {moment}"] += set(codes) != {0}
+            self.log(f"{name} on {topology}: {method}, {moment}: codes {codes}{', in a save' * bool(unfinished)}")
         return codes
 
     def codes(self, processes: list[subprocess.Popen[bytes]]) -> list[int]:
-        """Of all ranks. What is left 20 s after the first failure is killed, as srun does (--kill-on-bad-exit)."""
-        until = time.monotonic() + PATIENCE
+        """The exit codes of all ranks. As under srun --kill-on-bad-exit, those that still run 20 s after the
+        first failure are killed.
+        """
+        until = time.monotonic() + TIMEOUT
         while any(process.poll() is None for process in processes) and time.monotonic() < until:
             if any(process.poll() not in (None, 0, 75) for process in processes):
                 until = min(until, time.monotonic() + 20)
             time.sleep(0.01)
         hung = [process for process in processes if process.poll() is None]
         if hung and all(process.poll() in (None, 0, 75) for process in processes):
-            raise Broken(f"a rank is still running after {PATIENCE:.0f} s")
+            raise Failed(f"a rank is still running after {TIMEOUT:.0f} s")
         for process in hung:
             process.kill()
         return [process.wait() for process in processes]
@@ -124,7 +126,7 @@ class Soak:
         before = rows.stat().st_size if rows.exists() else 0
 
         def alive() -> bool:
-            return all(process.poll() is None for process in processes) and time.monotonic() - began < PATIENCE
+            return all(process.poll() is None for process in processes) and time.monotonic() - began < TIMEOUT
 
         def until(condition: Callable[[], bool]) -> None:
             while alive() and not condition():
@@ -142,13 +144,13 @@ class Soak:
         else:
             time.sleep(self.draw.uniform(0, 2))
 
-    def end(self, processes: list[subprocess.Popen[bytes]], way: str, folder: Path) -> None:
-        if way == "kill all":
+    def end(self, processes: list[subprocess.Popen[bytes]], method: str, folder: Path) -> None:
+        if method == "kill all":
             for process in processes:
                 process.send_signal(signal.SIGKILL)
-        elif way == "kill one":
+        elif method == "kill one":
             self.draw.choice(processes).send_signal(signal.SIGKILL)
-        elif way == "USR1" and (folder / "metrics.jsonl").exists():  # before that Python's own handler ends it
+        elif method == "USR1" and (folder / "metrics.jsonl").exists():  # before that Python's own handler ends it
             self.draw.choice(processes).send_signal(signal.SIGUSR1)
         elif folder.exists():
             (folder / "STOP").touch()
@@ -156,39 +158,39 @@ class Soak:
             processes[0].send_signal(signal.SIGKILL)
 
     def check_checkpoints(self, name: str) -> None:
-        """Every folder that claims to be whole is."""
+        """Every committed checkpoint is complete."""
         for folder in committed(self.runner.folder / name / "checkpoints"):
             damage = open_checkpoint(folder).damage()
             if damage is not None:
-                raise Broken(f"{folder} claims to be whole: {damage}")
+                raise Failed(f"{folder} is committed but damaged: {damage}")
 
     def check_rows(self, name: str, home: str, mixed: bool) -> None:
-        """No step lost or repeated, no picture, and the losses of a run that nothing befell."""
-        reference = f"unbroken {home}"
+        """No step and no image is lost or repeated, and the losses are those of an uninterrupted run."""
+        reference = f"uninterrupted {home}"
         if not (self.runner.folder / reference).exists():
             ranks, zero, stages, parts = TOPOLOGIES[home]
             settings = SETTINGS | {"parallel__zero_stage": zero, "parallel__pipeline_stages": stages}
             self.runner.check_trains(reference, ranks, **settings, parallel__tensor_parallel=parts)
         rows, wanted = ([r for r in self.runner.rows(n) if "loss" in r] for n in (name, reference))
         if [row["step"] for row in rows] != list(range(1, STEPS + 1)):
-            raise Broken(f"{name}: steps {[row['step'] for row in rows]}")
+            raise Failed(f"{name}: steps {[row['step'] for row in rows]}")
         if [row["images"] for row in rows] != [IMAGES * step for step in range(1, STEPS + 1)]:
-            raise Broken(f"{name}: images are lost or repeated")
+            raise Failed(f"{name}: images are lost or repeated")
         difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, wanted, strict=True))
         if difference > (TOLERANCE if mixed else 0):
-            raise Broken(f"{name}: a loss differs by {difference} from {reference}")
+            raise Failed(f"{name}: a loss differs by {difference} from {reference}")
         self.largest = max(self.largest, difference)
-        self.say(f"{name}: {STEPS} steps, {'mixed topologies' if mixed else home}: largest difference {difference:.2g}")
+        self.log(f"{name}: {STEPS} steps, {'mixed topologies' if mixed else home}: largest difference {difference:.2g}")
 
     def logs(self, name: str) -> str:
         return "\n".join(path.read_text()[-2000:] for path in sorted((self.runner.folder / "logs" / name).iterdir()))
 
-    def say(self, words: str) -> None:
-        print(f"{self.kills:4} kills  {words}", flush=True)
+    def log(self, message: str) -> None:
+        print(f"{self.kills:4} kills  {message}", flush=True)
 
 
 def soak(folder: Path, kills: int, seed: int, topologies: str) -> Soak:
-    """Kills so many lives; half of the rounds stay on a topology, half move. Raises Broken."""
+    """Kills this many starts; half of the runs stay on one topology, half change it. Raises Failed."""
     shards = folder / "shards"
     options = ["--source.kind=photographs", "--source.train_per_class=30", "--source.test_per_class=4"]
     done = run(
@@ -205,7 +207,7 @@ def soak(folder: Path, kills: int, seed: int, topologies: str) -> Soak:
 
 
 def main() -> None:
-    """The command."""
+    """Parses the options, runs the test and prints a summary."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -216,12 +218,12 @@ def main() -> None:
     with TemporaryDirectory() as name:
         try:
             state = soak(Path(name), chosen.kills, chosen.seed, chosen.topologies)
-        except Broken as error:
-            sys.exit(f"BROKEN: {error}")
+        except Failed as error:
+            sys.exit(f"FAILED: {error}")
     print(json.dumps(dict(sorted(state.counts.items())), indent=2))
     print(
-        f"{state.kills} kills, {state.saves_cut} of them left an unfinished save, no step lost or repeated, no "
-        f"checkpoint that claims to be whole and is not; largest difference of a loss {state.largest:.2g}; "
+        f"{state.kills} kills, {state.unfinished_saves} of them left an unfinished save; no step was lost or repeated, "
+        f"no committed checkpoint was damaged; largest difference of a loss {state.largest:.2g}; "
         f"{time.monotonic() - began:.0f} s"
     )
 

@@ -243,7 +243,9 @@ def python_files() -> list[Path]:
 
 
 def test_every_file_that_is_named_is_there() -> None:
-    pages = [file for top in (".", "configs", "slurm", "data_prep", "pipeline", "tests") for file in ROOT.glob(f"{top}/*.md")]
+    pages = [
+        file for top in (".", "configs", "slurm", "data_prep", "pipeline", "tests") for file in ROOT.glob(f"{top}/*.md")
+    ]
     others = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("slurm/**/*.sh"), *pages, *ROOT.glob("pipeline/*/README.md")]
     missing = {
         str(file.relative_to(ROOT)): found

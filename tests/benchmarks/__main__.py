@@ -1,6 +1,6 @@
-"""python -m tests.benchmarks: every table that a CPU can give, ours beside its peer, measured in turns.
+"""python -m tests.benchmarks: all tables for CPUs: this project and its peer, measured in alternating turns.
 
-Names of parts after it, such as `model starting`, choose some of them.
+Arguments such as `model starting` choose some of the tables.
 """
 
 import platform
@@ -29,25 +29,25 @@ from tests.launch import run
 CPU = torch.device("cpu")
 BATCH = 128
 S_TOKENS_A_SECOND = 0.45 * 989e12 / 0.606e9
-"""Of iGPT-S on one H100 at 45% of its peak, 0.606 GFLOP a token: what a reader must keep up with."""
+"""Tokens per second of iGPT-S on one H100 at 45% of its peak, 0.606 GFLOP a token: a reader must be faster."""
 
 
 def encoding() -> Row:
-    """Colours to tokens: the lookup table against Hugging Face's processor."""
+    """Colors to tokens: the lookup table against Hugging Face's processor."""
     from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
     generator = np.random.default_rng(0)
     palette = generator.uniform(-1, 1, (512, 3)).astype(np.float32)
-    pictures = generator.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    images = generator.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     table = lookup_table(palette)
     processor = ImageGPTImageProcessorPil(clusters=palette, do_resize=False)
-    pixels = pictures.size / 3 / 1e6
-    ours, theirs = best(pixels, lambda: encode(pictures, table), lambda: processor(list(pictures)))
-    return Row("colours to tokens", "Mpixel/s", ours, "ImageGPTImageProcessor", theirs)
+    pixels = images.size / 3 / 1e6
+    ours, theirs = best(pixels, lambda: encode(images, table), lambda: processor(list(images)))
+    return Row("colors to tokens", "Mpixel/s", ours, "ImageGPTImageProcessor", theirs)
 
 
 def reading(shards: Path) -> Row:
-    """Shuffled tokens from the tars: our reader against webdataset's own packed reading with a shuffle buffer."""
+    """Shuffled tokens from the tars: our reader against webdataset with a shuffle buffer."""
     import webdataset as wds
 
     opened = open_shard_set(shards)
@@ -113,7 +113,7 @@ def model_rates(_: Path) -> Iterator[str]:
     ours, theirs = best(case.images, drawing, generating)
     yield Row("completions, 8 of 16x16 at once", "images/s", ours, "HF ImageGPT.generate", theirs).line()
     floor = case.images / (models.read_seconds(case) * case.config.n_positions / 2)
-    yield f"\nReading memory alone, completions would be {floor:.4g} images/s: ours reach {ours / floor:.0%} of that."
+    yield f"\nMemory reads alone would allow {floor:.4g} completions/s; ours reach {ours / floor:.0%} of that."
 
 
 def _row(what: str, case: Case, step: models.Step, peer: str, peer_step: models.Step) -> str:
@@ -121,8 +121,8 @@ def _row(what: str, case: Case, step: models.Step, peer: str, peer_step: models.
     return Row(what, "images/s", ours, peer, theirs).line()
 
 
-def prepared_pictures(folder: Path) -> Iterator[str]:
-    """Pictures to shards."""
+def prepared_images(folder: Path) -> Iterator[str]:
+    """Images to shards."""
     yield data.HEAD
     yield from data.preparation(folder)
 
@@ -133,7 +133,7 @@ PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "starting": starting.table,
     "saving": saving.table,
     "features": features.table,
-    "preparation": prepared_pictures,
+    "preparation": prepared_images,
     "memory": memory.table,
     "scale": lambda _: iter(scale.scale_table()),
 }
@@ -143,7 +143,7 @@ def main(wanted: list[str]) -> None:
     """Prints the machine, then the tables; several parts each in a process of its own."""
     unknown = sorted(set(wanted) - PARTS.keys())
     if unknown:
-        sys.exit(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}.")
+        sys.exit(f"error: {unknown[0]!r} is not a part; the parts are {', '.join(PARTS)}.")
     if len(wanted) == 1:
         run_part(wanted[0])
         return

@@ -1,4 +1,4 @@
-"""Images to shards, against the straightforward peer: Pillow and ImageGPTImageProcessor, a picture at a time."""
+"""Images to shards, against the straightforward peer: Pillow and ImageGPTImageProcessor, one image at a time."""
 
 import io
 import os
@@ -23,21 +23,21 @@ from data_prep.sources.open import open_source
 PHOTOGRAPH = (500, 375)
 PHOTOGRAPHS = 5_000
 GRAIN = 26
-"""Standard deviation of the noise that makes JPEGs of 500x375 as large as ImageNet's are on average, 110 KB: the
-windows alone are smooth, and a decoder's time goes by the bytes as much as by the pixels."""
-WEB_SIDE, WEB_TARS, WEB_PICTURES = 256, 4, 1_000
+"""Standard deviation of the noise that makes JPEGs of 500x375 as large as ImageNet's average, 110 KB. The
+windows alone are smooth, and decoding time depends on the bytes as much as on the pixels."""
+WEB_SIDE, WEB_TARS, WEB_IMAGES = 256, 4, 1_000
 SMALL = 10_000
-PEER_PICTURES = 600
-PAGES_KEPT = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
-"""Lets the peer keep the memory of its large arrays from picture to picture. As started, glibc gives it back and
-asks for it again each time, which takes most of the peer's time on CIFAR-10."""
+PEER_IMAGES = 600
+PAGES_REUSED = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+"""Lets the peer reuse the memory of its large arrays from image to image. By default glibc returns it to the system and
+requests it again each time, which takes most of the peer's time on CIFAR-10."""
 ROOT = Path(__file__).parents[2]
 
 
 class Run(NamedTuple):
-    """What a preparation took."""
+    """The cost of one preparation."""
 
-    pictures: int
+    images: int
     seconds: float
     core_seconds: float
     """Of all its processes together, their start included: what a machine's other work does not lengthen."""
@@ -46,11 +46,11 @@ class Run(NamedTuple):
 
     @property
     def rate(self) -> float:
-        return self.pictures / self.seconds
+        return self.images / self.seconds
 
     @property
     def core_rate(self) -> float:
-        return self.pictures / self.core_seconds
+        return self.images / self.core_seconds
 
 
 def photographs(count: int, size: tuple[int, int], grain: float = 0) -> Iterator[tuple[int, bytes]]:
@@ -79,21 +79,21 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int], grain: fl
 
 
 def write_tars(folder: Path) -> int:
-    """WEB_TARS tars of WEB_PICTURES JPEGs of 256x256 with their grain, as img2dataset's; their mean size in bytes."""
+    """WEB_TARS tars of WEB_IMAGES JPEGs of 256x256 with their grain, as img2dataset's; their mean size in bytes."""
     folder.mkdir()
     total = 0
-    found = photographs(WEB_TARS * WEB_PICTURES, (WEB_SIDE, WEB_SIDE), GRAIN)
+    found = photographs(WEB_TARS * WEB_IMAGES, (WEB_SIDE, WEB_SIDE), GRAIN)
     for tar_number in range(WEB_TARS):
         with tarfile.open(folder / f"{tar_number:05d}.tar", "w") as tar:
-            for number, (_, content) in enumerate(islice(found, WEB_PICTURES)):
+            for number, (_, content) in enumerate(islice(found, WEB_IMAGES)):
                 member = tarfile.TarInfo(f"{tar_number:05d}{number:04d}.jpg")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
                 total += len(content)
-    return total // (WEB_TARS * WEB_PICTURES)
+    return total // (WEB_TARS * WEB_IMAGES)
 
 
-def small_pictures(folder: Path) -> tuple[str, Path]:
+def small_images(folder: Path) -> tuple[str, Path]:
     """CIFAR-10 as JPEG where the environment names its archive, else windows of photographs; and what they are."""
     archive = os.environ.get("CIFAR10_JPEG")
     if archive is None:
@@ -105,7 +105,7 @@ def small_pictures(folder: Path) -> tuple[str, Path]:
 
 
 def prepare(count: int, palette: Path, out: Path, workers: int, options: Sequence[object]) -> Run:
-    """`python -m data_prep shards` on `count` pictures with a given palette, as a user runs it."""
+    """`python -m data_prep shards` on `count` images with a given palette, as a user runs it."""
     command = [sys.executable, "-m", "data_prep", "shards", "--palette.file", palette, "--out", out]
     command += ["--workers", workers, *options]
     program = (
@@ -121,10 +121,10 @@ def prepare(count: int, palette: Path, out: Path, workers: int, options: Sequenc
     return Run(count, time.perf_counter() - began, float(core_seconds), int(kilobytes) / 1024)
 
 
-def peer(pictures: Path, palette: Path, **environment: str) -> float:
+def peer(images: Path, palette: Path, **environment: str) -> float:
     """Images a CPU-second of the peer in a process of its own with one thread, its start not counted."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.data", pictures, palette],
+        [sys.executable, "-m", "tests.benchmarks.data", images, palette],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -134,13 +134,13 @@ def peer(pictures: Path, palette: Path, **environment: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def peer_rate(pictures: Path, palette: Path) -> float:
-    """Images a CPU-second of Pillow and ImageGPTImageProcessor in this process, one picture after the other."""
+def peer_rate(images: Path, palette: Path) -> float:
+    """Images a CPU-second of Pillow and ImageGPTImageProcessor in this process, one image after the other."""
     from threadpoolctl import threadpool_limits
     from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
     processor = ImageGPTImageProcessorPil(clusters=np.load(palette), size={"height": 32, "width": 32})
-    files = sorted(pictures.glob("train/*/*"))[:PEER_PICTURES]
+    files = sorted(images.glob("train/*/*"))[:PEER_IMAGES]
     began = time.process_time()
     with threadpool_limits(1):
         for file in files:
@@ -149,10 +149,10 @@ def peer_rate(pictures: Path, palette: Path) -> float:
 
 
 def preparation(folder: Path) -> Iterator[str]:
-    """Rows of the table: pictures a second and memory, with 1 and 2 processes."""
+    """Rows of the table: images per second and memory, with 1 and 2 processes."""
     palette = folder / "palette.npy"
     save_palette(palette, np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32))
-    small_name, small = small_pictures(folder / "small")
+    small_name, small = small_images(folder / "small")
     scaled = ("--views.scaled_decode", "true")
     yield from _rows(f"{small_name} to 32x32", small, palette)
     for grain in (0, GRAIN):
@@ -162,19 +162,19 @@ def preparation(folder: Path) -> Iterator[str]:
         yield from _rows(f"{name}, exact", large, palette)
         yield from _rows(f"{name}, scaled decode", large, palette, *scaled)
     size = write_tars(folder / "tars")
-    name = f"{WEB_TARS} tars of {WEB_PICTURES:,} JPEGs of {WEB_SIDE}x{WEB_SIDE}, {size / 1000:,.0f} KB, to 64x64"
+    name = f"{WEB_TARS} tars of {WEB_IMAGES:,} JPEGs of {WEB_SIDE}x{WEB_SIDE}, {size / 1000:,.0f} KB, to 64x64"
     options = ("--source.kind", "webdataset", "--source.path", folder / "tars", "--resolution", 64)
     for workers in (1, 2):
-        run = _run(WEB_TARS * WEB_PICTURES, palette, workers, options)
+        run = _run(WEB_TARS * WEB_IMAGES, palette, workers, options)
         yield f"{_ours(name, workers, run)} | | | |"
 
 
-def _rows(name: str, pictures: Path, palette: Path, *options: object) -> Iterator[str]:
-    """Ours with 1 and 2 processes on a folder of pictures, beside the peer."""
-    theirs, tuned = peer(pictures, palette), peer(pictures, palette, **PAGES_KEPT)
-    count = sum(1 for _ in pictures.glob("t*/*/*"))
+def _rows(name: str, images: Path, palette: Path, *options: object) -> Iterator[str]:
+    """Ours with 1 and 2 processes on a folder of images, next to the peer."""
+    theirs, tuned = peer(images, palette), peer(images, palette, **PAGES_REUSED)
+    count = sum(1 for _ in images.glob("t*/*/*"))
     for workers in (1, 2):
-        run = _run(count, palette, workers, ("--source.kind", "image_folder", "--source.path", pictures, *options))
+        run = _run(count, palette, workers, ("--source.kind", "image_folder", "--source.path", images, *options))
         yield (
             f"{_ours(name, workers, run)} {theirs:,.0f} | {run.core_rate / theirs:.1f} | {tuned:,.0f} | "
             f"{run.core_rate / tuned:.1f} |"
@@ -192,8 +192,8 @@ def _ours(name: str, workers: int, run: Run) -> str:
 
 
 HEAD = (
-    "| pictures to shards | ours with | pictures/s | pictures a CPU-second | MB, largest process | "
-    "Pillow + ImageGPTImageProcessor, pictures a CPU-second | ratio a core | "
+    "| images to shards | ours with | images/s | images a CPU-second | MB, largest process | "
+    "Pillow + ImageGPTImageProcessor, images a CPU-second | ratio a core | "
     "the same, glibc told to keep its pages | ratio a core |\n|---|---|---|---|---|---|---|---|---|"
 )
 
