@@ -27,7 +27,7 @@ class Faults:
     busy: float = 0.0
     """Answered with 503."""
     short: float = 0.0
-    """The length is said to be less than it is, and so much is sent."""
+    """Announces a shorter length than the file has, and sends that much."""
 
 
 @dataclass

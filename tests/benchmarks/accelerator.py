@@ -174,7 +174,7 @@ def checks() -> Iterator[str]:
     yield "| check | largest difference |\n|---|---|"
     yield f"| logits in fp32 from float64's | {(fp32 - exact).abs().max():.1e} of {exact.abs().max():.1f} |"
     yield f"| loss in bf16 from float64's, nats | {abs(bf16 - loss):.1e} of {loss:.4f} |"
-    yield f"| completions kept and replayed, from a pass a colour | {_wrong_colours(model)} of 128 colours |"
+    yield f"| colors that differ between cached, replayed completions and full passes | {_wrong_colors(model)} of 128 |"
     ranks = start_alone()
     curves = [_curve(Case(small, 4, precision, CUDA, compiled), ranks) for precision, compiled in CURVES]  # type: ignore[arg-type]
     for (precision, compiled), curve in zip(CURVES[1:], curves[1:], strict=True):
@@ -185,8 +185,8 @@ def checks() -> Iterator[str]:
 CURVES = (("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True))
 
 
-def _wrong_colours(model: torch.nn.Module) -> int:
-    """Of four completions by the most probable colours."""
+def _wrong_colors(model: torch.nn.Module) -> int:
+    """How many colors of four greedy completions differ."""
     from pipeline.model.sampling import complete
 
     prefix = torch.randint(0, 512, (4, 32), generator=torch.Generator("cpu").manual_seed(2)).to(CUDA)
@@ -330,16 +330,16 @@ def _run_part(name: str, seconds: float) -> tuple[str, bool]:
         except subprocess.TimeoutExpired:
             process.kill()
             code = None
-    said = log.read_text()
-    lines = "\n".join(line[1:] for line in said.splitlines() if line.startswith("\t"))
+    output = log.read_text()
+    lines = "\n".join(line[1:] for line in output.splitlines() if line.startswith("\t"))
     if code != 0:
         word = f"took more than {seconds:.0f} s" if code is None else f"ended with code {code}"
-        lines += f"\n{word}; its last words: {' / '.join(said.splitlines()[-3:])}"
+        lines += f"\n{word}; its last lines: {' / '.join(output.splitlines()[-3:])}"
     return lines, code == 0
 
 
 def main() -> int:
-    """Prints the machine and the tables. Returns 1 if a part failed or was left out."""
+    """Prints the machine and the tables. Returns 1 if a part failed or did not run."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.accelerator")
     parser.add_argument("--part", choices=PARTS, help="Run this part here, nothing else.")
     parser.add_argument("--toy", action="store_true", help="Toy sizes, on whatever device there is.")

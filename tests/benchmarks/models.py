@@ -51,7 +51,7 @@ class Case:
         )
 
     def tokens(self) -> np.ndarray:
-        """A batch of pictures: uint16 (B, T)."""
+        """A batch of images: uint16 (B, T)."""
         shape = (self.images, self.config.n_positions)
         return np.random.default_rng(0).integers(0, COLORS, shape).astype(np.uint16)
 
@@ -82,7 +82,7 @@ def plain_step(case: Case) -> Step:
 
 
 def gpt_step(case: Case) -> Step:
-    """Stock GPT-2 of the same size, as one would train it: LayerNorm, biases, tied head, 512 colours and SOS."""
+    """Stock GPT-2 of the same size, as one would train it: LayerNorm, biases, tied head, 512 colors and SOS."""
     config = case.config
     plain = GPT2Config(
         n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, n_positions=config.n_positions,
@@ -171,7 +171,7 @@ def completions(case: Case) -> tuple[Step, Step]:
 
 
 def read_seconds(case: Case) -> float:
-    """The floor of drawing one position: weights, and keys and values of three quarters of the picture, read once."""
+    """The floor of drawing one position: weights, and keys and values of three quarters of the image, read once."""
     config, width = case.config, 4 if case.precision == "fp32" else 2
     weights = 12 * config.n_layer * config.n_embd**2 + config.n_embd * COLORS
     kept = 2 * config.n_layer * case.images * config.n_positions * 0.75 * config.n_embd

@@ -6,12 +6,12 @@ in full, recomputation not counted, over 989 (H100) and 312 (A100) TFLOP/s.
 Sources. llm-foundry: the tables of scripts/train/benchmarking/README.md in mosaicml/llm-foundry; FSDP with gradients
 reduced as fp32 (MP mode DEFAULT; as bf16 in PURE), FULL_SHARD as ZeRO-3, SHARD_GRAD_OP as ZeRO-3 that gathers weights
 once; 400 Gbit/s a GPU of H100 assumed, 200 of A100 stated. nanotron: docs/benchmark_summary.svg in
-huggingface/nanotron, which names the layouts, 1M tokens a step, T 4096; its colours say the MFU, which others quote as
-45, 40 and 19% for 8.9B on 1, 8 and 64 nodes, and between those three the colour scale is straight, so that the rows
+huggingface/nanotron, which names the layouts, 1M tokens a step, T 4096; its colors encode the MFU, quoted elsewhere as
+45, 40 and 19% for 8.9B on 1, 8 and 64 nodes, and between those three the color scale is linear, so that the rows
 with "~" are read off it, within a point. They are quoted as those of two stages with ZeRO-1 throughout, while the chart
 has four stages on 1 node and tensor parallelism on 64: both are simulated.
 
-Not here: Megatron-LM's 41 to 48% on H100, whose layouts are published as a picture only.
+Not here: Megatron-LM's 41 to 48% on H100, whose layouts are published as a figure only.
 """
 
 from dataclasses import dataclass, replace
@@ -221,7 +221,7 @@ def _layout(run: Published) -> str:
 
 
 XL_RUNS = ((64, 64), (256, 64), (256, 256), (256, 1024), (1024, 64), (1024, 1024), (1024, 4096))
-"""H100s and batches: the paper's batch, one picture each, and four."""
+"""H100s and batches: the paper's batch, one image each, and four."""
 XL_IMAGES = 128e6
 
 

@@ -25,7 +25,7 @@ def test_every_part_gives_its_table_at_toy_size(tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, "--toy"], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"^## ([\w-]+),", done.stdout, re.MULTILINE) == list(PARTS)
-    assert "| completions kept and replayed, from a pass a colour | 0 of 128 colours |" in done.stdout
+    assert "| colors that differ between cached, replayed completions and full passes | 0 of 128 |" in done.stdout
     assert "| logits in fp32 from float64's | " in done.stdout
     times = tmp_path / "out/accelerator/block_times.json"
     assert len(read_block_times(str(times)).rows) == len(json.loads(times.read_text())["rows"]) == 4
