@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from skimage import data
 
 from data_prep.shards.reader import open_shard_set
 from pipeline.model_folder.export import export, find_checkpoint
-from tests.launch import ROOT
+from tests.launch import ROOT, run
 from tests.pipeline.conftest import Runner
 
 README = "README.md"
@@ -68,10 +69,10 @@ def commands_of(page: str) -> Iterator[list[str]]:
 
 @cache
 def help_of(program: str, command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", program, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout
+    with TemporaryDirectory() as logs:
+        finished = run(1, "-m", program, command, "--help", logs=Path(logs))
+    assert finished.codes == [0], finished.output
+    return finished.output
 
 
 def command_in(words: list[str]) -> tuple[Command, list[str]] | None:
