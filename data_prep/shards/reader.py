@@ -62,7 +62,7 @@ class Split:
         return path
 
     @contextmanager
-    def borrowed(self, shard: dict[str, Any]) -> Iterator[Path]:
+    def temporary_copy(self, shard: dict[str, Any]) -> Iterator[Path]:
         """`file`, for once: a copy that was not there before is removed again."""
         kept = self.address is None or (self.folder / shard["file"]).is_file()
         path = self.file(shard)
@@ -101,7 +101,7 @@ class Split:
             pixels[wanted], labels[wanted] = record_pixels[rows], record_labels[rows]
         return pixels, labels
 
-    def places(self, indices: Sequence[int]) -> list[str]:
+    def locations(self, indices: Sequence[int]) -> list[str]:
         """Where images lie, for a person: "train-000003.tar record 12 picture 5", all counted from 0."""
         found = []
         for index in indices:
@@ -153,7 +153,7 @@ class ShardSet:
         for name in self.splits if splits is None else splits:
             split = self.split(name)
             for shard in split.shards:
-                with split.borrowed(shard) as path:
+                with split.temporary_copy(shard) as path:
                     self._verify_file(path, split, shard)
                 advance(shard["images"])
 

@@ -246,7 +246,7 @@ class Trainer:
     def record_skipped(self, row: dict[str, Any], reason: str) -> None:
         """Writes down a skipped step, or a loss spike, with its images. Raises Diverged after too many in a row."""
         start, stop = self.progress.images, row["images"]
-        images = self.inputs.train_split.places(self.checkpoint_manager.order.image_numbers(start, stop - start))
+        images = self.inputs.train_split.locations(self.checkpoint_manager.order.image_numbers(start, stop - start))
         self.telemetry.skipped_step(row | {"reason": reason, "positions": [start, stop], "pictures": images})
         if self.step_filter.exhausted:
             raise Diverged(
