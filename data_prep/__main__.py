@@ -23,7 +23,7 @@ def palette(arguments: list[str]) -> None:
 
 def shards(arguments: list[str]) -> None:
     """Prepares a shard set."""
-    description = "Prepares a shard set; the same command resumes after an interruption and keeps complete shards."
+    description = "Prepares a shard set. Run the same command again after an interruption: it keeps complete shards."
     configured = _configured("shards", description, arguments)
     from data_prep.build.build import prepare_shards
 
@@ -36,11 +36,11 @@ def _configured(command: str, description: str, arguments: list[str]) -> tuple["
     from data_prep.sources.registry import SOURCES
 
     kinds = "; ".join(f"{name} ({kind.reads})" for name, kind in SOURCES.items())
-    parser = new_parser(f"python -m data_prep {command}", f"{description} Kinds of source: {kinds}.")
+    parser = new_parser(f"python -m data_prep {command}", f"{description} Values of source.kind: {kinds}.")
     parser.add_argument("--config", action="config", help="YAML file, such as configs/data/cifar10.yaml")
-    parser.add_argument("--out", type=str, required=True, help="where the result goes")
-    parser.add_argument("--part", type=int, default=1, help="which part of --parts this call does, from 1 on")
-    parser.add_argument("--parts", type=int, default=1, help="parts of the job; python -m data_prep join ends it")
+    parser.add_argument("--out", type=str, required=True, help="file or folder to write")
+    parser.add_argument("--part", type=int, default=1, help="number of the part to prepare, from 1 to --parts")
+    parser.add_argument("--parts", type=int, default=1, help="number of parts of the job; after the last: join")
     parser.add_class_arguments(DataConfig)
     options = parse(parser, arguments)
     return fill(DataConfig, options), Path(options.out), Part(options.part, options.parts)
@@ -48,10 +48,12 @@ def _configured(command: str, description: str, arguments: list[str]) -> tuple["
 
 def join(arguments: list[str]) -> None:
     """Joins parts."""
-    parser = new_parser("python -m data_prep join", "Makes one shard set, or palette, of the parts that --parts left.")
-    parser.add_argument("out", type=str, help="folder of the shard set, or file of the palette: the parts' --out")
+    parser = new_parser("python -m data_prep join", "Joins the parts of a shard set or of a palette.")
+    parser.add_argument("out", type=str, help="--out of the parts: folder of the shard set, or file of the palette")
     parser.add_argument(
-        "--max_skipped", type=float | None, help="share of pictures and tars that may be skipped; else as the parts'"
+        "--max_skipped",
+        type=float | None,
+        help="largest share of images and tars that may be skipped; default: the parts'",
     )
     options = parse(parser, arguments)
     from data_prep.build.merge import join_shards
@@ -64,9 +66,9 @@ def join(arguments: list[str]) -> None:
 
 
 def verify(arguments: list[str]) -> None:
-    """Re-reads a shard set."""
-    parser = new_parser("python -m data_prep verify", "Re-reads all that a shard set's manifest promises.")
-    parser.add_argument("shards", type=str, help="folder of the shard set, or its address")
+    """Verifies a shard set."""
+    parser = new_parser("python -m data_prep verify", "Reads a complete shard set and compares it with its manifest.")
+    parser.add_argument("shards", type=str, help="folder or URL of the shard set")
     options = parse(parser, arguments)
     from data_prep.common.progress import progress
     from data_prep.shards.reader import open_shard_set
@@ -76,18 +78,18 @@ def verify(arguments: list[str]) -> None:
     with progress("verify", sum(sizes.values()), "images") as advance:
         shard_set.verify(advance=advance)
     counts = ", ".join(f"{name} {images:,}" for name, images in sizes.items())
-    logger.info(f"{options.shards}: all as promised ({counts} images; digest {shard_set.digest})")
+    logger.info(f"{options.shards}: matches its manifest ({counts} images; digest {shard_set.digest})")
 
 
 def show(arguments: list[str]) -> None:
     """Draws a grid of images."""
     parser = new_parser(
         "python -m data_prep show",
-        "Draws labelled images of a shard set, beside the pictures they were made from where the source is at hand.",
+        "Draws labelled images of a shard set, next to the source images where the source is available.",
     )
-    parser.add_argument("shards", type=str, help="folder of the shard set, or its address")
+    parser.add_argument("shards", type=str, help="folder or URL of the shard set")
     parser.add_argument("--split", type=str, default="train", help="train, valid or test")
-    parser.add_argument("--images", type=int, default=40, help="number of images, from the split's first on")
+    parser.add_argument("--images", type=int, default=40, help="number of images, from the start of the split")
     parser.add_argument("--out", type=str, required=True, help="PNG file to write")
     options = parse(parser, arguments)
     from data_prep.preview import draw
@@ -102,8 +104,8 @@ if __name__ == "__main__":
         {
             "palette": ("fit a palette to a source's training images", palette),
             "shards": ("prepare a shard set", shards),
-            "join": ("make one of the parts of a shard set or palette", join),
-            "verify": ("re-read all that a shard set promises", verify),
+            "join": ("join the parts of a shard set or of a palette", join),
+            "verify": ("compare a shard set with its manifest", verify),
             "show": ("draw a labelled grid of a shard set's images", show),
         },
     )

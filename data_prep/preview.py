@@ -1,4 +1,4 @@
-"""A labelled grid of a shard set's images, beside the pictures they were made from, above the palette."""
+"""A labelled grid of a shard set's images, next to their source images, above the palette."""
 
 import logging
 import math
@@ -25,17 +25,17 @@ CELL = 96
 TEXT = 14
 GAP = 6
 SWATCH = 8
-"""Pixels a side of a palette's colour."""
+"""Pixels a side of a palette color."""
 LUMINANCE = (0.299, 0.587, 0.114)
-"""How bright red, green and blue look (Rec. 601)."""
+"""Weights of red, green and blue (Rec. 601)."""
 
 
 def draw(path: Path | str, split: str, images: int, out: Path) -> None:
-    """Writes the first images of a split as PNG: each pair is the source's view and the stored image."""
+    """Writes the first images of a split as PNG, in pairs: the view of the source image, and the stored image."""
     if images < 1:
         raise ValueError(f"--images is {images}; it must be at least 1.")
     if out.suffix.lower() != ".png" or out.is_dir():
-        raise ValueError(f"--out is {out}; it must be a file whose name ends in .png.")
+        raise ValueError(f"--out is {out}; it must be a file name that ends in .png.")
     shard_set = open_shard_set(path)
     stored = shard_set.split(split)
     numbers = np.arange(min(images, stored.images))
@@ -46,28 +46,28 @@ def draw(path: Path | str, split: str, images: int, out: Path) -> None:
 
 
 def _originals(shard_set: ShardSet, split: str, count: int) -> tuple[np.ndarray | None, str]:
-    """The views that the first images of a split were made from, uint8 (N, R, R, 3), and what to say of them."""
+    """The source views of the first images of a split, uint8 (N, R, R, 3) or None, and a note for the log."""
     manifest = shard_set.manifest
     config = DataConfig.from_dict(manifest["config"])
     try:
         source = open_source(config.source)
     except (ValueError, OSError) as error:
-        return None, f"without the source's pictures, as it can't be opened: {error}"
+        return None, f"without the source images: the source can't be opened: {error}"
     if source.streams:
-        return None, "without the source's pictures, as the source is a stream."
+        return None, "without the source images: the source is a stream."
     if source.fingerprint != manifest["source"]["fingerprint"]:
-        return None, "without the source's pictures, as the source has other pictures now."
+        return None, "without the source images: they have changed since the preparation."
     chosen = make_plan(source, config).splits[split]
     views = views_of(source, config, chosen.source_split)
     found: list[np.ndarray] = []
-    for index, number in zip(chosen.pictures, chosen.views, strict=True):
+    for index, number in zip(chosen.source_indices, chosen.views, strict=True):
         if len(found) == count:
             break
-        with suppress(BadImage):  # the preparation passed over it, too
+        with suppress(BadImage):  # the preparation skipped it too
             found.append(views.view(int(index), int(number)))
     if len(found) < count:
-        return None, "without the source's pictures, as some of them can't be read any more."
-    return np.stack(found), "left the source's view, right as stored."
+        return None, "without the source images: some of them can no longer be read."
+    return np.stack(found), "source image on the left, stored image on the right."
 
 
 def draw_result(
@@ -78,22 +78,22 @@ def draw_result(
     palette: np.ndarray,
     out: Path,
 ) -> None:
-    """Writes a PNG of views uint8 (N, R, R, 3), where there are any, beside their tokens (N, R*R) in colours.
+    """Writes a PNG of views uint8 (N, R, R, 3), if given, next to their tokens (N, R*R) drawn in color.
 
-    Below each pair stands the name of its class, below all of them the palette float32 (V, 3).
+    The name of the class is below each pair, and the palette float32 (V, 3) at the bottom.
     """
     resolution = math.isqrt(tokens.shape[1])
     columns = [decode(tokens, palette, resolution)]
     if views is not None:
         columns.insert(0, views)
     grid = draw_grid(columns, [classes[label] if label >= 0 else "" for label in labels])
-    picture = _above(grid, draw_palette(palette, grid.width - 2 * GAP))
+    drawing = _stack(grid, draw_palette(palette, grid.width - 2 * GAP))
     with atomic_write(out) as temporary, temporary.open("wb") as file:
-        picture.save(file, "PNG")
+        drawing.save(file, "PNG")
 
 
 def draw_palette(palette: np.ndarray, width: int) -> Image.Image:
-    """The colours of a palette float32 (V, 3), from dark to bright, in rows of squares of at most `width` pixels."""
+    """The colors of a palette float32 (V, 3), from dark to bright, in rows of squares, at most `width` pixels wide."""
     colors = decode(np.arange(len(palette))[:, None], palette, 1).reshape(-1, 3)
     colors = colors[np.argsort(colors @ np.array(LUMINANCE), kind="stable")]
     across = max(1, width // SWATCH)
@@ -103,8 +103,8 @@ def draw_palette(palette: np.ndarray, width: int) -> Image.Image:
     return Image.fromarray(rows)
 
 
-def _above(upper: Image.Image, lower: Image.Image) -> Image.Image:
-    """Two pictures in one, with a margin around the lower."""
+def _stack(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """One image above the other, with a margin around the lower."""
     canvas = Image.new("RGB", (upper.width, upper.height + lower.height + GAP), "white")
     canvas.paste(upper, (0, 0))
     canvas.paste(lower, (GAP, upper.height))
@@ -112,7 +112,7 @@ def _above(upper: Image.Image, lower: Image.Image) -> Image.Image:
 
 
 def draw_grid(columns: list[np.ndarray], names: list[str]) -> Image.Image:
-    """Draws image i of each of `columns`, uint8 (N, R, R, 3), side by side, with names[i] below."""
+    """Draws image i of each of `columns`, uint8 (N, R, R, 3), in a row, with names[i] below."""
     count = len(names)
     across = min(COLUMNS, count)
     width, height = len(columns) * CELL + GAP, CELL + TEXT + GAP
@@ -120,8 +120,8 @@ def draw_grid(columns: list[np.ndarray], names: list[str]) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
     for index, name in enumerate(names):
         left, top = GAP + index % across * width, GAP + index // across * height
-        for place, pictures in enumerate(columns):
-            cell = Image.fromarray(pictures[index]).resize((CELL, CELL), Image.Resampling.NEAREST)
-            canvas.paste(cell, (left + place * CELL, top))
+        for position, images in enumerate(columns):
+            cell = Image.fromarray(images[index]).resize((CELL, CELL), Image.Resampling.NEAREST)
+            canvas.paste(cell, (left + position * CELL, top))
         pen.text((left, top + CELL + 1), name[: width // 6], fill="black")
     return canvas

@@ -1,4 +1,4 @@
-"""A real HTTP server for tests, on this machine, that can be told to misbehave."""
+"""A local HTTP server for tests that can inject faults."""
 
 import random
 import socket
@@ -13,26 +13,26 @@ from pathlib import Path
 from typing import Any
 
 RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER: closing sends a reset in place of an orderly end."""
+"""SO_LINGER: closing sends a reset instead of an orderly end."""
 
 
 @dataclass
 class Faults:
-    """The share of answers that go wrong in each way."""
+    """The share of responses with each kind of fault."""
 
     drop: float = 0.0
     """The connection breaks off after a random number of bytes, by a reset or by an orderly end."""
     stall: float = 0.0
-    """Nothing more comes after a random number of bytes; the connection stays open."""
+    """Nothing is sent after a random number of bytes; the connection stays open."""
     busy: float = 0.0
     """Answered with 503."""
     short: float = 0.0
-    """Announces a shorter length than the file has, and sends that much."""
+    """The Content-Length is too small, and only so many bytes are sent."""
 
 
 @dataclass
 class Server:
-    """What the tests look at."""
+    """The state that tests check."""
 
     url: str = ""
     requests: list[tuple[str, str | None]] = field(default_factory=list)
@@ -115,7 +115,7 @@ class StoppableServer(ThreadingHTTPServer):
         super().__init__(*arguments)
 
     def handle_error(self, *_: Any) -> None:
-        """Readers that leave early are no news."""
+        """Readers that disconnect early are expected."""
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""`shards` and `join`: start at build.py, the job; plan.py says which images go where, merge.py ends it."""
+"""`shards` and `join`. Start at build.py, the job; plan.py assigns images to shards, merge.py writes the manifest."""

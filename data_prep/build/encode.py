@@ -1,11 +1,11 @@
-"""Source images to the images of a record: what worker processes do where a split can be read in any order."""
+"""Source images to a packed record: the task of a worker process for splits with random access."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.build.plan import Plan, Unit, counts
+from data_prep.build.plan import Plan, Unit, is_first_view
 from data_prep.build.skips import Skip, skip
 from data_prep.images.crops import views_of
 from data_prep.images.decode import BadImage
@@ -13,12 +13,12 @@ from data_prep.palette.codec import decode, encode
 from data_prep.sources.base import Source
 
 SAMPLES = 24
-"""Images whose views are kept for the picture of the result."""
+"""Views that are saved for the preview of the result."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs, handed on by fork."""
+    """The inputs of a worker, inherited by fork."""
 
     source: Source
     plan: Plan
@@ -29,12 +29,12 @@ class Job:
 
 
 Samples = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Views as cut uint8 (n, R, R, 3), what was stored of them, tokens uint16 (n, T), and labels int32 (n,)."""
+"""Views uint8 (n, R, R, 3), their tokens uint16 (n, T), and labels int32 (n,)."""
 
 
 @dataclass
 class Outcome:
-    """The images of one record, maybe none, and what to say of the pictures that they were made from."""
+    """The images of one record, possibly none, with the number of source images processed and skipped."""
 
     split: str
     """Of the shard set."""
@@ -42,39 +42,39 @@ class Outcome:
     """uint16 (n, T)."""
     labels: np.ndarray
     """int32 (n,)."""
-    pictures: int
-    """Met, those that were skipped among them."""
+    source_images: int
+    """Number of source images processed, including skipped ones."""
     skips: list[Skip] = field(default_factory=list)
     squared_error: int = 0
-    """Of the stored colours, summed over all channels of all pixels."""
+    """Of the palette colors against the original pixels, summed over all channels of all pixels."""
     samples: Samples | None = None
-    """The first few images, where the picture of the result shows them."""
+    """The first few images, if the preview of the result shows them."""
 
 
 def encode_record(job: Job, task: tuple[Unit, int]) -> Outcome:
     """One record of a unit."""
     unit, record = task
     plan = job.plan.splits[unit.split]
-    pictures, numbers = plan.records(unit.number)[record]
+    indices, numbers = plan.records(unit.number)[record]
     views = views_of(job.source, job.plan.config, plan.source_split)
-    counted = counts(numbers)
-    cut, kept, skips = [], [], []
-    for place, (picture, number) in enumerate(zip(pictures, numbers, strict=True)):
+    counted = is_first_view(numbers)
+    cropped, usable, skips = [], [], []
+    for position, (index, number) in enumerate(zip(indices, numbers, strict=True)):
         try:
-            cut.append(views.view(int(picture), int(number)))
-            kept.append(place)
+            cropped.append(views.view(int(index), int(number)))
+            usable.append(position)
         except BadImage as bad:
-            if counted[place]:
+            if counted[position]:
                 skips.append(skip(unit.split, bad))
-    outcome = encoded(job, unit.split, cut, views.labels[pictures[kept]])
-    outcome.pictures, outcome.skips = int(counted.sum()), skips
+    outcome = encoded(job, unit.split, cropped, views.labels[indices[usable]])
+    outcome.source_images, outcome.skips = int(counted.sum()), skips
     if (unit.number, record) == (0, 0) and unit.split == "train":
-        outcome.samples = samples(cut, outcome)
+        outcome.samples = samples(cropped, outcome)
     return outcome
 
 
 def samples(views: Sequence[np.ndarray], outcome: Outcome) -> Samples | None:
-    """The first of the views that `outcome` was made of; None where there are none."""
+    """The first of the views that `outcome` was made of; None if there are none."""
     return (np.stack(views[:SAMPLES]), outcome.tokens[:SAMPLES], outcome.labels[:SAMPLES]) if views else None
 
 
@@ -90,7 +90,7 @@ def encoded(job: Job, split: str, views: Sequence[np.ndarray], labels: np.ndarra
 
 
 def squared_error(pixels: np.ndarray, stored: np.ndarray) -> int:
-    """Summed over all channels of pictures uint8 (n, R, R, 3); exact: OpenCV adds whole numbers."""
+    """Summed over all channels of images uint8 (n, R, R, 3). Exact: OpenCV adds integers."""
     import cv2
 
     return int(cv2.norm(pixels.reshape(len(pixels), -1), stored.reshape(len(stored), -1), cv2.NORM_L2SQR))

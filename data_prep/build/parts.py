@@ -1,15 +1,15 @@
-"""One job as many: numbered parts, which any machine runs at any time."""
+"""A job split into numbered parts, which any machine runs at any time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which share of a job a call does: each `count`-th piece, from the `number`-th on."""
+    """The share of a job that a call prepares: every `count`-th work item, starting with the `number`-th."""
 
     number: int = 1
     count: int = 1
@@ -20,9 +20,9 @@ class Part:
 
     @property
     def name(self) -> str:
-        """As files are named: 00001-of-00004."""
+        """For file names: 00001-of-00004."""
         return f"{self.number:05d}-of-{self.count:05d}"
 
-    def of(self, pieces: Sequence[Thing]) -> Sequence[Thing]:
-        """The pieces that this part does."""
-        return pieces[self.number - 1 :: self.count]
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The work items of this part."""
+        return items[self.number - 1 :: self.count]

@@ -1,4 +1,4 @@
-"""What could not be used: counted by reason, listed by name, and never more than was agreed to."""
+"""Images and tars that could not be used: counted by reason, listed by name, and limited by max_skipped."""
 
 import json
 from collections import Counter
@@ -11,67 +11,67 @@ from data_prep.images.decode import BadImage
 
 SKIPPED = "skipped.jsonl"
 DAMAGED_TAR = "damaged tar"
-JUDGED_AFTER = 10_000
-"""Images of a stream after which a part is judged by its own share; its whole length is not known."""
+CHECKED_AFTER = 10_000
+"""Images of streams after which a part checks its own share of skips; the total number of images is unknown."""
 
 Skip = dict[str, str]
 """One line of skipped.jsonl: split, name, reason, detail."""
 
 
 def skip(split: str, bad: BadImage) -> Skip:
-    """The line that says what became of a picture."""
+    """The line of skipped.jsonl for an image."""
     return {"split": split, "name": bad.name, "reason": bad.reason, "detail": bad.detail}
 
 
 @dataclass
 class SkipLimit:
-    """Counts pictures and skips, and says when they are too many."""
+    """Counts source images and skips. Raises TooManySkips when the skips exceed the share."""
 
     share: float
-    """The largest share of the pictures, and of the tars, that may be skipped."""
-    pictures_planned: int | None = None
-    """All pictures of the whole job; None where streams don't say."""
+    """The largest share of the images, and of the tars, that may be skipped."""
+    images_planned: int | None = None
+    """Number of source images of the entire job; None for streams, as it is unknown."""
     tars_planned: int = 0
-    """All tars of the whole job."""
-    pictures: int = 0
+    """Number of tars of the entire job."""
+    images: int = 0
     skips: list[Skip] = field(default_factory=list)
 
-    def add(self, pictures: int, skips: Iterable[Skip]) -> None:
-        """Raises ValueError as soon as the whole job can't stay within the share any more."""
-        self.take(pictures, skips)
-        planned = self.pictures_planned
+    def add(self, images: int, skips: Iterable[Skip]) -> None:
+        """Counts, and raises TooManySkips as soon as the entire job can no longer stay within the share."""
+        self.count(images, skips)
+        planned = self.images_planned
         if planned is None:
-            planned = self.pictures if self.pictures >= JUDGED_AFTER else None
+            planned = self.images if self.images >= CHECKED_AFTER else None
         self._check(planned, self.tars_planned)
 
-    def take(self, pictures: int, skips: Iterable[Skip]) -> None:
-        """Counts without judging."""
-        self.pictures += pictures
+    def count(self, images: int, skips: Iterable[Skip]) -> None:
+        """Counts without checking the share."""
+        self.images += images
         self.skips += skips
 
     def finish(self) -> None:
-        """Raises ValueError if more than the share was skipped."""
-        self._check(self.pictures, self.tars_planned)
+        """Raises TooManySkips if more than the share was skipped."""
+        self._check(self.images, self.tars_planned)
 
-    def _check(self, pictures: int | None, tars: int) -> None:
+    def _check(self, images: int | None, tars: int) -> None:
         damaged_tars = [one for one in self.skips if one["reason"] == DAMAGED_TAR]
-        bad_pictures = [one for one in self.skips if one["reason"] != DAMAGED_TAR]
-        for found, count, what in ((damaged_tars, tars, "tars"), (bad_pictures, pictures, "pictures")):
+        bad_images = [one for one in self.skips if one["reason"] != DAMAGED_TAR]
+        for found, count, what in ((damaged_tars, tars, "tars"), (bad_images, images, "images")):
             if found and count is not None and len(found) > self.share * count:
                 raise TooManySkips(self._sentence(found, f"{count:,} {what}"), self.skips)
 
     def _sentence(self, found: list[Skip], of: str) -> str:
         first = found[0]
         detail = f" ({first['detail']})" if first["detail"] else ""
-        so_far = "so far " if self.pictures_planned is not None and self.pictures < self.pictures_planned else ""
+        so_far = "so far " if self.images_planned is not None and self.images < self.images_planned else ""
         return (
-            f"{so_far}{len(found):,} of {of} can't be used, more than max_skipped {self.share:g} allows; the first: "
-            f"{first['name']} is {first['reason']}{detail}; repair or remove them, or raise --max_skipped"
+            f"{so_far}{len(found):,} of {of} can't be used, more than max_skipped {self.share:g} allows; the first is "
+            f"{first['name']}: {first['reason']}{detail}; repair or remove them, or raise --max_skipped"
         )
 
 
 class TooManySkips(ValueError):
-    """More skips than max_skipped allows; `skips` are those met so far. The sentence lacks its full stop."""
+    """More skips than max_skipped allows. `skips` has the skips so far. The sentence has no full stop yet."""
 
     def __init__(self, sentence: str, skips: list[Skip]) -> None:
         super().__init__(sentence)
@@ -79,7 +79,7 @@ class TooManySkips(ValueError):
 
 
 def counts_by_reason(skips: Iterable[Skip]) -> dict[str, dict[str, int]]:
-    """{split: {reason: count}}, sorted: what the manifest says."""
+    """{split: {reason: count}}, sorted, for the manifest."""
     counts: dict[str, Counter[str]] = {}
     for one in skips:
         counts.setdefault(one["split"], Counter())[one["reason"]] += 1
@@ -87,7 +87,7 @@ def counts_by_reason(skips: Iterable[Skip]) -> dict[str, dict[str, int]]:
 
 
 def write_skips(path: Path, skips: list[Skip]) -> None:
-    """One JSON object a line; no file where nothing was skipped."""
+    """Writes one JSON object per line; removes the file if nothing was skipped."""
     if not skips:
         path.unlink(missing_ok=True)
         return

@@ -1,9 +1,9 @@
-"""The traces of a preparation that is not finished, so that a restart keeps what is complete and parts can be joined.
+"""The state of an unfinished preparation, from which a restart reuses complete units, and `join` joins the parts.
 
 OUT/unfinished/plan.json                  what is being prepared; the same for all parts
-OUT/unfinished/train-000000.json          a complete unit: its shards' manifest entries, and what was skipped
-OUT/unfinished/part-00001-of-00007.json   a part that was begun; how long it took, when it is done
-OUT/unfinished/samples.npz                the first images, for the picture of the result
+OUT/unfinished/train-000000.json          the result of a complete unit: manifest entries of its shards, and skips
+OUT/unfinished/part-00001-of-00007.json   a part that was started; its duration, once it is complete
+OUT/unfinished/samples.npz                the first images, for the preview of the result
 """
 
 import shutil
@@ -23,7 +23,7 @@ PLAN = "plan.json"
 
 
 def finished(out: Path, config: dict[str, Any]) -> bool:
-    """Whether `out` is a finished set of this very configuration. Raises ValueError if it is another's or damaged."""
+    """Whether `out` is a finished set with this configuration. Raises ValueError if it is damaged or has another."""
     if not (out / MANIFEST).is_file():
         return False
     manifest = read_json(out / MANIFEST)
@@ -31,65 +31,66 @@ def finished(out: Path, config: dict[str, Any]) -> bool:
     try:
         open_shard_set(out)
     except ValueError as error:
-        raise ValueError(f"{error} Delete {out} to prepare it again.") from error
-    Unfinished(out).remove()
+        raise ValueError(f"{error} Or delete {out} to prepare it again.") from error
+    UnfinishedSet(out).remove()
     return True
 
 
-class Unfinished:
-    """The folder `unfinished` of a set in preparation."""
+class UnfinishedSet:
+    """The folder `unfinished` of a set in preparation: see the top of this file."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / "unfinished"
         self._plan_file = self.folder / PLAN
 
-    def begin(self, plan: dict[str, Any]) -> None:
-        """Creates the folder, or resumes in it. Raises ValueError if `out` holds anything else."""
+    def start(self, plan: dict[str, Any]) -> None:
+        """Creates the folder, or resumes in it. Raises ValueError if `out` contains other files."""
         if not self._plan_file.is_file():
             others = self.out.is_dir() and any(child != self.folder for child in self.out.iterdir())
-            if others and not self._plan_file.is_file():  # asked again: another part may have begun meanwhile
-                raise ValueError(f"--out {self.out} holds other files; choose a new or empty folder.")
-        begin_plan(self._plan_file, self.out, plan)
+            if others and not self._plan_file.is_file():  # checked again: another part may have started meanwhile
+                raise ValueError(f"--out {self.out} contains other files; choose a new or empty folder.")
+        share_plan(self._plan_file, self.out, plan)
 
     def plan(self) -> dict[str, Any]:
-        """Raises ValueError if nothing was begun here."""
+        """Raises ValueError if no part was started here."""
         if not self._plan_file.is_file():
-            raise ValueError(f"{self.out} holds no parts of a shard set; prepare them with --part and --parts first.")
+            raise ValueError(f"{self.out} has no parts of a shard set; prepare them with --part and --parts first.")
         return read_json(self._plan_file)
 
-    def begin_part(self, part: Part, max_skipped: float) -> None:
-        """Notes that a part was begun, and the share of pictures that it may skip."""
-        write_json(self._part_file(part), self._noted_parts().get(part, {}) | {"max_skipped": max_skipped})
+    def start_part(self, part: Part, max_skipped: float) -> None:
+        """Records that a part was started, and the share of images that it may skip."""
+        write_json(self._part_file(part), self._load_parts().get(part, {}) | {"max_skipped": max_skipped})
 
-    def finish_part(self, part: Part, max_skipped: float, seconds: float, pictures: int) -> None:
-        """Notes that a part is done, and what its last call took to meet `pictures` of its pictures."""
-        self._check_begun()
-        noted = self._noted_parts().get(part, {})
-        took = {"seconds": noted.get("seconds", 0) + round(seconds, 1), "pictures": noted.get("pictures", 0) + pictures}
-        write_json(self._part_file(part), {"max_skipped": max_skipped} | took)
+    def finish_part(self, part: Part, max_skipped: float, seconds: float, images: int) -> None:
+        """Records that a part is complete; adds the duration of this call and the source images that it processed."""
+        self._check_started()
+        before = self._load_parts().get(part, {})
+        total = {
+            "seconds": before.get("seconds", 0) + round(seconds, 1),
+            "pictures": before.get("pictures", 0) + images,
+        }
+        write_json(self._part_file(part), {"max_skipped": max_skipped} | total)
 
     def parts(self) -> list[Part]:
-        """Those that were begun."""
-        return list(self._noted_parts())
+        """The parts that were started."""
+        return list(self._load_parts())
 
-    def rates(self) -> list[tuple[float, int]]:
-        """Of each part that is done: the seconds that calls took which came to their end, and the pictures they met."""
-        done = [noted for noted in self._noted_parts().values() if "seconds" in noted]
-        return [(noted["seconds"], noted["pictures"]) for noted in done]
+    def timings(self) -> list[tuple[float, int]]:
+        """(seconds, source images) of each complete part. Calls that were interrupted are not counted."""
+        complete = [saved for saved in self._load_parts().values() if "seconds" in saved]
+        return [(saved["seconds"], saved["pictures"]) for saved in complete]
 
     def max_skipped(self) -> float:
-        """The largest share that one of the parts which are done was allowed to skip."""
-        noted = list(self._noted_parts().values())
-        return max(part["max_skipped"] for part in [one for one in noted if "seconds" in one] or noted)
+        """The largest max_skipped of the complete parts."""
+        saved = list(self._load_parts().values())
+        return max(part["max_skipped"] for part in [one for one in saved if "seconds" in one] or saved)
 
-    def _check_begun(self) -> None:
-        """What comes after the parts were joined, or the folder removed, must not begin it anew."""
+    def _check_started(self) -> None:
+        """A call that is late, after the parts were joined or the folder was removed, must not recreate the folder."""
         if not self._plan_file.is_file():
-            raise ValueError(
-                f"{self.out} was joined or removed while this call was at work; it is not needed any more."
-            )
+            raise ValueError(f"{self.out} was joined or removed while this call was running; the call is not needed.")
 
-    def _noted_parts(self) -> dict[Part, dict[str, Any]]:
+    def _load_parts(self) -> dict[Part, dict[str, Any]]:
         found: dict[Part, dict[str, Any]] = {}
         for file in sorted(self.folder.glob("part-*-of-*.json")):
             _, part, _, parts = file.stem.split("-")
@@ -99,54 +100,54 @@ class Unfinished:
     def _part_file(self, part: Part) -> Path:
         return self.folder / f"part-{part.name}.json"
 
-    def keep(self, unit: Unit, note: dict[str, Any]) -> None:
-        """Notes that a unit is complete."""
-        self._check_begun()
-        write_json(self._note(unit), note)
+    def save_result(self, unit: Unit, result: dict[str, Any]) -> None:
+        """Records that a unit is complete."""
+        self._check_started()
+        write_json(self._result_file(unit), result)
 
-    def note(self, unit: Unit) -> dict[str, Any] | None:
-        """What was noted of a unit, None if it isn't complete."""
-        return read_json(self._note(unit)) if self._note(unit).is_file() else None
+    def load_result(self, unit: Unit) -> dict[str, Any] | None:
+        """The result of a unit; None if it isn't complete."""
+        return read_json(self._result_file(unit)) if self._result_file(unit).is_file() else None
 
-    def kept(self, unit: Unit, palette_sha256: str) -> dict[str, Any] | None:
-        """The note of a unit that was finished with this palette, if its shards are still as they were written."""
-        note = self.note(unit)
-        if note is None or note["palette_sha256"] != palette_sha256:
+    def reusable_result(self, unit: Unit, palette_sha256: str) -> dict[str, Any] | None:
+        """The result of a unit that was prepared with this palette, if its shards are unchanged since."""
+        result = self.load_result(unit)
+        if result is None or result["palette_sha256"] != palette_sha256:
             return None
-        return note if all(map(self._is_complete, note["shards"].values())) else None
+        return result if all(map(self._is_unchanged, result["shards"].values())) else None
 
-    def _is_complete(self, entry: dict[str, Any]) -> bool:
+    def _is_unchanged(self, entry: dict[str, Any]) -> bool:
         path = self.out / entry["file"]
         return path.is_file() and file_sha256(path) == entry["sha256"]
 
-    def keep_samples(self, samples: Samples) -> None:
-        """Keeps the first images for the picture of the result."""
+    def save_samples(self, samples: Samples) -> None:
+        """Saves the first images for the preview of the result."""
         with atomic_write(self.folder / "samples.npz") as temporary, temporary.open("wb") as file:
             views, tokens, labels = samples
             np.savez(file, views=views, tokens=tokens, labels=labels)
 
-    def samples(self) -> Samples | None:
-        """The kept images."""
+    def load_samples(self) -> Samples | None:
+        """The saved images; None if there are none."""
         if not (self.folder / "samples.npz").is_file():
             return None
         with np.load(self.folder / "samples.npz", allow_pickle=False) as arrays:
             return arrays["views"], arrays["tokens"], arrays["labels"]
 
     def remove(self) -> None:
-        """Removes the traces, and what killed processes left half-written."""
+        """Removes the folder, and temporary files of killed processes."""
         for leftover in self.out.glob(".*.partial"):
             leftover.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _note(self, unit: Unit) -> Path:
+    def _result_file(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.json"
 
 
-def begin_plan(file: Path, out: Path, plan: dict[str, Any]) -> None:
-    """Writes the plan that all parts share, unless one has. Raises ValueError if that one's differs."""
+def share_plan(file: Path, out: Path, plan: dict[str, Any]) -> None:
+    """Writes the plan that all parts share, unless another part has. Raises ValueError if the written plan differs."""
     if not file.is_file():
         write_json(file, plan)
-    # Read again also after writing: another part may have begun at the same moment, with other options.
+    # Read also after writing: another part may have started at the same moment, with other options.
     refuse_difference(out, read_json(file), plan)
 
 
@@ -157,12 +158,12 @@ def refuse_difference(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -
         there, here = flat_theirs.get(key), flat_ours.get(key)
         if there != here and key == "source.fingerprint":
             raise ValueError(
-                f"--out {out} was begun with other pictures than the source has now; choose another folder."
+                f"--out {out} was started with other images than the source has now; choose another folder."
             )
         if there != here:
             raise ValueError(
-                f"--out {out} holds a set prepared with {key.removeprefix('config.')} {there}, now it is {here}; "
-                f"choose another folder."
+                f"--out {out} was prepared with {key.removeprefix('config.')} {there}, but it is now {here}; choose "
+                f"another folder."
             )
 
 

@@ -1,1 +1,1 @@
-"""What both programs share: command lines, exit codes, files, seeds, workers. Imports nothing else of this project."""
+"""Shared by both programs: command lines, exit codes, files, seeds, workers. Imports nothing else of this project."""

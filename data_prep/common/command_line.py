@@ -1,4 +1,4 @@
-"""What both command lines share: parsing into dataclasses, one-sentence errors, exit codes."""
+"""Shared by both command lines: parsing into dataclasses, errors in one sentence, exit codes."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from data_prep.common.exit_codes import INTERRUPTED, USER_ERROR
-from data_prep.common.invalid_options import as_typed, invalid_option
+from data_prep.common.invalid_options import invalid_option, name_missing_options
 from data_prep.common.logs import FLAGS_HELP, configure_logging, split_flags
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 TRACEBACK_VARIABLE = "IGPT_TRACEBACK"
 
 Command = Callable[[list[str]], int | None]
-"""Of the arguments that follow its name, to its exit code; None is 0."""
+"""Takes the arguments that follow the command's name, returns the exit code; None is 0."""
 Options = TypeVar("Options")
 
 
 def new_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser whose errors come as exceptions, to be printed as one sentence.
+    """A parser that raises its errors, so that they are printed as one sentence.
 
     Its --help shows the docstrings below the fields of dataclasses.
     """
@@ -41,7 +41,7 @@ def new_parser(prog: str, description: str) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Parses and instantiates. Raises ValueError with one sentence for invalid input."""
+    """Parses and instantiates. Raises ValueError, one sentence, for invalid input."""
     files = [_read_config(path) for path in values_of("--config", arguments)]
     try:
         namespace = parser.parse_args(_config_first(arguments))
@@ -52,22 +52,22 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         sentence = invalid_option(parser, files, arguments)
         if sentence is None and isinstance(error, TypeError):
             raise
-        sentence = sentence or as_typed(parser, " ".join(str(error).split()))
+        sentence = sentence or name_missing_options(parser, " ".join(str(error).split()))
         raise ValueError(f"{sentence} (see {parser.prog} --help)") from error
 
 
 def fill(dataclass: type[Options], parsed: Namespace) -> Options:
-    """The dataclass, with those of the parsed options that its fields name."""
+    """An instance of the dataclass; each field takes the parsed option of the same name."""
     return dataclass(**{field.name: parsed[field.name] for field in fields(dataclass)})  # type: ignore[arg-type]
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """What follows a flag at its first place, before any parsing."""
+    """The value of the first occurrence of a flag, read before any parsing."""
     return next(values_of(flag, arguments), None)
 
 
 def values_of(flag: str, arguments: Sequence[str]) -> Iterator[str]:
-    """What follows a flag at each of its places, as `--flag value` or `--flag=value`, before any parsing."""
+    """The value of each occurrence of a flag, `--flag value` or `--flag=value`, read before any parsing."""
     for here, following in pairwise([*arguments, ""]):
         if here == flag:
             yield following
@@ -76,24 +76,26 @@ def values_of(flag: str, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
-    """Moves `--config FILE` to the front: the command line overrides the file, wherever it stands."""
+    """Moves `--config FILE` to the front, so that the options override the file wherever `--config` is."""
     words = list(pairwise(["", *arguments]))
     of_config = ["--config" in (before, word) or word.startswith("--config=") for before, word in words]
     return [*compress(arguments, of_config), *compress(arguments, map(not_, of_config))]
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    """The content of a configuration file. Raises ValueError if it can't be one."""
+    """The content of a configuration file. Raises ValueError if it is not one."""
     if not Path(path).is_file():
-        raise ValueError(f"--config is {path!r}, which is no file; it must be a YAML file, see configs/.")
+        raise ValueError(f"--config is {path!r}, which is not a file; it must be a YAML file, see configs/.")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if content is None:
-        raise ValueError(f"{path} is empty; it must hold keys and values, see configs/ for examples.")
+        raise ValueError(f"{path} is empty; it must contain keys and values, see configs/ for examples.")
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not keys and values; see configs/ for examples.")
+        raise ValueError(
+            f"{path} contains a {type(content).__name__}; it must contain keys and values, see configs/ for examples."
+        )
     return content
 
 
@@ -103,10 +105,10 @@ def print_error(error: BaseException, where: str = "") -> None:
 
 
 def _run(command: Command | str, arguments: list[str], report: Callable[[BaseException], None]) -> int:
-    """The exit code of the command, or of what "module:function" names.
+    """Runs a command, given as a function or as "module:function", and returns its exit code.
 
-    That of invalid input (ValueError, OSError) is 2, after one sentence.
-    Set IGPT_TRACEBACK=1 to see where an error came from.
+    Invalid input (ValueError, OSError) is reported in one sentence and gives exit code 2. With IGPT_TRACEBACK=1 it is
+    raised instead, with its traceback.
     """
     try:
         function: Command = resolve_name(command) if isinstance(command, str) else command
@@ -117,7 +119,7 @@ def _run(command: Command | str, arguments: list[str], report: Callable[[BaseExc
         report(error)
         return USER_ERROR
     except KeyboardInterrupt:
-        logger.warning("interrupted; the same command resumes from what is complete.")
+        logger.warning("interrupted; run the same command to resume from what is complete.")
         return INTERRUPTED
 
 
@@ -134,9 +136,10 @@ def dispatch(
     leave: Callable[[int], NoReturn] = sys.exit,
     report: Callable[[BaseException], None] = print_error,
 ) -> NoReturn:
-    """`python -m package COMMAND arguments...`: commands maps a name to (one-line help, command).
+    """Runs `python -m package COMMAND arguments...`. `commands` maps a name to (one-line help, command).
 
     A command is a function, or "module:function" of the package, which is imported when the command is called.
+    leave: called with the exit code. report: prints the error of invalid input.
     """
     prog, arguments = f"python -m {package}", sys.argv[1:]
     width = max(map(len, commands))
@@ -149,7 +152,7 @@ def dispatch(
     name, (level, rest) = arguments[0], split_flags(arguments[1:])
     configure_logging(level)
     if name not in commands:
-        print_error(ValueError(f"{name!r} is no command of {prog}; it must be one of {', '.join(commands)}."))
+        print_error(ValueError(f"{name!r} is not a command of {prog}; it must be one of {', '.join(commands)}."))
         sys.exit(USER_ERROR)
     _, command = commands[name]
     leave(_run(f"{package}.{command}" if isinstance(command, str) else command, rest, report))

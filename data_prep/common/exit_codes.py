@@ -1,10 +1,10 @@
-"""The exit codes of every command, which the job scripts read."""
+"""The exit codes of all commands; the job scripts read them."""
 
 FINISHED = 0
 FAILED = 1
 USER_ERROR = 2
 """Invalid input; the same command would fail again."""
 STOPPED = 75
-"""EX_TEMPFAIL: stopped on request, wants a requeue."""
+"""EX_TEMPFAIL: stopped on request; run the same command again to resume."""
 INTERRUPTED = 130
-"""By Ctrl-C, as shells have it."""
+"""By Ctrl-C, as in shells."""

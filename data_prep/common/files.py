@@ -1,4 +1,4 @@
-"""Files and folders written under a temporary name and renamed, so that what stands under its name is complete."""
+"""Writes files and folders under a temporary name and renames them, so that whatever has its final name is complete."""
 
 import ctypes
 import errno
@@ -17,15 +17,15 @@ from uuid import uuid4
 logger = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-RENAME_EXCHANGE, HERE = 2, -100
-"""Of Linux's renameat2: swap the two names; paths are as usual."""
+RENAME_EXCHANGE, AT_FDCWD = 2, -100
+"""Arguments of Linux's renameat2: swap the two names; relative paths start at the working directory."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, else removed."""
+    """Yields a temporary path next to `path`; on success it is flushed to disk and renamed, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The name is unlike any other's: the nodes of a cluster share folders, and their process numbers repeat.
+    # Nodes of a cluster share folders, and their process ids repeat: a random part makes the name unique.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.partial")
     try:
         yield temporary
@@ -33,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         flush_to_disk(path.parent)
     except OSError as error:
-        if error.errno in DISK_FULL and error.filename is None:  # a failed write does not say of which file
+        if error.errno in DISK_FULL and error.filename is None:  # a failed write does not name its file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -42,7 +42,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, waiting_for: str) -> Iterator[None]:
-    """Keeps other processes that lock the same file out, on all nodes that share it; prints a line if it waits."""
+    """Holds an exclusive lock on a file, across all nodes that share it. Logs a line if it has to wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -55,9 +55,9 @@ def locked(path: Path, waiting_for: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder beside `folder`; on success it is flushed to disk and takes that one's place, else it goes.
+    """Yields a new temporary folder; on success it is flushed to disk and replaces `folder`, else it is removed.
 
-    What stood there goes once the new one is in place; both change in one step where the file system can swap names.
+    The replacement is one step where the file system can swap names; the old folder is removed after it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{uuid4().hex[:8]}.partial")
@@ -66,7 +66,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file() and not path.is_symlink():
-                path.chmod(temporary.stat().st_mode & 0o666)  # as the umask has it; safetensors keeps its files private
+                path.chmod(temporary.stat().st_mode & 0o666)  # follow the umask: safetensors makes its files private
             flush_to_disk(path)
         flush_to_disk(temporary)
         if folder.exists():
@@ -79,9 +79,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Swaps two folders' names; on a file system that can't (NFS, for one), the second is missing for a moment."""
+    """Swaps the names of two folders. On a file system without renameat2 (NFS), the second is missing for a moment."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None and renameat2(HERE, bytes(first), HERE, bytes(second), RENAME_EXCHANGE) == 0:
+    if renameat2 is not None and renameat2(AT_FDCWD, bytes(first), AT_FDCWD, bytes(second), RENAME_EXCHANGE) == 0:
         return
     former = first.with_suffix(".former")
     second.rename(former)
@@ -94,7 +94,7 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file or of a folder's entries."""
+    """fsync of a file, or of a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,12 +124,12 @@ def parse_json(content: bytes, name: str) -> Any:
 def json_digest(value: Any, separators: tuple[str, str] | None = None) -> str:
     """sha256 over `value` as JSON with sorted keys: equal for equal values, in any process.
 
-    separators: as `json.dumps` takes them; a digest that is on disk keeps those that it was made with.
+    separators: as for `json.dumps`. They change the digest, so a digest on disk must be recomputed with its own.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=separators).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

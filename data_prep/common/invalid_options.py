@@ -1,7 +1,7 @@
-"""Which option jsonargparse refused, as a sentence that names the key, the value and what would be right.
+"""Finds the option that jsonargparse rejected, and names the key, the value and what would be valid.
 
-jsonargparse's errors carry text alone. So the options are checked here once more, one by one, against the parser's
-type hints. That happens only once parsing has failed.
+jsonargparse's errors have only text. So after parsing has failed, the options are checked here one by one against the
+parser's type hints.
 """
 
 from argparse import ArgumentError
@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 TYPE_NAMES: dict[Any, str] = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     str: "text",
@@ -24,13 +24,13 @@ TYPE_NAMES: dict[Any, str] = {
 
 
 def invalid_option(parser: ArgumentParser, files: Sequence[dict[str, Any]], arguments: Sequence[str]) -> str | None:
-    """What is wrong with the first invalid option of the configuration files' contents or of the command line."""
+    """The error of the first invalid option in the configuration files' contents or on the command line."""
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     in_files = (option for content in files for option in _in_mapping(content, hints))
     for key, value in [*in_files, *_on_command_line(parser, arguments, hints)]:
         if key not in hints:
             near = get_close_matches(key, hints, n=1)
-            return f"{key} is no known key" + (f"; did you mean {near[0]}?" if near else "")
+            return f"{key} is not a known key" + (f"; did you mean {near[0]}?" if near else "")
         found = "null" if value is None else repr(value)
         if hints[key] is not None and not _fits(value, hints[key]):
             return f"{key} is {found}; it must be {expected(hints[key])}"
@@ -39,15 +39,15 @@ def invalid_option(parser: ArgumentParser, files: Sequence[dict[str, Any]], argu
     return None
 
 
-def as_typed(parser: ArgumentParser, message: str) -> str:
-    """A parser's message; required options that are missing, which it names as keys, as one types them."""
+def name_missing_options(parser: ArgumentParser, message: str) -> str:
+    """A parser's message, in which required options that are missing are spelled as on the command line."""
     before, required, keys = message.partition("are required: ")
     flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     return before + required + ", ".join(flags.get(key, key) for key in keys.split(", "))
 
 
 def expected(hint: Any) -> str:
-    """What a value of this type looks like, to follow "it must be"."""
+    """A description of the values of this type, to follow "it must be"."""
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
@@ -89,7 +89,7 @@ def _on_command_line(
 
 
 def _of_group(text: "_Text") -> "dict[str, Any] | _Text":
-    """A group's keys and values, from YAML or the name of a YAML file; the text as it is if it holds none."""
+    """The keys and values of a group, from YAML or from the YAML file that the text names; else the text itself."""
     try:
         content = yaml.safe_load(text)
         if isinstance(content, str):
@@ -100,7 +100,7 @@ def _of_group(text: "_Text") -> "dict[str, Any] | _Text":
 
 
 class _Text(str):
-    """A value from the command line, not parsed yet."""
+    """An unparsed value from the command line."""
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -15,25 +15,25 @@ FLAGS_HELP = "--quiet logs warnings only; -v, --verbose also logs details, and w
 
 
 class Verbosity(NamedTuple):
-    """The level that the arguments ask for, and the arguments without these flags."""
+    """The level that the flags request, and the arguments without the flags."""
 
     level: int
     arguments: list[str]
 
 
 def split_flags(arguments: Sequence[str]) -> Verbosity:
-    """Takes --quiet, -v and --verbose out of a command's arguments; the last of them counts."""
+    """Removes --quiet, -v and --verbose from a command's arguments; the last of them counts."""
     flags = [argument for argument in arguments if argument in FLAGS]
     level = FLAGS[flags[-1]] if flags else logging.INFO
     return Verbosity(level, [argument for argument in arguments if argument not in FLAGS])
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Sends the records of this project from `level` on to standard error, and those of other packages from WARNING on.
+    """Logs to standard error: this project from `level` on, other packages from WARNING on (INFO if `level` is DEBUG).
 
-    With level DEBUG, those of other packages from INFO on. A second call replaces the first.
+    A second call replaces the first.
     """
-    logging.raiseExceptions = False  # a console that is gone must not end a run
+    logging.raiseExceptions = False  # a console that was closed must not end a run
     handler = _StandardError()
     handler.setFormatter(_Formatter())
     root = logging.getLogger()
@@ -46,7 +46,7 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stderr is at the time."""
+    """Writes to the current sys.stderr, also if it was replaced after `configure_logging`."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -57,7 +57,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 
 class _Formatter(logging.Formatter):
-    """`[2026-01-31 12:00:00 INFO] message`; of several ranks, `INFO rank 0`; in color on a terminal."""
+    """`[2026-01-31 12:00:00 INFO] message`; with several ranks, `INFO rank 0`; colored on a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         place = f" rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, plain lines in a log."""
+"""A progress bar on a terminal, log lines elsewhere."""
 
 import logging
 import sys
@@ -12,8 +12,8 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress(label: str, total: int | None = None, unit: str = "pictures") -> Iterator[Callable[[int], None]]:
-    """Yields `advance(n)`. Both kinds go to stderr, so that stdout keeps the results."""
+def progress(label: str, total: int | None = None, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Yields `advance(n)`. Bar and lines go to standard error: standard output is for results."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -25,9 +25,9 @@ def progress(label: str, total: int | None = None, unit: str = "pictures") -> It
     done = 0
 
     def line(now: float) -> None:
-        whole = "" if total is None else f" of {total:,}"
-        rate = done / max(now - started, 1e-9)
-        logger.info(f"{label}: {done:,}{whole} {unit}, {rate:,.0f}/s")
+        of_total = "" if total is None else f" of {total:,}"
+        throughput = done / max(now - started, 1e-9)
+        logger.info(f"{label}: {done:,}{of_total} {unit}, {throughput:,.0f}/s")
 
     def advance(count: int) -> None:
         nonlocal done, last

@@ -1,4 +1,4 @@
-"""Work that is tried again after what may pass."""
+"""Retries after errors that may be transient."""
 
 import time
 from collections.abc import Callable
@@ -12,9 +12,9 @@ def retry(
     errors: tuple[type[Exception], ...],
     pause_after: Callable[[Exception, int], float],
 ) -> Result:
-    """The result of `work`, called again after any of `errors`.
+    """Calls `work` until it succeeds, retrying after any of `errors`, and returns its result.
 
-    pause_after: (error, failures so far) to the seconds before the next attempt; it raises to give up.
+    pause_after: takes (error, failures so far), returns the seconds before the next attempt, or raises to give up.
     """
     failures = 0
     while True:
@@ -27,5 +27,5 @@ def retry(
 
 
 def backoff(failures: int, first: float, factor: float = 2.0, longest: float = float("inf")) -> float:
-    """Seconds to wait after so many failures: `first`, then `factor` times the pause before, up to `longest`."""
+    """Seconds to wait after `failures` failures: `first`, then `factor` times the last pause, up to `longest`."""
     return min(longest, first * factor ** (failures - 1))

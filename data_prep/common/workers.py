@@ -1,4 +1,4 @@
-"""Work spread over processes, with results in the order of the tasks."""
+"""Distributes tasks over worker processes, and returns the results in the order of the tasks."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ _work: tuple[Callable[[Any, Any], Any], Any] | None = None
 
 
 def worker_count(workers: int) -> int:
-    """The configuration's number of workers; 0 means one for each core this process may use."""
+    """The configured number of workers; 0 means one for each core that this process may use."""
     return workers or len(os.sched_getaffinity(0))
 
 
@@ -32,8 +32,8 @@ def in_workers(
 ) -> Generator[Result, None, None]:
     """Yields function(state, task) for each task, in order.
 
-    `state` reaches the workers by fork: it is never pickled, and its pages are shared until written to.
-    Tasks are taken from the iterable a few at a time. One worker means this very process.
+    The workers inherit `state` by fork: it is never pickled, and its memory is shared until written to.
+    Tasks are taken from the iterable a few at a time. With one worker, the tasks run in this process.
     The first exception of a task ends the work and is raised here.
     """
     if workers == 1:
@@ -41,7 +41,7 @@ def in_workers(
             yield function(state, task)
         return
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("fork"), initializer=_begin, initargs=(function, state, os.getpid())
+        workers, mp_context=get_context("fork"), initializer=_init_worker, initargs=(function, state, os.getpid())
     )
     pending: deque[Future[Result]] = deque()
     try:
@@ -52,17 +52,15 @@ def in_workers(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise OSError(
-            "a worker process was killed, most likely for lack of memory; try fewer with --workers."
-        ) from error
+        raise OSError("a worker process was killed, most likely for lack of memory; use fewer --workers.") from error
     finally:
-        with _uninterrupted():
+        with _ignore_sigint():
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignores Ctrl-C: a second one, while the pool shuts down, would leave its workers waiting forever."""
+def _ignore_sigint() -> Iterator[None]:
+    """Ignores Ctrl-C: a second one during the shutdown of the pool would leave the workers waiting forever."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,8 +71,8 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _begin(function: Callable[[Any, Any], Any], state: Any, parent: int) -> None:
-    """Runs once in each worker: remembers the work, leaves Ctrl-C to the parent, and dies with it."""
+def _init_worker(function: Callable[[Any, Any], Any], state: Any, parent: int) -> None:
+    """Initializes a worker: stores the work, leaves Ctrl-C to the parent, and makes the worker die with the parent."""
     global _work
     _work = (function, state)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,1 +1,1 @@
-"""Encoded images to pixels (decode.py), and pixels to the views that are stored (crops.py)."""
+"""decode.py decodes image files to pixels; crops.py crops and resizes them to the views that are stored."""

@@ -1,1 +1,1 @@
-"""The palette: codec.py turns images into tokens and back, fit.py counts the colors that it is fitted to."""
+"""The palette: codec.py encodes images to tokens and back, fit.py counts the colors that it is fitted to."""

@@ -1,7 +1,7 @@
-"""The palette on its own: fitted in one go, or counted in parts that add up and are joined.
+"""The `palette` command: fits a palette at once, or counts colors in parts whose sum `join` fits it to.
 
 PALETTE.parts/plan.json               what is being counted; the same for all parts
-PALETTE.parts/00001-of-00004.npz      the colours that a part met, and how often
+PALETTE.parts/00001-of-00004.npz      the colors in one part, and the number of pixels of each
 """
 
 import logging
@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.build.parts import Part
 from data_prep.build.plan import make_plan
-from data_prep.build.state import PLAN, begin_plan
+from data_prep.build.state import PLAN, share_plan
 from data_prep.common.files import atomic_write, read_json
 from data_prep.common.workers import worker_count
 from data_prep.config import DataConfig
@@ -24,32 +24,34 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
-    """Fits a palette to the training pictures and writes it as .npy; `shards` would fit the same.
+    """Fits a palette to the training images and writes it as .npy. `shards` would fit the same palette.
 
-    Of several parts, each leaves the histogram of its share beside `out`, for `join_palette`.
+    With several parts, each part writes the histogram of its share to PALETTE.parts, for `join_palette`.
     """
     if config.palette.file is not None:
-        raise ValueError(f"palette.file is {config.palette.file!r}; leave it out to fit a palette.")
+        raise ValueError(f"palette.file is {config.palette.file!r}; remove it to fit a palette.")
     if out.exists():
         raise ValueError(
-            f"--out is {str(out)!r}, which is there already and is not written over; delete it, or name another file."
+            f"--out is {str(out)!r}, which already exists and is not overwritten; delete it, or choose another file."
         )
     source = open_source(config.source)
     plan = make_plan(source, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     if part.count > 1:
-        begun = {"config": config.to_dict(), "source": {"fingerprint": source.fingerprint}, "parts": part.count}
-        begin_plan(_folder(out) / PLAN, _folder(out), begun)
+        described = {"config": config.to_dict(), "source": {"fingerprint": source.fingerprint}, "parts": part.count}
+        share_plan(_folder(out) / PLAN, _folder(out), described)
     histogram = count_chunks(source, plan, part.of(fit_chunks(plan)), worker_count(config.workers))
     if part.count == 1:
         _save(out, fit_histogram(histogram, config))
         return
     _save_histogram(_histogram_file(out, part), histogram)
-    logger.info(f"{out}: part {part.number} of {part.count} is counted. When all are: python -m data_prep join {out}")
+    logger.info(
+        f"{out}: part {part.number} of {part.count} is complete; after the last: python -m data_prep join {out}"
+    )
 
 
 def has_parts(out: Path) -> bool:
-    """Whether parts of a palette lie beside `out`."""
+    """Whether there are parts of the palette `out`."""
     return _folder(out).is_dir()
 
 
@@ -57,12 +59,12 @@ def join_palette(out: Path) -> None:
     """Fits the palette to the sum of the parts. Raises ValueError naming the parts that are missing."""
     described = read_json(_folder(out) / PLAN)
     if out.exists():
-        raise ValueError(f"{out} is there already and is not written over; delete it, then join again.")
+        raise ValueError(f"{out} already exists and is not overwritten; delete it, then join again.")
     parts = described["parts"]
     files = [_histogram_file(out, Part(number, parts)) for number in range(1, parts + 1)]
     missing = [str(number) for number, file in enumerate(files, 1) if not file.is_file()]
     if missing:
-        raise ValueError(f"{out} lacks part {', '.join(missing)} of {parts}; run them, then join again.")
+        raise ValueError(f"{out} is missing part {', '.join(missing)} of {parts}; run them, then join again.")
     histogram = np.zeros(CODES, np.int64)
     for file in files:
         with np.load(file, allow_pickle=False) as arrays:
@@ -87,4 +89,4 @@ def _save_histogram(file: Path, histogram: np.ndarray) -> None:
 
 def _save(out: Path, palette: np.ndarray) -> None:
     save_palette(out, palette)
-    logger.info(f"{out}: {len(palette)} colours, sha256 {palette_sha256(palette)}")
+    logger.info(f"{out}: {len(palette)} colors, sha256 {palette_sha256(palette)}")

@@ -1,6 +1,6 @@
-"""The palette's pixels: a sample of the training pictures, counted in chunks whose histograms add up.
+"""Counts the colors of a sample of the training images, in chunks, and fits the palette to the total histogram.
 
-Whole numbers add up in any order, so the palette is the same whatever the workers and parts that counted.
+Counts are integers, so the sum does not depend on the order, and the palette not on the number of workers or parts.
 """
 
 import logging
@@ -25,36 +25,36 @@ from data_prep.sources.base import Source
 logger = logging.getLogger(__name__)
 
 FIT_PIXELS = 1 << 26
-"""The palette is fitted to at most this many pixels: 65,536 pictures at 32x32."""
+"""The palette is fitted to at most this many pixels: 65,536 images at 32x32."""
 FIT_CHUNK = 512
-"""Images whose colours a worker counts at a time."""
-FIT_PIECES = 256
-"""Pieces of a stream that are sampled; opening each of ten thousand remote tars would take longer than the rest."""
+"""Images whose colors a worker counts at a time."""
+FIT_STREAMS = 256
+"""At most this many streams are sampled: opening each of ten thousand remote tars would take longer than the rest."""
 
 
 class Chunk(NamedTuple):
-    """Images that are counted together: images [start, stop) of train, or of a piece of the stream `train`."""
+    """Images that are counted together: images [start, stop) of train, or of one stream of train."""
 
     start: int
     stop: int
-    piece: int | None = None
+    stream: int | None = None
 
 
 def fit_chunks(plan: Plan) -> list[Chunk]:
-    """The sample: the first FIT_PIXELS of the (shuffled) training images, or as many from pieces drawn by the seed."""
+    """The sample: the first FIT_PIXELS of the shuffled training images, or as many from randomly drawn streams."""
     images = max(1, FIT_PIXELS // plan.config.resolution**2)
     if "train" in plan.splits:
-        images = min(len(plan.splits["train"].pictures), images)
+        images = min(len(plan.splits["train"].source_indices), images)
         return [Chunk(start, min(start + FIT_CHUNK, images)) for start in range(0, images, FIT_CHUNK)]
-    drawn = generator(plan.config.seed, "palette pieces").permutation(plan.pieces["train"])[:FIT_PIECES]
-    return [Chunk(0, -(-images // len(drawn)), int(piece)) for piece in drawn]
+    drawn = generator(plan.config.seed, "palette pieces").permutation(plan.streams["train"])[:FIT_STREAMS]
+    return [Chunk(0, -(-images // len(drawn)), int(stream)) for stream in drawn]
 
 
 def count_chunks(source: Source, plan: Plan, chunks: Sequence[Chunk], workers: int) -> np.ndarray:
-    """Pixels of each 24-bit colour in these chunks: int64 (2**24,)."""
+    """The number of pixels of each 24-bit color in these chunks: int64 (2**24,)."""
     histogram = np.zeros(CODES, np.int64)
     counted = in_workers(_count, (source, plan), chunks, workers)
-    streamed = any(chunk.piece is not None for chunk in chunks)  # a piece may be shorter than its share
+    streamed = any(chunk.stream is not None for chunk in chunks)  # a stream may be shorter than its share
     total = None if streamed else sum(chunk.stop - chunk.start for chunk in chunks)
     with progress("palette", total) as advance, closing(counted):
         for codes, counts in counted:
@@ -62,15 +62,15 @@ def count_chunks(source: Source, plan: Plan, chunks: Sequence[Chunk], workers: i
             advance(int(counts.sum()) // plan.config.resolution**2)
     unusable = 0 if total is None else total - int(histogram.sum()) // plan.config.resolution**2
     if unusable:
-        logger.info(f"palette: {unusable:,} of {total:,} pictures can't be used; `shards` lists them")
+        logger.info(f"palette: {unusable:,} of {total:,} images can't be used; `shards` lists them")
     return histogram
 
 
 def fit_histogram(histogram: np.ndarray, config: DataConfig) -> np.ndarray:
-    """The palette of a whole histogram: float32 (V, 3). Raises ValueError if it is empty."""
+    """The palette of a complete histogram: float32 (V, 3). Raises ValueError if it is empty."""
     distinct = int(np.count_nonzero(histogram))
     if not distinct:
-        raise ValueError(f"source.path {config.source.path} has no training picture that can be used.")
+        raise ValueError(f"source.path {config.source.path} has no usable training image; the palette needs some.")
     if distinct < config.palette.colors:
         unused = config.palette.colors - distinct
         logger.info(f"palette: the images have {distinct} colors; {unused} palette entries are unused")
@@ -83,30 +83,30 @@ def fit(source: Source, plan: Plan, workers: int) -> np.ndarray:
 
 
 def _count(state: tuple[Source, Plan], chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of a chunk's colours and how often each occurs; no more than FIT_CHUNK views are held at a time."""
-    views = _split_views(*state, chunk) if chunk.piece is None else _piece_views(*state, chunk)
+    """The color codes in a chunk and their counts. At most FIT_CHUNK views are in memory at a time."""
+    views = _split_views(*state, chunk) if chunk.stream is None else _stream_views(*state, chunk)
     codes, counts = np.empty(0, np.uint32), np.empty(0, np.int64)
     while pixels := list(islice(views, FIT_CHUNK)):
-        more, of_more = np.unique(color_codes(np.stack(pixels)), return_counts=True)
-        codes, places = np.unique(np.concatenate([codes, more]), return_inverse=True)
-        counts = np.bincount(places, np.concatenate([counts, of_more]), len(codes)).astype(np.int64)
+        new_codes, new_counts = np.unique(color_codes(np.stack(pixels)), return_counts=True)
+        codes, positions = np.unique(np.concatenate([codes, new_codes]), return_inverse=True)
+        counts = np.bincount(positions, np.concatenate([counts, new_counts]), len(codes)).astype(np.int64)
     return codes, counts
 
 
 def _split_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
-    """The views of a chunk that can be had; the others are counted when they are met again."""
+    """The usable views of a chunk; `shards` counts and lists the others."""
     split = plan.splits["train"]
     views = views_of(source, plan.config, split.source_split)
     part = slice(chunk.start, chunk.stop)
-    for picture, number in zip(split.pictures[part], split.views[part], strict=True):
+    for index, number in zip(split.source_indices[part], split.views[part], strict=True):
         with suppress(BadImage):
-            yield views.view(int(picture), int(number))
+            yield views.view(int(index), int(number))
 
 
-def _piece_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
-    """The first training view of each of the first pictures of a piece."""
-    assert chunk.piece is not None
-    found = stream_views(source, plan.config, Unit("train", chunk.piece))
+def _stream_views(source: Source, plan: Plan, chunk: Chunk) -> Iterator[np.ndarray]:
+    """The first training view of each of the first images of a stream."""
+    assert chunk.stream is not None
+    found = stream_views(source, plan.config, Unit("train", chunk.stream))
     usable = (views for views in found if not isinstance(views, BadImage))
     first = (next((view for split, view, _ in views if split == "train"), None) for views in usable)
     return islice((view for view in first if view is not None), chunk.stop)

@@ -1,1 +1,1 @@
-"""Shard sets on disk and at addresses: start at format.py; writer.py packs records, reader.py opens and verifies."""
+"""Shard sets, local and remote. Start at format.py; writer.py packs records, reader.py opens and verifies sets."""

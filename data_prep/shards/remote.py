@@ -1,10 +1,9 @@
-"""Reading files where they lie: on disk, behind a command (`pipe:`), over http(s), or in an object store.
+"""Reads files from disk, from a command (`pipe:`), over http(s), or from an object store.
 
-A connection that breaks is opened again at the byte reached. That is why http is read here by the standard
-library and a Range header: webdataset's gopen runs `curl`, which can't go on in the middle, and fsspec's http
-needs a package (aiohttp) that nothing else here does. Commands are run as webdataset runs them, by `sh`, but
-with a time-out and an end: gopen waits two hours for one that hangs. Object stores (s3://, gs://, hf://, ...)
-go through fsspec, whose back-ends have time-outs of their own.
+A broken connection is opened again at the byte reached. Therefore http is read with the standard library and Range
+headers: webdataset's gopen runs `curl`, which can't resume in the middle, and fsspec's http needs the package aiohttp,
+which nothing else here needs. Commands run in `sh`, as in webdataset, but with a time-out: gopen waits two hours for
+one that hangs. Object stores (s3://, gs://, hf://, ...) go through fsspec, whose back-ends have their own time-outs.
 """
 
 import hashlib
@@ -29,27 +28,26 @@ from data_prep.common.retry import backoff, retry
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 6
-"""Openings in a row that bring no byte, before the file is given up."""
+"""Consecutive attempts without a byte after which reading fails."""
 FIRST_PAUSE = 0.1
-"""Seconds before the second attempt; each further pause is four times the one before, half a minute in all."""
+"""Seconds before the second attempt; each further pause is four times as long, half a minute in total."""
 LOGGED_AFTER = 3
-"""Openings in a row that bring no byte, before a line reports it."""
+"""Consecutive attempts without a byte after which a warning is logged."""
 TIMEOUT = 60.0
-"""Seconds without a byte after which a connection or a command is given up."""
+"""Seconds without a byte after which an attempt fails."""
 BUFFER = 1 << 18
 """Bytes read ahead."""
 STORE_BLOCK = 1 << 23
 """Bytes of one request to an object store."""
 RETRIED_CODES = (408, 425, 429)
-"""HTTP codes that another attempt may mend, besides all from 500 on."""
+"""HTTP codes that are retried, besides all from 500 on."""
 PIPE = "pipe:"
 CONNECTION_ERRORS = (OSError, http.client.HTTPException)
-"""That another attempt may mend."""
+"""Errors that are retried."""
 
 
 class Connection(Protocol):
-    """Bytes from where it was opened to the end of the file, or to where it breaks (then OSError, or too early an
-    end)."""
+    """The bytes of a file from some offset on. A broken connection raises OSError or ends too early."""
 
     def readinto(self, buffer: Any, /) -> int | None: ...
 
@@ -57,33 +55,34 @@ class Connection(Protocol):
 
 
 def is_remote(address: str) -> bool:
-    """Whether it is `pipe:...` or `scheme://...`, not a path."""
+    """Whether it is a URL (`scheme://...` or `pipe:...`), not a path."""
     return address.startswith(PIPE) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address) is not None
 
 
 def address_of(base: str, file: str) -> str:
-    """The address of a file at a base: `{}` stands for its name, `pipe:aws s3 cp s3://bucket/set/{} -`.
+    """The URL of a file below a base URL.
 
-    Without `{}` the name follows the base, after one slash; a command it follows as it is.
+    The file replaces `{}` in the base, such as `pipe:aws s3 cp s3://bucket/set/{} -`. Without `{}` it is appended, to
+    a URL after a slash, to a `pipe:` command without one.
     """
     if base.startswith(PIPE):
-        file = shlex.quote(file)  # the name may come from a manifest, and the command is run by a shell
+        file = shlex.quote(file)  # the name may come from a manifest, and a shell runs the command
         return base.replace("{}", file) if "{}" in base else base + file
     return base.replace("{}", file) if "{}" in base else f"{base.rstrip('/')}/{file}"
 
 
 def open_remote(address: str, start: int = 0, size: int | None = None) -> BinaryIO:
-    """Opens a file for reading from byte `start`; `size` is that of the whole file, asked for when left out.
+    """Opens a file for reading from byte `start`. `size` is the size of the complete file; default: requested.
 
-    Raises ValueError naming the address if there is no such file, access is refused or a package is missing,
-    here or at the first read; reading raises OSError naming the address, the byte reached and the last error
-    once ATTEMPTS in a row brought nothing.
+    Raises ValueError naming the URL, here or at the first read, if the file does not exist, access is denied or a
+    package is missing. Reading raises OSError naming the URL, the byte reached and the last error after ATTEMPTS
+    consecutive attempts without a byte.
     """
-    return cast(BinaryIO, io.BufferedReader(Remote(address, start, size), BUFFER))
+    return cast(BinaryIO, io.BufferedReader(RemoteFile(address, start, size), BUFFER))
 
 
 def read_remote(address: str) -> bytes:
-    """A small file's content. Raises as `open_remote` does."""
+    """The content of a small file. Raises like `open_remote`."""
     with open_remote(address) as file:
         return file.read()
 
@@ -91,18 +90,18 @@ def read_remote(address: str) -> bytes:
 def download(address: str, path: Path, size: int, sha256: str) -> None:
     """Copies a file of `size` bytes to `path`, atomically.
 
-    Raises ValueError naming the address if its sha256 differs twice, and as `open_remote` does.
+    Raises ValueError naming the URL if its sha256 differs twice, and raises like `open_remote`.
     """
     with atomic_write(path) as temporary:
-        for _ in range(2):  # a damaged transfer is mended by another; a damaged file is not
+        for _ in range(2):  # a second transfer helps if the first was damaged, not if the file is
             found = _copy(address, temporary, size)
             if found == sha256:
                 return
-        raise ValueError(f"{address} has sha256 {found}, not {sha256}; it was changed or damaged.")
+        raise ValueError(f"{address} has sha256 {found}, but must have {sha256}; it was changed or damaged.")
 
 
 def _copy(address: str, path: Path, size: int) -> str:
-    """The sha256 of what was copied."""
+    """Copies once; returns the sha256 of the copy."""
     digest = hashlib.sha256()
     with open_remote(address, size=size) as source, path.open("wb") as target:
         while block := source.read(1 << 20):
@@ -111,8 +110,8 @@ def _copy(address: str, path: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-class Remote(io.RawIOBase):
-    """A file that is read onward from one byte. Use `open_remote`."""
+class RemoteFile(io.RawIOBase):
+    """A file that is read sequentially from one byte on. Use `open_remote`."""
 
     def __init__(self, address: str, start: int = 0, size: int | None = None) -> None:
         super().__init__()
@@ -147,9 +146,9 @@ class Remote(io.RawIOBase):
         if self.size is None:
             self.size = size
             if size is not None and self.position > size:
-                raise ValueError(f"{self.address} has {size} bytes; byte {self.position} is asked for.")
+                raise ValueError(f"{self.address} has {size} bytes, so byte {self.position} can't be read.")
         elif size is not None and size != self.size:
-            raise OSError(f"it has {size} bytes, not {self.size}")
+            raise OSError(f"it has {size} bytes, but must have {self.size}")
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -158,15 +157,15 @@ class Remote(io.RawIOBase):
         self._connection = None
 
     def _pause_after(self, error: Exception, failures: int) -> float:
-        """Seconds before the next attempt; raises OSError if that was the last."""
+        """Seconds before the next attempt; raises OSError if it was the last attempt."""
         self._disconnect()
         reason = str(error) or type(error).__name__
         if failures == ATTEMPTS:
-            place = f"byte {self.position}" + ("" if self.size is None else f" of {self.size}")
-            what = f"broke off at {place}" if self.position or self.size else "can't be reached or read"
-            raise OSError(f"{self.address} {what}, {ATTEMPTS} times: {reason}") from error
+            position = f"byte {self.position}" + ("" if self.size is None else f" of {self.size}")
+            what = f"broke off at {position}" if self.position or self.size else "can't be reached or read"
+            raise OSError(f"{self.address} {what}, {ATTEMPTS} attempts failed: {reason}") from error
         if failures == LOGGED_AFTER:
-            logger.warning(f"{self.address}: {reason}; trying again for half a minute")
+            logger.warning(f"{self.address}: {reason}; retrying for half a minute")
         return backoff(failures, FIRST_PAUSE, factor=4)
 
     def close(self) -> None:
@@ -175,32 +174,32 @@ class Remote(io.RawIOBase):
 
 
 def _open(address: str, start: int) -> tuple[Connection, int | None]:
-    """A connection at byte `start`, and the size of the whole file where it can be told.
+    """A connection at byte `start`, and the size of the complete file if it is known.
 
-    Raises ValueError where another attempt would not help, else OSError or HTTPException.
+    Raises ValueError if retrying can't help, else OSError or HTTPException.
     """
     if address.startswith(PIPE):
-        return _skipped(Command(address.removeprefix(PIPE)), start), None
+        return _skip_to(Command(address.removeprefix(PIPE)), start), None
     if address.startswith(("http://", "https://")):
         return _open_http(address, start)
     if is_remote(address):
         return _open_store(address, start)
     try:
-        file = Path(address).open("rb", buffering=0)  # noqa: SIM115  (the Remote closes it)
+        file = Path(address).open("rb", buffering=0)  # noqa: SIM115  (the RemoteFile closes it)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise ValueError(f"{address} can't be read: {error.strerror}.") from error
     file.seek(start)
     return cast(Connection, file), os.fstat(file.fileno()).st_size
 
 
-def _skipped(connection: Connection, start: int) -> Connection:
-    """The connection, read up to byte `start`, for what can't be asked to begin there."""
+def _skip_to(connection: Connection, start: int) -> Connection:
+    """Reads and drops the bytes before `start`, for connections that can only be opened at byte 0."""
     buffer = memoryview(bytearray(1 << 20))
     try:
         while start:
             count = connection.readinto(buffer[:start])
             if not count:
-                raise OSError(f"it ended {start} bytes before the byte to go on from")
+                raise OSError(f"it ended {start} bytes before the byte to resume from")
             start -= count
     except BaseException:
         connection.close()
@@ -209,7 +208,7 @@ def _skipped(connection: Connection, start: int) -> Connection:
 
 
 class Command:
-    """What a shell command writes, as a connection. Raises OSError if it fails or falls silent."""
+    """The output of a shell command, as a connection. Raises OSError if the command fails or writes nothing in time."""
 
     def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(
@@ -218,7 +217,7 @@ class Command:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             bufsize=0,
-            start_new_session=True,  # so that all of its processes can be ended, not only the shell
+            start_new_session=True,  # so that all of its processes can be killed, not only the shell
         )
         assert self._process.stdout is not None
         self._output = cast(io.FileIO, self._process.stdout)
@@ -237,7 +236,7 @@ class Command:
         try:
             code = self._process.wait(TIMEOUT)
         except subprocess.TimeoutExpired as error:
-            raise OSError("the command closed its output and does not end") from error
+            raise OSError("the command closed its output but did not exit") from error
         if code:
             raise OSError(f"the command failed with exit code {code}")
 
@@ -249,7 +248,7 @@ class Command:
 
 
 def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
-    # Asked for from byte 0 too: the answer to a range names the whole size, even if its own length is wrong.
+    # A range is requested for byte 0 too: its response has the complete size, even if its own length is wrong.
     try:
         request = urllib.request.Request(
             address, headers={"Range": f"bytes={start}-", "Accept-Encoding": "identity", "User-Agent": "data_prep"}
@@ -264,15 +263,15 @@ def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
             raise ValueError(f"{address} can't be read: HTTP {error.code} {error.reason}.") from error
         raise
     except http.client.InvalidURL as error:
-        raise ValueError(f"{address} is no address: {error}.") from error
+        raise ValueError(f"{address} is not a valid URL: {error}.") from error
     if answer.status == 206:
         first = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
         if not first or int(first[1]) != start:
             answer.close()
-            raise OSError(f"asked for byte {start}, it sent {answer.headers.get('Content-Range')}")
+            raise OSError(f"byte {start} was requested, the server sent {answer.headers.get('Content-Range')}")
         return answer, _size_of_range(answer.headers)
     length = answer.headers.get("Content-Length", "")
-    return _skipped(answer, start), int(length) if length.isdecimal() else None
+    return _skip_to(answer, start), int(length) if length.isdecimal() else None
 
 
 def _size_of_range(headers: Any) -> int | None:
@@ -290,7 +289,7 @@ def _open_store(address: str, start: int) -> tuple[Connection, int | None]:
     try:
         file = store.open(path, "rb", block_size=STORE_BLOCK)
         file.seek(start)
-        return Stored(file), file.size
+        return StoreFile(file), file.size
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{address} can't be read: {type(error).__name__}.") from error
     except OSError:
@@ -299,7 +298,7 @@ def _open_store(address: str, start: int) -> tuple[Connection, int | None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-class Stored:
+class StoreFile:
     """A file in an object store, as a connection. Raises OSError in place of the back-end's own exceptions."""
 
     def __init__(self, file: Any) -> None:

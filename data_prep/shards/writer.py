@@ -14,7 +14,7 @@ from data_prep.shards.format import LABELS_DTYPE, PIXELS_DTYPE, TAR_BLOCK, Recor
 
 
 class ShardWriter:
-    """Adds records to a tar; `entry` is what the manifest says of it. Use `open_shard`."""
+    """Adds records to a tar; `entry` is its entry in the manifest. Use `open_shard`."""
 
     def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
         self.entry: dict[str, Any] = {"file": path.name, "images": 0, "bytes": 0, "sha256": ""}
@@ -35,9 +35,9 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[ShardWriter]:
-    """Writes one tar, record by record, atomically; `entry` is complete once it is closed.
+    """Writes one tar, record by record, atomically; the writer's `entry` is complete after the block.
 
-    The same records give the same bytes: no times, no owners, no extended headers.
+    The same records give the same bytes: the tar has no times, no owners and no extended headers.
     """
     with atomic_write(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -47,7 +47,7 @@ def open_shard(path: Path) -> Iterator[ShardWriter]:
 
 
 def _add_array(tar: tarfile.TarFile, name: str, array: np.ndarray) -> int:
-    """Adds an array as .npy. Returns the offset in the tar of its first number."""
+    """Adds an array as .npy. Returns the offset of its data in the tar."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     member = tarfile.TarInfo(name)

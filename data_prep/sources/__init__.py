@@ -1,13 +1,13 @@
-"""Where images come from: one file a layout, each with `open_source(config) -> Source`.
+"""Sources of images: one file per layout, each with `open_source(config) -> Source`.
 
 To add one:
 
 1. Write a file like image_folder.py: `open_source(config: SourceConfig) -> Source` lists the images and reads the
-   labels, and decodes nothing. Splits are `Images` (read in any order) or lists of `ImageStream` (read from the
-   beginning); base.py has both, and classes for images in memory and in files. Raise ValueError, one sentence that
-   names `source.path`, for what is missing.
-2. Add a line to SOURCES in registry.py. `--help`, the check of `source.kind` and the messages follow from it.
+   labels, and decodes nothing. Splits are `Images` (random access) or lists of `ImageStream` (read from the start);
+   base.py has both, and classes for images in memory and in files. If something is missing, raise ValueError, one
+   sentence that names `source.path`.
+2. Add an entry to SOURCES in registry.py. `--help`, the check of `source.kind` and the messages use it.
 
-An option that no source has yet is a field of SourceConfig (data_prep/config.py) as well; the line names it in
-`options`, and other kinds refuse it.
+For a new option, add a field to SourceConfig (data_prep/config.py), and list it in `options` of the entry; other
+kinds then reject it.
 """

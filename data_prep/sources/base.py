@@ -1,4 +1,4 @@
-"""What a source is: named splits of images with labels, and the names of the classes."""
+"""The interface of sources: named splits of images with labels, and the names of the classes."""
 
 import hashlib
 import os
@@ -16,11 +16,11 @@ from data_prep.images.decode import BadImage, Decode
 
 UNLABELLED = -1
 MAX_BYTES = 1 << 30
-"""A larger file is no image: 16 bits for each of three colors of as many pixels as are decoded."""
+"""Larger files are rejected: 16 bits for each of three colors of the largest number of pixels that is decoded."""
 
 
 class Images(Protocol):
-    """One split: images that are decoded when asked for, so that worker processes do it."""
+    """One split with random access. Images are decoded on demand, in the worker processes."""
 
     labels: np.ndarray
     """int32 (N,): the class of each image, -1 where unlabelled."""
@@ -29,13 +29,13 @@ class Images(Protocol):
         return len(self.labels)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
-        """uint8 (H, W, 3), RGB; `decode` decodes what is encoded. Raises BadImage if it can't be used."""
+        """uint8 (H, W, 3), RGB; `decode` decodes the contents of an image file. Raises BadImage if it can't be used."""
         ...
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image as it came off a stream: undecoded bytes, a name for messages, its class."""
+    """An image of a stream: undecoded bytes, a name for messages, its class."""
 
     name: str
     content: bytes
@@ -43,10 +43,10 @@ class Encoded:
 
 
 class ImageStream(Protocol):
-    """A piece of a split, such as one tar, that is read from its beginning and whose length is not known.
+    """A part of a split, such as one tar, that is read from its start and whose length is unknown.
 
-    Pieces are read in any order, each by one process. What can't be used is yielded as a BadImage in its
-    place, not raised; after one with the reason "damaged tar" nothing follows.
+    The streams of a split are read in any order, each by one process. An image that can't be used is yielded as a
+    BadImage, not raised. After a BadImage with the reason "damaged tar", the rest of that tar is lost.
     """
 
     name: str
@@ -57,34 +57,35 @@ class ImageStream(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. `train` is a split or streamed; `valid` and `test` may be."""
+    """An opened source. `train` is required, `valid` and `test` are optional; each is in `splits` or in `streams`."""
 
     name: str
     classes: list[str]
-    """Names by label; empty where the source knows none (a stream with bare numbers, or no labels)."""
+    """Names by label; empty if the source has none (no labels, or a stream with only numbers)."""
     splits: dict[str, Images]
+    """Splits with random access."""
     streams: dict[str, list[ImageStream]]
-    """Splits that are read as streams, piece by piece; a split is in one of the two."""
+    """Splits that are read as streams."""
     fingerprint: str
-    """Changes when images are added, removed or renamed; cheap, so it does not see inside image files."""
+    """Changes when images are added, removed or renamed. It does not depend on the contents of image files."""
     cropped: bool = False
-    """Whether the images are random crops already, so that `random_crop: auto` takes them whole."""
+    """Whether the images are already random crops, so that `random_crop: auto` does not crop them again."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else the manifest should say of the source, in plain JSON types, such as what a label means."""
+    """More entries for the manifest's `source`, in plain JSON types, such as the meaning of a label."""
 
     def check_labels(self, split: str, labels: np.ndarray) -> None:
-        """Raises ValueError if one of a split's labels (n,) is neither UNLABELLED nor a class's number."""
+        """Raises ValueError if one of a split's labels (n,) is neither UNLABELLED nor the number of a class."""
         last = (len(self.classes) or 1 << 31) - 1
         wrong = labels[(labels < UNLABELLED) | (labels > last)]
         if len(wrong):
             raise ValueError(
-                f"{self.name} gives an image of {split} the label {wrong[0]}; it must be 0 to {last}, the "
-                f"number of its class, or {UNLABELLED} for none."
+                f"{self.name} has an image in {split} with the label {wrong[0]}; it must be 0 to {last}, the number of "
+                f"a class, or {UNLABELLED} for none."
             )
 
 
 class ImageArray(Images):
-    """Images held in memory, or in a memory map."""
+    """Images in memory, or in a memory map."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         """pixels: uint8 (N, H, W, 3); labels: integers (N,)."""
@@ -96,7 +97,7 @@ class ImageArray(Images):
 
 
 class Names:
-    """Many file names in little memory: a million Python strings would take a hundred megabytes."""
+    """A compact list of file names: a million Python strings would take a hundred megabytes."""
 
     def __init__(self, names: Iterable[str]) -> None:
         encoded = bytearray()
@@ -117,7 +118,7 @@ class Names:
 
 
 class ImageFiles(Images):
-    """Picture files below a folder."""
+    """Image files below a folder."""
 
     def __init__(self, folder: str, names: Iterable[str], labels: np.ndarray) -> None:
         """names: paths below `folder`; labels (N,)."""
@@ -138,13 +139,13 @@ class ImageFiles(Images):
 
 
 @contextmanager
-def opened_archive(path: Path, name: str) -> Iterator[tarfile.TarFile]:
-    """A tar, compressed or not. Raises ValueError with `name` for what can't be read of it."""
+def open_archive(path: Path, name: str) -> Iterator[tarfile.TarFile]:
+    """Opens a tar, compressed or not. Raises ValueError with `name` if it can't be read, also inside the block."""
     try:
         with tarfile.open(path) as tar:
             yield tar
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{name} is no readable tar archive ({error}); fetch it again.") from error
+        raise ValueError(f"{name} is not a readable tar archive ({error}); download it again.") from error
 
 
 def fingerprint(parts: Iterable[Any]) -> str:

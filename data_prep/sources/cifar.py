@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as published, python or binary version, from the extracted folder or the archive.
+"""CIFAR-10 and CIFAR-100 as published: python or binary version, from the extracted folder or the archive.
 
 https://www.cs.toronto.edu/~kriz/cifar.html describes both layouts.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import SourceConfig
-from data_prep.sources.base import ImageArray, Source, fingerprint, opened_archive
+from data_prep.sources.base import ImageArray, Source, fingerprint, open_archive
 
 SIDE = 32
 PIXEL_BYTES = 3 * SIDE * SIDE
@@ -20,7 +20,7 @@ PIXEL_BYTES = 3 * SIDE * SIDE
 
 @dataclass(frozen=True)
 class Layout:
-    """The names in one version of one data set."""
+    """The file names and keys in one version of one dataset."""
 
     train: tuple[str, ...]
     test: str
@@ -30,7 +30,7 @@ class Layout:
     names_key: bytes
     """python version: the key of the class names in `meta`."""
     label_bytes: int
-    """binary version: labels before each picture, of which the last is ours; 0 for the python version."""
+    """binary version: number of label bytes before each image, of which the last is used; python version: 0."""
     classes: int
 
     @property
@@ -52,7 +52,7 @@ LAYOUTS = {
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Reads all pictures into memory. Raises ValueError naming the file that is missing or damaged."""
+    """Reads all images into memory. Raises ValueError naming the file that is missing or damaged."""
     assert config.path is not None
     path = Path(config.path)
     if not path.exists():
@@ -77,8 +77,8 @@ def _wanted(kind: str) -> set[str]:
 
 def _folder_contents(folder: Path, kind: str) -> dict[str, bytes]:
     """The wanted files in `folder`, or in its one subfolder that has any."""
-    for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir())):
-        found = {name: (place / name).read_bytes() for name in _wanted(kind) if (place / name).is_file()}
+    for parent in (folder, *sorted(child for child in folder.iterdir() if child.is_dir())):
+        found = {name: (parent / name).read_bytes() for name in _wanted(kind) if (parent / name).is_file()}
         if found:
             return found
     return {}
@@ -86,7 +86,7 @@ def _folder_contents(folder: Path, kind: str) -> dict[str, bytes]:
 
 def _archive_contents(archive: Path, kind: str) -> dict[str, bytes]:
     contents = {}
-    with opened_archive(archive, f"source.path {archive}") as tar:
+    with open_archive(archive, f"source.path {archive}") as tar:
         for member in tar:
             name = PurePosixPath(member.name).name
             if member.isfile() and name in _wanted(kind):
@@ -102,7 +102,7 @@ def _layout(contents: dict[str, bytes], kind: str, path: Path) -> Layout:
         return layouts[0]
     closest = max(LAYOUTS[kind], key=lambda layout: sum(name in contents for name in layout.files))
     missing = ", ".join(name for name in closest.files if name not in contents)
-    raise ValueError(f"source.path {path} lacks {missing}; it must be {kind}'s python or binary version.")
+    raise ValueError(f"source.path {path} has no {missing}; it must contain {kind} in its python or binary version.")
 
 
 def _class_names(content: bytes, layout: Layout, name: str) -> list[str]:
@@ -111,7 +111,7 @@ def _class_names(content: bytes, layout: Layout, name: str) -> list[str]:
     else:
         names = [str(word, "ascii", "replace") for word in _unpickle(content, name).get(layout.names_key, [])]
     if len(names) != layout.classes:
-        raise ValueError(f"{name} names {len(names)} classes, it must name {layout.classes}; fetch it again.")
+        raise ValueError(f"{name} has {len(names)} classes, but must have {layout.classes}; download it again.")
     return names
 
 
@@ -120,22 +120,22 @@ def _batch(content: bytes, layout: Layout, name: str) -> tuple[np.ndarray, np.nd
     if layout.label_bytes:
         row_bytes = layout.label_bytes + PIXEL_BYTES
         if not content or len(content) % row_bytes:
-            raise ValueError(f"{name} has {len(content)} bytes, no multiple of {row_bytes}; fetch it again.")
+            raise ValueError(f"{name} has {len(content)} bytes, not a multiple of {row_bytes}; download it again.")
         rows = np.frombuffer(content, np.uint8).reshape(-1, row_bytes)
         labels, flat = rows[:, layout.label_bytes - 1], rows[:, layout.label_bytes :]
     else:
         batch = _unpickle(content, name)
         labels, flat = np.asarray(batch.get(layout.label_key, [])), np.asarray(batch.get(b"data", []))
         if labels.dtype.kind not in "iu" or flat.dtype != np.uint8 or flat.shape != (len(labels), PIXEL_BYTES):
-            raise ValueError(f"{name} does not hold {PIXEL_BYTES} bytes and a label for each picture; fetch it again.")
+            raise ValueError(f"{name} does not have {PIXEL_BYTES} bytes and a label per image; download it again.")
     if labels.min() < 0 or labels.max() >= layout.classes:
-        raise ValueError(f"{name} has a label outside 0 to {layout.classes - 1}; fetch it again.")
+        raise ValueError(f"{name} has a label outside 0 to {layout.classes - 1}; download it again.")
     pixels = flat.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # planes of red, green, blue
     return np.ascontiguousarray(pixels), labels
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Refuses everything but what a pickled numpy array is made of, so a foreign file can't run code."""
+    """Unpickles only the parts of numpy arrays, so that an untrusted file can't run code."""
 
     ALLOWED = frozenset(
         {
@@ -149,15 +149,15 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def _unpickle(content: bytes, name: str) -> dict[bytes, Any]:
     try:
         value = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{name} is not a batch of CIFAR's python version ({error}); fetch it again.") from error
+    except Exception as error:  # a damaged pickle may raise any exception
+        raise ValueError(f"{name} is not a batch of CIFAR's python version ({error}); download it again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is not a batch of CIFAR's python version; fetch it again.")
+        raise ValueError(f"{name} is not a batch of CIFAR's python version; download it again.")
     return value

@@ -3,8 +3,8 @@
     PATH/train2017/000000000009.jpg ...    PATH/annotations/instances_train2017.json
     PATH/val2017/...                       PATH/annotations/instances_val2017.json
 
-A picture shows several objects; its label is the category of the one with the largest area. The official
-validation set is our split `test`: the test pictures were published without annotations.
+An image shows several objects; its label is the category of the object with the largest area. The official
+validation set becomes the split `test`: the official test images were published without annotations.
 """
 
 import json
@@ -23,8 +23,8 @@ from data_prep.sources.base import UNLABELLED, ImageFiles, Images, Source, finge
 
 YEARS = ("2017", "2014")
 SPLITS = {"train": "train", "test": "val"}
-"""Our name of a split: COCO's."""
-LABELS = (
+"""Split: COCO's name for it."""
+LABELS = (  # part of manifests: another text would change the digest of the same set
     "the category of the picture's largest object by area, crowds left out; of equals, that with the smallest "
     "annotation id; -1 without objects"
 )
@@ -33,12 +33,12 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Reads the annotations. Raises ValueError naming the folder, annotations or picture that is missing or wrong."""
+    """Reads the annotations. Raises ValueError naming the folder, annotations or image that is missing or invalid."""
     assert config.path is not None
     root = Path(config.path)
     year = next((year for year in YEARS if (root / f"train{year}").is_dir()), None)
     if year is None:
-        raise ValueError(f"source.path {root} holds no folder train2017 (or train2014); extract train2017.zip there.")
+        raise ValueError(f"source.path {root} has no folder train2017 (or train2014); extract train2017.zip there.")
     splits: dict[str, Images] = {}
     categories: dict[int, str] = {}
     parts: list[str] = []
@@ -48,7 +48,9 @@ def open_source(config: SourceConfig) -> Source:
             continue
         instances = _Instances(root / "annotations" / f"instances_{official}{year}.json")
         if categories and instances.categories != categories:
-            raise ValueError(f"{instances.file} has other categories than the training pictures'; fetch it again.")
+            raise ValueError(
+                f"{instances.file} has other categories than the training annotations; download both again."
+            )
         categories = instances.categories
         names, labels = instances.labelled()
         _check_presence(folder, names, instances.file)
@@ -59,28 +61,28 @@ def open_source(config: SourceConfig) -> Source:
 
 
 class _Instances:
-    """What an instances_*.json says of its pictures."""
+    """The contents of an instances_*.json."""
 
     def __init__(self, file: Path) -> None:
-        """Raises ValueError if it is missing, damaged or about something else."""
+        """Raises ValueError if it is missing, damaged or has no images or categories."""
         self.file = file
         self.categories: dict[int, str] = {}
         self._names: dict[int, str] = {}
-        """File names by picture id."""
+        """File names by image id."""
         self._objects: tuple[array[Any], ...] = (array("q"), array("d"), array("q"), array("q"))
-        """Of each object: picture id, area, annotation id, category id."""
+        """Of each object: image id, area, annotation id, category id."""
         if not file.is_file():
             raise ValueError(f"{file} is missing; extract annotations_trainval{file.stem[-4:]}.zip there.")
         try:
             with file.open(encoding="utf-8") as text:
-                for part, entry in listed(text):
+                for part, entry in iter_list_entries(text):
                     self._add(part, entry)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not readable as JSON ({error}); fetch it again.") from error
+            raise ValueError(f"{file} is not readable as JSON ({error}); download it again.") from error
         except (KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"{file} has a {part} entry that is not COCO's ({error!r}); fetch it again.") from error
+            raise ValueError(f"{file} has an invalid entry in {part} ({error!r}); download it again.") from error
         if not self._names or not self.categories:
-            raise ValueError(f"{file} lists no {'categories' if self._names else 'images'}; fetch it again.")
+            raise ValueError(f"{file} lists no {'categories' if self._names else 'images'}; download it again.")
 
     def _add(self, part: str, entry: dict[str, Any]) -> None:
         if part == "images":
@@ -93,36 +95,38 @@ class _Instances:
                 column.append(value)
 
     def labelled(self) -> tuple[list[str], np.ndarray]:
-        """The pictures' file names in the order of their ids, and their labels (N,)."""
-        pictures = np.array(sorted(self._names))
+        """The file names of the images in the order of their ids, and their labels (N,)."""
+        images = np.array(sorted(self._names))
         owners, areas, numbers, categories = (np.array(column) for column in self._objects)
-        for what, found, known in (("image_id", owners, pictures), ("category_id", categories, [*self.categories])):
-            strange = found[~np.isin(found, known)]
-            if len(strange):
-                raise ValueError(f"{self.file} has an annotation with {what} {strange[0]}, which it does not list.")
-        labels = np.full(len(pictures), UNLABELLED)
-        order = np.lexsort((numbers, -areas, owners))  # by picture, the largest first, then the smallest id
+        for what, found, known in (("image_id", owners, images), ("category_id", categories, [*self.categories])):
+            unknown = found[~np.isin(found, known)]
+            if len(unknown):
+                raise ValueError(
+                    f"{self.file} has an annotation with {what} {unknown[0]}, which is not listed; download it again."
+                )
+        labels = np.full(len(images), UNLABELLED)
+        order = np.lexsort((numbers, -areas, owners))  # by image, the largest area first, then the smallest id
         owners, first = np.unique(owners[order], return_index=True)
         ranks = np.searchsorted(sorted(self.categories), categories[order][first])
-        labels[np.searchsorted(pictures, owners)] = ranks
-        return [self._names[number] for number in pictures.tolist()], labels
+        labels[np.searchsorted(images, owners)] = ranks
+        return [self._names[number] for number in images.tolist()], labels
 
 
 def _check_presence(folder: Path, names: list[str], file: Path) -> None:
     with os.scandir(folder) as entries:
-        there = {entry.name for entry in entries}
-    absent = [name for name in names if name not in there]
-    if absent:
+        existing = {entry.name for entry in entries}
+    missing = [name for name in names if name not in existing]
+    if missing:
         raise ValueError(
-            f"{folder / absent[0]} is missing, as are {len(absent) - 1} others of the {len(names)} pictures that "
-            f"{file.name} lists; extract {folder.name}.zip again."
+            f"{folder} is missing {len(missing)} of the {len(names)} images that {file.name} lists, the first is "
+            f"{missing[0]}; extract {folder.name}.zip again."
         )
 
 
-def listed(file: TextIO) -> Iterator[tuple[str, Any]]:
+def iter_list_entries(file: TextIO) -> Iterator[tuple[str, Any]]:
     """(key, entry) for each entry of each list in a JSON object, one at a time: the files have up to 450 MB.
 
-    Values that are no lists are passed over. Raises ValueError where the text is no such JSON.
+    Values that are not lists are ignored. Raises ValueError if the text is not such a JSON object.
     """
     text = _Text(file)
     text.take("{")
@@ -143,16 +147,16 @@ def listed(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 class _Text:
-    """JSON text that is read as it is needed."""
+    """JSON text, read from the file as needed."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._window, self._position = file, "", 0
         self._passed = 0
-        """Characters before the window."""
+        """Number of characters before the window."""
         self._decode = json.JSONDecoder().raw_decode
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             space = SPACE.match(self._window, self._position)
             assert space is not None
@@ -163,7 +167,7 @@ class _Text:
     def take(self, character: str) -> None:
         found = self.peek()
         if found != character:
-            what = f"{found!r} in place of {character!r}" if found else "it ends"
+            what = f"{found!r} instead of {character!r}" if found else "it ends"
             raise ValueError(f"{what} at character {self._passed + self._position}")
         self._position += 1
 
@@ -172,16 +176,16 @@ class _Text:
         while True:
             try:
                 value, end = self._decode(self._window, self._position)
-            except json.JSONDecodeError as error:  # it may go on beyond the window
+            except json.JSONDecodeError as error:  # the value may extend beyond the window
                 if not self._read_on():
                     raise ValueError(f"{error.msg} at character {self._passed + error.pos}") from error
                 continue
-            if end < len(self._window) or not self._read_on():  # a number may go on beyond the window
+            if end < len(self._window) or not self._read_on():  # a number may extend beyond the window
                 self._position = end
                 return value
 
     def _read_on(self) -> bool:
-        """Moves the window on; it at least doubles while a value does not fit, so that no text costs a square."""
+        """Moves the window. It at least doubles while a value does not fit, so that the total time is linear."""
         more = self._file.read(max(CHUNK, len(self._window) - self._position))
         self._passed += self._position
         self._window, self._position = self._window[self._position :] + more, 0

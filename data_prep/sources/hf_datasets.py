@@ -1,4 +1,4 @@
-"""Hugging Face data sets: a hub name, a `save_to_disk` folder, or a folder that `load_dataset` understands."""
+"""Hugging Face datasets: a hub name, a `save_to_disk` folder, or a folder that `load_dataset` understands."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -12,11 +12,11 @@ from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import UNLABELLED, Encoded, Images, ImageStream, Source, fingerprint
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
-"""Our name of a split: the data set's names it is found under."""
+"""Split: the names in a dataset that are taken for it."""
 
 
-class TablePictures(Images):
-    """A split on disk, read in any order."""
+class TableImages(Images):
+    """A split on disk, with random access."""
 
     def __init__(self, table: Any, image_column: str, labels: np.ndarray, name: str) -> None:
         """table: a datasets.Dataset whose images are not decoded; labels (N,)."""
@@ -28,8 +28,8 @@ class TablePictures(Images):
         return decode(_content(self.table[int(index)][self.image_column], name), name)
 
 
-class StreamPictures:
-    """A piece of a split that comes one picture after the other."""
+class StreamImages:
+    """One file of a streamed split."""
 
     def __init__(self, stream: Any, image_column: str, label_column: str | None, name: str) -> None:
         self.stream, self.image_column, self.label_column, self.name = stream, image_column, label_column, name
@@ -43,7 +43,7 @@ class StreamPictures:
             except StopIteration:
                 return
             except Exception as error:  # the network, or a damaged file
-                raise ValueError(f"{name} can't be read from its stream ({_first_line(error)}); try again.") from error
+                raise ValueError(f"{name} can't be read ({_first_line(error)}); run the command again.") from error
             try:
                 yield Encoded(name, _content(row[self.image_column], name), _label(row, self.label_column))
             except BadImage as bad:
@@ -51,11 +51,11 @@ class StreamPictures:
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Opens the splits and finds the columns. Raises ValueError naming the path, split or column at fault."""
+    """Opens the splits and finds the columns. Raises ValueError naming the path, split or column that is invalid."""
     assert config.path is not None
     found = _load(config)
     if "train" not in found:
-        raise ValueError(f"source.path {config.path!r} has the splits {', '.join(found)}; it must have train.")
+        raise ValueError(f"source.path {config.path!r} has only the splits {', '.join(found)}; it must have train.")
     features = _features(found["train"], config.path)
     image_column = _image_column(features, config)
     label_column = _label_column(features, config)
@@ -68,35 +68,35 @@ def open_source(config: SourceConfig) -> Source:
         name = f"{config.path} {split}"
         data = _undecoded(data, image_column)
         if _is_stream(data):
-            streams[split] = _pieces(data, image_column, label_column, name)
+            streams[split] = _streams(data, image_column, label_column, name)
         elif len(data) == 0:
-            raise ValueError(f"source.path {config.path!r} has no pictures in split {split}.")
+            raise ValueError(f"source.path {config.path!r} has no images in split {split}; it must have some.")
         else:
-            splits[split] = TablePictures(data, image_column, _labels(data, label_column), name)
+            splits[split] = TableImages(data, image_column, _labels(data, label_column), name)
     classes = list(getattr(features[label_column], "names", [])) if label_column else []
     if not classes and label_column and not streams:
         classes = [str(number) for number in range(1 + max(int(found.labels.max()) for found in splits.values()))]
-    sizes = [f"{split} {len(pictures)}" for split, pictures in splits.items()]
+    sizes = [f"{split} {len(images)}" for split, images in splits.items()]
     return Source(
         Path(config.path).name,
         classes,
         splits,
         streams,
-        fingerprint([*sizes, *(f"{split} {len(pieces)}" for split, pieces in streams.items()), *classes]),
+        fingerprint([*sizes, *(f"{split} {len(found)}" for split, found in streams.items()), *classes]),
     )
 
 
-def _pieces(data: Any, image_column: str, label_column: str | None, name: str) -> list[ImageStream]:
-    """The files of a stream, each a piece of its own."""
-    pieces = [data.shard(data.num_shards, number) for number in range(data.num_shards)]
+def _streams(data: Any, image_column: str, label_column: str | None, name: str) -> list[ImageStream]:
+    """One stream for each file of a streamed split."""
+    files = [data.shard(data.num_shards, number) for number in range(data.num_shards)]
     return [
-        StreamPictures(piece, image_column, label_column, f"{name}, file {number}" if len(pieces) > 1 else name)
-        for number, piece in enumerate(pieces)
+        StreamImages(file, image_column, label_column, f"{name}, file {number}" if len(files) > 1 else name)
+        for number, file in enumerate(files)
     ]
 
 
 def _load(config: SourceConfig) -> dict[str, Any]:
-    """The splits by the data set's own names. A `save_to_disk` folder is already local: it is never streamed."""
+    """The splits by the dataset's own names. A `save_to_disk` folder is local and never streamed."""
     import datasets
 
     assert config.path is not None
@@ -106,9 +106,9 @@ def _load(config: SourceConfig) -> dict[str, Any]:
             data = datasets.load_from_disk(config.path)
         else:
             data = datasets.load_dataset(config.path, config.subset, streaming=config.streaming)
-    except Exception as error:  # the hub, the network and the builders each have their own
+    except Exception as error:  # the hub, the network and the builders have many kinds of exceptions
         raise ValueError(
-            f"source.path {config.path!r} can't be loaded as a Hugging Face data set ({_first_line(error)})."
+            f"source.path {config.path!r} can't be loaded as a Hugging Face dataset ({_first_line(error)})."
         ) from error
     return dict(data) if isinstance(data, dict) else {str(data.split or "train"): data}
 
@@ -128,7 +128,7 @@ def _features(data: Any, path: str) -> dict[str, Any]:
     if features is None and _is_stream(data):
         features = data._resolve_features().features
     if not features:
-        raise ValueError(f"source.path {path!r} does not say what its columns are; it can't be used as pictures.")
+        raise ValueError(f"source.path {path!r} has no information about its columns; it must have a column of images.")
     return dict(features)
 
 
@@ -138,7 +138,7 @@ def _image_column(features: dict[str, Any], config: SourceConfig) -> str:
 
 
 def _label_column(features: dict[str, Any], config: SourceConfig) -> str | None:
-    """The column of type ClassLabel, else an integer column called label; None where there is neither."""
+    """The column of type ClassLabel, else an integer column named label; None if there is neither."""
     import datasets
 
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -152,7 +152,7 @@ def _label_column(features: dict[str, Any], config: SourceConfig) -> str | None:
 
 
 def _is_image(feature: Any) -> bool:
-    """An Image, or what one looks like in parquet files that lost their types."""
+    """Whether it is an Image, or the same in parquet files without type information."""
     import datasets
 
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
@@ -161,17 +161,17 @@ def _is_image(feature: Any) -> bool:
 def _choose(option: str, wanted: str | None, fitting: list[str], features: dict[str, Any], config: SourceConfig) -> str:
     if wanted is not None:
         if wanted not in fitting:
-            choice = ", ".join(fitting) or f"one of the right type, of which {', '.join(features)} are none"
+            choice = ", ".join(fitting) or f"a column of the right type, and none of {', '.join(features)} has it"
             raise ValueError(f"source.{option} is {wanted!r}; in {config.path!r} it must be {choice}.")
         return wanted
     if len(fitting) != 1:
-        what = f"several: {', '.join(fitting)}" if fitting else f"none among {', '.join(features)}"
-        raise ValueError(f"source.{option} is not set and can't be told from the types in {config.path!r} ({what}).")
+        what = f"several columns: {', '.join(fitting)}" if fitting else f"none of the columns {', '.join(features)}"
+        raise ValueError(f"source.{option} is not set, and the types in {config.path!r} fit {what}; name a column.")
     return fitting[0]
 
 
 def _undecoded(data: Any, column: str) -> Any:
-    """The split with its pictures as stored bytes, and no other columns but the plain ones."""
+    """The split with its images as stored bytes."""
     import datasets
 
     feature = _features(data, column)[column]
@@ -179,11 +179,11 @@ def _undecoded(data: Any, column: str) -> Any:
 
 
 def _content(value: dict[str, Any] | None, name: str) -> bytes:
-    """The encoded picture, from the row itself or from the file that it names. Raises BadImage without one."""
+    """The encoded image, from the row or from the file that the row names. Raises BadImage if there is none."""
     if value and value.get("bytes") is not None:
         return value["bytes"]
     if not value or not value.get("path"):
-        raise BadImage(name, "empty", "the row has no picture")
+        raise BadImage(name, "empty", "the row has no image")
     from datasets.utils.file_utils import xopen
 
     try:

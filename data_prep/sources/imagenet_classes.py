@@ -1,7 +1,7 @@
-"""What ILSVRC2012's classes are called, and the classes of its validation pictures: the devkit, or Kaggle's lists.
+"""The names of ILSVRC2012's classes, and the classes of its validation images, from the devkit or Kaggle's lists.
 
-The devkit numbers the 1000 classes 1 to 1000 in an order of its own (ILSVRC2012_ID), which is not that of the
-sorted WordNet ids; so everything here speaks of WordNet ids ("wnids"), and numbers do not leave this module.
+The devkit numbers the classes from 1 to 1000 in an order of its own (ILSVRC2012_ID), not in the order of the sorted
+WordNet ids. Therefore all functions here return WordNet ids ("wnids"), never these numbers.
 """
 
 import csv
@@ -9,7 +9,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.sources.base import opened_archive
+from data_prep.sources.base import open_archive
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
@@ -19,42 +19,44 @@ VAL_NAME = "ILSVRC2012_val_{:08d}"
 
 @dataclass(frozen=True)
 class Classes:
-    """What the files beside the pictures say; empty where there are none."""
+    """Names and ground truth from the files of the devkit or of Kaggle; empty if there are none."""
 
     words: dict[str, str]
     """The words of a synset by its wnid, such as "tench, Tinca tinca"."""
     words_file: str
     truth: dict[str, str]
-    """The wnid of each validation picture by its name, without its ending."""
+    """The wnid of each validation image, by its name without extension."""
     truth_file: str
 
     def names(self, wnids: list[str]) -> list[str]:
-        """The classes' names. Two pairs of classes share theirs ("crane", "maillot"): labels tell them apart."""
+        """The names of the classes. Two pairs share a name ("crane", "maillot"); their labels differ."""
         if not self.words:
             return list(wnids)
         unknown = [wnid for wnid in wnids if wnid not in self.words]
         if unknown:
-            raise ValueError(f"the training set has a class {unknown[0]} that {self.words_file} lacks; remove it.")
+            raise ValueError(
+                f"the training set has the class {unknown[0]}, which is not in {self.words_file}; remove it."
+            )
         return [self.words[wnid] for wnid in wnids]
 
-    def of_pictures(self, names: list[str], place: Path, root: Path) -> list[str]:
-        """The wnids of the validation pictures, which lie in `place`.
+    def of_images(self, names: list[str], parent: Path, root: Path) -> list[str]:
+        """The wnids of the validation images in `parent`.
 
-        Raises ValueError if no file tells, or the file is about other pictures.
+        Raises ValueError if there is no ground truth, or if it is for other images.
         """
         if not self.truth:
             raise ValueError(
-                f"{place} does not tell the classes of its pictures; put {DEVKIT}.tar.gz (or {SOLUTION}) into {root}."
+                f"{parent} does not give the classes of its images; put {DEVKIT}.tar.gz (or {SOLUTION}) into {root}."
             )
         if len(self.truth) != len(names):
             raise ValueError(
-                f"{place} holds {len(names)} pictures, {self.truth_file} has the classes of {len(self.truth)}; "
-                "complete the one or the other."
+                f"{parent} has {len(names)} images, but {self.truth_file} has classes for {len(self.truth)}; download "
+                f"the incomplete one again."
             )
         stems = [name.rpartition(".")[0] for name in names]
-        strange = [stem for stem in stems if stem not in self.truth]
-        if strange:
-            raise ValueError(f"{self.truth_file} has no class for {strange[0]} in {place}; rename or remove it.")
+        unknown = [stem for stem in stems if stem not in self.truth]
+        if unknown:
+            raise ValueError(f"{self.truth_file} has no class for {unknown[0]} in {parent}; rename or remove it.")
         return [self.truth[stem] for stem in stems]
 
 
@@ -79,7 +81,7 @@ def _devkit_files(root: Path) -> dict[str, bytes] | None:
     if folder.is_dir():
         contents = {name: (folder / name).read_bytes() for name in (TRUTH, META) if (folder / name).is_file()}
     elif archive.is_file():
-        with opened_archive(archive, str(archive)) as tar:
+        with open_archive(archive, str(archive)) as tar:
             for member in tar:
                 wanted = [name for name in (TRUTH, META) if member.name.endswith(name)]
                 file = tar.extractfile(member) if wanted else None
@@ -89,12 +91,12 @@ def _devkit_files(root: Path) -> dict[str, bytes] | None:
         return None
     for name in (TRUTH, META):
         if name not in contents:
-            raise ValueError(f"{folder if folder.is_dir() else archive} lacks {name}; fetch {archive.name} again.")
+            raise ValueError(f"{folder if folder.is_dir() else archive} has no {name}; download {archive.name} again.")
     return contents
 
 
 def _read_meta(content: bytes) -> tuple[dict[int, str], dict[str, str]]:
-    """meta.mat: wnids by ILSVRC2012_ID, and words by wnid, of the classes: synsets with others below are none."""
+    """From meta.mat: wnids by ILSVRC2012_ID, and words by wnid. Synsets with children are not classes."""
     from scipy.io import loadmat
 
     numbers, words = {}, {}
@@ -104,13 +106,13 @@ def _read_meta(content: bytes) -> tuple[dict[int, str], dict[str, str]]:
                 wnid = str(synset["WNID"].item())
                 numbers[int(synset["ILSVRC2012_ID"].item())] = wnid
                 words[wnid] = str(synset["words"].item())
-    except Exception as error:  # a damaged file makes scipy raise nearly anything
-        raise ValueError(f"{DEVKIT}/{META} is not the devkit's ({error}); fetch {DEVKIT}.tar.gz again.") from error
+    except Exception as error:  # scipy may raise any exception for a damaged file
+        raise ValueError(f"{DEVKIT}/{META} can't be read ({error}); download {DEVKIT}.tar.gz again.") from error
     return numbers, words
 
 
 def _read_truth(content: bytes, numbers: dict[int, str]) -> dict[str, str]:
-    """The wnids of the validation pictures: line n is about picture n."""
+    """The wnids of the validation images; line n is for image n."""
     truth = {}
     for line, word in enumerate(content.decode("ascii", "replace").split(), 1):
         if not word.isdecimal() or int(word) not in numbers:
@@ -126,12 +128,14 @@ def _read_mapping(file: Path) -> dict[str, str]:
 
 
 def _read_solution(file: Path) -> dict[str, str]:
-    """Rows "ILSVRC2012_val_00048981,n03995372 85 1 499 272 ": a picture, then its class and box, repeated."""
+    """Rows "ILSVRC2012_val_00048981,n03995372 85 1 499 272 ": an image, then class and box of each of its objects."""
     solved = {}
     with file.open(encoding="utf-8", errors="replace", newline="") as text:
         for row in csv.DictReader(text):
             name, boxes = row.get("ImageId"), (row.get("PredictionString") or "").split()
             if not name or not boxes:
-                raise ValueError(f"{file} is not Kaggle's: a row must be ImageId and PredictionString; fetch it again.")
+                raise ValueError(
+                    f"{file} has a row without ImageId or PredictionString; download it from Kaggle again."
+                )
             solved[name] = boxes[0]
     return solved

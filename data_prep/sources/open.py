@@ -10,8 +10,7 @@ from data_prep.sources.registry import SOURCES
 def open_source(config: SourceConfig) -> Source:
     """Lists the images and reads the labels; decodes nothing yet.
 
-    Raises ValueError naming the folder, archive or column that is missing or isn't what it should be, or a label that
-    is none.
+    Raises ValueError naming the folder, archive or column that is missing or invalid, or an invalid label.
     """
     source: Source = import_module(SOURCES[config.kind].module).open_source(config)
     for split, images in source.splits.items():

@@ -1,8 +1,8 @@
-"""Windows of the colour photographs that scikit-image's and scikit-learn's packages bring along.
+"""Square crops (windows) of the color photographs in the packages scikit-image and scikit-learn.
 
-A class is a photograph. Training windows lie wholly in its left 70%, validation windows in the upper half of
-its right 30%, test windows in the lower half of that; a window on a border is dropped, so no pixel is in two
-splits. Even the narrowest of these parts holds windows of 64 pixels: the cat's, 136 x 150.
+Each photograph is a class. Training windows are in its left 70%, validation windows in the upper half of the right
+30%, and test windows in the lower half of the right 30%. Windows that cross a border are dropped, so no pixel is in
+two splits. The smallest of these parts, 136 x 150 pixels of the cat, has room for windows of 64 pixels.
 """
 
 from functools import lru_cache
@@ -31,37 +31,39 @@ TRAIN_PART = 0.7
 SMALLEST, LARGEST = 64, 256
 """A window's side in pixels."""
 WINDOW_SEED = 0
-"""The windows are part of the data set: the configuration's seed does not move them."""
+"""The windows are part of the dataset: they do not depend on the configuration's seed."""
 
 
 class Windows(Images):
     """Square windows of a few photographs."""
 
     def __init__(self, files: list[Path], labels: np.ndarray, boxes: np.ndarray) -> None:
-        """labels: which photograph (N,); boxes: left, top, side in pixels (N, 3)."""
+        """labels: the index of the photograph (N,); boxes: left, top, side in pixels (N, 3)."""
         self.files, self.boxes, self.labels = files, boxes, labels.astype(np.int32)
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
-        """The window as it is; `decode` is not asked, as scaled windows would be other ones."""
+        """The window at full size; `decode` is not used, since the boxes are for the full size."""
         left, top, side = self.boxes[index]
         return _photograph(self.files[self.labels[index]])[top : top + side, left : left + side]
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Cuts `train_per_class`, `valid_per_class` and `test_per_class` windows of 64 to 256 pixels a photograph."""
+    """Draws `train_per_class`, `valid_per_class`, `test_per_class` windows of 64 to 256 pixels per photograph."""
     files = [_package_folder(package) / name for package, name in PHOTOGRAPHS.values()]
     counts = {"train": config.train_per_class, "valid": config.valid_per_class, "test": config.test_per_class}
     sizes = [_photograph(file).shape[:2] for file in files]
-    cut = [cut_windows(height, width, counts, label) for label, (height, width) in enumerate(sizes)]
+    drawn = [draw_windows(height, width, counts, label) for label, (height, width) in enumerate(sizes)]
     splits: dict[str, Images] = {
-        split: Windows(files, np.repeat(np.arange(len(files)), count), np.concatenate([boxes[split] for boxes in cut]))
+        split: Windows(
+            files, np.repeat(np.arange(len(files)), count), np.concatenate([boxes[split] for boxes in drawn])
+        )
         for split, count in counts.items()
     }
     return Source("photographs", list(PHOTOGRAPHS), splits, {}, fingerprint([*PHOTOGRAPHS, counts]), cropped=True)
 
 
 def parts(height: int, width: int) -> dict[str, tuple[int, int, int, int]]:
-    """The part of a photograph that each split's windows lie in: left, top, right, bottom in pixels."""
+    """The part of a photograph for the windows of each split: left, top, right, bottom in pixels."""
     border, middle = int(TRAIN_PART * width), height // 2
     return {
         "train": (0, 0, border, height),
@@ -70,19 +72,19 @@ def parts(height: int, width: int) -> dict[str, tuple[int, int, int, int]]:
     }
 
 
-def cut_windows(height: int, width: int, counts: dict[str, int], label: int) -> dict[str, np.ndarray]:
+def draw_windows(height: int, width: int, counts: dict[str, int], label: int) -> dict[str, np.ndarray]:
     """Random windows of a photograph, `counts` of each split: left, top, side as int64 (count, 3)."""
     random = np.random.default_rng([WINDOW_SEED, label])
-    places = parts(height, width)
-    kept: dict[str, list[tuple[int, int, int]]] = {split: [] for split in counts}
-    while any(len(kept[split]) < count for split, count in counts.items()):
+    areas = parts(height, width)
+    accepted: dict[str, list[tuple[int, int, int]]] = {split: [] for split in counts}
+    while any(len(accepted[split]) < count for split, count in counts.items()):
         side = int(random.integers(SMALLEST, min(LARGEST, height) + 1))
         left, top = int(random.integers(0, width - side + 1)), int(random.integers(0, height - side + 1))
-        for split, (first_x, first_y, last_x, last_y) in places.items():
+        for split, (first_x, first_y, last_x, last_y) in areas.items():
             inside = first_x <= left and left + side <= last_x and first_y <= top and top + side <= last_y
-            if inside and len(kept[split]) < counts[split]:
-                kept[split].append((left, top, side))
-    return {split: np.array(boxes) for split, boxes in kept.items()}
+            if inside and len(accepted[split]) < counts[split]:
+                accepted[split].append((left, top, side))
+    return {split: np.array(boxes) for split, boxes in accepted.items()}
 
 
 def _package_folder(package: str) -> Path:

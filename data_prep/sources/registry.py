@@ -1,26 +1,26 @@
-"""The kinds of source: all that the rest of the package knows of a source's file."""
+"""The values of source.kind, with the module and the options of each."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class SourceKind:
-    """One line of the registry."""
+    """One entry of the registry."""
 
     module: str
     """Has `open_source(config: SourceConfig) -> Source`."""
     reads: str
-    """What it reads, for --help."""
+    """Description of its input, for --help."""
     options: tuple[str, ...] = ()
-    """Fields of SourceConfig that belong to this kind, beside `path`."""
+    """Fields of SourceConfig that only some kinds have, this one among them."""
     has_path: bool = True
-    """Whether `source.path` must be set; else it must not."""
+    """True: `source.path` must be set. False: it must not be set."""
 
 
 SOURCES = {
     "photographs": SourceKind(
         "data_prep.sources.photographs",
-        "windows of images that scikit-image and scikit-learn bring along",
+        "crops of the photographs in scikit-image and scikit-learn",
         ("train_per_class", "valid_per_class", "test_per_class"),
         has_path=False,
     ),
@@ -30,10 +30,10 @@ SOURCES = {
     "stl10": SourceKind("data_prep.sources.stl10", "the official files, as a folder or archive", ("unlabelled",)),
     "imagenet": SourceKind("data_prep.sources.imagenet", "train/<wnid> and val, or the official tars"),
     "coco": SourceKind("data_prep.sources.coco", "images and instance annotations"),
-    "places205": SourceKind("data_prep.sources.places205", "images256 and its lists"),
+    "places205": SourceKind("data_prep.sources.places205", "the folder images256 and the lists of its images"),
     "webdataset": SourceKind(
         "data_prep.sources.webdataset_tars",
-        "tars of images, as img2dataset writes them",
+        "tars of images, such as img2dataset writes",
         ("label_column", "tars_per_shard"),
     ),
     "hf_dataset": SourceKind(
@@ -42,9 +42,9 @@ SOURCES = {
         ("subset", "image_column", "label_column", "streaming"),
     ),
 }
-"""The choices of `source.kind`, in the order in which messages list them."""
+"""By value of `source.kind`, in the order in which messages list them."""
 
 
 def kinds_with(option: str) -> list[str]:
-    """The kinds that an option of SourceConfig belongs to; empty for one that all take."""
+    """The kinds that have an option of SourceConfig; empty for an option of all kinds."""
     return [name for name, kind in SOURCES.items() if option in kind.options]

@@ -1,4 +1,4 @@
-"""Images that lie unextracted inside a large file, read by their place in it."""
+"""Images inside an uncompressed tar, read by offset without extracting them."""
 
 import os
 import tarfile
@@ -13,27 +13,27 @@ from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import Images, Names
 
 BLOCK = 512
-"""A tar's headers and contents begin at multiples of so many bytes."""
+"""A tar's headers and contents start at multiples of this many bytes."""
 
 
-class PlacedFile:
-    """An open file that is read by position, so that processes which inherit it do not disturb each other."""
+class RandomAccessFile:
+    """An open file that is read by offset, so that forked processes can share it."""
 
     def __init__(self, name: str, descriptor: int) -> None:
-        """name: for messages; descriptor: is closed with this object."""
+        """name: for messages; descriptor: closed with this object."""
         self.name, self._descriptor = name, descriptor
         self.size = os.fstat(descriptor).st_size
         weakref.finalize(self, os.close, descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Fewer bytes than `size` only where the file ends."""
+        """`size` bytes from `offset` on; fewer only at the end of the file."""
         return os.pread(self._descriptor, size, offset)
 
 
-def open_placed(path: Path) -> PlacedFile:
+def open_random_access(path: Path) -> RandomAccessFile:
     """Raises ValueError naming the file if it can't be opened."""
     try:
-        return PlacedFile(str(path), os.open(path, os.O_RDONLY))
+        return RandomAccessFile(str(path), os.open(path, os.O_RDONLY))
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}); it must be a readable file.") from error
 
@@ -44,15 +44,15 @@ class Member:
 
     name: str
     offset: int
-    """Where its content begins in the outermost file, in bytes."""
+    """The offset of its content in the outermost file, in bytes."""
     size: int
 
 
-def tar_members(file: PlacedFile, inside: Member | None = None) -> Iterator[Member]:
-    """The regular files of an uncompressed tar: of the whole file, or of a tar that is itself a member of it.
+def tar_members(file: RandomAccessFile, inside: Member | None = None) -> Iterator[Member]:
+    """The regular files of an uncompressed tar: of the entire file, or of a tar that is itself a member of it.
 
-    Only headers are read. Raises ValueError naming the tar and the place where it is damaged or cut off;
-    `tarfile` would take either for the end. Names longer than 100 characters come out cut to that.
+    Only headers are read. Raises ValueError naming the tar and the offset where it is damaged or truncated;
+    `tarfile` would take either for the end. Names are truncated to 100 characters.
     """
     name = file.name if inside is None else f"{file.name}/{inside.name}"
     start, end = (0, file.size) if inside is None else (inside.offset, inside.offset + inside.size)
@@ -64,23 +64,23 @@ def tar_members(file: PlacedFile, inside: Member | None = None) -> Iterator[Memb
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            what = "is cut off" if len(header) < BLOCK else "is damaged, or no uncompressed tar,"
-            raise ValueError(f"{name} {what} at byte {offset - start} ({error}); fetch it again.") from error
+            what = "is truncated" if len(header) < BLOCK else "is damaged, or not an uncompressed tar,"
+            raise ValueError(f"{name} {what} at byte {offset - start} ({error}); download it again.") from error
         content = offset + BLOCK
         if member.size < 0:
-            raise ValueError(f"{name} is damaged at byte {offset - start} (a size of {member.size}); fetch it again.")
+            raise ValueError(f"{name} is damaged at byte {offset - start} (size {member.size}); download it again.")
         if content + member.size > end:
-            raise ValueError(f"{name} is cut off in {member.name}; fetch it again.")
+            raise ValueError(f"{name} is truncated in {member.name}; download it again.")
         if member.isreg():
             yield Member(member.name, content, member.size)
         offset = content + -(-member.size // BLOCK) * BLOCK
 
 
 class TarImages(Images):
-    """Picture files inside an uncompressed tar, at known places."""
+    """Image files inside an uncompressed tar, at known offsets."""
 
     def __init__(
-        self, file: PlacedFile, names: Iterable[str], offsets: np.ndarray, sizes: np.ndarray, labels: np.ndarray
+        self, file: RandomAccessFile, names: Iterable[str], offsets: np.ndarray, sizes: np.ndarray, labels: np.ndarray
     ) -> None:
         """names: for messages; offsets and sizes: int64 (N,), in bytes; labels: integers (N,)."""
         self.file, self.names, self.labels = file, Names(names), labels.astype(np.int32)

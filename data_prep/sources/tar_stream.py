@@ -1,6 +1,6 @@
-"""A tar read from its beginning and trusted in nothing: every kind of damage is an error.
+"""Reads an untrusted tar as a stream; every kind of damage is an error.
 
-Python's tarfile takes many of them for the end of the tar, and believes each size that a header names.
+Python's tarfile takes many kinds of damage for the end of the tar, and trusts every size in a header.
 """
 
 import bz2
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 MEMBER_LIMIT = 1 << 30
-"""Bytes of a member."""
+"""Largest size of a member, in bytes."""
 HEADER_LIMIT = 1 << 20
-"""Bytes of a long name, or of an extended header."""
+"""Largest size of a long name or of an extended header, in bytes."""
 EXTENDED_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -25,11 +25,11 @@ EXTENDED_HEADERS = (
 
 
 class DamagedTar(Exception):
-    """The bytes are no complete tar."""
+    """The bytes are not a complete tar."""
 
 
 class Header(tarfile.TarInfo):
-    """A member's header that is never taken for the end of the tar when it is damaged, nor believed in its size."""
+    """A member's header. A damaged header is not taken for the end of the tar, and its size is checked."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "Header":
@@ -38,9 +38,9 @@ class Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros: the end
             raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            # GNU tar, bsdtar, Python, Go and webdataset all end a tar with blocks of zeros, and pad it. It lacks them
-            # if who wrote it died before closing it, or a copy broke off between members: pictures may be missing.
-            what = "it ends without the mark of its end" if tarfile_.offset else "it is empty"
+            # GNU tar, bsdtar, Python, Go and webdataset all end a tar with blocks of zeros. They are missing if the
+            # writer was killed, or if a copy broke off between two members, so images may be missing too.
+            what = "it has no end-of-archive blocks" if tarfile_.offset else "it is empty"
             raise DamagedTar(what) from error
         except tarfile.HeaderError as error:
             raise DamagedTar(str(error)) from error
@@ -52,35 +52,36 @@ class Header(tarfile.TarInfo):
         return header
 
     def check_size(self, limit: int) -> None:
-        """Raises DamagedTar, before so much memory is taken."""
+        """Raises DamagedTar if the size is invalid, before memory is allocated for it."""
         if not 0 <= self.size <= limit:
-            raise DamagedTar(f"a member claims to have {self.size} bytes")
+            raise DamagedTar(f"the header of a member has the size {self.size}")
 
 
 class Tar:
-    """The members of a tar in their order; every damage is a DamagedTar, and every error of the file stays itself."""
+    """The members of a tar, in order. Damage raises DamagedTar; errors of the underlying file are raised unchanged."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._bytes = TarBytes(file)
         self._tar: tarfile.TarFile | None = None
-        self.place = 0
-        """The byte at which the member begins that was asked for last; in a compressed tar, of what it holds."""
+        self.offset = 0
+        """The offset of the current member's header; in a compressed tar, its offset after decompression."""
 
     def next(self) -> tarfile.TarInfo | None:
         with self._damage():
             if self._tar is None:
-                # No "r|*": it reads the first part of a gzip file of several (pigz, bgzip), and no checksum.
+                # Not "r|*": of a gzip file with several streams (pigz, bgzip) it reads only the first, and it does
+                # not verify the checksum.
                 self._tar = tarfile.open(fileobj=self._bytes.decompressed(), mode="r|", tarinfo=Header)  # noqa: SIM115
             else:
-                self.place = self._tar.offset
+                self.offset = self._tar.offset
             member = self._tar.next()
-            self._tar.members.clear()  # type: ignore[attr-defined]  # else it keeps the header of each member
+            self._tar.members.clear()  # type: ignore[attr-defined]  # else all headers stay in memory
             if member is not None:
-                cast(Header, member).check_size(MEMBER_LIMIT)  # an extended header may have changed it
+                cast(Header, member).check_size(MEMBER_LIMIT)  # an extended header may have changed the size
             return member
 
     def content(self, member: tarfile.TarInfo, limit: int) -> bytes:
-        """The member's bytes, `limit` of them at most."""
+        """The member's bytes, at most `limit`."""
         with self._damage():
             assert self._tar is not None
             file = self._tar.extractfile(member)
@@ -91,7 +92,7 @@ class Tar:
     def _damage(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # tarfile and the decompressors raise nearly anything on damaged files
+        except Exception as error:  # tarfile and the decompressors may raise any exception on damaged files
             if self._bytes.error is not None:
                 raise self._bytes.error from None
             if isinstance(error, DamagedTar | MemoryError):
@@ -100,7 +101,7 @@ class Tar:
 
 
 class TarBytes:
-    """A file's bytes, and the error if they could not be had, which else could not be told from damage."""
+    """A file's bytes. Stores an error in reading them, so that it can be distinguished from damage."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -116,7 +117,7 @@ class TarBytes:
             raise
 
     def decompressed(self) -> Any:
-        """Something to read the tar from, whatever its name says of compression."""
+        """The decompressed bytes; compression is detected from the content, not from the name."""
         self._ahead = self.read(10)
         if self._ahead.startswith(b"\x1f\x8b\x08"):
             return gzip.GzipFile(fileobj=cast(BinaryIO, self))

@@ -1,9 +1,9 @@
-"""WebDataset tars of images, as img2dataset and webdataset write them, on disk or remote, read as streams.
+"""WebDataset tars of images, such as img2dataset and webdataset write, local or remote, read as streams.
 
     00000.tar   000000000.jpg 000000000.json 000000000.txt 000000001.jpg ...
 
-The members of one image follow each other and share a key: their path up to the first dot of the file's name.
-No member is written to disk, so absolute names, `..` and links can do no harm.
+The members of one image are consecutive and share a key: their path up to the first dot of the file name.
+No member is written to disk, so absolute names, `..` and links are harmless.
 """
 
 import json
@@ -21,23 +21,23 @@ from data_prep.sources.base import UNLABELLED, Encoded, ImageStream, Source, fin
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-"""Extensions of pictures. Of several with one key the first in this order counts: others are masks and the like."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+"""Extensions of images. If several members have one key, the first extension counts; others may be masks."""
 TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)")
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|valid|val|validation|test)(?![a-z])")
 META_NAME = re.compile(r"__[^/]*__($|/)")
-"""Members that are about the tar; webdataset passes over them."""
+"""Members with metadata of the tar; webdataset ignores them."""
 KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-"""webdataset's own expression (base_plus_ext), here because importing webdataset imports torch in each worker."""
+"""webdataset's own expression (base_plus_ext). It is copied since importing webdataset imports torch in each worker."""
 LABEL_LIMIT = 1 << 24
-"""Bytes of a .cls or .json."""
+"""Largest size of a .cls or .json that is read, in bytes."""
 LARGEST_LABEL = (1 << 31) - 1
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Lists the tars; opens none, and asks nothing of remote ones.
+    """Lists the tars. Opens none of them, and sends no requests for remote tars.
 
-    Raises ValueError for a folder without tars or with an unclear split, a missing tar, or braces that don't match.
+    Raises ValueError for a folder without tars, for tars of an ambiguous split, a missing tar, or unbalanced braces.
     """
     assert config.path is not None
     path = Path(config.path)
@@ -65,15 +65,15 @@ def _tars_of_folder(root: Path) -> dict[str, list[str]]:
     if found:
         if "train" not in found:
             raise ValueError(
-                f"source.path {root} holds {next(iter(found))}/ but no train/; training pictures are needed."
+                f"source.path {root} has a folder {next(iter(found))}/ but no train/; it must have train/."
             )
         return found
     tars = _tars_in(root)
     splits = sorted({word for tar in tars for word in SPLIT_WORD.findall(Path(tar).name.lower())})
     if len(splits) > 1:
         raise ValueError(
-            f"source.path {root} holds tars of {' and '.join(splits)} side by side, and all would become train; "
-            "move them into folders train/, valid/ and test/, or name those for training by braces."
+            f"source.path {root} has tars of {' and '.join(splits)} in one folder, and all would become train; move "
+            "them into folders train/, valid/ and test/, or select the training tars with braces, {00..99}.tar."
         )
     return {"train": tars}
 
@@ -81,31 +81,31 @@ def _tars_of_folder(root: Path) -> dict[str, list[str]]:
 def _tars_in(folder: Path) -> list[str]:
     tars = sorted(str(file) for file in folder.iterdir() if TAR_NAME.fullmatch(file.name) and file.is_file())
     if not tars:
-        raise ValueError(f"{folder} holds no tars; it must hold 00000.tar and the like, or folders train/ with such.")
+        raise ValueError(f"{folder} has no tars; it must contain tars such as 00000.tar, or a folder train/ of tars.")
     return tars
 
 
 def _expanded(pattern: str) -> list[str]:
-    """The addresses that an expression with braces stands for."""
+    """The paths or URLs that an expression with braces expands to."""
     from braceexpand import braceexpand
 
     try:
         addresses = list(braceexpand(pattern))
     except ValueError as error:
-        raise ValueError(f"source.path {pattern} has a brace without its other; it must be like {{00..99}}.") from error
+        raise ValueError(f"source.path {pattern} has unbalanced braces; they must be like {{00..99}}.") from error
     for address in addresses:
         if not is_remote(address) and not Path(address).is_file():
-            place = pattern if pattern == address else f"{pattern}: {address}"
-            raise ValueError(f"source.path {place} does not exist; it must be a folder of tars, or tars in braces.")
+            missing = pattern if pattern == address else f"{pattern}: {address}"
+            raise ValueError(f"source.path {missing} does not exist; it must be a folder of tars, or tars in braces.")
         if is_remote(address) and address.endswith("/"):
             raise ValueError(
-                f"source.path {pattern} is a folder; remote tars are named by braces, {{00000..00099}}.tar."
+                f"source.path {pattern} is a folder; remote tars must be listed with braces, {{00000..00099}}.tar."
             )
     return addresses
 
 
 def _name(pattern: str) -> str:
-    """What the tars lie in, as the name of the source."""
+    """The name of the source: that of the folder of the tars."""
     parts = re.split(r"[/\s]+", pattern.partition("{")[0] + "x")
     return next((part for part in reversed(parts[:-1]) if part.strip(".")), "webdataset")
 
@@ -115,7 +115,7 @@ def _identity(tar: str) -> str:
 
 
 class Tars:
-    """A piece of a split: tars read one after the other. A `ImageStream`."""
+    """An `ImageStream`: one or more tars, read one after the other."""
 
     def __init__(self, addresses: list[str], label_column: str | None) -> None:
         self.addresses, self.label_column = addresses, label_column
@@ -123,17 +123,17 @@ class Tars:
         self.name = first if first == last else f"{first} to {last}"
 
     def __iter__(self) -> Iterator[Encoded | BadImage]:
-        """A damaged tar ends with a BadImage that says so, and the next tar follows.
+        """A damaged tar ends with a BadImage with the reason "damaged tar"; then the next tar follows.
 
-        Raises ValueError naming a tar that isn't there, and OSError for one that can't be read to its end: a
-        network that fails is no damaged tar.
+        Raises ValueError naming a tar that does not exist, and OSError for a tar that can't be read to its end, such
+        as after a failure of the network, which is not damage.
         """
         for address in self.addresses:
             yield from read_tar(address, self.label_column)
 
 
 def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadImage]:
-    """The pictures of one tar, one at a time in memory; see `Tars`."""
+    """The images of one tar, with one image in memory at a time; see `Tars`."""
     labels = "cls" if label_column is None else "json"
     sample: Sample | None = None
     expects_label = label_column is not None
@@ -150,24 +150,24 @@ def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadIm
                         yield sample.outcome(label_column)
                     sample = Sample(key, address)
                 sample.extensions.append(extension)
-                if extension in PICTURES[: sample.rank]:
+                if extension in IMAGE_EXTENSIONS[: sample.rank]:
                     sample.content, sample.name = tar.content(member, MEMBER_LIMIT), member.name
-                    sample.rank = PICTURES.index(extension)
+                    sample.rank = IMAGE_EXTENSIONS.index(extension)
                 elif extension == labels:
                     sample.label = tar.content(member, LABEL_LIMIT)
             if sample:
                 yield sample.outcome(label_column)
         except DamagedTar as damage:
-            # Where labels are the rule, a picture whose label is lost must not become one without.
+            # If images have labels, an image whose label is lost must not become an unlabelled image.
             if sample and sample.content is not None and (sample.label is not None or not expects_label):
                 yield sample.outcome(label_column)
-            yield BadImage(f"{address} at byte {tar.place}", "damaged tar", str(damage))
+            yield BadImage(f"{address} at byte {tar.offset}", "damaged tar", str(damage))
 
 
 def key_and_extension(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """What webdataset groups by; the key is None for what is no file of a picture.
+    """The key by which webdataset groups members, and the extension. The key is None for members to ignore.
 
-    So are hidden files, such as `dir/._a.jpg`, which a Mac adds for each file: webdataset takes `dir/` for their key.
+    Hidden files are ignored, such as `dir/._a.jpg`, which macOS adds for each file; webdataset takes `dir/` as key.
     """
     parts = KEY_AND_EXTENSION.fullmatch(member.name)
     if not member.isreg() or parts is None or parts[1].endswith("/") or META_NAME.match(member.name):
@@ -177,24 +177,24 @@ def key_and_extension(member: tarfile.TarInfo) -> tuple[str | None, str]:
 
 @dataclass
 class Sample:
-    """The members of one key, as far as they matter."""
+    """The members with one key that are used."""
 
     key: str
     address: str
     extensions: list[str] = field(default_factory=list)
     name: str = ""
-    rank: int = len(PICTURES)
-    """The place in PICTURES of the extension that `content` came with."""
+    rank: int = len(IMAGE_EXTENSIONS)
+    """The index in IMAGE_EXTENSIONS of the extension of `content`."""
     content: bytes | None = None
     label: bytes | None = None
-    """The .cls, or the .json if labels come from there."""
+    """The content of the .cls, or of the .json if it has the labels."""
 
     def outcome(self, label_column: str | None) -> Encoded | BadImage:
-        """The picture with its label, or why there is none."""
+        """The image with its label, or the reason why it can't be used."""
         name = _printable(f"{self.name or self.key} in {self.address}")
         if self.content is None:
             present = _printable(", ".join(f".{extension}" for extension in self.extensions[:5]))
-            return BadImage(name, "not a picture", f"it has {present}, and no .jpg, .png or the like")
+            return BadImage(name, "not a picture", f"it has {present}, but no .jpg, .png or the like")
         try:
             return Encoded(name, self.content, _label(self.label, label_column))
         except ValueError as error:
@@ -202,7 +202,7 @@ class Sample:
 
 
 def _label(text: bytes | None, column: str | None) -> int:
-    """The class that a .cls, or a column of a .json, says. Raises ValueError saying what is wrong with it."""
+    """The class from a .cls, or from a field of a .json. Raises ValueError if it is invalid."""
     if column is None:
         if text is None:
             return UNLABELLED
@@ -210,13 +210,13 @@ def _label(text: bytes | None, column: str | None) -> int:
     else:
         value = _column(text, column)
     if not re.fullmatch(r"[0-9]{1,10}", str(value)) or int(value) > LARGEST_LABEL:
-        raise ValueError(f"its label is {_printable(repr(value))[:60]}, not a whole number from 0")
+        raise ValueError(f"its label is {_printable(repr(value))[:60]}, not an integer from 0 on")
     return int(value)
 
 
 def _column(text: bytes | None, column: str) -> Any:
     if text is None:
-        raise ValueError("it has no .json for its label")
+        raise ValueError("it has no .json with its label")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -227,5 +227,5 @@ def _column(text: bytes | None, column: str) -> Any:
 
 
 def _printable(text: str) -> str:
-    """Names in a tar need not be UTF-8."""
+    """The text with escapes for what is not UTF-8, as names in a tar may be."""
     return text.encode(errors="backslashreplace").decode()

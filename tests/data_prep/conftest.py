@@ -1,4 +1,4 @@
-"""Small data sets cut from the embedded photographs, in the layouts that the sources read."""
+"""Small datasets made of crops of the embedded photographs, in the layouts that the sources read."""
 
 import pickle
 import runpy
@@ -47,7 +47,7 @@ def small() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def folder(tmp_path: Path, small: tuple[np.ndarray, np.ndarray]) -> Path:
-    """An image folder of 48 training and 12 test pictures."""
+    """An image folder of 48 training and 12 test images."""
     pixels, labels = small
     test = np.arange(60) % 5 == 0
     write_folder(tmp_path / "pictures/train", pixels[~test], labels[~test])
@@ -74,7 +74,7 @@ def shards(tmp_path: Path, options: list[str], run: Callable[..., Result]) -> Pa
 
 @pytest.fixture
 def write_cifar(tmp_path: Path, small: tuple[np.ndarray, np.ndarray]) -> Callable[[str, str], Path]:
-    """Writes 50 training and 10 test pictures in an official layout: (kind, version) to its folder."""
+    """Writes 50 training and 10 test images in an official layout: (kind, version) to its folder."""
 
     def write(kind: str, version: str) -> Path:
         pixels, labels = small

@@ -16,10 +16,10 @@ CLASSES = ["astronaut", "cat", "coffee"]
 
 def write_folder(root: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
     """Images uint8 (N, H, W, 3) as root/<class>/<number>.png."""
-    for index, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
+    for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         folder = root / CLASSES[label]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / f"{index:03d}.png")
+        Image.fromarray(image).save(folder / f"{index:03d}.png")
 
 
 def planes(pixels: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def planes(pixels: np.ndarray) -> np.ndarray:
 
 
 def archive_of(folder: Path) -> Path:
-    """The folder as .tar.gz beside it."""
+    """The folder as .tar.gz next to it."""
     archive = folder.with_suffix(".tar.gz")
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, folder.name)

@@ -1,4 +1,4 @@
-"""Tars of pictures for tests, made member by member."""
+"""Tars of images for tests, made member by member."""
 
 import io
 import tarfile
@@ -10,7 +10,7 @@ from PIL import Image
 Member = tuple[str, bytes]
 
 
-def picture_bytes(pixels: np.ndarray, kind: str = "png") -> bytes:
+def encode_image(pixels: np.ndarray, kind: str = "png") -> bytes:
     """uint8 (H, W, 3), encoded."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
@@ -18,7 +18,7 @@ def picture_bytes(pixels: np.ndarray, kind: str = "png") -> bytes:
 
 
 def tar_bytes(members: Iterable[Member | tarfile.TarInfo], kind: int = tarfile.USTAR_FORMAT) -> bytes:
-    """A whole tar of files, and of members without content."""
+    """A complete tar of files, and of members without content."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
         for member in members:

@@ -1,4 +1,4 @@
-"""60,000 real pictures, where a copy of them is at hand (never part of the repository)."""
+"""60,000 real images, if a copy is available (it is not part of the repository)."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return folder / "set", time.monotonic() - started
 
 
-def test_sixty_thousand_pictures_in_a_minute(prepared: tuple[Path, float]) -> None:
+def test_sixty_thousand_images_in_a_minute(prepared: tuple[Path, float]) -> None:
     shard_set = open_shard_set(prepared[0])
     shard_set.verify()
     assert {name: shard_set.split(name).images for name in shard_set.splits} == {
@@ -59,7 +59,7 @@ def test_tokens_equal_the_image_processors(prepared: tuple[Path, float]) -> None
     source = open_source(config.source)
     plan = make_plan(source, config)
     views = views_of(source, config, "test")
-    pixels = np.stack([views.view(int(picture), EVALUATION) for picture in plan.splits["test"].pictures[:2000]])
+    pixels = np.stack([views.view(int(image), EVALUATION) for image in plan.splits["test"].source_indices[:2000]])
     processor = ImageGPTImageProcessor(clusters=shard_set.palette.tolist(), do_resize=False)
     reference = np.concatenate(
         [processor(list(part), return_tensors="np")["input_ids"] for part in np.array_split(pixels, 40)]

@@ -27,7 +27,7 @@ def assert_one_sentence(result: Any, *words: str) -> None:
 
 @pytest.fixture
 def fails(tmp_path: Path, run: Run) -> Run:
-    """Runs `shards` and asserts that it ends in one sentence with these words, and in no shard set."""
+    """Runs `shards` and asserts that it ends in one sentence with these words, and without a shard set."""
 
     def check(options: list[Any], *words: str, out: Path = tmp_path / "out") -> None:
         assert_one_sentence(run("shards", *options, "--out", out), *words)
@@ -40,7 +40,7 @@ def fails(tmp_path: Path, run: Run) -> Run:
     ("added", "words"),
     [
         (["--resolutoin", "8"], ["resolutoin"]),
-        (["--resolution", "big"], ["resolution", "big", "whole number"]),
+        (["--resolution", "big"], ["resolution", "big", "integer"]),
         (["--resolution", "0"], ["resolution is 0", "between 1 and"]),
         (["--seed", "-1"], ["seed is -1"]),
         (["--valid_fraction", "1.5"], ["valid_fraction is 1.5", "below 1"]),
@@ -51,7 +51,7 @@ def fails(tmp_path: Path, run: Run) -> Run:
         (["--views.random_crop", "perhaps"], ["views.random_crop", "perhaps"]),
         (["--workers", "-2"], ["workers is -2"]),
         (["--source.kind", "pictures"], ["source.kind", "pictures", "image_folder"]),
-        (["--source.kind", "photographs"], ["source.path", "leave it out"]),
+        (["--source.kind", "photographs"], ["source.path", "remove"]),
         (["--source.streaming", "true"], ["source.streaming", "hf_dataset"]),
         (["--source.train_per_class", "0"], ["source.train_per_class is 0"]),
         (["--source.path", "nowhere"], ["source.path nowhere", "train/<class>"]),
@@ -69,15 +69,15 @@ def test_a_group_given_whole_is_not_blamed_for_another_option(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("palette.yaml").write_text("colors: 3\n")
-    fails(["--palette", group, "--seed", "x"], "seed is 'x'; it must be a whole number")
-    fails(["--palette", group, "--sed", "3"], "sed is no known key; did you mean seed?")
+    fails(["--palette", group, "--seed", "x"], "seed is 'x'; it must be an integer")
+    fails(["--palette", group, "--sed", "3"], "sed is not a known key; did you mean seed?")
 
 
 @pytest.mark.parametrize(
     ("group", "words"),
     [
-        ("{colours: 3}", "palette.colours is no known key; did you mean palette.colors?"),
-        ("{colors: many}", "palette.colors is 'many'; it must be a whole number"),
+        ("{colours: 3}", "palette.colours is not a known key; did you mean palette.colors?"),
+        ("{colors: many}", "palette.colors is 'many'; it must be an integer"),
         ("many", "palette is 'many'; it must be keys and values"),
         ("{colors: 3", "palette is '{colors: 3'; it must be keys and values"),
     ],
@@ -90,7 +90,7 @@ def test_every_configuration_file_is_examined(tmp_path: Path, fails: Run) -> Non
     (tmp_path / "first.yaml").write_text("seed: 1\n")
     (tmp_path / "second.yaml").write_text("palete: {colors: 3}\n")
     files = ["--config", tmp_path / "first.yaml", f"--config={tmp_path / 'second.yaml'}"]
-    fails(files, "palete is no known key; did you mean palette?")
+    fails(files, "palete is not a known key; did you mean palette?")
     fails(["--config", tmp_path / "first.yaml", "--config", "nothing.yaml"], "--config is 'nothing.yaml'")
 
 
@@ -104,9 +104,9 @@ def test_the_source_has_to_be_named(fails: Run) -> None:
     [
         ("source: {kind: photographs}\npalete: {colors: 3}\n", ["palete"]),
         ("source: {kind: photographs, colour: red}\n", ["colour"]),
-        ("source: {kind: photographs}\nseed: many\n", ["seed is 'many'; it must be a whole number"]),
+        ("source: {kind: photographs}\nseed: many\n", ["seed is 'many'; it must be an integer"]),
         ("source: {kind: photographs, path: 3}\n", ["source.path is 3; it must be text"]),
-        ("source: {kind: photographs}\nviews: {train: null}\n", ["views.train is null; it must be a whole number"]),
+        ("source: {kind: photographs}\nviews: {train: null}\n", ["views.train is null; it must be an integer"]),
         ("source: {kind: photographs}\nviews: null\n", ["views is null; it must be keys and values"]),
         ("source: photographs\n", ["source is 'photographs'; it must be keys and values"]),
         ("source: [1, 2\n", ["config"]),
@@ -118,14 +118,14 @@ def test_wrong_configuration_file(text: str, words: list[str], tmp_path: Path, f
     fails(["--config", tmp_path / "config.yaml"], *words)
 
 
-def test_no_pictures(tmp_path: Path, options: list[str], fails: Run) -> None:
+def test_no_images(tmp_path: Path, options: list[str], fails: Run) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    fails([*options, "--source.path", empty], f"{empty} holds no folder train/")
+    fails([*options, "--source.path", empty], f"{empty} has no folder train/")
     (empty / "train").mkdir()
-    fails([*options, "--source.path", empty], f"{empty}/train holds no class folders")
+    fails([*options, "--source.path", empty], f"{empty}/train has no class folders")
     (empty / "train/cat").mkdir()
-    fails([*options, "--source.path", empty], f"{empty}/train holds no pictures")
+    fails([*options, "--source.path", empty], f"{empty}/train has no images")
 
 
 def test_a_class_that_training_lacks(folder: Path, options: list[str], fails: Run) -> None:
@@ -135,15 +135,15 @@ def test_a_class_that_training_lacks(folder: Path, options: list[str], fails: Ru
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"text", "not a picture"), (None, "truncated")])
-def test_more_unreadable_pictures_than_allowed(
+def test_more_unreadable_images_than_allowed(
     content: bytes | None, reason: str, workers: int, folder: Path, options: list[str], fails: Run
 ) -> None:
     victim = next((folder / "train/cat").glob("*.png"))
     victim.write_bytes(victim.read_bytes()[:300] if content is None else content)
-    fails([*options, "--workers", workers], "1 of 60 pictures", "max_skipped 0.01", f"{victim} is {reason}")
+    fails([*options, "--workers", workers], "1 of 60 images", "max_skipped 0.01", f"{victim}: {reason}")
 
 
-def test_a_picture_that_vanishes(folder: Path, options: list[str], fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_vanishes(folder: Path, options: list[str], fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep.sources import image_folder as folders
 
     listed = folders._list_split
@@ -154,7 +154,7 @@ def test_a_picture_that_vanishes(folder: Path, options: list[str], fails: Run, m
         return found
 
     monkeypatch.setattr(folders, "_list_split", list_then_delete)
-    fails(options, "000.png is unreadable (No such file")
+    fails(options, "000.png: unreadable (No such file")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_picture_that_vanishes(folder: Path, options: list[str], fails: Run, m
 )
 def test_foreign_palette(palette: np.ndarray, tmp_path: Path, options: list[str], fails: Run) -> None:
     np.save(tmp_path / "palette.npy", palette)
-    fails([*options, "--palette.file", tmp_path / "palette.npy"], "palette.file", "palette.npy", "must hold")
+    fails([*options, "--palette.file", tmp_path / "palette.npy"], "palette.file", "palette.npy", "must contain")
 
 
 def test_palette_of_another_size(shards: Path, options: list[str], fails: Run) -> None:
@@ -171,17 +171,17 @@ def test_palette_of_another_size(shards: Path, options: list[str], fails: Run) -
 
 def test_truncated_palette(shards: Path, tmp_path: Path, options: list[str], fails: Run) -> None:
     (tmp_path / "half.npy").write_bytes((shards / "palette.npy").read_bytes()[:150])
-    fails([*options, "--palette.file", tmp_path / "half.npy"], "half.npy", "not readable as .npy")
+    fails([*options, "--palette.file", tmp_path / "half.npy"], "half.npy", "not a valid .npy")
 
 
 def test_no_archive(tmp_path: Path, fails: Run, write_cifar: Callable[[str, str], Path]) -> None:
     (tmp_path / "text.tar.gz").write_text("this is no archive")
-    fails(["--source.kind", "cifar10", "--source.path", tmp_path / "text.tar.gz"], "text.tar.gz", "no readable tar")
+    fails(["--source.kind", "cifar10", "--source.path", tmp_path / "text.tar.gz"], "text.tar.gz", "not a readable tar")
     archive = archive_of(write_cifar("cifar10", "python"))
     archive.write_bytes(archive.read_bytes()[:-1000])
-    fails(["--source.kind", "cifar10", "--source.path", archive], str(archive), "no readable tar")
+    fails(["--source.kind", "cifar10", "--source.path", archive], str(archive), "not a readable tar")
     other = archive_of(write_cifar("cifar100", "python"))
-    fails(["--source.kind", "cifar10", "--source.path", other], str(other), "lacks data_batch_1")
+    fails(["--source.kind", "cifar10", "--source.path", other], str(other), "has no data_batch_1")
 
 
 def test_no_data_set(tmp_path: Path, fails: Run) -> None:
@@ -229,7 +229,7 @@ def test_read_only_disk(tmp_path: Path, options: list[str], fails: Run) -> None:
 def test_a_folder_of_other_things(tmp_path: Path, options: list[str], fails: Run) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep me")
-    fails(options, "mine holds other files", out=tmp_path / "mine")
+    fails(options, "mine contains other files", out=tmp_path / "mine")
     assert (tmp_path / "mine/notes.txt").read_text() == "keep me"
 
 
@@ -248,7 +248,7 @@ def test_an_unfinished_set_of_another_configuration(folder: Path, options: list[
     victim.write_bytes(whole)
     fails([*options, "--seed", 5], "seed 0, now it is 5")
     (folder / "train/cat/one_more.png").write_bytes(whole)
-    fails(options, "begun with other pictures")
+    fails(options, "started with other images")
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])
@@ -290,12 +290,12 @@ def test_show_options(shards: Path, tmp_path: Path, run: Run) -> None:
 
 def test_palette_options(tmp_path: Path, shards: Path, options: list[str], run: Run) -> None:
     given = ["--palette.file", shards / "palette.npy"]
-    assert_one_sentence(run("palette", *options, *given, "--out", tmp_path / "p.npy"), "palette.file", "leave it out")
+    assert_one_sentence(run("palette", *options, *given, "--out", tmp_path / "p.npy"), "palette.file", "remove")
     (tmp_path / "file").write_text("")
     assert_one_sentence(run("palette", *options, "--out", tmp_path / "file/p.npy"), str(tmp_path / "file"))
 
 
 def test_no_such_command(run: Run) -> None:
-    assert_one_sentence(run("shard"), "'shard' is no command", "shards")
+    assert_one_sentence(run("shard"), "'shard' is not a command", "shards")
     assert_one_sentence(run("shards"), "required")
     assert_one_sentence(run("verify"), "required")

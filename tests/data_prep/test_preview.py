@@ -41,17 +41,17 @@ def test_without_the_source_the_stored_images_are_shown(
     shutil.rmtree(folder)
     result = run("show", shards, "--images", 3, "--out", tmp_path / "grid.png")
     assert result.code == 0
-    assert "without the source's pictures" in result.out
+    assert "without the source images" in result.out
     assert Image.open(tmp_path / "grid.png").width == 3 * (CELL + GAP) + GAP
 
 
 def strip(grid: np.ndarray, images: int, colors: int) -> np.ndarray:
-    """The colours below the images, in reading order: uint8 (colors, 3)."""
+    """The colors below the images, in reading order: uint8 (colors, 3)."""
     top = GAP + -(-images // COLUMNS) * (CELL + TEXT + GAP)
     across = (grid.shape[1] - 2 * GAP) // SWATCH
     part = grid[top : len(grid) - GAP, GAP : GAP + across * SWATCH]
     assert part.shape[0] == -(-colors // across) * SWATCH
-    for row in range(SWATCH):  # a colour fills its square
+    for row in range(SWATCH):  # a color fills its square
         assert (part[row::SWATCH, row::SWATCH] == part[::SWATCH, ::SWATCH]).all()
     assert (part[::SWATCH, ::SWATCH].reshape(-1, 3)[colors:] == 255).all()
     return part[::SWATCH, ::SWATCH].reshape(-1, 3)[:colors]
@@ -75,7 +75,7 @@ def test_the_palette_stands_below_from_dark_to_bright(images: int, colors: int, 
         assert (cell(grid, index, 1, 2) == expected[tokens[index]].reshape(8, 8, 3)).all()
 
 
-def test_a_preparation_leaves_a_picture_of_what_came_out(shards: Path) -> None:
+def test_a_preparation_leaves_a_image_of_what_came_out(shards: Path) -> None:
     grid = np.asarray(Image.open(shards / "pictures.png"))
     shard_set = open_shard_set(shards)
     stored = decode(shard_set.split("train").gather(np.arange(24))[0], shard_set.palette, 8)
@@ -95,10 +95,10 @@ def test_the_names_of_classes_stand_below(tmp_path: Path) -> None:
     assert (unlabelled == 255).all()
 
 
-def test_pictures_that_were_skipped_are_passed_over(
+def test_images_that_were_skipped_are_passed_over(
     shards: Path, folder: Path, options: list[str], tmp_path: Path, run: Callable[..., Any]
 ) -> None:
-    """What stands beside a stored image is its own picture, though others before it were bad."""
+    """Each stored image is next to its own source image, even if images before it were skipped."""
     for file in sorted((folder / "train").glob("*/*.png"))[::3]:
         file.write_bytes(file.read_bytes()[:100])
     out = tmp_path / "skipped"
@@ -107,7 +107,7 @@ def test_pictures_that_were_skipped_are_passed_over(
     test_stored_image_stands_beside_its_source("train", out, tmp_path, run)
 
 
-def test_pictures_that_went_bad_since_are_not_shown(
+def test_images_that_went_bad_since_are_not_shown(
     shards: Path, folder: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     for file in (folder / "train").glob("*/*.png"):

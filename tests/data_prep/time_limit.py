@@ -1,16 +1,16 @@
-"""A limit to the time that a test's file may take, which a busy machine does not use up."""
+"""A limit to the CPU time of a block, independent of other processes on the machine."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONGEST_WAIT = 60
-"""Seconds on the clock: what waits forever ends."""
+"""Seconds of wall-clock time after which a block that waits forever is ended."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in what computes for longer, by the process's own time, or waits for LONGEST_WAIT."""
+    """Raises TimeoutError if the block takes more CPU time, or waits for LONGEST_WAIT."""
 
     def expire(signum: int, frame: object) -> None:
         raise TimeoutError(f"not done with in {seconds} s")

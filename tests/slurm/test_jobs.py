@@ -45,7 +45,7 @@ def test_an_urgent_job_preempts_the_run_resumes_is_evaluated_and_published(
 def test_a_mistake_is_said_and_not_requeued(cluster: Cluster, runner: Runner) -> None:
     job = cluster.submit("pretrain_s.sh", "--run", runner.folder / "run", "--modle.size=s", options=("--nodes=2",))
     assert cluster.until_ended(job) == "FAILED"
-    assert cluster.log(job).count("modle.size is no known key") == 1
+    assert cluster.log(job).count("modle.size is not a known key") == 1
     assert cluster.job(job)["Restarts"] == "0"
 
 

@@ -31,18 +31,18 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_prep.build.plan, "IMAGES_PER_SHARD", 8)
 
 
-def pictures_of(split: Split, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def images_of(split: Split, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tokens, labels = split.gather(np.arange(split.images))
     return decode(tokens, palette, 8), labels
 
 
-def test_the_set_holds_the_pictures(shards: Path, small: tuple[np.ndarray, np.ndarray]) -> None:
-    """Each stored image is a source picture, once, with its label, as near as 16 colours come."""
+def test_the_set_holds_the_images(shards: Path, small: tuple[np.ndarray, np.ndarray]) -> None:
+    """Each stored image is a source image, once, with its label, as close as 16 colors allow."""
     shard_set = open_shard_set(shards)
     sizes = {name: shard_set.split(name).images for name in shard_set.splits}
     assert sizes == {"train": 36, "valid": 12, "test": 12}
     assert (shard_set.resolution, shard_set.colors, shard_set.classes) == (8, 16, ["astronaut", "cat", "coffee"])
-    reduced = np.stack([area_resize(picture, 8) for picture in small[0]]).astype(float)
+    reduced = np.stack([area_resize(image, 8) for image in small[0]]).astype(float)
     palette = 127.5 * (shard_set.palette.astype(float) + 1)
     nearest = ((reduced[:, :, :, None] - palette) ** 2).sum(-1).argmin(-1)
     wanted = sorted((label, *tokens.ravel().tolist()) for tokens, label in zip(nearest, small[1].tolist(), strict=True))
@@ -55,7 +55,7 @@ def test_the_set_holds_the_pictures(shards: Path, small: tuple[np.ndarray, np.nd
 
 def test_stated_palette_error_is_the_error(shards: Path, small: tuple[np.ndarray, np.ndarray]) -> None:
     shard_set = open_shard_set(shards)
-    reduced = np.stack([area_resize(picture, 8) for picture in small[0][::5]]).astype(float)
+    reduced = np.stack([area_resize(image, 8) for image in small[0][::5]]).astype(float)
     colors = np.rint(127.5 * (shard_set.palette.astype(float) + 1))
     error = ((reduced[:, :, :, None] - colors) ** 2).mean(-1).min(-1).mean()
     assert shard_set.manifest["splits"]["test"]["palette_mean_squared_error"] == pytest.approx(error, rel=1e-3)
@@ -82,7 +82,7 @@ def test_another_seed_gives_another_order(
 def test_an_interrupted_run_is_finished(
     tmp_path: Path, options: list[str], run: Callable[..., Any], small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole shards are kept as they are; missing, damaged and half-written ones are made again."""
+    """Complete shards are reused; missing, damaged and partially written ones are prepared again."""
     import data_prep.build.build as prepare
 
     assert run("shards", *options, "--out", tmp_path / "unbroken").code == 0
@@ -113,7 +113,7 @@ def test_an_interrupted_run_is_finished(
 
 
 def test_killing_it_changes_nothing(tmp_path: Path) -> None:
-    """SIGKILL to the whole process group at several moments, then a run to the end."""
+    """SIGKILL to the entire process group at several moments, then an uninterrupted run."""
 
     def start(out: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "data_prep", "shards", "--source.kind", "photographs", "--workers", "2"]
@@ -142,16 +142,16 @@ def test_a_finished_set_is_left_alone(shards: Path, options: list[str], run: Cal
 
 def test_a_finished_set_whose_source_changed_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
     for number in range(20):
-        picture = tmp_path / f"pictures/train/{number % 2}/{number}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(picture)
+        image = tmp_path / f"pictures/train/{number % 2}/{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(image)
     options = ["--source.kind", "image_folder", "--source.path", tmp_path / "pictures", "--resolution", 8]
     options += ["--palette.colors", 8, "--out", tmp_path / "out"]
     assert run("shards", *options).code == 0
-    picture.unlink()
+    image.unlink()
     refused = run("shards", *options)
     assert refused.code == 2
-    assert "the source has other pictures now" in refused.err
+    assert "the source's images have changed since" in refused.err
     shutil.rmtree(tmp_path / "pictures")
     assert "its source can't be opened any more" in run("shards", *options).out
 
@@ -162,7 +162,7 @@ def test_a_palette_fitted_alone_is_the_same(
     assert run("palette", *options, "--out", tmp_path / "palette.npy").code == 0
     again = run("palette", *options, "--out", tmp_path / "palette.npy")
     assert again.code == 2
-    assert "which is there already and is not written over" in again.err
+    assert "which already exists and is not overwritten" in again.err
     assert (tmp_path / "palette.npy").read_bytes() == (shards / "palette.npy").read_bytes()
     given = [*options, "--palette.file", tmp_path / "palette.npy", "--out", tmp_path / "given"]
     assert run("shards", *given).code == 0
@@ -178,29 +178,29 @@ def config(**changes: Any) -> DataConfig:
 
 def test_validation_is_held_out_of_training_once() -> None:
     plans = plan_splits({"train": 1000, "test": 10}, config(valid_fraction=0.04))
-    train, valid = plans["train"].pictures, plans["valid"].pictures
+    train, valid = plans["train"].source_indices, plans["valid"].source_indices
     assert (len(train), len(valid)) == (960, 40)
     assert sorted([*train, *valid]) == list(range(1000))
     assert plans["valid"].source_split == "train"
     assert (plans["valid"].views == -1).all()
     again = plan_splits({"train": 1000, "test": 10}, config(valid_fraction=0.04))
-    assert (again["valid"].pictures == valid).all()
+    assert (again["valid"].source_indices == valid).all()
     other = plan_splits({"train": 1000}, config(valid_fraction=0.04, seed=1))
-    assert (other["valid"].pictures != valid).any()
+    assert (other["valid"].source_indices != valid).any()
 
 
 def test_the_sources_own_validation_split_is_used() -> None:
     plans = plan_splits({"train": 100, "valid": 20}, config())
-    assert sorted(plans["train"].pictures) == list(range(100))
+    assert sorted(plans["train"].source_indices) == list(range(100))
     assert plans["valid"].source_split == "valid"
-    assert sorted(plans["valid"].pictures) == list(range(20))
+    assert sorted(plans["valid"].source_indices) == list(range(20))
 
 
-def test_every_view_of_every_training_picture_is_stored_once() -> None:
+def test_every_view_of_every_training_image_is_stored_once() -> None:
     from data_prep.config import ViewsConfig
 
     plan = plan_splits({"train": 50}, config(valid_fraction=0.0, views=ViewsConfig(train=3)))["train"]
-    assert sorted(zip(plan.pictures, plan.views, strict=True)) == [(p, v) for p in range(50) for v in range(3)]
+    assert sorted(zip(plan.source_indices, plan.views, strict=True)) == [(p, v) for p in range(50) for v in range(3)]
 
 
 def test_records_mix_the_classes(tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -226,11 +226,11 @@ def test_progress_is_plain_lines_in_a_log(tmp_path: Path, options: list[str], ru
     result = run("shards", *options, "--out", tmp_path / "shards")
     assert "shards: 60 of 60 images" in result.err
     assert "\r" not in result.err
-    assert "60 pictures" in result.out
+    assert "60 source images" in result.out
 
 
 def test_help_is_quick() -> None:
-    """By the process's own time, which a busy machine does not use up."""
+    """By CPU time, independent of other processes on the machine."""
     before = os.times()
     subprocess.run([sys.executable, "-m", "data_prep", "--help"], cwd=ROOT, check=True, capture_output=True)
     after = os.times()

@@ -1,4 +1,4 @@
-"""Memory stays flat: ten times the pictures take as much."""
+"""Memory is constant: ten times the images take as much."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.palette.codec import save_palette
-from tests.data_prep.tar_files import picture_bytes, tar_bytes
+from tests.data_prep.tar_files import encode_image, tar_bytes
 
 ROOT = Path(__file__).parents[3]
 FEW, MANY = 1_500, 15_000
@@ -22,19 +22,19 @@ print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, re
 """
 
 
-def write_folder(folder: Path, pictures: list[bytes], count: int) -> list[str]:
+def write_folder(folder: Path, images: list[bytes], count: int) -> list[str]:
     for number in range(count):
         file = folder / f"train/class{number % 10}/a_name_as_long_as_imagenets_{number:08d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(pictures[number % len(pictures)])
+        file.write_bytes(images[number % len(images)])
     return ["--source.kind", "image_folder", "--source.path", str(folder)]
 
 
-def write_tars(folder: Path, pictures: list[bytes], count: int) -> list[str]:
+def write_tars(folder: Path, images: list[bytes], count: int) -> list[str]:
     """The same number of tars, larger ones: more of them would be no harder."""
     folder.mkdir()
     for tar in range(3):
-        members = [(f"{number:08d}.jpg", pictures[number % len(pictures)]) for number in range(count // 3)]
+        members = [(f"{number:08d}.jpg", images[number % len(images)]) for number in range(count // 3)]
         (folder / f"{tar:05d}.tar").write_bytes(tar_bytes(members))
     return ["--source.kind", "webdataset", "--source.path", str(folder)]
 
@@ -48,14 +48,14 @@ def peak_kilobytes(options: list[str], palette: Path, out: Path, workers: int) -
 
 @pytest.mark.parametrize("write", [write_folder, write_tars])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ten_times_the_pictures_take_no_more_memory(
+def test_ten_times_the_images_take_no_more_memory(
     write: object, workers: int, tmp_path: Path, small: tuple[np.ndarray, np.ndarray]
 ) -> None:
     assert callable(write)
-    pictures = [picture_bytes(pixels, "jpeg") for pixels in small[0]]
+    images = [encode_image(pixels, "jpeg") for pixels in small[0]]
     save_palette(tmp_path / "palette.npy", np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32))
     peaks = []
     for count in (FEW, MANY):
-        options = write(tmp_path / f"{count}", pictures, count)
+        options = write(tmp_path / f"{count}", images, count)
         peaks.append(peak_kilobytes(options, tmp_path / "palette.npy", tmp_path / f"{count}-out", workers))
     assert peaks[1] < 1.1 * peaks[0], peaks

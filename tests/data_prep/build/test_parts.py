@@ -1,4 +1,4 @@
-"""One job as many: parts, kills and restarts change no byte; what is skipped is counted and listed."""
+"""Parts, kills and restarts change no byte of the result; skipped images are counted and listed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import pytest
 import data_prep.build.encode_stream
 import data_prep.build.plan
 from data_prep.shards.reader import open_shard_set
-from tests.data_prep.tar_files import picture_bytes, tar_bytes
+from tests.data_prep.tar_files import encode_image, tar_bytes
 from tests.launch import files_of
 
 ROOT = Path(__file__).parents[3]
@@ -27,14 +27,14 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def tars(tmp_path: Path, small: Small) -> Path:
-    """Eight tars of 15 pictures with labels; the tenth of each is cut short."""
+    """Eight tars of 15 images with labels; the tenth of each is truncated."""
     folder = tmp_path / "tars"
     folder.mkdir()
     for number in range(8):
         members = []
         for place in range(15):
             index = (number * 15 + place) % 60
-            content = picture_bytes(small[0][index])[: 90 if place == 9 else None]
+            content = encode_image(small[0][index])[: 90 if place == 9 else None]
             members += [(f"{number}_{place:03d}.png", content), (f"{number}_{place:03d}.cls", b"%d" % small[1][index])]
         (folder / f"{number:05d}.tar").write_bytes(tar_bytes(members))
     return folder
@@ -42,7 +42,7 @@ def tars(tmp_path: Path, small: Small) -> Path:
 
 @pytest.fixture(params=["stream", "folder"])
 def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A source that is read piece by piece, and one that is read in any order, both in many units."""
+    """A source of streams, and a source with random access, both with many units."""
     for module in (data_prep.build.plan, data_prep.build.encode_stream):
         monkeypatch.setattr(module, "IMAGES_PER_RECORD", 4)
     monkeypatch.setattr(data_prep.build.plan, "IMAGES_PER_SHARD", 8)
@@ -71,7 +71,7 @@ def test_parts_give_the_same_bytes(tmp_path: Path, source: list[str], palette: P
         for part in reversed(range(1, parts + 1)):
             refused = run("join", out)
             assert refused.code == 2
-            assert "first" in refused.err or "holds no parts" in refused.err
+            assert "first" in refused.err or "has no parts" in refused.err
             assert run("shards", *options, "--out", out, "--part", part, "--parts", parts).code == 0
             assert not (out / "shards.json").exists()
         joined = run("join", out)
@@ -80,7 +80,7 @@ def test_parts_give_the_same_bytes(tmp_path: Path, source: list[str], palette: P
         open_shard_set(out).verify()
         again = run("join", out)
         assert again.code == 0
-        assert "joined already" in again.out
+        assert "already joined" in again.out
 
 
 def test_a_gap_names_the_parts_that_left_it(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
@@ -114,7 +114,7 @@ def test_a_shard_lost_between_part_and_join_is_named(
         assert run("shards", *source, "--palette.file", palette, "--out", out, "--part", part, "--parts", 2).code == 0
     victim = sorted(out.glob("train-*.tar"))[2]
     victim.write_bytes(victim.read_bytes()[:-512])
-    assert f"{victim} is not as it was written" in run("join", out, "--max_skipped", 0.1).err
+    assert f"{victim} is missing or has changed since it was written" in run("join", out, "--max_skipped", 0.1).err
 
 
 def test_a_part_needs_a_palette_and_a_number(tmp_path: Path, source: list[str], run: Run) -> None:
@@ -138,7 +138,7 @@ def test_palettes_counted_in_parts_add_up(tmp_path: Path, source: list[str], pal
         out = tmp_path / f"{parts}.npy"
         for part in range(parts, 0, -1):
             if parts > 1 and part < parts:
-                assert f"lacks part {', '.join(map(str, range(1, part + 1)))} of {parts}" in run("join", out).err
+                assert f"is missing part {', '.join(map(str, range(1, part + 1)))} of {parts}" in run("join", out).err
             assert run("palette", *source, "--out", out, "--part", part, "--parts", parts).code == 0
         if parts > 1:
             assert run("join", out).code == 0
@@ -146,15 +146,15 @@ def test_palettes_counted_in_parts_add_up(tmp_path: Path, source: list[str], pal
         assert not out.with_name(f"{out.name}.parts").exists()
 
 
-def test_a_stream_keeps_every_picture_once(
+def test_a_stream_keeps_every_image_once(
     tmp_path: Path, tars: Path, small: Small, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """112 of 120 pictures, each in train or valid; the 8 that are cut short are listed."""
+    """112 of 120 images, each in train or valid; the 8 truncated ones are listed."""
     monkeypatch.setattr(data_prep.build.encode_stream, "BLOCK_IMAGES", 8)
     options = ["--source.kind", "webdataset", "--source.path", tars, "--resolution", 32, "--palette.colors", 512]
     result = run("shards", *options, "--valid_fraction", 0.3, "--max_skipped", 0.1, "--out", tmp_path / "out")
     assert result.code == 0, result.err
-    assert "120 pictures, 8 skipped; 112 images" in result.out
+    assert "120 source images, 8 skipped; 112 images stored" in result.out
     shard_set = open_shard_set(tmp_path / "out")
     assert shard_set.manifest["skipped"] == {"train": {"truncated": 8}}
     lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
@@ -164,8 +164,8 @@ def test_a_stream_keeps_every_picture_once(
         split = shard_set.split(name)
         tokens, labels = split.gather(np.arange(split.images))
         colors = np.rint(127.5 * (shard_set.palette.astype(float) + 1))[tokens].reshape(-1, 32, 32, 3)
-        for picture, label in zip(colors, labels, strict=True):
-            errors = np.square(small[0] - picture).mean(axis=(1, 2, 3))
+        for image, label in zip(colors, labels, strict=True):
+            errors = np.square(small[0] - image).mean(axis=(1, 2, 3))
             assert errors.min() < 120
             assert small[1][errors.argmin()] == label
             found.append(int(errors.argmin()))
@@ -188,7 +188,7 @@ def test_folding_validation_back_in(kind: str, tmp_path: Path, request: pytest.F
     assert counts["true"] == [sum(counts["false"]), counts["false"][1]]
 
 
-def test_several_views_of_a_skipped_picture_count_once(tmp_path: Path, folder: Path, run: Run) -> None:
+def test_several_views_of_a_skipped_image_count_once(tmp_path: Path, folder: Path, run: Run) -> None:
     victim = sorted((folder / "train/cat").iterdir())[0]
     victim.write_bytes(b"")
     options = ["--source.kind", "image_folder", "--source.path", folder, "--resolution", 8, "--palette.colors", 16]
@@ -213,11 +213,11 @@ def test_one_damaged_tar_of_eight_is_too_many(tmp_path: Path, tars: Path, run: R
 
 @pytest.mark.parametrize("kind", ["stream", pytest.param("folder", marks=pytest.mark.slow)])
 def test_kills_at_ten_random_moments_change_nothing(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """SIGKILL to the whole process group; then a run to the end."""
+    """SIGKILL to the entire process group; then an uninterrupted run."""
     small = request.getfixturevalue("small")
     if kind == "stream":
         (tmp_path / "tars").mkdir()
-        content = [(f"{n:04d}.png", picture_bytes(small[0][n % 60])) for n in range(600)]
+        content = [(f"{n:04d}.png", encode_image(small[0][n % 60])) for n in range(600)]
         for number in range(12):
             (tmp_path / f"tars/{number:05d}.tar").write_bytes(tar_bytes(content[number * 50 : number * 50 + 50]))
         options = ["--source.kind", "webdataset", "--source.path", str(tmp_path / "tars")]

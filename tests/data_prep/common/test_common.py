@@ -1,4 +1,4 @@
-"""What the rest of the repository uses of data_prep/common."""
+"""The parts of data_prep/common that the rest of the repository uses."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from data_prep.common.retry import backoff, retry
 
 
 class Failing:
-    """Fails so many times before it answers."""
+    """Fails `failures` times before it returns."""
 
     def __init__(self, failures: int, error: Exception) -> None:
         self.left, self.error, self.seen = failures, error, list[tuple[str, int]]()

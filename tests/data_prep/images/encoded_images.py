@@ -1,4 +1,4 @@
-"""Encoded pictures that several tests make, and Pillow's own reading of them: the reference."""
+"""Encoded images for several tests, and Pillow's decoding of them: the reference."""
 
 import io
 import struct
@@ -38,6 +38,6 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes, *, bits: int = 8, color: int = 2, before: bytes = b"") -> bytes:
-    """A PNG of raw scan lines: color is 0 grey, 2 RGB, 3 palette; `before` are chunks ahead of the pixels."""
+    """A PNG of raw scan lines: color is 0 gray, 2 RGB, 3 palette; `before` are chunks ahead of the pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
     return PNG_SIGNATURE + header + before + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")

@@ -1,4 +1,4 @@
-"""A corpus of files that are not what their names say, damaged, oversized or strange, and what becomes of each."""
+"""A corpus of files with wrong names, damaged, oversized or unusual, and the expected result for each."""
 
 import struct
 import zlib
@@ -9,16 +9,16 @@ from PIL import Image
 from tests.data_prep.images.encoded_images import by_pillow, chunk, encoded, oriented, png
 
 AS_PILLOW, BY_UPPER_BITS = "as Pillow", "by its upper bits"
-"""What becomes of a file that is not skipped."""
+"""The expected result for a file that is not skipped."""
 
 
 def corpus(image: Image.Image) -> dict[str, tuple[bytes, str]]:
-    """File name: content, and what is to become of it: AS_PILLOW, BY_UPPER_BITS or the reason for a skip."""
+    """File name: content, and the expected result: AS_PILLOW, BY_UPPER_BITS or the reason for a skip."""
     jpeg, png_, gif = encoded(image, "JPEG"), encoded(image, "PNG"), encoded(image, "GIF")
     webp, tiff, bmp = encoded(image, "WEBP"), encoded(image, "TIFF"), encoded(image, "BMP")
     return (
         truncated(jpeg, png_, gif, webp, tiff, bmp, image)
-        | no_pictures(image)
+        | not_images(image)
         | other_forms(image)
         | oversized(png_)
         | damaged(jpeg, png_, webp, image)
@@ -55,7 +55,7 @@ def truncated(
     }
 
 
-def no_pictures(image: Image.Image) -> dict[str, tuple[bytes, str]]:
+def not_images(image: Image.Image) -> dict[str, tuple[bytes, str]]:
     files = {
         "one_byte.jpg": b"\xff",
         "text.jpg": b"Not Found\n",
@@ -74,9 +74,9 @@ def no_pictures(image: Image.Image) -> dict[str, tuple[bytes, str]]:
 
 
 def other_forms(image: Image.Image) -> dict[str, tuple[bytes, str]]:
-    """Strange, and whole."""
+    """Unusual, but valid."""
     pixels = np.asarray(image)
-    grey16 = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 200)
+    gray16 = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 200)
     lines = b"".join(b"\0" + line.tobytes() for line in pixels.astype(">u2") * 200)
     clear = image.copy()
     clear.putalpha(Image.fromarray(pixels[:, :, 0]))
@@ -99,10 +99,10 @@ def other_forms(image: Image.Image) -> dict[str, tuple[bytes, str]]:
         "one_bit.tif": encoded(image.convert("1"), "TIFF", compression="group4"),
         "palette_clear.png": encoded(palette, "PNG", transparency=3),
         "palette_clears.png": encoded(palette, "PNG", transparency=bytes(range(256))),
-        "grey_alpha.png": encoded(clear.convert("LA"), "PNG"),
+        "gray_alpha.png": encoded(clear.convert("LA"), "PNG"),
         "alpha.png": encoded(clear, "PNG"),
         "alpha.webp": encoded(clear, "WEBP"),
-        "grey.jpg": encoded(image.convert("L"), "JPEG"),
+        "gray.jpg": encoded(image.convert("L"), "JPEG"),
         "moving.gif": encoded(frames[0], "GIF", **two_pages),
         "moving.webp": encoded(frames[0], "WEBP", **two_pages),
         "moving.png": encoded(frames[0], "PNG", **two_pages),
@@ -117,7 +117,7 @@ def other_forms(image: Image.Image) -> dict[str, tuple[bytes, str]]:
         "orientation_99.jpg": encoded(image, "JPEG", exif=oriented(99)),
         "bad_exif.jpg": encoded(image, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage"),
         "junk_behind.jpg": encoded(image, "JPEG") + b"junk" * 500,
-        "two_pictures.jpg": encoded(image, "MPO", **two_pages),
+        "two_images.jpg": encoded(image, "MPO", **two_pages),
         "icon.bmp": encoded(image, "ICO", sizes=[(48, 36), (16, 16)]),
         "palette.bmp": encoded(palette, "BMP"),
         "upside_down.bmp": upside_down(encoded(image, "BMP")),
@@ -128,13 +128,13 @@ def other_forms(image: Image.Image) -> dict[str, tuple[bytes, str]]:
         "text_pixels.ppm": b"P3\n2 2\n255\n" + b" ".join(b"%d" % value for value in range(12)),
     }
     return {name: (content, AS_PILLOW) for name, content in files.items()} | {
-        "grey16.png": (encoded(grey16, "PNG"), BY_UPPER_BITS),
-        "grey16.tif": (encoded(grey16, "TIFF"), BY_UPPER_BITS),
+        "gray16.png": (encoded(gray16, "PNG"), BY_UPPER_BITS),
+        "gray16.tif": (encoded(gray16, "TIFF"), BY_UPPER_BITS),
     }
 
 
 def upside_down(bmp: bytes) -> bytes:
-    """A BMP whose rows are stored from above: its height is negative."""
+    """A BMP whose rows are stored top-down: its height is negative."""
     (height,) = struct.unpack_from("<i", bmp, 22)
     return bmp[:22] + struct.pack("<i", -height) + bmp[26:]
 

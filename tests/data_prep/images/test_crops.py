@@ -3,12 +3,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data_prep.images.crops import EVALUATION, Cutter, ImageViews, area_resize, evaluation_view
+from data_prep.images.crops import EVALUATION, Cropper, ImageViews, area_resize, evaluation_view
 from data_prep.sources.base import ImageArray
 
 
-def cutter(**changes: object) -> Cutter:
-    return Cutter(**{"split": "train", "seed": 0, "resolution": 16, "random_crop": "auto", **changes})  # type: ignore[arg-type]
+def make_cropper(**changes: object) -> Cropper:
+    return Cropper(**{"split": "train", "seed": 0, "resolution": 16, "random_crop": "auto", **changes})  # type: ignore[arg-type]
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -29,16 +29,16 @@ def test_reduction_is_the_mean_of_the_covered_area(side: int) -> None:
     assert np.abs(area_resize(square, 16) - exact_area_average(square, 16)).max() <= 0.51
 
 
-def test_a_picture_at_the_resolution_passes_unchanged() -> None:
-    picture = noise(16, 16)
-    assert (cutter().cut(picture, 0, 0) == picture).all()
-    assert (cutter().cut(picture, 0, EVALUATION) == picture).all()
+def test_a_image_at_the_resolution_passes_unchanged() -> None:
+    image = noise(16, 16)
+    assert (make_cropper().crop(image, 0, 0) == image).all()
+    assert (make_cropper().crop(image, 0, EVALUATION) == image).all()
 
 
-def test_evaluation_shows_the_centred_square() -> None:
-    picture = np.zeros((40, 64, 3), np.uint8)
-    picture[:, 12:52] = 200
-    assert (evaluation_view(picture, 8) == 200).all()
+def test_evaluation_shows_the_center_crop() -> None:
+    image = np.zeros((40, 64, 3), np.uint8)
+    image[:, 12:52] = 200
+    assert (evaluation_view(image, 8) == 200).all()
 
 
 def test_training_crops_have_the_papers_size_and_reach_every_place() -> None:
@@ -46,8 +46,8 @@ def test_training_crops_have_the_papers_size_and_reach_every_place() -> None:
     height, width = 300, 400
     ramp = np.zeros((height, width, 3), np.float64)
     ramp[..., 0], ramp[..., 1] = np.arange(width) * 255 / width, np.arange(height)[:, None] * 255 / height
-    picture = ramp.astype(np.uint8)
-    crops = np.stack([cutter().cut(picture, index, 0) for index in range(400)]).astype(float)
+    image = ramp.astype(np.uint8)
+    crops = np.stack([make_cropper().crop(image, index, 0) for index in range(400)]).astype(float)
     span = (crops[:, 8, -1, 0] - crops[:, 8, 0, 0]) * 16 / 15 * width / 255 / height  # as part of the shorter side
     assert 224 / 384 - 0.02 < span.min() < 0.61
     assert 0.85 < span.max() < 224 / 256 + 0.02
@@ -56,26 +56,26 @@ def test_training_crops_have_the_papers_size_and_reach_every_place() -> None:
     assert (crops[:, 8, -1, 0] * width / 255).max() > width - 20
 
 
-def test_a_view_depends_on_seed_split_picture_and_number_alone() -> None:
-    picture = noise(200, 200)
-    base = cutter().cut(picture, 3, 0)
-    assert (cutter().cut(picture, 3, 0) == base).all()
-    for other in (cutter(seed=1).cut(picture, 3, 0), cutter(split="valid").cut(picture, 3, 0)):
+def test_a_view_depends_on_seed_split_image_and_number_alone() -> None:
+    image = noise(200, 200)
+    base = make_cropper().crop(image, 3, 0)
+    assert (make_cropper().crop(image, 3, 0) == base).all()
+    for other in (make_cropper(seed=1).crop(image, 3, 0), make_cropper(split="valid").crop(image, 3, 0)):
         assert (other != base).any()
-    assert (cutter().cut(picture, 4, 0) != base).any()
-    assert (cutter().cut(picture, 3, 1) != base).any()
+    assert (make_cropper().crop(image, 4, 0) != base).any()
+    assert (make_cropper().crop(image, 3, 1) != base).any()
 
 
 @pytest.mark.parametrize(
     ("random_crop", "side", "cropped"),
     [("auto", 127, False), ("auto", 128, True), ("always", 64, True), ("never", 500, False)],
 )
-def test_which_pictures_are_cropped(random_crop: str, side: int, cropped: bool) -> None:
-    picture = noise(side, side)
-    view = cutter(random_crop=random_crop).cut(picture, 0, 0)
-    assert (view != evaluation_view(picture, 16)).any() == cropped
+def test_which_images_are_cropped(random_crop: str, side: int, cropped: bool) -> None:
+    image = noise(side, side)
+    view = make_cropper(random_crop=random_crop).crop(image, 0, 0)
+    assert (view != evaluation_view(image, 16)).any() == cropped
 
 
-def test_views_of_pictures_in_any_order() -> None:
-    views = ImageViews(ImageArray(np.stack([noise(20, 20)] * 3), np.arange(3)), cutter(resolution=10), "noise")
+def test_views_of_images_in_any_order() -> None:
+    views = ImageViews(ImageArray(np.stack([noise(20, 20)] * 3), np.arange(3)), make_cropper(resolution=10), "noise")
     assert views.view(2, EVALUATION).shape == (10, 10, 3)

@@ -1,4 +1,4 @@
-"""What is decoded, against Pillow's own reading of the same bytes."""
+"""Decoded images against Pillow's decoding of the same bytes."""
 
 import pickle
 
@@ -29,8 +29,8 @@ def photograph(photographs: list[Image.Image]) -> Image.Image:
 
 
 def same_as_pillow(content: bytes) -> bool:
-    picture, reference = Decoder()(content, "x"), by_pillow(content)
-    return picture.shape == reference.shape and picture.dtype == np.uint8 and bool((picture == reference).all())
+    image, reference = Decoder()(content, "x"), by_pillow(content)
+    return image.shape == reference.shape and image.dtype == np.uint8 and bool((image == reference).all())
 
 
 # --- JPEG: every form that simplejpeg decodes gives Pillow's pixels, bit for bit
@@ -55,14 +55,14 @@ def test_color_jpegs_have_pillows_pixels(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("progressive", [False, True])
-def test_grey_and_rgb_jpegs_have_pillows_pixels(
+def test_gray_and_rgb_jpegs_have_pillows_pixels(
     size: tuple[int, int], progressive: bool, photographs: list[Image.Image]
 ) -> None:
     for image in photographs:
         small = image.resize(size)
-        grey = encoded(small.convert("L"), "JPEG", progressive=progressive)
+        gray = encoded(small.convert("L"), "JPEG", progressive=progressive)
         rgb = encoded(small, "JPEG", progressive=progressive, keep_rgb=True)  # Adobe's marker, without YCbCr
-        for content in (grey, rgb):
+        for content in (gray, rgb):
             assert Decoder()._jpeg(content, "x") is not None, "simplejpeg is not asked"
             assert same_as_pillow(content)
 
@@ -100,7 +100,7 @@ def test_an_orientation_behind_other_segments_is_found(photograph: Image.Image) 
     assert same_as_pillow(content)
 
 
-def test_a_damaged_exif_block_does_not_spoil_the_picture(photograph: Image.Image) -> None:
+def test_a_damaged_exif_block_does_not_spoil_the_image(photograph: Image.Image) -> None:
     content = encoded(photograph, "JPEG", exif=b"Exif\x00\x00garbage that is no TIFF header")
     assert (Decoder()(content, "x") == Decoder()(encoded(photograph, "JPEG"), "x")).all()
 
@@ -121,8 +121,8 @@ def test_scaled_decode_leaves_at_least_the_smallest_side(
     assert (width, height) == tuple(-(-side * scale // 8) for side in size)
 
 
-def test_scaled_decode_stays_close_to_the_exact_picture(photographs: list[Image.Image]) -> None:
-    """The whole picture as 32 x 32: libjpeg's scaling against the area average of all pixels."""
+def test_scaled_decode_stays_close_to_the_exact_image(photographs: list[Image.Image]) -> None:
+    """The entire image as 32 x 32: libjpeg's scaling against the area average of all pixels."""
     errors = []
     for image in photographs:
         content = encoded(image.resize((512, 512), Image.Resampling.LANCZOS), "JPEG", quality=90)
@@ -181,10 +181,10 @@ def test_transparency_is_dropped(photograph: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_sixteen_bits_of_grey_keep_the_upper_eight(kind: str) -> None:
-    grey = (np.arange(256, dtype=np.uint16) * 256 + 99).reshape(16, 16)
-    picture = Decoder()(encoded(Image.fromarray(grey), kind), "x")
-    assert (picture == (grey >> 8)[:, :, None]).all()
+def test_sixteen_bits_of_gray_keep_the_upper_eight(kind: str) -> None:
+    gray = (np.arange(256, dtype=np.uint16) * 256 + 99).reshape(16, 16)
+    image = Decoder()(encoded(Image.fromarray(gray), kind), "x")
+    assert (image == (gray >> 8)[:, :, None]).all()
 
 
 def test_sixteen_bits_of_color_keep_the_upper_eight(photograph: Image.Image) -> None:
@@ -206,10 +206,10 @@ def test_the_first_frame_of_several_counts(kind: str, photographs: list[Image.Im
         assert (Decoder()(content, "x") == np.asarray(frames[0])).all()
 
 
-# --- bad pictures
+# --- bad images
 
 
-def test_a_bad_picture_crosses_processes_whole() -> None:
+def test_a_bad_image_crosses_processes_whole() -> None:
     bad = pickle.loads(pickle.dumps(BadImage("a/b.jpg", "damaged", "so\n and   so")))
     assert (bad.name, bad.reason, bad.detail) == ("a/b.jpg", "damaged", "so and so")
     assert str(bad) == "a/b.jpg is damaged (so and so)"
@@ -233,14 +233,14 @@ def test_the_limit_of_pixels_is_pillows() -> None:
 # --- bytes changed at random: the outcome is Pillow's, whatever was hit
 
 
-@pytest.mark.parametrize("form", ["baseline", "progressive", "turned", "grey", "inks", "restarts"])
+@pytest.mark.parametrize("form", ["baseline", "progressive", "turned", "gray", "inks", "restarts"])
 def test_randomly_changed_jpegs_are_read_or_refused_as_by_pillow(form: str, photograph: Image.Image) -> None:
     options: dict[str, object] = {"progressive": form == "progressive"}
     if form == "turned":
         options["exif"] = oriented(6)
     if form == "restarts":
         options["restart_marker_blocks"] = 4
-    image = photograph.convert({"grey": "L", "inks": "CMYK"}.get(form, "RGB"))
+    image = photograph.convert({"gray": "L", "inks": "CMYK"}.get(form, "RGB"))
     whole = encoded(image, "JPEG", **options)
     random = np.random.default_rng(7)
     outcomes = {"read": 0, "refused": 0}

@@ -1,4 +1,4 @@
-"""Files that are not what their names say, damaged, oversized or strange: converted as by Pillow, or skipped."""
+"""Files with wrong names, damaged, oversized or unusual: converted as by Pillow, or skipped."""
 
 import io
 import json
@@ -25,9 +25,9 @@ from tests.data_prep.images.hostile_images import AS_PILLOW, BY_UPPER_BITS, corp
 from tests.data_prep.time_limit import time_limit
 
 SECONDS = 5
-"""In which any one file must be done with."""
+"""Within which each file must be processed."""
 MEGABYTES = 300
-"""Which the whole corpus may add to a process's peak memory."""
+"""Bytes that the corpus may add to a process's peak memory."""
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +37,22 @@ def files() -> dict[str, tuple[bytes, str]]:
 
 
 def outcome(content: bytes, name: str) -> str:
-    """What became of a file, in the corpus's words."""
+    """The result for a file, in the terms of the corpus."""
     try:
         with time_limit(SECONDS):
-            picture = Decoder()(content, name)
+            decoded = Decoder()(content, name)
     except BadImage as bad:
         assert bad.name == name
         assert "\n" not in str(bad)
         return bad.reason
-    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+    assert decoded.dtype == np.uint8 and decoded.ndim == 3 and decoded.shape[2] == 3
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
         if image.mode.startswith("I;16"):
-            assert (picture == (np.asarray(image) >> 8)[:, :, None]).all()
+            assert (decoded == (np.asarray(image) >> 8)[:, :, None]).all()
             return BY_UPPER_BITS
     reference = by_pillow(content)
-    assert picture.shape == reference.shape
-    assert (picture == reference).all()
+    assert decoded.shape == reference.shape
+    assert (decoded == reference).all()
     return AS_PILLOW
 
 
@@ -80,7 +80,7 @@ def test_scaled_decode_skips_the_same_files(smallest: int, files: dict[str, tupl
 
 
 def test_memory_stays_within_bounds(files: dict[str, tuple[bytes, str]], tmp_path: Path) -> None:
-    """In a process of its own, whose peak is the corpus's."""
+    """In a process of its own, so that its peak memory is the corpus's."""
     for name, (content, _) in files.items():
         (tmp_path / name).write_bytes(content)
     script = """
@@ -108,7 +108,7 @@ print(peak() - before)
 
 @pytest.fixture
 def strange_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The image folder's train/cat with all that a file system can hold under a picture's name."""
+    """The image folder's train/cat with everything that a file system can have under an image's name."""
     cat = folder / "train/cat"
     os.mkfifo(cat / "pipe.jpg")
     with socket.socket(socket.AF_UNIX) as server:
@@ -140,13 +140,13 @@ STRANGE_PICTURES = 3
 
 def test_only_files_are_listed_and_none_is_waited_for(strange_folder: Path) -> None:
     with time_limit(SECONDS):
-        pictures = open_source(SourceConfig(kind="image_folder", path=str(strange_folder))).splits["train"]
+        images = open_source(SourceConfig(kind="image_folder", path=str(strange_folder))).splits["train"]
         before = len(list((strange_folder / "train").glob("*/[0-9]*.png")))
-        assert len(pictures) == before + STRANGE_PICTURES + len(STRANGE_SKIPS)
+        assert len(images) == before + STRANGE_PICTURES + len(STRANGE_SKIPS)
         found, skips = 0, {}
-        for index in range(len(pictures)):
+        for index in range(len(images)):
             try:
-                assert pictures.image(index, Decoder()).shape == (32, 32, 3)
+                assert images.image(index, Decoder()).shape == (32, 32, 3)
                 found += 1
             except BadImage as bad:
                 skips[Path(bad.name).name] = bad.reason
@@ -156,8 +156,8 @@ def test_only_files_are_listed_and_none_is_waited_for(strange_folder: Path) -> N
 def test_a_folder_that_is_a_link_is_followed(folder: Path, tmp_path: Path) -> None:
     (folder / "train/cat").rename(tmp_path / "elsewhere")
     (folder / "train/cat").symlink_to(tmp_path / "elsewhere")
-    pictures = open_source(SourceConfig(kind="image_folder", path=str(folder))).splits["train"]
-    assert (len(pictures), set(pictures.labels.tolist())) == (48, {0, 1, 2})
+    images = open_source(SourceConfig(kind="image_folder", path=str(folder))).splits["train"]
+    assert (len(images), set(images.labels.tolist())) == (48, {0, 1, 2})
 
 
 # --- the whole way
@@ -165,7 +165,7 @@ def test_a_folder_that_is_a_link_is_followed(folder: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def hostile_folder(strange_folder: Path, files: dict[str, tuple[bytes, str]]) -> Path:
-    """The corpus among the good pictures and the strange names."""
+    """The corpus mixed with valid images and unusual names."""
     (strange_folder / "train/hostile").mkdir()
     for name, (content, _) in files.items():
         (strange_folder / "train/hostile" / name).write_bytes(content)
@@ -220,10 +220,10 @@ def test_too_many_skips_stop_a_preparation_with_one_sentence(
     assert not (tmp_path / "shards/shards.json").exists()
 
 
-def test_the_picture_of_a_split_stands_beside_its_own_source(
+def test_the_image_of_a_split_stands_beside_its_own_source(
     hostile_folder: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
-    """`show` passes over the skipped, as the preparation did."""
+    """`show` ignores skipped images, as the preparation does."""
     options = ["--source.kind", "image_folder", "--source.path", hostile_folder, "--resolution", 8, "--max_skipped", 1]
     assert run("shards", *options, "--palette.colors", 16, "--workers", 1, "--out", tmp_path / "shards").code == 0
     for split in ("train", "valid"):

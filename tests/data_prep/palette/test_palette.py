@@ -25,22 +25,22 @@ def palette(small: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return fit_palette(histogram_of(small[0]), 512, seed=0)
 
 
-def reference_tokens(pictures: np.ndarray, palette: np.ndarray) -> np.ndarray:
+def reference_tokens(images: np.ndarray, palette: np.ndarray) -> np.ndarray:
     from transformers import ImageGPTImageProcessor
 
     processor = ImageGPTImageProcessor(clusters=palette.tolist(), do_resize=False)
-    return np.asarray(processor(list(pictures), return_tensors="np")["input_ids"])
+    return np.asarray(processor(list(images), return_tensors="np")["input_ids"])
 
 
 def test_tokens_equal_the_image_processors(palette: np.ndarray, small: tuple[np.ndarray, np.ndarray]) -> None:
     table = lookup_table(palette)
     random = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)  # 10,240 random pixels
-    for pictures in (random, small[0]):
-        assert (encode(pictures, table) == reference_tokens(pictures, palette)).all()
+    for images in (random, small[0]):
+        assert (encode(images, table) == reference_tokens(images, palette)).all()
 
 
 def test_table_is_exact_everywhere(palette: np.ndarray) -> None:
-    """Brute force in float64 for every colour of 40 planes of the cube."""
+    """Brute force in float64 for every color of 40 planes of the cube."""
     table = lookup_table(palette)
     colors = palette.astype(np.float64)
     for red in np.random.default_rng(1).choice(256, 40, replace=False):
@@ -61,18 +61,18 @@ def test_equal_distances_give_the_lowest_number() -> None:
 
 def test_decoding_rounds_as_the_paper_does(palette: np.ndarray) -> None:
     tokens = np.arange(512, dtype=np.uint16).reshape(2, 256)
-    pictures = decode(tokens, palette, 16)
-    assert pictures.dtype == np.uint8
-    assert pictures.shape == (2, 16, 16, 3)
+    images = decode(tokens, palette, 16)
+    assert images.dtype == np.uint8
+    assert images.shape == (2, 16, 16, 3)
     expected = np.rint(127.5 * (palette.astype(np.float64) + 1))
-    assert (pictures.reshape(-1, 3) == expected).all()
+    assert (images.reshape(-1, 3) == expected).all()
 
 
 def test_tokens_survive_decoding(palette: np.ndarray) -> None:
-    """Encoding what was decoded gives the colours again: raster order and channel order are kept."""
+    """Encoding decoded images returns the same colors: raster order and channel order are preserved."""
     tokens = np.random.default_rng(0).integers(0, 512, (3, 64))
-    pictures = decode(tokens, palette, 8)
-    assert (decode(encode(pictures, lookup_table(palette)), palette, 8) == pictures).all()
+    images = decode(tokens, palette, 8)
+    assert (decode(encode(images, lookup_table(palette)), palette, 8) == images).all()
 
 
 def mean_squared_error(pixels: np.ndarray, palette: np.ndarray) -> float:
@@ -90,7 +90,7 @@ def test_fit_is_as_good_as_scikit_learns(small: tuple[np.ndarray, np.ndarray]) -
     assert ours < 1.08 * theirs
 
 
-def test_fit_weighs_colours_by_how_often_they_occur() -> None:
+def test_fit_weighs_colors_by_how_often_they_occur() -> None:
     pixels = np.array([[0, 0, 0]] * 999 + [[4, 0, 0]] + [[255, 255, 255]] * 10, np.uint8)
     palette = fit_palette(histogram_of(pixels), 2, seed=0)
     dark = palette[palette[:, 1].argmin()]
@@ -104,7 +104,7 @@ def test_fit_is_a_function_of_histogram_and_seed(small: tuple[np.ndarray, np.nda
     assert palette_sha256(fit_palette(histogram, 32, seed=1)) != palette_sha256(first)
 
 
-def test_fewer_colours_than_asked_for_are_kept_exactly() -> None:
+def test_fewer_colors_than_asked_for_are_kept_exactly() -> None:
     pixels = np.array([[[[0, 0, 0], [255, 0, 9]], [[17, 34, 51], [255, 0, 9]]]], np.uint8)
     palette = fit_palette(histogram_of(pixels), 8, seed=0)
     assert palette.shape == (8, 3)

@@ -1,4 +1,4 @@
-"""Whole bytes over connections that break, each address in its way, and failures that say what and where."""
+"""Complete bytes over connections that break, for each kind of URL, and errors that name the URL and the byte."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_prep.shards import remote
-from data_prep.shards.remote import Remote, address_of, download, is_remote, open_remote, read_remote
+from data_prep.shards.remote import RemoteFile, address_of, download, is_remote, open_remote, read_remote
 from tests.http_server import serve
 
 SIZE = 600_000
@@ -131,10 +131,10 @@ def test_faults_are_ridden_out(
 
 def test_a_server_that_is_gone_is_given_up(folder: Path, content: bytes) -> None:
     with serve(folder, busy=1.0) as server:
-        with pytest.raises(OSError, match=rf"{server.url}/file can't be reached or read, 6 times: .*503"):
+        with pytest.raises(OSError, match=rf"{server.url}/file can't be reached or read, 6 attempts failed: .*503"):
             read(f"{server.url}/file")
         assert len(server.requests) == remote.ATTEMPTS
-    with pytest.raises(OSError, match=r"can't be reached or read, 6 times: .*refused"):
+    with pytest.raises(OSError, match=r"can't be reached or read, 6 attempts failed: .*refused"):
         read(f"{server.url}/file")
 
 
@@ -144,7 +144,7 @@ def test_the_byte_reached_is_named(folder: Path, content: bytes) -> None:
         assert file.read(100) == content[:100]
         (folder / "file").write_bytes(content[:200])  # a changed file is not taken for the rest of the first
         file.raw._disconnect()  # type: ignore[attr-defined]
-        with pytest.raises(OSError, match=rf"byte {remote.BUFFER} of {SIZE}, 6 times: it has 200 bytes"):
+        with pytest.raises(OSError, match=rf"byte {remote.BUFFER} of {SIZE}, 6 attempts failed: it has 200 bytes"):
             file.read()
 
 
@@ -190,7 +190,7 @@ def test_a_start_behind_the_end_is_named(folder: Path) -> None:
 
 
 def test_a_command_that_fails_is_run_again_and_then_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"byte 5000, 6 times: the command failed with exit code 7"):
+    with pytest.raises(OSError, match=r"byte 5000, 6 attempts failed: the command failed with exit code 7"):
         read(f"pipe:echo >> {tmp_path}/runs; head -c 5000 {folder}/file; exit 7")
     assert (tmp_path / "runs").read_text() == "\n" * remote.ATTEMPTS
 
@@ -204,7 +204,7 @@ def test_a_command_that_breaks_off_goes_on_where_it_was(folder: Path, content: b
 def test_a_silent_command_is_ended_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "TIMEOUT", 0.05)
     pause = f'{sys.executable} -c \'import time; open("{tmp_path}/pid", "a"); time.sleep(100)\''
-    with seconds_below(10), pytest.raises(OSError, match=r"byte 1, 6 times: the command wrote nothing"):
+    with seconds_below(10), pytest.raises(OSError, match=r"byte 1, 6 attempts failed: the command wrote nothing"):
         read(f"pipe:printf x; {pause} | cat")
 
 
@@ -215,7 +215,7 @@ def test_closing_early_ends_the_command(folder: Path) -> None:
 
 def test_an_object_store_that_breaks_is_read_on(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     class Expired(Exception):
-        """As back-ends raise: no OSError."""
+        """Not an OSError, like the exceptions of back-ends."""
 
     breaks = iter([0, 1, 1, 0, 1, 0, 0, 1] + [0] * 100)
     plain = fsspec.implementations.memory.MemoryFile.readinto
@@ -263,8 +263,8 @@ def test_a_transfer_damaged_once_is_mended(folder: Path, content: bytes, tmp_pat
 
 
 def test_small_reads(folder: Path, content: bytes) -> None:
-    """Through a raw Remote, as a reader of blocks does."""
-    file = Remote(f"{folder}/file")
+    """Through a raw RemoteFile, as a reader of blocks does."""
+    file = RemoteFile(f"{folder}/file")
     assert file.read(7) + file.read(11) == content[:18]
     assert file.tell() == 18
     file.close()

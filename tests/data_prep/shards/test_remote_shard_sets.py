@@ -1,4 +1,4 @@
-"""A shard set at an address is the same set: opened, checked, read, verified and shown through a local cache."""
+"""A remote shard set equals the local one: opened, checked, read, verified and shown through a local cache."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_processes_may_ask_for_the_same_file_at_once(server: Server, shards: Pat
 def test_verify_reads_all_of_a_remote_set(address: str, shards: Path, cache: Path, run: Callable[..., Any]) -> None:
     result = run("verify", address)
     assert result.code == 0
-    assert f"{address}: all as promised" in result.out
+    assert f"{address}: matches its manifest" in result.out
     assert not list(cache.rglob("*.tar")), "what it copied is not kept"
     open_shard_set(address).split("train").gather(np.arange(1))
     copy = next(cache.rglob("train-000000.tar"))
@@ -120,7 +120,7 @@ def change_manifest(shards: Path, change: Callable[[Any], object]) -> None:
         (lambda shards: (shards / "shards.json").write_text("[]"), r"/shards/shards\.json is not a manifest"),
         (lambda shards: change_manifest(shards, lambda all: all.pop("splits")), r"shards\.json is incomplete"),
         (lambda shards: (shards / "palette.npy").unlink(), r"/shards/palette\.npy"),
-        (lambda shards: (shards / "palette.npy").write_bytes(b"x"), r"/shards/palette\.npy is not readable"),
+        (lambda shards: (shards / "palette.npy").write_bytes(b"x"), r"/shards/palette\.npy is not a valid"),
         (lambda shards: np.save(shards / "palette.npy", np.zeros((16, 3), np.float32)), r"palette\.npy has sha256"),
     ],
 )
@@ -136,7 +136,7 @@ def test_what_is_wrong_at_an_address_is_named(
 def test_a_manifest_does_not_write_outside_the_cache(file: str, server: Server, shards: Path, cache: Path) -> None:
     change_manifest(shards, lambda all: all["splits"]["train"]["shards"][0].update(file=file))
     for place in (f"{server.url}/shards", shards):
-        with pytest.raises(ValueError, match=f"names a file {file!r}"):
+        with pytest.raises(ValueError, match=f"lists the file {file!r}"):
             open_shard_set(place)
 
 

@@ -25,7 +25,7 @@ def records(*counts: int) -> list[Record]:
 
 @pytest.fixture
 def handmade(tmp_path: Path) -> tuple[Path, list[list[Record]]]:
-    """A shard set of two shards, 8x8, 16 colours, and the records in it."""
+    """A shard set of two shards, 8x8, 16 colors, and the records in it."""
     content = [records(256, 256, 7), records(256, 1)]
     shards = [write_shard(tmp_path / f"train-{n:06d}.tar", part) for n, part in enumerate(content)]
     palette = np.linspace(-1, 1, 48, dtype=np.float32).reshape(16, 3)
@@ -106,7 +106,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_tars_are_plain(handmade: tuple[Path, list[list[Record]]]) -> None:
-    """Nothing of the machine or the moment, and no extended headers (a float mtime would add one a member)."""
+    """Nothing depends on machine or time. There are no extended headers; a float mtime would add one per member."""
     with tarfile.open(handmade[0] / "train-000000.tar") as tar:
         members = tar.getmembers()
     assert [member.name for member in members][:2] == ["train-000000-000.pixels.npy", "train-000000-000.labels.npy"]
@@ -142,7 +142,7 @@ def flip_byte(file: Path, position: int) -> None:
 
 
 def adopt(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the first shard's entry, and makes its digest fit, as if the manifest had been written so."""
+    """Changes the first shard's entry, and updates its digest, as if the manifest had been written so."""
 
     def apply(manifest: Any) -> None:
         train = manifest["splits"]["train"]
@@ -215,9 +215,9 @@ def test_verify_finds_a_flipped_byte(handmade: tuple[Path, list[list[Record]]], 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda shard: shard["pixels_offsets"].__setitem__(1, 5), "record 1 does not lie where"),
-        (lambda shard: shard["labels_offsets"].__setitem__(0, 5), "record 0 does not lie where"),
-        (lambda shard: shard.update(record_images=[255, 257, 7]), r"record 0 holds uint16 \(256, 64\)"),
+        (lambda shard: shard["pixels_offsets"].__setitem__(1, 5), "record 1 is not at the offset"),
+        (lambda shard: shard["labels_offsets"].__setitem__(0, 5), "record 0 is not at the offset"),
+        (lambda shard: shard.update(record_images=[255, 257, 7]), r"record 0 contains uint16 \(256, 64\)"),
         (lambda shard: drop_last_record(shard), "more records"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Windows for the miniatures of data sets, and their preparation by the command."""
+"""Windows for the miniatures of datasets, and their preparation by the command."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +17,13 @@ CONFIGS = Path(__file__).parents[3] / "configs/data"
 @pytest.fixture(scope="session")
 def windows() -> list[np.ndarray]:
     """Forty different windows of photographs, of 64 to 256 pixels."""
-    pictures = open_source(SourceConfig(kind="photographs", train_per_class=4)).splits["train"]
-    return [np.ascontiguousarray(pictures.image(index, Decoder())) for index in range(40)]
+    images = open_source(SourceConfig(kind="photographs", train_per_class=4)).splits["train"]
+    return [np.ascontiguousarray(images.image(index, Decoder())) for index in range(40)]
 
 
 @pytest.fixture
 def prepare(tmp_path: Path, run: Callable[..., Any]) -> Callable[..., Path]:
-    """Prepares a source whole, uncropped, at 8x8 through the command."""
+    """Prepares all images of a source, uncropped, at 8x8 with the command."""
 
     def prepared(kind: str, path: Path, *more: str) -> Path:
         out = tmp_path / f"shards-{path.name}"

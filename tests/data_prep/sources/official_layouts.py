@@ -1,6 +1,6 @@
 """Miniatures of ImageNet, STL-10, COCO and Places205 in their true layouts, from windows of photographs.
 
-The writers take uint8 (H, W, 3) pictures, all different, and say nothing of what they wrote: the tests read the
+The writers take uint8 (H, W, 3) images, all different, and say nothing of what they wrote: the tests read the
 layouts' own files again.
 """
 
@@ -28,9 +28,9 @@ STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monk
 DEVKIT = "ILSVRC2012_devkit_t12"
 
 
-def jpeg(picture: np.ndarray) -> bytes:
+def jpeg(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=92)
+    Image.fromarray(image).save(file, "JPEG", quality=92)
     return file.getvalue()
 
 
@@ -50,21 +50,21 @@ def tar_of(folder: Path, tar: Path, arcname: str = ".", mode: str = "w") -> Path
 # --- ImageNet
 
 
-def write_imagenet(root: Path, pictures: Images) -> None:
-    """train/, val/ and the devkit: 3, 4, 3, 4, 3 training pictures of the classes, and 8 for validation."""
-    remaining = iter(pictures)
+def write_imagenet(root: Path, images: Images) -> None:
+    """train/, val/ and the devkit: 3, 4, 3, 4, 3 training images of the classes, and 8 for validation."""
+    remaining = iter(images)
     for number, wnid in enumerate(SYNSETS):
-        for picture in range(3 + number % 2):
-            write(root / f"train/{wnid}/{wnid}_{[10026, 9, 371, 20000][picture]}.JPEG", jpeg(next(remaining)))
+        for image in range(3 + number % 2):
+            write(root / f"train/{wnid}/{wnid}_{[10026, 9, 371, 20000][image]}.JPEG", jpeg(next(remaining)))
     (root / "train/n01440764/n01440764_9.JPEG").write_bytes(png(next(remaining)))  # as n02105855_2933.JPEG is
     for number in range(1, 9):
         write(root / f"val/ILSVRC2012_val_{number:08d}.JPEG", jpeg(next(remaining)))
     write_devkit(root, [5, 2, 2, 3, 1, 4, 1, 5])
 
 
-def png(picture: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
@@ -87,7 +87,7 @@ def write_devkit(root: Path, truth: Sequence[int]) -> None:
 
 
 def pack_imagenet(root: Path, out: Path) -> None:
-    """The same as the archives that are fetched: two tars and the devkit's .tar.gz."""
+    """The same as the downloaded archives: two tars and the devkit's .tar.gz."""
     out.mkdir()
     classes = out / "classes"
     classes.mkdir()
@@ -103,7 +103,7 @@ def pack_imagenet(root: Path, out: Path) -> None:
 
 
 def to_kaggle(root: Path) -> None:
-    """Moves the pictures to where Kaggle has them, and replaces the devkit by Kaggle's two lists."""
+    """Moves the images to where Kaggle has them, and replaces the devkit by Kaggle's two lists."""
     wnid_of = {number: wnid for wnid, (number, _) in SYNSETS.items()}
     truth = (root / DEVKIT / "data/ILSVRC2012_validation_ground_truth.txt").read_text().split()
     rows = [f"ILSVRC2012_val_{n:08d},{wnid_of[int(word)]} 85 1 499 272 " for n, word in enumerate(truth, 1)]
@@ -120,11 +120,11 @@ def to_kaggle(root: Path) -> None:
 # --- STL-10
 
 
-def write_stl10(root: Path, pictures: Images, train: int, test: int) -> Path:
+def write_stl10(root: Path, images: Images, train: int, test: int) -> Path:
     """Images (96, 96, 3): `train` and `test` labelled ones, the rest unlabelled. Returns stl10_binary/."""
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
-    stacked = np.stack(pictures).transpose(0, 3, 2, 1)  # colour, x, y
+    stacked = np.stack(images).transpose(0, 3, 2, 1)  # color, x, y
     parts = {"train": stacked[:train], "test": stacked[train : train + test], "unlabeled": stacked[train + test :]}
     for name, part in parts.items():
         (folder / f"{name}_X.bin").write_bytes(part.tobytes())
@@ -141,8 +141,8 @@ def write_stl10(root: Path, pictures: Images, train: int, test: int) -> Path:
 COCO_CATEGORIES = {1: "person", 3: "car", 18: "dog", 62: "chair", 90: "toothbrush"}
 
 
-def write_coco(root: Path, pictures: Images, year: str = "2017") -> None:
-    """Six training and four validation pictures, among them all that is special about their objects."""
+def write_coco(root: Path, source: Images, year: str = "2017") -> None:
+    """Six training and four validation images, among them all that is special about their objects."""
     polygon = [[round(0.37 * n, 2) for n in range(40)]]
     objects: dict[int, list[dict[str, Any]]] = {
         9: [{"area": 120.5, "category_id": 1}, {"area": 4000.25, "category_id": 18}],
@@ -156,14 +156,14 @@ def write_coco(root: Path, pictures: Images, year: str = "2017") -> None:
         632: [],
         724: [{"area": 3.0, "category_id": 1}, {"area": 2.0, "category_id": 90}],
     }
-    remaining = iter(pictures)
+    remaining = iter(source)
     for split, numbers in (("train", [*objects][:6]), ("val", [*objects][6:])):
         images, annotations = [], []
         for number in numbers[::-1]:
             name = f"{number:012d}.jpg" if year == "2017" else f"COCO_{split}{year}_{number:012d}.jpg"
-            picture = next(remaining)
-            write(root / f"{split}{year}/{name}", jpeg(picture))
-            height, width = picture.shape[:2]
+            image = next(remaining)
+            write(root / f"{split}{year}/{name}", jpeg(image))
+            height, width = image.shape[:2]
             images.append({"license": 4, "file_name": name, "height": height, "width": width, "id": number})
             for place, one in enumerate(objects[number]):
                 crowd = {"segmentation": {"counts": [7, 20, 3], "size": [height, width]}, "iscrowd": 1}
@@ -190,18 +190,18 @@ def coco_json(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -
 PLACES = {0: "a/abbey", 1: "a/airport_terminal", 2: "a/apartment_building/outdoor", 3: "y/yard"}
 
 
-def write_places205(root: Path, pictures: Images, official: bool = True) -> None:
-    """Twelve training and four validation pictures, listed in no order; `official`: in the archives' folders."""
+def write_places205(root: Path, source: Images, official: bool = True) -> None:
+    """Twelve training and four validation images, listed in no order; `official`: in the archives' folders."""
     images = root / ("data/vision/torralba/deeplearning/images256" if official else "images256")
     lists = root / ("trainvalsplit_places205" if official else ".")
     lists.mkdir(parents=True, exist_ok=True)
-    remaining: Iterator[tuple[int, np.ndarray]] = iter(enumerate(pictures))
+    remaining: Iterator[tuple[int, np.ndarray]] = iter(enumerate(source))
     for split, count in (("train", 12), ("val", 4)):
         lines = []
         for _ in range(count):
-            number, picture = next(remaining)
+            number, image = next(remaining)
             label = (3 * number + 2) % len(PLACES)
             name = f"{PLACES[label]}/gsun_{number * 0x9E3779B97F4A7C15 % (1 << 64):032x}.jpg"
-            write(images / name, jpeg(picture))
+            write(images / name, jpeg(image))
             lines.append(f"{name} {label}\n")
         (lists / f"{split}_places205.csv").write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""What a source and a shard set hold, in a form that tests compare with the files of a layout."""
+"""The contents of a source and of a shard set, in a form that tests compare with the files of a layout."""
 
 import io
 import tarfile
@@ -18,7 +18,7 @@ from data_prep.sources.base import Source
 from data_prep.sources.open import open_source
 
 Expected = dict[bytes, Any]
-"""Each picture's pixels to its class."""
+"""Each image's pixels to its class."""
 
 
 def opened(kind: str, path: Path, **options: object) -> Source:
@@ -26,14 +26,14 @@ def opened(kind: str, path: Path, **options: object) -> Source:
 
 
 def found(source: Source, split: str, classes: list[str] | None = None) -> Expected:
-    """What the source says, in the form of what is expected; unlabelled pictures have class None."""
-    pictures = source.splits[split]
-    assert pictures.labels.dtype == np.int32
-    assert pictures.labels.shape == (len(pictures),)
-    pixels = [pictures.image(index, Decoder()) for index in range(len(pictures))]
+    """The contents of the source, in the form of the expected contents; unlabelled images have class None."""
+    images = source.splits[split]
+    assert images.labels.dtype == np.int32
+    assert images.labels.shape == (len(images),)
+    pixels = [images.image(index, Decoder()) for index in range(len(images))]
     assert all(one.dtype == np.uint8 and one.shape[2] == 3 for one in pixels)
     classes = source.classes if classes is None else classes
-    named = [None if label < 0 else classes[label] for label in pictures.labels.tolist()]
+    named = [None if label < 0 else classes[label] for label in images.labels.tolist()]
     answer = dict(zip((one.tobytes() for one in pixels), named, strict=True))
     assert len(answer) == len(pixels)
     return answer
@@ -57,19 +57,19 @@ def files_in(tar: Path | io.BytesIO) -> Iterable[tuple[str, bytes]]:
             yield member.name, file.read()
 
 
-def reduced(picture: np.ndarray) -> bytes:
-    """The largest centred square, at 8x8."""
-    height, width = picture.shape[:2]
+def reduced(image: np.ndarray) -> bytes:
+    """The center crop, at 8x8."""
+    height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return area_resize(picture[top : top + side, left : left + side], 8).tobytes()
+    return area_resize(image[top : top + side, left : left + side], 8).tobytes()
 
 
 def check_shards(out: Path, splits: dict[str, Expected], classes: list[str]) -> None:
-    """Every picture is in the set once, with its class, in the split it belongs to (valid is taken off train).
+    """Every image is in the set once, with its class, in the split it belongs to (valid is taken off train).
 
-    splits: the pixels of each official split's pictures, cut and reduced, to their labels. Colours are those of
-    the palette that are nearest, which tells the pictures apart.
+    splits: the pixels of each official split's images, cut and reduced, to their labels. Colors are those of
+    the palette that are nearest, which tells the images apart.
     """
     shard_set = open_shard_set(out)
     assert shard_set.classes == classes
@@ -88,7 +88,7 @@ def check_shards(out: Path, splits: dict[str, Expected], classes: list[str]) -> 
 
 
 def opened_with_peak(kind: str, path: Path) -> tuple[Source, int, int]:
-    """The source, and the bytes that opening it took: kept, and at most."""
+    """The source, and the bytes that opening it took: afterwards, and at the peak."""
     tracemalloc.start()
     try:
         source = opened(kind, path)

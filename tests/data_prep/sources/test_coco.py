@@ -1,4 +1,4 @@
-"""Miniatures of COCO in its true layouts, checked against the layouts' own files, and prepared by the command."""
+"""Miniatures of COCO in its official layouts, compared with the layouts' own files, and prepared by the command."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def coco(tmp_path: Path, windows: list[np.ndarray]) -> Path:
 
 
 def coco_split(root: Path, name: str) -> Expected:
-    """A picture's largest object by a plain loop over the annotations."""
+    """An image's largest object, by a plain loop over the annotations."""
     whole = json.loads((root / f"annotations/instances_{name}.json").read_text())
     names = {category["id"]: category["name"] for category in whole["categories"]}
     expected: Expected = {}
@@ -42,7 +42,7 @@ def coco_split(root: Path, name: str) -> Expected:
 
 @pytest.mark.parametrize("year", ["2017", "2014"])
 def test_coco(tmp_path: Path, windows: list[np.ndarray], year: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.sources.coco.CHUNK", 100)  # so that values lie across the pieces that are read
+    monkeypatch.setattr("data_prep.sources.coco.CHUNK", 100)  # so that values lie across the chunks that are read
     layouts.write_coco(tmp_path, windows, year)
     source = opened("coco", tmp_path)
     assert source.name == f"COCO {year}"
@@ -54,7 +54,7 @@ def test_coco(tmp_path: Path, windows: list[np.ndarray], year: str, monkeypatch:
     assert "largest object" in source.facts["labels"]
 
 
-def test_coco_without_validation_pictures_and_with_others(coco: Path, windows: list[np.ndarray]) -> None:
+def test_coco_without_validation_images_and_with_others(coco: Path, windows: list[np.ndarray]) -> None:
     expected = coco_split(coco, "train2017")
     shutil.rmtree(coco / "val2017")
     layouts.write(coco / "train2017/000000999999.jpg", layouts.jpeg(windows[30]))  # is not listed
@@ -91,10 +91,10 @@ def damage_coco(root: Path, how: str) -> None:
         case "strange category":
             whole["annotations"][0]["category_id"] = 91
             file.write_text(json.dumps(whole))
-        case "strange picture":
+        case "strange image":
             whole["annotations"][0]["image_id"] = 8
             file.write_text(json.dumps(whole))
-        case "pictures missing":
+        case "images missing":
             (root / "train2017/000000000025.jpg").unlink()
             (root / "train2017/000000000036.jpg").unlink()
         case "other categories":
@@ -105,16 +105,16 @@ def damage_coco(root: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no train", r"coco holds no folder train2017 \(or train2014\)"),
+        ("no train", r"coco has no folder train2017 \(or train2014\)"),
         ("no annotations", "instances_train2017.json is missing; extract annotations_trainval2017.zip"),
         ("cut off", r"instances_train2017.json is not readable as JSON \(.* at character \d+\)"),
         ("garbage", r"instances_train2017.json is not readable as JSON \(.* at character \d+\)"),
-        ("not an object", r"instances_train2017.json is not readable as JSON \('\[' in place of '{' at character 0\)"),
+        ("not an object", r"instances_train2017.json is not readable as JSON \('\[' instead of '{' at character 0\)"),
         ("no images", "instances_train2017.json lists no images"),
         ("captions", "instances_train2017.json has a annotations entry that is not COCO's .*iscrowd"),
         ("strange category", "has an annotation with category_id 91"),
-        ("strange picture", "has an annotation with image_id 8"),
-        ("pictures missing", "000000000025.jpg is missing, as are 1 others of the 6 pictures"),
+        ("strange image", "has an annotation with image_id 8"),
+        ("images missing", "train2017 is missing 2 of the 6 images .*, the first is 000000000025.jpg"),
         ("other categories", "instances_val2017.json has other categories"),
     ],
 )
@@ -133,15 +133,15 @@ def test_coco_prepared(coco: Path, prepare: Callable[..., Path]) -> None:
             pixels: -1 if category is None else classes.index(category)
             for pixels, category in coco_split(coco, name).items()
         }
-        pictures = [opened_jpeg(file) for file in (coco / name).iterdir()]
-        splits[split] = {reduced(one): label_of[one.tobytes()] for one in pictures}
+        images = [opened_jpeg(file) for file in (coco / name).iterdir()]
+        splits[split] = {reduced(one): label_of[one.tobytes()] for one in images}
     out = prepare("coco", coco)
     check_shards(out, splits, classes)
     assert "largest object" in open_shard_set(out).manifest["source"]["labels"]
 
 
 def test_large_annotations_take_little_memory(coco: Path) -> None:
-    """The outlines are most of the file, and are let go one by one."""
+    """The outlines are most of the file, and are released one by one."""
     file = coco / "annotations/instances_train2017.json"
     whole = json.loads(file.read_text())
     rows = [

@@ -27,7 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def table(small: Small) -> Callable[..., Any]:
-    """A data set of some of the small pictures, with further columns as wanted."""
+    """A dataset of some of the small images, with optional further columns."""
 
     def build(part: slice, **columns: Any) -> Any:
         features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
@@ -51,9 +51,9 @@ def parquet_folder(folder: Path, **splits: Any) -> Path:
 
 
 def assert_same(source: Source, split: str, small: Small, part: slice) -> None:
-    pictures = source.splits[split]
-    assert (pictures.labels == small[1][part]).all()
-    assert all((pictures.image(i, Decoder()) == want).all() for i, want in enumerate(small[0][part]))
+    images = source.splits[split]
+    assert (images.labels == small[1][part]).all()
+    assert all((images.image(i, Decoder()) == want).all() for i, want in enumerate(small[0][part]))
 
 
 def test_a_saved_dictionary_of_splits(tmp_path: Path, table: Callable[..., Any], small: Small) -> None:
@@ -80,7 +80,7 @@ def test_parquet_files(tmp_path: Path, table: Callable[..., Any], small: Small) 
 
 @pytest.mark.parametrize("integer", ["int64", "uint8"])
 def test_parquet_files_without_the_types_of_datasets(tmp_path: Path, small: Small, integer: str) -> None:
-    """As other tools write them: pictures are structs of bytes and path, labels are bare numbers."""
+    """As other tools write them: images are structs of bytes and path, labels are plain numbers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Tars that are damaged, cut off, no tars at all, or made to do harm: every picture before the damage, one line that
+"""Tars that are damaged, cut off, no tars at all, or made to do harm: every image before the damage, one line that
 says where it is, in bounded time and memory."""
 
 import bz2
@@ -25,18 +25,20 @@ from tests.data_prep.time_limit import time_limit
 
 SECONDS = 5
 BLOCK = 512
-PICTURES = [np.random.default_rng(n).bytes(1000 + 700 * n) for n in range(5)]
-MEMBERS = [(f"{n}.{end}", PICTURES[n] if end == "jpg" else b"%d" % n) for n in range(5) for end in ("cls", "jpg")]
-WHOLE = tar_bytes(MEMBERS)
+IMAGE_EXTENSIONS = [np.random.default_rng(n).bytes(1000 + 700 * n) for n in range(5)]
+MEMBERS = [
+    (f"{n}.{end}", IMAGE_EXTENSIONS[n] if end == "jpg" else b"%d" % n) for n in range(5) for end in ("cls", "jpg")
+]
+COMPLETE = tar_bytes(MEMBERS)
 ENDS = 2 * BLOCK
-"""Bytes of the mark of the end; a tar is padded after it."""
+"""Bytes of the end-of-archive blocks; a tar is padded after them."""
 
 Outcome = list[Encoded | BadImage]
 
 
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
-    """No tar keeps a reader busy, or waiting."""
+    """No tar makes a reader loop or wait."""
     with time_limit(SECONDS):
         yield
 
@@ -53,23 +55,23 @@ def read(tmp_path: Path) -> Callable[..., Outcome]:
 
 
 def place(name: str) -> int:
-    """The byte at which a member's header begins in WHOLE."""
-    with tarfile.open(fileobj=io.BytesIO(WHOLE)) as tar:
+    """The offset of a member's header in COMPLETE."""
+    with tarfile.open(fileobj=io.BytesIO(COMPLETE)) as tar:
         return tar.getmember(name).offset
 
 
 def end(name: str) -> int:
-    """The byte after a member's content and padding in WHOLE."""
+    """The offset after a member's content and padding in COMPLETE."""
     size = len(dict(MEMBERS)[name])
     return place(name) + BLOCK + -(-size // BLOCK) * BLOCK
 
 
-def changed(at: int, new: bytes, content: bytes = WHOLE) -> bytes:
+def changed(at: int, new: bytes, content: bytes = COMPLETE) -> bytes:
     return content[:at] + new + content[at + len(new) :]
 
 
 def header(name: str, size: int | bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header with a right checksum, whatever it claims: a size as number, or the 12 bytes of its field."""
+    """A header with a valid checksum; the size as a number, or as the 12 bytes of its field."""
     block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
     block[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
     block[156:157] = kind
@@ -79,13 +81,13 @@ def header(name: str, size: int | bytes, kind: bytes = tarfile.REGTYPE) -> bytes
 
 
 def with_header(block: bytes, content: bytes = b"") -> bytes:
-    """WHOLE with something else in place of what follows 2.jpg."""
+    """COMPLETE with other bytes instead of those after 2.jpg."""
     padded = content + bytes(-len(content) % BLOCK)
-    return WHOLE[: end("2.jpg")] + block + padded + WHOLE[end("2.jpg") :]
+    return COMPLETE[: end("2.jpg")] + block + padded + COMPLETE[end("2.jpg") :]
 
 
 def base_256(size: int) -> bytes:
-    """A size as GNU tar writes those that eleven octal digits can't hold; negative ones too."""
+    """A size as GNU tar writes it if it has more than eleven octal digits, or is negative."""
     return (b"\x80" if size >= 0 else b"\xff") + size.to_bytes(11, "big", signed=True)
 
 
@@ -109,48 +111,48 @@ HTML = b"<!DOCTYPE html><html><head><title>403 Forbidden</title></head><body>" +
 NESTED = header("././@LongLink", 10, tarfile.GNUTYPE_LONGNAME) + b"name".ljust(BLOCK, b"\0")
 
 HOSTILE = {
-    # name: (bytes, pictures before the damage, the byte of the damage or None, what is said of it)
+    # name: (bytes, images before the damage, the byte of the damage or None, what is said of it)
     "a bit of a header": (changed(place("3.cls") + 5, b"\xff"), 3, place("3.cls"), "bad checksum"),
     "a bit of the first header": (changed(5, b"\xff"), 0, 0, "bad checksum"),
-    "a block lost": (WHOLE[: place("3.jpg") + BLOCK] + WHOLE[place("3.jpg") + 2 * BLOCK :], None, None, ""),
+    "a block lost": (COMPLETE[: place("3.jpg") + BLOCK] + COMPLETE[place("3.jpg") + 2 * BLOCK :], None, None, ""),
     "a page of a file system lost": (changed(place("2.cls"), b"\xe5" * 4096), 2, place("2.cls"), "invalid header"),
-    "cut in a picture": (WHOLE[: place("3.jpg") + BLOCK + 100], 3, place("3.jpg"), "unexpected end of data"),
-    "cut in the padding": (WHOLE[: end("3.jpg") - 1], 4, end("3.jpg"), "unexpected end of data"),
-    "cut in a label": (WHOLE[: place("3.cls") + BLOCK], 3, place("3.cls"), "unexpected end of data"),
-    "cut in a header": (WHOLE[: place("3.jpg") + 100], 3, place("3.jpg"), "truncated header"),
-    "cut between members": (WHOLE[: end("3.jpg")], 4, end("3.jpg"), "without the mark of its end"),
-    "no mark of the end": (WHOLE[: end("4.jpg")], 5, end("4.jpg"), "without the mark of its end"),
+    "cut in an image": (COMPLETE[: place("3.jpg") + BLOCK + 100], 3, place("3.jpg"), "unexpected end of data"),
+    "cut in the padding": (COMPLETE[: end("3.jpg") - 1], 4, end("3.jpg"), "unexpected end of data"),
+    "cut in a label": (COMPLETE[: place("3.cls") + BLOCK], 3, place("3.cls"), "unexpected end of data"),
+    "cut in a header": (COMPLETE[: place("3.jpg") + 100], 3, place("3.jpg"), "truncated header"),
+    "cut between members": (COMPLETE[: end("3.jpg")], 4, end("3.jpg"), "no end-of-archive blocks"),
+    "no mark of the end": (COMPLETE[: end("4.jpg")], 5, end("4.jpg"), "no end-of-archive blocks"),
     "nothing": (b"", 0, 0, "it is empty"),
     "an error page": (HTML, 0, 0, ""),
     "a short error page": (HTML[:200], 0, 0, "truncated header"),
     "noise": (np.random.default_rng(9).bytes(100_000), 0, 0, ""),
     "a zip file": (b"PK\3\4" + bytes(2000), 0, 0, ""),
     "a parquet file": (b"PAR1" + np.random.default_rng(3).bytes(5000) + b"PAR1", 0, 0, ""),
-    "gzip, cut": (gzip.compress(WHOLE, mtime=0)[:-3000], None, None, "end-of-stream"),
+    "gzip, cut": (gzip.compress(COMPLETE, mtime=0)[:-3000], None, None, "end-of-stream"),
     "gzip, then noise": (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + np.random.default_rng(4).bytes(5000), 0, 0, ""),
     "gzip, of an error page": (gzip.compress(HTML), 0, 0, ""),
     "gzip, nothing but its mark": (b"\x1f\x8b\x08", 0, 0, ""),
-    "bzip2, cut": (bz2.compress(WHOLE)[:-3000], 0, 0, ""),
-    "xz, cut": (lzma.compress(WHOLE)[:-3000], None, None, ""),
-    "8 GiB claimed": (with_header(header("x.jpg", 0o77777777777)), 3, end("2.jpg"), "claims to have 8589934591 bytes"),
-    "an exabyte claimed": (with_header(header("x.jpg", base_256(1 << 60))), 3, end("2.jpg"), "claims to have"),
-    "an exabyte of text claimed": (with_header(header("x.txt", base_256(1 << 60))), 3, end("2.jpg"), "claims to have"),
-    "less than nothing": (with_header(header("x.jpg", base_256(-BLOCK))), 3, end("2.jpg"), "claims to have -512"),
-    "back to the beginning": (with_header(header("x.txt", base_256(-10_000))), 3, end("2.jpg"), "claims to have"),
+    "bzip2, cut": (bz2.compress(COMPLETE)[:-3000], 0, 0, ""),
+    "xz, cut": (lzma.compress(COMPLETE)[:-3000], None, None, ""),
+    "8 GiB claimed": (with_header(header("x.jpg", 0o77777777777)), 3, end("2.jpg"), "has the size 8589934591"),
+    "an exabyte claimed": (with_header(header("x.jpg", base_256(1 << 60))), 3, end("2.jpg"), "has the size"),
+    "an exabyte of text claimed": (with_header(header("x.txt", base_256(1 << 60))), 3, end("2.jpg"), "has the size"),
+    "less than nothing": (with_header(header("x.jpg", base_256(-BLOCK))), 3, end("2.jpg"), "has the size -512"),
+    "back to the beginning": (with_header(header("x.txt", base_256(-10_000))), 3, end("2.jpg"), "has the size"),
     "no number": (with_header(header("x.jpg", b"a lot of it\0")), 3, end("2.jpg"), "invalid header"),
     "900 MB claimed": (with_header(header("x.jpg", 900_000_000)), 3, end("2.jpg"), "unexpected end of data"),
     "900 MB of text claimed": (with_header(header("x.txt", 900_000_000)), 3, None, "unexpected end of data"),
     "a name of 900 MB": (
         with_header(header("././@LongLink", 900_000_000, tarfile.GNUTYPE_LONGNAME)),
-        *(3, end("2.jpg"), "claims to have"),
+        *(3, end("2.jpg"), "has the size"),
     ),
-    "extended: an exabyte": (with_header(pax("x.jpg", size=str(1 << 60))), 3, end("2.jpg"), "claims to have"),
-    "extended: less than nothing": (with_header(pax("x.jpg", size="-5120")), 3, end("2.jpg"), "claims to have -5120"),
+    "extended: an exabyte": (with_header(pax("x.jpg", size=str(1 << 60))), 3, end("2.jpg"), "has the size"),
+    "extended: less than nothing": (with_header(pax("x.jpg", size="-5120")), 3, end("2.jpg"), "has the size -5120"),
     "extended: nonsense": (
         with_header(header("PaxHeader", 20, b"x"), b"0 a=b\n".ljust(20)),
         *(3, end("2.jpg"), ""),
     ),
-    "extended: no end": (WHOLE[: end("2.jpg")] + header("PaxHeader", BLOCK, b"x"), 3, end("2.jpg"), ""),
+    "extended: no end": (COMPLETE[: end("2.jpg")] + header("PaxHeader", BLOCK, b"x"), 3, end("2.jpg"), ""),
     "names without end": (with_header(NESTED * 3000), 3, end("2.jpg"), ""),
     "a long name, then damage": (with_header(NESTED + b"\xff" * BLOCK), 3, end("2.jpg"), "bad checksum"),
     "a sparse map of nonsense": (
@@ -166,74 +168,76 @@ HOSTILE = {
         *(3, end("2.jpg"), ""),
     ),
     "an old sparse map without end": (
-        WHOLE[: end("2.jpg")] + changed(482, b"\1", header("x.jpg", BLOCK, tarfile.GNUTYPE_SPARSE)),
+        COMPLETE[: end("2.jpg")] + changed(482, b"\1", header("x.jpg", BLOCK, tarfile.GNUTYPE_SPARSE)),
         *(3, end("2.jpg"), ""),
     ),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_every_picture_before_the_damage_and_where_it_is(case: str, read: Callable[..., Outcome]) -> None:
-    content, pictures, byte, what = HOSTILE[case]
+def test_every_image_before_the_damage_and_where_it_is(case: str, read: Callable[..., Outcome]) -> None:
+    content, images, byte, what = HOSTILE[case]
     *before, last = read(content)
     assert isinstance(last, BadImage)
     assert last.reason == "damaged tar"
     assert what in last.detail
     if byte is not None:
         assert last.name.endswith(f"0.tar at byte {byte}")
-    if pictures is not None:
-        assert [(item.content, item.label) for item in before] == list(zip(PICTURES, range(pictures), strict=False))
+    if images is not None:
+        assert [(item.content, item.label) for item in before] == list(
+            zip(IMAGE_EXTENSIONS, range(images), strict=False)
+        )
 
 
 def test_a_lost_block_shifts_the_rest(read: Callable[..., Outcome]) -> None:
-    """The picture that lacks it has a block of what follows in it: it is for the decoder to find that out."""
+    """The image without the block has a block of what follows instead: the decoder has to detect that."""
     found = read(HOSTILE["a block lost"][0])
     assert [item.label for item in found[:4] if isinstance(item, Encoded)] == [0, 1, 2, 3]
-    assert [item.content for item in found[:3] if isinstance(item, Encoded)] == PICTURES[:3]
+    assert [item.content for item in found[:3] if isinstance(item, Encoded)] == IMAGE_EXTENSIONS[:3]
     assert len(found) == 5
 
 
 @pytest.mark.parametrize("case", ["gzip, cut", "xz, cut"])
 def test_a_compressed_tar_gives_what_came_through(case: str, read: Callable[..., Outcome]) -> None:
     *before, _ = read(HOSTILE[case][0])
-    assert [item.content for item in before if isinstance(item, Encoded)] == PICTURES[: len(before)]
+    assert [item.content for item in before if isinstance(item, Encoded)] == IMAGE_EXTENSIONS[: len(before)]
     assert len(before) < 5
 
 
 def test_a_changed_byte_in_gzip_is_noticed(read: Callable[..., Outcome]) -> None:
-    """Noise can't be compressed, so a changed byte changes a picture and the checksum, which is seen only if the file
-    is read to its end: it is damage, or at least another picture."""
-    content = gzip.compress(WHOLE, mtime=0)
+    """Noise can't be compressed, so a changed byte changes an image and the checksum, which is seen only if the file
+    is read to its end: it is damage, or at least another image."""
+    content = gzip.compress(COMPLETE, mtime=0)
     for at in range(300, len(content) - 10, 997):
         found = read(changed(at, bytes([content[at] ^ 0x10]), content))
-        changed_pictures = [item for item in found if isinstance(item, Encoded) and item.content not in PICTURES]
-        assert changed_pictures or isinstance(found[-1], BadImage)
+        changed_images = [item for item in found if isinstance(item, Encoded) and item.content not in IMAGE_EXTENSIONS]
+        assert changed_images or isinstance(found[-1], BadImage)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        WHOLE,
-        WHOLE[: -len(WHOLE) % BLOCK or None].rstrip(b"\0") + bytes(BLOCK * 4),
-        WHOLE[: end("4.jpg")] + bytes(BLOCK),  # one block of zeros, as some writers leave it
-        gzip.compress(WHOLE),
-        gzip.compress(WHOLE[:3000]) + gzip.compress(WHOLE[3000:]),  # as pigz and bgzip write
-        gzip.compress(WHOLE) + b"noise after the end",
-        bz2.compress(WHOLE),
-        lzma.compress(WHOLE),
+        COMPLETE,
+        COMPLETE[: -len(COMPLETE) % BLOCK or None].rstrip(b"\0") + bytes(BLOCK * 4),
+        COMPLETE[: end("4.jpg")] + bytes(BLOCK),  # one block of zeros, as some writers leave it
+        gzip.compress(COMPLETE),
+        gzip.compress(COMPLETE[:3000]) + gzip.compress(COMPLETE[3000:]),  # as pigz and bgzip write
+        gzip.compress(COMPLETE) + b"noise after the end",
+        bz2.compress(COMPLETE),
+        lzma.compress(COMPLETE),
         tar_bytes(MEMBERS, tarfile.GNU_FORMAT),
         tar_bytes(MEMBERS, tarfile.PAX_FORMAT),
-        WHOLE[:-ENDS] + b"noise after the mark of the end".ljust(ENDS),
+        COMPLETE[:-ENDS] + b"noise after the mark of the end".ljust(ENDS),
     ],
 )
 def test_whole_tars_of_every_make(content: bytes, read: Callable[..., Outcome]) -> None:
     assert [(item.content, item.label) for item in read(content) if isinstance(item, Encoded)] == list(
-        zip(PICTURES, range(5), strict=True)
+        zip(IMAGE_EXTENSIONS, range(5), strict=True)
     )
     assert len(read(content)) == 5
 
 
-def test_a_tar_without_members_has_no_pictures(read: Callable[..., Outcome]) -> None:
+def test_a_tar_without_members_has_no_images(read: Callable[..., Outcome]) -> None:
     assert read(tar_bytes([])) == []
 
 
@@ -252,7 +256,7 @@ def test_what_is_no_file_is_passed_over_and_nothing_is_written(read: Callable[..
         ("../../up.jpg", b"up"),
     ]
     found = read(tar_bytes([*MEMBERS, *members]))
-    assert [item.content for item in found if isinstance(item, Encoded)] == [*PICTURES, b"absolute", b"up"]
+    assert [item.content for item in found if isinstance(item, Encoded)] == [*IMAGE_EXTENSIONS, b"absolute", b"up"]
     assert len(found) == 7
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["0.tar", "in", "outside.jpg"]
 
@@ -271,7 +275,7 @@ def test_names_that_are_no_utf8_can_be_printed(read: Callable[..., Outcome]) -> 
 
 
 def test_sparse_files(read: Callable[..., Outcome]) -> None:
-    """As `tar --sparse --format=pax` writes them: 512 bytes of content after a hole of 4096."""
+    """As `tar --sparse --format=pax` writes it: 512 bytes of content after a hole of 4096."""
     extended = pax("GNUSparseFile/x.jpg", GNU__sparse__major="1", GNU__sparse__minor="0", GNU__sparse__name="x.jpg")
     size = pax("x", GNU__sparse__realsize="4608")
     text = extended[BLOCK : 2 * BLOCK].rstrip(b"\0") + size[BLOCK : 2 * BLOCK].rstrip(b"\0")
@@ -283,10 +287,10 @@ def test_sparse_files(read: Callable[..., Outcome]) -> None:
 
 
 def test_a_bomb_takes_no_memory(read: Callable[..., Outcome]) -> None:
-    """200 MB of zeros in one: as a text that is passed over, and as a name."""
+    """200 MB of zeros in one member: as a text that is ignored, and as a name."""
     size = 200_000_000
     for first in (header("x.txt", size), header("././@LongLink", size, tarfile.GNUTYPE_LONGNAME)):
-        bomb = gzip.compress(first + bytes(size + -size % BLOCK) + WHOLE, compresslevel=1)
+        bomb = gzip.compress(first + bytes(size + -size % BLOCK) + COMPLETE, compresslevel=1)
         tracemalloc.start()
         found = read(bomb)
         peak = tracemalloc.get_traced_memory()[1]
@@ -296,7 +300,7 @@ def test_a_bomb_takes_no_memory(read: Callable[..., Outcome]) -> None:
 
 
 def test_a_label_that_was_cut_off_is_not_taken_for_none(read: Callable[..., Outcome]) -> None:
-    """Where the label follows its picture, the last picture before the damage is lost with it."""
+    """If the label follows its image, the last image before the damage is lost too."""
     pairs = tar_bytes([(f"{n}.{end}", b"%d" % n) for n in range(3) for end in ("jpg", "cls")])
     found = read(pairs[: 5 * 2 * BLOCK + 10])
     assert [item.label for item in found if isinstance(item, Encoded)] == [0, 1]
@@ -306,11 +310,11 @@ def test_a_label_that_was_cut_off_is_not_taken_for_none(read: Callable[..., Outc
 
 
 def test_random_damage(read: Callable[..., Outcome]) -> None:
-    """Bytes changed, cut out and put in at random: pictures and skips come out, and damage comes last."""
+    """Bytes are changed, removed and inserted at random: images and skips are returned, and damage last."""
     chance = random.Random(0)
     outcomes: Counter[str] = Counter()
     for _ in range(300):
-        content = bytearray(WHOLE)
+        content = bytearray(COMPLETE)
         for _ in range(chance.choice([1, 1, 3, 20])):
             at, length = chance.randrange(len(content)), chance.choice([1, 1, 8, BLOCK, 3000])
             content[at : at + chance.choice([0, length])] = chance.randbytes(chance.choice([0, 1, length]))
@@ -322,7 +326,7 @@ def test_random_damage(read: Callable[..., Outcome]) -> None:
 
 
 def test_random_headers(read: Callable[..., Outcome]) -> None:
-    """Headers of random kinds, sizes and names with right checksums, so that each is believed at first."""
+    """Headers of random kinds, sizes and names with valid checksums, so that each is accepted at first."""
     chance = random.Random(1)
     for _ in range(300):
         blocks = []
@@ -332,12 +336,12 @@ def test_random_headers(read: Callable[..., Outcome]) -> None:
             blocks.append(
                 header(f"{chance.randrange(3)}.jpg", size, kind) + chance.randbytes(chance.choice([0, 512, 1024]))
             )
-        found = read(b"".join(blocks) + WHOLE)
+        found = read(b"".join(blocks) + COMPLETE)
         assert sum(isinstance(item, BadImage) and item.reason == "damaged tar" for item in found) <= 1
 
 
 @pytest.mark.parametrize("size", [0, 700, 0o77777777777, base_256(1 << 60), base_256(-10_000)])
 def test_the_headers_made_here_are_believed(size: int | bytes) -> None:
-    """Else the tests above would only show that tarfile finds the mistakes of this file."""
+    """Otherwise the tests above would only show that tarfile finds the errors of this file."""
     expected = size if isinstance(size, int) else int.from_bytes(size[1:], "big", signed=True)
     assert tarfile.TarInfo.frombuf(header("x.jpg", size), "utf-8", "strict").size == expected

@@ -1,4 +1,4 @@
-"""ImageNet in miniature, in each form that it is handed out in; labels are checked against the files written."""
+"""ImageNet in miniature, in each form in which it is distributed; labels are compared with the files written."""
 
 import csv
 import io
@@ -18,13 +18,13 @@ from data_prep.images.decode import Decoder
 from data_prep.shards.reader import open_shard_set
 from data_prep.sources.base import Source
 from data_prep.sources.open import open_source
-from data_prep.sources.tar_index import open_placed, tar_members
+from data_prep.sources.tar_index import open_random_access, tar_members
 
 # In ILSVRC2012_ID order, which is not the order of the wnids; two classes share a name.
 SYNSETS = [("n03126707", "crane"), ("n01440764", "tench, Tinca tinca"), ("n02012849", "crane")]
 WNIDS = sorted(wnid for wnid, _ in SYNSETS)
 TRUTH = [1, 3, 2, 2, 1, 3]
-"""ILSVRC2012_ID of each validation picture."""
+"""ILSVRC2012_ID of each validation image."""
 
 Small = tuple[np.ndarray, np.ndarray]
 
@@ -37,7 +37,7 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture
 def train(small: Small) -> dict[str, bytes]:
-    """{wnid/name: JPEG}: 4 pictures a class."""
+    """{wnid/name: JPEG}: 4 images a class."""
     return {
         f"{wnid}/{wnid}_{n}.JPEG": jpeg(small[0][4 * c + n]) for c, (wnid, _) in enumerate(SYNSETS) for n in range(4)
     }
@@ -45,7 +45,7 @@ def train(small: Small) -> dict[str, bytes]:
 
 @pytest.fixture
 def val(small: Small) -> dict[str, bytes]:
-    """{official name: JPEG}: 6 pictures."""
+    """{official name: JPEG}: 6 images."""
     return {f"ILSVRC2012_val_{n:08d}.JPEG": jpeg(small[0][30 + n]) for n in range(1, 7)}
 
 
@@ -70,7 +70,7 @@ def write_files(root: Path, files: dict[str, bytes]) -> None:
 
 
 def write_devkit(root: Path) -> None:
-    """meta.mat with the classes, then an inner node of the hierarchy, as the official one has them."""
+    """meta.mat with the classes, then an inner node of the hierarchy, as in the official file."""
     data = root / "ILSVRC2012_devkit_t12/data"
     data.mkdir(parents=True)
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
@@ -129,7 +129,7 @@ def opened(root: Path) -> Source:
 
 
 def labelled(source: Source, split: str) -> set[tuple[bytes, str]]:
-    """(pixels, wnid) of every picture."""
+    """(pixels, wnid) of every image."""
     found = source.splits[split]
     wnids = source.facts["wnids"]
     return {(found.image(n, Decoder()).tobytes(), wnids[found.labels[n]]) for n in range(len(found))}
@@ -165,7 +165,7 @@ def test_mistakes_are_named(root: Path) -> None:
     truth = root / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
     whole = truth.read_text()
     truth.write_text(whole + "1\n")
-    with pytest.raises(ValueError, match=r"val holds 6 pictures, .*has the classes of 7"):
+    with pytest.raises(ValueError, match=r"val has 6 images, but .*has classes for 7"):
         opened(root)
     truth.write_text(whole.replace("3", "4"))  # the inner node is no class
     with pytest.raises(ValueError, match="has '4' in line 2; it must be an ILSVRC2012_ID"):
@@ -183,7 +183,7 @@ def test_mistakes_are_named(root: Path) -> None:
 def test_a_cut_off_tar_is_named(root: Path) -> None:
     tar = root / "ILSVRC2012_img_train.tar"
     tar.write_bytes(tar.read_bytes()[:-12_000])
-    with pytest.raises(ValueError, match=r"ILSVRC2012_img_train\.tar.* is cut off"):
+    with pytest.raises(ValueError, match=r"ILSVRC2012_img_train\.tar.* is truncated"):
         opened(root)
 
 
@@ -194,4 +194,4 @@ def test_a_member_of_negative_size_is_damage(tmp_path: Path) -> None:
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "bad.tar").write_bytes(header + bytes(1024))
     with pytest.raises(ValueError, match=r"bad\.tar is damaged at byte 0 \(a size of -512\)"):
-        list(tar_members(open_placed(tmp_path / "bad.tar")))
+        list(tar_members(open_random_access(tmp_path / "bad.tar")))

@@ -1,4 +1,4 @@
-"""Miniatures of ImageNet in its true layouts, checked against the layouts' own files, and prepared by the command."""
+"""Miniatures of ImageNet in its official layouts, compared with the layouts' own files, and prepared by the command."""
 
 import io
 import shutil
@@ -39,7 +39,7 @@ def imagenet_train(root: Path) -> Expected:
 
 
 def imagenet_truth(devkit: Path) -> list[str]:
-    """The wnid of each validation picture, in the order of their numbers."""
+    """The wnid of each validation image, in the order of their numbers."""
     synsets = loadmat(devkit / "data/meta.mat", squeeze_me=True)["synsets"]
     wnid_of = {int(row[0]): str(row[1]) for row in synsets}
     lines = (devkit / "data/ILSVRC2012_validation_ground_truth.txt").read_text().splitlines()
@@ -47,8 +47,8 @@ def imagenet_truth(devkit: Path) -> list[str]:
 
 
 def imagenet_val(root: Path) -> Expected:
-    pictures = sorted(root.glob("val/*.JPEG"))
-    return dict(zip(map(read, pictures), imagenet_truth(root / layouts.DEVKIT), strict=True))
+    images = sorted(root.glob("val/*.JPEG"))
+    return dict(zip(map(read, images), imagenet_truth(root / layouts.DEVKIT), strict=True))
 
 
 def check_imagenet(source: Source, train: Expected, val: Expected | None) -> None:
@@ -76,13 +76,13 @@ def test_imagenet_of_the_unextracted_tars(imagenet: Path, tmp_path: Path) -> Non
     packed = tmp_path / "packed"
     layouts.pack_imagenet(imagenet, packed)
     train = {
-        read(picture): name.removesuffix(".tar")
+        read(image): name.removesuffix(".tar")
         for name, content in files_in(packed / "ILSVRC2012_img_train.tar")
-        for _, picture in files_in(io.BytesIO(content))
+        for _, image in files_in(io.BytesIO(content))
     }
-    pictures = dict(files_in(packed / "ILSVRC2012_img_val.tar"))
+    images = dict(files_in(packed / "ILSVRC2012_img_val.tar"))
     truth = imagenet_truth(imagenet / layouts.DEVKIT)
-    val = {read(pictures[f"ILSVRC2012_val_{n:08d}.JPEG"]): wnid for n, wnid in enumerate(truth, 1)}
+    val = {read(images[f"ILSVRC2012_val_{n:08d}.JPEG"]): wnid for n, wnid in enumerate(truth, 1)}
     source, folders = opened("imagenet", packed), opened("imagenet", imagenet)
     check_imagenet(source, train, val)
     assert source.classes == folders.classes
@@ -101,20 +101,18 @@ def test_imagenet_as_kaggle_has_it(imagenet: Path) -> None:
     assert source.classes == [line.split(" ", 1)[1] for line in lines]
 
 
-def test_imagenet_with_validation_pictures_in_class_folders(imagenet: Path) -> None:
+def test_imagenet_with_validation_images_in_class_folders(imagenet: Path) -> None:
     train, val = imagenet_train(imagenet), imagenet_val(imagenet)
-    for picture, wnid in zip(
-        sorted(imagenet.glob("val/*.JPEG")), imagenet_truth(imagenet / layouts.DEVKIT), strict=True
-    ):
+    for image, wnid in zip(sorted(imagenet.glob("val/*.JPEG")), imagenet_truth(imagenet / layouts.DEVKIT), strict=True):
         (imagenet / "val" / wnid).mkdir(exist_ok=True)
-        picture.rename(imagenet / "val" / wnid / picture.name)
+        image.rename(imagenet / "val" / wnid / image.name)
     shutil.rmtree(imagenet / layouts.DEVKIT)
     source = opened("imagenet", imagenet)
     check_imagenet(source, train, val)
     assert source.classes == WNIDS
 
 
-def test_imagenet_without_validation_pictures(imagenet: Path) -> None:
+def test_imagenet_without_validation_images(imagenet: Path) -> None:
     shutil.rmtree(imagenet / "val")
     check_imagenet(opened("imagenet", imagenet), imagenet_train(imagenet), None)
 
@@ -163,19 +161,19 @@ def damage_imagenet(root: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no folder", "imagenet is no folder; it must be one that holds train/ or ILSVRC2012_img_train.tar"),
-        ("no train", "holds neither the folder train/ nor ILSVRC2012_img_train.tar"),
-        ("no classes", "train holds no folders named by WordNet ids"),
-        ("empty class", "n02119789 holds no .JPEG pictures"),
-        ("empty val", "val holds no .JPEG pictures"),
+        ("no folder", "imagenet is not a folder; it must be a folder with train/ or ILSVRC2012_img_train.tar"),
+        ("no train", "has neither the folder train/ nor ILSVRC2012_img_train.tar"),
+        ("no classes", "train has no folders named by WordNet ids"),
+        ("empty class", "n02119789 has no .JPEG images"),
+        ("empty val", "val has no .JPEG images"),
         ("no truth", r"put ILSVRC2012_devkit_t12.tar.gz \(or LOC_val_solution.csv\) into .*imagenet"),
-        ("short truth", r"val holds 8 pictures, .*ground_truth.txt has the classes of 7"),
+        ("short truth", r"val has 8 images, but .*ground_truth.txt has classes for 7"),
         ("strange truth", "ground_truth.txt has '1001' in line 4"),
         ("other name", "has no class for ILSVRC2012_val_00000009"),
-        ("no meta", "devkit_t12 lacks data/meta.mat"),
+        ("no meta", "devkit_t12 has no data/meta.mat"),
         ("damaged meta", "meta.mat is not the devkit's"),
-        ("class missing", "val has pictures of n03126707, a class that the training set lacks"),
-        ("strange class", "has a class n02083346 that .*meta.mat lacks"),
+        ("class missing", "val has images of n03126707, a class that the training set does not have"),
+        ("strange class", "has the class n02083346, which is not in .*meta.mat"),
     ],
 )
 def test_mistakes_about_imagenet_are_named(imagenet: Path, how: str, message: str) -> None:
@@ -191,11 +189,11 @@ def test_a_damaged_tar_of_imagenet_is_named(imagenet: Path, tmp_path: Path, wher
     layouts.pack_imagenet(imagenet, packed)
     train, val, devkit = (packed / name for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "x"))
     message = {
-        "train": r"img_train.tar is cut off",
+        "train": r"img_train.tar is truncated",
         "class": r"img_train.tar/n\d{8}.tar is damaged, or no uncompressed tar, at byte \d+",
-        "val": r"img_val.tar is cut off in ILSVRC2012_val_0000000\d.JPEG",
+        "val": r"img_val.tar is truncated in ILSVRC2012_val_0000000\d.JPEG",
         "header": r"img_val.tar is damaged, or no uncompressed tar, at byte \d+",
-        "devkit": r"devkit_t12.tar.gz is no readable tar archive",
+        "devkit": r"devkit_t12.tar.gz is not a readable tar archive",
     }[where]
     with tarfile.open(train if where in ("train", "class") else val) as archive:
         members = archive.getmembers()
@@ -221,13 +219,13 @@ def test_a_damaged_tar_of_imagenet_is_named(imagenet: Path, tmp_path: Path, wher
         opened("imagenet", packed)
 
 
-def test_a_tar_that_shrinks_gives_bad_pictures(imagenet: Path, tmp_path: Path) -> None:
+def test_a_tar_that_shrinks_gives_bad_images(imagenet: Path, tmp_path: Path) -> None:
     layouts.pack_imagenet(imagenet, tmp_path / "packed")
-    pictures = opened("imagenet", tmp_path / "packed").splits["test"]
+    images = opened("imagenet", tmp_path / "packed").splits["test"]
     with (tmp_path / "packed/ILSVRC2012_img_val.tar").open("r+b") as file:
         file.truncate(700)
     with pytest.raises(BadImage) as caught:
-        pictures.image(5, Decoder())
+        images.image(5, Decoder())
     assert caught.value.reason == "unreadable"
     assert caught.value.name.endswith("ILSVRC2012_img_val.tar/ILSVRC2012_val_00000006.JPEG")
 
@@ -238,8 +236,8 @@ def test_imagenet_prepared_from_folders_and_from_tars(
     layouts.pack_imagenet(imagenet, tmp_path / "packed")
     train = {reduced(opened_jpeg(file)): WNIDS.index(file.parent.name) for file in imagenet.glob("train/*/*.JPEG")}
     truth = imagenet_truth(imagenet / layouts.DEVKIT)
-    pictures = sorted(imagenet.glob("val/*.JPEG"))
-    test = {reduced(opened_jpeg(file)): WNIDS.index(wnid) for file, wnid in zip(pictures, truth, strict=True)}
+    images = sorted(imagenet.glob("val/*.JPEG"))
+    test = {reduced(opened_jpeg(file)): WNIDS.index(wnid) for file, wnid in zip(images, truth, strict=True)}
     shards = [prepare("imagenet", path, "--valid_fraction", "0.2") for path in (imagenet, tmp_path / "packed")]
     for out in shards:
         check_shards(out, {"train": train, "test": test}, words_of_meta(imagenet / layouts.DEVKIT))

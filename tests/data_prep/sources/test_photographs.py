@@ -5,7 +5,7 @@ from PIL import Image
 from data_prep.config import SourceConfig
 from data_prep.images.decode import Decoder
 from data_prep.sources.open import open_source
-from data_prep.sources.photographs import PHOTOGRAPHS, TRAIN_PART, Windows, cut_windows
+from data_prep.sources.photographs import PHOTOGRAPHS, TRAIN_PART, Windows, draw_windows
 
 COUNTS = {"train": 300, "valid": 50, "test": 60}
 SPLITS = list(COUNTS)
@@ -13,13 +13,13 @@ SPLITS = list(COUNTS)
 
 def opened(**counts: int) -> dict[str, Windows]:
     splits = open_source(SourceConfig(kind="photographs", **counts)).splits
-    assert all(isinstance(pictures, Windows) for pictures in splits.values())
+    assert all(isinstance(images, Windows) for images in splits.values())
     return splits  # type: ignore[return-value]
 
 
 def test_windows_lie_within_the_photograph_and_have_their_sizes() -> None:
     height, width = 300, 451
-    for split, boxes in cut_windows(height, width, COUNTS, label=1).items():
+    for split, boxes in draw_windows(height, width, COUNTS, label=1).items():
         assert len(boxes) == COUNTS[split]
         assert boxes[:, :2].min() >= 0
         assert (boxes[:, 0] + boxes[:, 2]).max() <= width
@@ -34,8 +34,8 @@ def test_no_pixel_of_any_photograph_is_in_two_splits() -> None:
         with Image.open(file) as image:
             width, height = image.size
         painted = {split: np.zeros((height, width), bool) for split in SPLITS}
-        for split, pictures in splits.items():
-            boxes = pictures.boxes[pictures.labels == label]
+        for split, images in splits.items():
+            boxes = images.boxes[images.labels == label]
             assert len(boxes) == COUNTS[split]
             for left, top, side in boxes:
                 painted[split][top : top + side, left : left + side] = True
@@ -47,18 +47,18 @@ def test_no_pixel_of_any_photograph_is_in_two_splits() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_window_is_that_part_of_the_photograph(split: str) -> None:
-    pictures = opened(train_per_class=3, valid_per_class=3, test_per_class=3)[split]
-    for index in range(len(pictures)):
-        left, top, side = pictures.boxes[index]
-        with Image.open(pictures.files[pictures.labels[index]]) as image:
+    images = opened(train_per_class=3, valid_per_class=3, test_per_class=3)[split]
+    for index in range(len(images)):
+        left, top, side = images.boxes[index]
+        with Image.open(images.files[images.labels[index]]) as image:
             expected = image.convert("RGB").crop((left, top, left + side, top + side))
-        assert (pictures.image(index, Decoder()) == np.asarray(expected)).all()
+        assert (images.image(index, Decoder()) == np.asarray(expected)).all()
 
 
 def test_a_scaled_decode_does_not_change_windows() -> None:
-    pictures = opened(train_per_class=1, valid_per_class=1, test_per_class=1)["train"]
+    images = opened(train_per_class=1, valid_per_class=1, test_per_class=1)["train"]
     for index in range(len(PHOTOGRAPHS)):
-        assert (pictures.image(index, Decoder(64)) == pictures.image(index, Decoder())).all()
+        assert (images.image(index, Decoder(64)) == images.image(index, Decoder())).all()
 
 
 def test_photographs_are_balanced_and_always_the_same() -> None:
@@ -66,15 +66,15 @@ def test_photographs_are_balanced_and_always_the_same() -> None:
     source = open_source(SourceConfig(kind="photographs", **counts))
     assert source.classes == list(PHOTOGRAPHS)
     assert list(source.splits) == SPLITS
-    for split, pictures in source.splits.items():
-        assert np.bincount(pictures.labels).tolist() == [counts[f"{split}_per_class"]] * len(PHOTOGRAPHS)
+    for split, images in source.splits.items():
+        assert np.bincount(images.labels).tolist() == [counts[f"{split}_per_class"]] * len(PHOTOGRAPHS)
     first, second = opened(**counts), opened(**counts)
     assert all((first[split].boxes == second[split].boxes).all() for split in SPLITS)
 
 
 def test_the_windows_are_those_of_earlier_versions() -> None:
-    """They are the data set: other windows would make measured figures incomparable."""
-    boxes = cut_windows(300, 451, {"train": 2, "valid": 1, "test": 1}, label=1)
+    """They are the dataset: with other windows, measured results would not be comparable."""
+    boxes = draw_windows(300, 451, {"train": 2, "valid": 1, "test": 1}, label=1)
     assert {split: found.tolist() for split, found in boxes.items()} == {
         "train": [[85, 104, 171], [23, 53, 75]],
         "valid": [[372, 25, 64]],

@@ -1,4 +1,4 @@
-"""Miniatures of Places205 in its true layouts, checked against their own files, and prepared by the command."""
+"""Miniatures of Places205 in its official layouts, compared with their own files, and prepared by the command."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_places205(tmp_path: Path, windows: list[np.ndarray], official: bool) ->
     assert source.splits["train"].image(0, Decoder()).tobytes() == read(images / first)
 
 
-def test_a_missing_picture_of_places205_is_a_bad_picture(places205: Path) -> None:
+def test_a_missing_image_of_places205_is_a_bad_image(places205: Path) -> None:
     source = opened("places205", places205)
     name = (places205 / "trainvalsplit_places205/train_places205.csv").read_text().split()[4]
     next(places205.rglob(Path(name).name)).unlink()
@@ -64,12 +64,16 @@ Change = Callable[[str], str]
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train", lambda text: "", "train_places205.csv lists no pictures"),
-        ("val", lambda text: "\n", "val_places205.csv lists no pictures"),
+        ("train", lambda text: "", "train_places205.csv lists no images"),
+        ("val", lambda text: "\n", "val_places205.csv lists no images"),
         ("train", lambda text: text.replace(" 2", " two"), r"has the line 'a/apartment.* two'; a line must be like"),
         ("train", lambda text: text.replace(" 2", " -1"), r"has the line 'a/apartment.* -1'"),
-        ("train", lambda text: text.replace(" 1\n", " 4\n"), "has no picture of class 1"),
-        ("val", lambda text: text.replace(" 1\n", " 204\n"), "val_places205.csv has class 204, which the training"),
+        ("train", lambda text: text.replace(" 1\n", " 4\n"), "has no image of class 1"),
+        (
+            "val",
+            lambda text: text.replace(" 1\n", " 204\n"),
+            "val_places205.csv has class 204, which is not in the training",
+        ),
         ("train", lambda text: text.replace(" 1\n", " 0\n", 1), "puts class 0 into a/a.*; it must be one folder"),
         ("both", lambda text: text.replace("y/yard", "a/abbey"), "a/abbey/ is class . and class .; a class has"),
         ("train", lambda text: text.replace("yard", "yurt"), "puts class 3 into y/yard/ and y/yurt/"),
@@ -86,7 +90,7 @@ def test_mistakes_in_the_lists_of_places205_are_named(places205: Path, name: str
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
-        ("data", "places holds no data/vision/torralba/deeplearning/images256; extract imagesPlaces205_resize.tar.gz"),
+        ("data", "places has no data/vision/torralba/deeplearning/images256; extract imagesPlaces205_resize.tar.gz"),
         ("trainvalsplit_places205/val_places205.csv", "val_places205.csv is missing; extract trainvalsplit_places205"),
         ("data/vision/torralba/deeplearning/images256/y", "images256/y/yard is missing"),
     ],
@@ -103,19 +107,19 @@ def test_places205_prepared(places205: Path, prepare: Callable[..., Path]) -> No
     for split, name in (("train", "train"), ("test", "val")):
         rows = (places205 / f"trainvalsplit_places205/{name}_places205.csv").read_text().splitlines()
         pairs = [row.split(" ") for row in rows]
-        splits[split] = {reduced(opened_jpeg(images / picture)): int(label) for picture, label in pairs}
+        splits[split] = {reduced(opened_jpeg(images / image)): int(label) for image, label in pairs}
     classes = ["abbey", "airport_terminal", "apartment_building/outdoor", "yard"]
     check_shards(prepare("places205", places205), splits, classes)
 
 
 def test_a_long_list_takes_little_memory(places205: Path) -> None:
-    """A string for each name would keep 49 bytes more than its characters, and 8 for its place in a list."""
-    pictures = 200_000
-    lines = [f"{layouts.PLACES[n % 4]}/gsun_{n:032x}.jpg {n % 4}\n" for n in range(pictures)]
+    """A Python string for each name would take 49 bytes more than its characters, and 8 in a list."""
+    images = 200_000
+    lines = [f"{layouts.PLACES[n % 4]}/gsun_{n:032x}.jpg {n % 4}\n" for n in range(images)]
     (places205 / "trainvalsplit_places205/train_places205.csv").write_text("".join(lines))
-    characters = sum(map(len, lines)) - 3 * pictures
+    characters = sum(map(len, lines)) - 3 * images
     del lines
     source, kept, peak = opened_with_peak("places205", places205)
-    assert len(source.splits["train"]) == pictures
-    assert kept < characters + 16 * pictures + 1e6
-    assert peak < 2 * characters + 64 * pictures + 1e6
+    assert len(source.splits["train"]) == images
+    assert kept < characters + 16 * images + 1e6
+    assert peak < 2 * characters + 64 * images + 1e6

@@ -1,4 +1,4 @@
-"""A source is one file and one line of the registry."""
+"""A source is one file and one entry of the registry."""
 
 import json
 from collections.abc import Callable
@@ -85,22 +85,22 @@ def open_source(config):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
-        ({"labels": [0, -5]}, "wrong gives an image of test the label -5; it must be 0 to 1"),
-        ({"labels": [0, 2]}, "wrong gives an image of test the label 2; it must be 0 to 1"),
-        ({"labels": [0, -5], "classes": []}, "wrong gives an image of test the label -5"),
-        ({"labels": [0, -5], "streamed": True}, "wrong gives an image of test the label -5"),
-        ({"labels": [0, 2], "streamed": True}, "wrong gives an image of test the label 2"),
-        ({"shape": [8, 8]}, "wrong gives image 0 of test as uint8 (8, 8); it must be uint8 (height, width, 3)."),
-        ({"shape": [8, 8, 4]}, "wrong gives image 0 of test as uint8 (8, 8, 4)"),
+        ({"labels": [0, -5]}, "wrong has an image in test with the label -5; it must be 0 to 1"),
+        ({"labels": [0, 2]}, "wrong has an image in test with the label 2; it must be 0 to 1"),
+        ({"labels": [0, -5], "classes": []}, "wrong has an image in test with the label -5"),
+        ({"labels": [0, -5], "streamed": True}, "wrong has an image in test with the label -5"),
+        ({"labels": [0, 2], "streamed": True}, "wrong has an image in test with the label 2"),
+        ({"shape": [8, 8]}, "wrong returns image 0 of test as uint8 (8, 8); it must be uint8 (height, width, 3)."),
+        ({"shape": [8, 8, 4]}, "wrong returns image 0 of test as uint8 (8, 8, 4)"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_source_must_not_give(
     wrong: dict[str, Any],
-    said: str,
+    message: str,
     workers: int,
     tmp_path: Path,
     run: Callable[..., Any],
@@ -113,7 +113,7 @@ def test_what_a_source_must_not_give(
     monkeypatch.setitem(SOURCES, "wrong", SourceKind("wrong_source", "what is wrong"))
     options = ["--source.kind", "wrong", "--source.path", tmp_path, "--resolution", 4, "--palette.colors", 4]
     result = run("shards", *options, "--workers", workers, "--valid_fraction", 0, "--out", tmp_path / "out")
-    assert (result.code, said in result.err) == (2, True), result.err
+    assert (result.code, message in result.err) == (2, True), result.err
     assert not (tmp_path / "out/shards.json").exists()
 
 

@@ -16,8 +16,8 @@ from tests.data_prep.sources.reading import Expected, check_shards, reduced
 Small = tuple[np.ndarray, np.ndarray]
 
 
-def all_pictures(pictures: Images) -> np.ndarray:
-    return np.stack([pictures.image(index, Decoder()) for index in range(len(pictures))])
+def all_images(images: Images) -> np.ndarray:
+    return np.stack([images.image(index, Decoder()) for index in range(len(images))])
 
 
 def opened(kind: str, path: Path, **options: object) -> Source:
@@ -27,13 +27,13 @@ def opened(kind: str, path: Path, **options: object) -> Source:
 # --- image folder
 
 
-def test_folder_gives_every_picture_with_its_class(folder: Path, small: Small) -> None:
+def test_folder_gives_every_image_with_its_class(folder: Path, small: Small) -> None:
     source = opened("image_folder", folder)
     assert source.classes == CLASSES
-    assert {name: len(pictures) for name, pictures in source.splits.items()} == {"train": 48, "test": 12}
+    assert {name: len(images) for name, images in source.splits.items()} == {"train": 48, "test": 12}
     test = np.arange(60) % 5 == 0
     assert (source.splits["train"].labels == small[1][~test]).all()
-    assert (all_pictures(source.splits["train"]) == small[0][~test]).all()
+    assert (all_images(source.splits["train"]) == small[0][~test]).all()
 
 
 def test_folder_may_bring_a_validation_split_and_subfolders(folder: Path, small: Small) -> None:
@@ -44,10 +44,10 @@ def test_folder_may_bring_a_validation_split_and_subfolders(folder: Path, small:
     (folder / "train/cat/notes.txt").write_text("passed over")
     (folder / "train/cat/.hidden.png").write_text("passed over")
     source = opened("image_folder", folder)
-    assert {name: len(pictures) for name, pictures in source.splits.items()} == {"train": 48, "valid": 2, "test": 12}
+    assert {name: len(images) for name, images in source.splits.items()} == {"train": 48, "valid": 2, "test": 12}
 
 
-def test_adding_a_picture_changes_the_fingerprint(folder: Path) -> None:
+def test_adding_a_image_changes_the_fingerprint(folder: Path) -> None:
     before = opened("image_folder", folder).fingerprint
     assert opened("image_folder", folder).fingerprint == before
     (folder / "train/cat/one_more.jpg").touch()
@@ -72,7 +72,7 @@ def test_cifar_layouts(
     assert len(source.classes) == int(kind.removeprefix("cifar"))
     assert source.classes[3] == "class3"
     for split, part in (("train", slice(0, 50)), ("test", slice(50, 60))):
-        assert (all_pictures(source.splits[split]) == small[0][part]).all()
+        assert (all_images(source.splits[split]) == small[0][part]).all()
         assert (source.splits[split].labels == small[1][part]).all()
 
 
@@ -82,7 +82,7 @@ def test_arrays_pickled_by_numpy_1_are_read(write_cifar: Callable[[str, str], Pa
     for batch in folder.glob("*_batch*"):
         batch.write_bytes(batch.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
     assert b"numpy.core" in (folder / "test_batch").read_bytes()
-    assert (all_pictures(opened("cifar10", folder).splits["test"]) == small[0][50:]).all()
+    assert (all_images(opened("cifar10", folder).splits["test"]) == small[0][50:]).all()
 
 
 class Malicious:
@@ -113,7 +113,7 @@ def test_a_truncated_batch_is_named(version: str, write_cifar: Callable[[str, st
 def test_a_missing_batch_is_named(write_cifar: Callable[[str, str], Path]) -> None:
     folder = write_cifar("cifar10", "binary")
     (folder / "data_batch_4.bin").unlink()
-    with pytest.raises(ValueError, match=r"lacks data_batch_4\.bin"):
+    with pytest.raises(ValueError, match=r"has no data_batch_4\.bin"):
         opened("cifar10", folder)
 
 

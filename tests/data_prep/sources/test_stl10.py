@@ -1,4 +1,4 @@
-"""A miniature of STL-10 in its true layout, checked against the layout's own files, and prepared by the command."""
+"""A miniature of STL-10 in its official layout, compared with the layout's own files, and prepared by the command."""
 
 import shutil
 from collections.abc import Callable
@@ -25,22 +25,22 @@ def stl10(tmp_path: Path, windows: list[np.ndarray]) -> Path:
     return layouts.write_stl10(tmp_path / "stl", [area_resize(square(one), 96) for one in windows], 22, 11)
 
 
-def square(picture: np.ndarray) -> np.ndarray:
-    side = min(picture.shape[:2])
-    return picture[:side, :side]
+def square(image: np.ndarray) -> np.ndarray:
+    side = min(image.shape[:2])
+    return image[:side, :side]
 
 
 def stl10_file(folder: Path, name: str) -> list[bytes]:
-    """As the Python code on the data set's page reads it."""
+    """Reads it like the Python code on the dataset's page."""
     everything = np.fromfile(folder / f"{name}_X.bin", np.uint8)
-    pictures = np.transpose(np.reshape(everything, (-1, 3, 96, 96)), (0, 3, 2, 1))
-    return [picture.tobytes() for picture in pictures]
+    images = np.transpose(np.reshape(everything, (-1, 3, 96, 96)), (0, 3, 2, 1))
+    return [image.tobytes() for image in images]
 
 
 def stl10_split(folder: Path, name: str) -> Expected:
     names = (folder / "class_names.txt").read_text().split()
     labels = np.fromfile(folder / f"{name}_y.bin", np.uint8)
-    return {picture: names[label - 1] for picture, label in zip(stl10_file(folder, name), labels, strict=True)}
+    return {image: names[label - 1] for image, label in zip(stl10_file(folder, name), labels, strict=True)}
 
 
 @pytest.mark.parametrize("form", ["folder", "parent", "archive"])
@@ -54,7 +54,7 @@ def test_stl10(stl10: Path, windows: list[np.ndarray], form: str, unlabelled: bo
         shutil.rmtree(stl10)
     source = opened("stl10", path, unlabelled=unlabelled)
     assert source.classes == layouts.STL10_CLASSES
-    assert {split: len(pictures) for split, pictures in source.splits.items()} == {
+    assert {split: len(images) for split, images in source.splits.items()} == {
         "train": 29 if unlabelled else 22,
         "test": 11,
     }
@@ -72,13 +72,13 @@ def test_stl10_without_its_unlabelled_part_does_not_need_it(stl10: Path) -> None
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train_X.bin", None, "lacks train_X.bin; it must be stl10_binary.tar.gz or its folder"),
-        ("class_names.txt", None, "lacks class_names.txt"),
-        ("unlabeled_X.bin", None, "lacks unlabeled_X.bin"),
-        ("class_names.txt", lambda content: b"", "class_names.txt names no classes"),
-        ("test_X.bin", lambda content: content[:-100], "test_X.bin has 304028 bytes, no multiple of 27648"),
+        ("train_X.bin", None, "has no train_X.bin; it must be stl10_binary.tar.gz or its folder"),
+        ("class_names.txt", None, "has no class_names.txt"),
+        ("unlabeled_X.bin", None, "has no unlabeled_X.bin"),
+        ("class_names.txt", lambda content: b"", "class_names.txt has no class names"),
+        ("test_X.bin", lambda content: content[:-100], "test_X.bin has 304028 bytes, not a multiple of 27648"),
         ("test_X.bin", lambda content: b"", "test_X.bin has 0 bytes"),
-        ("test_y.bin", lambda content: content[:-1], "test_y.bin has 10 labels for 11 pictures"),
+        ("test_y.bin", lambda content: content[:-1], "test_y.bin has 10 labels for 11 images"),
         ("train_y.bin", lambda content: b"\0" + content[1:], "train_y.bin has a label outside 1 to 10"),
         ("train_y.bin", lambda content: b"\x0b" + content[1:], "train_y.bin has a label outside 1 to 10"),
     ],
@@ -98,7 +98,7 @@ def test_mistakes_about_stl10_are_named(
 def test_a_damaged_archive_of_stl10_is_named(stl10: Path, tmp_path: Path) -> None:
     archive = archive_of(stl10)
     archive.write_bytes(archive.read_bytes()[:-20000])
-    with pytest.raises(ValueError, match=r"stl10_binary.tar.gz is no readable tar archive"):
+    with pytest.raises(ValueError, match=r"stl10_binary.tar.gz is not a readable tar archive"):
         opened("stl10", archive, unlabelled=True)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         opened("stl10", tmp_path / "nowhere")
@@ -108,8 +108,8 @@ def test_stl10_prepared(stl10: Path, prepare: Callable[..., Path]) -> None:
     splits: dict[str, Expected] = {}
     for name in ("train", "test"):
         labels = np.fromfile(stl10 / f"{name}_y.bin", np.uint8).astype(int) - 1
-        pictures = [np.frombuffer(one, np.uint8).reshape(96, 96, 3) for one in stl10_file(stl10, name)]
-        splits[name] = dict(zip(map(reduced, pictures), labels.tolist(), strict=True))
+        images = [np.frombuffer(one, np.uint8).reshape(96, 96, 3) for one in stl10_file(stl10, name)]
+        splits[name] = dict(zip(map(reduced, images), labels.tolist(), strict=True))
     archive = archive_of(stl10)
     check_shards(prepare("stl10", archive), splits, layouts.STL10_CLASSES)
     unlabelled = [np.frombuffer(one, np.uint8).reshape(96, 96, 3) for one in stl10_file(stl10, "unlabeled")]

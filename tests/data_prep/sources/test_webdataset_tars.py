@@ -1,4 +1,4 @@
-"""Tars of pictures in the layouts of img2dataset and webdataset, against tarfile and webdataset themselves."""
+"""Tars of images in the layouts of img2dataset and webdataset, against tarfile and webdataset themselves."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ from data_prep.sources.base import Encoded, Source
 from data_prep.sources.open import open_source
 from data_prep.sources.webdataset_tars import key_and_extension
 from tests.data_prep.small_data import CLASSES
-from tests.data_prep.tar_files import picture_bytes, tar_bytes
+from tests.data_prep.tar_files import encode_image, tar_bytes
 from tests.http_server import serve
 
 Small = tuple[np.ndarray, np.ndarray]
@@ -41,7 +41,7 @@ def items(source: Source, split: str = "train") -> list[Encoded | BadImage]:
     return [item for stream in source.streams[split] for item in stream]
 
 
-def pictures(source: Source, split: str = "train") -> list[Encoded]:
+def images(source: Source, split: str = "train") -> list[Encoded]:
     found = items(source, split)
     assert not [item for item in found if isinstance(item, BadImage)]
     return found  # type: ignore[return-value]
@@ -53,7 +53,7 @@ def contents(found: Iterable[Encoded]) -> list[tuple[bytes, int]]:
 
 @pytest.fixture
 def img2dataset(tmp_path: Path, small: Small) -> Path:
-    """What img2dataset writes: 3 tars of 20 pictures, jpg, json and txt of each, and beside each tar its table and
+    """What img2dataset writes: 3 tars of 20 images, jpg, json and txt of each, and beside each tar its table and
     statistics."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -66,8 +66,8 @@ def img2dataset(tmp_path: Path, small: Small) -> Path:
             for index in range(20 * tar, 20 * (tar + 1)):
                 row = {"url": f"https://host/{index}.jpg", "key": f"{tar:05d}{index % 20:04d}", "status": "success"}
                 row |= {"caption": CLASSES[small[1][index]], "width": 32, "class": int(small[1][index])}
-                picture = picture_bytes(small[0][index], "jpeg")
-                writer.write({"__key__": row["key"], "jpg": picture, "json": row, "txt": row["caption"]})
+                image = encode_image(small[0][index], "jpeg")
+                writer.write({"__key__": row["key"], "jpg": image, "json": row, "txt": row["caption"]})
                 rows.append(row)
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{tar:05d}.parquet")
         (folder / f"{tar:05d}_stats.json").write_text(json.dumps({"count": 20, "successes": 20}))
@@ -75,16 +75,16 @@ def img2dataset(tmp_path: Path, small: Small) -> Path:
 
 
 def write_classes(path: Path, small: Small, part: slice, kind: str = "png") -> None:
-    """A tar as webdataset's own examples have it: a picture and a .cls of each key."""
+    """A tar as in webdataset's own examples: an image and a .cls for each key."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with wds.TarWriter(str(path)) as writer:
         for index in range(60)[part]:
-            picture = picture_bytes(small[0][index], kind)
-            writer.write({"__key__": f"sample{index:06d}", kind: picture, "cls": int(small[1][index])})
+            image = encode_image(small[0][index], kind)
+            writer.write({"__key__": f"sample{index:06d}", kind: image, "cls": int(small[1][index])})
 
 
 def by_tarfile(path: Path) -> list[tuple[str, bytes, int | None]]:
-    """Name, bytes and the .json's class of each picture of a whole tar that lists them in order."""
+    """Name, bytes and class (from the .json) of each image of a complete tar, in order."""
     with tarfile.open(path) as tar:
         files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     return [
@@ -96,7 +96,7 @@ def by_tarfile(path: Path) -> list[tuple[str, bytes, int | None]]:
 
 def test_img2dataset_against_tarfile_and_webdataset(img2dataset: Path, small: Small) -> None:
     source = opened(img2dataset, label_column="class")
-    found = pictures(source)
+    found = images(source)
     paths = sorted(img2dataset.glob("*.tar"))
     expected = [(f"{name} in {path}", content, label) for path in paths for name, content, label in by_tarfile(path)]
     assert [(item.name, item.content, item.label) for item in found] == expected
@@ -108,14 +108,14 @@ def test_img2dataset_against_tarfile_and_webdataset(img2dataset: Path, small: Sm
     assert source.facts == {"tars": {"train": 3}, "label": "'class' of the .json"}
 
 
-def test_without_a_label_column_its_pictures_are_unlabelled(img2dataset: Path) -> None:
-    assert [item.label for item in pictures(opened(img2dataset))] == [-1] * 60
+def test_without_a_label_column_its_images_are_unlabelled(img2dataset: Path) -> None:
+    assert [item.label for item in images(opened(img2dataset))] == [-1] * 60
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "bmp", "ppm", "gif", "tiff"])
 def test_classes_of_webdataset(tmp_path: Path, small: Small, kind: str) -> None:
     write_classes(tmp_path / "set/000000.tar", small, slice(0, 12), kind)
-    found = pictures(opened(tmp_path / "set"))
+    found = images(opened(tmp_path / "set"))
     decoded = wds.WebDataset(str(tmp_path / "set/000000.tar"), shardshuffle=False).decode().to_tuple("cls")
     assert [item.label for item in found] == [label for (label,) in decoded] == small[1][:12].tolist()
     if kind in ("png", "bmp", "ppm", "tiff"):
@@ -128,7 +128,7 @@ def test_folders_of_splits(tmp_path: Path, small: Small) -> None:
     write_classes(tmp_path / "set/val/000000.tar", small, slice(40, 50))
     write_classes(tmp_path / "set/test/000000.tar", small, slice(50, 60))
     source = opened(tmp_path / "set")
-    labels = {split: [item.label for item in pictures(source, split)] for split in source.streams}
+    labels = {split: [item.label for item in images(source, split)] for split in source.streams}
     expected = {"train": slice(0, 40), "valid": slice(40, 50), "test": slice(50, 60)}
     assert labels == {split: small[1][part].tolist() for split, part in expected.items()}
 
@@ -137,18 +137,18 @@ def test_tars_of_a_shard_follow_each_other(img2dataset: Path) -> None:
     source = opened(img2dataset, tars_per_shard=2)
     a, b, c = sorted(map(str, img2dataset.glob("*.tar")))
     assert [stream.name for stream in source.streams["train"]] == [f"{a} to {b}", c]
-    assert contents(pictures(source)) == contents(pictures(opened(img2dataset)))
+    assert contents(images(source)) == contents(images(opened(img2dataset)))
 
 
 def test_a_damaged_tar_does_not_hide_the_next_of_its_shard(img2dataset: Path) -> None:
     (img2dataset / "00000.tar").write_bytes((img2dataset / "00000.tar").read_bytes()[:5000])
     found = items(opened(img2dataset, tars_per_shard=3))
     assert [item.reason for item in found if isinstance(item, BadImage)] == ["damaged tar"]
-    assert found[-40:] == pictures(opened(img2dataset / "{00001,00002}.tar"))
+    assert found[-40:] == images(opened(img2dataset / "{00001,00002}.tar"))
 
 
 def test_every_address_reads_the_same(img2dataset: Path) -> None:
-    expected = contents(pictures(opened(img2dataset, label_column="class")))
+    expected = contents(images(opened(img2dataset, label_column="class")))
     with serve(img2dataset) as server:
         for path in (
             f"{img2dataset}/{{00000..00002}}.tar",
@@ -158,12 +158,12 @@ def test_every_address_reads_the_same(img2dataset: Path) -> None:
         ):
             source = opened(path, label_column="class")
             assert not server.requests  # opening a source asks nothing of a server
-            assert contents(pictures(source)) == expected, path
+            assert contents(images(source)) == expected, path
             server.requests.clear()
 
 
 def test_a_single_tar(img2dataset: Path) -> None:
-    assert len(pictures(opened(img2dataset / "00001.tar"))) == 20
+    assert len(images(opened(img2dataset / "00001.tar"))) == 20
 
 
 def test_names_of_remote_sources() -> None:
@@ -173,18 +173,18 @@ def test_names_of_remote_sources() -> None:
 
 
 def test_dropped_connections_lose_nothing(img2dataset: Path) -> None:
-    expected = contents(pictures(opened(img2dataset)))
+    expected = contents(images(opened(img2dataset)))
     for seed in range(3):
         with serve(img2dataset, drop=0.7, seed=seed) as server:
-            assert contents(pictures(opened(f"{server.url}/{{00000..00002}}.tar"))) == expected
+            assert contents(images(opened(f"{server.url}/{{00000..00002}}.tar"))) == expected
         assert server.dropped
 
 
 def test_a_compressed_tar_over_a_bad_line(img2dataset: Path) -> None:
-    expected = contents(pictures(opened(img2dataset / "00000.tar")))
+    expected = contents(images(opened(img2dataset / "00000.tar")))
     (img2dataset / "odd.tar").write_bytes(gzip.compress((img2dataset / "00000.tar").read_bytes()))
     with serve(img2dataset, drop=0.6, busy=0.2, seed=3) as server:
-        assert contents(pictures(opened(f"{server.url}/odd.tar"))) == expected
+        assert contents(images(opened(f"{server.url}/odd.tar"))) == expected
         assert server.dropped
 
 
@@ -192,7 +192,7 @@ def test_a_network_that_fails_is_no_damaged_tar(img2dataset: Path) -> None:
     with serve(img2dataset, busy=1.0) as server, pytest.raises(OSError, match=r"00000\.tar can't be reached"):
         items(opened(f"{server.url}/00000.tar"))
     for end in ("; exit 3", " | gunzip"):  # a failing command, one that can't read its input
-        with pytest.raises(OSError, match=r"6 times: .* exit code"):
+        with pytest.raises(OSError, match=r"6 attempts failed: .* exit code"):
             items(opened(f"pipe:head -c 20000 {img2dataset}/00000.tar{end}"))
 
 
@@ -205,7 +205,7 @@ def test_keys_are_those_of_webdataset(name: str) -> None:
 
 
 def read_members(folder: Path, *members: tuple[str, bytes], **options: Any) -> list[tuple[str, Any]]:
-    """(bytes, label) of each picture and (reason, detail) of each skip."""
+    """(bytes, label) of each image and (reason, detail) of each skip."""
     path = folder / "one.tar"
     path.write_bytes(tar_bytes(members))
     return [
@@ -224,22 +224,22 @@ def test_the_order_within_a_key_does_not_matter(tmp_path: Path) -> None:
     ) == [("A", 1), ("B", 2), ("C", 3), ("D", -1)]
 
 
-def test_of_several_pictures_of_a_key_the_photograph_counts(tmp_path: Path) -> None:
+def test_of_several_images_of_a_key_the_photograph_counts(tmp_path: Path) -> None:
     members = [("a.png", b"mask"), ("a.jpg", b"A"), ("b.jpg", b"B"), ("b.png", b"mask"), ("b.seg.jpg", b"mask")]
     assert read_members(tmp_path, *members) == [("A", -1), ("B", -1)]
 
 
-def test_a_key_that_comes_again_is_another_picture(tmp_path: Path) -> None:
+def test_a_key_that_comes_again_is_another_image(tmp_path: Path) -> None:
     members = [("a.jpg", b"A"), ("b.jpg", b"B"), ("a.jpg", b"C"), ("a.cls", b"1"), ("a.jpg", b"D"), ("a.cls", b"2")]
     assert read_members(tmp_path, *members) == [("A", -1), ("B", -1), ("C", 1), ("D", 2)]
 
 
-def test_keys_without_a_picture_are_counted(tmp_path: Path) -> None:
+def test_keys_without_a_image_are_counted(tmp_path: Path) -> None:
     members = [("a.json", b"{}"), ("a.txt", b""), ("b.jpg", b"B"), ("c.v2.jpg", b"C")]
     assert read_members(tmp_path, *members) == [
-        ("not a picture", "it has .json, .txt, and no .jpg, .png or the like"),
+        ("not a picture", "it has .json, .txt, but no .jpg, .png or the like"),
         ("B", -1),
-        ("not a picture", "it has .v2.jpg, and no .jpg, .png or the like"),
+        ("not a picture", "it has .v2.jpg, but no .jpg, .png or the like"),
     ]
 
 
@@ -271,8 +271,8 @@ def test_a_json_without_its_class(tmp_path: Path, text: str | None, detail: str)
     assert found[1:] == [("B", 7)]
 
 
-def test_memory_holds_one_picture(tmp_path: Path) -> None:
-    """100 pictures of 100 kB, each with 1 MB of something else, and 20,000 small members."""
+def test_memory_holds_one_image(tmp_path: Path) -> None:
+    """100 images of 100 kB, each with 1 MB of something else, and 20,000 small members."""
     random = np.random.default_rng(0).bytes(100_000)
     large = [(f"{n:04d}.{end}", random * size) for n in range(100) for end, size in (("jpg", 1), ("npy", 10))]
     (tmp_path / "a.tar").write_bytes(tar_bytes([*large, *((f"x{n}.jpg", b"x") for n in range(20_000))]))
@@ -300,9 +300,9 @@ def test_the_fingerprint_sees_names_and_sizes(img2dataset: Path) -> None:
     [
         ("{folder}/nope", r"source.path [^:]*/nope does not exist; it must be a folder of tars"),
         ("{folder}/{{00000..00003}}.tar", r"/00003\.tar does not exist"),
-        ("{folder}/{{00000..00003.tar", r"has a brace without its other"),
-        ("{folder}/empty", r"empty holds no tars"),
-        ("s3://bucket/laion/", r"s3://bucket/laion/ is a folder; remote tars are named by braces"),
+        ("{folder}/{{00000..00003.tar", r"has unbalanced braces"),
+        ("{folder}/empty", r"empty has no tars"),
+        ("s3://bucket/laion/", r"s3://bucket/laion/ is a folder; remote tars must be listed with braces"),
     ],
 )
 def test_a_wrong_path_is_named(img2dataset: Path, path: str, message: str) -> None:
@@ -315,14 +315,14 @@ def test_a_wrong_path_is_named(img2dataset: Path, path: str, message: str) -> No
 def test_splits_side_by_side_are_not_all_taken_for_training(tmp_path: Path, small: Small) -> None:
     for name in ("imagenet-train-000000.tar", "imagenet-val-000000.tar"):
         write_classes(tmp_path / name, small, slice(0, 2))
-    with pytest.raises(ValueError, match=r"holds tars of train and val side by side"):
+    with pytest.raises(ValueError, match=r"has tars of train and val in one folder"):
         opened(tmp_path)
-    assert len(pictures(opened(tmp_path / "imagenet-train-{000000..000000}.tar"))) == 2
+    assert len(images(opened(tmp_path / "imagenet-train-{000000..000000}.tar"))) == 2
 
 
 def test_a_split_alone_is_no_source(tmp_path: Path, small: Small) -> None:
     write_classes(tmp_path / "val/000000.tar", small, slice(0, 2))
-    with pytest.raises(ValueError, match=r"holds valid/ but no train/"):
+    with pytest.raises(ValueError, match=r"has a folder valid/ but no train/"):
         opened(tmp_path)
 
 

@@ -217,7 +217,7 @@ def test_a_set_without_labels_is_measured_by_what_needs_none(
         (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
         (["--precision", "fp8"], "precision"),
         (["--linear_probe.l2", "[]"], r"linear_probe\.l2"),
-        (["--seeds", "1"], "seeds is no known key"),
+        (["--seeds", "1"], "seeds is not a known key"),
         (["--density.draws", "0"], r"density\.draws is 0; it must be at least 1"),
         (["--completions.distance_images", "1"], "distance_images is 1; it must be 0, or 2 and above"),
         (["--completions.feature_network", "none.pt"], r"feature_network is none\.pt, which is no file"),

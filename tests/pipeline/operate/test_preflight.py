@@ -183,4 +183,4 @@ def test_a_mistake_in_the_options_is_said_once_by_the_judge(options: list[str]) 
     assert look_from(["127.0.0.1"], [*options, "--modle.size=s"]) == []
     finished = judged(["127.0.0.1"], [*options, "--modle.size=s"], [])
     assert finished.returncode == 2
-    assert finished.stderr.startswith("error: modle.size is no known key")
+    assert finished.stderr.startswith("error: modle.size is not a known key")

@@ -80,7 +80,7 @@ def test_a_launcher_is_what_the_options_are_appended_to(runner: Runner) -> None:
         (["--first", "high"], "--first is 'high'; it must be a number"),
         (["--optimizer.learning_rate", "1"], "--optimizer.learning_rate is given, but the search sets it"),
         (["--launch", "nosuchprogram"], "--launch begins with 'nosuchprogram'; it must be a program"),
-        (["--modle.size", "s"], "modle.size is no known key"),
+        (["--modle.size", "s"], "modle.size is not a known key"),
         (["--launch", "false"], "rate-0.01 ended with code 1 before it was finished"),
     ],
 )

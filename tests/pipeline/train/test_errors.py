@@ -38,9 +38,9 @@ def sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
 
 MISTAKES: dict[str, tuple[dict[str, object], str]] = {
-    "unknown key": ({"optimizer.lerning_rate": 1}, "optimizer.lerning_rate is no known key; did you mean"),
-    "abbreviated key": ({"schedule.step": 50}, "schedule.step is no known key; did you mean schedule.steps?"),
-    "wrong type": ({"batch.micro_size": "many"}, "batch.micro_size is 'many'; it must be a whole number"),
+    "unknown key": ({"optimizer.lerning_rate": 1}, "optimizer.lerning_rate is not a known key; did you mean"),
+    "abbreviated key": ({"schedule.step": 50}, "schedule.step is not a known key; did you mean schedule.steps?"),
+    "wrong type": ({"batch.micro_size": "many"}, "batch.micro_size is 'many'; it must be an integer"),
     "not a choice": ({"precision": "fp16"}, "precision is 'fp16'; it must be one of fp32, bf16"),
     "no such decay": ({"schedule.decay": "square"}, "schedule.decay is 'square'; it must be one of cosine, constant"),
     "below its least": ({"batch.micro_size": 0}, "batch.micro_size is 0; it must be at least 1"),
@@ -52,7 +52,7 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "other resolution": ({"model.resolution": 16}, "model.resolution is 16; it must be 8"),
     "crop of the whole": ({"data.reflect_crop": 8}, "data.reflect_crop is 8; it must be below model.resolution, 8"),
     "rate of zero": ({"optimizer.learning_rate": 0}, "optimizer.learning_rate is 0.0; it must be above 0"),
-    "no such config": ({"config": "none.yaml"}, "--config is 'none.yaml', which is no file"),
+    "no such config": ({"config": "none.yaml"}, "--config is 'none.yaml', which is not a file"),
 }
 
 

@@ -95,7 +95,7 @@ def test_another_feature_network_under_the_same_name_is_another_measurement(tmp_
         (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
         (["--split", "dev"], "has no split 'dev'; it has train, valid, test"),
         (["--out", "a.jpg"], r"--out is a.jpg; it must be a file that ends in \.png"),
-        (["--pictures", "4"], "pictures is no known key"),
+        (["--pictures", "4"], "pictures is not a known key"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -126,7 +126,7 @@ def test_other_commands_take_an_address_too(shards: Path, server: Server, finish
     for number, place in enumerate((str(shards), server.url)):
         verified = run(1, "-m", "data_prep", "verify", place, logs=tmp_path / "verify")
         assert verified.codes == [0]
-        assert f"{place}: all as promised" in verified.output
+        assert f"{place}: matches its manifest" in verified.output
         out = tmp_path / f"{number}.png"
         assert run(1, "-m", "data_prep", "show", place, "--out", out, logs=tmp_path / "show").codes == [0]
         shown.append(out.read_bytes())
