@@ -40,7 +40,7 @@ def _configured(command: str, description: str, arguments: list[str]) -> tuple["
     parser.add_argument("--config", action="config", help="YAML file, such as configs/data/cifar10.yaml")
     parser.add_argument("--out", type=str, required=True, help="file or folder to write")
     parser.add_argument("--part", type=int, default=1, help="number of the part to prepare, from 1 to --parts")
-    parser.add_argument("--parts", type=int, default=1, help="number of parts of the job; after the last: join")
+    parser.add_argument("--parts", type=int, default=1, help="number of parts; `join` joins them")
     parser.add_class_arguments(DataConfig)
     options = parse(parser, arguments)
     return fill(DataConfig, options), Path(options.out), Part(options.part, options.parts)

@@ -41,7 +41,7 @@ def test_without_the_source_the_stored_images_are_shown(
     shutil.rmtree(folder)
     result = run("show", shards, "--images", 3, "--out", tmp_path / "grid.png")
     assert result.code == 0
-    assert "without the source images" in result.out
+    assert "without the source images" in result.err
     assert Image.open(tmp_path / "grid.png").width == 3 * (CELL + GAP) + GAP
 
 
@@ -114,4 +114,4 @@ def test_images_that_went_bad_since_are_not_shown(
         file.write_bytes(b"")
     result = run("show", shards, "--images", 3, "--out", tmp_path / "grid.png")
     assert result.code == 0
-    assert "can't be read any more" in result.out
+    assert "can no longer be read" in result.err

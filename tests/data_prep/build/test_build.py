@@ -135,7 +135,7 @@ def test_a_finished_set_is_left_alone(shards: Path, options: list[str], run: Cal
     before = {file.name: file.stat().st_mtime_ns for file in shards.iterdir()}
     again = run("shards", *options, "--out", shards)
     assert again.code == 0
-    assert "is finished" in again.out
+    assert "is finished" in again.err
     assert {file.name: file.stat().st_mtime_ns for file in shards.iterdir()} == before
     assert "unfinished" not in before
 
@@ -153,7 +153,7 @@ def test_a_finished_set_whose_source_changed_is_refused(tmp_path: Path, run: Cal
     assert refused.code == 2
     assert "the source's images have changed since" in refused.err
     shutil.rmtree(tmp_path / "pictures")
-    assert "its source can't be opened any more" in run("shards", *options).out
+    assert "its source is no longer available" in run("shards", *options).err
 
 
 def test_a_palette_fitted_alone_is_the_same(
@@ -166,7 +166,7 @@ def test_a_palette_fitted_alone_is_the_same(
     assert (tmp_path / "palette.npy").read_bytes() == (shards / "palette.npy").read_bytes()
     given = [*options, "--palette.file", tmp_path / "palette.npy", "--out", tmp_path / "given"]
     assert run("shards", *given).code == 0
-    assert run("shards", *given).out.count("is finished") == 1
+    assert run("shards", *given).err.count("is finished") == 1
     assert open_shard_set(tmp_path / "given").split("train").record(0)[0].tolist() == (
         open_shard_set(shards).split("train").record(0)[0].tolist()
     )
@@ -226,7 +226,7 @@ def test_progress_is_plain_lines_in_a_log(tmp_path: Path, options: list[str], ru
     result = run("shards", *options, "--out", tmp_path / "shards")
     assert "shards: 60 of 60 images" in result.err
     assert "\r" not in result.err
-    assert "60 source images" in result.out
+    assert "60 source images" in result.err
 
 
 def test_help_is_quick() -> None:

@@ -80,7 +80,7 @@ def test_parts_give_the_same_bytes(tmp_path: Path, source: list[str], palette: P
         open_shard_set(out).verify()
         again = run("join", out)
         assert again.code == 0
-        assert "already joined" in again.out
+        assert "already joined" in again.err
 
 
 def test_a_gap_names_the_parts_that_left_it(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
@@ -154,7 +154,7 @@ def test_a_stream_keeps_every_image_once(
     options = ["--source.kind", "webdataset", "--source.path", tars, "--resolution", 32, "--palette.colors", 512]
     result = run("shards", *options, "--valid_fraction", 0.3, "--max_skipped", 0.1, "--out", tmp_path / "out")
     assert result.code == 0, result.err
-    assert "120 source images, 8 skipped; 112 images stored" in result.out
+    assert "120 source images, 8 skipped; 112 images stored" in result.err
     shard_set = open_shard_set(tmp_path / "out")
     assert shard_set.manifest["skipped"] == {"train": {"truncated": 8}}
     lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]

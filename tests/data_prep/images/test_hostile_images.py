@@ -228,4 +228,4 @@ def test_the_image_of_a_split_stands_beside_its_own_source(
     assert run("shards", *options, "--palette.colors", 16, "--workers", 1, "--out", tmp_path / "shards").code == 0
     for split in ("train", "valid"):
         result = run("show", tmp_path / "shards", "--split", split, "--images", 1000, "--out", tmp_path / "grid.png")
-        assert (result.code, "left the source's view" in result.out) == (0, True), result.err
+        assert (result.code, "source image on the left" in result.err) == (0, True), result.err

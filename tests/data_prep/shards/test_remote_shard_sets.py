@@ -79,7 +79,7 @@ def test_processes_may_ask_for_the_same_file_at_once(server: Server, shards: Pat
 def test_verify_reads_all_of_a_remote_set(address: str, shards: Path, cache: Path, run: Callable[..., Any]) -> None:
     result = run("verify", address)
     assert result.code == 0
-    assert f"{address}: matches its manifest" in result.out
+    assert f"{address}: matches its manifest" in result.err
     assert not list(cache.rglob("*.tar")), "what it copied is not kept"
     open_shard_set(address).split("train").gather(np.arange(1))
     copy = next(cache.rglob("train-000000.tar"))
