@@ -59,12 +59,12 @@ def fails(tmp_path: Path, run: Run) -> Run:
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )
-def test_wrong_options(added: list[str], words: list[str], options: list[str], fails: Run) -> None:
+def test_invalid_options(added: list[str], words: list[str], options: list[str], fails: Run) -> None:
     fails([*options, *added], *words)
 
 
 @pytest.mark.parametrize("group", ["{colors: 3}", "{}", "palette.yaml"])
-def test_a_group_given_whole_is_not_blamed_for_another_option(
+def test_a_valid_group_is_not_reported_for_another_invalid_option(
     group: str, tmp_path: Path, fails: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -94,7 +94,7 @@ def test_every_configuration_file_is_examined(tmp_path: Path, fails: Run) -> Non
     fails(["--config", tmp_path / "first.yaml", "--config", "nothing.yaml"], "--config is 'nothing.yaml'")
 
 
-def test_the_source_has_to_be_named(fails: Run) -> None:
+def test_the_source_is_required(fails: Run) -> None:
     fails([], "source.kind")
     fails(["--source.kind", "cifar10"], "source.path is not set", "cifar10")
 
@@ -113,7 +113,7 @@ def test_the_source_has_to_be_named(fails: Run) -> None:
         ("just words\n", ["config"]),
     ],
 )
-def test_wrong_configuration_file(text: str, words: list[str], tmp_path: Path, fails: Run) -> None:
+def test_invalid_configuration_file(text: str, words: list[str], tmp_path: Path, fails: Run) -> None:
     (tmp_path / "config.yaml").write_text(text)
     fails(["--config", tmp_path / "config.yaml"], *words)
 
@@ -128,7 +128,7 @@ def test_no_images(tmp_path: Path, options: list[str], fails: Run) -> None:
     fails([*options, "--source.path", empty], f"{empty}/train has no images")
 
 
-def test_a_class_that_training_lacks(folder: Path, options: list[str], fails: Run) -> None:
+def test_a_class_that_is_not_in_train(folder: Path, options: list[str], fails: Run) -> None:
     (folder / "test/dog").mkdir()
     fails(options, "test/dog", "train/ does not have")
 
@@ -143,7 +143,9 @@ def test_more_unreadable_images_than_allowed(
     fails([*options, "--workers", workers], "1 of 60 images", "max_skipped 0.01", f"{victim}: {reason}")
 
 
-def test_a_image_that_vanishes(folder: Path, options: list[str], fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_is_deleted(
+    folder: Path, options: list[str], fails: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from data_prep.sources import image_folder as folders
 
     listed = folders._list_split
@@ -160,7 +162,7 @@ def test_a_image_that_vanishes(folder: Path, options: list[str], fails: Run, mon
 @pytest.mark.parametrize(
     "palette", [np.zeros((16, 4), np.float32), np.zeros((16, 3), np.uint8), np.full((16, 3), 2, np.float32)]
 )
-def test_foreign_palette(palette: np.ndarray, tmp_path: Path, options: list[str], fails: Run) -> None:
+def test_invalid_palette(palette: np.ndarray, tmp_path: Path, options: list[str], fails: Run) -> None:
     np.save(tmp_path / "palette.npy", palette)
     fails([*options, "--palette.file", tmp_path / "palette.npy"], "palette.file", "palette.npy", "must contain")
 
@@ -174,7 +176,7 @@ def test_truncated_palette(shards: Path, tmp_path: Path, options: list[str], fai
     fails([*options, "--palette.file", tmp_path / "half.npy"], "half.npy", "not a valid .npy")
 
 
-def test_no_archive(tmp_path: Path, fails: Run, write_cifar: Callable[[str, str], Path]) -> None:
+def test_not_an_archive(tmp_path: Path, fails: Run, write_cifar: Callable[[str, str], Path]) -> None:
     (tmp_path / "text.tar.gz").write_text("this is no archive")
     fails(["--source.kind", "cifar10", "--source.path", tmp_path / "text.tar.gz"], "text.tar.gz", "not a readable tar")
     archive = archive_of(write_cifar("cifar10", "python"))
@@ -184,7 +186,7 @@ def test_no_archive(tmp_path: Path, fails: Run, write_cifar: Callable[[str, str]
     fails(["--source.kind", "cifar10", "--source.path", other], str(other), "has no data_batch_1")
 
 
-def test_no_data_set(tmp_path: Path, fails: Run) -> None:
+def test_not_a_dataset(tmp_path: Path, fails: Run) -> None:
     (tmp_path / "empty").mkdir()
     fails(["--source.kind", "hf_dataset", "--source.path", tmp_path / "empty"], "source.path", "Hugging Face")
 
@@ -226,7 +228,7 @@ def test_read_only_disk(tmp_path: Path, options: list[str], fails: Run) -> None:
         fails(options, "Read-only file system", out=disk / "out")
 
 
-def test_a_folder_of_other_things(tmp_path: Path, options: list[str], fails: Run) -> None:
+def test_a_folder_with_other_files(tmp_path: Path, options: list[str], fails: Run) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep me")
     fails(options, "mine contains other files", out=tmp_path / "mine")
@@ -252,7 +254,7 @@ def test_an_unfinished_set_of_another_configuration(folder: Path, options: list[
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])
-def test_no_shard_set(command: str, tmp_path: Path, run: Run) -> None:
+def test_not_a_shard_set(command: str, tmp_path: Path, run: Run) -> None:
     added = [] if command == "verify" else ["--out", tmp_path / "grid.png"]
     assert_one_sentence(run(command, tmp_path / "nothing", *added), "nothing does not exist")
     assert_one_sentence(run(command, tmp_path, *added), "has no shards.json")

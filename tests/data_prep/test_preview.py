@@ -20,9 +20,7 @@ def cell(grid: np.ndarray, index: int, column: int, columns: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_stored_image_stands_beside_its_source(
-    split: str, shards: Path, tmp_path: Path, run: Callable[..., Any]
-) -> None:
+def test_stored_image_is_next_to_its_source(split: str, shards: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     assert run("show", shards, "--split", split, "--images", 10, "--out", tmp_path / "grid.png").code == 0
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     shard_set = open_shard_set(shards)
@@ -58,7 +56,7 @@ def strip(grid: np.ndarray, images: int, colors: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("images", "colors"), [(1, 512), (3, 16), (9, 512), (24, 700)])
-def test_the_palette_stands_below_from_dark_to_bright(images: int, colors: int, tmp_path: Path) -> None:
+def test_the_palette_is_at_the_bottom_from_dark_to_bright(images: int, colors: int, tmp_path: Path) -> None:
     random = np.random.default_rng(images)
     palette = random.uniform(-1, 1, (colors, 3)).astype(np.float32)
     views = random.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
@@ -75,7 +73,7 @@ def test_the_palette_stands_below_from_dark_to_bright(images: int, colors: int, 
         assert (cell(grid, index, 1, 2) == expected[tokens[index]].reshape(8, 8, 3)).all()
 
 
-def test_a_preparation_leaves_a_image_of_what_came_out(shards: Path) -> None:
+def test_a_preparation_writes_a_preview(shards: Path) -> None:
     grid = np.asarray(Image.open(shards / "pictures.png"))
     shard_set = open_shard_set(shards)
     stored = decode(shard_set.split("train").gather(np.arange(24))[0], shard_set.palette, 8)
@@ -83,7 +81,7 @@ def test_a_preparation_leaves_a_image_of_what_came_out(shards: Path) -> None:
     assert len(strip(grid, 24, 16)) == 16
 
 
-def test_the_names_of_classes_stand_below(tmp_path: Path) -> None:
+def test_the_names_of_classes_are_below_the_images(tmp_path: Path) -> None:
     palette = np.zeros((2, 3), np.float32)
     labels = np.array([0, -1], np.int32)
     draw_result(None, np.zeros((2, 64), np.uint16), labels, ["abbey"], palette, tmp_path / "pictures.png")
@@ -95,7 +93,7 @@ def test_the_names_of_classes_stand_below(tmp_path: Path) -> None:
     assert (unlabelled == 255).all()
 
 
-def test_images_that_were_skipped_are_passed_over(
+def test_skipped_images_are_not_shown(
     shards: Path, folder: Path, options: list[str], tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     """Each stored image is next to its own source image, even if images before it were skipped."""
@@ -104,10 +102,10 @@ def test_images_that_were_skipped_are_passed_over(
     out = tmp_path / "skipped"
     assert run("shards", *options, "--max_skipped", 1, "--out", out).code == 0
     assert open_shard_set(out).manifest["skipped"]
-    test_stored_image_stands_beside_its_source("train", out, tmp_path, run)
+    test_stored_image_is_next_to_its_source("train", out, tmp_path, run)
 
 
-def test_images_that_went_bad_since_are_not_shown(
+def test_images_damaged_since_are_not_shown(
     shards: Path, folder: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     for file in (folder / "train").glob("*/*.png"):

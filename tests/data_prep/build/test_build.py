@@ -36,7 +36,7 @@ def images_of(split: Split, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return decode(tokens, palette, 8), labels
 
 
-def test_the_set_holds_the_images(shards: Path, small: tuple[np.ndarray, np.ndarray]) -> None:
+def test_the_set_contains_the_images(shards: Path, small: tuple[np.ndarray, np.ndarray]) -> None:
     """Each stored image is a source image, once, with its label, as close as 16 colors allow."""
     shard_set = open_shard_set(shards)
     sizes = {name: shard_set.split(name).images for name in shard_set.splits}
@@ -53,7 +53,7 @@ def test_the_set_holds_the_images(shards: Path, small: tuple[np.ndarray, np.ndar
     assert sorted(found) == wanted
 
 
-def test_stated_palette_error_is_the_error(shards: Path, small: tuple[np.ndarray, np.ndarray]) -> None:
+def test_palette_error_in_the_manifest_is_correct(shards: Path, small: tuple[np.ndarray, np.ndarray]) -> None:
     shard_set = open_shard_set(shards)
     reduced = np.stack([area_resize(image, 8) for image in small[0][::5]]).astype(float)
     colors = np.rint(127.5 * (shard_set.palette.astype(float) + 1))
@@ -79,7 +79,7 @@ def test_another_seed_gives_another_order(
     assert labels[0] != labels[1]
 
 
-def test_an_interrupted_run_is_finished(
+def test_an_interrupted_run_resumes(
     tmp_path: Path, options: list[str], run: Callable[..., Any], small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Complete shards are reused; missing, damaged and partially written ones are prepared again."""
@@ -112,7 +112,7 @@ def test_an_interrupted_run_is_finished(
     assert files_of(out) == files_of(tmp_path / "unbroken")
 
 
-def test_killing_it_changes_nothing(tmp_path: Path) -> None:
+def test_kills_do_not_change_the_result(tmp_path: Path) -> None:
     """SIGKILL to the entire process group at several moments, then an uninterrupted run."""
 
     def start(out: Path) -> subprocess.Popen[bytes]:
@@ -131,7 +131,7 @@ def test_killing_it_changes_nothing(tmp_path: Path) -> None:
     assert files_of(out) == files_of(tmp_path / "unbroken")
 
 
-def test_a_finished_set_is_left_alone(shards: Path, options: list[str], run: Callable[..., Any]) -> None:
+def test_a_finished_set_is_not_written_again(shards: Path, options: list[str], run: Callable[..., Any]) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in shards.iterdir()}
     again = run("shards", *options, "--out", shards)
     assert again.code == 0
@@ -140,7 +140,7 @@ def test_a_finished_set_is_left_alone(shards: Path, options: list[str], run: Cal
     assert "unfinished" not in before
 
 
-def test_a_finished_set_whose_source_changed_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_a_finished_set_whose_source_changed_is_an_error(tmp_path: Path, run: Callable[..., Any]) -> None:
     for number in range(20):
         image = tmp_path / f"pictures/train/{number % 2}/{number}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def test_a_finished_set_whose_source_changed_is_refused(tmp_path: Path, run: Cal
     assert "its source is no longer available" in run("shards", *options).err
 
 
-def test_a_palette_fitted_alone_is_the_same(
+def test_a_palette_fitted_separately_is_the_same(
     tmp_path: Path, shards: Path, options: list[str], run: Callable[..., Any]
 ) -> None:
     assert run("palette", *options, "--out", tmp_path / "palette.npy").code == 0
@@ -176,7 +176,7 @@ def config(**changes: Any) -> DataConfig:
     return DataConfig(source=SourceConfig(kind="photographs"), **changes)
 
 
-def test_validation_is_held_out_of_training_once() -> None:
+def test_validation_images_are_held_out_of_training() -> None:
     plans = plan_splits({"train": 1000, "test": 10}, config(valid_fraction=0.04))
     train, valid = plans["train"].source_indices, plans["valid"].source_indices
     assert (len(train), len(valid)) == (960, 40)
@@ -214,7 +214,7 @@ def test_records_mix_the_classes(tmp_path: Path, run: Callable[..., Any]) -> Non
         assert counts.max() <= 14
 
 
-def test_the_manifest_says_how_it_was_made(shards: Path, folder: Path) -> None:
+def test_the_manifest_records_configuration_and_versions(shards: Path, folder: Path) -> None:
     manifest = json.loads((shards / "shards.json").read_text())
     assert manifest["config"]["source"]["path"] == str(folder)
     assert manifest["config"]["seed"] == 0
@@ -222,7 +222,7 @@ def test_the_manifest_says_how_it_was_made(shards: Path, folder: Path) -> None:
     assert DataConfig.from_dict(manifest["config"]).valid_fraction == 0.25
 
 
-def test_progress_is_plain_lines_in_a_log(tmp_path: Path, options: list[str], run: Callable[..., Any]) -> None:
+def test_progress_is_lines_in_a_log(tmp_path: Path, options: list[str], run: Callable[..., Any]) -> None:
     result = run("shards", *options, "--out", tmp_path / "shards")
     assert "shards: 60 of 60 images" in result.err
     assert "\r" not in result.err

@@ -83,7 +83,9 @@ def test_parts_give_the_same_bytes(tmp_path: Path, source: list[str], palette: P
         assert "already joined" in again.err
 
 
-def test_a_gap_names_the_parts_that_left_it(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
+def test_missing_work_items_are_reported_with_their_parts(
+    tmp_path: Path, source: list[str], palette: Path, run: Run
+) -> None:
     out = tmp_path / "out"
     assert run("shards", *source, "--palette.file", palette, "--out", out, "--part", 1, "--parts", 2).code == 0
     (out / "unfinished/part-00002-of-00002.json").write_text("{}\n")  # as a part leaves that was killed
@@ -93,7 +95,7 @@ def test_a_gap_names_the_parts_that_left_it(tmp_path: Path, source: list[str], p
     assert "Traceback" not in refused.err
 
 
-def test_a_palette_changed_between_part_and_join_is_refused(
+def test_a_palette_changed_between_part_and_join_is_an_error(
     tmp_path: Path, source: list[str], palette: Path, run: Run
 ) -> None:
     out = tmp_path / "out"
@@ -106,7 +108,7 @@ def test_a_palette_changed_between_part_and_join_is_refused(
     assert not (out / "shards.json").exists()
 
 
-def test_a_shard_lost_between_part_and_join_is_named(
+def test_a_shard_lost_between_part_and_join_is_an_error(
     tmp_path: Path, source: list[str], palette: Path, run: Run
 ) -> None:
     out = tmp_path / "out"
@@ -127,7 +129,7 @@ def test_a_part_needs_a_palette_and_a_number(tmp_path: Path, source: list[str], 
         assert f"--part is {part}; it must be between 1 and --parts" in wrong.err
 
 
-def test_a_part_with_other_options_is_refused(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
+def test_a_part_with_other_options_is_an_error(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
     options = [*source, "--palette.file", palette, "--out", tmp_path / "out"]
     assert run("shards", *options, "--part", 1, "--parts", 2).code == 0
     assert "seed 0, now it is 1" in run("shards", *options, "--seed", 1, "--part", 2, "--parts", 2).err
@@ -146,7 +148,7 @@ def test_palettes_counted_in_parts_add_up(tmp_path: Path, source: list[str], pal
         assert not out.with_name(f"{out.name}.parts").exists()
 
 
-def test_a_stream_keeps_every_image_once(
+def test_a_stream_stores_every_image_once(
     tmp_path: Path, tars: Path, small: Small, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """112 of 120 images, each in train or valid; the 8 truncated ones are listed."""
@@ -175,7 +177,9 @@ def test_a_stream_keeps_every_image_once(
 
 
 @pytest.mark.parametrize("kind", ["stream", "folder"])
-def test_folding_validation_back_in(kind: str, tmp_path: Path, request: pytest.FixtureRequest, run: Run) -> None:
+def test_fold_valid_trains_on_the_validation_images(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, run: Run
+) -> None:
     paths = {"stream": ("webdataset", "tars"), "folder": ("image_folder", "folder")}
     source_kind, fixture = paths[kind]
     options = ["--source.kind", source_kind, "--source.path", request.getfixturevalue(fixture), "--resolution", 8]
@@ -199,7 +203,7 @@ def test_several_views_of_a_skipped_image_count_once(tmp_path: Path, folder: Pat
     assert shard_set.split("train").images == 3 * 47
 
 
-def test_one_damaged_tar_of_eight_is_too_many(tmp_path: Path, tars: Path, run: Run) -> None:
+def test_one_damaged_tar_of_eight_exceeds_max_skipped(tmp_path: Path, tars: Path, run: Run) -> None:
     damaged = tars / "00003.tar"
     damaged.write_bytes(damaged.read_bytes()[:5000])
     options = ["--source.kind", "webdataset", "--source.path", tars, "--resolution", 8, "--palette.colors", 16]
@@ -212,7 +216,9 @@ def test_one_damaged_tar_of_eight_is_too_many(tmp_path: Path, tars: Path, run: R
 
 
 @pytest.mark.parametrize("kind", ["stream", pytest.param("folder", marks=pytest.mark.slow)])
-def test_kills_at_ten_random_moments_change_nothing(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_kills_at_ten_random_moments_do_not_change_the_result(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """SIGKILL to the entire process group; then an uninterrupted run."""
     small = request.getfixturevalue("small")
     if kind == "stream":

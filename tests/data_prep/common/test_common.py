@@ -29,7 +29,7 @@ class Failing:
         return 0.0
 
 
-def test_work_is_retried_after_the_errors_named_until_it_is_given_up() -> None:
+def test_only_the_given_errors_are_retried() -> None:
     passing = Failing(2, OSError("busy"))
     assert retry(passing, (OSError,), passing.pause) == "answer"
     assert passing.seen == [("busy", 1), ("busy", 2)]
@@ -57,7 +57,7 @@ def test_a_digest_depends_on_the_values_alone() -> None:
     assert json_digest([1, 2], separators=(",", ":")) != json_digest([1, 2])
 
 
-def test_a_failed_write_leaves_what_stood_there(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_contents(tmp_path: Path) -> None:
     for _ in range(2):
         with atomic_write(tmp_path / "file") as temporary, atomic_folder(tmp_path / "folder") as folder:
             temporary.write_text("first")

@@ -24,12 +24,12 @@ def exact_area_average(square: np.ndarray, resolution: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("side", [24, 32, 36, 100, 225])
-def test_reduction_is_the_mean_of_the_covered_area(side: int) -> None:
+def test_area_resize_is_the_mean_of_the_covered_area(side: int) -> None:
     square = noise(side, side)
     assert np.abs(area_resize(square, 16) - exact_area_average(square, 16)).max() <= 0.51
 
 
-def test_a_image_at_the_resolution_passes_unchanged() -> None:
+def test_an_image_at_the_resolution_is_unchanged() -> None:
     image = noise(16, 16)
     assert (make_cropper().crop(image, 0, 0) == image).all()
     assert (make_cropper().crop(image, 0, EVALUATION) == image).all()
@@ -41,7 +41,7 @@ def test_evaluation_shows_the_center_crop() -> None:
     assert (evaluation_view(image, 8) == 200).all()
 
 
-def test_training_crops_have_the_papers_size_and_reach_every_place() -> None:
+def test_training_crops_have_the_papers_size_and_cover_the_image() -> None:
     """Shorter side to s in [256, 384], crop of 224: the crop has 224/s of the shorter side."""
     height, width = 300, 400
     ramp = np.zeros((height, width, 3), np.float64)

@@ -68,7 +68,7 @@ def test_gray_and_rgb_jpegs_have_pillows_pixels(
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCCK"])
-def test_four_inks_are_left_to_pillow(mode: str, photograph: Image.Image) -> None:
+def test_cmyk_is_decoded_by_pillow(mode: str, photograph: Image.Image) -> None:
     content = encoded(photograph.convert("CMYK"), "JPEG")
     if mode == "YCCK":  # Adobe's marker says how the inks are stored in its last byte
         end = content.index(b"Adobe") + 12
@@ -79,19 +79,19 @@ def test_four_inks_are_left_to_pillow(mode: str, photograph: Image.Image) -> Non
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_jpegs_are_turned_upright(mode: str, orientation: int, photograph: Image.Image) -> None:
+def test_exif_orientation_of_jpegs_is_applied(mode: str, orientation: int, photograph: Image.Image) -> None:
     assert same_as_pillow(encoded(photograph.convert(mode), "JPEG", exif=oriented(orientation)))
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
-def test_an_orientation_in_xmp_counts_too(orientation: int, photograph: Image.Image) -> None:
+def test_orientation_in_xmp_is_applied(orientation: int, photograph: Image.Image) -> None:
     xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="{orientation}"/>'.encode()
     content = encoded(photograph, "JPEG", xmp=xmp)
     assert same_as_pillow(content)
     assert not (Decoder()(content, "x").shape[0] == 120 and orientation == 6)
 
 
-def test_an_orientation_behind_other_segments_is_found(photograph: Image.Image) -> None:
+def test_orientation_after_other_segments_is_found(photograph: Image.Image) -> None:
     content = encoded(photograph, "JPEG", exif=oriented(6))
     exif = content.index(b"\xff\xe1")
     padding = b"\xff\xfe\xff\xff" + bytes(65533)
@@ -100,7 +100,7 @@ def test_an_orientation_behind_other_segments_is_found(photograph: Image.Image) 
     assert same_as_pillow(content)
 
 
-def test_a_damaged_exif_block_does_not_spoil_the_image(photograph: Image.Image) -> None:
+def test_an_image_with_a_damaged_exif_block_is_decoded(photograph: Image.Image) -> None:
     content = encoded(photograph, "JPEG", exif=b"Exif\x00\x00garbage that is no TIFF header")
     assert (Decoder()(content, "x") == Decoder()(encoded(photograph, "JPEG"), "x")).all()
 
@@ -134,7 +134,7 @@ def test_scaled_decode_stays_close_to_the_exact_image(photographs: list[Image.Im
     assert max(errors) < 15
 
 
-def test_scaled_decode_turns_upright_too(photograph: Image.Image) -> None:
+def test_scaled_decode_applies_the_orientation(photograph: Image.Image) -> None:
     content = encoded(photograph.resize((500, 375)), "JPEG", exif=oriented(6))
     scaled, exact = Decoder(64)(content, "x"), Decoder()(content, "x")
     assert (scaled.shape, exact.shape) == ((125, 94, 3), (500, 375, 3))
@@ -159,7 +159,7 @@ def test_every_format_has_pillows_pixels(kind: str, photograph: Image.Image) -> 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_other_formats_are_turned_upright(kind: str, orientation: int, photograph: Image.Image) -> None:
+def test_orientation_of_other_formats_is_applied(kind: str, orientation: int, photograph: Image.Image) -> None:
     assert same_as_pillow(encoded(photograph, kind, exif=oriented(orientation)))
 
 
@@ -197,7 +197,7 @@ def test_sixteen_bits_of_color_keep_the_upper_eight(photograph: Image.Image) -> 
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_the_first_frame_of_several_counts(kind: str, photographs: list[Image.Image]) -> None:
+def test_the_first_frame_is_used(kind: str, photographs: list[Image.Image]) -> None:
     frames = [image.resize((40, 30)) for image in photographs[:3]]
     options = {"lossless": True} if kind == "WEBP" else {}
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -209,14 +209,14 @@ def test_the_first_frame_of_several_counts(kind: str, photographs: list[Image.Im
 # --- bad images
 
 
-def test_a_bad_image_crosses_processes_whole() -> None:
+def test_a_bad_image_can_be_pickled() -> None:
     bad = pickle.loads(pickle.dumps(BadImage("a/b.jpg", "damaged", "so\n and   so")))
     assert (bad.name, bad.reason, bad.detail) == ("a/b.jpg", "damaged", "so and so")
     assert str(bad) == "a/b.jpg is damaged (so and so)"
 
 
 @pytest.mark.parametrize("scans", [200, 2000])
-def test_a_progressive_jpeg_of_very_many_scans_is_refused(scans: int) -> None:
+def test_a_progressive_jpeg_with_too_many_scans_is_rejected(scans: int) -> None:
     content = encoded(Image.new("RGB", (4000, 4000), (90, 120, 30)), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     bomb = content[:last] + scans * content[last:-2] + content[-2:]
@@ -234,7 +234,7 @@ def test_the_limit_of_pixels_is_pillows() -> None:
 
 
 @pytest.mark.parametrize("form", ["baseline", "progressive", "turned", "gray", "inks", "restarts"])
-def test_randomly_changed_jpegs_are_read_or_refused_as_by_pillow(form: str, photograph: Image.Image) -> None:
+def test_randomly_changed_jpegs_are_decoded_or_rejected_as_by_pillow(form: str, photograph: Image.Image) -> None:
     options: dict[str, object] = {"progressive": form == "progressive"}
     if form == "turned":
         options["exif"] = oriented(6)

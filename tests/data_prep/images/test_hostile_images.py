@@ -56,13 +56,13 @@ def outcome(content: bytes, name: str) -> str:
     return AS_PILLOW
 
 
-def test_the_corpus_is_as_large_and_as_mixed_as_promised(files: dict[str, tuple[bytes, str]]) -> None:
+def test_the_corpus_is_large_and_has_every_reason(files: dict[str, tuple[bytes, str]]) -> None:
     reasons = Counter(expected for _, expected in files.values())
     assert len(files) >= 100
     assert set(reasons) == {AS_PILLOW, BY_UPPER_BITS, "truncated", "not a picture", "empty", "too large", "damaged"}
 
 
-def test_every_file_is_converted_as_by_pillow_or_skipped_for_its_reason(files: dict[str, tuple[bytes, str]]) -> None:
+def test_every_file_is_converted_as_by_pillow_or_skipped_with_its_reason(files: dict[str, tuple[bytes, str]]) -> None:
     found = {name: outcome(content, name) for name, (content, _) in files.items()}
     assert found == {name: expected for name, (_, expected) in files.items()}
 
@@ -138,7 +138,7 @@ STRANGE_PICTURES = 3
 """folder.jpg/inside.png, link.png, and the one whose name is not UTF-8."""
 
 
-def test_only_files_are_listed_and_none_is_waited_for(strange_folder: Path) -> None:
+def test_only_files_are_listed_and_none_blocks(strange_folder: Path) -> None:
     with time_limit(SECONDS):
         images = open_source(SourceConfig(kind="image_folder", path=str(strange_folder))).splits["train"]
         before = len(list((strange_folder / "train").glob("*/[0-9]*.png")))
@@ -208,7 +208,7 @@ def test_a_preparation_counts_what_it_skips(
     assert (labels == shard_set.classes.index("hostile")).sum() == len(files) - len(expected) + len(STRANGE_SKIPS)
 
 
-def test_too_many_skips_stop_a_preparation_with_one_sentence(
+def test_too_many_skips_end_a_preparation_with_one_sentence(
     hostile_folder: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     options = ["--source.kind", "image_folder", "--source.path", hostile_folder, "--resolution", 8, "--workers", 1]
@@ -220,7 +220,7 @@ def test_too_many_skips_stop_a_preparation_with_one_sentence(
     assert not (tmp_path / "shards/shards.json").exists()
 
 
-def test_the_image_of_a_split_stands_beside_its_own_source(
+def test_images_of_a_split_are_next_to_their_own_source(
     hostile_folder: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     """`show` ignores skipped images, as the preparation does."""

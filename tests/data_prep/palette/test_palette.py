@@ -51,7 +51,7 @@ def test_table_is_exact_everywhere(palette: np.ndarray) -> None:
         assert (distances.argmin(axis=1) == table[codes]).all()
 
 
-def test_equal_distances_give_the_lowest_number() -> None:
+def test_equal_distances_give_the_lowest_index() -> None:
     symmetric = np.array([[0.5, -0.5, 0], [-0.5, 0.5, 0], [0.5, -0.5, 0], [-0.5, 0.5, 0]], np.float32)
     tokens = encode(
         np.array([[[[90, 90, 10], [255, 0, 0]], [[200, 200, 200], [0, 255, 0]]]], np.uint8), lookup_table(symmetric)
@@ -59,7 +59,7 @@ def test_equal_distances_give_the_lowest_number() -> None:
     assert tokens.tolist() == [[0, 0, 0, 1]]
 
 
-def test_decoding_rounds_as_the_paper_does(palette: np.ndarray) -> None:
+def test_decoding_rounds_as_in_the_paper(palette: np.ndarray) -> None:
     tokens = np.arange(512, dtype=np.uint16).reshape(2, 256)
     images = decode(tokens, palette, 16)
     assert images.dtype == np.uint8
@@ -90,7 +90,7 @@ def test_fit_is_as_good_as_scikit_learns(small: tuple[np.ndarray, np.ndarray]) -
     assert ours < 1.08 * theirs
 
 
-def test_fit_weighs_colors_by_how_often_they_occur() -> None:
+def test_fit_weights_colors_by_their_pixels() -> None:
     pixels = np.array([[0, 0, 0]] * 999 + [[4, 0, 0]] + [[255, 255, 255]] * 10, np.uint8)
     palette = fit_palette(histogram_of(pixels), 2, seed=0)
     dark = palette[palette[:, 1].argmin()]
@@ -104,7 +104,7 @@ def test_fit_is_a_function_of_histogram_and_seed(small: tuple[np.ndarray, np.nda
     assert palette_sha256(fit_palette(histogram, 32, seed=1)) != palette_sha256(first)
 
 
-def test_fewer_colors_than_asked_for_are_kept_exactly() -> None:
+def test_fewer_colors_than_palette_colors_are_stored_exactly() -> None:
     pixels = np.array([[[[0, 0, 0], [255, 0, 9]], [[17, 34, 51], [255, 0, 9]]]], np.uint8)
     palette = fit_palette(histogram_of(pixels), 8, seed=0)
     assert palette.shape == (8, 3)
@@ -129,7 +129,7 @@ def test_saved_palette_is_read_back(tmp_path: Path, palette: np.ndarray) -> None
         np.full((512, 3), np.nan, np.float32),
     ],
 )
-def test_a_foreign_palette_is_refused(tmp_path: Path, content: np.ndarray) -> None:
+def test_an_invalid_palette_is_an_error(tmp_path: Path, content: np.ndarray) -> None:
     np.save(tmp_path / "palette.npy", content)
     with pytest.raises(ValueError, match=r"palette\.file .*palette\.npy"):
         load_palette(tmp_path / "palette.npy", 512)

@@ -59,7 +59,7 @@ def seconds_below(limit: float) -> Iterator[None]:
         *(("/a/b.tar", False), ("a/{00..01}.tar", False), ("./a:b//c", False), ("pipes/a", False)),
     ],
 )
-def test_what_is_remote(address: str, expected: bool) -> None:
+def test_is_remote(address: str, expected: bool) -> None:
     assert is_remote(address) is expected
 
 
@@ -73,18 +73,18 @@ def test_what_is_remote(address: str, expected: bool) -> None:
         ("pipe:cat /sets/", "pipe:cat /sets/f.tar"),
     ],
 )
-def test_addresses(base: str, address: str) -> None:
+def test_address_of(base: str, address: str) -> None:
     assert address_of(base, "f.tar") == address
 
 
-def test_a_file_name_is_no_command(tmp_path: Path) -> None:
+def test_a_file_name_can_not_run_a_command(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"1")
     with pytest.raises(OSError, match="exit code"):
         read_remote(address_of(f"pipe:cat {tmp_path}/", "y; echo done"))
 
 
 @pytest.mark.parametrize("start", [0, 1, 300_000, SIZE])
-def test_every_way_reads_the_same(folder: Path, content: bytes, start: int) -> None:
+def test_every_kind_of_url_reads_the_same(folder: Path, content: bytes, start: int) -> None:
     store = fsspec.filesystem("memory")
     store.pipe("/set/file", content)
     with serve(folder) as server:
@@ -108,7 +108,7 @@ def test_an_empty_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_dropped_connections_are_taken_up_where_they_broke(folder: Path, content: bytes, seed: int) -> None:
+def test_dropped_connections_resume_at_their_byte(folder: Path, content: bytes, seed: int) -> None:
     with serve(folder, drop=0.7, seed=seed) as server:
         assert b"".join(read(f"{server.url}/file") for _ in range(5)) == content * 5
         starts = [int(str(asked).removeprefix("bytes=").removesuffix("-")) for _, asked in server.requests]
@@ -119,7 +119,7 @@ def test_dropped_connections_are_taken_up_where_they_broke(folder: Path, content
 
 @pytest.mark.parametrize("fault", ["drop", "busy", "short", "stall"])
 @pytest.mark.parametrize("ranges", [True, False])
-def test_faults_are_ridden_out(
+def test_faults_are_retried(
     folder: Path, content: bytes, fault: str, ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "TIMEOUT", 0.1)
@@ -129,7 +129,7 @@ def test_faults_are_ridden_out(
         assert server.dropped + server.busy + server.short + server.stalled > 1
 
 
-def test_a_server_that_is_gone_is_given_up(folder: Path, content: bytes) -> None:
+def test_an_unreachable_server_is_an_error(folder: Path, content: bytes) -> None:
     with serve(folder, busy=1.0) as server:
         with pytest.raises(OSError, match=rf"{server.url}/file can't be reached or read, 6 attempts failed: .*503"):
             read(f"{server.url}/file")
@@ -138,7 +138,7 @@ def test_a_server_that_is_gone_is_given_up(folder: Path, content: bytes) -> None
         read(f"{server.url}/file")
 
 
-def test_the_byte_reached_is_named(folder: Path, content: bytes) -> None:
+def test_the_error_names_the_byte_reached(folder: Path, content: bytes) -> None:
     with serve(folder) as server:
         file = open_remote(f"{server.url}/file")
         assert file.read(100) == content[:100]
@@ -148,7 +148,7 @@ def test_the_byte_reached_is_named(folder: Path, content: bytes) -> None:
             file.read()
 
 
-def test_progress_starts_the_count_of_attempts_anew(folder: Path, content: bytes) -> None:
+def test_progress_resets_the_count_of_attempts(folder: Path, content: bytes) -> None:
     """More breaks than ATTEMPTS in one file, each after some bytes."""
 
     class Crumbs(io.BytesIO):
@@ -174,7 +174,7 @@ def test_progress_starts_the_count_of_attempts_anew(folder: Path, content: bytes
 @pytest.mark.parametrize(
     "address", ["{folder}/nope", "{folder}", "{url}/nope", "memory://nope", "nope://a/b", "{url}/with space"]
 )
-def test_what_is_not_there_is_named_at_once(folder: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_not_retried(folder: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE", 100)
     with serve(folder) as server:
         address = address.format(folder=folder, url=server.url)
@@ -182,38 +182,38 @@ def test_what_is_not_there_is_named_at_once(folder: Path, address: str, monkeypa
             read(address)
 
 
-def test_a_start_behind_the_end_is_named(folder: Path) -> None:
+def test_a_start_after_the_end_is_an_error(folder: Path) -> None:
     with serve(folder) as server:
         for address in (f"{folder}/file", f"{server.url}/file"):
             with pytest.raises(ValueError, match=f"{address} has {SIZE} bytes; byte {SIZE + 1}"):
                 read(address, start=SIZE + 1)
 
 
-def test_a_command_that_fails_is_run_again_and_then_named(folder: Path, tmp_path: Path) -> None:
+def test_a_failing_command_is_retried_and_then_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"byte 5000, 6 attempts failed: the command failed with exit code 7"):
         read(f"pipe:echo >> {tmp_path}/runs; head -c 5000 {folder}/file; exit 7")
     assert (tmp_path / "runs").read_text() == "\n" * remote.ATTEMPTS
 
 
-def test_a_command_that_breaks_off_goes_on_where_it_was(folder: Path, content: bytes, tmp_path: Path) -> None:
+def test_a_command_that_breaks_off_resumes_at_its_byte(folder: Path, content: bytes, tmp_path: Path) -> None:
     command = f"echo >> {tmp_path}/runs; head -c $(($(wc -l < {tmp_path}/runs) * 250000)) {folder}/file"
     assert read(f"pipe:{command}", size=SIZE) == content
     assert read(f"pipe:rm {tmp_path}/runs; {command}") == content[:250000]  # it ended with code 0, so that is all
 
 
-def test_a_silent_command_is_ended_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_command_is_killed_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "TIMEOUT", 0.05)
     pause = f'{sys.executable} -c \'import time; open("{tmp_path}/pid", "a"); time.sleep(100)\''
     with seconds_below(10), pytest.raises(OSError, match=r"byte 1, 6 attempts failed: the command wrote nothing"):
         read(f"pipe:printf x; {pause} | cat")
 
 
-def test_closing_early_ends_the_command(folder: Path) -> None:
+def test_closing_early_kills_the_command(folder: Path) -> None:
     with seconds_below(5), open_remote(f"pipe:cat {folder}/file; sleep 100") as file:
         assert len(file.read(10)) == 10
 
 
-def test_an_object_store_that_breaks_is_read_on(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_read_from_an_object_store_resumes(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     class Expired(Exception):
         """Not an OSError, like the exceptions of back-ends."""
 
@@ -238,14 +238,14 @@ def test_a_missing_back_end_is_named() -> None:
             read("s3://bucket/x")
 
 
-def test_downloads_are_checked(folder: Path, content: bytes, tmp_path: Path) -> None:
+def test_downloads_are_compared_with_their_digest(folder: Path, content: bytes, tmp_path: Path) -> None:
     digest = hashlib.sha256(content).hexdigest()
     with serve(folder, drop=0.5, seed=3) as server:
         download(f"{server.url}/file", tmp_path / "copy", SIZE, digest)
     assert (tmp_path / "copy").read_bytes() == content
 
 
-def test_a_damaged_download_is_tried_again_and_leaves_nothing(folder: Path, content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_download_is_retried_and_leaves_no_file(folder: Path, content: bytes, tmp_path: Path) -> None:
     digest = hashlib.sha256(content).hexdigest()
     with serve(folder) as server:
         with pytest.raises(ValueError, match=rf"{server.url}/file has sha256 {digest}, not 00; "):
@@ -254,7 +254,7 @@ def test_a_damaged_download_is_tried_again_and_leaves_nothing(folder: Path, cont
     assert [path.name for path in tmp_path.iterdir()] == ["files"]
 
 
-def test_a_transfer_damaged_once_is_mended(folder: Path, content: bytes, tmp_path: Path) -> None:
+def test_a_transfer_damaged_once_is_retried(folder: Path, content: bytes, tmp_path: Path) -> None:
     """The first run of the command changes a byte."""
     first = f"test -e {tmp_path}/ran || (touch {tmp_path}/ran; printf '\\377\\377\\377\\377\\377')"
     digest = hashlib.sha256(content).hexdigest()

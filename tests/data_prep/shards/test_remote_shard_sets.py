@@ -41,7 +41,7 @@ def everything(shard_set: ShardSet) -> dict[str, tuple[list[list[int]], list[int
     return found
 
 
-def test_an_address_gives_what_the_folder_gives(address: str, shards: Path) -> None:
+def test_a_remote_set_equals_its_folder(address: str, shards: Path) -> None:
     remote, local = open_shard_set(address), open_shard_set(shards)
     assert (remote.digest, remote.path, remote.classes) == (local.digest, address, local.classes)
     assert np.array_equal(remote.palette, local.palette)
@@ -49,7 +49,7 @@ def test_an_address_gives_what_the_folder_gives(address: str, shards: Path) -> N
     assert remote.split("train").record(0)[0].tolist() == local.split("train").record(0)[0].tolist()
 
 
-def test_only_what_is_read_is_copied_and_only_once(server: Server, cache: Path) -> None:
+def test_only_shards_that_are_read_are_copied_and_only_once(server: Server, cache: Path) -> None:
     address = f"{server.url}/shards"
     for _ in range(2):
         shard_set = open_shard_set(address)
@@ -69,7 +69,7 @@ def first_token(address: str) -> int:
     return int(open_shard_set(address).split("train").record(0)[0][0, 0])
 
 
-def test_processes_may_ask_for_the_same_file_at_once(server: Server, shards: Path, cache: Path) -> None:
+def test_several_processes_may_download_the_same_file(server: Server, shards: Path, cache: Path) -> None:
     with ProcessPoolExecutor(4) as pool:
         found = set(pool.map(first_token, [f"{server.url}/shards"] * 8))
     assert found == {first_token(str(shards))}
@@ -95,7 +95,7 @@ def test_show_draws_a_remote_set(address: str, shards: Path, tmp_path: Path, run
     assert (tmp_path / "remote.png").read_bytes() == (tmp_path / "local.png").read_bytes()
 
 
-def test_a_file_that_changed_at_its_address(server: Server, shards: Path, cache: Path) -> None:
+def test_a_remote_file_that_changed_is_an_error(server: Server, shards: Path, cache: Path) -> None:
     tar = shards / "valid-000000.tar"
     content = bytearray(tar.read_bytes())
     content[700] ^= 1
@@ -124,7 +124,7 @@ def change_manifest(shards: Path, change: Callable[[Any], object]) -> None:
         (lambda shards: np.save(shards / "palette.npy", np.zeros((16, 3), np.float32)), r"palette\.npy has sha256"),
     ],
 )
-def test_what_is_wrong_at_an_address_is_named(
+def test_errors_of_remote_sets_name_the_url(
     harm: Callable[[Path], object], message: str, server: Server, shards: Path
 ) -> None:
     harm(shards)

@@ -82,12 +82,12 @@ def test_records_and_gather(handmade: tuple[Path, list[list[Record]]]) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 776])
-def test_an_image_that_is_not_there(index: int, handmade: tuple[Path, list[list[Record]]]) -> None:
+def test_an_index_out_of_range(index: int, handmade: tuple[Path, list[list[Record]]]) -> None:
     with pytest.raises(IndexError):
         open_shard_set(handmade[0]).split("train").gather(np.array([index]))
 
 
-def test_a_split_goes_to_other_processes(handmade: tuple[Path, list[list[Record]]]) -> None:
+def test_a_split_can_be_pickled(handmade: tuple[Path, list[list[Record]]]) -> None:
     import pickle
 
     split = open_shard_set(handmade[0]).split("train")
@@ -116,7 +116,7 @@ def test_tars_are_plain(handmade: tuple[Path, list[list[Record]]]) -> None:
         assert member.offset_data - member.offset == 512
 
 
-def test_the_digest_names_the_content(handmade: tuple[Path, list[list[Record]]]) -> None:
+def test_the_digest_depends_on_the_contents(handmade: tuple[Path, list[list[Record]]]) -> None:
     shard_set = open_shard_set(handmade[0])
     reordered = dict(reversed(list(shard_set.manifest.items())))
     assert manifest_digest(reordered) == shard_set.digest
@@ -161,7 +161,7 @@ def drop_last_record(shard: dict[str, Any]) -> None:
     shard["images"] = sum(shard["record_images"])
 
 
-def test_opening_finds_what_is_cheap_to_find(handmade: tuple[Path, list[list[Record]]]) -> None:
+def test_opening_checks_presence_and_sizes(handmade: tuple[Path, list[list[Record]]]) -> None:
     folder, _ = handmade
     shard = folder / "train-000001.tar"
     content = shard.read_bytes()
@@ -198,7 +198,7 @@ def test_a_manifest_that_was_changed(
         open_shard_set(folder).verify()
 
 
-def test_a_split_that_is_not_there(handmade: tuple[Path, list[list[Record]]]) -> None:
+def test_a_missing_split(handmade: tuple[Path, list[list[Record]]]) -> None:
     with pytest.raises(ValueError, match="no split 'valid'; it has train"):
         open_shard_set(handmade[0]).split("valid")
 

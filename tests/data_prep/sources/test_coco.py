@@ -118,7 +118,7 @@ def damage_coco(root: Path, how: str) -> None:
         ("other categories", "instances_val2017.json has other categories"),
     ],
 )
-def test_mistakes_about_coco_are_named(coco: Path, how: str, message: str) -> None:
+def test_errors_of_coco_are_named(coco: Path, how: str, message: str) -> None:
     damage_coco(coco, how)
     with pytest.raises(ValueError, match=message) as caught:
         opened("coco", coco)

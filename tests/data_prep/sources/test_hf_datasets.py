@@ -116,7 +116,7 @@ def test_missing_labels_are_minus_one(tmp_path: Path, table: Callable[..., Any])
     assert source.classes == []
 
 
-def test_two_columns_of_classes_have_to_be_told_apart(tmp_path: Path, table: Callable[..., Any], small: Small) -> None:
+def test_of_two_columns_of_classes_one_must_be_named(tmp_path: Path, table: Callable[..., Any], small: Small) -> None:
     table(slice(0, 9), coarse=datasets.ClassLabel(names=[*NAMES, "x"])).save_to_disk(tmp_path / "two")
     with pytest.raises(ValueError, match=r"source\.label_column .*label, coarse"):
         opened(tmp_path / "two")
@@ -124,19 +124,19 @@ def test_two_columns_of_classes_have_to_be_told_apart(tmp_path: Path, table: Cal
 
 
 @pytest.mark.parametrize("option", ["image_column", "label_column"])
-def test_a_column_that_is_not_there_is_named(option: str, tmp_path: Path, table: Callable[..., Any]) -> None:
+def test_a_missing_column_is_named(option: str, tmp_path: Path, table: Callable[..., Any]) -> None:
     table(slice(0, 9)).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=rf"source\.{option} is 'nope'"):
         opened(tmp_path / "saved", **{option: "nope"})
 
 
-def test_a_data_set_needs_a_training_split(tmp_path: Path, table: Callable[..., Any]) -> None:
+def test_a_dataset_needs_a_training_split(tmp_path: Path, table: Callable[..., Any]) -> None:
     datasets.DatasetDict({"test": table(slice(0, 9))}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="it must have train"):
         opened(tmp_path / "saved")
 
 
-def test_no_such_data_set(tmp_path: Path) -> None:
+def test_no_such_dataset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't be loaded as a Hugging Face data set"):
         opened(tmp_path / "nothing")
 

@@ -175,7 +175,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_every_image_before_the_damage_and_where_it_is(case: str, read: Callable[..., Outcome]) -> None:
+def test_images_before_the_damage_are_read_and_its_offset_is_reported(case: str, read: Callable[..., Outcome]) -> None:
     content, images, byte, what = HOSTILE[case]
     *before, last = read(content)
     assert isinstance(last, BadImage)
@@ -198,13 +198,13 @@ def test_a_lost_block_shifts_the_rest(read: Callable[..., Outcome]) -> None:
 
 
 @pytest.mark.parametrize("case", ["gzip, cut", "xz, cut"])
-def test_a_compressed_tar_gives_what_came_through(case: str, read: Callable[..., Outcome]) -> None:
+def test_a_damaged_compressed_tar_returns_the_images_before_the_damage(case: str, read: Callable[..., Outcome]) -> None:
     *before, _ = read(HOSTILE[case][0])
     assert [item.content for item in before if isinstance(item, Encoded)] == IMAGE_EXTENSIONS[: len(before)]
     assert len(before) < 5
 
 
-def test_a_changed_byte_in_gzip_is_noticed(read: Callable[..., Outcome]) -> None:
+def test_a_changed_byte_in_gzip_is_detected(read: Callable[..., Outcome]) -> None:
     """Noise can't be compressed, so a changed byte changes an image and the checksum, which is seen only if the file
     is read to its end: it is damage, or at least another image."""
     content = gzip.compress(COMPLETE, mtime=0)
@@ -230,7 +230,7 @@ def test_a_changed_byte_in_gzip_is_noticed(read: Callable[..., Outcome]) -> None
         COMPLETE[:-ENDS] + b"noise after the mark of the end".ljust(ENDS),
     ],
 )
-def test_whole_tars_of_every_make(content: bytes, read: Callable[..., Outcome]) -> None:
+def test_complete_tars_of_every_kind(content: bytes, read: Callable[..., Outcome]) -> None:
     assert [(item.content, item.label) for item in read(content) if isinstance(item, Encoded)] == list(
         zip(IMAGE_EXTENSIONS, range(5), strict=True)
     )
@@ -241,7 +241,9 @@ def test_a_tar_without_members_has_no_images(read: Callable[..., Outcome]) -> No
     assert read(tar_bytes([])) == []
 
 
-def test_what_is_no_file_is_passed_over_and_nothing_is_written(read: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_members_that_are_not_files_are_ignored_and_nothing_is_written(
+    read: Callable[..., Outcome], tmp_path: Path
+) -> None:
     outside = tmp_path / "outside.jpg"
     outside.write_bytes(b"secret")
     members = [
@@ -269,7 +271,7 @@ def test_long_and_foreign_names(kind: int, read: Callable[..., Outcome]) -> None
     assert [item.name.partition(".jpg in ")[0] for item in found] == names
 
 
-def test_names_that_are_no_utf8_can_be_printed(read: Callable[..., Outcome]) -> None:
+def test_names_that_are_not_utf8_can_be_printed(read: Callable[..., Outcome]) -> None:
     (found,) = read(tar_bytes([(b"caf\xe9.jpg".decode(errors="surrogateescape"), b"A")]))
     assert found.name.encode().startswith(b"caf\\udce9.jpg in ")
 
@@ -299,7 +301,7 @@ def test_a_bomb_takes_no_memory(read: Callable[..., Outcome]) -> None:
         assert len(found) == (6 if first.startswith(b"x.txt") else 1)
 
 
-def test_a_label_that_was_cut_off_is_not_taken_for_none(read: Callable[..., Outcome]) -> None:
+def test_an_image_with_a_truncated_label_does_not_become_unlabelled(read: Callable[..., Outcome]) -> None:
     """If the label follows its image, the last image before the damage is lost too."""
     pairs = tar_bytes([(f"{n}.{end}", b"%d" % n) for n in range(3) for end in ("jpg", "cls")])
     found = read(pairs[: 5 * 2 * BLOCK + 10])
@@ -341,7 +343,7 @@ def test_random_headers(read: Callable[..., Outcome]) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 700, 0o77777777777, base_256(1 << 60), base_256(-10_000)])
-def test_the_headers_made_here_are_believed(size: int | bytes) -> None:
+def test_the_headers_of_this_file_are_valid(size: int | bytes) -> None:
     """Otherwise the tests above would only show that tarfile finds the errors of this file."""
     expected = size if isinstance(size, int) else int.from_bytes(size[1:], "big", signed=True)
     assert tarfile.TarInfo.frombuf(header("x.jpg", size), "utf-8", "strict").size == expected

@@ -139,7 +139,7 @@ def pixels(content: bytes) -> bytes:
     return np.asarray(Image.open(io.BytesIO(content))).tobytes()
 
 
-def test_every_form_gives_the_same(root: Path, train: dict[str, bytes], val: dict[str, bytes]) -> None:
+def test_every_form_has_the_same_images(root: Path, train: dict[str, bytes], val: dict[str, bytes]) -> None:
     source = opened(root)
     assert source.facts["wnids"] == WNIDS
     assert source.classes == ["tench, Tinca tinca", "crane", "crane"]
@@ -161,7 +161,7 @@ def test_it_becomes_a_shard_set(root: Path, tmp_path: Path, run: Callable[..., A
 
 
 @pytest.mark.parametrize("root", ["extracted"], indirect=True)
-def test_mistakes_are_named(root: Path) -> None:
+def test_errors_are_named(root: Path) -> None:
     truth = root / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
     whole = truth.read_text()
     truth.write_text(whole + "1\n")
@@ -180,7 +180,7 @@ def test_mistakes_are_named(root: Path) -> None:
 
 
 @pytest.mark.parametrize("root", ["tars"], indirect=True)
-def test_a_cut_off_tar_is_named(root: Path) -> None:
+def test_a_truncated_tar_is_named(root: Path) -> None:
     tar = root / "ILSVRC2012_img_train.tar"
     tar.write_bytes(tar.read_bytes()[:-12_000])
     with pytest.raises(ValueError, match=r"ILSVRC2012_img_train\.tar.* is truncated"):

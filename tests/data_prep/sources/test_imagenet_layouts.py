@@ -176,7 +176,7 @@ def damage_imagenet(root: Path, how: str) -> None:
         ("strange class", "has the class n02083346, which is not in .*meta.mat"),
     ],
 )
-def test_mistakes_about_imagenet_are_named(imagenet: Path, how: str, message: str) -> None:
+def test_errors_of_imagenet_are_named(imagenet: Path, how: str, message: str) -> None:
     damage_imagenet(imagenet, how)
     with pytest.raises(ValueError, match=message) as caught:
         opened("imagenet", imagenet)
@@ -219,7 +219,7 @@ def test_a_damaged_tar_of_imagenet_is_named(imagenet: Path, tmp_path: Path, wher
         opened("imagenet", packed)
 
 
-def test_a_tar_that_shrinks_gives_bad_images(imagenet: Path, tmp_path: Path) -> None:
+def test_a_tar_that_shrinks_has_bad_images(imagenet: Path, tmp_path: Path) -> None:
     layouts.pack_imagenet(imagenet, tmp_path / "packed")
     images = opened("imagenet", tmp_path / "packed").splits["test"]
     with (tmp_path / "packed/ILSVRC2012_img_val.tar").open("r+b") as file:

@@ -17,7 +17,7 @@ def opened(**counts: int) -> dict[str, Windows]:
     return splits  # type: ignore[return-value]
 
 
-def test_windows_lie_within_the_photograph_and_have_their_sizes() -> None:
+def test_windows_are_within_the_photograph_and_have_their_sizes() -> None:
     height, width = 300, 451
     for split, boxes in draw_windows(height, width, COUNTS, label=1).items():
         assert len(boxes) == COUNTS[split]
@@ -82,13 +82,13 @@ def test_the_windows_are_those_of_earlier_versions() -> None:
     }
 
 
-def test_more_windows_of_one_split_leave_the_others_as_they_are() -> None:
+def test_more_windows_of_one_split_do_not_change_the_others() -> None:
     few, many = (opened(train_per_class=5, valid_per_class=count, test_per_class=3) for count in (2, 40))
     for split in ("train", "test"):
         assert (few[split].boxes == many[split].boxes).all()
 
 
-def test_the_fingerprint_tells_counts_apart() -> None:
+def test_the_fingerprint_depends_on_the_counts() -> None:
     configs = [
         SourceConfig(kind="photographs", train_per_class=train, valid_per_class=valid, test_per_class=test)
         for train, valid, test in ((5, 5, 5), (6, 5, 5), (5, 6, 5), (5, 5, 6))

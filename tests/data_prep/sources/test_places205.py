@@ -79,7 +79,7 @@ Change = Callable[[str], str]
         ("train", lambda text: text.replace("yard", "yurt"), "puts class 3 into y/yard/ and y/yurt/"),
     ],
 )
-def test_mistakes_in_the_lists_of_places205_are_named(places205: Path, name: str, change: Change, message: str) -> None:
+def test_errors_in_the_lists_of_places205_are_named(places205: Path, name: str, change: Change, message: str) -> None:
     for one in ("train", "val") if name == "both" else (name,):
         file = places205 / f"trainvalsplit_places205/{one}_places205.csv"
         file.write_text(change(file.read_text()))

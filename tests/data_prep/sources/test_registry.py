@@ -29,7 +29,7 @@ def open_source(config):
 '''
 
 
-def test_a_new_source_is_a_file_and_a_line(
+def test_a_new_source_is_a_file_and_an_entry(
     tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "toy_squares.py").write_text(TOY)
@@ -98,7 +98,7 @@ def open_source(config):
     ids=str,
 )
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_source_must_not_give(
+def test_invalid_labels_and_shapes_of_a_source(
     wrong: dict[str, Any],
     message: str,
     workers: int,
@@ -127,7 +127,7 @@ def test_an_unknown_kind_ends_before_anything_is_read(tmp_path: Path, run: Calla
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_line_names_a_module_and_options_that_exist(name: str) -> None:
+def test_every_entry_names_an_existing_module_and_options(name: str) -> None:
     kind = SOURCES[name]
     assert callable(import_module(kind.module).open_source)
     assert set(kind.options) <= {option.name for option in fields(SourceConfig)}

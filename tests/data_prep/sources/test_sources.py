@@ -27,7 +27,7 @@ def opened(kind: str, path: Path, **options: object) -> Source:
 # --- image folder
 
 
-def test_folder_gives_every_image_with_its_class(folder: Path, small: Small) -> None:
+def test_folder_has_every_image_with_its_class(folder: Path, small: Small) -> None:
     source = opened("image_folder", folder)
     assert source.classes == CLASSES
     assert {name: len(images) for name, images in source.splits.items()} == {"train": 48, "test": 12}
@@ -36,7 +36,7 @@ def test_folder_gives_every_image_with_its_class(folder: Path, small: Small) -> 
     assert (all_images(source.splits["train"]) == small[0][~test]).all()
 
 
-def test_folder_may_bring_a_validation_split_and_subfolders(folder: Path, small: Small) -> None:
+def test_folder_may_have_a_validation_split_and_subfolders(folder: Path, small: Small) -> None:
     write_folder(folder / "val", small[0][:2], small[1][:2])
     deep = folder / "train/cat/more/deep"
     deep.mkdir(parents=True)
@@ -47,7 +47,7 @@ def test_folder_may_bring_a_validation_split_and_subfolders(folder: Path, small:
     assert {name: len(images) for name, images in source.splits.items()} == {"train": 48, "valid": 2, "test": 12}
 
 
-def test_adding_a_image_changes_the_fingerprint(folder: Path) -> None:
+def test_adding_an_image_changes_the_fingerprint(folder: Path) -> None:
     before = opened("image_folder", folder).fingerprint
     assert opened("image_folder", folder).fingerprint == before
     (folder / "train/cat/one_more.jpg").touch()
@@ -117,7 +117,7 @@ def test_a_missing_batch_is_named(write_cifar: Callable[[str, str], Path]) -> No
         opened("cifar10", folder)
 
 
-def test_labels_outside_the_classes_are_refused(write_cifar: Callable[[str, str], Path]) -> None:
+def test_labels_outside_the_classes_are_an_error(write_cifar: Callable[[str, str], Path]) -> None:
     folder = write_cifar("cifar10", "binary")
     content = bytearray((folder / "test_batch.bin").read_bytes())
     content[0] = 10

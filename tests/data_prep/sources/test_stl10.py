@@ -83,7 +83,7 @@ def test_stl10_without_its_unlabelled_part_does_not_need_it(stl10: Path) -> None
         ("train_y.bin", lambda content: b"\x0b" + content[1:], "train_y.bin has a label outside 1 to 10"),
     ],
 )
-def test_mistakes_about_stl10_are_named(
+def test_errors_of_stl10_are_named(
     stl10: Path, name: str, change: Callable[[bytes], bytes] | None, message: str
 ) -> None:
     if change is None:

@@ -147,7 +147,7 @@ def test_a_damaged_tar_does_not_hide_the_next_of_its_shard(img2dataset: Path) ->
     assert found[-40:] == images(opened(img2dataset / "{00001,00002}.tar"))
 
 
-def test_every_address_reads_the_same(img2dataset: Path) -> None:
+def test_every_kind_of_url_reads_the_same(img2dataset: Path) -> None:
     expected = contents(images(opened(img2dataset, label_column="class")))
     with serve(img2dataset) as server:
         for path in (
@@ -172,7 +172,7 @@ def test_names_of_remote_sources() -> None:
     assert len(opened("s3://bucket/{00000..00099}.tar", tars_per_shard=8).streams["train"]) == 13
 
 
-def test_dropped_connections_lose_nothing(img2dataset: Path) -> None:
+def test_dropped_connections_lose_no_image(img2dataset: Path) -> None:
     expected = contents(images(opened(img2dataset)))
     for seed in range(3):
         with serve(img2dataset, drop=0.7, seed=seed) as server:
@@ -180,7 +180,7 @@ def test_dropped_connections_lose_nothing(img2dataset: Path) -> None:
         assert server.dropped
 
 
-def test_a_compressed_tar_over_a_bad_line(img2dataset: Path) -> None:
+def test_a_compressed_tar_over_broken_connections(img2dataset: Path) -> None:
     expected = contents(images(opened(img2dataset / "00000.tar")))
     (img2dataset / "odd.tar").write_bytes(gzip.compress((img2dataset / "00000.tar").read_bytes()))
     with serve(img2dataset, drop=0.6, busy=0.2, seed=3) as server:
@@ -188,7 +188,7 @@ def test_a_compressed_tar_over_a_bad_line(img2dataset: Path) -> None:
         assert server.dropped
 
 
-def test_a_network_that_fails_is_no_damaged_tar(img2dataset: Path) -> None:
+def test_a_network_failure_is_not_a_damaged_tar(img2dataset: Path) -> None:
     with serve(img2dataset, busy=1.0) as server, pytest.raises(OSError, match=r"00000\.tar can't be reached"):
         items(opened(f"{server.url}/00000.tar"))
     for end in ("; exit 3", " | gunzip"):  # a failing command, one that can't read its input
@@ -224,17 +224,17 @@ def test_the_order_within_a_key_does_not_matter(tmp_path: Path) -> None:
     ) == [("A", 1), ("B", 2), ("C", 3), ("D", -1)]
 
 
-def test_of_several_images_of_a_key_the_photograph_counts(tmp_path: Path) -> None:
+def test_of_several_images_with_one_key_the_photograph_is_used(tmp_path: Path) -> None:
     members = [("a.png", b"mask"), ("a.jpg", b"A"), ("b.jpg", b"B"), ("b.png", b"mask"), ("b.seg.jpg", b"mask")]
     assert read_members(tmp_path, *members) == [("A", -1), ("B", -1)]
 
 
-def test_a_key_that_comes_again_is_another_image(tmp_path: Path) -> None:
+def test_a_repeated_key_is_another_image(tmp_path: Path) -> None:
     members = [("a.jpg", b"A"), ("b.jpg", b"B"), ("a.jpg", b"C"), ("a.cls", b"1"), ("a.jpg", b"D"), ("a.cls", b"2")]
     assert read_members(tmp_path, *members) == [("A", -1), ("B", -1), ("C", 1), ("D", 2)]
 
 
-def test_keys_without_a_image_are_counted(tmp_path: Path) -> None:
+def test_keys_without_an_image_are_counted(tmp_path: Path) -> None:
     members = [("a.json", b"{}"), ("a.txt", b""), ("b.jpg", b"B"), ("c.v2.jpg", b"C")]
     assert read_members(tmp_path, *members) == [
         ("not a picture", "it has .json, .txt, but no .jpg, .png or the like"),
@@ -244,7 +244,7 @@ def test_keys_without_a_image_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["cat", "-1", "1.0", "", "1 2", "\xff", "1" * 5000, "2147483648", "1_0", "٣"])
-def test_a_class_that_is_no_class(tmp_path: Path, text: str) -> None:
+def test_an_invalid_class(tmp_path: Path, text: str) -> None:
     found = read_members(tmp_path, ("a.jpg", b"A"), ("a.cls", text.encode("utf-8")), ("b.jpg", b"B"), ("b.cls", b"0"))
     assert (found[0][0], found[1]) == ("damaged", ("B", 0))
     assert "its label is" in found[0][1] and len(found[0][1]) < 120
@@ -285,7 +285,7 @@ def test_memory_holds_one_image(tmp_path: Path) -> None:
     assert peak < 2_000_000, peak
 
 
-def test_the_fingerprint_sees_names_and_sizes(img2dataset: Path) -> None:
+def test_the_fingerprint_depends_on_names_and_sizes(img2dataset: Path) -> None:
     before = opened(img2dataset).fingerprint
     assert opened(img2dataset / "{00000..00002}.tar").fingerprint == before
     (img2dataset / "00002.tar").write_bytes((img2dataset / "00002.tar").read_bytes() + bytes(512))
@@ -312,7 +312,7 @@ def test_a_wrong_path_is_named(img2dataset: Path, path: str, message: str) -> No
         opened(path.format(folder=img2dataset))
 
 
-def test_splits_side_by_side_are_not_all_taken_for_training(tmp_path: Path, small: Small) -> None:
+def test_tars_of_several_splits_in_one_folder_are_an_error(tmp_path: Path, small: Small) -> None:
     for name in ("imagenet-train-000000.tar", "imagenet-val-000000.tar"):
         write_classes(tmp_path / name, small, slice(0, 2))
     with pytest.raises(ValueError, match=r"has tars of train and val in one folder"):
@@ -320,13 +320,13 @@ def test_splits_side_by_side_are_not_all_taken_for_training(tmp_path: Path, smal
     assert len(images(opened(tmp_path / "imagenet-train-{000000..000000}.tar"))) == 2
 
 
-def test_a_split_alone_is_no_source(tmp_path: Path, small: Small) -> None:
+def test_a_source_needs_a_training_split(tmp_path: Path, small: Small) -> None:
     write_classes(tmp_path / "val/000000.tar", small, slice(0, 2))
     with pytest.raises(ValueError, match=r"has a folder valid/ but no train/"):
         opened(tmp_path)
 
 
-def test_a_remote_tar_that_is_not_there_is_named(img2dataset: Path) -> None:
+def test_a_missing_remote_tar_is_named(img2dataset: Path) -> None:
     with serve(img2dataset) as server, pytest.raises(ValueError, match=r"/00003\.tar can't be read: HTTP 404"):
         items(opened(f"{server.url}/{{00002..00003}}.tar"))
 
@@ -360,7 +360,7 @@ def test_skips_of_tars_are_counted(img2dataset: Path, tmp_path: Path, run: Calla
     assert [skip["reason"] for skip in skips] == ["damaged tar"]
 
 
-def test_a_server_that_is_gone_ends_the_command(tmp_path: Path, img2dataset: Path, run: Callable[..., Any]) -> None:
+def test_an_unreachable_server_ends_the_command(tmp_path: Path, img2dataset: Path, run: Callable[..., Any]) -> None:
     options = ["--source.kind", "webdataset", "--resolution", "8", "--palette.colors", "16", "--workers", "1"]
     with serve(img2dataset, drop=0.5, seed=1) as server:
         good = [*options, "--source.path", f"{server.url}/{{00000..00002}}.tar", "--out", tmp_path / "shards"]
