@@ -2,8 +2,8 @@
 
 import logging
 
-# transformers imports torchao wherever it is installed. At import torchao logs which of its own kernels it could not load
-# (none of them is used here), and torch logs that torchao registers enumerations in an outdated way.
+# transformers imports torchao if it is installed. On import, torchao logs which of its kernels it could not load (this
+# project uses none of them), and torch logs that torchao registers its enumerations in a deprecated way.
 logging.getLogger("torchao").addFilter(lambda record: not str(record.msg).startswith("Failed to load "))
 logging.getLogger("torchao.kernel.intmm").addFilter(lambda record: "no triton" not in str(record.msg))
 logging.getLogger("torch.utils._pytree").addFilter(

@@ -1,28 +1,46 @@
 """The configuration of a training run: dataclasses filled from a YAML file and dotted overrides."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pipeline.layout import BatchConfig, ParallelConfig
 from pipeline.schedule import ScheduleConfig
 from pipeline.value_checks import require_minimums, require_positive
 
 FLOAT8_MULTIPLE = 16
-"""Of which the dimensions of a float8 product must be multiples: widths, and in a weight's gradient the tokens."""
+"""The dimensions of a float8 matrix product must be multiples of this: the widths, and the tokens of a micro-batch."""
+
+
+class ModelShape(NamedTuple):
+    """Depth, width and heads of a model; a head has width / heads dimensions."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+SIZES = {
+    "s": ModelShape(layers=24, width=512, heads=8),
+    "m": ModelShape(layers=36, width=1024, heads=8),
+    "l": ModelShape(layers=48, width=1536, heads=16),
+    # The head count of XL was never published; 24 gives the usual 128 dimensions a head. It changes no parameter count.
+    "xl": ModelShape(layers=60, width=3072, heads=24),
+}
+"""The paper's sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Either a published size, or layers, width and heads one by one."""
+    """The model: a size of the paper, or layers, width and heads; each of these that is set overrides the size's."""
 
     size: Literal["s", "m", "l", "xl"] | None = None
-    """A size of the paper: s 76M, m 455M, l 1.4B, xl 6.8B parameters."""
+    """A size of the paper: s 76M, m 455M, l 1.4B, xl 6.8B parameters; null to set layers, width and heads instead."""
     layers: int | None = None
-    """Number of blocks."""
+    """Number of blocks; null takes the size's."""
     width: int | None = None
-    """Width of the residual stream."""
+    """Width of the residual stream; null takes the size's."""
     heads: int | None = None
-    """Attention heads a block; they share the width."""
+    """Attention heads of each block; must divide the width; null takes the size's."""
     resolution: int = 32
     """Pixels a side; a sequence has resolution * resolution tokens."""
     block: Literal["igpt", "gpt2"] = "igpt"
@@ -31,18 +49,22 @@ class ModelConfig:
     """Probability of dropping embeddings, attention weights and residual branches; the paper trained without."""
 
     def __post_init__(self) -> None:
-        own = (self.layers, self.width, self.heads)
-        if self.size is None and None in own:
+        if self.size is None and None in (self.layers, self.width, self.heads):
             raise ValueError(
                 "model.size is not set; set it to s, m, l or xl, or set model.layers, model.width and model.heads."
             )
-        if self.size is not None and own != (None, None, None):
-            raise ValueError("model.size and model.layers/width/heads exclude each other; leave one of them out.")
         require_minimums("model", self, layers=1, width=1, heads=1, resolution=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if self.width is not None and self.heads is not None and self.width % self.heads:
-            raise ValueError(f"model.width is {self.width}; it must be a multiple of model.heads, {self.heads}.")
+        if self.shape.width % self.shape.heads:
+            raise ValueError(
+                f"model.width is {self.shape.width}; it must be a multiple of model.heads, {self.shape.heads}."
+            )
+
+    @property
+    def shape(self) -> ModelShape:
+        """Layers, width and heads: those of the size, overridden by the ones that are set."""
+        return ModelShape(**_shape_values(asdict(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,10 +259,9 @@ class TrainConfig:
         for setting, reason in refused.items():
             if reason:
                 raise ValueError(f"precision is fp8; with {setting} it must be bf16 or fp32: {reason}.")
-        if self.model.width is not None and self.model.width % FLOAT8_MULTIPLE:
-            raise ValueError(
-                f"model.width is {self.model.width}; with precision fp8 it must be a multiple of {FLOAT8_MULTIPLE}."
-            )
+        width = self.model.shape.width
+        if width % FLOAT8_MULTIPLE:
+            raise ValueError(f"model.width is {width}; with precision fp8 it must be a multiple of {FLOAT8_MULTIPLE}.")
         if self.batch.micro_size * positions % FLOAT8_MULTIPLE:
             raise ValueError(
                 f"batch.micro_size is {self.batch.micro_size}; with precision fp8 its images of {positions} pixels "
@@ -264,13 +285,39 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two plain configurations, each with (old, new)."""
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two plain configurations, each with (old, new).
+
+    `model.size` and the layers, width and heads that it stands for are the same model: spelling one as the other is not
+    a change. Where the models differ, a null of layers, width or heads is replaced by the size's value.
+    """
+    changes = _changed_keys(old, new)
+    before, after = (_shape_values(config.get("model")) for config in (old, new))
+    for name in ModelShape._fields:
+        key = f"model.{name}"
+        if key in changes:
+            changes[key] = (before[name], after[name])
+            if before[name] == after[name]:
+                del changes[key]
+    if before == after:
+        changes.pop("model.size", None)
+    return changes
+
+
+def _shape_values(model: Any) -> dict[str, Any]:
+    """Layers, width and heads of a plain `model` section: its own values, or the size's where they are null."""
+    model = model if isinstance(model, dict) else {}
+    size = SIZES.get(str(model.get("size")))
+    defaults = dict.fromkeys(ModelShape._fields) if size is None else size._asdict()
+    return {name: default if model.get(name) is None else model[name] for name, default in defaults.items()}
+
+
+def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     changes: dict[str, tuple[Any, Any]] = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            changes |= changed_keys(before, after, f"{prefix}{key}.")
+            changes |= _changed_keys(before, after, f"{prefix}{key}.")
         elif before != after:
             changes[prefix + key] = (before, after)
     return changes

@@ -11,7 +11,6 @@ Letters in shape comments: B images, T positions, D width, V colors, H heads, L 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,23 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import ModelConfig
 from pipeline.model.seeding import torch_generator
-
-
-class Size(NamedTuple):
-    """Depth, width and heads of a model; a head has width / heads dimensions."""
-
-    layers: int
-    width: int
-    heads: int
-
-
-SIZES = {
-    "s": Size(layers=24, width=512, heads=8),
-    "m": Size(layers=36, width=1024, heads=8),
-    "l": Size(layers=48, width=1536, heads=16),
-    # The head count of XL was never published; 24 gives the usual 128 dimensions a head. It changes no parameter count.
-    "xl": Size(layers=60, width=3072, heads=24),
-}
 
 BLOCKS = ("igpt", "gpt2")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -50,15 +32,10 @@ def gpt2_config(model: ModelConfig, colors: int = 512, objective: str = "next_co
     `objective` too and attends in both directions (`is_causal`), and its row for SOS stands for a hidden color: zero,
     and never learned.
     """
-    if model.size is not None:
-        size = SIZES[model.size]
-    else:
-        assert model.layers and model.width and model.heads, "ModelConfig checks this"
-        size = Size(model.layers, model.width, model.heads)
     return GPT2Config(
-        n_layer=size.layers,
-        n_embd=size.width,
-        n_head=size.heads,
+        n_layer=model.shape.layers,
+        n_embd=model.shape.width,
+        n_head=model.shape.heads,
         n_positions=model.resolution**2,
         vocab_size=colors + 1,
         activation_function="quick_gelu" if model.block == "igpt" else "gelu_new",

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+import yaml
 
 from pipeline.command_line import parse_training
+from pipeline.config import changed_keys, to_dict
+from pipeline.model.gpt import gpt2_config
 from tests.pipeline.conftest import Runner
 
 Sentence = Callable[[list[str]], str]
@@ -45,7 +48,11 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "no such decay": ({"schedule.decay": "square"}, "schedule.decay is 'square'; it must be one of cosine, constant"),
     "below its least": ({"batch.micro_size": 0}, "batch.micro_size is 0; it must be at least 1"),
     "heads do not divide": ({"model.heads": 3}, "model.width is 32; it must be a multiple of model.heads, 3"),
-    "size and layers": ({"model.size": "s"}, "model.size and model.layers/width/heads exclude each other"),
+    "heads that do not divide the size's width": (
+        {"model.size": "s", "model.width": "null", "model.heads": 7},
+        "model.width is 512; it must be a multiple of model.heads, 7",
+    ),
+    "neither size nor layers": ({"model.layers": "null"}, "model.size is not set; set it to s, m, l or xl, or set"),
     "batch does not divide": ({"batch.micro_size": 3}, "batch.global_size is 8; it must be a multiple"),
     "warm-up too long": ({"schedule.warmup_steps": 40}, "schedule.warmup_steps is 40; it must be below"),
     "no shard set": ({"data.shards": "/nowhere/shards"}, "/nowhere/shards does not exist"),
@@ -142,6 +149,50 @@ def test_a_run_keeps_its_model_and_its_order(
         runner.arguments("run", schedule__steps=50, **changed)[2:]
     )
     assert (run / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        (["--model.layers", "4"], (4, 512, 8)),
+        (["--model.width", "256", "--model.heads", "4"], (24, 256, 4)),
+        (["--model.layers=4", "--model.width=64", "--model.heads=2"], (4, 64, 2)),
+        (["--model.size=null", "--model.layers=4", "--model.width=64", "--model.heads=2"], (4, 64, 2)),
+        (["--model.size=m", "--model.layers=4"], (4, 1024, 8)),
+    ],
+)
+def test_layers_width_and_heads_override_the_size_of_a_recipe(options: list[str], shape: tuple[int, int, int]) -> None:
+    config, _ = parse_training(["--config", "configs/igpt_s.yaml", "--run", "RUN", *options])
+    model = gpt2_config(config.model)
+    assert config.model.shape == (model.n_layer, model.n_embd, model.n_head) == shape
+
+
+@pytest.mark.parametrize(
+    ("saved", "options", "changed"),
+    [
+        ({"size": "s"}, ["--model.size", "s"], {}),
+        ({"size": "s"}, ["--model.size", "s", "--model.layers", "24"], {}),
+        ({"size": "s"}, ["--model.size=null", "--model.layers=24", "--model.width=512", "--model.heads=8"], {}),
+        ({"layers": 4, "width": 512, "heads": 8}, ["--model.size", "s", "--model.layers", "4"], {}),
+        ({"size": "s"}, ["--model.size", "m"], {"model.size": ("s", "m")}),
+        ({"size": "s"}, ["--model.size", "s", "--model.layers", "4"], {"model.layers": (24, 4)}),
+    ],
+)
+def test_a_size_and_the_shape_it_stands_for_are_the_same_model(
+    saved: dict[str, object], options: list[str], changed: dict[str, object]
+) -> None:
+    """A config.yaml of an earlier run resumes with either spelling; a change names the values that count."""
+    new, _ = parse_training(["--run", "RUN", *options])
+    nothing: dict[str, object] = {"size": None, "layers": None, "width": None, "heads": None}
+    earlier = to_dict(new)
+    earlier["model"] = earlier["model"] | nothing | saved
+    assert changed_keys(earlier, to_dict(new)) == changed
+
+
+def test_a_run_with_an_overridden_size_resumes_with_its_own_config(tmp_path: Path) -> None:
+    config, _ = parse_training(["--run", str(tmp_path), "--config", "configs/igpt_s.yaml", "--model.layers", "4"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert parse_training(["--run", str(tmp_path)])[0] == config
 
 
 def test_overrides_win_over_a_config_that_comes_later(runner: Runner) -> None:
