@@ -1,4 +1,4 @@
-"""What every task is given: the model, the shard set, the ranks, and the pictures of a split in fixed batches."""
+"""What every task is given: the model, the shard set, the ranks, and the images of a split in fixed batches."""
 
 import logging
 from collections.abc import Callable, Container, Iterator
@@ -30,8 +30,8 @@ GROUP_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Some pictures of one split, in file order."""
+class ImageSubset:
+    """Some images of one split, in file order."""
 
     split: Split
     indices: np.ndarray  # int64 (N,)
@@ -41,7 +41,7 @@ class Pictures:
         return len(self.indices)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Palette indices, uint16 (n, T), of the pictures start..stop of this selection."""
+        """Palette indices, uint16 (n, T), of the images start..stop of this selection."""
         return self.split.gather(self.indices[start:stop])[0]
 
 
@@ -51,24 +51,24 @@ def split_labels(split: Split) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int32), *labels])
 
 
-def choose_pictures(
+def choose_images(
     shards: ShardSet, split_name: str, *, limit: int | None, seed: int, labelled: bool = False
-) -> Pictures:
-    """All pictures of a split, or a random `limit` of them that depends on (seed, split name) alone.
+) -> ImageSubset:
+    """All images of a split, or a random `limit` of them that depends on (seed, split name) alone.
 
-    With `labelled`, unlabelled pictures are excluded. Raises ValueError if the split is absent, or if
+    With `labelled`, unlabelled images are excluded. Raises ValueError if the split is absent, or if
     labels are wanted and it has none.
     """
     split = shards.split(split_name)
     labels = split_labels(split)
     indices = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
     if not len(indices):
-        what = "labelled pictures" if labelled else "pictures"
+        what = "labelled images" if labelled else "images"
         raise ValueError(f"{shards.path} has no {what} in its split {split_name}; this task needs some.")
     if limit is not None and limit < len(indices):
         chosen = generator(seed, "evaluate", split_name).choice(indices, limit, replace=False)
         indices = np.sort(chosen)
-    return Pictures(split, indices.astype(np.int64), labels[indices])
+    return ImageSubset(split, indices.astype(np.int64), labels[indices])
 
 
 @dataclass(frozen=True)
@@ -118,38 +118,36 @@ class Evaluation:
         """True on the one rank that prints and writes for all."""
         return self.accelerator.is_main_process
 
-    def pictures(self, split_name: str, *, labelled: bool = False) -> Pictures:
-        """`choose_pictures` with this evaluation's seed and caps."""
+    def images(self, split_name: str, *, labelled: bool = False) -> ImageSubset:
+        """`choose_images` with this evaluation's seed and caps."""
         limit = self.sizes.limit(split_name)
-        return choose_pictures(self.shards, split_name, limit=limit, seed=self.seed, labelled=labelled)
+        return choose_images(self.shards, split_name, limit=limit, seed=self.seed, labelled=labelled)
 
     def batches(
-        self, pictures: Pictures, label: str, done: Container[int] = ()
+        self, images: ImageSubset, label: str, done: Container[int] = ()
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """This rank's batches: (their place in `pictures`, tokens long (B, T) on the device).
+        """This rank's batches: (their place in `images`, tokens long (B, T) on the device).
 
-        Batch k goes to rank k modulo the ranks. A batch holds the same pictures whatever the number of
-        ranks, so that what is computed from it has the same bits. Batches whose first picture is in `done` are left
+        Batch k goes to rank k modulo the ranks. A batch holds the same images whatever the number of
+        ranks, so that what is computed from it has the same bits. Batches whose first image is in `done` are left
         out before they are shared.
         """
         size, ranks = self.sizes.batch_size, self.accelerator.num_processes
-        starts = [start for start in range(0, len(pictures), size) if start not in done]
-        left = sum(min(size, len(pictures) - start) for start in starts)
+        starts = [start for start in range(0, len(images), size) if start not in done]
+        left = sum(min(size, len(images) - start) for start in starts)
         with self.progress(label, left) as advance:
             for number, start in enumerate(starts[self.accelerator.process_index :: ranks]):
-                tokens = self.on_device(pictures.tokens(start, start + size))  # (B, T)
+                tokens = self.on_device(images.tokens(start, start + size))  # (B, T)
                 yield slice(start, start + len(tokens)), tokens
                 advance(min(size * ranks, left - number * size * ranks))
 
-    def batches_of(self, pictures: Pictures, part: slice) -> Iterator[tuple[slice, torch.Tensor]]:
+    def batches_of(self, images: ImageSubset, part: slice) -> Iterator[tuple[slice, torch.Tensor]]:
         """Every batch of a part of the images, whatever the rank: as `batches` gives them, without progress."""
         for start in range(part.start, part.stop, self.sizes.batch_size):
             place = slice(start, min(start + self.sizes.batch_size, part.stop))
-            yield place, self.on_device(pictures.tokens(place.start, place.stop))
+            yield place, self.on_device(images.tokens(place.start, place.stop))
 
-    def progress(
-        self, label: str, total: int, unit: str = "pictures"
-    ) -> AbstractContextManager[Callable[[int], object]]:
+    def progress(self, label: str, total: int, unit: str = "images") -> AbstractContextManager[Callable[[int], object]]:
         """The first rank's progress, on the assumption that the others keep step."""
         return progress(label, total, unit) if self.is_first else nullcontext(lambda _count: None)
 
@@ -179,11 +177,11 @@ def check_match(model: LoadedModel, folder: Path, shards: ShardSet) -> None:
     """Raises ValueError if the model has no palette, or the shard set has another palette or resolution."""
     if model.resolution != shards.resolution:
         raise ValueError(
-            f"{folder} is a model of {model.resolution}x{model.resolution} pictures but {shards.path} holds "
+            f"{folder} is a model of {model.resolution}x{model.resolution} images but {shards.path} holds "
             f"{shards.resolution}x{shards.resolution}; build the shard set at the model's resolution."
         )
     if model.palette is None:
-        raise ValueError(f"{folder} has no palette in preprocessor_config.json; without it tokens are not colours.")
+        raise ValueError(f"{folder} has no palette in preprocessor_config.json; without it tokens are not colors.")
     found = palette_sha256(model.palette)
     if found != shards.palette_sha256:
         raise ValueError(

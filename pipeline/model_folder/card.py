@@ -100,16 +100,16 @@ def _parameters(folder: Path, config: dict[str, Any]) -> int:
 def _what_it_is(config: dict[str, Any], parameters: int, record: TrainingRecord) -> str:
     side, colors = math.isqrt(config["n_positions"]), config["vocab_size"] - 1
     step = f", step {record.step:,}" if record.step is not None else ""
-    pictures = f" It was trained on {record.source}." if record.source else ""
+    images = f" It was trained on {record.source}." if record.source else ""
     short = unfinished(record.step, record.planned_steps)
     block = "stock GPT-2 blocks" if config["model_type"] == "gpt2" else "the paper's block"
-    task = "predicts hidden colours from all others" if _is_masked(config) else "predicts the next one"
+    task = "predicts hidden colors from all others" if _is_masked(config) else "predicts the next one"
     return (
         f"# Image GPT{step}\n\n"
-        f"A transformer that reads a picture as a row of palette colours and {task}, as in "
-        f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} pictures, {colors} colours, "
+        f"A transformer that reads an image as a row of palette colors and {task}, as in "
+        f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} images, {colors} colors, "
         f"{config['n_layer']} layers of {block}, width {config['n_embd']}, {config['n_head']} heads, "
-        f"{parameters:,} parameters.{pictures}" + (f"\n\n**{short}**" if short else "")
+        f"{parameters:,} parameters.{images}" + (f"\n\n**{short}**" if short else "")
     )
 
 
@@ -127,12 +127,12 @@ def _training(record: TrainingRecord) -> str:
     checkpoint, settings, starts, rows = record.checkpoint, record.settings, record.run.get("starts", []), record.rows
     packages = starts[-1]["packages"] if starts else {}
     lines = {
-        "Pictures": record.source,
+        "Images": record.source,
         "Shard set": _short(checkpoint.get("shards_digest")),
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
         "Steps": f"{record.step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else ""),
-        "Pictures seen": f"{checkpoint['images']:,}",
+        "Images seen": f"{checkpoint['images']:,}",
         "Batch": _chosen(settings, "batch", "global_size"),
         "Optimiser": _optimiser(settings),
         "Schedule": _schedule(settings),
@@ -176,7 +176,7 @@ def _schedule(settings: dict[str, Any]) -> str | None:
 def _augmentation(settings: dict[str, Any]) -> str | None:
     chosen = settings.get("data", {})
     flip = ["random flips"] if chosen.get("flip") else []
-    crop = [f"random crops of pictures padded by {chosen['reflect_crop']}"] if chosen.get("reflect_crop") else []
+    crop = [f"random crops of images padded by {chosen['reflect_crop']}"] if chosen.get("reflect_crop") else []
     return ", ".join(flip + crop) or ("none" if chosen else None)
 
 

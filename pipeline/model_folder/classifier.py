@@ -28,7 +28,7 @@ HEAD_NAME = "score.weight"
 
 
 class Classifier(nn.Module):
-    """A model of pictures and its class head."""
+    """A model of images and its class head."""
 
     def __init__(self, model: GPT2LMHeadModel, classes: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def forward(self, inputs: torch.Tensor, generative: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Of inputs long (B, T), logits: of colours (B, T, V), None unless `generative`; of classes, fp32 (B, C)."""
+        """Of inputs long (B, T), logits: of colors (B, T, V), None unless `generative`; of classes, fp32 (B, C)."""
         states = self.model.transformer(inputs).last_hidden_state  # (B, T, D), after ln_f
         pooled = states.mean(dim=1, dtype=torch.float32)  # (B, D)
         with torch.autocast(inputs.device.type, enabled=False):
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         return (self.model.lm_head(states) if generative else None), class_logits
 
     def prepare_training(self, *, generative: bool, recompute: bool) -> None:
-        """Trains the colours' head only if `generative`; recomputes blocks in the backward pass if asked to."""
+        """Trains the colors' head only if `generative`; recomputes blocks in the backward pass if asked to."""
         self.model.lm_head.requires_grad_(generative)
         if recompute:
             self.model.activation_checkpointing_enable({"use_reentrant": False})

@@ -3,7 +3,7 @@
 A folder is published only after transformers has loaded it and given our logits. The names of the weights are the same
 on both sides. ImageGPT keeps its projections as (in, out) with a bias; ours are bias-free `nn.Linear`, (out, in).
 
-A model of hidden colours attends both ways, and transformers would read it as one that sees only what came before. Its
+A model of hidden colors attends both ways, and transformers would read it as one that sees only what came before. Its
 folder has a `model_type` of ours, which transformers refuses, and our names and shapes.
 """
 
@@ -81,7 +81,7 @@ class LoadedModel:
     """Pixels a side."""
     block: str
     mask_probability: float | None = None
-    """Of a colour to be hidden, for a model of hidden colours; None for one of the next colour."""
+    """Of a color to be hidden, for a model of hidden colors; None for one of the next color."""
 
 
 def save_model_folder(
@@ -145,7 +145,7 @@ def load_model_folder(folder: Path) -> LoadedModel:
 
 
 def is_masked(config: GPT2Config) -> bool:
-    """Whether a model of ours predicts hidden colours, from all others."""
+    """Whether a model of ours predicts hidden colors, from all others."""
     return not getattr(config, "is_causal", True)
 
 
@@ -191,7 +191,7 @@ def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, fol
         bos_token_id=config.colors,
         do_sample=True,
         top_k=0,
-        max_length=config.n_positions + 1,  # SOS and a picture
+        max_length=config.n_positions + 1,  # SOS and an image
         suppress_tokens=[config.colors] if model_type == "gpt2" else None,  # ImageGPT's head has no SOS column
     )
     generation.save_pretrained(folder)
@@ -210,9 +210,9 @@ def _to_imagegpt(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Te
 
 
 def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder: Path) -> None:
-    """Raises RuntimeError unless transformers' own class gives our logits for a random picture.
+    """Raises RuntimeError unless transformers' own class gives our logits for a random image.
 
-    No class of theirs attends both ways as the paper's block does: a model of hidden colours is read back by ours.
+    No class of theirs attends both ways as the paper's block does: a model of hidden colors is read back by ours.
     """
     if model_type == MASKED_TYPE:
         theirs: nn.Module = fetching_model(config, stored_weights(folder))
@@ -223,13 +223,13 @@ def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder:
     device = "cpu" if weights.is_meta else weights.device
     ours = model if weights.dtype == torch.float32 else copy.deepcopy(model).float()
     generator = torch.Generator("cpu").manual_seed(0)
-    picture = torch.randint(config.colors, (1, config.n_positions), generator=generator, device="cpu")  # (1, T)
-    picture[:, 0] = config.colors  # SOS
+    image = torch.randint(config.colors, (1, config.n_positions), generator=generator, device="cpu")  # (1, T)
+    image[:, 0] = config.colors  # SOS
     was_training = ours.training
     ours.eval()
     with torch.no_grad():
-        expected = ours(input_ids=picture.to(device)).logits.cpu()  # (1, T, V)
-        found = theirs(input_ids=picture).logits
+        expected = ours(input_ids=image.to(device)).logits.cpu()  # (1, T, V)
+        found = theirs(input_ids=image).logits
     ours.train(was_training)
     if not torch.allclose(found, expected, **LOGITS_TOLERANCE):
         difference = (found - expected).abs().max().item()
@@ -264,9 +264,9 @@ def _read_palette(folder: Path) -> np.ndarray | None:
     try:
         palette = np.asarray(clusters, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has clusters that are not numbers; colours are three numbers in [-1, 1].") from error
+        raise ValueError(f"{path} has clusters that are not numbers; colors are three numbers in [-1, 1].") from error
     if palette.ndim != 2 or palette.shape[1] != 3 or not (np.abs(palette) <= 1).all():
-        raise ValueError(f"{path} has clusters of shape {palette.shape}; colours are three numbers in [-1, 1].")
+        raise ValueError(f"{path} has clusters of shape {palette.shape}; colors are three numbers in [-1, 1].")
     return palette
 
 
@@ -275,13 +275,13 @@ def _check_fits(config: PreTrainedConfig, palette: np.ndarray | None, folder: Pa
     path, colors = folder / "config.json", config.vocab_size - 1
     if palette is not None and len(palette) != colors:
         raise ValueError(
-            f"{path} has vocab_size {config.vocab_size}, but the folder's palette has {len(palette)} colours; "
-            f"the vocabulary is the colours and one start token."
+            f"{path} has vocab_size {config.vocab_size}, but the folder's palette has {len(palette)} colors; "
+            f"the vocabulary is the colors and one start token."
         )
     is_text = config.model_type == "gpt2" and palette is None and getattr(config, "colors", 512) != colors
     if is_text:
         raise ValueError(
-            f"{path} has vocab_size {config.vocab_size} and the folder has no palette; a model of pictures has 513 "
+            f"{path} has vocab_size {config.vocab_size} and the folder has no palette; a model of images has 513 "
             f"tokens, or clusters in preprocessor_config.json."
         )
     resolution = int(np.sqrt(config.n_positions))

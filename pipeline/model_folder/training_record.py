@@ -42,7 +42,7 @@ class TrainingRecord:
 
     @property
     def source(self) -> str | None:
-        """The name of the pictures it was trained on."""
+        """The name of the images it was trained on."""
         return self.run.get("shards", {}).get("source")
 
 

@@ -36,7 +36,7 @@ class Options:
     license: str | None = None
     """The hub's identifier of the licence, such as mit; a card without one says so."""
     dataset: str | None = None
-    """The hub's name of the pictures it was trained on, ORG/NAME."""
+    """The hub's name of the images it was trained on, ORG/NAME."""
     patience: float = 15.0
     """Minutes after which a hub that stays away or busy is given up."""
 

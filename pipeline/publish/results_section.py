@@ -16,8 +16,8 @@ from pipeline.results.schema import RANDOM_WEIGHTS, Results, read_results
 RESULTS = Path("results")
 """The subfolder of a published model that holds what was measured of it."""
 METRICS = {
-    "nats_per_color": "nats per colour",
-    "bits_per_color": "bits per colour",
+    "nats_per_color": "nats per color",
+    "bits_per_color": "bits per color",
     "test_accuracy": "test accuracy",
 }
 """The numbers of a task's JSON that go into the model-index."""
@@ -61,7 +61,7 @@ def _numbers(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, floa
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "pictures"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "images"
 
 
 def _results_section(results: Results, random_weights: Results, figures: list[str]) -> str:
@@ -72,7 +72,7 @@ def _results_section(results: Results, random_weights: Results, figures: list[st
         for result in results.values()
         for row in headlines_of(result)
     ]
-    head = ["Pictures", "Measure", "Chosen", "This model", "Random weights"]
+    head = ["Images", "Measure", "Chosen", "This model", "Random weights"]
     filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
     table = _table([head[place] for place in filled], [[row[place] for place in filled] for row in rows])
     parts = [part for part in (table, *map(_figure, figures)) if part]
@@ -85,11 +85,11 @@ def _published_section(results: Results) -> str:
     for measure, (ours, theirs) in beside_published(results).items():
         rows = [[result["dataset"], f"**this model: {row.name}**", row.text, "measured"] for result, row in ours]
         rows += [list(row[1:]) for row in theirs]
-        parts += [f"**{measure}**", _table(["Pictures", "System", "Value", "Source"], rows)]
+        parts += [f"**{measure}**", _table(["Images", "System", "Value", "Source"], rows)]
     if not parts:
         return ""
     scale = (
-        "Numbers compare only on the same pictures, and losses only under the same palette too; the others stand here "
+        "Numbers compare only on the same images, and losses only under the same palette too; the others stand here "
         "for scale. Published probes use features learned on ImageNet."
     )
     return "\n\n".join(["### Beside the published numbers", *parts, scale])

@@ -44,9 +44,9 @@ def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, pat
         )  # fmt: skip
     label_line(axes, density["uniform_nats_per_color"] if density else math.log(colors), "uniform", BASELINES[1])
     if density:
-        label_line(axes, density["unigram_nats_per_color"], "colour frequencies", BASELINES[0])
-        label_line(axes, density["bigram_nats_per_color"], "previous colour", BASELINES[2])
-    axes.set(xlabel="pictures seen", ylabel="loss (nats per colour)")
+        label_line(axes, density["unigram_nats_per_color"], "color frequencies", BASELINES[0])
+        label_line(axes, density["bigram_nats_per_color"], "previous color", BASELINES[2])
+    axes.set(xlabel="images seen", ylabel="loss (nats per color)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(left=0)
     axes.legend(frameon=False, loc="center right")

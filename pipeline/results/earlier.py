@@ -26,10 +26,10 @@ def completed(result: dict[str, Any]) -> dict[str, Any]:
 
 def _headlines(result: dict[str, Any], title: str) -> list[Headline]:
     if result["task"] == "density" and result["masked"]:
-        masks = f"{result['draws']} masks a picture"
-        return [Headline("Nats per hidden colour", result["nats_per_color"], "nats", detail=masks)]
+        masks = f"{result['draws']} masks an image"
+        return [Headline("Nats per hidden color", result["nats_per_color"], "nats", detail=masks)]
     if result["task"] == "density":
-        return [Headline("Nats per colour", result["nats_per_color"], "nats", detail=result["split"], measure=NATS)]
+        return [Headline("Nats per color", result["nats_per_color"], "nats", detail=result["split"], measure=NATS)]
     if result["task"] == "completions":
         distance = result["distance"]
         bounds = distance and f"floor {distance['originals']:.3f}, shuffled {distance['shuffled_lower_halves']:.3f}"

@@ -1,4 +1,4 @@
-"""The look that all figures share: matplotlib without a display, one size, one set of colours."""
+"""The look that all figures share: matplotlib without a display, one size, one set of colors."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ def label_line(axes: "Axes", height: float, words: str, color: str) -> None:
 
 
 def draw_by_layer(result: dict[str, Any], path: Path) -> None:
-    """Draws a probe's accuracy by layer in percent, with its baselines, all on the validation pictures.
+    """Draws a probe's accuracy by layer in percent, with its baselines, all on the validation images.
 
     result: of linear_probe or knn; a bar shows the accuracy of `concatenated` layers, over those layers.
     """
@@ -63,7 +63,7 @@ def draw_by_layer(result: dict[str, Any], path: Path) -> None:
             color=BASELINES[2], linewidth=3, alpha=0.8, label=f"{count} layers side by side",
         )  # fmt: skip
     for (name, words), color in zip(
-        (("color_histogram", "colour histogram"), ("raw_pixel", "raw pixels")), BASELINES[:2], strict=True
+        (("color_histogram", "color histogram"), ("raw_pixel", "raw pixels")), BASELINES[:2], strict=True
     ):
         value = 100 * result[f"{name}_valid_accuracy"]
         axes.axhline(value, color=color, linestyle="--", linewidth=1.2, label=words)

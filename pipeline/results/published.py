@@ -20,7 +20,7 @@ class Published(NamedTuple):
     source: str
 
 
-NATS = "Test loss, nats per colour"
+NATS = "Test loss, nats per color"
 PROBE = "Linear probe, test accuracy"
 FINE_TUNING = "Fine-tuned, test accuracy"
 LOW_DATA = "With 4 / 25 / 400 labels a class, test accuracy"

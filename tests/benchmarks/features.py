@@ -1,7 +1,7 @@
 """Features of all layers in one pass against a pass a layer: python -m tests.benchmarks.features
 
-A 24-layer model and 2,500 pictures. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
-that is probed, run all pictures with output_hidden_states and pool that layer's states. It is given the right
+A 24-layer model and 2,500 images. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
+that is probed, run all images with output_hidden_states and pool that layer's states. It is given the right
 sequence (SOS first) and the right states (after ln_1), so that both must give the same features. Both run in batches
 of the same size on the same threads; ours includes writing the cache and its digest.
 """
@@ -17,7 +17,7 @@ import torch
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.evaluate.cache import TaskCache
-from pipeline.evaluate.context import Evaluation, Pictures, start_accelerator
+from pipeline.evaluate.context import Evaluation, ImageSubset, start_accelerator
 from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.options import Sizes
 from pipeline.model.gpt import build_model, gpt2_config, initialize
@@ -28,7 +28,7 @@ LAYERS, WIDTH, RESOLUTION, PICTURES, BATCH = 24, 16, 6, 2_500, 250
 
 
 def evaluation_in(folder: Path) -> Evaluation:
-    """A model of 24 layers with initial weights, and pictures, written into `folder`."""
+    """A model of 24 layers with initial weights, and images, written into `folder`."""
     options = ["--config", "configs/data/demo.yaml", "--resolution", RESOLUTION, "--out", folder / "shards"]
     prepared = run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs")
     assert prepared.codes == [0], prepared.output
@@ -50,13 +50,13 @@ def evaluation_in(folder: Path) -> Evaluation:
     )
 
 
-def pass_a_layer(model_folder: Path, pictures: Pictures) -> np.ndarray:
+def pass_a_layer(model_folder: Path, images: ImageSubset) -> np.ndarray:
     """The peer: float32 (L+1, N, D)."""
     from transformers import ImageGPTModel
 
     model = ImageGPTModel.from_pretrained(model_folder).eval()
     norms = [*(block.ln_1 for block in model.h), lambda states: states]  # the last states are after ln_f
-    tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
+    tokens = torch.from_numpy(images.tokens().astype(np.int64))
     inputs = torch.cat([torch.full((len(tokens), 1), model.config.vocab_size - 1), tokens[:, :-1]], dim=1)
     layers = []
     with torch.no_grad():
@@ -79,11 +79,11 @@ def timed(work: Callable[[], np.ndarray]) -> tuple[np.ndarray, tuple[float, floa
 def table(folder: Path) -> Iterator[str]:
     """Lines: both times and their ratio."""
     evaluation = evaluation_in(folder)
-    pictures = evaluation.pictures("train")
-    ours, our_time = timed(lambda: pooled_features(evaluation, pictures))
-    theirs, their_time = timed(lambda: pass_a_layer(folder / "model", pictures))
+    images = evaluation.images("train")
+    ours, our_time = timed(lambda: pooled_features(evaluation, images))
+    theirs, their_time = timed(lambda: pass_a_layer(folder / "model", images))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    yield f"| features of {LAYERS} layers, {len(pictures):,} pictures of {RESOLUTION}x{RESOLUTION} | s | CPU s |"
+    yield f"| features of {LAYERS} layers, {len(images):,} images of {RESOLUTION}x{RESOLUTION} | s | CPU s |"
     yield "|---|---|---|"
     for what, (wall, cpu) in (("one pass, ours", our_time), ("a pass a layer, HF ImageGPT", their_time)):
         yield f"| {what} | {wall:.1f} | {cpu:.1f} |"

@@ -1,6 +1,6 @@
 """The one training loop of the tasks that learn from labels, or from a teacher: small, restartable, on any ranks.
 
-    order       pass p over the pictures is a permutation drawn from (seed, p); changes of pictures from (seed, epoch)
+    order       pass p over the images is a permutation drawn from (seed, p); changes of images from (seed, epoch)
     ranks       each takes its part of every global batch; gradients are averaged by DistributedDataParallel, so one
                 rank and several give the same numbers up to the rounding of sums
     a kill      after each epoch its state is cached; the same command resumes after the last complete epoch, and on the
@@ -26,24 +26,24 @@ from torch import nn
 
 from data_prep.common.seeding import generator
 from pipeline.distributed import from_first
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.options import Recipe
 from pipeline.model.augmentation import Augmentation
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some training pictures on the device, changed by the augmentation."""
+    """Some training images on the device, changed by the augmentation."""
 
     tokens: torch.Tensor  # long (B, T)
     indices: np.ndarray  # int64 (B,), their numbers in the split
     labels: torch.Tensor  # long (B,), -1 where unlabelled
     epoch: int
-    """Counts from 1: what is drawn anew at each pass, such as hidden colours, depends on it."""
+    """Counts from 1: what is drawn anew at each pass, such as hidden colors, depends on it."""
 
 
 Losses = Callable[[nn.Module, Batch], torch.Tensor]
-"""Calls the (wrapped) module once: the loss of each picture and candidate, fp32 (B, K)."""
+"""Calls the (wrapped) module once: the loss of each image and candidate, fp32 (B, K)."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Training:
     optimizer: torch.optim.Optimizer
     losses: Losses
     accuracies: Callable[[], np.ndarray]
-    """Accuracy of each candidate on the validation pictures, (K,), the same on every rank."""
-    pictures: Pictures
+    """Accuracy of each candidate on the validation images, (K,), the same on every rank."""
+    images: ImageSubset
     images_per_epoch: int | None = None
-    """Pictures that count as an epoch, taken from as many passes as it needs; all of `pictures` if not set."""
+    """Images that count as an epoch, taken from as many passes as it needs; all of `images` if not set."""
     clip_norm: float = 0.0
     """Largest norm of a gradient; 0 leaves it as it is, as candidates that do not touch each other need."""
     cosine: bool = False
@@ -166,13 +166,13 @@ def all_lost(rates: list[float]) -> ValueError:
     return ValueError(f"learning_rates is {tried}, and at each the loss became NaN or Inf; try smaller ones.")
 
 
-def epoch_order(seed: int, pictures: int, images: int, epoch: int) -> np.ndarray:
-    """Which of some pictures make up an epoch, int64 (images,): the stream of all passes cut into equal parts."""
-    first = (epoch - 1) * images
-    passes = range(first // pictures, (first + images - 1) // pictures + 1)
-    stream = np.concatenate([generator(seed, "supervised", "order", number).permutation(pictures) for number in passes])
-    start = first - passes[0] * pictures
-    return stream[start : start + images]
+def epoch_order(seed: int, images: int, images_per_epoch: int, epoch: int) -> np.ndarray:
+    """The images of an epoch, int64 (images_per_epoch,): the stream of all passes is cut into equal parts."""
+    first = (epoch - 1) * images_per_epoch
+    passes = range(first // images, (first + images_per_epoch - 1) // images + 1)
+    stream = np.concatenate([generator(seed, "supervised", "order", number).permutation(images) for number in passes])
+    start = first - passes[0] * images
+    return stream[start : start + images_per_epoch]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -195,21 +195,21 @@ def _wrap(evaluation: Evaluation, training: Training, recipe: Recipe) -> nn.Modu
 
 
 class _Epoch:
-    """The pictures of one epoch, in their order and with their changes."""
+    """The images of one epoch, in their order and with their changes."""
 
     def __init__(self, evaluation: Evaluation, training: Training, recipe: Recipe, number: int) -> None:
-        self.number, self.images = number, training.images_per_epoch or len(training.pictures)
-        self._evaluation, self._pictures = evaluation, training.pictures
-        self._order = epoch_order(evaluation.seed, len(training.pictures), self.images, number)  # (images,)
+        self.number, self.count = number, training.images_per_epoch or len(training.images)
+        self._evaluation, self._images = evaluation, training.images
+        self._order = epoch_order(evaluation.seed, len(training.images), self.count, number)  # (count,)
         self._augmentation = Augmentation(recipe.flip, recipe.reflect_crop)
         draw = generator(evaluation.seed, "supervised", "changes", number)
-        self._changes = self._augmentation.draw(draw, self.images)
+        self._changes = self._augmentation.draw(draw, self.count)
 
     def batch(self, start: int, stop: int) -> Batch:
-        """The pictures at the places start..stop of the order."""
+        """The images at the places start..stop of the order."""
         places, changes = self._order[start:stop], self._changes[slice(start, stop)]
-        indices, labels = self._pictures.indices[places], self._pictures.labels[places]
-        tokens = self._pictures.split.gather(indices)[0]  # uint16 (B, T)
+        indices, labels = self._images.indices[places], self._images.labels[places]
+        tokens = self._images.split.gather(indices)[0]  # uint16 (B, T)
         changed = self._augmentation.apply(tokens, changes, self._evaluation.shards.resolution)
         on_device = self._evaluation.on_device
         return Batch(on_device(changed), indices, on_device(labels), self.number)
@@ -220,25 +220,25 @@ def _train_epoch(
 ) -> np.ndarray:
     """Mean loss of each candidate over the epoch, (K,), the same on every rank."""
     epoch = _Epoch(evaluation, training, recipe, number)
-    steps = math.ceil(epoch.images / recipe.global_size)
+    steps = math.ceil(epoch.count / recipe.global_size)
     groups = training.optimizer.param_groups
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in groups]
     total: torch.Tensor | float = 0.0
     training.module.train()
-    with evaluation.progress(f"{training.name}, epoch {number}", epoch.images) as advance:
+    with evaluation.progress(f"{training.name}, epoch {number}", epoch.count) as advance:
         for step in range(steps):
             if training.cosine:
                 done = ((number - 1) * steps + step) / (recipe.epochs * steps)
                 for group, peak in zip(groups, peaks, strict=True):
                     group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
-            start, stop = step * recipe.global_size, min((step + 1) * recipe.global_size, epoch.images)
+            start, stop = step * recipe.global_size, min((step + 1) * recipe.global_size, epoch.count)
             total = total + _backward(evaluation, training, wrapped, epoch, start, stop)
             if training.clip_norm:
                 nn.utils.clip_grad_norm_(trainable(training.module).values(), training.clip_norm)
             training.optimizer.step()
             training.optimizer.zero_grad()
             advance(stop - start)
-    return (evaluation.accelerator.reduce(total, "sum") / epoch.images).cpu().numpy()
+    return (evaluation.accelerator.reduce(total, "sum") / epoch.count).cpu().numpy()
 
 
 def _backward(
@@ -249,7 +249,7 @@ def _backward(
     ranks = accelerator.num_processes
     mine = np.array_split(np.arange(start, stop), ranks)[accelerator.process_index]
     weight = ranks / (stop - start)  # the wrapper averages over ranks
-    if not len(mine):  # a rank without a picture must take part in the average all the same
+    if not len(mine):  # a rank without an image must take part in the average all the same
         mine, weight = np.array([start]), 0.0
     sums = []
     for first in range(mine[0], mine[-1] + 1, size):

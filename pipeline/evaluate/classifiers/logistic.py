@@ -1,7 +1,7 @@
 """A linear classifier on standardised features, and its fit by L-BFGS.
 
 Multinomial logistic regression, as the paper fits on CIFAR and STL-10 (section 3.4; scikit-learn's solver,
-`openai/image-gpt#12`). Features are standardised with the training pictures' mean and deviation.
+`openai/image-gpt#12`). Features are standardised with the training images' mean and deviation.
 """
 
 import warnings
@@ -36,16 +36,16 @@ class LinearClassifier:
     """False if L-BFGS ran into its limit of iterations, or SGD ended in NaN or Inf."""
 
     def predict(self, features: Rows) -> np.ndarray:
-        """The most probable label of each picture, int (N,)."""
+        """The most probable label of each image, int (N,)."""
         best = [self._scores(block).argmax(axis=1) for _, block in in_blocks(features)]
         return self.classes[np.concatenate([np.empty(0, np.int64), *best])]
 
     def accuracy(self, data: Labelled) -> float:
-        """Fraction of the pictures whose label is predicted."""
+        """Fraction of the images whose label is predicted."""
         return float((self.predict(data.features) == data.labels).mean())
 
     def losses(self, data: Labelled) -> np.ndarray:
-        """-ln p of the label of each picture, (n,); images of a class that training lacked are excluded."""
+        """-ln p of the label of each image, (n,); images of a class that training lacked are excluded."""
         known = np.isin(data.labels, self.classes)
         blocks = [log_softmax(self._scores(block), axis=1) for _, block in in_blocks(data.features)]
         log_probabilities = np.concatenate([np.empty((0, len(self.classes)), np.float32), *blocks])[known]  # (n, C)
@@ -61,7 +61,7 @@ class LinearClassifier:
 
 
 def standardised(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    """float32 (n, D) of mean 0 and deviation 1 over the pictures that mean and deviation were taken from."""
+    """float32 (n, D) of mean 0 and deviation 1 over the images that mean and deviation were taken from."""
     return ((features - mean) / deviation).astype(np.float32)
 
 

@@ -61,7 +61,7 @@ class Sgd:
 def train_sgd(
     train: Labelled, rate: float, epochs: int, batch_size: int, random: np.random.Generator, device: torch.device
 ) -> LinearClassifier:
-    """Trains from zero weights; `random` gives the order of the pictures in each epoch."""
+    """Trains from zero weights; `random` gives the order of the images in each epoch."""
     mean, deviation = moments(train.features)
     classes, targets = np.unique(train.labels, return_inverse=True)  # (C,), (N,)
     weight, bias = torch.zeros(len(classes), len(mean), device=device), torch.zeros(len(classes), device=device)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses, Training, best_of, search, trainable
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.metrics.classification import predict_classes, test_scores, valid_accuracy
 from pipeline.evaluate.options import WholeModelRecipe
 from pipeline.model.objectives import class_loss, joint_loss
@@ -38,8 +38,8 @@ def train_classifier(
     recipe: WholeModelRecipe,
     name: str,
     losses: Losses,
-    pictures: Pictures,
-    valid: Pictures,
+    images: ImageSubset,
+    valid: ImageSubset,
     *,
     generative: bool = False,
     cosine: bool = False,
@@ -62,7 +62,7 @@ def train_classifier(
             optimizer=torch.optim.Adam(trainable(classifier).values(), lr=rate, betas=BETAS),
             losses=losses,
             accuracies=lambda: valid_accuracy(evaluation, classifier, valid),
-            pictures=pictures,
+            images=images,
             images_per_epoch=images_per_epoch,
             clip_norm=recipe.clip_norm,
             cosine=cosine,
@@ -75,10 +75,10 @@ def train_classifier(
 
 
 def test_classifier(
-    evaluation: Evaluation, classifier: nn.Module, pictures: Pictures, label: str
+    evaluation: Evaluation, classifier: nn.Module, images: ImageSubset, label: str
 ) -> tuple[dict[str, Any], np.ndarray]:
     """`test_scores` of a classifier, and the class it predicts for each image under the first mask, int (N,)."""
-    return test_scores(evaluation, pictures, partial(predict_classes, evaluation, classifier, pictures, label))
+    return test_scores(evaluation, images, partial(predict_classes, evaluation, classifier, images, label))
 
 
 def write_classifier(

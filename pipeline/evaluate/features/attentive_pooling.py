@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from data_prep.common.seeding import generator
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.features.pooled import hooked_layers
 from pipeline.evaluate.work_sharing import map_parts
 
@@ -82,7 +82,7 @@ class Probes(nn.Module):
 def token_features(
     evaluation: Evaluation, tokens: torch.Tensor, indices: np.ndarray, layers: list[int], draw: int = 0
 ) -> list[torch.Tensor]:
-    """Each layer's features of pictures, (B, T, D) each, by one pass of the frozen trunk.
+    """Each layer's features of images, (B, T, D) each, by one pass of the frozen trunk.
 
     tokens, indices and draw as of `Evaluation.inputs_and_targets`.
     """
@@ -92,8 +92,8 @@ def token_features(
     return features
 
 
-def standardisation(evaluation: Evaluation, pictures: Pictures, layers: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each layer's features over pictures and positions, float32 (layers, D) each.
+def standardisation(evaluation: Evaluation, images: ImageSubset, layers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each layer's features over images and positions, float32 (layers, D) each.
 
     The images are divided among the ranks; the numbers do not depend on how many there are.
     """
@@ -102,16 +102,16 @@ def standardisation(evaluation: Evaluation, pictures: Pictures, layers: list[int
         """Sum and sum of squares over some images, float64 (layers, D) each."""
         shape, device = (2, len(layers), evaluation.model.config.n_embd), evaluation.accelerator.device
         total, squares = torch.zeros(shape, dtype=torch.float64, device=device)
-        for place, tokens in evaluation.batches_of(pictures, part):
+        for place, tokens in evaluation.batches_of(images, part):
             with evaluation.accelerator.autocast():
-                features = token_features(evaluation, tokens, pictures.indices[place], layers)
+                features = token_features(evaluation, tokens, images.indices[place], layers)
             total += torch.stack([of_layer.sum((0, 1), dtype=torch.float64) for of_layer in features])
             squares += torch.stack([of_layer.double().square().sum((0, 1)) for of_layer in features])
         return {"sum": total.cpu().numpy(), "squares": squares.cpu().numpy()}
 
     label = "attentive_probe, mean and deviation"
-    done = map_parts(evaluation, label, "moments-{:09d}", len(pictures), IMAGES_PER_ITEM, sums)
-    count = len(pictures) * evaluation.shards.resolution**2
+    done = map_parts(evaluation, label, "moments-{:09d}", len(images), IMAGES_PER_ITEM, sums)
+    count = len(images) * evaluation.shards.resolution**2
     mean = sum(part["sum"] for part in done) / count  # (layers, D)
     variance = np.maximum(sum(part["squares"] for part in done) / count - mean**2, 0)
     return mean.astype(np.float32), np.sqrt(variance + EPSILON).astype(np.float32)

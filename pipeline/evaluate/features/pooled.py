@@ -16,7 +16,7 @@ from torch import nn
 
 from data_prep.common.files import json_digest
 from pipeline.evaluate.cache import TaskCache, Write
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def pooled_layers(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield pooled
 
 
-def pooled_features(evaluation: Evaluation, pictures: Pictures, draw: int = 0) -> np.ndarray:
+def pooled_features(evaluation: Evaluation, images: ImageSubset, draw: int = 0) -> np.ndarray:
     """Features of every layer: float32 (L+1, N, D), a memory map that every rank reads. All ranks call it.
 
     draw: which pixels are masked, for a masked model. The file (4 * (L+1) * N * D bytes) lies in
@@ -55,27 +55,27 @@ def pooled_features(evaluation: Evaluation, pictures: Pictures, draw: int = 0) -
     all else that it depends on. Each rank computes and writes its own batches; the numbers do not depend on how many
     ranks there are.
     """
-    config, facts = evaluation.model.config, _facts(evaluation, pictures, draw)
+    config, facts = evaluation.model.config, _facts(evaluation, images, draw)
 
     def fill(write: Write, done: set[int]) -> None:
         model = evaluation.model.model
         with torch.inference_mode(), evaluation.accelerator.autocast(), pooled_layers(model) as pooled:
-            for place, tokens in evaluation.batches(pictures, f"features of {pictures.split.name}", done):
-                inputs, _ = evaluation.inputs_and_targets(tokens, pictures.indices[place], draw)  # (B, T)
+            for place, tokens in evaluation.batches(images, f"features of {images.split.name}", done):
+                inputs, _ = evaluation.inputs_and_targets(tokens, images.indices[place], draw)  # (B, T)
                 model.transformer(inputs)
                 write(place.start, torch.stack(pooled).cpu().numpy())
 
-    name = f"{pictures.split.name}-{json_digest(facts)[:16]}"
-    return TaskCache(evaluation.features).array(name, (config.n_layer + 1, len(pictures), config.n_embd), facts, fill)
+    name = f"{images.split.name}-{json_digest(facts)[:16]}"
+    return TaskCache(evaluation.features).array(name, (config.n_layer + 1, len(images), config.n_embd), facts, fill)
 
 
-def _facts(evaluation: Evaluation, pictures: Pictures, draw: int) -> dict[str, object]:
+def _facts(evaluation: Evaluation, images: ImageSubset, draw: int) -> dict[str, object]:
     """All that features depend on."""
     return {
         "model_digest": evaluation.model_digest,
         "dataset_digest": evaluation.shards.digest,
-        "split": pictures.split.name,
-        "pictures": hashlib.sha256(pictures.indices.tobytes()).hexdigest(),
+        "split": images.split.name,
+        "pictures": hashlib.sha256(images.indices.tobytes()).hexdigest(),
         "precision": str(evaluation.accelerator.mixed_precision),
         "batch_size": evaluation.sizes.batch_size,
         "draw": [evaluation.seed, draw] if evaluation.masked else None,

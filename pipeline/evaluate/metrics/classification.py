@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from sklearn.metrics import confusion_matrix
 from torch import nn
 
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.metrics.mask_ensemble import MASKS, score_predictions
 from pipeline.results.figures import new_figure, save_figure
 
@@ -22,7 +22,7 @@ COUNTS_SHOWN = 15
 
 def predict(
     evaluation: Evaluation,
-    pictures: Pictures,
+    images: ImageSubset,
     label: str,
     logits: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
 ) -> np.ndarray:
@@ -32,8 +32,8 @@ def predict(
     """
     mine = []
     with torch.inference_mode(), evaluation.accelerator.autocast():
-        for place, tokens in evaluation.batches(pictures, label):
-            scores = logits(tokens, pictures.indices[place]).float()  # (B, ..., C)
+        for place, tokens in evaluation.batches(images, label):
+            scores = logits(tokens, images.indices[place]).float()  # (B, ..., C)
             classes = scores.argmax(-1).masked_fill(~scores.isfinite().all(-1), -1)  # (B, ...)
             mine.append((place, classes.cpu().numpy()))
     parts = sorted(gather_object(mine), key=lambda part: part[0].start)
@@ -41,7 +41,7 @@ def predict(
 
 
 def predict_classes(
-    evaluation: Evaluation, classifier: nn.Module, pictures: Pictures, label: str, draw: int = 0
+    evaluation: Evaluation, classifier: nn.Module, images: ImageSubset, label: str, draw: int = 0
 ) -> np.ndarray:
     """The class that a classifier predicts for each image, int64 (N,), as of `predict`. All ranks call it."""
 
@@ -49,17 +49,17 @@ def predict_classes(
         inputs, _ = evaluation.inputs_and_targets(tokens, indices, draw)
         return classifier(inputs)[1]  # (B, C)
 
-    return predict(evaluation, pictures, label, logits)
+    return predict(evaluation, images, label, logits)
 
 
-def valid_accuracy(evaluation: Evaluation, classifier: nn.Module, pictures: Pictures) -> np.ndarray:
+def valid_accuracy(evaluation: Evaluation, classifier: nn.Module, images: ImageSubset) -> np.ndarray:
     """Fraction of the images whose class the classifier predicts, (1,). All ranks call it."""
-    predicted = predict_classes(evaluation, classifier, pictures, "validation")
-    return (predicted == pictures.labels).mean(keepdims=True)
+    predicted = predict_classes(evaluation, classifier, images, "validation")
+    return (predicted == images.labels).mean(keepdims=True)
 
 
 def test_scores(
-    evaluation: Evaluation, pictures: Pictures, predict_under: Callable[[int], np.ndarray]
+    evaluation: Evaluation, images: ImageSubset, predict_under: Callable[[int], np.ndarray]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Accuracy, its standard error, by class, and the confusion matrix (rows the true classes, predictions of -1
     excluded), under the first mask; of a masked model also by vote of its masks.
@@ -67,8 +67,8 @@ def test_scores(
     predict_under: the number of a mask to the classes predicted under it, int (N,); those under the first come second.
     """
     predicted = np.stack([predict_under(draw) for draw in range(MASKS if evaluation.masked else 1)])  # (masks, N)
-    table = confusion_matrix(pictures.labels, predicted[0], labels=range(len(evaluation.shards.classes)))
-    scores = score_predictions(evaluation, predicted, pictures.labels)
+    table = confusion_matrix(images.labels, predicted[0], labels=range(len(evaluation.shards.classes)))
+    scores = score_predictions(evaluation, predicted, images.labels)
     return scores | {"confusion": table.tolist()}, predicted[0]
 
 
@@ -80,14 +80,14 @@ def accuracy_text(result: dict[str, Any]) -> str:
 
 
 def draw_confusion(result: dict[str, Any], path: Path) -> None:
-    """Draws `confusion`, each row as shares of the class's pictures."""
+    """Draws `confusion`, each row as shares of the class's images."""
     counts = np.array(result["confusion"])  # (C, C)
     classes = len(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = new_figure(7.0, 6.2)
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     axes.grid(False)
-    axes.set(xlabel="class said", ylabel="class of the picture")
+    axes.set(xlabel="class said", ylabel="class of the image")
     if classes <= NAMES_SHOWN:
         axes.set_xticks(range(classes), result["class_names"], rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(classes), result["class_names"])
@@ -95,5 +95,5 @@ def draw_confusion(result: dict[str, Any], path: Path) -> None:
         for (row, column), count in np.ndenumerate(counts):
             ink = "white" if shares[row, column] > 0.55 else "#333333"
             axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=ink)
-    figure.colorbar(image, ax=axes, label="share of the class's test pictures (%)", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="share of the class's test images (%)", shrink=0.8)
     save_figure(figure, path)

@@ -1,8 +1,8 @@
-"""How far completed pictures are from true ones: the Fréchet distance, with what bounds it from both sides.
+"""How far completed images are from true ones: the Fréchet distance, with what bounds it from both sides.
 
-A split is halved at random. Pictures of the first half are completed, one sample each, and compared with as many of the
+A split is halved at random. Images of the first half are completed, one sample each, and compared with as many of the
 other half. From the same other half are measured: the originals that were completed, which no completion can beat but
-by chance, and the originals with the colours of their lower halves in random order: the right colours, and no order.
+by chance, and the originals with the colors of their lower halves in random order: the right colors, and no order.
 """
 
 from pathlib import Path
@@ -41,8 +41,8 @@ def completion_distance(evaluation: Evaluation, options: CompletionsOptions) -> 
         sets = _image_sets(evaluation, originals, others, options.temperature, part.start)
         found = {}
         for name, tokens in sets.items():
-            pictures = decode(tokens, evaluation.shards.palette, evaluation.shards.resolution)  # (B, H, W, 3)
-            channels_first = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+            pixels = decode(tokens, evaluation.shards.palette, evaluation.shards.resolution)  # (B, H, W, 3)
+            channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
             found[name] = network.features(channels_first.to(device)).cpu().numpy()
         return found
 
@@ -65,7 +65,7 @@ def compared(evaluation: Evaluation, options: CompletionsOptions) -> int:
     images = min(options.distance_images, split.images // 2)
     if images < FEWEST:
         raise ValueError(
-            f"{evaluation.shards.path} has {split.images} pictures in its split {options.split}, too few for a "
+            f"{evaluation.shards.path} has {split.images} images in its split {options.split}, too few for a "
             f"distance; set completions.distance_images 0."
         )
     return images
@@ -89,7 +89,7 @@ def _image_sets(
 
 
 def _shuffled(originals: np.ndarray, half: int, seed: int, start: int) -> np.ndarray:
-    """The pictures (B, T) with the colours behind position `half` in random order, each picture its own."""
+    """The images (B, T) with the colors behind position `half` in random order, each image its own."""
     shuffled = originals.copy()
     random = generator(seed, "shuffled lower halves", start)
     shuffled[:, half:] = random.permuted(originals[:, half:], axis=1)

@@ -16,8 +16,8 @@ from torch.nn import functional
 from data_prep.common.files import file_sha256
 
 SIDE = 160
-"""Pixels a side that pictures are enlarged to. The network was trained on 224, which takes twice as long and tells no
-more of small pictures: of 20 photographs at 32x32 it has 9 in its first five guesses at 160, and 7 at 224."""
+"""Pixels a side that images are enlarged to. The network was trained on 224, which takes twice as long and tells no
+more of small images: of 20 photographs at 32x32 it has 9 in its first five guesses at 160, and 7 at 224."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FeatureNetwork:
 def feature_network(file: Path | None, device: torch.device) -> FeatureNetwork:
     """The network of a TorchScript file, or EfficientNet-Lite0. Raises ValueError if the file is no such network.
 
-    What `features` gives raises ValueError too, where a user's network does not take the pictures.
+    What `features` gives raises ValueError too, where a user's network does not take the images.
     """
     return _efficientnet_lite0(device) if file is None else _torchscript(file, device)
 
@@ -46,8 +46,8 @@ def _efficientnet_lite0(device: torch.device) -> FeatureNetwork:
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     network.to(device).eval()
 
-    def features(pictures: torch.Tensor) -> torch.Tensor:
-        enlarged = functional.interpolate(pictures.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
+    def features(images: torch.Tensor) -> torch.Tensor:
+        enlarged = functional.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
         scaled = (enlarged.clamp(0, 255) - 127.0) / 128.0  # as the TensorFlow weights were trained
         with torch.inference_mode():
             return network.extract_features(scaled).mean(dim=(2, 3))  # (B, 1280)
@@ -63,22 +63,22 @@ def _torchscript(file: Path, device: torch.device) -> FeatureNetwork:
     names = [argument.name for argument in network.forward.schema.arguments]
     options = {"return_features": True} if "return_features" in names else {}  # else it gives classes
 
-    def features(pictures: torch.Tensor) -> torch.Tensor:
+    def features(images: torch.Tensor) -> torch.Tensor:
         try:
             with torch.inference_mode():
-                found = network(pictures, **options)
+                found = network(images, **options)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever its code raises
             raise ValueError(
-                f"completions.feature_network is {file}, which does not take pictures of "
-                f"{pictures.shape[-2]}x{pictures.shape[-1]} as uint8 (B, 3, H, W), RGB from 0 to 255 "
+                f"completions.feature_network is {file}, which does not take images of "
+                f"{images.shape[-2]}x{images.shape[-1]} as uint8 (B, 3, H, W), RGB from 0 to 255 "
                 f"({_cause(error)}); it must scale and enlarge them itself."
             ) from error
-        if not isinstance(found, torch.Tensor) or found.shape[:1] != pictures.shape[:1] or found.dim() != 2:
+        if not isinstance(found, torch.Tensor) or found.shape[:1] != images.shape[:1] or found.dim() != 2:
             raise ValueError(
-                f"completions.feature_network is {file}, which gives {_said(found)} of {len(pictures)} pictures; "
-                "it must give a tensor (pictures, features)."
+                f"completions.feature_network is {file}, which gives {_said(found)} of {len(images)} images; "
+                "it must give a tensor (images, features)."
             )
         return found.float()
 

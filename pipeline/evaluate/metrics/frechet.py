@@ -1,9 +1,9 @@
-"""The Fréchet distance between two sets of pictures, as Gaussians in the feature space of a network.
+"""The Fréchet distance between two sets of images, as Gaussians in the feature space of a network.
 
     d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 
 with means m and covariances C (Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local
-Nash equilibrium", who call d^2 the FID when the network is Inception). It falls with the number of pictures, so
+Nash equilibrium", who call d^2 the FID when the network is Inception). It falls with the number of images, so
 it compares only between sets of the same size, under the same network.
 """
 
@@ -31,7 +31,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """d^2 above, never negative.
 
     tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of R C2 R with R = C1^(1/2): symmetric, so that the
-    roots are real also where fewer pictures than features leave the covariances singular.
+    roots are real also where fewer images than features leave the covariances singular.
     """
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T  # (F, F)

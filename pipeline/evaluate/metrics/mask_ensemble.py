@@ -9,27 +9,27 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.seeding import generator
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.features.labelled import Labelled, Rows, baselines, layers_of
 from pipeline.evaluate.features.pooled import pooled_features
 
 MASKS = 5
 
 
-def features_per_mask(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[Labelled]]:
+def features_per_mask(evaluation: Evaluation, images: ImageSubset) -> dict[str, list[Labelled]]:
     """By name, each layer under each of the masks (one where nothing is masked), and each baseline. All ranks call it.
 
-    The test pictures are read by this, once, when everything is chosen.
+    The test images are read by this, once, when everything is chosen.
     """
     masks = range(MASKS if evaluation.masked else 1)
-    seen = [layers_of(pooled_features(evaluation, pictures, mask), pictures.labels) for mask in masks]
+    seen = [layers_of(pooled_features(evaluation, images, mask), images.labels) for mask in masks]
     return {name: [layers[name] for layers in seen] for name in seen[0]} | {
-        name: [base] for name, base in baselines(evaluation, pictures).items()
+        name: [base] for name, base in baselines(evaluation, images).items()
     }
 
 
 def majority_vote(predicted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The commonest label of each picture, int (N,), of predictions (masks, N); among equals one at random."""
+    """The commonest label of each image, int (N,), of predictions (masks, N); among equals one at random."""
     votes = (predicted[:, None] == predicted[None]).sum(axis=0)  # (masks, N): how many agree with each
     # Labels with equally many votes have equally many voters, so a random voter is a random label.
     chosen = (votes + random.uniform(0, 0.5, votes.shape)).argmax(axis=0)  # (N,)

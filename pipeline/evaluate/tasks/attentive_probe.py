@@ -1,6 +1,6 @@
 """The attentive probe of AIM (El-Nouby et al. 2024): pooling by attention, then a linear classifier.
 
-A model that predicts the next colour has no place where all of a picture is gathered, and a mean over positions may
+A model that predicts the next color has no place where all of an image is gathered, and a mean over positions may
 lose what single positions know. Here the trunk is frozen, and a learned query attends to a layer's token features: for
 each of H heads the weights are softmax(q_h . W_k,h x / sqrt(D / H)) over positions, the pooled value is W_v,h x under
 these weights, heads are concatenated, and a linear layer gives the classes. No biases, one query, no second layer,
@@ -8,7 +8,7 @@ as in AIM's code (github.com/apple/ml-aim, AttentionPoolingClassifier).
 
 The features of layer l are those of the linear probe before they are pooled: the input of attention block l after its
 ln_1, l = 0 .. L-1, or the output of ln_f (l = L). AIM's code standardises them by a batch norm without gain; here it is
-done by the mean and deviation over all training pictures and positions, the same whatever the batch and the ranks. The
+done by the mean and deviation over all training images and positions, the same whatever the batch and the ranks. The
 optimizer (AdamW under a cosine), its numbers and the heads (as many as the model's) are chosen here.
 
 Token features are T times as large as pooled ones (CIFAR-10 at the size of iGPT-S: 94 GB a layer), so they are not
@@ -16,7 +16,7 @@ cached: the frozen trunk runs once for each batch and epoch, and the probes of a
 pass. Layer, rate and epoch are chosen on validation; the test split is looked at once. To try it on a CPU:
 --train_images 2000 --attentive_probe.epochs 5 and fewer layers.
 
-The result, beside what `labelled.description` says of the pictures and `classification.test_scores` of the test:
+The result, beside what `labelled.description` says of the images and `classification.test_scores` of the test:
 
     layers, valid_accuracy_by_layer    the layers tried, and the best of rates and epochs for each
     learning_rates, heads
@@ -34,7 +34,7 @@ from torch import nn
 
 from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Training, all_lost, train
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.features.attentive_pooling import Probes, standardisation, token_features
 from pipeline.evaluate.features.labelled import description, labelled_splits
 from pipeline.evaluate.metrics.classification import accuracy_text, draw_confusion, predict, test_scores
@@ -67,9 +67,9 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
         options = self.options
         self.check(evaluation, ())
         layers, rates = self._layers(evaluation), options.learning_rates
-        pictures = labelled_splits(evaluation, options.TASK)
-        probes = self._probes(evaluation, pictures["train"], layers)
-        record = train(evaluation, self._training(evaluation, pictures, probes, layers), options)
+        images = labelled_splits(evaluation, options.TASK)
+        probes = self._probes(evaluation, images["train"], layers)
+        record = train(evaluation, self._training(evaluation, images, probes, layers), options)
         if not np.isfinite(record.losses).any():
             raise all_lost(rates)
         epoch, chosen = record.best
@@ -81,11 +81,11 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
                 features = token_features(evaluation, tokens, indices, [probes.layers[chosen]], draw)
                 return probes.one(chosen, features[0])  # (B, C)
 
-            return predict(evaluation, pictures["test"], "attentive_probe, test", logits)
+            return predict(evaluation, images["test"], "attentive_probe, test", logits)
 
-        scores, _ = test_scores(evaluation, pictures["test"], predict_under)
+        scores, _ = test_scores(evaluation, images["test"], predict_under)
         result = {
-            **description(evaluation, pictures),
+            **description(evaluation, images),
             "layers": layers,
             "valid_accuracy_by_layer": by_layer.tolist(),
             "learning_rates": rates,
@@ -126,14 +126,14 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             raise ValueError(f"attentive_probe.heads is {heads}; it must divide the model's width, {width}.")
         return heads
 
-    def _probes(self, evaluation: Evaluation, train_pictures: Pictures, layers: list[int]) -> Probes:
-        moments, heads = standardisation(evaluation, train_pictures, layers), self._heads(evaluation)
+    def _probes(self, evaluation: Evaluation, train: ImageSubset, layers: list[int]) -> Probes:
+        moments, heads = standardisation(evaluation, train, layers), self._heads(evaluation)
         classes, rates = len(evaluation.shards.classes), len(self.options.learning_rates)
         probes = Probes(layers, rates, moments, classes, heads, evaluation.seed)
         return probes.to(evaluation.accelerator.device)
 
     def _training(
-        self, evaluation: Evaluation, pictures: dict[str, Pictures], probes: Probes, layers: list[int]
+        self, evaluation: Evaluation, images: dict[str, ImageSubset], probes: Probes, layers: list[int]
     ) -> Training:
         options = self.options
 
@@ -147,8 +147,8 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             return probes(token_features(evaluation, tokens, indices, layers))  # (B, K, C)
 
         def accuracies() -> np.ndarray:
-            predicted = predict(evaluation, pictures["valid"], "validation", logits)  # (N, K)
-            return (predicted == pictures["valid"].labels[:, None]).mean(axis=0)
+            predicted = predict(evaluation, images["valid"], "validation", logits)  # (N, K)
+            return (predicted == images["valid"].labels[:, None]).mean(axis=0)
 
         rates = options.learning_rates
         groups = [
@@ -156,4 +156,4 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             for number, probe in enumerate(probes.probes)
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
-        return Training(options.TASK, probes, optimizer, losses, accuracies, pictures["train"], cosine=True)
+        return Training(options.TASK, probes, optimizer, losses, accuracies, images["train"], cosine=True)

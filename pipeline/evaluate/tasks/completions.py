@@ -99,27 +99,27 @@ class Completions(Task[CompletionsOptions]):
     def section(cls, result: dict[str, Any], folder: Path) -> str:
         """The grid, and the distances."""
         caption = (
-            f"The first column is what the model was given, the last the whole picture; between them are "
-            f"{result['samples']} samples at temperature {result['temperature']:g}, seed {result['seed']}. Pictures of "
+            f"The first column is what the model was given, the last the whole image; between them are "
+            f"{result['samples']} samples at temperature {result['temperature']:g}, seed {result['seed']}. Images of "
             f"{result['split']} chosen at random; no sample was picked by hand."
         )
-        shown = figure(folder / FIGURE, "completions of half pictures", caption)
+        shown = figure(folder / FIGURE, "completions of half images", caption)
         distance = result["distance"]
         if distance is None:
             return shown
         rows = [
             ["Completions", f"{distance['completions']:.4f}"],
             ["Their originals (the floor)", f"{distance['originals']:.4f}"],
-            ["Lower halves with their colours shuffled", f"{distance['shuffled_lower_halves']:.4f}"],
+            ["Lower halves with their colors shuffled", f"{distance['shuffled_lower_halves']:.4f}"],
         ]
         completions, rows = rows[0], sorted(rows, key=lambda row: float(row[1]))
         return (
             shown
-            + table(["Fréchet distance to other pictures of the split", "d²"], rows, ours=[rows.index(completions)])
+            + table(["Fréchet distance to other images of the split", "d²"], rows, ours=[rows.index(completions)])
             + note(
-                f"{distance['images']:,} pictures completed once each, against {distance['images']:,} others of "
-                f"{result['split']}; features of {distance['network']}. Distances depend on the number of pictures and "
-                "on the network: they compare with each other, not with published FIDs. Against the very pictures that "
+                f"{distance['images']:,} images completed once each, against {distance['images']:,} others of "
+                f"{result['split']}; features of {distance['network']}. Distances depend on the number of images and "
+                "on the network: they compare with each other, not with published FIDs. Against the very images that "
                 "were completed, whose upper halves the completions share, the distance is "
                 f"{distance['completions_to_their_originals']:.4f}."
             )
@@ -127,15 +127,13 @@ class Completions(Task[CompletionsOptions]):
 
 
 def choose_examples(shards: ShardSet, split_name: str, images: int, seed: int) -> np.ndarray:
-    """Numbers of `images` random pictures of a split, of different classes as far as there are; int64 (images,).
+    """Numbers of `images` random images of a split, of different classes as far as there are; int64 (images,).
 
     Raises ValueError if the split is absent or holds fewer.
     """
     split = shards.split(split_name)
     if split.images < images:
-        raise ValueError(
-            f"images is {images}, but {shards.path} has {split.images} pictures in its split {split_name}."
-        )
+        raise ValueError(f"images is {images}, but {shards.path} has {split.images} images in its split {split_name}.")
     labels = split_labels(split)
     shuffled = generator(seed, "examples", split_name).permutation(split.images)
     _, first_of_class = np.unique(labels[shuffled], return_index=True)
@@ -165,7 +163,7 @@ def draw_completions(
 
 
 def with_titles(grid: np.ndarray, columns: list[str], caption: str) -> np.ndarray:
-    """A grid of pictures, uint8 (height, width, 3), a small title above each column of equal width, a caption below."""
+    """A grid of images, uint8 (height, width, 3), a small title above each column of equal width, a caption below."""
     height, width, _ = grid.shape
     page = Image.new("RGB", (width, height + 2 * TITLE_PIXELS), "white")
     page.paste(Image.fromarray(grid), (0, TITLE_PIXELS))

@@ -1,15 +1,15 @@
-"""Density: how many nats and bits per colour a model needs for a split, and where, beside models of counts.
+"""Density: how many nats and bits per color a model needs for a split, and where, beside models of counts.
 
-A masked model says hidden colours only, given all others: its nats are no density of the picture, and compare with
-those of other masked models alone. Each draw hides other colours; every picture weighs the same.
+A masked model says hidden colors only, given all others: its nats are no density of the image, and compare with
+those of other masked models alone. Each draw hides other colors; every image weighs the same.
 
-JSON: `split`, `images`, `masked`, `draws`, `nats_per_color`, `bits_per_color`, `nats_standard_error` (over pictures),
+JSON: `split`, `images`, `masked`, `draws`, `nats_per_color`, `bits_per_color`, `nats_standard_error` (over images),
 `nats_by_position` (H lists of W numbers, rows from the top), of a masked model `nats_by_draw`, and
 `<baseline>_nats_per_color`. Baselines, from weak to strong; their counts come from the whole train split:
 
-    uniform        each of the V colours alike: ln V
-    unigram        how often a colour occurs
-    bigram         given the colour to the left (in raster order)
+    uniform        each of the V colors alike: ln V
+    unigram        how often a color occurs
+    bigram         given the color to the left (in raster order)
     left x above   p(c | left) p(c | above) / p(c), normalised: what two neighbours tell if independent given c
 """
 
@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 from data_prep.shards.reader import Split
 from pipeline.distributed import from_first
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.options import DensityOptions
 from pipeline.evaluate.task import Task
 from pipeline.evaluate.work_sharing import map_parts
@@ -37,13 +37,13 @@ from pipeline.results.published import NATS
 from pipeline.results.report.html import figure, note, table
 
 FIGURE = "density.png"
-PICTURES_AT_ONCE = 4096
+IMAGES_AT_ONCE = 4096
 NAMES = {
     "model": "This model",
-    "uniform": "Every colour alike",
-    "unigram": "Colour frequencies",
-    "bigram": "Given the previous colour (bigram)",
-    "left_times_above": "Given the colours to the left and above (product)",
+    "uniform": "Every color alike",
+    "unigram": "Color frequencies",
+    "bigram": "Given the previous color (bigram)",
+    "left_times_above": "Given the colors to the left and above (product)",
 }
 BASELINES = ("uniform", "unigram", "bigram", "left_times_above")
 BATCHES_PER_ITEM = 32
@@ -62,18 +62,18 @@ class Density(Task[DensityOptions]):
     def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
         """Raises ValueError if the split to score, or train, which the baselines count, is absent."""
         for name in (self.options.split, "train"):
-            evaluation.pictures(name)
+            evaluation.images(name)
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
         """Mean loss of the model and of the baselines on one split, and a heat map over positions."""
-        pictures = evaluation.pictures(self.options.split)
+        images = evaluation.images(self.options.split)
         draws = self.options.draws if evaluation.masked else 1
-        scored = [score(evaluation, pictures, draw) for draw in range(draws)]
+        scored = [score(evaluation, images, draw) for draw in range(draws)]
         losses = np.mean([of_draw["losses"] for of_draw in scored], axis=0)  # (N,)
         nats, side = float(losses.mean()), evaluation.shards.resolution
         result = {
             "split": self.options.split,
-            "images": len(pictures),
+            "images": len(images),
             "masked": evaluation.masked,
             "draws": draws,
             "nats_per_color": nats,
@@ -84,7 +84,7 @@ class Density(Task[DensityOptions]):
         if evaluation.masked:
             result["nats_by_draw"] = [float(of_draw["losses"].mean()) for of_draw in scored]
         baselines = from_first(
-            lambda: evaluation.cache.get_or_compute("baselines", lambda: baseline_losses(evaluation, pictures))
+            lambda: evaluation.cache.get_or_compute("baselines", lambda: baseline_losses(evaluation, images))
         )
         result |= {f"{name}_nats_per_color": loss for name, loss in baselines.items()}
         from_first(lambda: draw_heat_map(result, evaluation.results / FIGURE))
@@ -105,41 +105,41 @@ class Density(Task[DensityOptions]):
         """Nats, which the paper gives too."""
         nats = result["nats_per_color"]
         if result["masked"]:
-            return [Headline("Nats per hidden colour", nats, "nats", detail=f"{result['draws']} masks a picture")]
-        return [Headline("Nats per colour", nats, "nats", detail=result["split"], measure=NATS)]
+            return [Headline("Nats per hidden color", nats, "nats", detail=f"{result['draws']} masks an image")]
+        return [Headline("Nats per color", nats, "nats", detail=result["split"], measure=NATS)]
 
     @classmethod
     def section(cls, result: dict[str, Any], folder: Path) -> str:
         """The model among the baselines, and the heat map."""
         result = {key: math.nan if value is None else value for key, value in result.items()}  # as JSON has NaN
-        what = "hidden colour" if result["masked"] else "colour"
+        what = "hidden color" if result["masked"] else "color"
         nats = {"model": result["nats_per_color"]} | {key: result[f"{key}_nats_per_color"] for key in BASELINES}
         rows = sorted([(NAMES[key], value) for key, value in nats.items()], key=lambda row: row[1])
         shown = table(
-            ["Predicting colours", f"nats per {what}", f"bits per {what}"],
+            ["Predicting colors", f"nats per {what}", f"bits per {what}"],
             [[name, f"{value:.4f}", f"{value / math.log(2):.4f}"] for name, value in rows],
             ours=[number for number, (name, _) in enumerate(rows) if name == NAMES["model"]],
         )
         masks = f", each under {result['draws']} masks" if result["masked"] else ""
         explained = note(
-            f"Mean over {result['images']:,} pictures of {result['split']}{masks}, standard error "
+            f"Mean over {result['images']:,} images of {result['split']}{masks}, standard error "
             f"{result['nats_standard_error']:.4f} nats; lower is better. The baselines count the whole train split."
-            + (" A masked model sees all other colours: its nats do not compare with the baselines'." if masks else "")
+            + (" A masked model sees all other colors: its nats do not compare with the baselines'." if masks else "")
         )
         causal = "the first colors of an image, and of each row, have the least above and before them."
         why = "a masked pixel at a border has fewer neighbours." if masks else causal
         return shown + explained + figure(folder / FIGURE, "nats by position", f"Mean nats at each position: {why}")
 
 
-def score(evaluation: Evaluation, pictures: Pictures, draw: int) -> Sums:
+def score(evaluation: Evaluation, images: ImageSubset, draw: int) -> Sums:
     """The losses of all images under one draw of masks, the same on every rank.
 
     Work items are of the same images, and are summed in the same order, whatever the number of ranks.
     """
     size = evaluation.sizes.batch_size * BATCHES_PER_ITEM
-    label = f"loss on {pictures.split.name}" + (f", draw {draw + 1}" if evaluation.masked else "")
-    work = partial(_score_some, evaluation, pictures, draw)
-    parts = map_parts(evaluation, label, f"draw-{draw}-{{}}", len(pictures), size, work)
+    label = f"loss on {images.split.name}" + (f", draw {draw + 1}" if evaluation.masked else "")
+    work = partial(_score_some, evaluation, images, draw)
+    parts = map_parts(evaluation, label, f"draw-{draw}-{{}}", len(images), size, work)
     return {
         "losses": np.concatenate([part["losses"] for part in parts]),
         "sums": np.sum([part["sums"] for part in parts], axis=0),
@@ -147,12 +147,12 @@ def score(evaluation: Evaluation, pictures: Pictures, draw: int) -> Sums:
     }
 
 
-def _score_some(evaluation: Evaluation, pictures: Pictures, draw: int, part: slice) -> Sums:
+def _score_some(evaluation: Evaluation, images: ImageSubset, draw: int, part: slice) -> Sums:
     """The losses of a part of the images, batch by batch."""
     model, colors = evaluation.model.model, evaluation.model.config.colors
     losses, (sums, counts) = [], np.zeros((2, evaluation.shards.resolution**2))
-    for place, tokens in evaluation.batches_of(pictures, part):
-        inputs, targets = evaluation.inputs_and_targets(tokens, pictures.indices[place], draw)  # (B, T)
+    for place, tokens in evaluation.batches_of(images, part):
+        inputs, targets = evaluation.inputs_and_targets(tokens, images.indices[place], draw)  # (B, T)
         with torch.inference_mode(), evaluation.accelerator.autocast():
             nats = per_token_loss(model(inputs).logits, targets, colors).double().cpu().numpy()  # (B, T)
         wanted = (targets != IGNORED).cpu().numpy()  # (B, T)
@@ -163,47 +163,47 @@ def _score_some(evaluation: Evaluation, pictures: Pictures, draw: int, part: sli
 
 
 def nats_by_position(scored: list[Sums], side: int) -> list[list[float | None]]:
-    """Mean nats at each position over pictures and draws, H lists of W; None where nothing was ever hidden."""
+    """Mean nats at each position over images and draws, H lists of W; None where nothing was ever hidden."""
     sums, counts = (np.sum([part[name] for part in scored], axis=0) for name in ("sums", "counts"))  # (T,)
     means = [float(nats / count) if count else None for nats, count in zip(sums, counts, strict=True)]
     return [means[start : start + side] for start in range(0, side * side, side)]
 
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
-    """Draws the mean nats at each position of the picture."""
+    """Draws the mean nats at each position of the image."""
     figure, axes = new_figure(4.6, 3.8)
     axes.grid(False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     shown = axes.imshow(np.asarray(result["nats_by_position"], float), cmap="viridis", interpolation="nearest")
-    figure.colorbar(shown, ax=axes, label="nats per hidden colour" if result["masked"] else "nats per colour")
+    figure.colorbar(shown, ax=axes, label="nats per hidden color" if result["masked"] else "nats per color")
     axes.set(xlabel="column", ylabel="row (read from the top, left to right)")
     save_figure(figure, path)
 
 
-def baseline_losses(evaluation: Evaluation, pictures: Pictures) -> dict[str, float]:
-    """Mean nats per colour of the baselines on `pictures`, counts taken from the whole train split."""
+def baseline_losses(evaluation: Evaluation, images: ImageSubset) -> dict[str, float]:
+    """Mean nats per color of the baselines on `images`, counts taken from the whole train split."""
     colors, side = evaluation.shards.colors, evaluation.shards.resolution
     counts = Counts.of(evaluation.shards.split("train"), colors, side)
     totals = dict.fromkeys(BASELINES, 0.0)
-    for start in range(0, len(pictures), PICTURES_AT_ONCE):
-        tokens = pictures.tokens(start, start + PICTURES_AT_ONCE).astype(np.int64)  # (n, T)
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        tokens = images.tokens(start, start + IMAGES_AT_ONCE).astype(np.int64)  # (n, T)
         for name, log_probability in counts.log_probabilities(tokens, side).items():
             totals[name] -= float(log_probability.sum())
-    return {name: total / (len(pictures) * side * side) for name, total in totals.items()}
+    return {name: total / (len(images) * side * side) for name, total in totals.items()}
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the baselines know of the training pictures, as smoothed log probabilities."""
+    """What the baselines know of the training images, as smoothed log probabilities."""
 
     single: np.ndarray  # (V,) ln p(c)
-    left: np.ndarray  # (V, V) ln p(c | colour to the left in raster order), rows the condition
-    above: np.ndarray  # (V, V) ln p(c | colour above)
+    left: np.ndarray  # (V, V) ln p(c | color to the left in raster order), rows the condition
+    above: np.ndarray  # (V, V) ln p(c | color above)
 
     @classmethod
     def of(cls, split: Split, colors: int, side: int) -> "Counts":
-        """Counts a whole split of pictures of side x side colours."""
+        """Counts a whole split of images of side x side colors."""
         single = np.zeros(colors, np.int64)
         left, above = np.zeros((2, colors, colors), np.int64)
         for record in range(len(split.record_images)):
@@ -211,12 +211,12 @@ class Counts:
             single += np.bincount(tokens.ravel(), minlength=colors)
             left += _pairs(tokens[:, :-1], tokens[:, 1:], colors)
             above += _pairs(tokens[:, :-side], tokens[:, side:], colors)
-        probability = (single + 1) / (single.sum() + colors)  # add one: no colour is impossible
+        probability = (single + 1) / (single.sum() + colors)  # add one: no color is impossible
         pairs = [np.log(_witten_bell(counted, probability)) for counted in (left, above)]
         return cls(np.log(probability), *pairs)
 
     def log_probabilities(self, tokens: np.ndarray, side: int) -> dict[str, np.ndarray]:
-        """ln p of every colour of int64 (n, T), by baseline; where a neighbour is missing, by what is there."""
+        """ln p of every color of int64 (n, T), by baseline; where a neighbour is missing, by what is there."""
         uniform = np.full(tokens.shape, -math.log(len(self.single)))
         unigram = self.single[tokens]
         bigram = unigram.copy()

@@ -1,14 +1,14 @@
-"""Distillation of a fine-tuned teacher into a smaller student, on pictures without labels.
+"""Distillation of a fine-tuned teacher into a smaller student, on images without labels.
 
 The third stage of SimCLRv2 (Chen et al. 2020b, "Big Self-Supervised Models are Strong Semi-Supervised Learners",
 section 2): the student learns the teacher's distribution over classes, by - sum p_teacher ln p_student with both
-softened by a temperature, on all pictures of a split whose labels are not looked at. Teacher and student see the same
-flipped and cropped picture. Labels serve twice: the teacher learned from some, and validation chooses rate and epoch.
+softened by a temperature, on all images of a split whose labels are not looked at. Teacher and student see the same
+flipped and cropped image. Labels serve twice: the teacher learned from some, and validation chooses rate and epoch.
 
 The teacher is what the task fine_tune left in the results, or any such folder. The student begins from another model
 (a model folder or a run), or from initial weights, by default with half the teacher's blocks and half its width. Beside
-it stands the same student taught by labels alone: by class loss on the labelled pictures, those that the teacher had
-where they are of the same shard set, with the same rates, the same number of steps and pictures, and the same choice on
+it stands the same student taught by labels alone: by class loss on the labelled images, those that the teacher had
+where they are of the same shard set, with the same rates, the same number of steps and images, and the same choice on
 validation. A teacher that learned from few labels is made by fine_tune with --train_images into other results.
 
 Adam as in pretraining, under a cosine; temperature, rates and epochs are chosen here. To try it on a CPU:
@@ -20,7 +20,7 @@ The result, beside what `labelled.description` says of the images:
     teacher, student, labels_alone    of each: layers, width, heads, parameters, valid_accuracy, test_accuracy,
                                       test_standard_error, test_accuracy_by_class, confusion (and of masked models by
                                       vote); of the students also learning_rate, best_epoch and trials, as of fine_tune
-    agreement                         share of the test pictures for which student and teacher say the same class
+    agreement                         share of the test images for which student and teacher say the same class
     classifier                        a folder in the results: the distilled student
     figure                            the student's confusion matrix
 """
@@ -39,7 +39,7 @@ from pipeline.config import ModelConfig
 from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses
 from pipeline.evaluate.classifiers.whole_model import label_loss, test_classifier, train_classifier, write_classifier
-from pipeline.evaluate.context import Evaluation, Pictures, check_match, choose_pictures, load_matching
+from pipeline.evaluate.context import Evaluation, ImageSubset, check_match, choose_images, load_matching
 from pipeline.evaluate.features.labelled import description, labelled_splits
 from pipeline.evaluate.metrics.classification import draw_confusion, valid_accuracy
 from pipeline.evaluate.options import DistillOptions
@@ -75,7 +75,7 @@ class Distill(LabelledTask[DistillOptions]):
         """Raises ValueError if the teacher or the student does not fit the shard set, or the split is absent."""
         options = self.options
         options.check_fits(evaluation.shards.resolution)
-        evaluation.pictures(options.split)
+        evaluation.images(options.split)
         to_come = options.teacher is None and "fine_tune" in earlier  # it will be this model, fine-tuned
         teacher = evaluation.model if to_come else _load_teacher(evaluation, options).loaded
         if options.student is None:
@@ -94,21 +94,21 @@ class Distill(LabelledTask[DistillOptions]):
         # How an image is read is the model's matter.
         teaching = replace(evaluation, model=teacher.loaded)
         learning = replace(evaluation, model=_student(evaluation, teacher.loaded, options))
-        unlabelled = evaluation.pictures(options.split)
-        pictures = labelled_splits(evaluation, options.TASK)
-        pictures["train"] = _teachers_pictures(evaluation, teacher) or pictures["train"]
+        unlabelled = evaluation.images(options.split)
+        images = labelled_splits(evaluation, options.TASK)
+        images["train"] = _teacher_images(evaluation, teacher) or images["train"]
         teacher.classifier.to(evaluation.accelerator.device)
 
-        valid = float(valid_accuracy(teaching, teacher.classifier, pictures["valid"])[0])
+        valid = float(valid_accuracy(teaching, teacher.classifier, images["valid"])[0])
         scores, predicted = {}, {}
-        test, validation = pictures["test"], {"valid_accuracy": valid}
+        test, validation = images["test"], {"valid_accuracy": valid}
         scores["teacher"], predicted["teacher"] = _described(teaching, teacher.classifier, "teacher", test, validation)
         for name, losses, lessons in (
             ("student", distillation_loss(teaching, teacher.classifier, learning, options.temperature), unlabelled),
-            ("labels_alone", label_loss(learning), pictures["train"]),
+            ("labels_alone", label_loss(learning), images["train"]),
         ):
             classifier, validation = train_classifier(
-                learning, options, f"{options.TASK}-{name}", losses, lessons, pictures["valid"],
+                learning, options, f"{options.TASK}-{name}", losses, lessons, images["valid"],
                 cosine=True, images_per_epoch=len(unlabelled),
             )  # fmt: skip
             scores[name], predicted[name] = _described(learning, classifier, name, test, validation)
@@ -116,10 +116,10 @@ class Distill(LabelledTask[DistillOptions]):
                 facts = {"teacher": teacher.facts, "temperature": options.temperature}
                 from_first(partial(write_classifier, learning, classifier, FOLDER, options.TASK, facts))
         result = {
-            **description(evaluation, pictures),
+            **description(evaluation, images),
             "split": options.split,
             "unlabelled_images": len(unlabelled),
-            "labelled_images": len(pictures["train"]),
+            "labelled_images": len(images["train"]),
             "images_per_training": options.epochs * len(unlabelled),
             "temperature": options.temperature,
             "teacher_folder": str(_teacher_folder(evaluation.results, options)),
@@ -209,12 +209,12 @@ def _shape(teacher: LoadedModel, options: DistillOptions) -> ModelConfig:
     return ModelConfig(size=None, layers=layers, width=width, heads=heads, resolution=teacher.resolution, block=block)
 
 
-def _teachers_pictures(evaluation: Evaluation, teacher: LoadedClassifier) -> Pictures | None:
+def _teacher_images(evaluation: Evaluation, teacher: LoadedClassifier) -> ImageSubset | None:
     """The labelled images that the teacher learned from, if they are of this shard set."""
     facts = teacher.facts
     if facts.get("dataset_digest") != evaluation.shards.digest or "train_images" not in facts:
         return None
-    return choose_pictures(evaluation.shards, "train", limit=facts["train_images"], seed=facts["seed"], labelled=True)
+    return choose_images(evaluation.shards, "train", limit=facts["train_images"], seed=facts["seed"], labelled=True)
 
 
 # What they learn, and how well
@@ -234,7 +234,7 @@ def distillation_loss(teaching: Evaluation, teacher: nn.Module, learning: Evalua
 
 
 def _described(
-    evaluation: Evaluation, classifier: nn.Module, name: str, test: Pictures, validation: dict[str, Any]
+    evaluation: Evaluation, classifier: nn.Module, name: str, test: ImageSubset, validation: dict[str, Any]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """What the result holds of one of the three, and the class it predicts for each test image, int (N,)."""
     config = evaluation.model.config

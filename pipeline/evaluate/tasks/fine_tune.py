@@ -1,20 +1,20 @@
 """Fine-tuning: the whole model learns the classes, and goes on learning to generate (Chen et al. 2020, section 2.3).
 
-A class head without bias, zero at the start, reads the mean-pooled output of ln_f. The loss of a picture is the
-generative loss in nats per colour plus the class loss in nats; of a model of hidden colours the masked loss, its masks
-drawn anew at each epoch. Batch 128, Adam with betas (.9, .95), no weight decay, a constant rate; pictures are flipped,
+A class head without bias, zero at the start, reads the mean-pooled output of ln_f. The loss of an image is the
+generative loss in nats per color plus the class loss in nats; of a model of hidden colors the masked loss, its masks
+drawn anew at each epoch. Batch 128, Adam with betas (.9, .95), no weight decay, a constant rate; images are flipped,
 and cropped from a reflection of 4 pixels (the paper on CIFAR). The rate is searched about ten times below that of
 pretraining, training ends when validation no longer improves, and the test split is looked at once, with the rate and
 epoch that did best on validation. What the paper leaves open is decided here: three rates, patience 5, at most 50
 epochs, gradients clipped as in pretraining.
 
-At the size of iGPT-S an epoch of CIFAR-10 (45,000 pictures, 0.6 TFLOP each) takes 28 PFLOP for each rate. To try it on
+At the size of iGPT-S an epoch of CIFAR-10 (45,000 images, 0.6 TFLOP each) takes 28 PFLOP for each rate. To try it on
 a CPU: a small model, --train_images 2000 --fine_tune.learning_rates [0.001] --fine_tune.epochs 5.
 
-The result, beside what `labelled.description` says of the pictures and `classification.test_scores` of the test:
+The result, beside what `labelled.description` says of the images and `classification.test_scores` of the test:
 
     trials               of each rate: learning_rate, valid_accuracy, best_epoch, valid_accuracy_by_epoch,
-                         train_loss_by_epoch (nats: generative_weight x nats per colour + nats of the class)
+                         train_loss_by_epoch (nats: generative_weight x nats per color + nats of the class)
     learning_rate, best_epoch, valid_accuracy    of the chosen rate
     generative_weight    0: the classes alone
     classifier           a folder in the results: the fine-tuned model with its head (model_folder/classifier.py)
@@ -55,15 +55,15 @@ class FineTune(LabelledTask[FineTuneOptions]):
         """
         options = self.options
         options.check_fits(evaluation.shards.resolution)
-        pictures = labelled_splits(evaluation, options.TASK)
+        images = labelled_splits(evaluation, options.TASK)
         losses = label_loss(evaluation, options.generative_weight)
         classifier, validation = train_classifier(
-            evaluation, options, options.TASK, losses, pictures["train"], pictures["valid"],
+            evaluation, options, options.TASK, losses, images["train"], images["valid"],
             generative=options.generative_weight > 0,
         )  # fmt: skip
-        scores, _ = test_classifier(evaluation, classifier, pictures["test"], "fine_tune, test")
+        scores, _ = test_classifier(evaluation, classifier, images["test"], "fine_tune, test")
         result = {
-            **description(evaluation, pictures),
+            **description(evaluation, images),
             "generative_weight": options.generative_weight,
             **validation,
             **scores,

@@ -1,17 +1,17 @@
 """Weighted k nearest neighbours on the features of every layer: what they tell without any training.
 
 As instance discrimination (Wu et al. 2018) and DINO (Caron et al. 2021) measure it: features are scaled to length 1,
-the k training pictures of the greatest cosine similarity s vote for their classes with weight exp(s / T), T = 0.07.
+the k training images of the greatest cosine similarity s vote for their classes with weight exp(s / T), T = 0.07.
 Layer and k are chosen on the validation split (of equals the first layer, then the least k); the test split is looked
-at once. Raw pixels and colour histograms, with a k of their own, stand beside it.
+at once. Raw pixels and color histograms, with a k of their own, stand beside it.
 
 `knn.json` has, besides what every result has (fractions for accuracies):
 
-    k, k_left_out, temperature        the numbers of neighbours tried; those that the training pictures are too few for
+    k, k_left_out, temperature        the numbers of neighbours tried; those that the training images are too few for
     valid_accuracy_by_layer_and_k     rows are layers 0..L, columns as `k`
     valid_accuracy_by_layer           at the best k
     best_layer, best_k
-    test_accuracy, test_standard_error, test_accuracy_by_class (None: no test picture of that class)
+    test_accuracy, test_standard_error, test_accuracy_by_class (None: no test image of that class)
     masks, test_accuracy_by_mask, ensembled_test_accuracy      masked models only: see mask_ensemble.py
     raw_pixel_{valid_accuracy,test_accuracy,best_k}, color_histogram_{...}
     classes, class_names, {train,valid,test}_images, images_by_class, absent_classes, majority_class_test_accuracy
@@ -55,7 +55,7 @@ class KNN(LabelledTask[KnnOptions]):
 
     def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
         """Raises ValueError if train has fewer images than the least k."""
-        self._numbers(evaluation, len(evaluation.pictures("train", labelled=True)))
+        self._numbers(evaluation, len(evaluation.images("train", labelled=True)))
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
         """Votes with the neighbours of every layer and of both baselines, and draws accuracy by layer.
@@ -63,12 +63,12 @@ class KNN(LabelledTask[KnnOptions]):
         Raises ValueError if train, valid or test is absent or unlabelled, train has a single class, or fewer images
         than the least k.
         """
-        pictures = labelled_splits(evaluation, "knn")
-        numbers, temperature = self._numbers(evaluation, len(pictures["train"])), self.options.temperature
+        images = labelled_splits(evaluation, "knn")
+        numbers, temperature = self._numbers(evaluation, len(images["train"])), self.options.temperature
         if len(numbers) < len(set(self.options.k)):
             above = ", ".join(str(k) for k in sorted(set(self.options.k) - set(numbers)))
-            evaluation.log(f"knn: k = {above} skipped, train has {len(pictures['train'])} labelled images")
-        bank, valid = (known_features(evaluation, pictures[split]) for split in ("train", "valid"))
+            evaluation.log(f"knn: k = {above} skipped, train has {len(images['train'])} labelled images")
+        bank, valid = (known_features(evaluation, images[split]) for split in ("train", "valid"))
 
         def vote(name: str, numbers: list[int], queries: Rows) -> np.ndarray:
             return predictions(bank[name], queries, numbers, temperature, evaluation.accelerator.device)
@@ -80,7 +80,7 @@ class KNN(LabelledTask[KnnOptions]):
         found = map_over_ranks(evaluation, "nearest neighbours", {name: partial(validation, name) for name in bank})
         table = np.array([found[name]["valid_accuracy"] for name in bank if name not in BASELINES])  # (L+1, k)
         layer, best = (int(place) for place in np.unravel_index(table.argmax(), table.shape))
-        test = features_per_mask(evaluation, pictures["test"])
+        test = features_per_mask(evaluation, images["test"])
 
         def on_test() -> dict[str, Any]:
             chosen = layer_name(layer)
@@ -94,7 +94,7 @@ class KNN(LabelledTask[KnnOptions]):
                 scores[f"{name}_test_accuracy"] = float((predicted == test[name][0].labels).mean())
             return scores
 
-        result = description(evaluation, pictures) | {
+        result = description(evaluation, images) | {
             "k": numbers,
             "k_left_out": [k for k in self.options.k if k not in numbers],
             "temperature": temperature,

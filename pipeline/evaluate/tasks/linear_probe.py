@@ -2,7 +2,7 @@
 
 `solver lbfgs` is multinomial logistic regression, as the paper fits on CIFAR and STL-10; `solver sgd` is what it does
 on ImageNet, for training sets that do not fit in memory. What the paper leaves open is decided here: features are
-standardised with the training pictures' mean and deviation, and the L2 strength of L-BFGS is searched for each layer on
+standardised with the training images' mean and deviation, and the L2 strength of L-BFGS is searched for each layer on
 the validation split. The layer is chosen on the validation split too; the test split is looked at once, with the chosen
 layer. A second number concatenates 5 layers centred at the best one, as the paper does for iGPT-XL. The same probe
 on raw pixels and on color histograms stands beside it. Of a masked model the single-mask accuracy and the vote over
@@ -13,7 +13,7 @@ five masks are given (mask_ensemble.py); training and choices see one mask.
     solver                            lbfgs or sgd
     valid_accuracy_by_layer           layers 0..L
     best_layer, best_l2 or best_rate, best_layer_converged
-    test_accuracy, test_standard_error (binomial), test_accuracy_by_class (None: no test picture of that class)
+    test_accuracy, test_standard_error (binomial), test_accuracy_by_class (None: no test image of that class)
     test_accuracy_by_seed, test_accuracy_deviation (n - 1)    sgd, 2 or more seeds; other test numbers are their means
     masks, test_accuracy_by_mask, ensembled_test_accuracy     masked models only
     concatenated                      {layers, features, l2 or rate, converged, valid_accuracy, and test_... as above}
@@ -31,7 +31,7 @@ import numpy as np
 from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.logistic import LinearClassifier, fit_logistic
 from pipeline.evaluate.classifiers.sgd import Sgd
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.features.labelled import (
     BASELINES,
     concatenated,
@@ -62,8 +62,8 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
 
         Raises ValueError if train, valid or test is absent or unlabelled, or train has a single class.
         """
-        pictures = labelled_splits(evaluation, "linear_probe")
-        train, valid = (known_features(evaluation, pictures[split]) for split in ("train", "valid"))
+        images = labelled_splits(evaluation, "linear_probe")
+        train, valid = (known_features(evaluation, images[split]) for split in ("train", "valid"))
         sgd = None
         if self.options.solver == "sgd":
             device, cache = evaluation.accelerator.device, evaluation.cache
@@ -97,8 +97,8 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
                 map_over_ranks(evaluation, "other seeds", repeats)
             items |= repeats
 
-        tested = _on_test(evaluation, pictures["test"], items, [*chosen, *BASELINES], layers)
-        result = description(evaluation, pictures) | {"valid_accuracy_by_layer": accuracies, "best_layer": best}
+        tested = _on_test(evaluation, images["test"], items, [*chosen, *BASELINES], layers)
+        result = description(evaluation, images) | {"valid_accuracy_by_layer": accuracies, "best_layer": best}
         result |= self._shown(chosen, layers, found, tested)
         if layers:
             result[CONCATENATED]["features"] = train[CONCATENATED].features[:1].shape[1]
@@ -148,7 +148,7 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
 
 def _on_test(
     evaluation: Evaluation,
-    pictures: Pictures,
+    images: ImageSubset,
     items: Mapping[str, WorkItem],
     names: list[str],
     layers: list[int],
@@ -157,7 +157,7 @@ def _on_test(
 
     layers: those that are concatenated; none if empty.
     """
-    test = features_per_mask(evaluation, pictures)
+    test = features_per_mask(evaluation, images)
     if layers:
         by_mask = zip(*(test[layer_name(layer)] for layer in layers), strict=True)
         test[CONCATENATED] = [concatenated(of_mask) for of_mask in by_mask]

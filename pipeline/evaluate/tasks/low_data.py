@@ -1,4 +1,4 @@
-"""Few labels: the linear probe (L-BFGS) trained on random subsets of the labelled pictures.
+"""Few labels: the linear probe (L-BFGS) trained on random subsets of the labelled images.
 
 As the paper measures CIFAR-10 (4, 25 and 400 labels of each class, 5 random subsets), and as others measure ImageNet
 (1% and 10% of the labels). The paper does not say how it chose the layer and the regularisation. Here both are chosen,
@@ -9,7 +9,7 @@ options use more, and the result says so: `choose_on valid` chooses on the whole
 `layer` takes a layer that is known from elsewhere. The test split is looked at once for each subset. A masked model
 sees one mask.
 
-A subset has as many pictures of each class as the setting says; a share of the labels is spread evenly over the classes
+A subset has as many images of each class as the setting says; a share of the labels is spread evenly over the classes
 as far as they reach. The settings that are measured unless others are asked for are skipped where a class has too few
 labels, and `left_out` lists them; one that was asked for is then invalid input.
 
@@ -39,7 +39,7 @@ from sklearn.model_selection import StratifiedKFold
 from data_prep.common.seeding import generator
 from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.logistic import logistic_path
-from pipeline.evaluate.context import Evaluation, Pictures
+from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.features.labelled import Labelled, description, labelled_splits, layers_of, why_unlabelled
 from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.options import LowDataOptions
@@ -66,7 +66,7 @@ class LowData(Task[LowDataOptions]):
     def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
         """Raises ValueError if an option does not fit the model or the labels."""
         splits = self.options.splits
-        self._settings(evaluation, {split: evaluation.pictures(split, labelled=True) for split in splits})
+        self._settings(evaluation, {split: evaluation.images(split, labelled=True) for split in splits})
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
         """Fits and tests the probe on every subset of every setting, and draws accuracy by number of labels.
@@ -75,12 +75,12 @@ class LowData(Task[LowDataOptions]):
         the model's, train has fewer labels than asked for, or valid has none to choose on.
         """
         options = self.options
-        pictures = labelled_splits(evaluation, "low_data", options.splits)
-        settings, left_out = self._settings(evaluation, pictures)
+        images = labelled_splits(evaluation, "low_data", options.splits)
+        settings, left_out = self._settings(evaluation, images)
         for each in left_out:
             evaluation.log(f"low_data: {each['name']} skipped, {each['reason']}")
         known = {
-            split: list(layers_of(pooled_features(evaluation, pictures[split]), pictures[split].labels).values())
+            split: list(layers_of(pooled_features(evaluation, images[split]), images[split].labels).values())
             for split in options.splits
         }
         items: dict[str, WorkItem] = {
@@ -89,11 +89,11 @@ class LowData(Task[LowDataOptions]):
             for setting in settings
         }
         done = list(map_over_ranks(evaluation, "few labels", items).values())
-        result = description(evaluation, pictures) | {
+        result = description(evaluation, images) | {
             "settings": [_summed_up(setting, done[place :: len(settings)]) for place, setting in enumerate(settings)],
             "left_out": left_out,
             "choice": self._choice(),
-            "labels_for_choice": len(pictures["valid"]) if options.choose_on == "valid" else 0,
+            "labels_for_choice": len(images["valid"]) if options.choose_on == "valid" else 0,
         }
         from_first(lambda: draw(result, evaluation.results / FIGURE))
         return result
@@ -108,18 +108,18 @@ class LowData(Task[LowDataOptions]):
         return f"test accuracy {', '.join(parts)}; {result['choice']}"
 
     def _settings(
-        self, evaluation: Evaluation, pictures: dict[str, Pictures]
+        self, evaluation: Evaluation, images: dict[str, ImageSubset]
     ) -> "tuple[list[Setting], list[dict[str, str]]]":
         """`settings_for` these images. Raises ValueError if nothing can be chosen among the layers or on valid too."""
         last, layer = evaluation.model.config.n_layer, self.options.layer
         if layer is not None and not 0 <= layer <= last:
             raise ValueError(f"low_data.layer is {layer}; the model has the layers 0 to {last}.")
-        if "valid" in pictures and not np.isin(pictures["valid"].labels, pictures["train"].labels).any():
+        if "valid" in images and not np.isin(images["valid"].labels, images["train"].labels).any():
             raise ValueError(
                 f"low_data.choose_on is valid, but in {evaluation.shards.path} no labelled image of valid is of a "
                 f"class that train has; set low_data.choose_on labels."
             )
-        return settings_for(pictures["train"].labels, self.options, str(evaluation.shards.path))
+        return settings_for(images["train"].labels, self.options, str(evaluation.shards.path))
 
     def _test(self, seed: int, setting: "Setting", number: int, known: dict[str, list[Labelled]]) -> dict[str, Any]:
         """Draws one subset, chooses its layer and strength, and tests it."""

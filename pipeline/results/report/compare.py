@@ -2,11 +2,11 @@
 
 A RESULTS holds step-*/ as slurm/evaluate.sh writes them, a folder a checkpoint, and gives a line; a folder of a single
 model's results gives a point. The loss is that of the density task on `valid` where every checkpoint has it: the same
-pictures in the same arithmetic for all. Else it is what each run logged at the checkpoint's step. The accuracy is by
+images in the same arithmetic for all. Else it is what each run logged at the checkpoint's step. The accuracy is by
 default that on the validation split, since to compare checkpoints is to choose among them.
 
 Writes compare.html, compare.png and compare.json: `task`, `accuracy` (valid or test), `loss` (density or run), and
-`models`, each with `name` and `points`: step, images_seen, parameters, valid_loss (nats per colour), valid_accuracy,
+`models`, each with `name` and `points`: step, images_seen, parameters, valid_loss (nats per color), valid_accuracy,
 test_accuracy, best_layer.
 """
 
@@ -154,7 +154,7 @@ def _check_comparable(every: list[dict[str, Any]], tasks: list[str]) -> None:
 
 
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:
-    """What has to be alike: options, the seed, and of density whether colours were hidden."""
+    """What has to be alike: options, the seed, and of density whether colors were hidden."""
     return result["options"] | {key: result[key] for key in ("seed", "masked") if key in result}
 
 
@@ -201,7 +201,7 @@ def write_comparison(lines: list[Line], loss: str, command: Command) -> None:
         title="Image GPT: accuracy against validation loss",
         task=command.task,
         split=SPLITS[command.accuracy],
-        picture=command.out / FIGURE,
+        plot=command.out / FIGURE,
         rows=rows,
         loss=LOSSES[loss],
     )
@@ -229,6 +229,6 @@ def draw(lines: list[Line], command: Command, path: Path) -> None:
                 )  # fmt: skip
     axes.margins(x=0.08, y=0.12)
     axes.invert_xaxis()
-    axes.set(xlabel="validation loss (nats per colour)", ylabel=f"{SPLITS[command.accuracy]} accuracy (%)")
+    axes.set(xlabel="validation loss (nats per color)", ylabel=f"{SPLITS[command.accuracy]} accuracy (%)")
     axes.legend(frameon=False)
     save_figure(figure, path)

@@ -25,7 +25,7 @@ REPORT = "report.html"
 LOCK = ".report.lock"
 BASELINES = {
     "Raw pixels": "raw_pixel_test_accuracy",
-    "Colour histogram": "color_histogram_test_accuracy",
+    "Color histogram": "color_histogram_test_accuracy",
     "Commonest class": "majority_class_test_accuracy",
 }
 """What the probes' JSON holds of classifiers that do without the model."""
@@ -86,10 +86,10 @@ def _header(facts: ModelFacts, shards: ShardSet) -> dict[str, str]:
         "Parameters": f"{facts.parameters:,}",
         "Layers × width × heads": f"{facts.layers} × {facts.width} × {facts.heads}",
         "Block": "the paper's (RMSNorm, no biases)" if facts.block == "igpt" else "stock GPT-2",
-        "Objective": {"next_color": "the next colour", "masked_color": "hidden colours (BERT)"}[facts.objective],
-        "Pictures": f"{facts.resolution} × {facts.resolution}, {shards.colors} colours",
+        "Objective": {"next_color": "the next color", "masked_color": "hidden colors (BERT)"}[facts.objective],
+        "Images": f"{facts.resolution} × {facts.resolution}, {shards.colors} colors",
         "Training step": _count(facts.checkpoint_step) + planned,
-        "Pictures seen in training": _count(facts.images_seen),
+        "Images seen in training": _count(facts.images_seen),
         "Trained on": facts.source or "not recorded",
         "Measured on": f"{shards.name}, {len(shards.classes)} classes",
         "Shard set": shards.digest[:12],
@@ -138,9 +138,7 @@ def _beyond_counts(density: dict[str, Any] | None) -> str:
     if density is None or density["masked"] or density["nats_per_color"] is None:
         return ""
     if density["nats_per_color"] >= density["bigram_nats_per_color"]:
-        return "It predicts colours no better than the previous colour alone does: trained for longer, it would."
+        return "It predicts colors no better than the previous color alone does: trained for longer, it would."
     if density["nats_per_color"] >= density["left_times_above_nats_per_color"]:
-        return (
-            "It beats what the previous colour tells, not what two neighbours tell: it continues colours, no objects."
-        )
-    return "It beats what two neighbouring colours tell, so it has learned structure beyond them."
+        return "It beats what the previous color tells, not what two neighbours tell: it continues colors, no objects."
+    return "It beats what two neighbouring colors tell, so it has learned structure beyond them."

@@ -13,9 +13,9 @@ from pipeline.evaluate.options import Sizes
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.files import model_digest
 from tests.pipeline.evaluate.tiny_sets import (
+    random_images,
     random_palette,
-    random_pictures,
-    separable_pictures,
+    separable_images,
     write_model,
     write_shard_set,
 )
@@ -25,9 +25,9 @@ from tests.pipeline.evaluate.toy_network import write_toy_network
 @pytest.fixture(scope="session")
 def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {
-        "train": random_pictures(330, 1, unlabelled=7),
-        "valid": random_pictures(110, 2),
-        "test": random_pictures(130, 3, unlabelled=3),
+        "train": random_images(330, 1, unlabelled=7),
+        "valid": random_images(110, 2),
+        "test": random_images(130, 3, unlabelled=3),
     }
     return write_shard_set(tmp_path_factory.mktemp("shards"), splits, random_palette())
 
@@ -41,9 +41,9 @@ def shards(shards_folder: Path) -> ShardSet:
 def separable(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """Of classes that can be told apart."""
     splits = {
-        "train": separable_pictures(240, 1, unlabelled=40),
-        "valid": separable_pictures(90, 2),
-        "test": separable_pictures(100, 3),
+        "train": separable_images(240, 1, unlabelled=40),
+        "valid": separable_images(90, 2),
+        "test": separable_images(100, 3),
     }
     return open_shard_set(write_shard_set(tmp_path_factory.mktemp("separable"), splits, random_palette()))
 
@@ -62,13 +62,13 @@ def model_folder(model_folders: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of hidden colours."""
+    """A model of hidden colors."""
     return write_model(tmp_path_factory.mktemp("masked") / "model", objective="masked_color")
 
 
 @pytest.fixture(scope="session")
 def toy_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TorchScript file that gives mean colours: a quick feature network for the Fréchet distance."""
+    """A TorchScript file that gives mean colors: a quick feature network for the Fréchet distance."""
     return write_toy_network(tmp_path_factory.mktemp("network") / "toy.pt")
 
 

@@ -18,7 +18,7 @@ from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.registry import TASKS
 from pipeline.evaluate.request import Command
 from pipeline.model_folder.files import model_digest
-from tests.pipeline.evaluate.tiny_sets import COLORS, random_palette, random_pictures, write_model, write_shard_set
+from tests.pipeline.evaluate.tiny_sets import COLORS, random_images, random_palette, write_model, write_shard_set
 
 QUICK = [
     "--linear_probe.l2", "[0.1, 0.01]", "--low_data.l2", "[0.1, 0.01]", "--low_data.subsets", "2",
@@ -180,7 +180,7 @@ def test_options_come_from_a_file_too(run: Callable[..., Path], tmp_path: Path) 
 
 
 def test_initial_weights_are_another_model(run: Callable[..., Path], model_folder: Path) -> None:
-    """The zero head of the paper's initial weights makes every colour as likely."""
+    """The zero head of the paper's initial weights makes every color as likely."""
     trained = results_of(run("--tasks", "density"))["density"]
     random = results_of(run("--tasks", "density", "--weights", "random"))["density"]
     assert (trained["weights"], random["weights"]) == ("trained", "random")
@@ -188,7 +188,7 @@ def test_initial_weights_are_another_model(run: Callable[..., Path], model_folde
     assert random["model_digest"] != trained["model_digest"] == model_digest(model_folder)
 
 
-def test_a_model_of_hidden_colours_is_measured_by_what_fits_it(
+def test_a_model_of_hidden_colors_is_measured_by_what_fits_it(
     run: Callable[..., Path], masked_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="completions need a model of the next color"):
@@ -201,12 +201,12 @@ def test_a_model_of_hidden_colours_is_measured_by_what_fits_it(
 def test_a_set_without_labels_is_measured_by_what_needs_none(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    splits = {name: random_pictures(60, 0, unlabelled=60) for name in ("train", "valid", "test")}
+    splits = {name: random_images(60, 0, unlabelled=60) for name in ("train", "valid", "test")}
     bare = write_shard_set(tmp_path / "bare", splits, random_palette())
-    with pytest.raises(ValueError, match="has no labelled pictures in its split train"):
+    with pytest.raises(ValueError, match="has no labelled images in its split train"):
         run("--shards", str(bare), "--tasks", "density,knn")
     assert set(results_of(run("--shards", str(bare)))) == {"density", "completions"}
-    assert f"knn: skipped; {bare} has no labelled pictures" in capsys.readouterr().out
+    assert f"knn: skipped; {bare} has no labelled images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -277,24 +277,24 @@ def test_every_task_is_checked_before_the_first_begins(
     assert not list((tmp_path / "results").glob("*.json"))
 
 
-def test_a_network_that_takes_other_pictures_is_refused_before_the_first_task(
+def test_a_network_that_takes_other_images_is_refused_before_the_first_task(
     run: Callable[..., Path], tmp_path: Path
 ) -> None:
     torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(tmp_path / "floats.pt")
-    with pytest.raises(ValueError, match=r"floats\.pt, which does not take pictures of 6x6 as uint8"):
+    with pytest.raises(ValueError, match=r"floats\.pt, which does not take images of 6x6 as uint8"):
         run("--tasks", "density,completions", "--completions.feature_network", str(tmp_path / "floats.pt"))
     assert not list((tmp_path / "results").glob("*.json"))
 
 
 def test_another_palette_or_resolution_is_refused_before_any_work(run: Callable[..., Path], tmp_path: Path) -> None:
-    splits = {name: random_pictures(20, 0) for name in ("train", "valid", "test")}
+    splits = {name: random_images(20, 0) for name in ("train", "valid", "test")}
     palette = random_palette(seed=1)
     repainted = write_shard_set(tmp_path / "repainted", splits, palette)
     with pytest.raises(ValueError, match=r"has palette \w{12} but .*repainted has palette \w{12}"):
         run("--shards", str(repainted))
     small = {name: (tokens[:, :16], labels) for name, (tokens, labels) in splits.items()}
     shrunk = write_shard_set(tmp_path / "shrunk", small, random_palette(), resolution=4)
-    with pytest.raises(ValueError, match=r"model of 6x6 pictures but .*shrunk holds 4x4"):
+    with pytest.raises(ValueError, match=r"model of 6x6 images but .*shrunk holds 4x4"):
         run("--shards", str(shrunk))
     assert not (tmp_path / "results").exists()
 
@@ -337,5 +337,5 @@ def test_two_ranks_measure_what_one_measures(
     for task, result in one.items():
         for key in set(result) - {"command", "seconds"}:
             assert two[task][key] == result[key], (task, key)
-    pictures = [re.findall(r"base64,([^\"]+)", (folder / "report.html").read_text()) for folder in folders]
-    assert pictures[0] == pictures[1]
+    images = [re.findall(r"base64,([^\"]+)", (folder / "report.html").read_text()) for folder in folders]
+    assert images[0] == images[1]

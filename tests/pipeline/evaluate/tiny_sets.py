@@ -20,10 +20,8 @@ def random_palette(colors: int = COLORS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (colors, 3)).astype(np.float32)
 
 
-def random_pictures(
-    count: int, seed: int, unlabelled: int = 0, preference: float = 1.6
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens uint16 (count, T) of classes that prefer some colours, and labels int32; the first ones unlabelled."""
+def random_images(count: int, seed: int, unlabelled: int = 0, preference: float = 1.6) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens uint16 (count, T) of classes that prefer some colors, and labels int32; the first ones unlabelled."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, count)
     weights = np.ones((CLASSES, COLORS))
@@ -34,15 +32,15 @@ def random_pictures(
     return tokens.astype(np.uint16), labels.astype(np.int32)
 
 
-def separable_pictures(count: int, seed: int, unlabelled: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """As random_pictures, of classes that whoever counts colours tells apart."""
-    return random_pictures(count, seed, unlabelled, preference=6.0)
+def separable_images(count: int, seed: int, unlabelled: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """As random_images, of classes that whoever counts colors tells apart."""
+    return random_images(count, seed, unlabelled, preference=6.0)
 
 
 def write_shard_set(
     folder: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]], palette: np.ndarray, resolution: int = RESOLUTION
 ) -> Path:
-    """A shard set of the given tokens and labels, in records of 50 pictures."""
+    """A shard set of the given tokens and labels, in records of 50 images."""
     manifest: dict = {
         "format": FORMAT,
         "version": VERSION,

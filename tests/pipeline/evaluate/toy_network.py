@@ -1,4 +1,4 @@
-"""A network as a user may bring one for the Fréchet distance: the mean of each colour channel."""
+"""A network as a user may bring one for the Fréchet distance: the mean of each color channel."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ from torch import nn
 
 
 class Means(nn.Module):
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.float().mean(dim=(2, 3))  # (B, 3)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))  # (B, 3)
 
 
 class MeansOrClasses(nn.Module):
     """Gives classes unless it is told to give features."""
 
-    def forward(self, pictures: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        means = pictures.float().mean(dim=(2, 3))
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        means = images.float().mean(dim=(2, 3))
         return means if return_features else means.sum(dim=1, keepdim=True)
 
 

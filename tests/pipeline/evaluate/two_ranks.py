@@ -36,7 +36,7 @@ if __name__ == "__main__":
     if not accelerator.is_main_process:
         noted = CachedArray.noted
         CachedArray.noted = lambda array: time.sleep(1) or noted(array)  # type: ignore[method-assign]
-    features = pooled_features(evaluation, evaluation.pictures("test"))
+    features = pooled_features(evaluation, evaluation.images("test"))
     if accelerator.is_main_process:
         np.save(file, features)
     if accelerator.num_processes > 1:

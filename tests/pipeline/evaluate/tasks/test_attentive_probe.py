@@ -48,11 +48,11 @@ def test_pooling_is_its_definition_in_float64() -> None:
     features = np.random.default_rng(1).normal(size=(3, 10, 16))
     query, key, value, score = (parameter.double().numpy() for parameter in pooling.parameters())
     pooled = np.empty((3, 4, 4))
-    for picture in range(3):
+    for image in range(3):
         for head in range(4):
-            keys, values = features[picture] @ key[head].T, features[picture] @ value[head].T  # (T, 4)
+            keys, values = features[image] @ key[head].T, features[image] @ value[head].T  # (T, 4)
             weights = np.exp(keys @ query[head] / np.sqrt(4))
-            pooled[picture, head] = weights @ values / weights.sum()
+            pooled[image, head] = weights @ values / weights.sum()
     found = pooling(torch.from_numpy(features).float())
     np.testing.assert_allclose(found, pooled.reshape(3, 16) @ score.T, rtol=1e-4, atol=1e-5)
 
@@ -62,9 +62,9 @@ def test_features_and_their_moments_are_those_of_transformers(
 ) -> None:
     monkeypatch.setattr(attentive_pooling, "IMAGES_PER_ITEM", 100)  # several pieces, the last one smaller
     evaluation = evaluation_of(model_folder, batch_size=30)
-    pictures = evaluation.pictures("train", labelled=True)
-    tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
-    found = token_features(evaluation, tokens, pictures.indices, [0, 2, 3])
+    images = evaluation.images("train", labelled=True)
+    tokens = torch.from_numpy(images.tokens().astype(np.int64))
+    found = token_features(evaluation, tokens, images.indices, [0, 2, 3])
 
     reference = ImageGPTModel.from_pretrained(model_folder).eval()
     inputs = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)
@@ -74,7 +74,7 @@ def test_features_and_their_moments_are_those_of_transformers(
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
-    mean, deviation = standardisation(evaluation, pictures, [0, 2, 3])
+    mean, deviation = standardisation(evaluation, images, [0, 2, 3])
     flat = np.stack([state.double().numpy().reshape(-1, 16) for state in expected])
     np.testing.assert_allclose(mean, flat.mean(1), atol=1e-5)
     np.testing.assert_allclose(deviation, np.sqrt(flat.var(1) + 1e-6), rtol=1e-5)
@@ -112,7 +112,7 @@ def test_layers_side_by_side_are_layers_alone(
         assert result["valid_accuracy"] == both["valid_accuracy_by_layer"][place]
 
 
-def test_a_model_of_hidden_colours_votes_over_masks(
+def test_a_model_of_hidden_colors_votes_over_masks(
     masked_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
     result = AttentiveProbe(replace(QUICK, layers=[2])).measure(evaluation_of(masked_folder, separable))

@@ -1,4 +1,4 @@
-"""Half pictures completed: what is given stays, what is drawn follows the seed, the figure and the command."""
+"""Half images completed: what is given stays, what is drawn follows the seed, the figure and the command."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -65,17 +65,17 @@ def test_titles_stand_above_an_unchanged_grid() -> None:
 
 
 def test_the_command_writes_the_grid(command: Callable[..., Path], shards: ShardSet) -> None:
-    picture = np.asarray(Image.open(command("--images", "3", "--samples", "2", "--split", "valid")))
+    image = np.asarray(Image.open(command("--images", "3", "--samples", "2", "--split", "valid")))
     original, _ = shards.split("valid").gather(choose_examples(shards, "valid", 3, seed=0))
     colors = np.rint(127.5 * (shards.palette[original[0]] + 1)).astype(np.uint8)
-    # 2 samples between the given half and the original; the last column's last cell ends in the last colour.
-    assert picture.shape[1] > 4 * 90
-    assert (picture == colors[-1]).all(axis=2).any()
+    # 2 samples between the given half and the original; the last column's last cell ends in the last color.
+    assert image.shape[1] > 4 * 90
+    assert (image == colors[-1]).all(axis=2).any()
     again = np.asarray(Image.open(command("--images", "3", "--samples", "2", "--split", "valid")))
-    np.testing.assert_array_equal(picture, again)
+    np.testing.assert_array_equal(image, again)
 
 
-def test_a_model_of_hidden_colours_cant_complete(command: Callable[..., Path], masked_folder: Path) -> None:
+def test_a_model_of_hidden_colors_cant_complete(command: Callable[..., Path], masked_folder: Path) -> None:
     with pytest.raises(ValueError, match="trained with masked_color: it predicts masked pixels from all others"):
         command(model=masked_folder)
 
@@ -91,11 +91,11 @@ def test_another_feature_network_under_the_same_name_is_another_measurement(tmp_
     ("arguments", "message"),
     [
         (["--images", "0"], "images is 0; it must be at least 1"),
-        (["--images", "999"], "images is 999, but .* has 130 pictures in its split test"),
+        (["--images", "999"], "images is 999, but .* has 130 images in its split test"),
         (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
         (["--split", "dev"], "has no split 'dev'; it has train, valid, test"),
         (["--out", "a.jpg"], r"--out is a.jpg; it must be a file that ends in \.png"),
-        (["--pictures", "4"], "pictures is not a known key"),
+        (["--images", "4"], "images is not a known key"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -28,7 +28,7 @@ def test_density_is_the_loss_of_transformers(
 ) -> None:
     evaluation = evaluation_of(model_folders[block], batch_size=48)
     result = Density(DensityOptions()).measure(evaluation)
-    tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
+    tokens = torch.from_numpy(evaluation.images("test").tokens().astype(np.int64))
     inputs = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)
     with torch.no_grad():
         logits = HUGGING_FACE[block].from_pretrained(model_folders[block]).eval()(input_ids=inputs).logits
@@ -40,9 +40,9 @@ def test_density_is_the_loss_of_transformers(
 
 
 def test_density_agrees_with_the_loss_transformers_computes_itself(model_folder: Path, evaluation_of: Callable) -> None:
-    """Its loss shifts labels by one and so leaves out a sequence's last prediction: pictures here are cut by one."""
+    """Its loss shifts labels by one and so leaves out a sequence's last prediction: images here are cut by one."""
     evaluation = evaluation_of(model_folder)
-    tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
+    tokens = torch.from_numpy(evaluation.images("test").tokens().astype(np.int64))
     sequence = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)  # SOS, x0 .. x(n-2)
     hugging_face = ImageGPTForCausalImageModeling.from_pretrained(model_folder).eval()
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_density_agrees_with_the_loss_transformers_computes_itself(model_folder:
 def test_the_heat_map_is_the_loss_at_each_position(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder, batch_size=48)
     result = Density(DensityOptions()).measure(evaluation)
-    tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
+    tokens = torch.from_numpy(evaluation.images("test").tokens().astype(np.int64))
     inputs = torch.cat([torch.full((len(tokens), 1), COLORS), tokens[:, :-1]], dim=1)
     with torch.no_grad():
         logits = ImageGPTForCausalImageModeling.from_pretrained(model_folder).eval()(input_ids=inputs).logits
@@ -68,15 +68,15 @@ def test_the_heat_map_is_the_loss_at_each_position(model_folder: Path, evaluatio
     assert (evaluation.results / "density.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_masked_model_is_scored_on_hidden_colours_alone(masked_folder: Path, evaluation_of: Callable) -> None:
+def test_a_masked_model_is_scored_on_hidden_colors_alone(masked_folder: Path, evaluation_of: Callable) -> None:
     """Against log probabilities in float64, gathered by hand under the evaluation's own masks."""
     evaluation = evaluation_of(masked_folder, batch_size=48)
-    pictures = evaluation.pictures("test")
+    images = evaluation.images("test")
     result = Density(DensityOptions(draws=2)).measure(evaluation)
-    tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
+    tokens = torch.from_numpy(images.tokens().astype(np.int64))
     by_draw, nats, hidden = [], [], []
     for draw in (0, 1):
-        inputs, targets = evaluation.inputs_and_targets(tokens, pictures.indices, draw)
+        inputs, targets = evaluation.inputs_and_targets(tokens, images.indices, draw)
         with torch.no_grad():
             logits = evaluation.model.model(inputs).logits[..., :COLORS].numpy().astype(np.float64)
         log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))  # (N, T, V)
@@ -140,7 +140,7 @@ def test_baselines_by_counting(shards: ShardSet, model_folder: Path, evaluation_
     def unigram(color: int) -> float:
         return (single[color] + 1) / (total + COLORS)
 
-    pairs = Counter(pair for picture in train.tolist() for pair in pairwise(picture))
+    pairs = Counter(pair for image in train.tolist() for pair in pairwise(image))
     after: dict[int, Counter] = {left: Counter() for left in range(COLORS)}
     for (left, color), count in pairs.items():
         after[left][color] = count
@@ -149,10 +149,10 @@ def test_baselines_by_counting(shards: ShardSet, model_folder: Path, evaluation_
         kinds, seen = len(after[left]), sum(after[left].values())
         return (after[left][color] + kinds * unigram(color)) / (seen + kinds)
 
-    unigram_loss = -np.mean([[math.log(unigram(color)) for color in picture] for picture in scored.tolist()])
+    unigram_loss = -np.mean([[math.log(unigram(color)) for color in image] for image in scored.tolist()])
     bigram_losses = [
-        [-math.log(unigram(picture[0])), *(-math.log(bigram(*pair)) for pair in pairwise(picture))]
-        for picture in scored.tolist()
+        [-math.log(unigram(image[0])), *(-math.log(bigram(*pair)) for pair in pairwise(image))]
+        for image in scored.tolist()
     ]
     bigram_loss = np.mean(bigram_losses)
     assert result["uniform_nats_per_color"] == pytest.approx(math.log(COLORS))
@@ -161,10 +161,10 @@ def test_baselines_by_counting(shards: ShardSet, model_folder: Path, evaluation_
 
 
 def test_left_times_above_is_a_distribution(shards: ShardSet, counts: Counts) -> None:
-    """At every place of a picture the probabilities of all colours sum to one."""
-    picture = grids(shards, "test")[0]
+    """At every place of an image the probabilities of all colors sum to one."""
+    image = grids(shards, "test")[0]
     for row, column in [(0, 0), (0, 3), (4, 0), (2, 5)]:
-        variants = np.repeat(picture[None], COLORS, axis=0)
+        variants = np.repeat(image[None], COLORS, axis=0)
         variants[:, row, column] = np.arange(COLORS)
         tokens = variants.reshape(COLORS, -1).astype(np.int64)
         place = row * RESOLUTION + column
@@ -173,15 +173,15 @@ def test_left_times_above_is_a_distribution(shards: ShardSet, counts: Counts) ->
 
 
 def test_left_times_above_weighs_both_neighbours(shards: ShardSet, counts: Counts) -> None:
-    picture = grids(shards, "test")[0]
-    left, above, color = picture[2, 3], picture[1, 4], picture[2, 4]
+    image = grids(shards, "test")[0]
+    left, above, color = image[2, 3], image[1, 4], image[2, 4]
     products = np.exp(counts.left[left] + counts.above[above] - counts.single)
-    found = counts.log_probabilities(picture.reshape(1, -1).astype(np.int64), RESOLUTION)["left_times_above"]
+    found = counts.log_probabilities(image.reshape(1, -1).astype(np.int64), RESOLUTION)["left_times_above"]
     assert found.reshape(RESOLUTION, RESOLUTION)[2, 4] == pytest.approx(math.log(products[color] / products.sum()))
 
 
 class OneRecord:
-    """A split of given pictures, (n, T)."""
+    """A split of given images, (n, T)."""
 
     def __init__(self, tokens: list[list[int]]) -> None:
         self.record_images = np.array([len(tokens)])
@@ -200,8 +200,8 @@ def test_rare_pairs_are_smoothed_as_witten_and_bell_do() -> None:
     np.testing.assert_allclose(np.exp(counts.left[3]), unigram)  # never seen: what is known of all
 
 
-def test_above_is_the_colour_of_the_row_above() -> None:
-    """Rows of one colour, 0 over 1."""
+def test_above_is_the_color_of_the_row_above() -> None:
+    """Rows of one color, 0 over 1."""
     counts = Counts.of(OneRecord([[0, 0, 1, 1]] * 40), colors=2, side=2)
     assert np.exp(counts.above[0, 1]) > 0.95
     assert np.exp(counts.above[0, 0]) < 0.05

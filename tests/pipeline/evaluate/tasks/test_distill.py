@@ -22,7 +22,7 @@ from pipeline.model_folder.files import model_digest
 from tests.pipeline.evaluate.tiny_sets import (
     RESOLUTION,
     random_palette,
-    separable_pictures,
+    separable_images,
     write_model,
     write_shard_set,
 )
@@ -57,7 +57,7 @@ def teacher(taught: Path, tmp_path: Path) -> Path:
 
 
 def relabelled(shards: ShardSet, folder: Path) -> ShardSet:
-    """The same pictures, those of train with other labels."""
+    """The same images, those of train with other labels."""
     splits = {}
     for name in shards.splits:
         split = shards.split(name)
@@ -82,14 +82,14 @@ def test_a_student_learns_from_its_teacher_and_no_label(
     for name in ("teacher", "student", "labels_alone"):
         assert f"{result[name]['test_accuracy']:.1%}" in Distill.summary(result)
 
-    classifier, pictures = load_classifier(teacher), evaluation.pictures("test")
-    tokens = torch.from_numpy(pictures.tokens().astype(np.int64))
+    classifier, images = load_classifier(teacher), evaluation.images("test")
+    tokens = torch.from_numpy(images.tokens().astype(np.int64))
     with torch.no_grad():
-        said = classifier.classifier(evaluation.inputs_and_targets(tokens, pictures.indices)[0])[1].argmax(1)
+        said = classifier.classifier(evaluation.inputs_and_targets(tokens, images.indices)[0])[1].argmax(1)
         student = load_classifier(evaluation.results / "distilled").classifier
-        students = student(evaluation.inputs_and_targets(tokens, pictures.indices)[0])[1].argmax(1)
-    assert (said.numpy() == pictures.labels).mean() == result["teacher"]["test_accuracy"]
-    assert (students.numpy() == pictures.labels).mean() == result["student"]["test_accuracy"]
+        students = student(evaluation.inputs_and_targets(tokens, images.indices)[0])[1].argmax(1)
+    assert (said.numpy() == images.labels).mean() == result["teacher"]["test_accuracy"]
+    assert (students.numpy() == images.labels).mean() == result["student"]["test_accuracy"]
     assert (said == students).float().mean().item() == pytest.approx(result["agreement"])
 
     other = relabelled(separable, tmp_path / "relabelled")
@@ -106,7 +106,7 @@ def test_a_student_learns_from_its_teacher_and_no_label(
 def test_a_student_may_begin_from_a_model(
     teacher: Path, model_folder: Path, masked_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
-    """One of hidden colours reads with masks, while its teacher does not."""
+    """One of hidden colors reads with masks, while its teacher does not."""
     evaluation = evaluation_of(model_folder, separable)
     result = Distill(replace(QUICK, student=str(masked_folder), epochs=3)).measure(evaluation)
     assert result["student"]["masks"] == 5
@@ -147,14 +147,14 @@ def test_teachers_and_students_that_do_not_fit(
     refused("was fine-tuned from another model than this one", evaluation_of(model_folders["gpt2"], separable))
     refused(r"distill\.heads is 3; it must divide the student's width, 8", heads=3)
 
-    splits = {name: separable_pictures(20, 0) for name in ("train", "valid", "test")}
+    splits = {name: separable_images(20, 0) for name in ("train", "valid", "test")}
     repainted = open_shard_set(write_shard_set(tmp_path / "repainted", splits, random_palette(seed=1)))
     refused("fine_tuned has palette", replace(evaluation, shards=repainted))
     small = {name: (tokens[:, :16], labels) for name, (tokens, labels) in splits.items()}
     shrunk = open_shard_set(write_shard_set(tmp_path / "shrunk", small, random_palette(), resolution=4))
-    refused("fine_tuned is a model of 6x6 pictures", replace(evaluation, shards=shrunk), reflect_crop=0)
+    refused("fine_tuned is a model of 6x6 images", replace(evaluation, shards=shrunk), reflect_crop=0)
     large = write_model(tmp_path / "large", resolution=RESOLUTION + 2)
-    refused("large is a model of 8x8 pictures but", student=str(large))
+    refused("large is a model of 8x8 images but", student=str(large))
 
     head = read_json(teacher / "class_head.json")
     write_json(teacher / "class_head.json", head | {"classes": ["cat", "dog", "frog"]})

@@ -17,7 +17,7 @@ from pipeline.evaluate.options import FineTuneOptions
 from pipeline.evaluate.tasks.fine_tune import FineTune
 from pipeline.model_folder.classifier import load_classifier
 from pipeline.model_folder.convert import load_model_folder
-from tests.pipeline.evaluate.tiny_sets import CLASSES, COLORS, random_palette, separable_pictures, write_shard_set
+from tests.pipeline.evaluate.tiny_sets import CLASSES, COLORS, random_palette, separable_images, write_shard_set
 
 QUICK = FineTuneOptions(epochs=4, learning_rates=[0.01, 1e-6], global_size=20, reflect_crop=1)
 
@@ -39,7 +39,7 @@ def test_it_learns_classes_and_leaves_a_classifier(
     assert (result["train_images"], result["valid_images"], result["test_images"]) == (200, 90, 100)
     assert f"{result['test_accuracy']:.1%}" in FineTune.summary(result)
 
-    confusion, labels = np.array(result["confusion"]), evaluation.pictures("test", labelled=True).labels
+    confusion, labels = np.array(result["confusion"]), evaluation.images("test", labelled=True).labels
     assert confusion.sum(1).tolist() == np.bincount(labels).tolist()
     assert confusion.trace() / 100 == result["test_accuracy"]
     for after, parameter in zip(evaluation.model.model.parameters(), before, strict=True):
@@ -48,7 +48,7 @@ def test_it_learns_classes_and_leaves_a_classifier(
     folder = evaluation.results / result["classifier"]
     theirs = ImageGPTForImageClassification.from_pretrained(folder).eval()
     theirs.score.load_state_dict({"weight": load_file(folder / "class_head.safetensors")["score.weight"]})
-    tokens = torch.from_numpy(evaluation.pictures("test").tokens().astype(np.int64))
+    tokens = torch.from_numpy(evaluation.images("test").tokens().astype(np.int64))
     inputs = torch.cat([torch.full((100, 1), COLORS), tokens[:, :-1]], dim=1)
     with torch.no_grad():
         said = theirs(input_ids=inputs).logits.argmax(-1).numpy()
@@ -58,7 +58,7 @@ def test_it_learns_classes_and_leaves_a_classifier(
 
 
 def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of: Callable, shards: ShardSet) -> None:
-    """Six batches without changes of pictures: losses and weights, by transformers' own modules."""
+    """Six batches without changes of images: losses and weights, by transformers' own modules."""
     evaluation = evaluation_of(model_folder, train_images=48)
     options = FineTuneOptions(epochs=1, learning_rates=[1e-3], global_size=8, flip=False, reflect_crop=0, clip_norm=1.0)
     result = FineTune(options).measure(evaluation)
@@ -71,10 +71,10 @@ def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of
     names = {name for name, _ in load_model_folder(model_folder).model.named_parameters()} | {"score.weight"}
     trained = {name: p for name, p in [*theirs.named_parameters(), ("lm_head.weight", head.weight)] if name in names}
     optimizer = torch.optim.Adam(trained.values(), 1e-3, betas=(0.9, 0.95))
-    pictures = evaluation.pictures("train", labelled=True)
+    images = evaluation.images("train", labelled=True)
     losses = []
     for places in epoch_order(0, 48, 48, 1).reshape(6, 8):
-        tokens, labels = (torch.from_numpy(of[places].astype(np.int64)) for of in (pictures.tokens(), pictures.labels))
+        tokens, labels = (torch.from_numpy(of[places].astype(np.int64)) for of in (images.tokens(), images.labels))
         inputs = torch.cat([torch.full((8, 1), COLORS), tokens[:, :-1]], dim=1)
         states = theirs.transformer(input_ids=inputs).last_hidden_state
         loss = torch.nn.functional.cross_entropy(head(states).flatten(0, 1), tokens.flatten())
@@ -93,19 +93,19 @@ def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of
         assert (apart > 2e-5).float().mean() < 0.01, name
 
 
-def test_classes_alone_leave_the_colours_head_as_it_was(
+def test_classes_alone_leave_the_colors_head_as_it_was(
     model_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
     evaluation = evaluation_of(model_folder, separable)
     result = FineTune(replace(QUICK, generative_weight=0.0, learning_rates=[0.01])).measure(evaluation)
     assert result["test_accuracy"] > 0.9
-    assert result["trials"][0]["train_loss_by_epoch"][0] < np.log(CLASSES)  # no nats of colours in it
+    assert result["trials"][0]["train_loss_by_epoch"][0] < np.log(CLASSES)  # no nats of colors in it
     model = load_classifier(evaluation.results / "fine_tuned").loaded.model
     assert torch.equal(model.lm_head.weight, evaluation.model.model.lm_head.weight)
     assert not torch.equal(model.transformer.wte.weight, evaluation.model.model.transformer.wte.weight)
 
 
-def test_a_model_of_hidden_colours_votes_over_masks(
+def test_a_model_of_hidden_colors_votes_over_masks(
     masked_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
     evaluation = evaluation_of(masked_folder, separable)
@@ -120,12 +120,12 @@ def test_a_model_of_hidden_colours_votes_over_masks(
 def test_a_class_that_a_split_lacks_is_said(
     model_folder: Path, evaluation_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    splits = {name: separable_pictures(60, seed) for seed, name in enumerate(("train", "valid", "test"))}
+    splits = {name: separable_images(60, seed) for seed, name in enumerate(("train", "valid", "test"))}
     tokens, labels = splits["test"]
     splits["test"] = tokens[labels != 2], labels[labels != 2]
     other = open_shard_set(write_shard_set(tmp_path / "other", splits, random_palette()))
     result = FineTune(replace(QUICK, epochs=1, learning_rates=[0.01])).measure(evaluation_of(model_folder, other))
-    assert "fine_tune: no labelled picture in test of class 2" in capsys.readouterr().out
+    assert "fine_tune: no labelled image in test of class 2" in capsys.readouterr().out
     assert result["absent_classes"]["test"] == ["class 2"]
     assert result["test_accuracy_by_class"][2] is None
     assert result["confusion"][2] == [0, 0, 0]
@@ -156,9 +156,9 @@ def test_what_cannot_be_fine_tuned(model_folder: Path, evaluation_of: Callable, 
     evaluation = evaluation_of(model_folder)
     with pytest.raises(ValueError, match=r"fine_tune\.reflect_crop is 6; images of 6x6 have fewer than 6 pixels"):
         FineTune(replace(QUICK, reflect_crop=6)).measure(evaluation)
-    unlabelled = {name: separable_pictures(20, 0, 20 * (name == "valid")) for name in ("train", "valid", "test")}
+    unlabelled = {name: separable_images(20, 0, 20 * (name == "valid")) for name in ("train", "valid", "test")}
     other = open_shard_set(write_shard_set(tmp_path / "other", unlabelled, random_palette()))
-    with pytest.raises(ValueError, match="has no labelled pictures in its split valid"):
+    with pytest.raises(ValueError, match="has no labelled images in its split valid"):
         FineTune(QUICK).measure(evaluation_of(model_folder, other))
     with pytest.raises(ValueError, match=r"learning_rates is 1e\+20, and at each the loss became NaN or Inf"):
         FineTune(replace(QUICK, learning_rates=[1e20])).measure(

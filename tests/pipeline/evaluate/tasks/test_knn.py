@@ -27,7 +27,7 @@ def scikit_learn(train: Labelled, k: int, temperature: float = 0.07) -> KNeighbo
 
 @pytest.mark.parametrize("temperature", [0.005, 0.07, 1.0])
 def test_the_votes_are_those_of_scikit_learn(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks that divide neither the training pictures nor the queries; one block has fewer rows than k."""
+    """In blocks that divide neither the training images nor the queries; one block has fewer rows than k."""
     monkeypatch.setattr(labelled, "ROWS_AT_ONCE", 130)
     monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 77)
     random = np.random.default_rng(0)
@@ -48,9 +48,9 @@ def test_the_task_tests_the_layer_and_k_that_did_best_on_validation(
     evaluation = evaluation_of(model_folder)
     result = KNN(KnnOptions(k=[5, 20, 300, 400])).measure(evaluation)
 
-    pictures = {name: evaluation.pictures(name, labelled=True) for name in ("train", "valid", "test")}
-    labels = {name: chosen.labels for name, chosen in pictures.items()}
-    features = {name: pooled_features(evaluation, chosen) for name, chosen in pictures.items()}
+    images = {name: evaluation.images(name, labelled=True) for name in ("train", "valid", "test")}
+    labels = {name: chosen.labels for name, chosen in images.items()}
+    features = {name: pooled_features(evaluation, chosen) for name, chosen in images.items()}
     assert (result["k"], result["k_left_out"]) == ([5, 20, 300], [400])  # train has 323
 
     def score(train: np.ndarray, queries: np.ndarray, split: str, k: int) -> float:
@@ -64,7 +64,7 @@ def test_the_task_tests_the_layer_and_k_that_did_best_on_validation(
     best, k = result["best_layer"], result["best_k"]
     assert table[best][[5, 20, 300].index(k)] == np.max(table)
     assert result["test_accuracy"] == pytest.approx(score(features["train"][best], features["test"][best], "test", k))
-    tokens = {name: chosen.tokens() for name, chosen in pictures.items()}
+    tokens = {name: chosen.tokens() for name, chosen in images.items()}
     for name, represent in (
         ("raw_pixel", lambda some: raw_pixels(some, evaluation.shards.palette)),
         ("color_histogram", lambda some: color_histogram(some, 24)),
@@ -80,17 +80,17 @@ def test_the_task_tests_the_layer_and_k_that_did_best_on_validation(
 def test_a_masked_model_votes_over_five_masks(masked_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(masked_folder)
     result = KNN(KnnOptions(k=[20])).measure(evaluation)
-    pictures = {name: evaluation.pictures(name, labelled=True) for name in ("train", "test")}
+    images = {name: evaluation.images(name, labelled=True) for name in ("train", "test")}
     layer = result["best_layer"]
-    bank = Labelled(pooled_features(evaluation, pictures["train"])[layer], pictures["train"].labels)
-    neighbours, labels = scikit_learn(bank, 20), pictures["test"].labels
-    expected = [neighbours.score(pooled_features(evaluation, pictures["test"], n)[layer], labels) for n in range(5)]
+    bank = Labelled(pooled_features(evaluation, images["train"])[layer], images["train"].labels)
+    neighbours, labels = scikit_learn(bank, 20), images["test"].labels
+    expected = [neighbours.score(pooled_features(evaluation, images["test"], n)[layer], labels) for n in range(5)]
     assert result["test_accuracy_by_mask"] == pytest.approx(expected)
     assert result["test_accuracy"] == pytest.approx(expected[0])
     assert len(set(expected)) > 1
 
 
-def test_more_neighbours_than_pictures_are_refused(model_folder: Path, evaluation_of: Callable) -> None:
+def test_more_neighbours_than_images_are_refused(model_folder: Path, evaluation_of: Callable) -> None:
     with pytest.raises(ValueError, match=r"knn\.k is \[100, 200\], but .* has 90 labelled images in train"):
         KNN(KnnOptions(k=[100, 200])).measure(evaluation_of(model_folder, train_images=90))
 

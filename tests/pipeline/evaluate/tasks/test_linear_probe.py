@@ -16,7 +16,7 @@ from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.options import LinearProbeOptions, SgdOptions
 from pipeline.evaluate.registry import options_type, task_class
 from pipeline.evaluate.tasks.linear_probe import LinearProbe, layers_around
-from tests.pipeline.evaluate.tiny_sets import random_palette, random_pictures, write_shard_set
+from tests.pipeline.evaluate.tiny_sets import random_images, random_palette, write_shard_set
 
 STRENGTHS = [1.0, 0.1, 0.01, 0.001]
 
@@ -33,9 +33,9 @@ def reference(train: tuple, valid: tuple, strengths: list[float]) -> tuple[float
 
 def features_and_labels(evaluation: Evaluation, draw: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """By split: features (L+1, N, D), labels (N,)."""
-    pictures = {name: evaluation.pictures(name, labelled=True) for name in ("train", "valid", "test")}
-    features = {name: pooled_features(evaluation, chosen, draw) for name, chosen in pictures.items()}
-    return features, {name: chosen.labels for name, chosen in pictures.items()}
+    images = {name: evaluation.images(name, labelled=True) for name in ("train", "valid", "test")}
+    features = {name: pooled_features(evaluation, chosen, draw) for name, chosen in images.items()}
+    return features, {name: chosen.labels for name, chosen in images.items()}
 
 
 def test_the_task_measures_the_layer_that_did_best_on_validation(model_folder: Path, evaluation_of: Callable) -> None:
@@ -54,7 +54,7 @@ def test_the_task_measures_the_layer_that_did_best_on_validation(model_folder: P
     assert (result["classes"], result["train_images"], result["test_images"]) == (3, 323, 127)
     commonest = np.bincount(labels["train"]).argmax()
     assert result["majority_class_test_accuracy"] == pytest.approx(np.mean(labels["test"] == commonest))
-    # Classes differ by colour: the histogram says most, and more than chance is known.
+    # Classes differ by color: the histogram says most, and more than chance is known.
     assert result["color_histogram_test_accuracy"] > 0.5 > result["majority_class_test_accuracy"]
 
     together = result["concatenated"]
@@ -83,9 +83,9 @@ def test_labels_of_the_test_split_choose_nothing(
     model_folder: Path, evaluation_of: Callable, shards: ShardSet, tmp_path: Path
 ) -> None:
     splits = {
-        "train": random_pictures(330, 1, unlabelled=7),
-        "valid": random_pictures(110, 2),
-        "test": random_pictures(130, 4),  # others
+        "train": random_images(330, 1, unlabelled=7),
+        "valid": random_images(110, 2),
+        "test": random_images(130, 4),  # others
     }
     other = open_shard_set(write_shard_set(tmp_path / "other", splits, random_palette()))
     results = []
@@ -114,7 +114,7 @@ def test_sgd_gives_mean_and_deviation_over_seeds(model_folder: Path, evaluation_
     features, labels = features_and_labels(evaluation)
     data = {name: (features[name][result["best_layer"]], labels[name]) for name in features}
     _, pipeline = reference(data["train"], data["valid"], [1e-4])
-    assert result["test_accuracy"] == pytest.approx(pipeline.score(*data["test"]), abs=0.06)  # 8 of 127 pictures
+    assert result["test_accuracy"] == pytest.approx(pipeline.score(*data["test"]), abs=0.06)  # 8 of 127 images
 
 
 def test_sgd_with_one_seed_has_no_others(
@@ -150,8 +150,8 @@ def test_a_masked_model_votes_over_five_masks(masked_folder: Path, evaluation_of
 def test_classes_that_a_split_lacks(
     model_folder: Path, evaluation_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Class 2 has no test picture; class 1 is in test, but not in train."""
-    data = {"train": random_pictures(200, 1), "valid": random_pictures(60, 2), "test": random_pictures(80, 3)}
+    """Class 2 has no test image; class 1 is in test, but not in train."""
+    data = {"train": random_images(200, 1), "valid": random_images(60, 2), "test": random_images(80, 3)}
     kept = {"train": [0, 2], "valid": [0, 1, 2], "test": [0, 1]}
     data = {name: tuple(part[np.isin(data[name][1], kept[name])] for part in data[name]) for name in data}
     other = open_shard_set(write_shard_set(tmp_path / "other", data, random_palette()))
@@ -163,8 +163,8 @@ def test_classes_that_a_split_lacks(
     assert result["test_accuracy"] == pytest.approx(zero * counts[0] / sum(counts))
     assert result["classes"] == 2
     printed = capsys.readouterr().out
-    assert "linear_probe: no labelled picture in test of class 2" in printed
-    assert "linear_probe: no labelled picture in train of class 1" in printed
+    assert "linear_probe: no labelled image in test of class 2" in printed
+    assert "linear_probe: no labelled image in train of class 1" in printed
 
 
 @pytest.mark.parametrize("task", ["linear_probe", "knn", "low_data"])
@@ -172,15 +172,15 @@ def test_classes_that_a_split_lacks(
     ("splits", "message"),
     [
         ({"train": 60, "valid": 20}, r"has no split 'test'; it has train, valid"),
-        ({"train": 60, "valid": 20, "test": -20}, r"has no labelled pictures in its split test"),
-        ({"train": -60, "valid": 20, "test": 20}, r"has no labelled pictures in its split train"),
+        ({"train": 60, "valid": 20, "test": -20}, r"has no labelled images in its split test"),
+        ({"train": -60, "valid": 20, "test": 20}, r"has no labelled images in its split train"),
         ({"train": 1, "valid": 20, "test": 20}, r"has one class in train; TASK needs two or more"),
     ],
 )
 def test_splits_that_cannot_be_probed(
     task: str, splits: dict[str, int], message: str, model_folder: Path, evaluation_of: Callable, tmp_path: Path
 ) -> None:
-    data = {name: random_pictures(abs(n), seed=9, unlabelled=max(-n, 0)) for name, n in splits.items()}
+    data = {name: random_images(abs(n), seed=9, unlabelled=max(-n, 0)) for name, n in splits.items()}
     other: ShardSet = open_shard_set(write_shard_set(tmp_path / "other", data, random_palette()))
     evaluation = evaluation_of(model_folder, other)
     with pytest.raises(ValueError, match=message.replace("TASK", task)):

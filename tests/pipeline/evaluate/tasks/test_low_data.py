@@ -17,7 +17,7 @@ from pipeline.evaluate.features.labelled import Labelled
 from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.options import LowDataOptions
 from pipeline.evaluate.tasks.low_data import LowData, Setting, balanced, choose, settings_for
-from tests.pipeline.evaluate.tiny_sets import random_palette, random_pictures, write_shard_set
+from tests.pipeline.evaluate.tiny_sets import random_images, random_palette, write_shard_set
 
 LABELS = np.repeat([0, 1, 2], [120, 60, 5])
 
@@ -110,12 +110,12 @@ def test_the_only_label_of_a_class_is_learned_from() -> None:
 
 
 def test_the_task_against_scikit_learn(model_folder: Path, evaluation_of: Callable) -> None:
-    """With the layer and the strength given, the mean over the same subsets; the test pictures in full."""
+    """With the layer and the strength given, the mean over the same subsets; the test images in full."""
     evaluation = evaluation_of(model_folder)
     options = LowDataOptions(per_class=[4, 25], fractions=[0.5], subsets=3, layer=2, l2=[0.1])
     result = LowData(options).measure(evaluation)
-    train, test = (evaluation.pictures(name, labelled=True) for name in ("train", "test"))
-    known, asked = (pooled_features(evaluation, pictures)[2] for pictures in (train, test))
+    train, test = (evaluation.images(name, labelled=True) for name in ("train", "test"))
+    known, asked = (pooled_features(evaluation, images)[2] for images in (train, test))
     assert [setting["name"] for setting in result["settings"]] == ["4 per class", "25 per class", "50%"]
     assert [setting["labels"] for setting in result["settings"]] == [12, 75, 162]
     settings, _ = settings_for(train.labels, options, "")
@@ -137,9 +137,9 @@ def test_the_task_against_scikit_learn(model_folder: Path, evaluation_of: Callab
 def mislabelled(folder: Path, split: str) -> ShardSet:
     """The shard set of the fixture with the labels of one split shifted by a class."""
     splits = {
-        "train": random_pictures(330, 1, unlabelled=7),
-        "valid": random_pictures(110, 2),
-        "test": random_pictures(130, 3, unlabelled=3),
+        "train": random_images(330, 1, unlabelled=7),
+        "valid": random_images(110, 2),
+        "test": random_images(130, 3, unlabelled=3),
     }
     tokens, labels = splits[split]
     splits[split] = tokens, np.where(labels < 0, labels, (labels + 1) % 3)
@@ -195,10 +195,10 @@ def test_a_layer_that_the_model_lacks_is_refused(model_folder: Path, evaluation_
 
 def with_valid(folder: Path, labels: list[int]) -> ShardSet:
     """Train has the classes 0 and 1, valid the labels given."""
-    (train, known), (test, asked) = random_pictures(120, 1), random_pictures(60, 3)
+    (train, known), (test, asked) = random_images(120, 1), random_images(60, 3)
     splits = {"train": (train, known % 2), "test": (test, asked % 2)}
     if labels:
-        splits["valid"] = random_pictures(len(labels), 2)[0], np.array(labels, np.int32)
+        splits["valid"] = random_images(len(labels), 2)[0], np.array(labels, np.int32)
     return open_shard_set(write_shard_set(folder, splits, random_palette()))
 
 

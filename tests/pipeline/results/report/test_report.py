@@ -168,7 +168,7 @@ def test_initial_weights_stand_beside(
     untaught = results["random_weights"]
     assert set(untaught) == {"density", "linear_probe"}
     assert {result["weights"] for result in untaught.values()} == {"random"}
-    row = next(line for line in (out / "report.html").read_text().split("<tr>") if "<td>Nats per colour</td>" in line)
+    row = next(line for line in (out / "report.html").read_text().split("<tr>") if "<td>Nats per color</td>" in line)
     numbers = re.findall(r'<td class="number">([^<]*)</td>', row)
     assert numbers[:2] == [f"{results['tasks']['density']['nats_per_color']:.4f}", f"{math.log(COLORS):.4f}"]
 
@@ -256,7 +256,7 @@ def test_tasks_that_finish_at_once_are_all_in_the_report(
 @pytest.mark.parametrize(
     ("nats", "words"),
     [
-        (3.5, "no better than the previous colour"),
+        (3.5, "no better than the previous color"),
         (2.8, "not what two neighbours tell"),
         (2.0, "structure beyond them"),
     ],
@@ -270,7 +270,7 @@ def test_how_to_read_follows_the_numbers(
     (out / "density.json").write_text(json.dumps(density | baselines | {"nats_per_color": nats}))
     page = write_report(out, model_facts(trained_model, load_model_folder(trained_model)), shards)
     assert words in page.read_text()
-    assert "few photographs" not in page.read_text()  # the pictures are dots
+    assert "few photographs" not in page.read_text()  # the images are dots
 
 
 def test_a_new_task_is_a_file_and_a_line(
@@ -291,8 +291,8 @@ def test_a_new_task_is_a_file_and_a_line(
     out = measure_all(trained_model, tmp_path / "results", "--tasks", "nearest_mean", "--nearest_mean.layer", "1")
     result = json.loads((out / "nearest_mean.json").read_text())
     evaluation = evaluation_of(trained_model)
-    train, test = (evaluation.pictures(name, labelled=True) for name in ("train", "test"))
-    features = [pooled_features(evaluation, pictures)[1] for pictures in (train, test)]
+    train, test = (evaluation.images(name, labelled=True) for name in ("train", "test"))
+    features = [pooled_features(evaluation, images)[1] for images in (train, test)]
     reference = NearestCentroid().fit(features[0], train.labels)
     assert result["test_accuracy"] == pytest.approx(reference.score(features[1], test.labels))
     text = (out / "report.html").read_text()
