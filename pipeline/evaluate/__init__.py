@@ -1,5 +1,5 @@
-"""`evaluate` and `complete`: what a trained model learned, task by task.
+"""The commands `evaluate` and `complete`: evaluation tasks on a trained model.
 
-Start at run.py, then task.py (what a task is) and context.py (what it is given). A new task is a file in tasks/ and a
-line in registry.py.
+Start at run.py, then read task.py (the base class of tasks) and context.py (what a task receives). To add a task, add a
+file to tasks/ and a line to registry.py; README.md has an example.
 """

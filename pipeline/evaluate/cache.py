@@ -1,10 +1,10 @@
-"""Finished work on disk, so that a command that was killed, or another task, computes only what is missing.
+"""Cache of finished work on disk: a command that restarts, and other tasks, compute only what is missing.
 
-    NAME.npz     a value: arrays by name, and what JSON can hold; so also the state of a training
-    NAME.npy     a large array that the ranks fill piece by piece; NAME.batches/ notes what is there, and NAME.json with
-                 its digest completes it
+    NAME.npz     a value: arrays by name, and JSON data; the state of a training run is such a value
+    NAME.npy     a large array that the ranks fill batch by batch; NAME.batches/ lists the batches on disk, and
+                 NAME.json, which holds its digest, is written when it is complete
 
-What is damaged is reported, and computed again.
+A damaged file is logged and recomputed.
 """
 
 import json
@@ -27,32 +27,32 @@ from pipeline.distributed import from_first
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
-SECONDS_BETWEEN_NOTES = 20.0
-"""A killed command computes at most this much of a large array again."""
+SECONDS_BETWEEN_RECORDS = 20.0
+"""Interval at which finished batches of a large array are recorded: a killed command loses at most this much work."""
 _JSON = "plain json"
 
 Write = Callable[[int, np.ndarray], None]
-"""Of a batch float32 (L, B, D) to the rows of a large array from a start on."""
+"""`write(start, batch)`: writes a batch, float32 (L, B, D), to the rows of a large array that start at `start`."""
 
 
 class TaskCache:
-    """Finished work in one folder, each part under a name of its own."""
+    """Cached values and arrays in one folder, by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def of_task(cls, results: Path, task: str, inputs_digest: str) -> "TaskCache":
-        """Of one task's unfinished work on one set of inputs; inputs_digest: of all that it depends on."""
+        """The cache of one task's unfinished work; inputs_digest: of everything that the result depends on."""
         return cls(results / UNFINISHED / task / inputs_digest[:16])
 
     def get_or_compute(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The value under a name, computed now if it is not there. Called by the one rank whose work it is."""
+        """The value under a name, computed if it is not cached. Only the rank that owns the work item calls it."""
         cached = self.get(name)
         return self.put(name, compute()) if cached is None else cached
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """The value under a name; None if there is none, or, which is reported, it was damaged."""
+        """The value under a name; None if it is not cached, or if the file is damaged, which is logged."""
         path = self._path(name)
         if not path.is_file():
             return None
@@ -60,11 +60,11 @@ class TaskCache:
             with np.load(path, allow_pickle=False) as file:
                 return {key: file[key] for key in file.files if key != _JSON} | json.loads(str(file[_JSON]))
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):
-            logger.warning(f"{path} can't be read; it is computed again")
+            logger.warning(f"{path} can't be read; its content is recomputed")
             return None
 
     def put(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
-        """Writes a value, completely or not at all; returns it as `get` will."""
+        """Writes a value atomically, and returns it as `get` will."""
         arrays = {key: part for key, part in value.items() if isinstance(part, np.ndarray)}
         plain = json.dumps({key: part for key, part in value.items() if key not in arrays})
         with atomic_write(self._path(name)) as temporary, temporary.open("wb") as file:
@@ -84,17 +84,17 @@ class TaskCache:
         facts: dict[str, Any],
         fill: Callable[[Write, set[int]], None],
     ) -> np.ndarray:
-        """The float32 array (L, N, D) under a name, a memory map that every rank reads. All ranks call it together.
+        """The float32 array (L, N, D) under a name, as a memory map that every rank reads. All ranks call it together.
 
-        If it is not complete, every rank's `fill(write, done)` writes its part of what a killed command did not;
-        `done` holds the starts of the batches that are there. facts: written into the manifest.
+        If the array is not complete, every rank calls `fill(write, done)` and writes its share of the missing batches;
+        `done` has the starts of the batches that are already on disk. facts: written into the manifest.
         """
         file = CachedArray(self.folder, name)
-        with ExitStack() as stack:  # other commands, such as another task of the same array, wait, and find it complete
+        with ExitStack() as stack:  # another command that needs this array waits, then finds it complete
             from_first(lambda: stack.enter_context(locked(file.lock, str(file.path))))
             if not from_first(file.is_complete):
                 from_first(lambda: file.reserve(shape))
-                done = from_first(file.noted)  # the same for all ranks: they share out what is missing
+                done = from_first(file.finished_batches)  # the same on all ranks, which divide the rest among them
                 with file.writer(PartialState().process_index) as write:
                     fill(write, done)
                 PartialState().wait_for_everyone()
@@ -106,34 +106,36 @@ class TaskCache:
 
 
 def clear_unfinished(results: Path, task: str) -> None:
-    """Deletes a task's unfinished work, that of other inputs too."""
+    """Deletes a task's unfinished work, for all inputs."""
     shutil.rmtree(results / UNFINISHED / task, ignore_errors=True)
 
 
 class CachedArray:
-    """A large array in one file: NAME.npy, complete once NAME.json with its digest stands beside it."""
+    """A large array in one file: NAME.npy is complete once NAME.json, which holds its digest, exists."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.path, self.lock = folder / f"{name}.npy", folder / f".{name}.npy.lock"
-        self._manifest, self._notes = folder / f"{name}.json", folder / f"{name}.batches"
+        self._manifest, self._batches = folder / f"{name}.json", folder / f"{name}.batches"
 
     def is_complete(self) -> bool:
-        """Whether the file is as it was written; a damaged one is reported and removed."""
+        """Whether the file matches the digest in its manifest; a damaged file is logged and removed."""
         if not self._manifest.is_file():
             return False
         try:
-            promised = json.loads(self._manifest.read_text())["sha256"]
-            if file_sha256(self.path) == promised:
+            expected = json.loads(self._manifest.read_text())["sha256"]
+            if file_sha256(self.path) == expected:
                 return True
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        logger.warning(f"{self.path} is not what was written; it is computed again")
+        logger.warning(f"{self.path} does not match its digest; it is recomputed")
         self._remove()
         return False
 
     def reserve(self, shape: tuple[int, ...]) -> None:
-        """Creates the file, unless a killed command left it, with its space allocated: writing to a map on a full disk
-        would kill the process."""
+        """Creates the file with its space allocated, unless a killed command left it.
+
+        Without allocation, writing to the map on a full disk would kill the process.
+        """
         try:
             if self.path.is_file() and np.load(self.path, mmap_mode="r").shape == shape:
                 return
@@ -150,51 +152,51 @@ class CachedArray:
 
     @contextmanager
     def writer(self, rank: int) -> Iterator[Write]:
-        """Yields `write(start, batch)`: float32 (L, B, D) to the rows start..start + B.
+        """Yields `write(start, batch)`, which writes float32 (L, B, D) to the rows start..start + B.
 
-        What was written is flushed to disk and noted from time to time, and at the end.
+        Every SECONDS_BETWEEN_RECORDS, and at the end, the batches are flushed to disk and recorded.
         """
-        mapped, fresh, noted_at = np.load(self.path, mmap_mode="r"), list[int](), time.monotonic()
+        mapped, unrecorded, recorded_at = np.load(self.path, mmap_mode="r"), list[int](), time.monotonic()
 
         def write(start: int, batch: np.ndarray) -> None:
-            # Byte by byte, not through a map: two nodes that map the same page of a network file lose one another's
-            # edges.
-            nonlocal noted_at
+            # Written to the file, not through the map: two nodes that map the same page of a network file overwrite
+            # each other's bytes at the borders of their rows.
+            nonlocal recorded_at
             for layer, rows in enumerate(batch):  # (B, D)
                 file.seek(mapped.offset + (layer * mapped.shape[1] + start) * rows[0].nbytes)
                 file.write(rows.tobytes())
-            fresh.append(start)
-            if time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
-                note()
-                noted_at = time.monotonic()
+            unrecorded.append(start)
+            if time.monotonic() - recorded_at > SECONDS_BETWEEN_RECORDS:
+                record()
+                recorded_at = time.monotonic()
 
-        def note() -> None:
+        def record() -> None:
             file.flush()
             os.fsync(file.fileno())
-            self.note(rank, fresh)
-            fresh.clear()
+            self.record_batches(rank, unrecorded)
+            unrecorded.clear()
 
         with self.path.open("r+b") as file:
             yield write
-            note()
+            record()
 
-    def noted(self) -> set[int]:
-        """Starts of the batches that are on disk."""
-        lines = [line for file in self._notes.glob("rank-*") for line in file.read_text().splitlines()]
-        return {int(line[:-1]) for line in lines if line.endswith(";")}  # the last line may be cut off
+    def finished_batches(self) -> set[int]:
+        """The starts of the batches that are on disk."""
+        lines = [line for file in self._batches.glob("rank-*") for line in file.read_text().splitlines()]
+        return {int(line[:-1]) for line in lines if line.endswith(";")}  # a kill may have cut off the last line
 
-    def note(self, rank: int, batches: list[int]) -> None:
-        """Notes batches that this rank has flushed to disk."""
-        self._notes.mkdir(exist_ok=True)
-        with (self._notes / f"rank-{rank}").open("a") as file:
-            file.writelines(f"\n{first};" for first in batches)  # what was cut off before stands on a line of its own
+    def record_batches(self, rank: int, batches: list[int]) -> None:
+        """Records batches that this rank has flushed to disk."""
+        self._batches.mkdir(exist_ok=True)
+        with (self._batches / f"rank-{rank}").open("a") as file:
+            file.writelines(f"\n{first};" for first in batches)  # the line break ends a line that a kill cut off
 
     def seal(self, facts: dict[str, Any]) -> None:
-        """Writes the manifest: from now on the file is complete."""
+        """Writes the manifest, which marks the file complete."""
         write_json(self._manifest, facts | {"sha256": file_sha256(self.path)})
-        shutil.rmtree(self._notes)
+        shutil.rmtree(self._batches)
 
     def _remove(self) -> None:
         self._manifest.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
-        shutil.rmtree(self._notes, ignore_errors=True)
+        shutil.rmtree(self._batches, ignore_errors=True)

@@ -1,7 +1,4 @@
-"""`python -m pipeline evaluate`: its options. run.py does the work.
-
-A task is a class in a file of its own (task.py) and a line in TASKS (registry.py).
-"""
+"""`python -m pipeline evaluate`: parses the options; run.py runs the tasks."""
 
 import shlex
 from functools import partial
@@ -22,8 +19,8 @@ from pipeline.rank_errors import local_rank, reported_once_per_node
 def evaluate(arguments: list[str]) -> int:
     """`python -m pipeline evaluate MODEL --shards SHARDS --tasks A,B --out RESULTS`, on one rank or under torchrun.
 
-    Leaves RESULTS/<task>.json and figures, and after each task report.html and results.json. Returns 0, or 75 if it was
-    asked to stop. Raises ValueError for invalid input.
+    Writes RESULTS/<task>.json and figures, and after each task report.html and results.json. Returns 0, or 75 after a
+    signal asked it to stop. Raises ValueError for invalid input.
     """
     return until_stopped(partial(_evaluate, arguments))
 
@@ -34,7 +31,7 @@ def _evaluate(arguments: list[str]) -> int:
         out = request.command.out
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out is {out}, which is a file; it must be a folder.")
-        from data_prep.shards.reader import open_shard_set  # here and below, so that --help needs no torch
+        from data_prep.shards.reader import open_shard_set  # imported here, so that --help does not import torch
 
         shards = open_shard_set(request.command.shards)
     from pipeline.evaluate.run import run
@@ -44,21 +41,21 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> Request:
-    parser = new_parser("python -m pipeline evaluate", "Measures a model: probes, density, completions, and a report.")
+    parser = new_parser("python -m pipeline evaluate", "Runs evaluation tasks on a model and writes a report.")
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
     parser.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, or hub:ORG/NAME")
-    overwrite = "measure again what was already measured with the same inputs"
+    overwrite = "run tasks again that already have results for the same inputs"
     parser.add_argument("--overwrite", "--again", action="store_true", help=overwrite)
     parser.add_class_arguments(Command, skip={"overwrite"})
     parser.add_class_arguments(Sizes)
     file = _config(arguments)
-    asked = str(value_of("--tasks", arguments) or file.get("tasks")).replace(" ", "").split(",")
-    given = [*file, *(word[2:].partition("=")[0] for word in arguments if word.startswith("--"))]
+    requested = str(value_of("--tasks", arguments) or file.get("tasks")).replace(" ", "").split(",")
+    keys = [*file, *(word[2:].partition("=")[0] for word in arguments if word.startswith("--"))]
     for name, entry in TASKS.items():
-        if entry.options is not None or name in asked:
+        if entry.options is not None or name in requested:
             parser.add_class_arguments(options_type(name), name)
-        elif option := next((key for key in given if key.partition(".")[0] == name), None):
-            raise ValueError(f"{option} is of the task {name}, and is read only where --tasks names {name}.")
+        elif option := next((key for key in keys if key.partition(".")[0] == name), None):
+            raise ValueError(f"{option} is an option of the task {name}, which runs only if --tasks names it.")
     values = parse(parser, arguments)
     command = Command(**{name: values[name] for name in Command.__dataclass_fields__})
     sizes = Sizes(**{name: values[name] for name in Sizes.__dataclass_fields__})
@@ -68,7 +65,7 @@ def _parse(arguments: list[str]) -> Request:
 
 
 def _config(arguments: list[str]) -> dict[str, Any]:
-    """The content of --config's file, before anything is parsed; empty if it can't be read, which parsing reports."""
+    """The content of the --config file; empty if it can't be read, which the parser reports later."""
     config = value_of("--config", arguments)
     if config is None or not Path(config).is_file():
         return {}
@@ -80,7 +77,7 @@ def _config(arguments: list[str]) -> dict[str, Any]:
 
 
 def _chosen_tasks(tasks: str) -> list[str]:
-    """The names in a list with commas. Raises ValueError naming the tasks there are."""
+    """The names in a comma-separated list. Raises ValueError, which lists the known tasks, for an unknown name."""
     names = [name.strip() for name in tasks.split(",")]
     for name in names:
         if name not in TASKS:

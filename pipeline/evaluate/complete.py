@@ -1,4 +1,4 @@
-"""`python -m pipeline complete`: half images completed by a model, beside the originals."""
+"""`python -m pipeline complete`: draws a model's completions of half images next to the originals."""
 
 import logging
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What to complete and where the figure goes."""
+    """Which images to complete, and where to write the figure."""
 
     shards: str
     """The shard set whose images are completed: a folder or an address."""
     out: Path
     """The PNG to write."""
     seed: int = 0
-    """Chooses the images and draws the completions."""
+    """Seed of the choice of images and of the sampled completions."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass."""
 
 
 def complete_command(arguments: list[str]) -> int:
     """`python -m pipeline complete MODEL --shards SHARDS --out FILE`. Raises ValueError for invalid input."""
-    parser = new_parser("python -m pipeline complete", "Completes half images and shows them beside the originals.")
+    parser = new_parser("python -m pipeline complete", "Completes half images and shows them next to the originals.")
     parser.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, or hub:ORG/NAME")
     parser.add_class_arguments(Command)
     parser.add_class_arguments(GridOptions)
@@ -37,7 +37,7 @@ def complete_command(arguments: list[str]) -> int:
     options = GridOptions(**{name: values[name] for name in GridOptions.__dataclass_fields__})
     if command.out.suffix.lower() != ".png":
         raise ValueError(f"--out is {command.out}; it must be a file that ends in .png.")
-    # So that --help and the errors above need no torch.
+    # Imported here, so that --help and the errors above do not import torch.
     from data_prep.shards.reader import open_shard_set
     from pipeline.evaluate.context import load_matching, start_accelerator
     from pipeline.evaluate.tasks.completions import CANT_COMPLETE, choose_examples, draw_completions

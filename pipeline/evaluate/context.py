@@ -1,4 +1,4 @@
-"""What every task is given: the model, the shard set, the ranks, and the images of a split in fixed batches."""
+"""What every task receives: the model, the shard set, the ranks, and the images of a split in fixed batches."""
 
 import logging
 from collections.abc import Callable, Container, Iterator
@@ -26,7 +26,7 @@ from pipeline.model_folder.convert import LoadedModel, load_model_folder
 logger = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = timedelta(hours=12)
-"""Ranks wait for the one that fits the slowest probe."""
+"""Timeout of collectives: all ranks wait for the rank that fits the slowest probe."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class ImageSubset:
         return len(self.indices)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Palette indices, uint16 (n, T), of the images start..stop of this selection."""
+        """Palette indices, uint16 (n, T), of the images start..stop of this subset."""
         return self.split.gather(self.indices[start:stop])[0]
 
 
 def split_labels(split: Split) -> np.ndarray:
-    """Labels of a whole split, int32 (images,), in file order."""
+    """All labels of a split, int32 (images,), in file order."""
     labels = [split.record(record)[1] for record in range(len(split.record_images))]
     return np.concatenate([np.empty(0, np.int32), *labels])
 
@@ -56,15 +56,15 @@ def choose_images(
 ) -> ImageSubset:
     """All images of a split, or a random `limit` of them that depends on (seed, split name) alone.
 
-    With `labelled`, unlabelled images are excluded. Raises ValueError if the split is absent, or if
-    labels are wanted and it has none.
+    With `labelled`, unlabelled images are excluded. Raises ValueError if the split is absent or has no such
+    images.
     """
     split = shards.split(split_name)
     labels = split_labels(split)
     indices = np.flatnonzero(labels >= 0) if labelled else np.arange(len(labels))
     if not len(indices):
         what = "labelled images" if labelled else "images"
-        raise ValueError(f"{shards.path} has no {what} in its split {split_name}; this task needs some.")
+        raise ValueError(f"{shards.path} has no {what} in its split {split_name}, which this task needs.")
     if limit is not None and limit < len(indices):
         chosen = generator(seed, "evaluate", split_name).choice(indices, limit, replace=False)
         indices = np.sort(chosen)
@@ -73,7 +73,7 @@ def choose_images(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one shard set, and where its results go."""
+    """One model on one shard set, and the folder of its results."""
 
     model: LoadedModel
     shards: ShardSet
@@ -82,25 +82,25 @@ class Evaluation:
     seed: int
     sizes: Sizes
     cache: TaskCache
-    """Finished work of the task that runs."""
+    """The cache of the running task."""
     features: Path
-    """Where features are cached."""
+    """The folder in which features are cached."""
     model_digest: str
-    """Of the weights that are measured."""
+    """Digest of the weights that are evaluated."""
     weights: Weights = "trained"
 
     @property
     def masked(self) -> bool:
-        """Whether the model predicts masked pixels, and sees all others."""
+        """Whether the model predicts masked pixels from all other pixels."""
         return self.model.mask_probability is not None
 
     def inputs_and_targets(
         self, tokens: torch.Tensor, indices: np.ndarray, draw: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the model reads and what it is to predict, both long (B, T), of images long (B, T).
+        """The model's inputs and its targets, both long (B, T), of images long (B, T).
 
-        indices: the images' numbers in their split, int64 (B,). Of a masked model they and `draw` decide which pixels
-        are masked (the paper masks at evaluation too), and targets are IGNORED elsewhere.
+        indices: the images' numbers in their split, int64 (B,). For a masked model, they and `draw` determine which
+        pixels are masked (the paper masks at evaluation too), and the other targets are IGNORED.
         """
         colors = self.model.config.colors
         if self.model.mask_probability is None:
@@ -115,22 +115,22 @@ class Evaluation:
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank that prints and writes for all."""
+        """True on the one rank that logs and writes files."""
         return self.accelerator.is_main_process
 
     def images(self, split_name: str, *, labelled: bool = False) -> ImageSubset:
-        """`choose_images` with this evaluation's seed and caps."""
+        """`choose_images` with the seed and the limits of this evaluation."""
         limit = self.sizes.limit(split_name)
         return choose_images(self.shards, split_name, limit=limit, seed=self.seed, labelled=labelled)
 
     def batches(
         self, images: ImageSubset, label: str, done: Container[int] = ()
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """This rank's batches: (their place in `images`, tokens long (B, T) on the device).
+        """This rank's batches: (the slice of `images`, tokens long (B, T) on the device).
 
-        Batch k goes to rank k modulo the ranks. A batch holds the same images whatever the number of
-        ranks, so that what is computed from it has the same bits. Batches whose first image is in `done` are left
-        out before they are shared.
+        Batch k goes to rank k modulo the number of ranks. A batch has the same images on any number of ranks, so what
+        is computed from it is bitwise equal. Batches whose first image is in `done` are skipped before the others are
+        divided.
         """
         size, ranks = self.sizes.batch_size, self.accelerator.num_processes
         starts = [start for start in range(0, len(images), size) if start not in done]
@@ -142,13 +142,13 @@ class Evaluation:
                 advance(min(size * ranks, left - number * size * ranks))
 
     def batches_of(self, images: ImageSubset, part: slice) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Every batch of a part of the images, whatever the rank: as `batches` gives them, without progress."""
+        """All batches of a part of the images, on any rank: like `batches`, without division and progress."""
         for start in range(part.start, part.stop, self.sizes.batch_size):
-            place = slice(start, min(start + self.sizes.batch_size, part.stop))
-            yield place, self.on_device(images.tokens(place.start, place.stop))
+            rows = slice(start, min(start + self.sizes.batch_size, part.stop))
+            yield rows, self.on_device(images.tokens(rows.start, rows.stop))
 
     def progress(self, label: str, total: int, unit: str = "images") -> AbstractContextManager[Callable[[int], object]]:
-        """The first rank's progress, on the assumption that the others keep step."""
+        """Progress of the first rank, which stands for all: the ranks work at about the same speed."""
         return progress(label, total, unit) if self.is_first else nullcontext(lambda _count: None)
 
     def log(self, line: str) -> None:
@@ -158,7 +158,7 @@ class Evaluation:
 
 
 def start_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
-    """The device and the ranks, from torchrun's variables; one rank alone without them."""
+    """The device and the ranks, from torchrun's environment variables; a single rank without them."""
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -167,24 +167,26 @@ def start_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
 
 
 def load_matching(folder: Path, shards: ShardSet) -> LoadedModel:
-    """A model folder's content. Raises ValueError if it is damaged or does not match the shard set."""
+    """Loads a model folder. Raises ValueError if it is damaged or does not match the shard set."""
     model = load_model_folder(folder)
     check_match(model, folder, shards)
     return model
 
 
 def check_match(model: LoadedModel, folder: Path, shards: ShardSet) -> None:
-    """Raises ValueError if the model has no palette, or the shard set has another palette or resolution."""
+    """Raises ValueError if the model has no palette, or if the shard set has another palette or resolution."""
     if model.resolution != shards.resolution:
         raise ValueError(
-            f"{folder} is a model of {model.resolution}x{model.resolution} images but {shards.path} holds "
+            f"{folder} has a model of {model.resolution}x{model.resolution} pixels, but {shards.path} has "
             f"{shards.resolution}x{shards.resolution}; build the shard set at the model's resolution."
         )
     if model.palette is None:
-        raise ValueError(f"{folder} has no palette in preprocessor_config.json; without it tokens are not colors.")
+        raise ValueError(
+            f"{folder} has no palette in preprocessor_config.json; without it tokens can't be mapped to colors."
+        )
     found = palette_sha256(model.palette)
     if found != shards.palette_sha256:
         raise ValueError(
-            f"{folder} has palette {found[:12]} but {shards.path} has palette "
+            f"{folder} has palette {found[:12]}, but {shards.path} has palette "
             f"{shards.palette_sha256[:12]}; build the shard set with the model's palette (palette.file)."
         )

@@ -1,6 +1,6 @@
-"""Requests to stop: a signal ends the command in a sentence, with the code that asks for a requeue.
+"""Requests to stop: after a signal the command logs one message and exits with code 75, which asks for a requeue.
 
-What is finished is on disk already, item by item, so nothing has to be saved.
+Every finished work item is already on disk, so nothing has to be saved.
 """
 
 import logging
@@ -18,20 +18,20 @@ from data_prep.common.exit_codes import STOPPED
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-GRACE = 5.0
-"""Seconds until a process ends without tidying up: Python hears of a signal only between two calls, and a rank may wait
-in one for another that has left."""
-APART = 2.0
-"""Seconds within which all ranks are told."""
+GRACE_SECONDS = 5.0
+"""After this time the process exits without cleanup. Python handles a signal only between two calls, and a rank may be
+blocked in a collective that another rank has already left."""
+SIGNAL_SPREAD_SECONDS = 2.0
+"""Within this time the signal reaches all ranks."""
 MESSAGE = "asked to stop: what was computed is cached, and the same command resumes from there."
 
 
 class Stopped(BaseException):
-    """A signal asked to stop. Whoever works is left where it is."""
+    """A signal asked to stop. Work in progress is abandoned."""
 
 
 def until_stopped(work: Callable[[], int]) -> int:
-    """What `work` returns; STOPPED, and a message of the first rank, if a signal (USR1, TERM, INT) ended it."""
+    """The exit code of `work`; after SIGUSR1, SIGTERM or SIGINT it is STOPPED, and the first rank logs a message."""
     unreported = threading.Lock()
 
     def report() -> None:
@@ -40,33 +40,33 @@ def until_stopped(work: Callable[[], int]) -> int:
 
     with _listening(report):
         try:
-            return _with_others(work)
+            return _wait_for_signal_on_error(work)
         except Stopped:
             report()
             return STOPPED
 
 
-def _with_others(work: Callable[[], int]) -> int:
+def _wait_for_signal_on_error(work: Callable[[], int]) -> int:
     try:
         return work()
-    except RuntimeError:  # a collective's too, that another rank left because it was told to: so will this one be
+    except RuntimeError:  # perhaps of a collective that another rank left after the signal, which then comes here too
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            time.sleep(APART)
+            time.sleep(SIGNAL_SPREAD_SECONDS)
         raise
 
 
 @contextmanager
 def _listening(report: Callable[[], None]) -> Iterator[None]:
-    """While open, the first signal raises Stopped; GRACE seconds later the process ends if it is still there."""
+    """Context in which the first signal raises Stopped; if the process still runs GRACE_SECONDS later, it exits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told = False
+    stopping = False
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal told
-        if not told:
-            told = True
+        nonlocal stopping
+        if not stopping:
+            stopping = True
             raise Stopped
 
     reader, writer = os.pipe()
@@ -87,11 +87,11 @@ def _listening(report: Callable[[], None]) -> Iterator[None]:
 
 
 def _watch(reader: int, report: Callable[[], None]) -> None:
-    """Runs in a thread, which hears of a signal while the main one is in a call. Ends when the pipe is closed."""
+    """Runs in a thread, which notices a signal while the main thread is in a call. Ends when the pipe is closed."""
     if not os.read(reader, 1):
         return
-    last = time.monotonic() + GRACE
-    while (left := last - time.monotonic()) > 0:
+    deadline = time.monotonic() + GRACE_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
         if select.select([reader], [], [], left)[0] and not os.read(reader, 1):
             return
     report()

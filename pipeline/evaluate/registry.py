@@ -1,4 +1,4 @@
-"""The evaluation tasks by name. A new task is one file and one line here."""
+"""The evaluation tasks by name. To add a task, write its file and add one line here."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a task is."""
+    """Where a task is defined, and when it runs."""
 
     path: str
     """MODULE:CLASS."""
     options: type | None = None
-    """Its options, where they are declared apart from the task, so that --help need not import it; a task that declares
-    its own in its file runs only where --tasks names it, and they are known then."""
+    """The dataclass of its options, if options.py declares it, so that --help need not import the task. A task that
+    declares its options in its own file runs only if --tasks names it, and only then are its options known."""
     long: bool = False
-    """Trains for many epochs: runs only where --tasks names it."""
+    """Whether it trains for many epochs; such a task runs only if --tasks names it."""
 
 
 _TASKS = "pipeline.evaluate.tasks"

@@ -1,4 +1,4 @@
-"""What `python -m pipeline evaluate` is asked for."""
+"""The parsed command line of `python -m pipeline evaluate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,32 +10,32 @@ from pipeline.evaluate.registry import TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What to measure and where the results go."""
+    """What to evaluate, and where to write the results."""
 
     shards: str
-    """The shard set to measure on: a folder or an address."""
+    """The shard set to evaluate on: a folder or an address."""
     out: Path
-    """The folder of results."""
+    """The results folder."""
     tasks: str = ",".join(name for name, entry in TASKS.items() if entry.options is not None and not entry.long)
-    """Names of tasks, with commas between, in the order in which they run; beside the default's there are
-    attentive_probe, fine_tune and distill, which train for many epochs. A task that declares its options in its own
-    file runs, and has them in --help, only if --tasks names it."""
+    """Comma-separated names of tasks, in the order in which they run. attentive_probe, fine_tune and distill train for
+    many epochs and are not in the default. A task that declares its options in its own file runs, and shows them in
+    --help, only if --tasks names it."""
     seed: int = 0
-    """Chooses images where there is a cap, and draws completions."""
+    """Seed of everything random: the choice of images if their number is limited, order, masks, and samples."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward passes."""
+    """Precision of the forward passes."""
     weights: Weights = "trained"
-    """random: initial weights in place of the model's, as a baseline; give it a folder of results of its own."""
+    """random: evaluate initial weights instead of the model's, as a baseline; use a separate --out for them."""
     random_weights: Path | None = None
-    """The results of a call with `--weights random`, for the report; OUT/random_weights if not set."""
+    """The results of a run with --weights random, to show in the report; OUT/random_weights if not set."""
     features: Path | None = None
-    """Where features of images are cached, for all tasks and later calls; OUT/.features if not set."""
+    """The folder in which features are cached for all tasks and later runs; OUT/.features if not set."""
     overwrite: bool = False
-    """Measure again what was already measured with the same inputs."""
+    """Run tasks again that already have results for the same inputs."""
 
     @property
     def named(self) -> bool:
-        """Whether the tasks are other than the default's: each must fit the model then."""
+        """Whether --tasks differs from the default; then a task that can't run on this model is an error."""
         return self.tasks != Command.tasks
 
 
@@ -48,6 +48,6 @@ class Request:
     command: Command
     sizes: Sizes
     options: dict[str, Any]
-    """Of each task that is to run, in order."""
+    """The options of each task to run, in order."""
     command_line: str
-    """As recorded in the results."""
+    """The command line, as recorded in the results."""

@@ -1,4 +1,4 @@
-"""Runs evaluation tasks on one model, one after the other, and writes what each one found, and the report."""
+"""Runs evaluation tasks on one model, one after the other, and writes each result and the report."""
 
 import json
 import time
@@ -26,7 +26,7 @@ FEATURES = ".features"
 
 
 def run(request: Request, shards: ShardSet) -> None:
-    """Measures what was not measured yet with the same inputs. Raises ValueError for invalid input."""
+    """Runs the tasks that have no results for the same inputs yet. Raises ValueError for invalid input."""
     evaluation, facts = _start(request, shards)
     evaluation.log(_describe(facts, evaluation))
     jobs = _fitting_jobs(request, evaluation, facts)
@@ -34,9 +34,9 @@ def run(request: Request, shards: ShardSet) -> None:
     from_first(lambda: _check(jobs, missing))
     page = None
     for number, job in enumerate(jobs):
-        measured = job.run()
+        ran = job.run()
         following = jobs[number + 1 :]
-        if measured or not following:  # after each, so that one that is stopped leaves a report of those that ended
+        if ran or not following:  # after each task, so that a stopped command leaves a report of the finished ones
             not_run = {other.name: other.task.title for other in following if other.name in missing}
             page = from_first(partial(_report, evaluation, facts, request.command.random_weights, not_run))
     evaluation.log(f"report: {page}")
@@ -44,7 +44,7 @@ def run(request: Request, shards: ShardSet) -> None:
 
 
 def _start(request: Request, shards: ShardSet) -> tuple[Evaluation, ModelFacts]:
-    """Loads the model. Raises ValueError if there is none, or it does not fit the shard set."""
+    """Loads the model. Raises ValueError if there is none, or if it does not match the shard set."""
     command = request.command
     accelerator = start_accelerator(command.precision)
     folder = from_first(lambda: model_folder(request.model))
@@ -84,7 +84,7 @@ def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One task of a command."""
+    """One task of the command."""
 
     name: str
     task: Task[Any]
@@ -98,8 +98,11 @@ class Job:
         return self.evaluation.results / f"{self.name}.json"
 
     def inputs(self) -> dict[str, Any]:
-        """What its JSON records of its inputs as they are now: `options`, files' digests, and `inputs_digest` of these
-        and of the model, the shard set and the seed. Raises ValueError if something that the task reads is missing."""
+        """What the task's JSON records of its current inputs: `options`, digests of files, and `inputs_digest`.
+
+        `inputs_digest` covers these, the model, the shard set and the seed. Raises ValueError if something that the
+        task reads is missing.
+        """
         precision, evaluation = self.request.command.precision, self.evaluation
         settings = {"precision": precision} | asdict(evaluation.sizes) | asdict(self.task.options)
         others = self.task.other_inputs(evaluation.results)
@@ -107,17 +110,19 @@ class Job:
         return {"options": settings, **others, "inputs_digest": digest}
 
     def is_measured(self) -> bool:
-        """Whether the same was measured before, and is not to be overwritten."""
+        """Whether the result for these inputs exists and --overwrite is not set."""
         try:
             return self._is_measured_with(self.inputs())
-        except ValueError:  # what it reads may be to come, else `check` says so
+        except ValueError:  # an earlier task may still write what it reads; otherwise `check` reports it
             return False
 
     def run(self) -> bool:
-        """Runs the task and writes its JSON, last, unless the same was measured before; returns whether it ran."""
+        """Runs the task and writes its JSON last; skips it if it is measured. Returns whether it ran."""
         inputs, start = from_first(self.inputs), time.monotonic()
         if from_first(lambda: self._is_measured_with(inputs)):
-            self.evaluation.log(f"{self.name}: already measured with these inputs, cached ({self._how_to_overwrite()})")
+            self.evaluation.log(
+                f"{self.name}: already measured with these inputs, skipped ({self._how_to_overwrite()})"
+            )
             return False
         cache = TaskCache.of_task(self.evaluation.results, self.name, inputs["inputs_digest"])
         result = self.task.measure(replace(self.evaluation, cache=cache))
@@ -145,14 +150,14 @@ class Job:
         }
 
     def _content(self, provenance: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-        """The task's JSON: numpy's numbers as Python's, NaN and Inf as null, which other programs can read.
+        """The task's JSON: numpy's numbers as Python's, and NaN and Inf as null, which other programs can read.
 
-        Raises ValueError if a key of the result is one of those that say where it is from or what is shown of it.
+        Raises ValueError if the result has a key that is reserved for the provenance or the display.
         """
         result = json.loads(json.dumps(result, default=methodcaller("tolist")))
         shown = _shown(self.task, result)
         if taken := next((key for key in result if key in provenance | shown), None):
-            raise ValueError(f"{self.name} has {taken!r} in its result, a key that evaluate writes; name it otherwise.")
+            raise ValueError(f"{self.name} has {taken!r} in its result, a key that evaluate writes; rename it.")
         return json.loads(json.dumps(provenance | result | shown), parse_constant=lambda _: None)
 
     def _is_measured_with(self, inputs: dict[str, Any]) -> bool:
@@ -160,11 +165,11 @@ class Job:
         return not self.request.command.overwrite and measured == inputs["inputs_digest"]
 
     def _how_to_overwrite(self) -> str:
-        """What --overwrite does, and whether the classifier's folder was deleted since."""
+        """What --overwrite would do, with a note if the classifier's folder was deleted since."""
         folder = self.path.parent / _read(self.path).get("classifier", "")
         if folder.is_dir():
-            return "--overwrite measures again"
-        return f"but its folder {folder} is gone: --overwrite trains the classifier again"
+            return "--overwrite runs it again"
+        return f"but its folder {folder} no longer exists: --overwrite trains the classifier again"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _fitting_jobs(request: Request, evaluation: Evaluation, facts: ModelFacts) -> list[Job]:
-    """The tasks that can measure this model. Raises ValueError for one that --tasks names and can't."""
+    """The tasks that can run on this model. Raises ValueError for a task that --tasks names and that can't."""
     jobs = {
         name: Job(name, task_class(name)(options), evaluation, facts, request)
         for name, options in request.options.items()
@@ -193,13 +198,13 @@ def _fitting_jobs(request: Request, evaluation: Evaluation, facts: ModelFacts) -
 
 
 def _check(jobs: list[Job], missing: list[str]) -> None:
-    """Raises the ValueError of the first task that can't be measured with its options."""
+    """Raises the ValueError of the first task whose options do not fit."""
     for number, job in enumerate(jobs):
         job.task.check(job.evaluation, [earlier.name for earlier in jobs[:number] if earlier.name in missing])
 
 
 def _shown(task: Task[Any], result: dict[str, Any]) -> dict[str, Any]:
-    """What report, card and comparison show of a task: they read it from its JSON."""
+    """What the report, the card and the comparison show of a task; they read it from its JSON."""
     headlines = [asdict(headline) for headline in task.headlines(result)]
     return {"title": task.title, "summary": task.summary(result), "headlines": headlines}
 
@@ -210,7 +215,7 @@ def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | No
 
 
 def _section(name: str) -> Callable[[dict[str, Any], Path], str]:
-    """The task's section; its module is imported once there is a result to show."""
+    """The function that renders a task's section; it imports the task's module only when there is a result to show."""
 
     def section(result: dict[str, Any], folder: Path) -> str:
         task = task_class(name)

@@ -1,4 +1,4 @@
-"""What an evaluation task is: a class that measures one model, and says how its result is shown."""
+"""The base class of evaluation tasks: a task measures one model, and defines how its result is shown."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -16,14 +16,14 @@ Options = TypeVar("Options")
 class Task(ABC, Generic[Options]):
     """A task with its options: `class KNN(Task[KnnOptions])`, where the options are a frozen dataclass.
 
-    Methods that get an evaluation may raise ValueError for invalid input. Before the first task runs, and on the first
-    rank alone, every task is asked `unfit`, `other_inputs` and `check`; `measure` runs on every rank.
+    Methods that receive an evaluation may raise ValueError for invalid input. Before the first task runs, `unfit`,
+    `other_inputs` and `check` of every task are called, on the first rank only; `measure` runs on every rank.
     """
 
     title: ClassVar[str]
-    """What the report calls it, such as "Few labels"."""
+    """Its title in the report, such as "Few labels"."""
     published: ClassVar[str] = ""
-    """The measure of results/published.py that its accuracy stands beside; "" where nothing was published."""
+    """The measure in results/published.py to compare its accuracy with; "" if nothing was published."""
     options_type: ClassVar[type]
     """The dataclass in the brackets of Task[...]."""
 
@@ -34,7 +34,7 @@ class Task(ABC, Generic[Options]):
                 (cls.options_type,) = get_args(base)
         options, name = getattr(cls, "options_type", None), cls.__name__
         if "__orig_bases__" in vars(cls) and isinstance(options, TypeVar):
-            return  # such as LabelledTask, whose own classes name their options
+            return  # a generic base such as LabelledTask, whose subclasses name their options
         if not isinstance(options, type):
             raise TypeError(f"{name} must name the dataclass of its options: class {name}(Task[Options]).")
         if not getattr(cls, "title", ""):
@@ -44,42 +44,51 @@ class Task(ABC, Generic[Options]):
         self.options = options
 
     def unfit(self, evaluation: Evaluation) -> str | None:
-        """Why, in a sentence, this model or shard set can't be measured; unless named, the task is skipped then."""
+        """The reason, one sentence, why the task can't run on this model or shard set; None if it can.
+
+        The task is then skipped, or, if --tasks names it, the reason is an error.
+        """
         return None
 
     def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
-        """Raises ValueError if an option does not fit the model or the shard set; quick.
+        """Raises ValueError if an option does not fit the model or the shard set. It must be quick.
 
-        earlier: names of tasks that will run before, whose output may be missing still.
+        earlier: names of the tasks that will run before this one and whose output may not exist yet.
         """
 
     def other_inputs(self, results: Path) -> dict[str, str]:
-        """What it reads beside the model and the shard set, such as digests of files: recorded in its JSON, and the
-        task is measured again when it changed. Raises ValueError if something is missing."""
+        """Digests of what the task reads besides the model and the shard set, such as files.
+
+        They are recorded in its JSON; if one changes, the task runs again. Raises ValueError if something is missing.
+        """
         return {}
 
     @abstractmethod
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """The result as JSON will hold it, the same on every rank; figures go into `evaluation.results` from the first
-        rank. Numbers may be numpy's; NaN and Inf become null, which `section` then reads.
+        """Returns the result for the task's JSON, the same on every rank.
 
-        Longer work is cached in parts: `evaluation.cache.get_or_compute`, `map_over_ranks`.
+        Numbers may be numpy's; NaN and Inf become null, which `section` must accept. The first rank writes figures into
+        `evaluation.results`. Longer work should be cached in parts: `evaluation.cache.get_or_compute`,
+        `map_over_ranks`.
         """
 
     @classmethod
     @abstractmethod
     def summary(cls, result: dict[str, Any]) -> str:
-        """The result in a line, without a full stop."""
+        """The result in one line, without a full stop."""
 
     @classmethod
     def headlines(cls, result: dict[str, Any]) -> list[Headline]:
-        """The numbers that a reader looks for: by default each test accuracy in the result."""
+        """The main numbers of the result: by default each test accuracy in it."""
         return accuracy_headlines(result, cls.title, cls.published)
 
     @classmethod
     def section(cls, result: dict[str, Any], folder: Path) -> str:
-        """HTML for the report, by the pieces of results/report/html.py: by default the summary, the PNGs in `folder`
-        whose names begin with the task's, lists of objects as tables, and all numbers."""
+        """HTML of the task's section in the report, built with results/report/html.py.
+
+        By default it has the summary, the PNGs in `folder` whose names start with the task's name, a table for each
+        list of objects, and all numbers.
+        """
         return generic_section(result, folder)
 
 

@@ -1,4 +1,4 @@
-"""Work items divided among the ranks, each one cached: a task that was killed computes only what is missing."""
+"""Work items, divided among the ranks. Each is cached, so a killed task computes only what is missing."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,11 +15,11 @@ WorkItem = Callable[[], dict[str, Any]]
 def map_over_ranks(
     evaluation: Evaluation, label: str, items: Mapping[str, WorkItem], *, arrays: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Computes each item on one rank, caches its value, and gives all values to every rank, by the items' names.
+    """Computes each item on one rank, caches its value, and returns all values on every rank, by the items' names.
 
     An item's value does not depend on the rank that computed it, so the numbers are the same on any number of ranks.
-    Without `arrays` the arrays stay on disk: `evaluation.cache.get_or_compute(name, item)` reads them where they are
-    wanted. A ValueError or OSError on any rank is raised on all.
+    Without `arrays` the arrays stay on disk; `evaluation.cache.get_or_compute(name, item)` reads them where they are
+    needed. A ValueError or OSError on any rank is raised on all ranks.
     """
     accelerator = evaluation.accelerator
     mine = list(items)[accelerator.process_index :: accelerator.num_processes]
@@ -43,9 +43,9 @@ def map_over_ranks(
 def map_parts(
     evaluation: Evaluation, label: str, name: str, count: int, size: int, work: Callable[[slice], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What `work` gives of each `size` of 0..count, in order, by `map_over_ranks`; the last part may be smaller.
+    """Splits 0..count into parts of `size` (the last may be smaller) and computes `work` of each by `map_over_ranks`.
 
-    name: of a work item, with {} for where its part starts.
+    Returns the values in order. name: the name of a work item, with {} for the start of its part.
     """
     parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     items: dict[str, WorkItem] = {name.format(part.start): partial(work, part) for part in parts}

@@ -148,10 +148,12 @@ def test_a_classifier_whose_folder_was_deleted_is_trained_anew_by_again(
     folder = run("--tasks", "fine_tune") / "fine_tuned"
     capsys.readouterr()
     run("--tasks", "fine_tune")
-    assert "cached (--overwrite measures again)" in capsys.readouterr().out
+    assert "skipped (--overwrite runs it again)" in capsys.readouterr().out
     rmtree(folder)
     run("--tasks", "fine_tune")
-    assert f"but its folder {folder} is gone: --overwrite trains the classifier again" in capsys.readouterr().out
+    assert (
+        f"but its folder {folder} no longer exists: --overwrite trains the classifier again" in capsys.readouterr().out
+    )
     for tasks in ("distill", "fine_tune,distill"):
         with pytest.raises(ValueError, match="run the task fine_tune with --overwrite on the same results before"):
             run("--tasks", tasks)
@@ -219,7 +221,7 @@ def test_a_set_without_labels_is_measured_by_what_needs_none(
         (["--linear_probe.l2", "[]"], r"linear_probe\.l2"),
         (["--seeds", "1"], "seeds is not a known key"),
         (["--density.draws", "0"], r"density\.draws is 0; it must be at least 1"),
-        (["--completions.distance_images", "1"], "distance_images is 1; it must be 0, or 2 and above"),
+        (["--completions.distance_images", "1"], "distance_images is 1; it must be 0, or at least 2"),
         (["--completions.feature_network", "none.pt"], r"feature_network is none\.pt, which is no file"),
         (["--out", __file__], "which is a file; it must be a folder"),
     ],
@@ -290,7 +292,7 @@ def test_another_palette_or_resolution_is_refused_before_any_work(run: Callable[
     splits = {name: random_images(20, 0) for name in ("train", "valid", "test")}
     palette = random_palette(seed=1)
     repainted = write_shard_set(tmp_path / "repainted", splits, palette)
-    with pytest.raises(ValueError, match=r"has palette \w{12} but .*repainted has palette \w{12}"):
+    with pytest.raises(ValueError, match=r"has palette \w{12}, but .*repainted has palette \w{12}"):
         run("--shards", str(repainted))
     small = {name: (tokens[:, :16], labels) for name, (tokens, labels) in splits.items()}
     shrunk = write_shard_set(tmp_path / "shrunk", small, random_palette(), resolution=4)

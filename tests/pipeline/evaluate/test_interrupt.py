@@ -60,7 +60,7 @@ def deaf():
         with suppress(interrupt.Stopped):
             threading.Event().wait()
 
-interrupt.GRACE = 0.2
+interrupt.GRACE_SECONDS = 0.2
 interrupt.until_stopped(deaf)
 """
 

@@ -88,7 +88,7 @@ def test_a_task_with_its_own_options_is_none_of_the_default(own_task: None, tmp_
 @pytest.mark.parametrize("option", ["own.size", "own"])
 def test_an_option_of_a_task_that_is_not_named(option: str, own_task: None, tmp_path: Path) -> None:
     arguments = ["model", "--shards", "shards", "--out", "out", "--tasks", "density"]
-    said = rf"^{option} is of the task own, and is read only where --tasks names own\.$"
+    said = rf"^{option} is an option of the task own, which runs only if --tasks names it\.$"
     with pytest.raises(ValueError, match=said):
         evaluate([*arguments, f"--{option}=7"])
     config = tmp_path / "evaluate.yaml"

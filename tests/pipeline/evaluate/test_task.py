@@ -88,7 +88,7 @@ def test_a_model_without_finite_weights_has_a_report(measure: Callable[..., Path
 
 @pytest.mark.parametrize("key", ["task", "seed", "options", "inputs_digest", "title"])
 def test_a_key_that_says_where_a_result_is_from_is_no_result(key: str, measure: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match=f"^odd has '{key}' in its result, a key that evaluate writes; name it other"):
+    with pytest.raises(ValueError, match=f"^odd has '{key}' in its result, a key that evaluate writes; rename it"):
         measure({"test_accuracy": 0.5, key: 1})
 
 

@@ -34,8 +34,8 @@ if __name__ == "__main__":
         model_digest="",
     )
     if not accelerator.is_main_process:
-        noted = CachedArray.noted
-        CachedArray.noted = lambda array: time.sleep(1) or noted(array)  # type: ignore[method-assign]
+        finished_batches = CachedArray.finished_batches
+        CachedArray.finished_batches = lambda array: time.sleep(1) or finished_batches(array)  # type: ignore[method-assign]
     features = pooled_features(evaluation, evaluation.images("test"))
     if accelerator.is_main_process:
         np.save(file, features)

@@ -189,5 +189,5 @@ def test_sgd_options_of_at_least_one_are_asked_for(key: str) -> None:
 
 def test_rates_above_zero_are_asked_for() -> None:
     for rates in ([], [1.0, 0.0]):
-        with pytest.raises(ValueError, match=r"linear_probe\.sgd\.rates is .*; it must be a list of numbers above 0"):
+        with pytest.raises(ValueError, match=r"sgd\.rates is .*; it must be a list of finite numbers above 0"):
             SgdOptions(rates=rates)

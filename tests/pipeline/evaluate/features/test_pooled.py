@@ -99,7 +99,7 @@ def test_another_model_has_features_of_its_own(model_folders: dict[str, Path], e
 def test_a_killed_extraction_goes_on(
     model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_NOTES", 0.0)
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_RECORDS", 0.0)
     expected = evaluation_of(model_folder, batch_size=20, features="elsewhere")
     expected = np.array(pooled_features(expected, expected.images("test")))
     killed = evaluation_of(model_folder, batch_size=20)
@@ -115,12 +115,12 @@ def test_a_killed_extraction_goes_on(
 
 def test_a_note_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
     cache = CachedArray(tmp_path, "test")
-    cache.note(0, [0, 20])
+    cache.record_batches(0, [0, 20])
     with (tmp_path / "test.batches" / "rank-0").open("a") as file:
         file.write("\n12")  # of 120;
-    cache.note(0, [40])
-    cache.note(1, [60])
-    assert cache.noted() == {0, 20, 40, 60}
+    cache.record_batches(0, [40])
+    cache.record_batches(1, [60])
+    assert cache.finished_batches() == {0, 20, 40, 60}
 
 
 def test_tasks_of_an_array_wait_for_each_other(

@@ -152,9 +152,9 @@ def test_teachers_and_students_that_do_not_fit(
     refused("fine_tuned has palette", replace(evaluation, shards=repainted))
     small = {name: (tokens[:, :16], labels) for name, (tokens, labels) in splits.items()}
     shrunk = open_shard_set(write_shard_set(tmp_path / "shrunk", small, random_palette(), resolution=4))
-    refused("fine_tuned is a model of 6x6 images", replace(evaluation, shards=shrunk), reflect_crop=0)
+    refused("fine_tuned has a model of 6x6 pixels", replace(evaluation, shards=shrunk), reflect_crop=0)
     large = write_model(tmp_path / "large", resolution=RESOLUTION + 2)
-    refused("large is a model of 8x8 images but", student=str(large))
+    refused("large has a model of 8x8 pixels, but", student=str(large))
 
     head = read_json(teacher / "class_head.json")
     write_json(teacher / "class_head.json", head | {"classes": ["cat", "dog", "frog"]})
@@ -167,7 +167,7 @@ def test_teachers_and_students_that_do_not_fit(
         ({"temperature": 0.0}, r"distill\.temperature is 0\.0; it must be above 0"),
         ({"layers": 0}, r"distill\.layers is 0; it must be at least 1"),
         ({"width": 8, "student": "small"}, r"distill\.width is 8, but distill\.student is small, which has a shape"),
-        ({"split": "test"}, r"distill\.split is test; it must be another than valid and test"),
+        ({"split": "test"}, r"distill\.split is test; valid and test are for evaluation, so use another"),
         ({"learning_rates": []}, r"distill\.learning_rates is \[\]"),
     ],
 )

@@ -139,7 +139,7 @@ def test_a_class_that_a_split_lacks_is_said(
             {"learning_rates": [0.1, -1.0]},
             r"fine_tune\.learning_rates is \[0\.1, -1\.0\]; it must be .* numbers above 0",
         ),
-        ({"learning_rates": [0.1, 0.1]}, r"each rate must stand there once"),
+        ({"learning_rates": [0.1, 0.1]}, r"each learning rate may be listed only once"),
         ({"generative_weight": -1}, r"fine_tune\.generative_weight is -1; it must be at least 0"),
         ({"epochs": 0}, r"fine_tune\.epochs is 0; it must be at least 1"),
         ({"patience": -1}, r"fine_tune\.patience is -1; it must be at least 0"),
@@ -154,7 +154,7 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
 
 def test_what_cannot_be_fine_tuned(model_folder: Path, evaluation_of: Callable, tmp_path: Path) -> None:
     evaluation = evaluation_of(model_folder)
-    with pytest.raises(ValueError, match=r"fine_tune\.reflect_crop is 6; images of 6x6 have fewer than 6 pixels"):
+    with pytest.raises(ValueError, match=r"fine_tune\.reflect_crop is 6; for images of 6x6 it must be less than 6"):
         FineTune(replace(QUICK, reflect_crop=6)).measure(evaluation)
     unlabelled = {name: separable_images(20, 0, 20 * (name == "valid")) for name in ("train", "valid", "test")}
     other = open_shard_set(write_shard_set(tmp_path / "other", unlabelled, random_palette()))

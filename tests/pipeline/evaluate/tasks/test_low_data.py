@@ -174,11 +174,14 @@ def test_no_label_beyond_the_setting_is_used_unless_it_is_said(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_class": [4, 1]}, r"per_class is \[4, 1\]; .* takes 2 or more labels of a class, or choose_on valid"),
-        ({"per_class": [0], "choose_on": "valid"}, r"takes 1 or more labels of a class\."),
-        ({"fractions": [1.5]}, r"fractions is \[1\.5\]; shares of the labels are above 0 and at most 1"),
+        (
+            {"per_class": [4, 1]},
+            r"with choose_on labels each must be at least 2 \(1 with choose_on valid\)",
+        ),
+        ({"per_class": [0], "choose_on": "valid"}, r"with choose_on valid each must be at least 1\."),
+        ({"fractions": [1.5]}, r"fractions is \[1\.5\]; each must be above 0 and at most 1"),
         ({"per_class": [], "fractions": []}, "are both empty"),
-        ({"per_class": [4, 4]}, r"per_class is \[4, 4\]; each must stand there once"),
+        ({"per_class": [4, 4]}, r"per_class is \[4, 4\]; each may be listed only once"),
         ({"subsets": 0}, "subsets is 0; it must be at least 1"),
         ({"l2": []}, r"low_data\.l2 is \[\]"),
     ],
