@@ -221,7 +221,7 @@ class AttentiveProbeOptions(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeModelRecipe(Recipe):
+class FullModelRecipe(Recipe):
     """Options of the tasks that train all weights of a model, once at each learning rate."""
 
     clip_norm: float = 1.0
@@ -235,7 +235,7 @@ class WholeModelRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuneOptions(WholeModelRecipe):
+class FineTuneOptions(FullModelRecipe):
     """Fine-tuning on labels."""
 
     TASK: ClassVar[str] = "fine_tune"
@@ -252,7 +252,7 @@ class FineTuneOptions(WholeModelRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(WholeModelRecipe):
+class DistillOptions(FullModelRecipe):
     """Distillation of a fine-tuned model into a smaller one."""
 
     TASK: ClassVar[str] = "distill"

@@ -1,1 +1,1 @@
-"""Classifiers that tasks train: linear ones on features (logistic.py, sgd.py), and whole models (whole_model.py)."""
+"""Classifiers that tasks train: linear ones on features (logistic.py, sgd.py), and full models (full_model.py)."""

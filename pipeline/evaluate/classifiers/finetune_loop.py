@@ -1,15 +1,16 @@
-"""The one training loop of the tasks that learn from labels, or from a teacher: small, restartable, on any ranks.
+"""The training loop of all tasks that train by gradient descent, with labels or with a teacher.
 
-    order       pass p over the images is a permutation drawn from (seed, p); changes of images from (seed, epoch)
-    ranks       each takes its part of every global batch; gradients are averaged by DistributedDataParallel, so one
-                rank and several give the same numbers up to the rounding of sums
-    a kill      after each epoch its state is cached; the same command resumes after the last complete epoch, and on the
-                same ranks gives the same bits (on a GPU up to what its attention kernels leave open)
-    the end     when the epochs are over, or validation has not improved for `patience` epochs; the weights of the best
-                epoch on validation are what is left in the module
+    order       pass p over the images is a permutation drawn from (seed, p); augmentation is drawn from (seed, epoch)
+    ranks       each rank takes its part of every global batch, and DistributedDataParallel averages the gradients;
+                one rank and several give the same numbers up to the rounding of sums
+    restarts    the state is cached after each epoch; the same command resumes after the last complete epoch, and on
+                the same ranks gives bitwise the same result (on a GPU as far as its attention kernels are
+                deterministic)
+    end         training stops after the last epoch, or when validation has not improved for `patience` epochs; the
+                module then has the weights of the epoch that was best on validation
 
-A module may hold several candidates that do not touch each other, such as probes of several layers and rates: they see
-the same batches, and the best of candidates and epochs is taken.
+A module may contain several independent candidates, such as probes of several layers and learning rates. They are
+trained on the same batches, and the best candidate and epoch are chosen together.
 """
 
 import math
@@ -33,43 +34,43 @@ from pipeline.model.augmentation import Augmentation
 
 @dataclass(frozen=True)
 class Batch:
-    """Some training images on the device, changed by the augmentation."""
+    """A batch of augmented training images on the device."""
 
     tokens: torch.Tensor  # long (B, T)
-    indices: np.ndarray  # int64 (B,), their numbers in the split
+    indices: np.ndarray  # int64 (B,), numbers in the split
     labels: torch.Tensor  # long (B,), -1 where unlabelled
     epoch: int
-    """Counts from 1: what is drawn anew at each pass, such as hidden colors, depends on it."""
+    """Counts from 1. It seeds what is drawn in each pass, such as masked pixels."""
 
 
 Losses = Callable[[nn.Module, Batch], torch.Tensor]
-"""Calls the (wrapped) module once: the loss of each image and candidate, fp32 (B, K)."""
+"""Calls the (wrapped) module once and returns the loss of each image and candidate, fp32 (B, K)."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and on what. K is the number of candidates in the module."""
+    """A training run: the module, its optimizer, losses and images. K is the number of candidates in the module."""
 
     name: str
-    """Of its state in the cache; one task's trainings have different names."""
+    """The name of its state in the cache, unique within a task."""
     module: nn.Module
-    """On the device; what requires a gradient is trained and cached."""
+    """On the device; the parameters that require gradients are trained and cached."""
     optimizer: torch.optim.Optimizer
     losses: Losses
     accuracies: Callable[[], np.ndarray]
-    """Accuracy of each candidate on the validation images, (K,), the same on every rank."""
+    """Returns the accuracy of each candidate on the validation images, (K,), the same on every rank."""
     images: ImageSubset
     images_per_epoch: int | None = None
-    """Images that count as an epoch, taken from as many passes as it needs; all of `images` if not set."""
+    """Length of an epoch, if it differs from the number of `images`: passes over `images` are concatenated and cut."""
     clip_norm: float = 0.0
-    """Largest norm of a gradient; 0 leaves it as it is, as candidates that do not touch each other need."""
+    """Maximum norm of the gradients; 0 turns clipping off, which independent candidates need."""
     cosine: bool = False
-    """Let the rate fall to zero by half a cosine over all epochs; otherwise it is constant."""
+    """Whether a cosine schedule lowers the learning rate to zero over all epochs; otherwise it is constant."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What happened, epoch by epoch."""
+    """Losses and accuracies by epoch."""
 
     losses: list[list[float]] = field(default_factory=list)
     """Mean training loss, (E, K)."""
@@ -80,12 +81,12 @@ class Record:
         return len(self.accuracies)
 
     def with_epoch(self, losses: np.ndarray, accuracies: np.ndarray) -> "Record":
-        """The record and one epoch more; both arrays are (K,)."""
+        """The record with one more epoch; both arrays are (K,)."""
         return Record([*self.losses, losses.tolist()], [*self.accuracies, accuracies.tolist()])
 
     @property
     def best(self) -> tuple[int, int]:
-        """(epoch from 1, candidate) of the best validation accuracy; the earliest of equals."""
+        """(epoch from 1, candidate) of the best validation accuracy; the earliest of ties."""
         table = np.array(self.accuracies)  # (E, K)
         epoch, candidate = np.unravel_index(table.argmax(), table.shape)
         return int(epoch) + 1, int(candidate)
@@ -101,7 +102,7 @@ class Record:
         return [losses[candidate] if math.isfinite(losses[candidate]) else None for losses in self.losses]
 
     def is_over(self, recipe: Recipe) -> bool:
-        """True if there were enough epochs, or none helped lately, or all losses are lost."""
+        """True after the last epoch, after `patience` epochs without improvement, or if all losses are NaN or Inf."""
         if not len(self):
             return False
         stale = recipe.patience > 0 and len(self) - self.best[0] >= recipe.patience
@@ -109,7 +110,7 @@ class Record:
 
 
 def train(evaluation: Evaluation, training: Training, recipe: Recipe) -> Record:
-    """Trains to the end, or resumes where an earlier process was; leaves the best epoch's weights in the module."""
+    """Trains, or resumes an interrupted training; at the end the module has the weights of the best epoch."""
     record = _resume(evaluation, training)
     if not record.is_over(recipe):
         wrapped = _wrap(evaluation, training, recipe)
@@ -119,7 +120,7 @@ def train(evaluation: Evaluation, training: Training, recipe: Recipe) -> Record:
             training.module.eval()
             record = record.with_epoch(losses, training.accuracies())
             from_first(partial(_save, evaluation, training, record, recipe))
-            evaluation.log(_line(training.name, record))  # what is logged is cached
+            evaluation.log(_line(training.name, record))  # logged after it is cached
     best = evaluation.cache.get(_best_weights(training, record))
     assert best is not None
     _set_weights(training.module, best)
@@ -129,19 +130,19 @@ def train(evaluation: Evaluation, training: Training, recipe: Recipe) -> Record:
 
 
 def search(
-    evaluation: Evaluation, rates: list[float], training_at: Callable[[float], Training], recipe: Recipe
+    evaluation: Evaluation, learning_rates: list[float], training_at: Callable[[float], Training], recipe: Recipe
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The module that did best on validation, of one training at each rate, and what happened at each.
+    """Trains once at each learning rate; returns the module that is best on validation, and the trials.
 
-    Of equals the first is taken. A trial has `learning_rate`, `valid_accuracy`, `best_epoch`,
+    Of ties, the first wins. A trial has `learning_rate`, `valid_accuracy`, `best_epoch`,
     `valid_accuracy_by_epoch` and `train_loss_by_epoch` (None where it was NaN or Inf).
     """
     trials = []
-    for rate in rates:
-        record = train(evaluation, training_at(rate), recipe)
+    for learning_rate in learning_rates:
+        record = train(evaluation, training_at(learning_rate), recipe)
         trials.append(
             {
-                "learning_rate": rate,
+                "learning_rate": learning_rate,
                 "valid_accuracy": record.valid_accuracy,
                 "best_epoch": record.best[0],
                 "valid_accuracy_by_epoch": [accuracies[0] for accuracies in record.accuracies],
@@ -154,20 +155,20 @@ def search(
 
 
 def best_of(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """The trial that `search` took. Raises ValueError if every loss was lost."""
+    """The trial that `search` chose. Raises ValueError if every loss was NaN or Inf."""
     if all(loss is None for trial in trials for loss in trial["train_loss_by_epoch"]):
-        raise all_lost([trial["learning_rate"] for trial in trials])
+        raise all_diverged([trial["learning_rate"] for trial in trials])
     return max(trials, key=lambda trial: trial["valid_accuracy"])
 
 
-def all_lost(rates: list[float]) -> ValueError:
-    """The error where no learning rate was small enough."""
-    tried = ", ".join(f"{rate:g}" for rate in rates)
-    return ValueError(f"learning_rates is {tried}, and at each the loss became NaN or Inf; try smaller ones.")
+def all_diverged(learning_rates: list[float]) -> ValueError:
+    """The error for the case that the loss diverged at every learning rate."""
+    tried = ", ".join(f"{rate:g}" for rate in learning_rates)
+    return ValueError(f"learning_rates is {tried}; at each the loss became NaN or Inf, so try smaller ones.")
 
 
 def epoch_order(seed: int, images: int, images_per_epoch: int, epoch: int) -> np.ndarray:
-    """The images of an epoch, int64 (images_per_epoch,): the stream of all passes is cut into equal parts."""
+    """The images of an epoch, int64 (images_per_epoch,): all passes are concatenated and cut into equal parts."""
     first = (epoch - 1) * images_per_epoch
     passes = range(first // images, (first + images_per_epoch - 1) // images + 1)
     stream = np.concatenate([generator(seed, "supervised", "order", number).permutation(images) for number in passes])
@@ -176,26 +177,26 @@ def epoch_order(seed: int, images: int, images_per_epoch: int, epoch: int) -> np
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """The trainable parameters, by name."""
     return {name: value for name, value in module.named_parameters() if value.requires_grad}
 
 
 def _wrap(evaluation: Evaluation, training: Training, recipe: Recipe) -> nn.Module:
-    """The module, averaging gradients over the ranks if there are several."""
+    """The module, wrapped to average gradients if there are several ranks."""
     if evaluation.accelerator.num_processes == 1:
         return training.module
     device = evaluation.accelerator.device
     device_ids = [device.index] if device.type == "cuda" else None
     wrapped = nn.parallel.DistributedDataParallel(training.module, device_ids=device_ids, forward_sync_buffers=False)
-    # After its first step it lays gradients out anew, and sums are rounded otherwise: with a step that is thrown away
-    # before, the layout is the same whether a training starts or resumes.
+    # After its first step, DistributedDataParallel changes the layout of gradients, and so the rounding of sums. One
+    # discarded step here makes the layout the same whether a training starts or resumes.
     _backward(evaluation, training, wrapped, _Epoch(evaluation, training, recipe, 1), 0, 1)
     training.optimizer.zero_grad()
     return wrapped
 
 
 class _Epoch:
-    """The images of one epoch, in their order and with their changes."""
+    """The images of one epoch, ordered and augmented."""
 
     def __init__(self, evaluation: Evaluation, training: Training, recipe: Recipe, number: int) -> None:
         self.number, self.count = number, training.images_per_epoch or len(training.images)
@@ -206,13 +207,13 @@ class _Epoch:
         self._changes = self._augmentation.draw(draw, self.count)
 
     def batch(self, start: int, stop: int) -> Batch:
-        """The images at the places start..stop of the order."""
-        places, changes = self._order[start:stop], self._changes[slice(start, stop)]
-        indices, labels = self._images.indices[places], self._images.labels[places]
+        """The images at positions start..stop of the order."""
+        positions, changes = self._order[start:stop], self._changes[slice(start, stop)]
+        indices, labels = self._images.indices[positions], self._images.labels[positions]
         tokens = self._images.split.gather(indices)[0]  # uint16 (B, T)
-        changed = self._augmentation.apply(tokens, changes, self._evaluation.shards.resolution)
+        augmented = self._augmentation.apply(tokens, changes, self._evaluation.shards.resolution)
         on_device = self._evaluation.on_device
-        return Batch(on_device(changed), indices, on_device(labels), self.number)
+        return Batch(on_device(augmented), indices, on_device(labels), self.number)
 
 
 def _train_epoch(
@@ -248,8 +249,8 @@ def _backward(
     accelerator, size = evaluation.accelerator, evaluation.sizes.batch_size
     ranks = accelerator.num_processes
     mine = np.array_split(np.arange(start, stop), ranks)[accelerator.process_index]
-    weight = ranks / (stop - start)  # the wrapper averages over ranks
-    if not len(mine):  # a rank without an image must take part in the average all the same
+    weight = ranks / (stop - start)  # DistributedDataParallel averages over ranks
+    if not len(mine):  # a rank without images must take part in the average too
         mine, weight = np.array([start]), 0.0
     sums = []
     for first in range(mine[0], mine[-1] + 1, size):
@@ -265,12 +266,13 @@ def _backward(
 
 def _line(name: str, record: Record) -> str:
     _, candidate = record.best
-    here = record.accuracies[-1][candidate]
+    accuracy = record.accuracies[-1][candidate]
     loss = record.losses[-1][candidate]
-    return f"{name}, epoch {len(record)}: loss {loss:.4f}, validation {here:.1%} (best {record.valid_accuracy:.1%})"
+    best = record.valid_accuracy
+    return f"{name}, epoch {len(record)}: loss {loss:.4f}, validation accuracy {accuracy:.1%} (best {best:.1%})"
 
 
-# What is cached of an epoch
+# The cached state of an epoch
 
 
 def _state(training: Training) -> str:
@@ -282,7 +284,7 @@ def _best_weights(training: Training, record: Record) -> str:
 
 
 def _save(evaluation: Evaluation, training: Training, record: Record, recipe: Recipe) -> None:
-    """Caches the state of the last epoch, and before it the weights if it was the best one."""
+    """Caches the state of the last epoch; if it is the best epoch, its weights are cached first."""
     cache, best = evaluation.cache, _best_weights(training, record)
     weights = {name: value.detach().cpu().numpy() for name, value in trainable(training.module).items()}
     if record.best[0] == len(record):
@@ -299,13 +301,13 @@ def _save(evaluation: Evaluation, training: Training, record: Record, recipe: Re
 
 
 def _resume(evaluation: Evaluation, training: Training) -> Record:
-    """The record of what was done before, its last epoch's weights and moments loaded; an empty one if none was."""
+    """Loads the weights and moments of the last cached epoch; returns its record, which is empty if there is none."""
     state = evaluation.cache.get(_state(training))
     record = Record() if state is None else Record(**state["record"])
-    is_there = state is not None and evaluation.cache.get(_best_weights(training, record)) is not None
-    if not all(gather_object([is_there])):
+    is_cached = state is not None and evaluation.cache.get(_best_weights(training, record)) is not None
+    if not all(gather_object([is_cached])):
         if (evaluation.cache.folder / training.name / "state.pt").is_file():
-            evaluation.log(f"{training.name}: an earlier version began it; it is trained again from its beginning")
+            evaluation.log(f"{training.name}: its cached state is of an earlier version; training starts again")
         return Record()
     assert state is not None
     if "param_groups" in state:

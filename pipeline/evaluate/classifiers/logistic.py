@@ -1,7 +1,7 @@
-"""A linear classifier on standardised features, and its fit by L-BFGS.
+"""A linear classifier on standardized features, fitted by L-BFGS.
 
 Multinomial logistic regression, as the paper fits on CIFAR and STL-10 (section 3.4; scikit-learn's solver,
-`openai/image-gpt#12`). Features are standardised with the training images' mean and deviation.
+`openai/image-gpt#12`). Features are standardized with the mean and the standard deviation of the training images.
 """
 
 import warnings
@@ -23,17 +23,17 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Log odds of the classes as a linear function of the standardised features."""
+    """Log odds of the classes as a linear function of the standardized features."""
 
     mean: np.ndarray  # (D,)
     deviation: np.ndarray  # (D,)
     weight: np.ndarray  # (C, D)
     bias: np.ndarray  # (C,)
-    classes: np.ndarray  # int (C,), ascending: the labels that occurred in training
+    classes: np.ndarray  # int (C,), ascending: the labels in the training set
     setting: float
     """The L2 strength or the learning rate that it was fitted with."""
     converged: bool
-    """False if L-BFGS ran into its limit of iterations, or SGD ended in NaN or Inf."""
+    """False if L-BFGS reached its iteration limit, or if SGD ended with NaN or Inf."""
 
     def predict(self, features: Rows) -> np.ndarray:
         """The most probable label of each image, int (N,)."""
@@ -41,11 +41,11 @@ class LinearClassifier:
         return self.classes[np.concatenate([np.empty(0, np.int64), *best])]
 
     def accuracy(self, data: Labelled) -> float:
-        """Fraction of the images whose label is predicted."""
+        """Fraction of the images whose label is predicted correctly."""
         return float((self.predict(data.features) == data.labels).mean())
 
     def losses(self, data: Labelled) -> np.ndarray:
-        """-ln p of the label of each image, (n,); images of a class that training lacked are excluded."""
+        """-ln p of the label of each image, (n,); images of a class that the training set lacks are excluded."""
         known = np.isin(data.labels, self.classes)
         blocks = [log_softmax(self._scores(block), axis=1) for _, block in in_blocks(data.features)]
         log_probabilities = np.concatenate([np.empty((0, len(self.classes)), np.float32), *blocks])[known]  # (n, C)
@@ -53,7 +53,7 @@ class LinearClassifier:
 
     @classmethod
     def of(cls, cached: dict[str, Any]) -> "LinearClassifier":
-        """From a dict that holds the fields, as `asdict` gives them, and may hold more."""
+        """From a dict with the fields, as `asdict` returns them; other keys are ignored."""
         return cls(**{field.name: cached[field.name] for field in fields(cls)})
 
     def _scores(self, features: np.ndarray) -> np.ndarray:  # (n, D) -> (n, C)
@@ -61,12 +61,12 @@ class LinearClassifier:
 
 
 def standardised(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    """float32 (n, D) of mean 0 and deviation 1 over the images that mean and deviation were taken from."""
+    """Features minus mean, divided by deviation: float32 (n, D)."""
     return ((features - mean) / deviation).astype(np.float32)
 
 
 def moments(features: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each feature, float64 (D,); a feature that does not vary has deviation 1."""
+    """Mean and standard deviation of each feature, float64 (D,); a constant feature has deviation 1."""
     scaler = StandardScaler()
     for _, block in in_blocks(features):
         scaler.partial_fit(block)
@@ -74,9 +74,9 @@ def moments(features: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def logistic_path(train: Labelled, strengths: Sequence[float]) -> Iterator[LinearClassifier]:
-    """A classifier for each L2 strength, from strong to weak; each fit starts where the one before ended.
+    """A classifier for each L2 strength, from strong to weak; each fit starts from the previous solution.
 
-    The strength s is that of (mean loss) + s/2 * (sum of squared weights).
+    The objective with strength s is (mean loss) + s/2 * (sum of squared weights).
     """
     mean, deviation = moments(train.features)
     blocks = [standardised(block, mean, deviation) for _, block in in_blocks(train.features)]
@@ -88,7 +88,7 @@ def logistic_path(train: Labelled, strengths: Sequence[float]) -> Iterator[Linea
             warnings.simplefilter("ignore", ConvergenceWarning)
             solver.fit(inputs, train.labels)
         weight, bias = solver.coef_, solver.intercept_
-        if len(weight) == 1:  # of two classes scikit-learn keeps the second's log odds alone
+        if len(weight) == 1:  # for two classes scikit-learn stores only the second's log odds
             weight, bias = (np.concatenate([np.zeros_like(values), values]) for values in (weight, bias))
         converged = int(solver.n_iter_.max()) < ITERATIONS
         yield LinearClassifier(
@@ -97,7 +97,7 @@ def logistic_path(train: Labelled, strengths: Sequence[float]) -> Iterator[Linea
 
 
 def fit_logistic(train: Labelled, valid: Labelled, strengths: Sequence[float]) -> dict[str, Any]:
-    """The classifier whose L2 strength does best on `valid`, the strongest of equals, with its `valid_accuracy`."""
+    """The classifier with the best accuracy on `valid`, with its `valid_accuracy`; of ties, the strongest L2 wins."""
     fitted = [(classifier, classifier.accuracy(valid)) for classifier in logistic_path(train, strengths)]
     best, accuracy = max(fitted, key=lambda pair: pair[1])
     return asdict(best) | {"valid_accuracy": accuracy}

@@ -1,1 +1,1 @@
-"""Features of a model, as classifiers read them: start at pooled.py, which caches those of every layer."""
+"""Features of a model, the input of classifiers. Start at pooled.py, which caches the features of every layer."""

@@ -1,4 +1,4 @@
-"""Labelled images as a classifier sees them: rows of features and labels, and how many there are of each class."""
+"""Labelled images as input of a classifier: rows of features with their labels, and counts by class."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ROWS_AT_ONCE = 8192
 
 
 class Rows(Protocol):
-    """Features of N images, some rows at a time. An array or a memory map (N, D) is one."""
+    """Features of N images, read some rows at a time; an array or a memory map (N, D) qualifies."""
 
     def __len__(self) -> int: ...
 
@@ -26,11 +26,11 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class LazyRows:
-    """Features that are made when they are read: of several layers, or of the colors alone."""
+    """Features that are computed when they are read: concatenated layers, raw pixels, or color histograms."""
 
     count: int
     read: Callable[[Any], np.ndarray]
-    """Of a slice or row numbers to float32 (n, D)."""
+    """Maps a slice or row numbers to float32 (n, D)."""
 
     def __len__(self) -> int:
         return self.count
@@ -47,26 +47,26 @@ class Labelled(NamedTuple):
 
 
 def concatenated(layers: Sequence[Labelled]) -> Labelled:
-    """Several layers' features of the same images as one, (N, sum of D)."""
+    """The features of several layers of the same images, concatenated: (N, sum of D)."""
     labels = layers[0].labels
     read = lambda chosen: np.concatenate([layer.features[chosen] for layer in layers], axis=1)  # noqa: E731
     return Labelled(LazyRows(len(labels), read), labels)
 
 
 def in_blocks(features: Rows) -> Iterator[tuple[slice, np.ndarray]]:
-    """(place, float32 (n, D)) of all rows in order, so that a large memory map is never wholly in memory."""
+    """(slice, float32 (n, D)) of all rows in order, so that a large memory map is never entirely in memory."""
     for start in range(0, len(features), ROWS_AT_ONCE):
-        place = slice(start, min(start + ROWS_AT_ONCE, len(features)))
-        yield place, np.array(features[place], np.float32)
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(features)))
+        yield rows, np.array(features[rows], np.float32)
 
 
 def raw_pixels(tokens: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """The colors themselves, float32 (N, 3 T), of tokens (N, T)."""
+    """The RGB values, float32 (N, 3 T), of tokens (N, T)."""
     return palette[tokens].reshape(len(tokens), -1)
 
 
 def color_histogram(tokens: np.ndarray, colors: int) -> np.ndarray:
-    """The share of each palette color, float32 (N, V), of tokens (N, T)."""
+    """The fraction of pixels with each palette color, float32 (N, V), of tokens (N, T)."""
     images, positions = tokens.shape
     cells = tokens.astype(np.int64) + colors * np.arange(images)[:, None]
     counts = np.bincount(cells.ravel(), minlength=images * colors)
@@ -77,40 +77,45 @@ def baselines(evaluation: Evaluation, images: ImageSubset) -> dict[str, Labelled
     """Raw pixels and color histograms of the images, by name."""
     tokens = images.tokens()  # uint16 (N, T)
     palette, colors = evaluation.shards.palette, evaluation.shards.colors
-    ways = (lambda chosen: raw_pixels(tokens[chosen], palette), lambda chosen: color_histogram(tokens[chosen], colors))
-    rows = [LazyRows(len(tokens), read) for read in ways]
+    readers = (
+        lambda chosen: raw_pixels(tokens[chosen], palette),
+        lambda chosen: color_histogram(tokens[chosen], colors),
+    )
+    rows = [LazyRows(len(tokens), read) for read in readers]
     return {name: Labelled(features, images.labels) for name, features in zip(BASELINES, rows, strict=True)}
 
 
 def layer_name(layer: int) -> str:
-    """What a layer is called among the work items of a task."""
+    """The name of a layer among the work items of a task."""
     return f"layer-{layer:03d}"
 
 
 def layers_of(features: np.ndarray, labels: np.ndarray) -> dict[str, Labelled]:
-    """Each layer of float32 (L+1, N, D), by name."""
+    """The layers of features float32 (L+1, N, D), by name."""
     return {layer_name(layer): Labelled(features[layer], labels) for layer in range(len(features))}
 
 
 def known_features(evaluation: Evaluation, images: ImageSubset) -> dict[str, Labelled]:
-    """The baselines and every layer of images, by name; a masked model sees the first mask. All ranks call it."""
+    """The baselines and the features of every layer, by name; of a masked model under the first mask. All ranks call
+    it."""
     return baselines(evaluation, images) | layers_of(pooled_features(evaluation, images), images.labels)
 
 
 def labelled_splits(evaluation: Evaluation, task: str, splits: Collection[str] = SPLITS) -> dict[str, ImageSubset]:
-    """The labelled images of train and of whatever else is needed. Says which classes `valid` or `test` lacks.
+    """The labelled images of train and of the other splits. Logs which classes a split lacks.
 
     Raises ValueError if a split is absent or unlabelled, or if train has a single class.
     """
     images = _labelled_images(evaluation, task, splits)
     for name, absent in absent_classes(evaluation, images).items():
         if absent:
-            evaluation.log(f"{task}: no labelled image in {name} of {_some(absent)}")
+            evaluation.log(f"{task}: no labelled image in {name} of {_shortened(absent)}")
     return images
 
 
 def why_unlabelled(evaluation: Evaluation, splits: Collection[str] = SPLITS) -> str | None:
-    """Why nothing can be probed on this shard set: a split is absent or has no labels, or train has a single class."""
+    """The reason why probes can't run on this shard set: a split is absent or unlabelled, or train has a single class;
+    None if they can."""
     try:
         _labelled_images(evaluation, "this task", splits)
     except ValueError as error:
@@ -121,17 +126,17 @@ def why_unlabelled(evaluation: Evaluation, splits: Collection[str] = SPLITS) -> 
 def _labelled_images(evaluation: Evaluation, task: str, splits: Collection[str]) -> dict[str, ImageSubset]:
     images = {name: evaluation.images(name, labelled=True) for name in splits}
     if len(np.unique(images["train"].labels)) < 2:
-        raise ValueError(f"{evaluation.shards.path} has one class in train; {task} needs two or more.")
+        raise ValueError(f"{evaluation.shards.path} has a single class in train; {task} needs at least two.")
     return images
 
 
 def images_by_class(evaluation: Evaluation, images: ImageSubset) -> list[int]:
-    """How many of the images are of each class, in the order of the shard set's classes."""
+    """The number of images of each class, in the order of the shard set's classes."""
     return np.bincount(images.labels, minlength=len(evaluation.shards.classes)).tolist()
 
 
 def absent_classes(evaluation: Evaluation, images: dict[str, ImageSubset]) -> dict[str, list[str]]:
-    """By split, the names of the classes that it has no image of while another split has."""
+    """By split, the names of the classes of which it has no image although another split has some."""
     counts = {name: np.array(images_by_class(evaluation, chosen)) for name, chosen in images.items()}  # (C,) each
     known = np.sum(list(counts.values()), axis=0) > 0
     names = evaluation.shards.classes
@@ -139,7 +144,7 @@ def absent_classes(evaluation: Evaluation, images: dict[str, ImageSubset]) -> di
 
 
 def description(evaluation: Evaluation, images: dict[str, ImageSubset]) -> dict[str, Any]:
-    """What a result says of its images: see the docstring of linear_probe.py."""
+    """What a result records about its images: see the docstring of linear_probe.py."""
     train, test = images["train"].labels, images["test"].labels
     return {
         "classes": len(np.unique(train)),
@@ -151,6 +156,6 @@ def description(evaluation: Evaluation, images: dict[str, ImageSubset]) -> dict[
     }
 
 
-def _some(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more classes"

@@ -1,8 +1,8 @@
-"""Pooled features of every layer, in one forward pass over a split, cached on disk.
+"""Pooled features of every layer, computed in one forward pass over a split and cached on disk.
 
-The feature of layer l is the mean over positions of the input of attention block l after its ln_1,
-l = 0 .. L-1; layer L is the mean after ln_f (Chen et al. 2020, section 3.3). The sequence is the
-training one, [SOS, x0 .. x(n-2)]: without SOS every color would sit one position off.
+The feature of layer l is the mean over positions of the input of attention block l after its ln_1, l = 0 .. L-1; layer
+L is the mean after ln_f (Chen et al. 2020, section 3.3). The sequence is the one of training, [SOS, x0 .. x(n-2)];
+without SOS every color would be at the wrong position.
 """
 
 import hashlib
@@ -23,25 +23,25 @@ from pipeline.evaluate.context import Evaluation, ImageSubset
 def hooked_layers(
     model: nn.Module, layers: Sequence[int], take: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[list[torch.Tensor]]:
-    """While open, each forward pass fills the yielded list with what `take` makes of these layers' features.
+    """Context in which each forward pass fills the yielded list with `take(features)` of each of these layers.
 
-    take: of a layer's features (B, T, D) after its norm.
+    take: a function of a layer's features (B, T, D) after its norm.
     """
     norms = [*(block.ln_1 for block in model.transformer.h), model.transformer.ln_f]
     taken = [torch.empty(0)] * len(layers)
 
-    def keep(place: int, _module: nn.Module, _inputs: tuple[torch.Tensor], normed: torch.Tensor) -> None:
-        taken[place] = take(normed)
+    def store(position: int, _module: nn.Module, _inputs: tuple[torch.Tensor], normed: torch.Tensor) -> None:
+        taken[position] = take(normed)
 
     with ExitStack() as hooks:
-        for place, layer in enumerate(layers):
-            hooks.enter_context(norms[layer].register_forward_hook(partial(keep, place)))
+        for position, layer in enumerate(layers):
+            hooks.enter_context(norms[layer].register_forward_hook(partial(store, position)))
         yield taken
 
 
 @contextmanager
 def pooled_layers(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """While open, each forward pass of `model` fills the yielded list with L+1 tensors (B, D), fp32."""
+    """Context in which each forward pass of `model` fills the yielded list with L+1 tensors (B, D), fp32."""
     every = range(len(model.transformer.h) + 1)
     with hooked_layers(model, every, lambda normed: normed.mean(dim=1, dtype=torch.float32)) as pooled:
         yield pooled
@@ -50,27 +50,27 @@ def pooled_layers(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 def pooled_features(evaluation: Evaluation, images: ImageSubset, draw: int = 0) -> np.ndarray:
     """Features of every layer: float32 (L+1, N, D), a memory map that every rank reads. All ranks call it.
 
-    draw: which pixels are masked, for a masked model. The file (4 * (L+1) * N * D bytes) lies in
-    `evaluation.features`, on a file system that all ranks share, under a name that holds the model, the images and
-    all else that it depends on. Each rank computes and writes its own batches; the numbers do not depend on how many
-    ranks there are.
+    draw: which pixels are masked, for a masked model. The file (4 * (L+1) * N * D bytes) is in `evaluation.features`,
+    which must be on a file system that all ranks share. Its name has a digest of the model, the images and everything
+    else that the features depend on. Each rank computes and writes its own batches; the values do not depend on the
+    number of ranks.
     """
     config, facts = evaluation.model.config, _facts(evaluation, images, draw)
 
     def fill(write: Write, done: set[int]) -> None:
         model = evaluation.model.model
         with torch.inference_mode(), evaluation.accelerator.autocast(), pooled_layers(model) as pooled:
-            for place, tokens in evaluation.batches(images, f"features of {images.split.name}", done):
-                inputs, _ = evaluation.inputs_and_targets(tokens, images.indices[place], draw)  # (B, T)
+            for rows, tokens in evaluation.batches(images, f"features of {images.split.name}", done):
+                inputs, _ = evaluation.inputs_and_targets(tokens, images.indices[rows], draw)  # (B, T)
                 model.transformer(inputs)
-                write(place.start, torch.stack(pooled).cpu().numpy())
+                write(rows.start, torch.stack(pooled).cpu().numpy())
 
     name = f"{images.split.name}-{json_digest(facts)[:16]}"
     return TaskCache(evaluation.features).array(name, (config.n_layer + 1, len(images), config.n_embd), facts, fill)
 
 
 def _facts(evaluation: Evaluation, images: ImageSubset, draw: int) -> dict[str, object]:
-    """All that features depend on."""
+    """Everything that the features depend on."""
     return {
         "model_digest": evaluation.model_digest,
         "dataset_digest": evaluation.shards.digest,

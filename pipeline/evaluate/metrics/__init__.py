@@ -1,1 +1,1 @@
-"""What tasks measure: accuracies, Fréchet distances, predictions under several masks. A metric knows no task."""
+"""Metrics: accuracies, Fréchet distances, predictions under several masks. They do not depend on the tasks."""

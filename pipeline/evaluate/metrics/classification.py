@@ -1,4 +1,4 @@
-"""Classification metrics: what classifiers predict and how well, for the tasks that train one by gradient descent."""
+"""Predictions and classification metrics of the classifiers that are trained by gradient descent."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +15,9 @@ from pipeline.evaluate.metrics.mask_ensemble import MASKS, score_predictions
 from pipeline.results.figures import new_figure, save_figure
 
 NAMES_SHOWN = 30
-"""A confusion matrix of more classes has no names beside it."""
+"""With more classes, the confusion matrix has no class names."""
 COUNTS_SHOWN = 15
-"""And one of more than these no counts in its cells."""
+"""With more classes, the confusion matrix has no counts in its cells."""
 
 
 def predict(
@@ -28,14 +28,15 @@ def predict(
 ) -> np.ndarray:
     """The predicted class of each image, int64 (N, ...), the same on every rank; -1 where logits are NaN or Inf.
 
-    logits: of tokens long (B, T) and their numbers in the split, int64 (B,), to (B, ..., C). All ranks call it.
+    logits: a function of tokens, long (B, T), and their numbers in the split, int64 (B,), that returns (B, ..., C). All
+    ranks call it.
     """
     mine = []
     with torch.inference_mode(), evaluation.accelerator.autocast():
-        for place, tokens in evaluation.batches(images, label):
-            scores = logits(tokens, images.indices[place]).float()  # (B, ..., C)
+        for rows, tokens in evaluation.batches(images, label):
+            scores = logits(tokens, images.indices[rows]).float()  # (B, ..., C)
             classes = scores.argmax(-1).masked_fill(~scores.isfinite().all(-1), -1)  # (B, ...)
-            mine.append((place, classes.cpu().numpy()))
+            mine.append((rows, classes.cpu().numpy()))
     parts = sorted(gather_object(mine), key=lambda part: part[0].start)
     return np.concatenate([classes for _, classes in parts])
 
@@ -43,7 +44,7 @@ def predict(
 def predict_classes(
     evaluation: Evaluation, classifier: nn.Module, images: ImageSubset, label: str, draw: int = 0
 ) -> np.ndarray:
-    """The class that a classifier predicts for each image, int64 (N,), as of `predict`. All ranks call it."""
+    """The class that a classifier predicts for each image, int64 (N,), by `predict`. All ranks call it."""
 
     def logits(tokens: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
         inputs, _ = evaluation.inputs_and_targets(tokens, indices, draw)
@@ -53,7 +54,7 @@ def predict_classes(
 
 
 def valid_accuracy(evaluation: Evaluation, classifier: nn.Module, images: ImageSubset) -> np.ndarray:
-    """Fraction of the images whose class the classifier predicts, (1,). All ranks call it."""
+    """Fraction of the images that the classifier predicts correctly, (1,). All ranks call it."""
     predicted = predict_classes(evaluation, classifier, images, "validation")
     return (predicted == images.labels).mean(keepdims=True)
 
@@ -61,10 +62,11 @@ def valid_accuracy(evaluation: Evaluation, classifier: nn.Module, images: ImageS
 def test_scores(
     evaluation: Evaluation, images: ImageSubset, predict_under: Callable[[int], np.ndarray]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Accuracy, its standard error, by class, and the confusion matrix (rows the true classes, predictions of -1
-    excluded), under the first mask; of a masked model also by vote of its masks.
+    """Scores under the first mask, and of a masked model also by majority vote over the masks.
 
-    predict_under: the number of a mask to the classes predicted under it, int (N,); those under the first come second.
+    The scores are accuracy, its standard error, accuracy by class, and the confusion matrix (rows are the true classes;
+    predictions of -1 are excluded). predict_under: maps the number of a mask to the predicted classes, int (N,).
+    Returns the scores and the classes predicted under the first mask.
     """
     predicted = np.stack([predict_under(draw) for draw in range(MASKS if evaluation.masked else 1)])  # (masks, N)
     table = confusion_matrix(images.labels, predicted[0], labels=range(len(evaluation.shards.classes)))
@@ -73,21 +75,21 @@ def test_scores(
 
 
 def accuracy_text(result: dict[str, Any]) -> str:
-    """The accuracy on the test images in words."""
+    """The accuracy on the test images, for a summary."""
     text = f"test accuracy {result['test_accuracy']:.1%}"
     voted = result.get("ensembled_test_accuracy")
-    return text if voted is None else f"{text} ({voted:.1%} by the vote of {result['masks']} masks)"
+    return text if voted is None else f"{text} ({voted:.1%} by vote over {result['masks']} masks)"
 
 
 def draw_confusion(result: dict[str, Any], path: Path) -> None:
-    """Draws `confusion`, each row as shares of the class's images."""
+    """Draws `confusion`, each row as fractions of the class's images."""
     counts = np.array(result["confusion"])  # (C, C)
     classes = len(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = new_figure(7.0, 6.2)
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     axes.grid(False)
-    axes.set(xlabel="class said", ylabel="class of the image")
+    axes.set(xlabel="predicted class", ylabel="true class")
     if classes <= NAMES_SHOWN:
         axes.set_xticks(range(classes), result["class_names"], rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(classes), result["class_names"])
@@ -95,5 +97,5 @@ def draw_confusion(result: dict[str, Any], path: Path) -> None:
         for (row, column), count in np.ndenumerate(counts):
             ink = "white" if shares[row, column] > 0.55 else "#333333"
             axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=ink)
-    figure.colorbar(image, ax=axes, label="share of the class's test images (%)", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="fraction of the class's test images (%)", shrink=0.8)
     save_figure(figure, path)

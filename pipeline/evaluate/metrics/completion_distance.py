@@ -1,8 +1,9 @@
-"""How far completed images are from true ones: the Fréchet distance, with what bounds it from both sides.
+"""The Fréchet distance of completed images to real images, with a lower and an upper reference.
 
-A split is halved at random. Images of the first half are completed, one sample each, and compared with as many of the
-other half. From the same other half are measured: the originals that were completed, which no completion can beat but
-by chance, and the originals with the colors of their lower halves in random order: the right colors, and no order.
+A split is divided into two random halves. Images of the first half are completed, one sample each, and compared with as
+many images of the second half. Two references are measured against the same images of the second half. The floor is the
+originals of the completions. The ceiling is the originals with the pixels of their lower halves in random order, which
+have the right colors but no structure.
 """
 
 from pathlib import Path
@@ -26,9 +27,9 @@ FEWEST = 2
 def completion_distance(evaluation: Evaluation, options: CompletionsOptions) -> dict[str, Any]:
     """The distances, the same on every rank. Raises ValueError if the split has too few images.
 
-    Half the split is completed if it has not twice as many as `distance_images`. Keys: `network`, `images`, and squared
-    distances to the other half: `completions`, `originals` (the floor), `shuffled_lower_halves` (the ceiling);
-    `completions_to_their_originals` compares with the very images that were completed.
+    If the split has fewer than twice `distance_images` images, half of it is completed. Keys: `network`, `images`, and
+    the squared distances to the second half: `completions`, `originals` (the floor), `shuffled_lower_halves` (the
+    ceiling). `completions_to_their_originals` is the distance to the images that were completed.
     """
     images, split = compared(evaluation, options), evaluation.shards.split(options.split)
     chosen = generator(evaluation.seed, "completion distance", options.split).permutation(split.images)
@@ -36,7 +37,7 @@ def completion_distance(evaluation: Evaluation, options: CompletionsOptions) -> 
     network = feature_network(None if file is None else Path(file), device)
 
     def features(part: slice) -> dict[str, np.ndarray]:
-        """Of the four sets, float32 (B, F) each."""
+        """The features of the four sets of images, float32 (B, F) each."""
         originals, others = (split.gather(half[part])[0] for half in (chosen[:images], chosen[images:]))
         sets = _image_sets(evaluation, originals, others, options.temperature, part.start)
         found = {}
@@ -60,13 +61,13 @@ def completion_distance(evaluation: Evaluation, options: CompletionsOptions) -> 
 
 
 def compared(evaluation: Evaluation, options: CompletionsOptions) -> int:
-    """How many images are compared. Raises ValueError if the split has too few."""
+    """The number of images to compare. Raises ValueError if the split has too few."""
     split = evaluation.shards.split(options.split)
     images = min(options.distance_images, split.images // 2)
     if images < FEWEST:
         raise ValueError(
             f"{evaluation.shards.path} has {split.images} images in its split {options.split}, too few for a "
-            f"distance; set completions.distance_images 0."
+            f"distance; set completions.distance_images to 0."
         )
     return images
 
@@ -74,7 +75,7 @@ def compared(evaluation: Evaluation, options: CompletionsOptions) -> int:
 def _image_sets(
     evaluation: Evaluation, originals: np.ndarray, others: np.ndarray, temperature: float, start: int
 ) -> dict[str, np.ndarray]:
-    """The sets that are compared, uint16 (B, T) each; start: the number of the first image among all."""
+    """The four sets of images, uint16 (B, T) each; start: the number of the first image among all."""
     positions = originals.shape[1]
     prefix = evaluation.on_device(originals[:, : positions // 2])
     with evaluation.accelerator.autocast():
@@ -89,7 +90,7 @@ def _image_sets(
 
 
 def _shuffled(originals: np.ndarray, half: int, seed: int, start: int) -> np.ndarray:
-    """The images (B, T) with the colors behind position `half` in random order, each image its own."""
+    """The images (B, T) with the tokens from position `half` on in random order, a different one for each image."""
     shuffled = originals.copy()
     random = generator(seed, "shuffled lower halves", start)
     shuffled[:, half:] = random.permuted(originals[:, half:], axis=1)

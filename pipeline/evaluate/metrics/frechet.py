@@ -1,10 +1,10 @@
-"""The Fréchet distance between two sets of images, as Gaussians in the feature space of a network.
+"""The Fréchet distance between two sets of images, modeled as Gaussians in the feature space of a network.
 
     d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 
 with means m and covariances C (Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local
-Nash equilibrium", who call d^2 the FID when the network is Inception). It falls with the number of images, so
-it compares only between sets of the same size, under the same network.
+Nash equilibrium", which call d^2 the FID when the network is Inception). It depends on the number of images, so
+compare it only between sets of the same size and under the same network.
 """
 
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean float64 (F,) and covariance float64 (F, F) of some features."""
+    """Mean float64 (F,) and covariance float64 (F, F) of features."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Gaussian":
-        """Of features (N, F), N at least 2; the covariance divides by N - 1."""
+        """The Gaussian of features (N, F), N at least 2; the covariance divides by N - 1."""
         assert len(features) > 1
         exact = features.astype(np.float64)
         return cls(exact.mean(axis=0), np.atleast_2d(np.cov(exact, rowvar=False)))
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """d^2 above, never negative.
+    """The squared distance d^2, never negative.
 
-    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of R C2 R with R = C1^(1/2): symmetric, so that the
-    roots are real also where fewer images than features leave the covariances singular.
+    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of R C2 R with R = C1^(1/2): symmetric, so the
+    roots are real even if the covariances are singular, as with fewer images than features.
     """
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T  # (F, F)

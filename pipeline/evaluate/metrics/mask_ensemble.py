@@ -1,6 +1,6 @@
-"""Several masks of one image: a masked model predicts under each, and the predictions are put to a vote.
+"""Mask ensembles: a masked model predicts under several masks of an image, and the majority decides.
 
-The paper's way with BERT models: five masks, the commonest prediction, ties at random.
+The paper does so with its BERT models: five masks, the most common prediction, ties broken at random.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ MASKS = 5
 
 
 def features_per_mask(evaluation: Evaluation, images: ImageSubset) -> dict[str, list[Labelled]]:
-    """By name, each layer under each of the masks (one where nothing is masked), and each baseline. All ranks call it.
+    """By name, each layer under each mask (one entry for a model without masks), and each baseline.
 
-    The test images are read by this, once, when everything is chosen.
+    All ranks call it. Tasks call it for the test images only once, after everything is chosen.
     """
     masks = range(MASKS if evaluation.masked else 1)
     seen = [layers_of(pooled_features(evaluation, images, mask), images.labels) for mask in masks]
@@ -29,23 +29,24 @@ def features_per_mask(evaluation: Evaluation, images: ImageSubset) -> dict[str, 
 
 
 def majority_vote(predicted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The commonest label of each image, int (N,), of predictions (masks, N); among equals one at random."""
-    votes = (predicted[:, None] == predicted[None]).sum(axis=0)  # (masks, N): how many agree with each
+    """The most common label of each image, int (N,), of predictions (masks, N); ties are broken at random."""
+    votes = (predicted[:, None] == predicted[None]).sum(axis=0)  # (masks, N): the number of masks that agree
     # Labels with equally many votes have equally many voters, so a random voter is a random label.
     chosen = (votes + random.uniform(0, 0.5, votes.shape)).argmax(axis=0)  # (N,)
     return np.take_along_axis(predicted, chosen[None], axis=0)[0]
 
 
 def score(evaluation: Evaluation, test: list[Labelled], predict: Callable[[Rows], np.ndarray]) -> dict[str, Any]:
-    """Scores of `predict` on the test images: under the first mask alone, and of a masked model also by vote."""
+    """Scores of `predict` on the test images: under the first mask, and of a masked model also by majority vote."""
     return score_predictions(evaluation, np.stack([predict(masked.features) for masked in test]), test[0].labels)
 
 
 def score_predictions(evaluation: Evaluation, predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Scores of predictions int (masks, N) on the test images: of the first mask alone, and of several also by vote.
+    """Scores of predictions int (masks, N) on the test images with labels int (N,).
 
-    Of the first: accuracy, its binomial standard error, and accuracy by class (None where there is no image). labels:
-    int (N,). A class that train lacks is never predicted: its images count as wrong.
+    For the first mask: accuracy, its binomial standard error, and accuracy by class (None for a class without images).
+    With several masks, also the accuracy of their majority vote. A class that train lacks is never predicted, so its
+    images count as wrong.
     """
     right, classes = predicted == labels, len(evaluation.shards.classes)  # (masks, N)
     counts, hits = np.bincount(labels, minlength=classes), np.bincount(labels, weights=right[0], minlength=classes)

@@ -1,5 +1,5 @@
-"""The evaluation tasks, one a file; its docstring names the keys of the task's JSON.
+"""The evaluation tasks, one per file. Each file's docstring documents the keys of the task's JSON.
 
-To add one, start from knn.py: a subclass of Task (pipeline/evaluate/task.py), and its line in
+To add a task, start from knn.py: write a subclass of Task (pipeline/evaluate/task.py) and add its line to
 pipeline/evaluate/registry.py.
 """

@@ -1,24 +1,24 @@
-"""The attentive probe of AIM (El-Nouby et al. 2024): pooling by attention, then a linear classifier.
+"""The attentive probe of AIM (El-Nouby et al. 2024): attention pooling, then a linear classifier.
 
-A model that predicts the next color has no place where all of an image is gathered, and a mean over positions may
-lose what single positions know. Here the trunk is frozen, and a learned query attends to a layer's token features: for
-each of H heads the weights are softmax(q_h . W_k,h x / sqrt(D / H)) over positions, the pooled value is W_v,h x under
-these weights, heads are concatenated, and a linear layer gives the classes. No biases, one query, no second layer,
-as in AIM's code (github.com/apple/ml-aim, AttentionPoolingClassifier).
+A model that predicts the next color has no position that summarizes the image, and a mean over positions may lose the
+information of single positions. Here the trunk is frozen, and a learned query attends to a layer's token features. For
+each of H heads, the weights are softmax(q_h . W_k,h x / sqrt(D / H)) over positions, and the pooled value is W_v,h x
+averaged with these weights. The heads are concatenated, and a linear layer gives the class logits. There are no biases,
+one query, and no second layer, as in AIM's code (github.com/apple/ml-aim, AttentionPoolingClassifier).
 
-The features of layer l are those of the linear probe before they are pooled: the input of attention block l after its
-ln_1, l = 0 .. L-1, or the output of ln_f (l = L). AIM's code standardises them by a batch norm without gain; here it is
-done by the mean and deviation over all training images and positions, the same whatever the batch and the ranks. The
-optimizer (AdamW under a cosine), its numbers and the heads (as many as the model's) are chosen here.
+The features of layer l are the features of the linear probe before pooling: the input of attention block l after its
+ln_1, l = 0 .. L-1, or the output of ln_f (l = L). AIM's code standardizes them by a batch norm without gain. Here the
+mean and standard deviation over all training images and positions are used, which do not depend on batches and ranks.
+The optimizer (AdamW with a cosine schedule), its settings and the number of heads (the model's) are our choice.
 
-Token features are T times as large as pooled ones (CIFAR-10 at the size of iGPT-S: 94 GB a layer), so they are not
-cached: the frozen trunk runs once for each batch and epoch, and the probes of all layers and rates learn from that one
-pass. Layer, rate and epoch are chosen on validation; the test split is looked at once. To try it on a CPU:
+Token features are T times as large as pooled ones (CIFAR-10 at the size of iGPT-S: 94 GB per layer), so they are not
+cached. The frozen trunk runs once per batch and epoch, and the probes of all layers and learning rates are trained in
+that pass. Layer, learning rate and epoch are chosen on validation; the test split is used once. To try it on a CPU:
 --train_images 2000 --attentive_probe.epochs 5 and fewer layers.
 
-The result, beside what `labelled.description` says of the images and `classification.test_scores` of the test:
+The result has these keys, in addition to `labelled.description` and `classification.test_scores`:
 
-    layers, valid_accuracy_by_layer    the layers tried, and the best of rates and epochs for each
+    layers, valid_accuracy_by_layer    the layers tried, and for each the best accuracy over learning rates and epochs
     learning_rates, heads
     best_layer, learning_rate, best_epoch, valid_accuracy    of the chosen probe
     valid_accuracy_by_epoch, train_loss_by_epoch             of the chosen probe
@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from pipeline.distributed import from_first
-from pipeline.evaluate.classifiers.finetune_loop import Batch, Training, all_lost, train
+from pipeline.evaluate.classifiers.finetune_loop import Batch, Training, all_diverged, train
 from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.features.attentive_pooling import Probes, standardisation, token_features
 from pipeline.evaluate.features.labelled import description, labelled_splits
@@ -44,11 +44,11 @@ from pipeline.model.objectives import class_loss
 
 FIGURE = "attentive_probe.png"
 DEFAULT_DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
-"""Layers to try, as shares of the blocks: around the middle, where the paper's probes are best, and the last."""
+"""Layers to try, as fractions of the depth: around the middle, where the paper's probes are best, and the last."""
 
 
 class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
-    """Attentive pooling over token features, and a linear classifier."""
+    """Attention pooling over token features, and a linear classifier."""
 
     title = "Attentive probe"
 
@@ -59,19 +59,19 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
         self._heads(evaluation)
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Trains the probes of all layers and learning rates in the same passes, and tests the best.
+        """Trains the probes of all layers and learning rates in the same passes, and tests the best one.
 
         Raises ValueError if train, valid or test is absent or unlabelled, train has a single class, or an option does
         not fit the model.
         """
         options = self.options
         self.check(evaluation, ())
-        layers, rates = self._layers(evaluation), options.learning_rates
+        layers, learning_rates = self._layers(evaluation), options.learning_rates
         images = labelled_splits(evaluation, options.TASK)
         probes = self._probes(evaluation, images["train"], layers)
         record = train(evaluation, self._training(evaluation, images, probes, layers), options)
         if not np.isfinite(record.losses).any():
-            raise all_lost(rates)
+            raise all_diverged(learning_rates)
         epoch, chosen = record.best
         accuracies = np.array(record.accuracies)  # (E, K)
         by_layer = accuracies.max(axis=0).reshape(len(layers), -1).max(axis=1)  # (layers,)
@@ -88,10 +88,10 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             **description(evaluation, images),
             "layers": layers,
             "valid_accuracy_by_layer": by_layer.tolist(),
-            "learning_rates": rates,
+            "learning_rates": learning_rates,
             "heads": self._heads(evaluation),
             "best_layer": probes.layers[chosen],
-            "learning_rate": rates[chosen % len(rates)],
+            "learning_rate": learning_rates[chosen % len(learning_rates)],
             "best_epoch": epoch,
             "valid_accuracy": record.valid_accuracy,
             "valid_accuracy_by_epoch": accuracies[:, chosen].tolist(),
@@ -105,12 +105,12 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
     @classmethod
     def summary(cls, result: dict[str, Any]) -> str:
         return (
-            f"{accuracy_text(result)} at layer {result['best_layer']}, rate {result['learning_rate']:g}, "
+            f"{accuracy_text(result)} at layer {result['best_layer']}, learning rate {result['learning_rate']:g}, "
             f"epoch {result['best_epoch']}, best on validation ({result['valid_accuracy']:.1%})"
         )
 
     def _layers(self, evaluation: Evaluation) -> list[int]:
-        """The layers to try, ascending. Raises ValueError if the model has not one of them."""
+        """The layers to try, ascending. Raises ValueError if the model lacks one of them."""
         last = evaluation.model.config.n_layer
         if self.options.layers is None:
             return sorted({round(last * share) for share in DEFAULT_DEPTHS})
@@ -128,8 +128,8 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
 
     def _probes(self, evaluation: Evaluation, train: ImageSubset, layers: list[int]) -> Probes:
         moments, heads = standardisation(evaluation, train, layers), self._heads(evaluation)
-        classes, rates = len(evaluation.shards.classes), len(self.options.learning_rates)
-        probes = Probes(layers, rates, moments, classes, heads, evaluation.seed)
+        classes, lrs = len(evaluation.shards.classes), len(self.options.learning_rates)
+        probes = Probes(layers, lrs, moments, classes, heads, evaluation.seed)
         return probes.to(evaluation.accelerator.device)
 
     def _training(
@@ -150,10 +150,9 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             predicted = predict(evaluation, images["valid"], "validation", logits)  # (N, K)
             return (predicted == images["valid"].labels[:, None]).mean(axis=0)
 
-        rates = options.learning_rates
+        lrs = options.learning_rates
         groups = [
-            {"params": probe.parameters(), "lr": rates[number % len(rates)]}
-            for number, probe in enumerate(probes.probes)
+            {"params": probe.parameters(), "lr": lrs[number % len(lrs)]} for number, probe in enumerate(probes.probes)
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
         return Training(options.TASK, probes, optimizer, losses, accuracies, images["train"], cosine=True)

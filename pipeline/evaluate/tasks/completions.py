@@ -1,8 +1,8 @@
-"""Completions: the lower halves of images drawn anew; `python -m pipeline complete` draws the grid alone.
+"""Completions: the model draws the lower halves of images; `python -m pipeline complete` draws only the figure.
 
-The task also measures how far completions are from true images (completion_distance.py). JSON: `split`, `images` (the
-numbers of the images shown), `classes`, `samples`, `temperature`, and `distance` as completion_distance.py
-describes it, or null.
+The task also measures the Fréchet distance of completions to real images (completion_distance.py). JSON: `split`,
+`images` (the numbers of the images shown), `classes`, `samples`, `temperature`, and `distance` as documented in
+completion_distance.py, or null.
 """
 
 from collections.abc import Collection
@@ -34,12 +34,12 @@ TITLE_PIXELS = 22
 GREY = (70, 70, 70)
 CANT_COMPLETE = (
     "completions need a model of the next color, but this one was trained with masked_color: it predicts masked pixels "
-    "from all others and draws no sequence; leave completions out."
+    "and can't generate; exclude completions."
 )
 
 
 class Completions(Task[CompletionsOptions]):
-    """Half images completed, and how far completions are from true images."""
+    """Completed half images, and the Fréchet distance of completions to real images."""
 
     title = "Completions"
 
@@ -47,7 +47,7 @@ class Completions(Task[CompletionsOptions]):
         return CANT_COMPLETE if evaluation.masked else None
 
     def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
-        """Raises ValueError if the split has too few images, or the user's network does not take such images."""
+        """Raises ValueError if the split has too few images, or if the user's network does not accept them."""
         options = self.options
         choose_examples(evaluation.shards, options.split, options.images, evaluation.seed)
         if not options.distance_images:
@@ -64,7 +64,7 @@ class Completions(Task[CompletionsOptions]):
         return {} if file is None else {"network_sha256": file_sha256(Path(file))}
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Draws `completions.png` on the first rank alone; the distance's completions are divided among the ranks."""
+        """Draws `completions.png` on the first rank; the completions for the distance are divided among the ranks."""
         options = self.options
         evaluation.log(f"completing {options.images} half images, {options.samples} times each")
         path = evaluation.results / FIGURE
@@ -88,7 +88,7 @@ class Completions(Task[CompletionsOptions]):
 
     @classmethod
     def headlines(cls, result: dict[str, Any]) -> list[Headline]:
-        """The distance, between what bounds it."""
+        """The distance, with its two references in the detail."""
         distance = result["distance"]
         if distance is None:
             return []
@@ -97,11 +97,11 @@ class Completions(Task[CompletionsOptions]):
 
     @classmethod
     def section(cls, result: dict[str, Any], folder: Path) -> str:
-        """The grid, and the distances."""
+        """The figure and the distances."""
         caption = (
-            f"The first column is what the model was given, the last the whole image; between them are "
-            f"{result['samples']} samples at temperature {result['temperature']:g}, seed {result['seed']}. Images of "
-            f"{result['split']} chosen at random; no sample was picked by hand."
+            f"The first column is the half that the model received, the last column the original; between them are "
+            f"{result['samples']} samples at temperature {result['temperature']:g}, seed {result['seed']}. The images "
+            f"are random images of {result['split']}; no sample was selected."
         )
         shown = figure(folder / FIGURE, "completions of half images", caption)
         distance = result["distance"]
@@ -109,27 +109,27 @@ class Completions(Task[CompletionsOptions]):
             return shown
         rows = [
             ["Completions", f"{distance['completions']:.4f}"],
-            ["Their originals (the floor)", f"{distance['originals']:.4f}"],
-            ["Lower halves with their colors shuffled", f"{distance['shuffled_lower_halves']:.4f}"],
+            ["Their originals (floor)", f"{distance['originals']:.4f}"],
+            ["Originals with shuffled lower halves (ceiling)", f"{distance['shuffled_lower_halves']:.4f}"],
         ]
         completions, rows = rows[0], sorted(rows, key=lambda row: float(row[1]))
         return (
             shown
             + table(["Fréchet distance to other images of the split", "d²"], rows, ours=[rows.index(completions)])
             + note(
-                f"{distance['images']:,} images completed once each, against {distance['images']:,} others of "
+                f"{distance['images']:,} images, completed once each, against {distance['images']:,} other images of "
                 f"{result['split']}; features of {distance['network']}. Distances depend on the number of images and "
-                "on the network: they compare with each other, not with published FIDs. Against the very images that "
-                "were completed, whose upper halves the completions share, the distance is "
+                "on the network, so they can't be compared with published FIDs. The distance of the completions to "
+                "their own originals, which have the same upper halves, is "
                 f"{distance['completions_to_their_originals']:.4f}."
             )
         )
 
 
 def choose_examples(shards: ShardSet, split_name: str, images: int, seed: int) -> np.ndarray:
-    """Numbers of `images` random images of a split, of different classes as far as there are; int64 (images,).
+    """Numbers of `images` random images of a split, of different classes as far as possible; int64 (images,).
 
-    Raises ValueError if the split is absent or holds fewer.
+    Raises ValueError if the split is absent or has fewer images.
     """
     split = shards.split(split_name)
     if split.images < images:
@@ -144,7 +144,7 @@ def choose_examples(shards: ShardSet, split_name: str, images: int, seed: int) -
 def draw_completions(
     model: LoadedModel, shards: ShardSet, options: GridOptions, seed: int, path: Path
 ) -> dict[str, Any]:
-    """Writes the grid of completions as a PNG, and returns what it shows."""
+    """Writes the grid of completions as a PNG, and returns what the task's JSON records of it."""
     chosen = choose_examples(shards, options.split, options.images, seed)
     tokens, labels = shards.split(options.split).gather(chosen)
     drawn = complete_halves(model.model, tokens, samples=options.samples, seed=seed, temperature=options.temperature)
@@ -163,13 +163,13 @@ def draw_completions(
 
 
 def with_titles(grid: np.ndarray, columns: list[str], caption: str) -> np.ndarray:
-    """A grid of images, uint8 (height, width, 3), a small title above each column of equal width, a caption below."""
+    """The grid, uint8 (height, width, 3), with a title above each of its equally wide columns and a caption below."""
     height, width, _ = grid.shape
     page = Image.new("RGB", (width, height + 2 * TITLE_PIXELS), "white")
     page.paste(Image.fromarray(grid), (0, TITLE_PIXELS))
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=TITLE_PIXELS * 0.6)
     for number, title in enumerate(columns):
-        place = ((number + 0.5) * width / len(columns), TITLE_PIXELS * 0.6)
-        pen.text(place, title, fill=GREY, font=font, anchor="mm")
+        center = ((number + 0.5) * width / len(columns), TITLE_PIXELS * 0.6)
+        pen.text(center, title, fill=GREY, font=font, anchor="mm")
     pen.text((TITLE_PIXELS * 0.3, height + TITLE_PIXELS * 1.5), caption, fill=GREY, font=font, anchor="lm")
     return np.asarray(page)

@@ -1,16 +1,16 @@
-"""Density: how many nats and bits per color a model needs for a split, and where, beside models of counts.
+"""Density: the model's loss on a split in nats and bits per color, by position, with count-based baselines.
 
-A masked model says hidden colors only, given all others: its nats are no density of the image, and compare with
-those of other masked models alone. Each draw hides other colors; every image weighs the same.
+A masked model predicts only masked pixels, given all others. Its loss is not a density of the image and can be compared
+only with the loss of other masked models. Each draw masks other pixels; every image has the same weight.
 
 JSON: `split`, `images`, `masked`, `draws`, `nats_per_color`, `bits_per_color`, `nats_standard_error` (over images),
-`nats_by_position` (H lists of W numbers, rows from the top), of a masked model `nats_by_draw`, and
-`<baseline>_nats_per_color`. Baselines, from weak to strong; their counts come from the whole train split:
+`nats_by_position` (H lists of W numbers, rows from the top), for a masked model `nats_by_draw`, and
+`<baseline>_nats_per_color`. Baselines from weak to strong, whose counts come from the entire train split:
 
-    uniform        each of the V colors alike: ln V
-    unigram        how often a color occurs
+    uniform        all V colors equally likely: ln V
+    unigram        the frequency of a color
     bigram         given the color to the left (in raster order)
-    left x above   p(c | left) p(c | above) / p(c), normalised: what two neighbours tell if independent given c
+    left x above   p(c | left) p(c | above) / p(c), normalized: the two neighbors, taken as independent given c
 """
 
 import math
@@ -40,14 +40,14 @@ FIGURE = "density.png"
 IMAGES_AT_ONCE = 4096
 NAMES = {
     "model": "This model",
-    "uniform": "Every color alike",
+    "uniform": "Uniform",
     "unigram": "Color frequencies",
     "bigram": "Given the previous color (bigram)",
     "left_times_above": "Given the colors to the left and above (product)",
 }
 BASELINES = ("uniform", "unigram", "bigram", "left_times_above")
 BATCHES_PER_ITEM = 32
-"""A killed measurement loses at most this many batches of a rank."""
+"""After a kill, a rank recomputes at most this many batches."""
 
 Sums = dict[str, np.ndarray]
 """Of some images, float64: `losses` (n,), the mean nats of each; `sums` and `counts` (T,), the nats and the number
@@ -55,17 +55,17 @@ of targets at each position."""
 
 
 class Density(Task[DensityOptions]):
-    """Nats and bits per color."""
+    """The model's loss, in nats and bits per color."""
 
     title = "Density"
 
     def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
-        """Raises ValueError if the split to score, or train, which the baselines count, is absent."""
+        """Raises ValueError if the split to score is absent, or train, from which the baselines' counts come."""
         for name in (self.options.split, "train"):
             evaluation.images(name)
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Mean loss of the model and of the baselines on one split, and a heat map over positions."""
+        """Measures the mean loss of the model and of the baselines, and draws a heat map of the loss by position."""
         images = evaluation.images(self.options.split)
         draws = self.options.draws if evaluation.masked else 1
         scored = [score(evaluation, images, draw) for draw in range(draws)]
@@ -102,39 +102,44 @@ class Density(Task[DensityOptions]):
 
     @classmethod
     def headlines(cls, result: dict[str, Any]) -> list[Headline]:
-        """Nats, which the paper gives too."""
+        """Nats, which the paper reports too."""
         nats = result["nats_per_color"]
         if result["masked"]:
-            return [Headline("Nats per hidden color", nats, "nats", detail=f"{result['draws']} masks an image")]
+            return [Headline("Nats per masked pixel", nats, "nats", detail=f"{result['draws']} masks per image")]
         return [Headline("Nats per color", nats, "nats", detail=result["split"], measure=NATS)]
 
     @classmethod
     def section(cls, result: dict[str, Any], folder: Path) -> str:
-        """The model among the baselines, and the heat map."""
+        """A table of the model and the baselines, and the heat map."""
         result = {key: math.nan if value is None else value for key, value in result.items()}  # as JSON has NaN
-        what = "hidden color" if result["masked"] else "color"
+        what = "masked pixel" if result["masked"] else "color"
         nats = {"model": result["nats_per_color"]} | {key: result[f"{key}_nats_per_color"] for key in BASELINES}
         rows = sorted([(NAMES[key], value) for key, value in nats.items()], key=lambda row: row[1])
         shown = table(
-            ["Predicting colors", f"nats per {what}", f"bits per {what}"],
+            ["Predictor", f"nats per {what}", f"bits per {what}"],
             [[name, f"{value:.4f}", f"{value / math.log(2):.4f}"] for name, value in rows],
             ours=[number for number, (name, _) in enumerate(rows) if name == NAMES["model"]],
         )
         masks = f", each under {result['draws']} masks" if result["masked"] else ""
         explained = note(
             f"Mean over {result['images']:,} images of {result['split']}{masks}, standard error "
-            f"{result['nats_standard_error']:.4f} nats; lower is better. The baselines count the whole train split."
-            + (" A masked model sees all other colors: its nats do not compare with the baselines'." if masks else "")
+            f"{result['nats_standard_error']:.4f} nats; lower is better. The baselines' counts come "
+            "from the entire train split."
+            + (
+                " A masked model sees all other pixels, so its nats can't be compared with the baselines."
+                if masks
+                else ""
+            )
         )
-        causal = "the first colors of an image, and of each row, have the least above and before them."
-        why = "a masked pixel at a border has fewer neighbours." if masks else causal
+        causal = "the first pixels of the image and of each row have the fewest pixels before and above them."
+        why = "a masked pixel at the border has fewer neighbors." if masks else causal
         return shown + explained + figure(folder / FIGURE, "nats by position", f"Mean nats at each position: {why}")
 
 
 def score(evaluation: Evaluation, images: ImageSubset, draw: int) -> Sums:
     """The losses of all images under one draw of masks, the same on every rank.
 
-    Work items are of the same images, and are summed in the same order, whatever the number of ranks.
+    The work items and the order of summation are the same on any number of ranks.
     """
     size = evaluation.sizes.batch_size * BATCHES_PER_ITEM
     label = f"loss on {images.split.name}" + (f", draw {draw + 1}" if evaluation.masked else "")
@@ -148,41 +153,41 @@ def score(evaluation: Evaluation, images: ImageSubset, draw: int) -> Sums:
 
 
 def _score_some(evaluation: Evaluation, images: ImageSubset, draw: int, part: slice) -> Sums:
-    """The losses of a part of the images, batch by batch."""
+    """The losses of a part of the images, computed batch by batch."""
     model, colors = evaluation.model.model, evaluation.model.config.colors
     losses, (sums, counts) = [], np.zeros((2, evaluation.shards.resolution**2))
-    for place, tokens in evaluation.batches_of(images, part):
-        inputs, targets = evaluation.inputs_and_targets(tokens, images.indices[place], draw)  # (B, T)
+    for rows, tokens in evaluation.batches_of(images, part):
+        inputs, targets = evaluation.inputs_and_targets(tokens, images.indices[rows], draw)  # (B, T)
         with torch.inference_mode(), evaluation.accelerator.autocast():
             nats = per_token_loss(model(inputs).logits, targets, colors).double().cpu().numpy()  # (B, T)
-        wanted = (targets != IGNORED).cpu().numpy()  # (B, T)
-        losses.append(nats.sum(axis=1) / wanted.sum(axis=1))
+        is_target = (targets != IGNORED).cpu().numpy()  # (B, T)
+        losses.append(nats.sum(axis=1) / is_target.sum(axis=1))
         sums += nats.sum(axis=0)
-        counts += wanted.sum(axis=0)
+        counts += is_target.sum(axis=0)
     return {"losses": np.concatenate(losses), "sums": sums, "counts": counts}
 
 
 def nats_by_position(scored: list[Sums], side: int) -> list[list[float | None]]:
-    """Mean nats at each position over images and draws, H lists of W; None where nothing was ever hidden."""
+    """Mean nats at each position over images and draws, H lists of W; None where no pixel was ever masked."""
     sums, counts = (np.sum([part[name] for part in scored], axis=0) for name in ("sums", "counts"))  # (T,)
     means = [float(nats / count) if count else None for nats, count in zip(sums, counts, strict=True)]
     return [means[start : start + side] for start in range(0, side * side, side)]
 
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
-    """Draws the mean nats at each position of the image."""
+    """Draws the mean nats at each position of the image as a heat map."""
     figure, axes = new_figure(4.6, 3.8)
     axes.grid(False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     shown = axes.imshow(np.asarray(result["nats_by_position"], float), cmap="viridis", interpolation="nearest")
-    figure.colorbar(shown, ax=axes, label="nats per hidden color" if result["masked"] else "nats per color")
+    figure.colorbar(shown, ax=axes, label="nats per masked pixel" if result["masked"] else "nats per color")
     axes.set(xlabel="column", ylabel="row (read from the top, left to right)")
     save_figure(figure, path)
 
 
 def baseline_losses(evaluation: Evaluation, images: ImageSubset) -> dict[str, float]:
-    """Mean nats per color of the baselines on `images`, counts taken from the whole train split."""
+    """Mean nats per color of the baselines on `images`, with counts from the entire train split."""
     colors, side = evaluation.shards.colors, evaluation.shards.resolution
     counts = Counts.of(evaluation.shards.split("train"), colors, side)
     totals = dict.fromkeys(BASELINES, 0.0)
@@ -195,7 +200,7 @@ def baseline_losses(evaluation: Evaluation, images: ImageSubset) -> dict[str, fl
 
 @dataclass(frozen=True)
 class Counts:
-    """What the baselines know of the training images, as smoothed log probabilities."""
+    """Counts of the training images as smoothed log probabilities, on which the baselines are based."""
 
     single: np.ndarray  # (V,) ln p(c)
     left: np.ndarray  # (V, V) ln p(c | color to the left in raster order), rows the condition
@@ -203,7 +208,7 @@ class Counts:
 
     @classmethod
     def of(cls, split: Split, colors: int, side: int) -> "Counts":
-        """Counts a whole split of images of side x side colors."""
+        """Counts over all images, of side x side pixels, of a split."""
         single = np.zeros(colors, np.int64)
         left, above = np.zeros((2, colors, colors), np.int64)
         for record in range(len(split.record_images)):
@@ -211,12 +216,12 @@ class Counts:
             single += np.bincount(tokens.ravel(), minlength=colors)
             left += _pairs(tokens[:, :-1], tokens[:, 1:], colors)
             above += _pairs(tokens[:, :-side], tokens[:, side:], colors)
-        probability = (single + 1) / (single.sum() + colors)  # add one: no color is impossible
+        probability = (single + 1) / (single.sum() + colors)  # add-one smoothing: no color has probability 0
         pairs = [np.log(_witten_bell(counted, probability)) for counted in (left, above)]
         return cls(np.log(probability), *pairs)
 
     def log_probabilities(self, tokens: np.ndarray, side: int) -> dict[str, np.ndarray]:
-        """ln p of every color of int64 (n, T), by baseline; where a neighbour is missing, by what is there."""
+        """ln p of every color of tokens int64 (n, T), by baseline; without a neighbor, of a simpler one."""
         uniform = np.full(tokens.shape, -math.log(len(self.single)))
         unigram = self.single[tokens]
         bigram = unigram.copy()
@@ -229,28 +234,28 @@ class Counts:
         }
 
     def _left_times_above(self, grid: np.ndarray) -> np.ndarray:  # (n, H, W)
-        # The normaliser depends on the two neighbours alone: a table (left, above), one matrix product.
-        normaliser = np.log((np.exp(self.left - self.single)) @ np.exp(self.above).T)
+        # The normalizer depends only on the two neighbors: one matrix product gives it as a table (left, above).
+        normalizer = np.log((np.exp(self.left - self.single)) @ np.exp(self.above).T)
         result = self.single[grid]
         result[:, 0, 1:] = self.left[grid[:, 0, :-1], grid[:, 0, 1:]]
         result[:, 1:, 0] = self.above[grid[:, :-1, 0], grid[:, 1:, 0]]
         here, left, above = grid[:, 1:, 1:], grid[:, 1:, :-1], grid[:, :-1, 1:]
         result[:, 1:, 1:] = (
-            self.left[left, here] + self.above[above, here] - self.single[here] - normaliser[left, above]
+            self.left[left, here] + self.above[above, here] - self.single[here] - normalizer[left, above]
         )
         return result
 
 
 def _pairs(condition: np.ndarray, outcome: np.ndarray, colors: int) -> np.ndarray:
-    """How often each outcome follows each condition: int64 (V, V)."""
+    """Number of times that each outcome follows each condition: int64 (V, V)."""
     return np.bincount((condition * colors + outcome).ravel(), minlength=colors * colors).reshape(colors, colors)
 
 
 def _witten_bell(pairs: np.ndarray, fallback: np.ndarray) -> np.ndarray:
     """p(outcome | condition) (V, V): counts (V, V) mixed with `fallback` (V,).
 
-    Witten-Bell smoothing: a condition followed by k kinds of outcome in n places gives weight k / (n + k)
-    to the fallback; one never seen gives it all.
+    Witten-Bell smoothing: a condition that occurs n times with k different outcomes gives the fallback the weight
+    k / (n + k). For a condition that never occurs, the fallback has weight 1.
     """
     seen = pairs.sum(axis=1, keepdims=True)
     kinds = (pairs > 0).sum(axis=1, keepdims=True)

@@ -1,26 +1,29 @@
 """Distillation of a fine-tuned teacher into a smaller student, on images without labels.
 
 The third stage of SimCLRv2 (Chen et al. 2020b, "Big Self-Supervised Models are Strong Semi-Supervised Learners",
-section 2): the student learns the teacher's distribution over classes, by - sum p_teacher ln p_student with both
-softened by a temperature, on all images of a split whose labels are not looked at. Teacher and student see the same
-flipped and cropped image. Labels serve twice: the teacher learned from some, and validation chooses rate and epoch.
+section 2). The student is trained to match the teacher's distribution over classes: the loss is
+- sum p_teacher ln p_student, with both distributions softened by a temperature, on all images of a split. Its labels
+are not used. Teacher and student receive the same augmented image. Labels are used in two places: the teacher was
+trained on some, and validation chooses learning rate and epoch.
 
-The teacher is what the task fine_tune left in the results, or any such folder. The student begins from another model
-(a model folder or a run), or from initial weights, by default with half the teacher's blocks and half its width. Beside
-it stands the same student taught by labels alone: by class loss on the labelled images, those that the teacher had
-where they are of the same shard set, with the same rates, the same number of steps and images, and the same choice on
-validation. A teacher that learned from few labels is made by fine_tune with --train_images into other results.
+The teacher is the classifier that the task fine_tune wrote into the results, or any other such folder. The student
+starts from another model (a model folder or a run), or from initial weights, by default with half the teacher's blocks
+and half its width. The baseline is the same student trained on labels only: by class loss on the labelled images (the
+teacher's, if they are of the same shard set), with the same learning rates, the same number of steps and images, and
+the same choice on validation. To get a teacher trained on few labels, run fine_tune with --train_images into another
+results folder.
 
-Adam as in pretraining, under a cosine; temperature, rates and epochs are chosen here. To try it on a CPU:
---distill.learning_rates [0.003] --distill.epochs 5.
+Adam as in pretraining, with a cosine schedule; temperature, learning rates and epochs are our choice. To try it on a
+CPU: --distill.learning_rates [0.003] --distill.epochs 5.
 
-The result, beside what `labelled.description` says of the images:
+The result has these keys, in addition to `labelled.description`:
 
     split, unlabelled_images, labelled_images, class_names, temperature, images_per_training (at most)
-    teacher, student, labels_alone    of each: layers, width, heads, parameters, valid_accuracy, test_accuracy,
-                                      test_standard_error, test_accuracy_by_class, confusion (and of masked models by
-                                      vote); of the students also learning_rate, best_epoch and trials, as of fine_tune
-    agreement                         share of the test images for which student and teacher say the same class
+    teacher, student, labels_alone    for each: layers, width, heads, parameters, valid_accuracy, test_accuracy,
+                                      test_standard_error, test_accuracy_by_class, confusion (for masked models
+                                      also by vote); for the students also learning_rate, best_epoch and trials, as in
+                                      fine_tune
+    agreement                         fraction of the test images for which student and teacher predict the same class
     classifier                        a folder in the results: the distilled student
     figure                            the student's confusion matrix
 """
@@ -38,7 +41,7 @@ from torch import nn
 from pipeline.config import ModelConfig
 from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses
-from pipeline.evaluate.classifiers.whole_model import label_loss, test_classifier, train_classifier, write_classifier
+from pipeline.evaluate.classifiers.full_model import label_loss, test_classifier, train_classifier, write_classifier
 from pipeline.evaluate.context import Evaluation, ImageSubset, check_match, choose_images, load_matching
 from pipeline.evaluate.features.labelled import description, labelled_splits
 from pipeline.evaluate.metrics.classification import draw_confusion, valid_accuracy
@@ -64,7 +67,7 @@ class Distill(LabelledTask[DistillOptions]):
     def other_inputs(self, results: Path) -> dict[str, str]:
         """Digests of the teacher and of the model that the student starts from.
 
-        Raises ValueError if there is no teacher, or no such student.
+        Raises ValueError if the teacher or the named student does not exist.
         """
         digests = {"teacher_digest": model_digest(_teacher_folder(results, self.options))}
         if self.options.student is not None:
@@ -72,28 +75,29 @@ class Distill(LabelledTask[DistillOptions]):
         return digests
 
     def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
-        """Raises ValueError if the teacher or the student does not fit the shard set, or the split is absent."""
+        """Raises ValueError if the teacher or the student does not match the shard set, or if the split is absent."""
         options = self.options
         options.check_fits(evaluation.shards.resolution)
         evaluation.images(options.split)
-        to_come = options.teacher is None and "fine_tune" in earlier  # it will be this model, fine-tuned
-        teacher = evaluation.model if to_come else _load_teacher(evaluation, options).loaded
+        follows_fine_tune = options.teacher is None and "fine_tune" in earlier  # the teacher will be this model
+        teacher = evaluation.model if follows_fine_tune else _load_teacher(evaluation, options).loaded
         if options.student is None:
             _shape(teacher, options)
         else:
             load_matching(model_folder(Path(options.student)), evaluation.shards)
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Trains both students, tests them and the teacher, and writes the distilled one.
+        """Trains both students, tests them and the teacher, and writes the distilled student.
 
-        Raises ValueError if the teacher or the student does not fit the shard set, or a split is absent or unlabelled.
+        Raises ValueError if the teacher or the student does not match the shard set, or if a split is absent or
+        unlabelled.
         """
         options = self.options
         options.check_fits(evaluation.shards.resolution)
         teacher = _load_teacher(evaluation, options)
-        # How an image is read is the model's matter.
+        # Inputs depend on the model: a masked model reads masked images.
         teaching = replace(evaluation, model=teacher.loaded)
-        learning = replace(evaluation, model=_student(evaluation, teacher.loaded, options))
+        learning = replace(evaluation, model=_load_student(evaluation, teacher.loaded, options))
         unlabelled = evaluation.images(options.split)
         images = labelled_splits(evaluation, options.TASK)
         images["train"] = _teacher_images(evaluation, teacher) or images["train"]
@@ -103,12 +107,12 @@ class Distill(LabelledTask[DistillOptions]):
         scores, predicted = {}, {}
         test, validation = images["test"], {"valid_accuracy": valid}
         scores["teacher"], predicted["teacher"] = _described(teaching, teacher.classifier, "teacher", test, validation)
-        for name, losses, lessons in (
+        for name, losses, train_images in (
             ("student", distillation_loss(teaching, teacher.classifier, learning, options.temperature), unlabelled),
             ("labels_alone", label_loss(learning), images["train"]),
         ):
             classifier, validation = train_classifier(
-                learning, options, f"{options.TASK}-{name}", losses, lessons, images["valid"],
+                learning, options, f"{options.TASK}-{name}", losses, train_images, images["valid"],
                 cosine=True, images_per_epoch=len(unlabelled),
             )  # fmt: skip
             scores[name], predicted[name] = _described(learning, classifier, name, test, validation)
@@ -138,7 +142,7 @@ class Distill(LabelledTask[DistillOptions]):
         return (
             f"test accuracy {student['test_accuracy']:.1%} of a student of {student['parameters']:,} parameters, "
             f"{teacher['test_accuracy']:.1%} of its teacher of {teacher['parameters']:,}, "
-            f"{alone['test_accuracy']:.1%} of the student taught by {result['labelled_images']:,} labels alone"
+            f"{alone['test_accuracy']:.1%} of the student trained on {result['labelled_images']:,} labels only"
         )
 
 
@@ -150,26 +154,27 @@ def _teacher_folder(results: Path, options: DistillOptions) -> Path:
     if not (folder / HEAD_FACTS).is_file():
         overwrite = " with --overwrite" if options.teacher is None and (results / "fine_tune.json").is_file() else ""
         raise ValueError(
-            f"distill needs a teacher, and {folder} is none; run the task fine_tune{overwrite} on the same results "
-            f"before, or name a folder that it wrote with distill.teacher."
+            f"distill needs a teacher, but {folder} has no classifier; run the task fine_tune{overwrite} on the same "
+            f"results first, or set distill.teacher to a folder that it wrote."
         )
     return folder
 
 
 def _load_teacher(evaluation: Evaluation, options: DistillOptions) -> LoadedClassifier:
-    """Raises ValueError if it is of another palette, resolution, classes, or, unless it was named, another model."""
+    """Raises ValueError if the teacher has another palette, resolution or classes, or, unless distill.teacher names it,
+    was fine-tuned from another model."""
     folder = _teacher_folder(evaluation.results, options)
     teacher = load_classifier(folder)
     check_match(teacher.loaded, folder, evaluation.shards)
     if teacher.classes != evaluation.shards.classes:
         raise ValueError(
-            f"{folder} knows {_listed(teacher.classes)}, but {evaluation.shards.path} has "
+            f"{folder} has {_listed(teacher.classes)}, but {evaluation.shards.path} has "
             f"{_listed(evaluation.shards.classes)}; the teacher must be fine-tuned on the same classes."
         )
     if options.teacher is None and teacher.facts.get("model_digest") != evaluation.model_digest:
         raise ValueError(
-            f"{folder} was fine-tuned from another model than this one; run the task fine_tune on this one, or name it "
-            f"with distill.teacher."
+            f"{folder} was fine-tuned from another model; run the task fine_tune on this model, or set distill.teacher "
+            f"to the folder."
         )
     teacher.classifier.requires_grad_(False)
     return teacher
@@ -179,10 +184,10 @@ def _listed(classes: list[str]) -> str:
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
-def _student(evaluation: Evaluation, teacher: LoadedModel, options: DistillOptions) -> LoadedModel:
-    """The student before training: without `student` initial weights in the teacher's kind of model.
+def _load_student(evaluation: Evaluation, teacher: LoadedModel, options: DistillOptions) -> LoadedModel:
+    """The student before training: the model that `student` names, or initial weights of the teacher's model type.
 
-    Raises ValueError if it does not fit the shard set.
+    Raises ValueError if it does not match the shard set.
     """
     if options.student is not None:
         path = Path(options.student)
@@ -197,38 +202,38 @@ def _student(evaluation: Evaluation, teacher: LoadedModel, options: DistillOptio
 
 
 def _shape(teacher: LoadedModel, options: DistillOptions) -> ModelConfig:
-    """Of a student from initial weights. Raises ValueError if its width can't be divided among its heads."""
-    theirs = teacher.config
-    width = options.width or max(1, theirs.n_embd // 2)
-    most = max(1, width * theirs.n_head // theirs.n_embd)
-    heads = options.heads or max(heads for heads in range(1, most + 1) if width % heads == 0)
+    """The shape of a student with initial weights. Raises ValueError if its heads do not divide its width."""
+    config = teacher.config
+    width = options.width or max(1, config.n_embd // 2)
+    max_heads = max(1, width * config.n_head // config.n_embd)
+    heads = options.heads or max(heads for heads in range(1, max_heads + 1) if width % heads == 0)
     if width % heads:
         raise ValueError(f"distill.heads is {heads}; it must divide the student's width, {width}.")
-    layers = options.layers or max(1, theirs.n_layer // 2)
+    layers = options.layers or max(1, config.n_layer // 2)
     block = cast(Literal["igpt", "gpt2"], teacher.block)
     return ModelConfig(size=None, layers=layers, width=width, heads=heads, resolution=teacher.resolution, block=block)
 
 
 def _teacher_images(evaluation: Evaluation, teacher: LoadedClassifier) -> ImageSubset | None:
-    """The labelled images that the teacher learned from, if they are of this shard set."""
+    """The labelled images on which the teacher was trained, if they are of this shard set."""
     facts = teacher.facts
     if facts.get("dataset_digest") != evaluation.shards.digest or "train_images" not in facts:
         return None
     return choose_images(evaluation.shards, "train", limit=facts["train_images"], seed=facts["seed"], labelled=True)
 
 
-# What they learn, and how well
+# Losses and scores
 
 
 def distillation_loss(teaching: Evaluation, teacher: nn.Module, learning: Evaluation, temperature: float) -> Losses:
-    """The loss of a student that is to predict the teacher's distribution over classes."""
+    """The cross-entropy of the student's distribution over classes against the teacher's."""
 
     def losses(module: nn.Module, batch: Batch) -> torch.Tensor:
         with torch.no_grad():
-            read, _ = teaching.inputs_and_targets(batch.tokens, batch.indices, batch.epoch)
-            wanted = teacher(read)[1]  # (B, C)
+            teacher_inputs, _ = teaching.inputs_and_targets(batch.tokens, batch.indices, batch.epoch)
+            teacher_logits = teacher(teacher_inputs)[1]  # (B, C)
         inputs, _ = learning.inputs_and_targets(batch.tokens, batch.indices, batch.epoch)
-        return softened_loss(module(inputs)[1], wanted, temperature)[:, None]  # (B, 1)
+        return softened_loss(module(inputs)[1], teacher_logits, temperature)[:, None]  # (B, 1)
 
     return losses
 
@@ -236,7 +241,7 @@ def distillation_loss(teaching: Evaluation, teacher: nn.Module, learning: Evalua
 def _described(
     evaluation: Evaluation, classifier: nn.Module, name: str, test: ImageSubset, validation: dict[str, Any]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """What the result holds of one of the three, and the class it predicts for each test image, int (N,)."""
+    """The result of one of the three classifiers, and the class that it predicts for each test image, int (N,)."""
     config = evaluation.model.config
     scores, predicted = test_classifier(evaluation, classifier, test, f"distill, test of {name}")
     shape = {

@@ -1,23 +1,23 @@
-"""Fine-tuning: the whole model learns the classes, and goes on learning to generate (Chen et al. 2020, section 2.3).
+"""Fine-tuning of all weights on the class loss and the generative loss together (Chen et al. 2020, section 2.3).
 
-A class head without bias, zero at the start, reads the mean-pooled output of ln_f. The loss of an image is the
-generative loss in nats per color plus the class loss in nats; of a model of hidden colors the masked loss, its masks
-drawn anew at each epoch. Batch 128, Adam with betas (.9, .95), no weight decay, a constant rate; images are flipped,
-and cropped from a reflection of 4 pixels (the paper on CIFAR). The rate is searched about ten times below that of
-pretraining, training ends when validation no longer improves, and the test split is looked at once, with the rate and
-epoch that did best on validation. What the paper leaves open is decided here: three rates, patience 5, at most 50
-epochs, gradients clipped as in pretraining.
+A class head without bias, initialized to zero, reads the mean-pooled output of ln_f. The loss of an image is the
+generative loss in nats per color plus the class loss in nats. For a masked model, the generative loss is the masked
+loss, with new masks at each epoch. Batch size 128, Adam with betas (.9, .95), no weight decay, a constant learning
+rate; images are flipped, and cropped after reflection padding of 4 pixels (the paper on CIFAR). The learning rate is
+chosen about ten times below the one of pretraining, and training stops when validation no longer improves. The test
+split is used once, with the learning rate and epoch that are best on validation. The paper leaves open: three learning
+rates, patience 5, at most 50 epochs, gradient clipping as in pretraining.
 
-At the size of iGPT-S an epoch of CIFAR-10 (45,000 images, 0.6 TFLOP each) takes 28 PFLOP for each rate. To try it on
-a CPU: a small model, --train_images 2000 --fine_tune.learning_rates [0.001] --fine_tune.epochs 5.
+At the size of iGPT-S an epoch of CIFAR-10 (45,000 images, 0.6 TFLOP each) takes 28 PFLOP per learning rate. To try it
+on a CPU: a small model, --train_images 2000 --fine_tune.learning_rates [0.001] --fine_tune.epochs 5.
 
-The result, beside what `labelled.description` says of the images and `classification.test_scores` of the test:
+The result has these keys, in addition to `labelled.description` and `classification.test_scores`:
 
-    trials               of each rate: learning_rate, valid_accuracy, best_epoch, valid_accuracy_by_epoch,
+    trials               for each learning rate: learning_rate, valid_accuracy, best_epoch, valid_accuracy_by_epoch,
                          train_loss_by_epoch (nats: generative_weight x nats per color + nats of the class)
-    learning_rate, best_epoch, valid_accuracy    of the chosen rate
-    generative_weight    0: the classes alone
-    classifier           a folder in the results: the fine-tuned model with its head (model_folder/classifier.py)
+    learning_rate, best_epoch, valid_accuracy    of the chosen trial
+    generative_weight    0: class loss only
+    classifier           a folder in the results: the fine-tuned model with its class head (model_folder/classifier.py)
     figure               the confusion matrix
 """
 
@@ -25,7 +25,7 @@ from collections.abc import Collection
 from typing import Any
 
 from pipeline.distributed import from_first
-from pipeline.evaluate.classifiers.whole_model import label_loss, test_classifier, train_classifier, write_classifier
+from pipeline.evaluate.classifiers.full_model import label_loss, test_classifier, train_classifier, write_classifier
 from pipeline.evaluate.context import Evaluation
 from pipeline.evaluate.features.labelled import description, labelled_splits
 from pipeline.evaluate.metrics.classification import accuracy_text, draw_confusion
@@ -49,7 +49,7 @@ class FineTune(LabelledTask[FineTuneOptions]):
         self.options.check_fits(evaluation.shards.resolution)
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Fine-tunes at every learning rate, tests the best, writes the confusion matrix and the classifier.
+        """Fine-tunes at every learning rate, tests the best model, writes the confusion matrix and the classifier.
 
         Raises ValueError if train, valid or test is absent or unlabelled, or train has a single class.
         """
@@ -82,7 +82,7 @@ class FineTune(LabelledTask[FineTuneOptions]):
     @classmethod
     def summary(cls, result: dict[str, Any]) -> str:
         return (
-            f"{accuracy_text(result)}, rate {result['learning_rate']:g}, epoch {result['best_epoch']}, best on "
-            f"validation ({result['valid_accuracy']:.1%}); largest class {result['majority_class_test_accuracy']:.1%}; "
+            f"{accuracy_text(result)}, learning rate {result['learning_rate']:g}, epoch {result['best_epoch']}, best "
+            f"on validation ({result['valid_accuracy']:.1%}); largest class {result['majority_class_test_accuracy']:.1%}; "
             f"the classifier is in {result['classifier']}"
         )

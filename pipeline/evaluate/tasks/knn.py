@@ -1,17 +1,17 @@
-"""Weighted k nearest neighbours on the features of every layer: what they tell without any training.
+"""Weighted k nearest neighbors on the features of every layer: a probe without training.
 
-As instance discrimination (Wu et al. 2018) and DINO (Caron et al. 2021) measure it: features are scaled to length 1,
-the k training images of the greatest cosine similarity s vote for their classes with weight exp(s / T), T = 0.07.
-Layer and k are chosen on the validation split (of equals the first layer, then the least k); the test split is looked
-at once. Raw pixels and color histograms, with a k of their own, stand beside it.
+As in instance discrimination (Wu et al. 2018) and DINO (Caron et al. 2021): features are normalized to length 1, and
+the k training images with the largest cosine similarity s vote for their classes with weight exp(s / T), T = 0.07.
+Layer and k are chosen on the validation split (of ties, the first layer, then the smallest k); the test split is used
+once. Raw pixels and color histograms, each with its own best k, give baselines.
 
-`knn.json` has, besides what every result has (fractions for accuracies):
+`knn.json` has these keys, in addition to the keys of every result (accuracies are fractions):
 
-    k, k_left_out, temperature        the numbers of neighbours tried; those that the training images are too few for
+    k, k_left_out, temperature        the k that were tried; the k that exceed the number of training images
     valid_accuracy_by_layer_and_k     rows are layers 0..L, columns as `k`
     valid_accuracy_by_layer           at the best k
     best_layer, best_k
-    test_accuracy, test_standard_error, test_accuracy_by_class (None: no test image of that class)
+    test_accuracy, test_standard_error, test_accuracy_by_class (None for a class without test images)
     masks, test_accuracy_by_mask, ensembled_test_accuracy      masked models only: see mask_ensemble.py
     raw_pixel_{valid_accuracy,test_accuracy,best_k}, color_histogram_{...}
     classes, class_names, {train,valid,test}_images, images_by_class, absent_classes, majority_class_test_accuracy
@@ -49,19 +49,19 @@ QUERIES_AT_ONCE = 1024
 
 
 class KNN(LabelledTask[KnnOptions]):
-    """Weighted k nearest neighbours over every layer."""
+    """Weighted k nearest neighbors on every layer."""
 
     title = "k-NN"
 
     def check(self, evaluation: Evaluation, earlier: Collection[str]) -> None:
-        """Raises ValueError if train has fewer images than the least k."""
+        """Raises ValueError if train has fewer images than the smallest k."""
         self._numbers(evaluation, len(evaluation.images("train", labelled=True)))
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Votes with the neighbours of every layer and of both baselines, and draws accuracy by layer.
+        """Classifies by the neighbors in every layer and in both baselines, and draws accuracy by layer.
 
         Raises ValueError if train, valid or test is absent or unlabelled, train has a single class, or fewer images
-        than the least k.
+        than the smallest k.
         """
         images = labelled_splits(evaluation, "knn")
         numbers, temperature = self._numbers(evaluation, len(images["train"])), self.options.temperature
@@ -77,9 +77,9 @@ class KNN(LabelledTask[KnnOptions]):
             predicted = vote(name, numbers, valid[name].features)  # (k, N)
             return {"valid_accuracy": (predicted == valid[name].labels).mean(axis=1).tolist()}
 
-        found = map_over_ranks(evaluation, "nearest neighbours", {name: partial(validation, name) for name in bank})
+        found = map_over_ranks(evaluation, "nearest neighbors", {name: partial(validation, name) for name in bank})
         table = np.array([found[name]["valid_accuracy"] for name in bank if name not in BASELINES])  # (L+1, k)
-        layer, best = (int(place) for place in np.unravel_index(table.argmax(), table.shape))
+        layer, best = (int(index) for index in np.unravel_index(table.argmax(), table.shape))
         test = features_per_mask(evaluation, images["test"])
 
         def on_test() -> dict[str, Any]:
@@ -111,53 +111,53 @@ class KNN(LabelledTask[KnnOptions]):
     def summary(cls, result: dict[str, Any]) -> str:
         voted = f", {result['ensembled_test_accuracy']:.1%} by vote" if "ensembled_test_accuracy" in result else ""
         return (
-            f"test accuracy {result['test_accuracy']:.1%}{voted} with {result['best_k']} neighbours at layer "
+            f"test accuracy {result['test_accuracy']:.1%}{voted} with {result['best_k']} neighbors at layer "
             f"{result['best_layer']}, best on validation; raw pixels {result['raw_pixel_test_accuracy']:.1%}, "
             f"color histogram {result['color_histogram_test_accuracy']:.1%}"
         )
 
     def _numbers(self, evaluation: Evaluation, images: int) -> list[int]:
-        """The numbers of neighbours that there are images for, ascending. Raises ValueError if there is none."""
+        """The values of k up to the number of images, ascending. Raises ValueError if there are none."""
         numbers = sorted({k for k in self.options.k if k <= images})
         if not numbers:
             raise ValueError(
                 f"knn.k is {self.options.k}, but {evaluation.shards.path} has {images} labelled images in train; "
-                "give a number of neighbours that is at most that."
+                "give a k that is at most this number."
             )
         return numbers
 
 
 def nearest(bank: Rows, queries: Rows, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine similarity, fp32 (N, count) from large to small, and row in `bank` of each query's neighbours.
+    """The neighbors of each query: cosine similarities, fp32 (N, count), descending, and rows in `bank`, (N, count).
 
-    The bank is read once, in blocks; the device holds the queries, a block, and a table of similarities.
+    The bank is read once, in blocks. The device needs memory for the queries, a block, and a table of similarities.
     """
-    asked = torch.cat([block for _, block in _of_length_one(queries, device)])  # (N, D)
-    similarity = torch.full((len(asked), count), -torch.inf, device=device)
-    found = torch.zeros((len(asked), count), dtype=torch.int64, device=device)
-    for place, block in _of_length_one(bank, device):
-        rows = torch.arange(place.start, place.stop, device=device)  # (b,)
-        for start in range(0, len(asked), QUERIES_AT_ONCE):
+    normalized = torch.cat([block for _, block in _normalized_blocks(queries, device)])  # (N, D)
+    similarity = torch.full((len(normalized), count), -torch.inf, device=device)
+    found = torch.zeros((len(normalized), count), dtype=torch.int64, device=device)
+    for span, block in _normalized_blocks(bank, device):
+        rows = torch.arange(span.start, span.stop, device=device)  # (b,)
+        for start in range(0, len(normalized), QUERIES_AT_ONCE):
             some = slice(start, start + QUERIES_AT_ONCE)
-            near, where = (asked[some] @ block.T).topk(min(count, len(rows)), dim=1)  # (n, count) each
-            both = torch.cat([similarity[some], near], dim=1)
-            similarity[some], kept = both.topk(count, dim=1)
-            found[some] = torch.cat([found[some], rows[where]], dim=1).gather(1, kept)
+            top, columns = (normalized[some] @ block.T).topk(min(count, len(rows)), dim=1)  # (n, count) each
+            both = torch.cat([similarity[some], top], dim=1)
+            similarity[some], order = both.topk(count, dim=1)
+            found[some] = torch.cat([found[some], rows[columns]], dim=1).gather(1, order)
     return similarity, found
 
 
-def _of_length_one(features: Rows, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-    for place, block in in_blocks(features):
-        yield place, functional.normalize(torch.from_numpy(block).to(device), dim=1)
+def _normalized_blocks(features: Rows, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+    for span, block in in_blocks(features):
+        yield span, functional.normalize(torch.from_numpy(block).to(device), dim=1)
 
 
 def predictions(
     train: Labelled, queries: Rows, numbers: list[int], temperature: float, device: torch.device
 ) -> np.ndarray:
-    """The label that each query's k neighbours vote for, for each k in `numbers`: int (numbers, N)."""
+    """The predicted label of each query, for each k in `numbers`: int (numbers, N)."""
     classes, targets = np.unique(train.labels, return_inverse=True)  # (C,), (bank,)
     similarity, found = nearest(train.features, queries, max(numbers), device)  # (N, k) each
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1, whatever the temperature
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # the nearest has weight 1 at any temperature
     voters = torch.from_numpy(targets).to(device)[found]  # (N, k)
     chosen = np.empty((len(numbers), len(queries)), np.int64)
     for start in range(0, len(queries), QUERIES_AT_ONCE):

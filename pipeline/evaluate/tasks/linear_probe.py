@@ -1,20 +1,20 @@
 """The linear probe: a linear classifier on the features of every layer.
 
-`solver lbfgs` is multinomial logistic regression, as the paper fits on CIFAR and STL-10; `solver sgd` is what it does
-on ImageNet, for training sets that do not fit in memory. What the paper leaves open is decided here: features are
-standardised with the training images' mean and deviation, and the L2 strength of L-BFGS is searched for each layer on
-the validation split. The layer is chosen on the validation split too; the test split is looked at once, with the chosen
-layer. A second number concatenates 5 layers centred at the best one, as the paper does for iGPT-XL. The same probe
-on raw pixels and on color histograms stands beside it. Of a masked model the single-mask accuracy and the vote over
-five masks are given (mask_ensemble.py); training and choices see one mask.
+`solver lbfgs` is multinomial logistic regression, which the paper fits on CIFAR and STL-10. `solver sgd` is the paper's
+method on ImageNet, for training sets that do not fit in memory. Details that the paper leaves open: features are
+standardized with the mean and standard deviation of the training images, and the L2 strength of L-BFGS is chosen for
+each layer on the validation split. The layer is chosen on the validation split too. The test split is used once, with
+the chosen layer. A second probe uses 5 concatenated layers centered at the best one, as the paper does for iGPT-XL. The
+same probe on raw pixels and on color histograms gives baselines. For a masked model, the accuracy under one mask and
+the accuracy of the vote over five masks are reported (mask_ensemble.py); training and validation use one mask.
 
-`linear_probe.json` has, besides what every result has (fractions for accuracies):
+`linear_probe.json` has these keys, in addition to the keys of every result (accuracies are fractions):
 
     solver                            lbfgs or sgd
     valid_accuracy_by_layer           layers 0..L
     best_layer, best_l2 or best_rate, best_layer_converged
-    test_accuracy, test_standard_error (binomial), test_accuracy_by_class (None: no test image of that class)
-    test_accuracy_by_seed, test_accuracy_deviation (n - 1)    sgd, 2 or more seeds; other test numbers are their means
+    test_accuracy, test_standard_error (binomial), test_accuracy_by_class (None for a class without test images)
+    test_accuracy_by_seed, test_accuracy_deviation (n - 1)    sgd with 2 or more seeds; other test values are means
     masks, test_accuracy_by_mask, ensembled_test_accuracy     masked models only
     concatenated                      {layers, features, l2 or rate, converged, valid_accuracy, and test_... as above}
     raw_pixel_{valid_accuracy,test_accuracy}, color_histogram_{...}
@@ -52,13 +52,13 @@ CONCATENATED = "concatenated"
 
 
 class LinearProbe(LabelledTask[LinearProbeOptions]):
-    """The linear probe over every layer."""
+    """A linear probe on every layer."""
 
     title = "Linear probe"
     published = PROBE
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Runs the probe over every layer and both baselines, and draws accuracy by layer.
+        """Fits the probe on every layer and both baselines, and draws accuracy by layer.
 
         Raises ValueError if train, valid or test is absent or unlabelled, or train has a single class.
         """
@@ -99,16 +99,16 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
 
         tested = _on_test(evaluation, images["test"], items, [*chosen, *BASELINES], layers)
         result = description(evaluation, images) | {"valid_accuracy_by_layer": accuracies, "best_layer": best}
-        result |= self._shown(chosen, layers, found, tested)
+        result |= self._chosen_probes(chosen, layers, found, tested)
         if layers:
             result[CONCATENATED]["features"] = train[CONCATENATED].features[:1].shape[1]
         from_first(lambda: draw_by_layer(result, evaluation.results / FIGURE))
         return result
 
-    def _shown(
+    def _chosen_probes(
         self, chosen: list[str], layers: list[int], found: dict[str, dict[str, Any]], tested: dict[str, Any]
     ) -> dict[str, Any]:
-        """What the result holds of the chosen probes and of the baselines."""
+        """The part of the result about the chosen probes and the baselines."""
         setting, probe = "l2" if self.options.solver == "lbfgs" else "rate", found[chosen[0]]
         result = {
             "solver": self.options.solver,
@@ -153,9 +153,9 @@ def _on_test(
     names: list[str],
     layers: list[int],
 ) -> dict[str, Any]:
-    """Scores of the named probes on the test images, over their repeats; computed on the first rank alone.
+    """Scores of the named probes on the test images, over their repeats; computed on the first rank.
 
-    layers: those that are concatenated; none if empty.
+    layers: the layers to concatenate; empty for none.
     """
     test = features_per_mask(evaluation, images)
     if layers:
@@ -174,13 +174,13 @@ def _on_test(
 
 
 def layers_around(best: int, layers: int, count: int) -> list[int]:
-    """`count` neighbouring layers centred at the best; at the first and last layers moved inwards; all if too few."""
+    """`count` consecutive layers centered at the best, shifted inward at both ends; all layers if there are too few."""
     first = max(0, min(best - count // 2, layers - count))
     return list(range(first, min(first + count, layers)))
 
 
 def over_seeds(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """One training's scores as they are; of several the means, with each one's accuracy and their deviation."""
+    """The scores of a single training unchanged; of several, the means with all accuracies and their deviation."""
     if len(scores) == 1:
         return scores[0]
     accuracies = [each["test_accuracy"] for each in scores]

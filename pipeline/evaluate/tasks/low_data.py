@@ -1,28 +1,28 @@
 """Few labels: the linear probe (L-BFGS) trained on random subsets of the labelled images.
 
-As the paper measures CIFAR-10 (4, 25 and 400 labels of each class, 5 random subsets), and as others measure ImageNet
-(1% and 10% of the labels). The paper does not say how it chose the layer and the regularisation. Here both are chosen,
-for each subset on its own, by cross-validation within the subset's labels (five folds, or as many as a class has
-labels), by the mean loss of the held-out labels: it tells more than their accuracy where they are few. For each layer
-the L2 strengths are tried from strong to weak while that loss falls. So nothing but the setting's labels is used. Two
-options use more, and the result says so: `choose_on valid` chooses on the whole split valid, as the paper could;
-`layer` takes a layer that is known from elsewhere. The test split is looked at once for each subset. A masked model
-sees one mask.
+The settings are those of the paper on CIFAR-10 (4, 25 and 400 labels per class, 5 random subsets) and the usual ones on
+ImageNet (1% and 10% of the labels). The paper does not state how it chose the layer and the regularization. Here both
+are chosen for each subset by cross-validation within the subset's labels (five folds, or as many as a class has
+labels). The criterion is the mean loss on the held-out labels, which is more informative than accuracy if there are few
+labels. For each layer, L2 strengths are tried from strong to weak while this loss falls. So only the labels of the
+setting are used. Two options use more, which the result records: `choose_on valid` chooses on the entire split valid;
+`layer` sets a layer that is known from elsewhere. The test split is used once per subset. A masked model is evaluated
+under one mask.
 
-A subset has as many images of each class as the setting says; a share of the labels is spread evenly over the classes
-as far as they reach. The settings that are measured unless others are asked for are skipped where a class has too few
-labels, and `left_out` lists them; one that was asked for is then invalid input.
+A subset has as many images of each class as the setting requires; a fraction of the labels is spread as evenly over the
+classes as they allow. A default setting is skipped if a class has too few labels, and `left_out` lists it. If such a
+setting was set explicitly, it is an error.
 
-`low_data.json` has, besides what every result has (fractions for accuracies):
+`low_data.json` has these keys, in addition to the keys of every result (accuracies are fractions):
 
     settings              a list of {name, per_class or fraction, labels, test_accuracy (mean over the subsets),
                           test_accuracy_deviation (n - 1; None for one subset),
                           subsets: [{labels, layer, l2, converged, test_accuracy}, ...]}
     left_out              a list of {name, reason}
-    choice                in words, how layer and strength were chosen
-    labels_for_choice     how many labels beyond the setting's the choice used
+    choice                how layer and strength were chosen, as text
+    labels_for_choice     number of labels that the choice used in addition to the setting's
     classes, class_names, {train,test}_images, images_by_class, absent_classes, majority_class_test_accuracy;
-    valid_images where `choose_on` is valid
+    valid_images if `choose_on` is valid
 """
 
 import warnings
@@ -71,26 +71,29 @@ class LowData(Task[LowDataOptions]):
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
         """Fits and tests the probe on every subset of every setting, and draws accuracy by number of labels.
 
-        Raises ValueError if a split that is used is absent or unlabelled, train has a single class, `layer` is none of
-        the model's, train has fewer labels than asked for, or valid has none to choose on.
+        Raises ValueError if a split that is used is absent or unlabelled, train has a single class, the model does
+        not have `layer`, train has too few labels, or valid has none to choose on.
         """
         options = self.options
         images = labelled_splits(evaluation, "low_data", options.splits)
         settings, left_out = self._settings(evaluation, images)
         for each in left_out:
             evaluation.log(f"low_data: {each['name']} skipped, {each['reason']}")
-        known = {
+        features = {
             split: list(layers_of(pooled_features(evaluation, images[split]), images[split].labels).values())
             for split in options.splits
         }
+        seed = evaluation.seed
         items: dict[str, WorkItem] = {
-            f"{setting.name}-{number}".replace(" ", "-"): partial(self._test, evaluation.seed, setting, number, known)
+            f"{setting.name}-{number}".replace(" ", "-"): partial(
+                self._test, evaluation.seed, setting, number, features
+            )
             for number in range(options.subsets)
             for setting in settings
         }
         done = list(map_over_ranks(evaluation, "few labels", items).values())
         result = description(evaluation, images) | {
-            "settings": [_summed_up(setting, done[place :: len(settings)]) for place, setting in enumerate(settings)],
+            "settings": [_summarize(setting, done[number :: len(settings)]) for number, setting in enumerate(settings)],
             "left_out": left_out,
             "choice": self._choice(),
             "labels_for_choice": len(images["valid"]) if options.choose_on == "valid" else 0,
@@ -110,10 +113,10 @@ class LowData(Task[LowDataOptions]):
     def _settings(
         self, evaluation: Evaluation, images: dict[str, ImageSubset]
     ) -> "tuple[list[Setting], list[dict[str, str]]]":
-        """`settings_for` these images. Raises ValueError if nothing can be chosen among the layers or on valid too."""
+        """`settings_for` these images. Raises ValueError also if the layer does not exist, or valid can't be used."""
         last, layer = evaluation.model.config.n_layer, self.options.layer
         if layer is not None and not 0 <= layer <= last:
-            raise ValueError(f"low_data.layer is {layer}; the model has the layers 0 to {last}.")
+            raise ValueError(f"low_data.layer is {layer}; it must be 0 to {last}.")
         if "valid" in images and not np.isin(images["valid"].labels, images["train"].labels).any():
             raise ValueError(
                 f"low_data.choose_on is valid, but in {evaluation.shards.path} no labelled image of valid is of a "
@@ -121,19 +124,19 @@ class LowData(Task[LowDataOptions]):
             )
         return settings_for(images["train"].labels, self.options, str(evaluation.shards.path))
 
-    def _test(self, seed: int, setting: "Setting", number: int, known: dict[str, list[Labelled]]) -> dict[str, Any]:
+    def _test(self, seed: int, setting: "Setting", number: int, features: dict[str, list[Labelled]]) -> dict[str, Any]:
         """Draws one subset, chooses its layer and strength, and tests it."""
         random = generator(seed, "low_data", setting.name, number)
-        rows = setting.draw(known["train"][0].labels, random)
-        subset = [Labelled(layer.features[rows], layer.labels[rows]) for layer in known["train"]]
-        layer, strength = choose(subset, known.get("valid"), self.options, int(random.integers(2**31)))
+        rows = setting.draw(features["train"][0].labels, random)
+        subset = [Labelled(layer.features[rows], layer.labels[rows]) for layer in features["train"]]
+        layer, strength = choose(subset, features.get("valid"), self.options, int(random.integers(2**31)))
         probe = next(logistic_path(subset[layer], [strength]))
         return {
             "labels": len(rows),
             "layer": layer,
             "l2": strength,
             "converged": probe.converged,
-            "test_accuracy": probe.accuracy(known["test"][layer]),
+            "test_accuracy": probe.accuracy(features["test"][layer]),
         }
 
     def _choice(self) -> str:
@@ -145,7 +148,7 @@ class LowData(Task[LowDataOptions]):
 
 @dataclass(frozen=True)
 class Setting:
-    """How many labels there are: of each class, or in all."""
+    """A number of labels: per class, or in total."""
 
     name: str
     per_class: int | None
@@ -155,30 +158,30 @@ class Setting:
     def draw(self, labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Rows of a random subset, ascending, of int (N,) labels."""
         classes, available = np.unique(labels, return_counts=True)
-        wanted = balanced(available, self.labels, random)
+        counts = balanced(available, self.labels, random)
         rows = [
             random.choice(np.flatnonzero(labels == label), count, replace=False)
-            for label, count in zip(classes, wanted, strict=True)
+            for label, count in zip(classes, counts, strict=True)
         ]
         return np.sort(np.concatenate(rows))
 
 
 def balanced(available: np.ndarray, total: int, random: np.random.Generator) -> np.ndarray:
-    """How many of each class to take, int (C,), that `total` is spread evenly as far as `available` (C,) reaches."""
+    """Numbers per class, int (C,), that sum to `total` and are as equal as `available` (C,) allows."""
     taken = np.zeros_like(available)
     while (left := total - taken.sum()) > 0:
         open_classes = np.flatnonzero(taken < available)
         share = left // len(open_classes)
-        if share == 0:  # the last ones, to some of the classes
+        if share == 0:  # fewer are left than there are classes
             open_classes, share = random.choice(open_classes, left, replace=False), 1
         taken[open_classes] += np.minimum(share, (available - taken)[open_classes])
     return taken
 
 
 def settings_for(labels: np.ndarray, options: LowDataOptions, where: str) -> tuple[list[Setting], list[dict[str, str]]]:
-    """The settings to measure with the labels int (N,) of train, and those skipped with the reason.
+    """The settings to measure with the labels int (N,) of train, and the skipped settings with reasons.
 
-    Raises ValueError if one that was asked for can't be, or if none is left; `where` is the shard set.
+    Raises ValueError if an explicitly set one is impossible, or if none is left; `where` is the shard set.
     """
     counts = np.unique(labels, return_counts=True)[1]  # (C,)
     rarest, least = int(counts.min()), options.least * len(counts)
@@ -192,9 +195,9 @@ def settings_for(labels: np.ndarray, options: LowDataOptions, where: str) -> tup
         reason = f"{total} of train's {len(labels)} labels are fewer than {options.least} for each class"
         setting = Setting(f"{100 * share:g}%", None, share, total)
         possible.append((setting, reason if total < least else "", options.fractions is not None))
-    for setting, reason, asked in possible:
-        if reason and asked:
-            raise ValueError(f"low_data is to use {setting.name}, but in {where} {reason}.")
+    for setting, reason, explicit in possible:
+        if reason and explicit:
+            raise ValueError(f"low_data is set to use {setting.name}, but in {where} {reason}.")
     settings = [setting for setting, reason, _ in possible if not reason]
     left_out = [{"name": setting.name, "reason": reason} for setting, reason, _ in possible if reason]
     if not settings:
@@ -205,9 +208,9 @@ def settings_for(labels: np.ndarray, options: LowDataOptions, where: str) -> tup
 def choose(
     subset: Sequence[Labelled], valid: Sequence[Labelled] | None, options: LowDataOptions, seed: int
 ) -> tuple[int, float]:
-    """The layer and the L2 strength with the least loss on held-out labels; of equals the first and the strongest.
+    """The layer and the L2 strength with the lowest loss on held-out labels; of ties, the first and the strongest.
 
-    subset, valid: by layer. Without `valid` folds of the subset are held out in turn, divided by `seed`.
+    subset, valid: by layer. Without `valid`, folds of the subset, drawn from `seed`, are held out in turn.
     """
     best, layer, strength = inf, -1, nan
     for number in range(len(subset)) if options.layer is None else [options.layer]:
@@ -231,21 +234,21 @@ def _losses(held_out: list[tuple[Labelled, Labelled]], strengths: Sequence[float
 
 
 def _folds(subset: Labelled, seed: int) -> Iterator[tuple[Labelled, Labelled]]:
-    """(to learn from, held out), by turns; the only label of a class is never held out."""
+    """(training part, held-out part) of each fold; the only label of a class is never held out."""
     features, labels = subset
     classes, counts = np.unique(labels, return_counts=True)
     single = np.isin(labels, classes[counts == 1])
     several, always = np.flatnonzero(~single), np.flatnonzero(single)
     folds = StratifiedKFold(min(FOLDS, int(counts.max())), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class may have fewer labels than there are folds
+        warnings.simplefilter("ignore", UserWarning)  # raised if a class has fewer labels than there are folds
         divided = list(folds.split(several, labels[several]))
-    for learned, held in divided:
-        parts = np.concatenate([several[learned], always]), several[held]
+    for training, held_out in divided:
+        parts = np.concatenate([several[training], always]), several[held_out]
         yield Labelled(features[parts[0]], labels[parts[0]]), Labelled(features[parts[1]], labels[parts[1]])
 
 
-def _summed_up(setting: Setting, subsets: list[dict[str, Any]]) -> dict[str, Any]:
+def _summarize(setting: Setting, subsets: list[dict[str, Any]]) -> dict[str, Any]:
     accuracies = [subset["test_accuracy"] for subset in subsets]
     size = {"per_class": setting.per_class} if setting.fraction is None else {"fraction": setting.fraction}
     return {
@@ -259,11 +262,14 @@ def _summed_up(setting: Setting, subsets: list[dict[str, Any]]) -> dict[str, Any
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws test accuracy by number of labels, in percent: mean and deviation over the subsets."""
+    """Draws test accuracy in percent by number of labels: mean and deviation over the subsets."""
     count = len(result["settings"][0]["subsets"])
     figure, axes = new_figure()
-    kinds = (("per_class", "so many of each class", ACCENT, (6, -12)), ("fraction", "share", BASELINES[0], (-6, 6)))
-    for key, words, color, beside in kinds:
+    kinds = (
+        ("per_class", "labels per class", ACCENT, (6, -12)),
+        ("fraction", "fraction of the labels", BASELINES[0], (-6, 6)),
+    )
+    for key, words, color, offset in kinds:
         shown = [setting for setting in result["settings"] if key in setting]
         if shown:
             axes.errorbar(
@@ -273,10 +279,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 fmt="-o" if key == "per_class" else "s", color=color, markersize=5, capsize=3, label=words,
             )  # fmt: skip
         for setting in shown:
-            place, side = (setting["labels"], 100 * setting["test_accuracy"]), "left" if beside[0] > 0 else "right"
-            axes.annotate(setting["name"], place, beside, textcoords="offset points", ha=side, fontsize=8, color=color)
-    label_line(axes, 100 * result["majority_class_test_accuracy"], "commonest class", BASELINES[1])
-    axes.set(xscale="log", xlabel=f"labels in all ({result['classes']} classes)", ylabel="test accuracy (%)")
+            xy, side = (setting["labels"], 100 * setting["test_accuracy"]), "left" if offset[0] > 0 else "right"
+            axes.annotate(
+                setting["name"], position, offset, textcoords="offset points", ha=side, fontsize=8, color=color
+            )
+    label_line(axes, 100 * result["majority_class_test_accuracy"], "most common class", BASELINES[1])
+    axes.set(xscale="log", xlabel=f"total number of labels ({result['classes']} classes)", ylabel="test accuracy (%)")
     axes.margins(x=0.15)
     axes.legend(frameon=False, loc="upper left", title=f"labels, {count} random subsets")
     save_figure(figure, path)

@@ -155,7 +155,7 @@ def test_a_classifier_whose_folder_was_deleted_is_trained_anew_by_again(
         f"but its folder {folder} no longer exists: --overwrite trains the classifier again" in capsys.readouterr().out
     )
     for tasks in ("distill", "fine_tune,distill"):
-        with pytest.raises(ValueError, match="run the task fine_tune with --overwrite on the same results before"):
+        with pytest.raises(ValueError, match="run the task fine_tune with --overwrite on the same results first"):
             run("--tasks", tasks)
     run("--tasks", "fine_tune", "--overwrite")
     assert folder.is_dir()
@@ -248,9 +248,9 @@ def test_mistakes_are_one_sentence(
         ),
         (
             ["--tasks", "density,low_data", "--low_data.layer", "4"],
-            r"low_data\.layer is 4; the model has the layers 0 to",
+            r"low_data\.layer is 4; it must be 0 to",
         ),
-        (["--tasks", "density,low_data", "--low_data.per_class", "[500]"], "low_data is to use 500 per class, but"),
+        (["--tasks", "density,low_data", "--low_data.per_class", "[500]"], "low_data is set to use 500 per class, but"),
         (
             ["--tasks", "density,fine_tune", "--fine_tune.reflect_crop", "6"],
             r"fine_tune\.reflect_crop is 6; images of",
@@ -264,7 +264,10 @@ def test_mistakes_are_one_sentence(
             "has no split 'dev'; it has train, valid, test",
         ),
         (["--tasks", "density,completions", "--completions.images", "999"], "images is 999, but"),
-        (["--tasks", "density,distill"], "distill needs a teacher, and .*fine_tuned is none; run the task fine_tune"),
+        (
+            ["--tasks", "density,distill"],
+            "distill needs a teacher, but .*fine_tuned has no classifier; run the task fine_tune",
+        ),
         (["--tasks", "density,distill,fine_tune"], "distill needs a teacher"),
         (["--tasks", "density,fine_tune,distill", "--distill.split", "dev"], "has no split 'dev'"),
         (["--tasks", "density,fine_tune,distill", "--distill.heads", "3"], r"distill\.heads is 3; it must divide"),
@@ -283,7 +286,7 @@ def test_a_network_that_takes_other_images_is_refused_before_the_first_task(
     run: Callable[..., Path], tmp_path: Path
 ) -> None:
     torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(tmp_path / "floats.pt")
-    with pytest.raises(ValueError, match=r"floats\.pt, which does not take images of 6x6 as uint8"):
+    with pytest.raises(ValueError, match=r"floats\.pt, which does not accept images of 6x6 as uint8"):
         run("--tasks", "density,completions", "--completions.feature_network", str(tmp_path / "floats.pt"))
     assert not list((tmp_path / "results").glob("*.json"))
 

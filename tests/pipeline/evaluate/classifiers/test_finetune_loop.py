@@ -221,7 +221,7 @@ def test_a_state_of_an_earlier_version_is_said_to_be_trained_anew(
     folder.mkdir(parents=True)
     (folder / "state.pt").touch()
     (folder / "epoch-0001.safetensors").touch()
-    said = "counter: an earlier version began it; it is trained again from its beginning"
+    said = "counter: its cached state is of an earlier version; training starts again"
     for times in (1, 0):  # once it is trained, there is nothing to say
         train(evaluation, training_of(evaluation), PLAIN)
         assert capsys.readouterr().out.count(said) == times
@@ -244,5 +244,5 @@ def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> 
 
 def test_losses_that_are_lost_at_every_rate_are_said() -> None:
     lost = {"learning_rate": 100.0, "valid_accuracy": 0.0, "train_loss_by_epoch": [None]}
-    with pytest.raises(ValueError, match=r"learning_rates is 100, and at each the loss became NaN or Inf"):
+    with pytest.raises(ValueError, match=r"learning_rates is 100; at each the loss became NaN or Inf"):
         best_of([lost])

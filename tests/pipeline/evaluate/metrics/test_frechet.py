@@ -92,7 +92,7 @@ def test_what_is_no_network_is_said(tmp_path: Path) -> None:
     file = tmp_path / "flat.pt"
     torch.jit.trace(torch.nn.Flatten(0), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).save(file)
     with pytest.raises(
-        ValueError, match=r"flat\.pt, which gives a tensor of shape \(96,\) of 2 images; it must give a tensor"
+        ValueError, match=r"flat\.pt, which returns a tensor of shape \(96,\) for 2 images; it must return a tensor"
     ):
         feature_network(file, CPU).features(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
 
@@ -102,7 +102,7 @@ def test_a_network_that_takes_other_images_is_refused_in_a_sentence(tmp_path: Pa
     torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(tmp_path / "floats.pt")
     network = feature_network(tmp_path / "floats.pt", CPU)
     with pytest.raises(
-        ValueError, match=r"feature_network is .*floats\.pt, which does not take images of 6x6 as uint8 .*bias type"
+        ValueError, match=r"feature_network is .*floats\.pt, which does not accept images of 6x6 as uint8 .*bias type"
     ) as caught:
         network.features(torch.zeros(2, 3, 6, 6, dtype=torch.uint8))
     assert "\n" not in str(caught.value)

@@ -151,7 +151,7 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
 
 
 def test_losses_that_are_lost_at_every_rate_are_said(model_folder: Path, evaluation_of: Callable) -> None:
-    with pytest.raises(ValueError, match=r"learning_rates is 1e\+36, and at each the loss became NaN or Inf"):
+    with pytest.raises(ValueError, match=r"learning_rates is 1e\+36; at each the loss became NaN or Inf"):
         AttentiveProbe(replace(QUICK, learning_rates=[1e36])).measure(evaluation_of(model_folder))
 
 

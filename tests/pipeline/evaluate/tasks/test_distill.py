@@ -141,10 +141,12 @@ def test_teachers_and_students_that_do_not_fit(
         with pytest.raises(ValueError, match=message):
             Distill(replace(QUICK, **options)).measure(evaluation)
 
-    with pytest.raises(ValueError, match=r"distill needs a teacher, and .*nowhere.fine_tuned is none; run the task"):
+    with pytest.raises(
+        ValueError, match=r"distill needs a teacher, but .*nowhere.fine_tuned has no classifier; run the task"
+    ):
         Distill(QUICK).other_inputs(tmp_path / "nowhere")
     refused("distill needs a teacher", teacher=str(model_folders["igpt"]))
-    refused("was fine-tuned from another model than this one", evaluation_of(model_folders["gpt2"], separable))
+    refused("was fine-tuned from another model; run the task", evaluation_of(model_folders["gpt2"], separable))
     refused(r"distill\.heads is 3; it must divide the student's width, 8", heads=3)
 
     splits = {name: separable_images(20, 0) for name in ("train", "valid", "test")}
@@ -158,7 +160,7 @@ def test_teachers_and_students_that_do_not_fit(
 
     head = read_json(teacher / "class_head.json")
     write_json(teacher / "class_head.json", head | {"classes": ["cat", "dog", "frog"]})
-    refused(r"fine_tuned knows 3 classes \(cat, dog, frog\), but .* has 3 classes \(class 0, class 1, class 2\)")
+    refused(r"fine_tuned has 3 classes \(cat, dog, frog\), but .* has 3 classes \(class 0, class 1, class 2\)")
 
 
 @pytest.mark.parametrize(

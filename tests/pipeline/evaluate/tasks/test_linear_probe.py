@@ -174,7 +174,7 @@ def test_classes_that_a_split_lacks(
         ({"train": 60, "valid": 20}, r"has no split 'test'; it has train, valid"),
         ({"train": 60, "valid": 20, "test": -20}, r"has no labelled images in its split test"),
         ({"train": -60, "valid": 20, "test": 20}, r"has no labelled images in its split train"),
-        ({"train": 1, "valid": 20, "test": 20}, r"has one class in train; TASK needs two or more"),
+        ({"train": 1, "valid": 20, "test": 20}, r"has a single class in train; TASK needs at least two"),
     ],
 )
 def test_splits_that_cannot_be_probed(

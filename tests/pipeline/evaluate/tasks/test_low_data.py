@@ -60,7 +60,10 @@ def test_usual_settings_are_left_out_where_a_class_has_too_few() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_class": [4, 6]}, "low_data is to use 6 per class, but in SHARDS the rarest class has 5 labels in train"),
+        (
+            {"per_class": [4, 6]},
+            "low_data is set to use 6 per class, but in SHARDS the rarest class has 5 labels in train",
+        ),
         ({"fractions": [0.02]}, "use 2%, but in SHARDS 4 of train's 185 labels are fewer than 2 for each class"),
     ],
 )
@@ -192,7 +195,7 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
 
 
 def test_a_layer_that_the_model_lacks_is_refused(model_folder: Path, evaluation_of: Callable) -> None:
-    with pytest.raises(ValueError, match=r"low_data\.layer is 4; the model has the layers 0 to 3"):
+    with pytest.raises(ValueError, match=r"low_data\.layer is 4; it must be 0 to 3"):
         LowData(LowDataOptions(layer=4)).measure(evaluation_of(model_folder))
 
 

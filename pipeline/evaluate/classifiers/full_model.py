@@ -1,4 +1,4 @@
-"""Classifiers of which the whole model is trained: what fine-tuning and distillation share."""
+"""Training of all weights of a model with a class head: what fine-tuning and distillation share."""
 
 from copy import deepcopy
 from functools import partial
@@ -11,16 +11,16 @@ from torch import nn
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses, Training, best_of, search, trainable
 from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.metrics.classification import predict_classes, test_scores, valid_accuracy
-from pipeline.evaluate.options import WholeModelRecipe
+from pipeline.evaluate.options import FullModelRecipe
 from pipeline.model.objectives import class_loss, joint_loss
 from pipeline.model_folder.classifier import Classifier, save_classifier
 
 BETAS = (0.9, 0.95)
-"""Of Adam, as in pretraining (the paper's appendix A.1)."""
+"""Adam's betas, as in pretraining (appendix A.1 of the paper)."""
 
 
 def label_loss(evaluation: Evaluation, generative_weight: float = 0.0) -> Losses:
-    """The loss of a classifier that is to predict the label, and with a weight above 0 the image's colors as well."""
+    """The class loss; with a generative_weight above 0, plus the weighted loss of the colors."""
     generative, colors = generative_weight > 0, evaluation.shards.colors
 
     def losses(module: nn.Module, batch: Batch) -> torch.Tensor:
@@ -35,7 +35,7 @@ def label_loss(evaluation: Evaluation, generative_weight: float = 0.0) -> Losses
 
 def train_classifier(
     evaluation: Evaluation,
-    recipe: WholeModelRecipe,
+    recipe: FullModelRecipe,
     name: str,
     losses: Losses,
     images: ImageSubset,
@@ -45,21 +45,21 @@ def train_classifier(
     cosine: bool = False,
     images_per_epoch: int | None = None,
 ) -> tuple[Classifier, dict[str, Any]]:
-    """Copies of the evaluated model, each with a class head, trained at every learning rate of the recipe.
+    """Trains a copy of the evaluated model with a class head at every learning rate of the recipe.
 
-    name: of the trainings in the cache; the other arguments as of `Training`. generative: whether the colors' head is
-    trained too. Returns the classifier that did best on `valid`, and of it `learning_rate`, `best_epoch` and
-    `valid_accuracy`, with `trials` as of `search`.
+    name: the prefix of the names in the cache. generative: whether the output head of the colors is trained too. The
+    other arguments are those of `Training`. Returns the classifier that is best on `valid`, and its `learning_rate`,
+    `best_epoch` and `valid_accuracy`, with the `trials` of `search`.
     """
 
-    def training_at(rate: float) -> Training:
+    def training_at(learning_rate: float) -> Training:
         model = deepcopy(evaluation.model.model).to(evaluation.accelerator.device)
         classifier = Classifier(model, len(evaluation.shards.classes))
         classifier.prepare_training(generative=generative, recompute=recipe.recompute)
         return Training(
-            name=f"{name}-rate-{rate}",
+            name=f"{name}-rate-{learning_rate}",
             module=classifier,
-            optimizer=torch.optim.Adam(trainable(classifier).values(), lr=rate, betas=BETAS),
+            optimizer=torch.optim.Adam(trainable(classifier).values(), lr=learning_rate, betas=BETAS),
             losses=losses,
             accuracies=lambda: valid_accuracy(evaluation, classifier, valid),
             images=images,
@@ -77,14 +77,14 @@ def train_classifier(
 def test_classifier(
     evaluation: Evaluation, classifier: nn.Module, images: ImageSubset, label: str
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """`test_scores` of a classifier, and the class it predicts for each image under the first mask, int (N,)."""
+    """`test_scores` of a classifier, and the class that it predicts for each image under the first mask, int (N,)."""
     return test_scores(evaluation, images, partial(predict_classes, evaluation, classifier, images, label))
 
 
 def write_classifier(
     evaluation: Evaluation, classifier: Classifier, folder: str, task: str, facts: dict[str, Any]
 ) -> None:
-    """Writes a classifier's folder into the results; facts: what is recorded beside the shard set and the seed."""
+    """Writes a classifier's folder into the results; facts: recorded in addition to the shard set and the seed."""
     facts = {"task": task} | facts | {"dataset": evaluation.shards.name, "dataset_digest": evaluation.shards.digest}
     facts["seed"] = evaluation.seed
     palette, classes = evaluation.shards.palette, evaluation.shards.classes
