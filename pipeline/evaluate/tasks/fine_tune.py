@@ -83,6 +83,6 @@ class FineTune(LabelledTask[FineTuneOptions]):
     def summary(cls, result: dict[str, Any]) -> str:
         return (
             f"{accuracy_text(result)}, learning rate {result['learning_rate']:g}, epoch {result['best_epoch']}, best "
-            f"on validation ({result['valid_accuracy']:.1%}); largest class {result['majority_class_test_accuracy']:.1%}; "
-            f"the classifier is in {result['classifier']}"
+            f"on validation ({result['valid_accuracy']:.1%}); most common class "
+            f"{result['majority_class_test_accuracy']:.1%}; the classifier is in {result['classifier']}"
         )

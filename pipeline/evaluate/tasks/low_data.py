@@ -83,7 +83,6 @@ class LowData(Task[LowDataOptions]):
             split: list(layers_of(pooled_features(evaluation, images[split]), images[split].labels).values())
             for split in options.splits
         }
-        seed = evaluation.seed
         items: dict[str, WorkItem] = {
             f"{setting.name}-{number}".replace(" ", "-"): partial(
                 self._test, evaluation.seed, setting, number, features
@@ -280,9 +279,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             )  # fmt: skip
         for setting in shown:
             xy, side = (setting["labels"], 100 * setting["test_accuracy"]), "left" if offset[0] > 0 else "right"
-            axes.annotate(
-                setting["name"], position, offset, textcoords="offset points", ha=side, fontsize=8, color=color
-            )
+            axes.annotate(setting["name"], xy, offset, textcoords="offset points", ha=side, fontsize=8, color=color)
     label_line(axes, 100 * result["majority_class_test_accuracy"], "most common class", BASELINES[1])
     axes.set(xscale="log", xlabel=f"total number of labels ({result['classes']} classes)", ylabel="test accuracy (%)")
     axes.margins(x=0.15)

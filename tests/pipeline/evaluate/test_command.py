@@ -266,7 +266,7 @@ def test_mistakes_are_one_sentence(
         (["--tasks", "density,completions", "--completions.images", "999"], "images is 999, but"),
         (
             ["--tasks", "density,distill"],
-            "distill needs a teacher, but .*fine_tuned has no classifier; run the task fine_tune",
+            "distill needs a teacher, but .*fine_tuned has no classifier; run the task",
         ),
         (["--tasks", "density,distill,fine_tune"], "distill needs a teacher"),
         (["--tasks", "density,fine_tune,distill", "--distill.split", "dev"], "has no split 'dev'"),

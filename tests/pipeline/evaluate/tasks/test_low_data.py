@@ -62,7 +62,7 @@ def test_usual_settings_are_left_out_where_a_class_has_too_few() -> None:
     [
         (
             {"per_class": [4, 6]},
-            "low_data is set to use 6 per class, but in SHARDS the rarest class has 5 labels in train",
+            "to use 6 per class, but in SHARDS the rarest class has 5 labels in train",
         ),
         ({"fractions": [0.02]}, "use 2%, but in SHARDS 4 of train's 185 labels are fewer than 2 for each class"),
     ],
