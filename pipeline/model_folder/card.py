@@ -1,6 +1,6 @@
-"""The model card: README.md of a model folder, written from what the folder itself holds.
+"""The model card: README.md of a model folder, written from the folder's content only.
 
-It reads neither the network nor the run, so that the same folder gives the same card, here and on a login node.
+It reads neither the network nor the run, so the same folder gives the same card on every machine.
 """
 
 import math
@@ -25,7 +25,7 @@ HUB_DATASETS = {
     "CIFAR-100": "uoft-cs/cifar100",
     "ImageNet": "ILSVRC/imagenet-1k",
 }
-"""What the hub calls the sources that it has."""
+"""The hub's names of the data sources that it has."""
 PAPER = "https://cdn.openai.com/papers/Generative_Pretraining_from_Pixels_V2.pdf"
 
 
@@ -40,10 +40,10 @@ def write_card(
 ) -> None:
     """Writes README.md of a model folder.
 
-    name: what from_pretrained will be given. license_id, dataset: the hub's identifiers of the licence and of the
-    images; without them those of the card that stands there remain. measured, sections: results for the hub's
-    model-index, and Markdown about them that follows the section on the training. Raises ValueError naming a file that
-    is damaged.
+    name: the argument of from_pretrained in the card. license_id, dataset: the hub's identifiers of the license and of
+    the training data; if not given, the identifiers in the existing card are kept. measured, sections: results for the
+    hub's model-index, and Markdown sections about them, which follow the section on the training. Raises ValueError
+    that names a damaged file.
     """
     config, record = read_json(folder / "config.json"), read_training_record(folder)
     masked = _is_masked(config)
@@ -62,11 +62,11 @@ def write_card(
     )
     parts = [
         _what_it_is(config, _parameters(folder, config), record),
-        _loading_by_us(name) if masked else _loading(config, name),
+        _loading_masked(name) if masked else _loading(config, name),
         _training(record),
         *sections,
         _limits(config),
-        _licence(license_id),
+        _license(license_id),
         _contents(folder),
     ]
     text = "\n\n".join(part for part in parts if part)
@@ -78,20 +78,20 @@ def _earlier_metadata(folder: Path) -> ModelCardData:
     try:
         return ModelCard.load(path).data if path.is_file() else ModelCardData()
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} has a head that is no YAML of a model card; mend it or delete the file.") from error
+        raise ValueError(f"{path} has invalid metadata at its head; fix the YAML, or delete the file.") from error
 
 
 def _is_masked(config: dict[str, Any]) -> bool:
-    """Whether it predicts masked pixels; transformers has no class for it."""
+    """Whether the model predicts masked pixels, for which transformers has no class."""
     return config["model_type"] not in CLASSES
 
 
 def _parameters(folder: Path, config: dict[str, Any]) -> int:
-    """Parameters of a model folder by its weights' headers; ImageGPT's biases, all zero, do not count."""
+    """The number of parameters, from the headers of the weights' files; ImageGPT's biases, all zero, are excluded."""
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
+            for name in weights.keys():  # noqa: SIM118 (not a mapping)
                 if config["model_type"] != "imagegpt" or not name.endswith(".bias"):
                     count += math.prod(weights.get_slice(name).get_shape())
     return count
@@ -103,10 +103,10 @@ def _what_it_is(config: dict[str, Any], parameters: int, record: TrainingRecord)
     images = f" It was trained on {record.source}." if record.source else ""
     short = unfinished(record.step, record.planned_steps)
     block = "stock GPT-2 blocks" if config["model_type"] == "gpt2" else "the paper's block"
-    task = "predicts hidden colors from all others" if _is_masked(config) else "predicts the next one"
+    task = "predicts masked pixels from all others" if _is_masked(config) else "predicts the next color"
     return (
         f"# Image GPT{step}\n\n"
-        f"A transformer that reads an image as a row of palette colors and {task}, as in "
+        f"A transformer that reads an image as a sequence of palette colors and {task}, as in "
         f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} images, {colors} colors, "
         f"{config['n_layer']} layers of {block}, width {config['n_embd']}, {config['n_head']} heads, "
         f"{parameters:,} parameters.{images}" + (f"\n\n**{short}**" if short else "")
@@ -117,7 +117,7 @@ def _loading(config: dict[str, Any], name: str) -> str:
     return _render("use.md", kind=CLASSES[config["model_type"]], name=name)
 
 
-def _loading_by_us(name: str) -> str:
+def _loading_masked(name: str) -> str:
     return _render("use_masked.md", where=f"hub:{name}" if "/" in name else name)
 
 
@@ -127,14 +127,14 @@ def _training(record: TrainingRecord) -> str:
     checkpoint, settings, starts, rows = record.checkpoint, record.settings, record.run.get("starts", []), record.rows
     packages = starts[-1]["packages"] if starts else {}
     lines = {
-        "Images": record.source,
+        "Data": record.source,
         "Shard set": _short(checkpoint.get("shards_digest")),
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
         "Steps": f"{record.step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else ""),
         "Images seen": f"{checkpoint['images']:,}",
         "Batch": _chosen(settings, "batch", "global_size"),
-        "Optimiser": _optimiser(settings),
+        "Optimizer": _optimizer(settings),
         "Schedule": _schedule(settings),
         "Augmentation": _augmentation(settings),
         "Precision": settings.get("precision"),
@@ -158,12 +158,13 @@ def _chosen(settings: dict[str, Any], section: str, key: str) -> Any:
     return settings.get(section, {}).get(key)
 
 
-def _optimiser(settings: dict[str, Any]) -> str | None:
+def _optimizer(settings: dict[str, Any]) -> str | None:
     if "optimizer" not in settings:
         return None
     chosen = settings["optimizer"]
+    betas = ", ".join(f"{beta:g}" for beta in chosen["betas"])
     return (
-        f"Adam, peak rate {chosen['learning_rate']:g}, betas {', '.join(f'{beta:g}' for beta in chosen['betas'])}, "
+        f"Adam, peak learning rate {chosen['learning_rate']:g}, betas {betas}, "
         f"weight decay {chosen['weight_decay']:g}, gradients clipped at {chosen['clip_norm']:g}"
     )
 
@@ -176,7 +177,7 @@ def _schedule(settings: dict[str, Any]) -> str | None:
 def _augmentation(settings: dict[str, Any]) -> str | None:
     chosen = settings.get("data", {})
     flip = ["random flips"] if chosen.get("flip") else []
-    crop = [f"random crops of images padded by {chosen['reflect_crop']}"] if chosen.get("reflect_crop") else []
+    crop = [f"random crops of images padded by {chosen['reflect_crop']} pixels"] if chosen.get("reflect_crop") else []
     return ", ".join(flip + crop) or ("none" if chosen else None)
 
 
@@ -196,7 +197,7 @@ def _last(rows: list[Row], key: str) -> str | None:
 
 
 def _duration(rows: list[Row]) -> str | None:
-    """The time that the steps took, saving and validation left out."""
+    """The total time of the steps, without saving and validation."""
     seconds, images = 0.0, 0
     for row in rows:
         if row.get("images_per_second"):
@@ -219,22 +220,22 @@ def _limits(config: dict[str, Any]) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    """Markdown of a file in templates/."""
+    """Renders a file in templates/ to Markdown."""
     return Template(Path(__file__).with_name("templates").joinpath(template).read_text()).render(values)
 
 
-def _licence(license_id: str | None) -> str:
-    return "" if license_id else "## Licence\n\nNone was named by whoever published this; ask before you use it."
+def _license(license_id: str | None) -> str:
+    return "" if license_id else "## License\n\nThe publisher named no license; ask before you use the model."
 
 
 def _contents(folder: Path) -> str:
     known = {
         "training/config.yaml": "the run's configuration as resolved",
-        "training/run.json": "how it was run: commands, code, packages, hardware",
-        "training/metrics.jsonl": "every step: loss in nats per token, rate, gradient norm, speed",
+        "training/run.json": "the record of the run: commands, code, packages, hardware",
+        "training/metrics.jsonl": "every step: loss in nats per token, learning rate, gradient norm, throughput",
         "training/tensorboard": "the same as TensorBoard events",
-        "results": "what was measured, a JSON a task, with figures and report.html",
+        "results": "the evaluation results, one JSON per task, with figures and report.html",
     }
     model = "- the model (safetensors), its configuration, and an image processor with the palette"
     lines = [f"- `{path}`: {meaning}" for path, meaning in known.items() if (folder / path).exists()]
-    return "\n".join(["## What is here", "", model, *lines])
+    return "\n".join(["## Files", "", model, *lines])

@@ -1,10 +1,10 @@
-"""A model with a class head: logits from the mean-pooled output of its last norm; and the folder it is kept in.
+"""A model with a class head, whose logits come from the mean-pooled output of the last norm, and its folder.
 
 As the paper fine-tunes (Chen et al. 2020, section 2.3): the mean over positions of the output of ln_f, then a linear
-layer without bias, zero at the start. transformers' ImageGPTForImageClassification computes the same.
+layer without bias, initialized to zero. transformers' ImageGPTForImageClassification computes the same.
 
-The folder is a model folder (convert.py) with two files more: `class_head.safetensors`, which holds `score.weight`
-(classes, D), and `class_head.json` with the names of the classes and what is told of the training.
+The folder is a model folder (convert.py) with two more files: `class_head.safetensors` with `score.weight`
+(classes, D), and `class_head.json` with the names of the classes and facts about the training.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def forward(self, inputs: torch.Tensor, generative: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Of inputs long (B, T), logits: of colors (B, T, V), None unless `generative`; of classes, fp32 (B, C)."""
+        """Logits for inputs long (B, T): colors (B, T, V), or None unless `generative`; classes, fp32 (B, C)."""
         states = self.model.transformer(inputs).last_hidden_state  # (B, T, D), after ln_f
         pooled = states.mean(dim=1, dtype=torch.float32)  # (B, D)
         with torch.autocast(inputs.device.type, enabled=False):
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         return (self.model.lm_head(states) if generative else None), class_logits
 
     def prepare_training(self, *, generative: bool, recompute: bool) -> None:
-        """Trains the colors' head only if `generative`; recomputes blocks in the backward pass if asked to."""
+        """Freezes the output head of the colors unless `generative`; `recompute` turns on activation checkpointing."""
         self.model.lm_head.requires_grad_(generative)
         if recompute:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -57,41 +57,41 @@ class LoadedClassifier:
 
     loaded: LoadedModel
     classifier: Classifier
-    """fp32 on the CPU, in evaluation mode; its `model` is that of `loaded`."""
+    """fp32 on the CPU, in evaluation mode; its `model` is `loaded.model`."""
     classes: list[str]
     facts: dict[str, Any]
-    """What `save_classifier` was told of the training."""
+    """The facts about the training that `save_classifier` received."""
 
 
 def save_classifier(
     classifier: Classifier, palette: np.ndarray, classes: list[str], folder: Path, facts: dict[str, Any]
 ) -> None:
-    """Writes the folder, whole or not at all, as `save_model_folder` does; `facts` is what JSON can hold."""
+    """Writes the folder atomically, as `save_model_folder` does; `facts` must be JSON data."""
 
-    def add_head(aside: Path) -> None:
-        save_file({HEAD_NAME: classifier.score.weight.detach().float().cpu().contiguous()}, aside / HEAD_WEIGHTS)
-        write_json(aside / HEAD_FACTS, {"classes": classes} | facts)
-        settings = read_json(aside / "config.json")
+    def add_head(temporary: Path) -> None:
+        save_file({HEAD_NAME: classifier.score.weight.detach().float().cpu().contiguous()}, temporary / HEAD_WEIGHTS)
+        write_json(temporary / HEAD_FACTS, {"classes": classes} | facts)
+        settings = read_json(temporary / "config.json")
         settings["id2label"] = {str(number): name for number, name in enumerate(classes)}
         settings["label2id"] = {name: number for number, name in enumerate(classes)}
-        write_json(aside / "config.json", settings)
+        write_json(temporary / "config.json", settings)
 
     save_model_folder(classifier.model, classifier.model.config, palette, folder, add_files=add_head)
 
 
 def load_classifier(folder: Path) -> LoadedClassifier:
-    """Reads what `save_classifier` wrote. Raises ValueError, one sentence, if it is no such folder or is damaged."""
+    """Reads a folder that `save_classifier` wrote. Raises ValueError, one sentence, if it is another or is damaged."""
     if not (folder / HEAD_FACTS).is_file():
-        raise ValueError(f"{folder} has no {HEAD_FACTS}; a classifier is a folder that the task fine_tune wrote.")
+        raise ValueError(f"{folder} has no {HEAD_FACTS}; give a folder that the task fine_tune wrote.")
     facts = read_json(folder / HEAD_FACTS)
     classes = facts.pop("classes", None) if isinstance(facts, dict) else None
     if not isinstance(classes, list) or not classes:
-        raise ValueError(f"{folder / HEAD_FACTS} names no classes; fine-tune again.")
+        raise ValueError(f"{folder / HEAD_FACTS} has no list of classes; run the task fine_tune again.")
     loaded = load_model_folder(folder)
     try:
         weight = load_file(folder / HEAD_WEIGHTS)[HEAD_NAME]  # (C, D)
     except (OSError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder / HEAD_WEIGHTS} can't be read ({error}); fine-tune again.") from error
+        raise ValueError(f"{folder / HEAD_WEIGHTS} can't be read ({error}); run the task fine_tune again.") from error
     classifier = Classifier(loaded.model, len(classes))
     if weight.shape != classifier.score.weight.shape:
         raise ValueError(

@@ -11,15 +11,15 @@ logger = logging.getLogger(__name__)
 
 def export_command(arguments: list[str]) -> int:
     """`export RUN --out MODEL [--step N]`. Raises ValueError for invalid input."""
-    parser = new_parser("python -m pipeline export", "Write a checkpoint as a Hugging Face model folder.")
-    parser.add_argument("source", type=str, help="A run, or one of its checkpoints.")
-    parser.add_argument("--out", type=str, required=True, help="The model folder to write.")
+    parser = new_parser("python -m pipeline export", "Exports a checkpoint as a Hugging Face model folder.")
+    parser.add_argument("source", type=str, help="a run, or one of its checkpoints")
+    parser.add_argument("--out", type=str, required=True, help="the model folder to write")
     parser.add_argument(
-        "--step", type=int | None, default=None, help="Which of a run's checkpoints; its newest by default."
+        "--step", type=int | None, default=None, help="the step of the checkpoint; the run's newest by default"
     )
     chosen = parse(parser, arguments)
 
-    from pipeline.model_folder.export import export, find_checkpoint  # torch: seconds that --help need not take
+    from pipeline.model_folder.export import export, find_checkpoint  # imports torch, which takes seconds
 
     checkpoint = find_checkpoint(Path(chosen.source), chosen.step)
     export(checkpoint, Path(chosen.out))

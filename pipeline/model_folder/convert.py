@@ -1,10 +1,10 @@
-"""Our weights <-> Hugging Face model folders: ImageGPT for the paper's block, GPT-2 for the stock block.
+"""Conversion between our weights and Hugging Face model folders: ImageGPT (the paper's block) or GPT-2 (stock block).
 
-A folder is published only after transformers has loaded it and given our logits. The names of the weights are the same
-on both sides. ImageGPT keeps its projections as (in, out) with a bias; ours are bias-free `nn.Linear`, (out, in).
+A folder appears only after transformers has loaded it and computed the same logits. The names of the weights are the
+same on both sides. ImageGPT stores projections as (in, out) with a bias; ours are `nn.Linear` without bias, (out, in).
 
-A model of hidden colors attends both ways, and transformers would read it as one that sees only what came before. Its
-folder has a `model_type` of ours, which transformers refuses, and our names and shapes.
+A masked model has bidirectional attention, but transformers would load it as a causal model. Its folder therefore has
+our own `model_type`, which transformers refuses, and our names and shapes.
 """
 
 import copy
@@ -58,30 +58,30 @@ SHARED_SETTINGS = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
 )
-"""What GPT2Config and ImageGPTConfig both have and mean alike."""
+"""Settings with the same meaning in GPT2Config and ImageGPTConfig."""
 
 PROJECTION = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 OLD_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")
-"""Causal masks that old versions of transformers stored among the weights."""
+"""Causal masks that old versions of transformers stored with the weights."""
 FROM_DISK = {"transformer": "disk", "lm_head": "cpu"}
-"""transformers' word for weights that are read as the model runs; not all may be."""
+"""A device map of transformers: the trunk's weights are read from disk as the model runs."""
 LOGITS_TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model folder's content, ready to use."""
+    """A loaded model folder."""
 
     model: GPT2LMHeadModel
     """fp32 on the CPU, in evaluation mode."""
     config: GPT2Config
     palette: np.ndarray | None
-    """float32 (V, 3) in [-1, 1]; None where the folder has none."""
+    """float32 (V, 3) in [-1, 1]; None if the folder has none."""
     resolution: int
-    """Pixels a side."""
+    """Side of the images in pixels."""
     block: str
     mask_probability: float | None = None
-    """Of a color to be hidden, for a model of hidden colors; None for one of the next color."""
+    """Probability that a pixel is masked, for a masked model; None for a model of the next color."""
 
 
 def save_model_folder(
@@ -93,13 +93,13 @@ def save_model_folder(
     weights: Weights | None = None,
     add_files: Callable[[Path], None] = lambda temporary: None,
 ) -> None:
-    """Writes `folder`: fp32 weights, configurations, the palette (V, 3), and what `add_files` puts beside them.
+    """Writes `folder`: fp32 weights, configurations, the palette (V, 3), and the files of `add_files`.
 
-    weights: those of a model that fetches them as it runs. No more than one file's are in memory then.
+    weights: the weights of a model that fetches them as it runs; then only one file's weights are in memory at a time.
 
-    transformers reads it back and must give the model's logits within 1e-4 before the folder takes its place; a model
-    folder that stood there is replaced, whole by whole. Raises ValueError if the palette does not fit the model or if
-    `folder` holds something else, RuntimeError if the logits differ.
+    Before the folder appears, transformers loads it and must compute the model's logits within 1e-4. An existing model
+    folder is replaced atomically. Raises ValueError if the palette does not fit the model or if `folder` has other
+    content, RuntimeError if the logits differ.
     """
     folder = folder.resolve()
     if palette.shape != (config.colors, 3):
@@ -107,22 +107,22 @@ def save_model_folder(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a new folder, or a model folder to replace.")
     if not may_replace(folder):
-        raise ValueError(f"{folder} is not empty and is no model folder; give a new one, or a model folder to replace.")
+        raise ValueError(f"{folder} has other files; give a new folder, or a model folder to replace.")
     model_type = MASKED_TYPE if is_masked(config) else TYPE_OF_BLOCK[config.block]
     with atomic_folder(folder) as temporary:
         _write_configs(model_type, config, palette, temporary)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
         if weights is None:
             weights = {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
-        write_weights(weights, shapes, _to_imagegpt if model_type == "imagegpt" else _as_it_is, temporary)
+        write_weights(weights, shapes, _to_imagegpt if model_type == "imagegpt" else _unchanged, temporary)
         add_files(temporary)
         _check_logits(model, config, model_type, temporary)
 
 
 def load_model_folder(folder: Path) -> LoadedModel:
-    """Reads an ImageGPT folder (OpenAI's released ones too) or a GPT-2 folder over a palette.
+    """Loads an ImageGPT folder (the released OpenAI models too), a GPT-2 folder with a palette, or a masked model.
 
-    Raises ValueError, one sentence, if the folder is not such a model's, or is damaged or incomplete.
+    Raises ValueError, one sentence, if the folder has another model, or is damaged or incomplete.
     """
     settings, palette = _read_settings(folder), _read_palette(folder)
     model_type = settings["model_type"]
@@ -130,8 +130,10 @@ def load_model_folder(folder: Path) -> LoadedModel:
         return _load_masked(folder, settings, palette)
     try:
         config = CONFIGS[model_type].from_dict(settings)
-    except Exception as error:  # transformers checks types with exceptions of its own
-        raise ValueError(f"{folder / 'config.json'} is no {model_type} configuration: {_one_line(error)}.") from error
+    except Exception as error:  # transformers raises exceptions of its own for wrong types
+        raise ValueError(
+            f"{folder / 'config.json'} is not a valid {model_type} configuration: {_one_line(error)}."
+        ) from error
     resolution = _check_fits(config, palette, folder)
     theirs = _read_model(CLASSES[model_type], config, folder)
     block = BLOCK_OF_TYPE[model_type]
@@ -145,7 +147,7 @@ def load_model_folder(folder: Path) -> LoadedModel:
 
 
 def is_masked(config: GPT2Config) -> bool:
-    """Whether a model of ours predicts hidden colors, from all others."""
+    """Whether a model predicts masked pixels from all other pixels."""
     return not getattr(config, "is_causal", True)
 
 
@@ -154,8 +156,10 @@ def _load_masked(folder: Path, settings: dict[str, Any], palette: np.ndarray | N
         config = GPT2Config.from_dict({key: value for key, value in settings.items() if key != "model_type"})
         probability = float(config.mask_probability)
         model = build_model(config)
-    except Exception as error:  # transformers checks types with exceptions of its own
-        raise ValueError(f"{folder / 'config.json'} is no {MASKED_TYPE} configuration: {_one_line(error)}.") from error
+    except Exception as error:  # transformers raises exceptions of its own for wrong types
+        raise ValueError(
+            f"{folder / 'config.json'} is not a valid {MASKED_TYPE} configuration: {_one_line(error)}."
+        ) from error
     resolution = _check_fits(config, palette, folder)
     try:
         load_torch_model(model, folder if (folder / WEIGHTS_INDEX).is_file() else folder / WEIGHTS, strict=True)
@@ -197,12 +201,12 @@ def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, fol
     generation.save_pretrained(folder)
 
 
-def _as_it_is(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _unchanged(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield name, value
 
 
 def _to_imagegpt(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A weight of ours by Hugging Face's name and in its shape."""
+    """One of our weights with the name and the shape of ImageGPT."""
     if PROJECTION.search(name):
         yield name.removesuffix("weight") + "bias", value.new_zeros(value.shape[0])
         value = value.t().contiguous()  # (out, in) to (in, out)
@@ -210,9 +214,9 @@ def _to_imagegpt(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Te
 
 
 def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder: Path) -> None:
-    """Raises RuntimeError unless transformers' own class gives our logits for a random image.
+    """Raises RuntimeError unless transformers' class computes our logits for a random image.
 
-    No class of theirs attends both ways as the paper's block does: a model of hidden colors is read back by ours.
+    transformers has no class with bidirectional attention, so a masked model is loaded with our class instead.
     """
     if model_type == MASKED_TYPE:
         theirs: nn.Module = fetching_model(config, stored_weights(folder))
@@ -233,7 +237,7 @@ def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder:
     ours.train(was_training)
     if not torch.allclose(found, expected, **LOGITS_TOLERANCE):
         difference = (found - expected).abs().max().item()
-        raise RuntimeError(f"The exported model's logits differ from ours by {difference:.2g}; nothing was published.")
+        raise RuntimeError(f"The exported model's logits differ from ours by {difference:.2g}; nothing was written.")
 
 
 # Reading
@@ -242,18 +246,18 @@ def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder:
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; give a model folder, as `python -m pipeline export` writes it.")
+        raise ValueError(f"{folder} has no config.json; give a model folder that `python -m pipeline export` wrote.")
     settings = read_json(path)
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
     if model_type not in (*CLASSES, MASKED_TYPE):
-        raise ValueError(f"{path} has model_type {model_type!r}; imagegpt, gpt2 and {MASKED_TYPE} can be read.")
+        raise ValueError(f"{path} has model_type {model_type!r}; it must be imagegpt, gpt2 or {MASKED_TYPE}.")
     if settings.get("add_cross_attention"):
-        raise ValueError(f"{path} has add_cross_attention true; only models without it can be read.")
+        raise ValueError(f"{path} has add_cross_attention true; it must be false.")
     return settings
 
 
 def _read_palette(folder: Path) -> np.ndarray | None:
-    """The palette of preprocessor_config.json, float32 (V, 3); None if there is no such file or no palette in it."""
+    """The palette in preprocessor_config.json, float32 (V, 3); None if there is no such file or no palette in it."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return None
@@ -264,40 +268,44 @@ def _read_palette(folder: Path) -> np.ndarray | None:
     try:
         palette = np.asarray(clusters, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has clusters that are not numbers; colors are three numbers in [-1, 1].") from error
+        raise ValueError(f"{path} has clusters that are not numbers; each must be three numbers in [-1, 1].") from error
     if palette.ndim != 2 or palette.shape[1] != 3 or not (np.abs(palette) <= 1).all():
-        raise ValueError(f"{path} has clusters of shape {palette.shape}; colors are three numbers in [-1, 1].")
+        raise ValueError(f"{path} has clusters of shape {palette.shape}; each must be three numbers in [-1, 1].")
     return palette
 
 
 def _check_fits(config: PreTrainedConfig, palette: np.ndarray | None, folder: Path) -> int:
-    """The resolution. Raises ValueError if the configuration is not that of a model over a palette."""
+    """The resolution. Raises ValueError if the configuration is not of an image model that matches the palette."""
     path, colors = folder / "config.json", config.vocab_size - 1
     if palette is not None and len(palette) != colors:
         raise ValueError(
-            f"{path} has vocab_size {config.vocab_size}, but the folder's palette has {len(palette)} colors; "
-            f"the vocabulary is the colors and one start token."
+            f"{path} has vocab_size {config.vocab_size}, but the palette has {len(palette)} colors; "
+            f"vocab_size must be the number of colors plus 1 for the start token."
         )
     is_text = config.model_type == "gpt2" and palette is None and getattr(config, "colors", 512) != colors
     if is_text:
         raise ValueError(
-            f"{path} has vocab_size {config.vocab_size} and the folder has no palette; a model of images has 513 "
-            f"tokens, or clusters in preprocessor_config.json."
+            f"{path} has vocab_size {config.vocab_size} and the folder has no palette; an image model has vocab_size "
+            f"513, or clusters in preprocessor_config.json."
         )
     resolution = int(np.sqrt(config.n_positions))
     if resolution**2 != config.n_positions:
-        raise ValueError(f"{path} has n_positions {config.n_positions}; it must be a square, one position a pixel.")
+        raise ValueError(
+            f"{path} has n_positions {config.n_positions}; it must be a square number, one position per pixel."
+        )
     if config.n_embd % config.n_head:
         raise ValueError(f"{path} has n_embd {config.n_embd}; it must be a multiple of n_head, {config.n_head}.")
     if config.activation_function not in ACT2FN:
-        raise ValueError(f"{path} has activation_function {config.activation_function!r}, which transformers has not.")
+        raise ValueError(
+            f"{path} has activation_function {config.activation_function!r}, which transformers does not have."
+        )
     return resolution
 
 
 def _read_model(
     kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, device_map: dict[str, str] | None = None
 ) -> PreTrainedModel:
-    """transformers' own model, fp32. Raises ValueError if a weight is missing, misshapen or of another model."""
+    """Loads transformers' model in fp32. Raises ValueError if a weight is missing, unexpected, or of a wrong shape."""
     try:
         with _quiet():
             model, report = kind.from_pretrained(
@@ -314,43 +322,43 @@ def _read_model(
     unexpected = [name for name in report["unexpected_keys"] if not OLD_MASKS.search(name)]
     for problem, names in (
         ("lacks weights", report["missing_keys"]),
-        ("has weights of another shape than its config.json says", [key[0] for key in report["mismatched_keys"]]),
-        ("has weights that the model does not know", unexpected),
+        ("has weights whose shapes differ from its config.json", [key[0] for key in report["mismatched_keys"]]),
+        ("has unexpected weights", unexpected),
     ):
         if names:
-            raise ValueError(f"{folder} {problem}, such as {min(names)}; it must be a whole {kind.__name__}.")
+            raise ValueError(f"{folder} {problem}, such as {min(names)}; it must be a complete {kind.__name__}.")
     return model
 
 
 def _imported_state(theirs: PreTrainedModel, block: str, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in our shapes. Raises ValueError if the paper's block would have to leave out a bias."""
+    """The weights in our shapes. Raises ValueError if a bias is not zero, since the paper's block has none."""
     state: dict[str, torch.Tensor] = {}
     for name, value in theirs.state_dict().items():
         if block == "igpt" and name.endswith(".bias"):
             if value.any():
                 raise ValueError(
                     f"{folder} has a bias that is not zero, {name} (largest {value.abs().max():.2g}); "
-                    f"the paper's block has no biases, and Image GPT checkpoints hold zeros."
+                    f"the paper's block has no biases, and in Image GPT checkpoints they are zero."
                 )
             continue
         if block == "igpt" and PROJECTION.search(name):
             value = value.t().contiguous()  # (in, out) to (out, in)
         state[name] = value
     if state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr():
-        state["lm_head.weight"] = state["lm_head.weight"].clone()  # tied there, not here
+        state["lm_head.weight"] = state["lm_head.weight"].clone()  # tied in transformers, not in our model
     return state
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and warnings from transformers and accelerate: the errors raised here say what goes wrong."""
-    former, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    """Suppresses progress bars and warnings of transformers and accelerate; the errors raised here are complete."""
+    previous, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.disable(former)
+        logging.disable(previous)
         if bars:
             transformers_logging.enable_progress_bar()
 

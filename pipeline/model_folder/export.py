@@ -1,4 +1,4 @@
-"""A run's checkpoint as a Hugging Face model folder, read parameter by parameter from its fragments."""
+"""Exports a run's checkpoint as a Hugging Face model folder; parameters are read one by one from its fragments."""
 
 import logging
 import shutil
@@ -31,18 +31,19 @@ from pipeline.model_folder.training_record import CHECKPOINT_FILE, TRAINING_FOLD
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision")
-"""What a model folder tells of its checkpoint: nothing that depends on the ranks."""
+"""What a model folder records of its checkpoint; none of it depends on the number of ranks."""
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 5e-2}
-"""Nats per token between the exported fp32 weights and what the run computed in its own precision (fp8: in bf16)."""
+"""Allowed difference in nats per token between the exported fp32 weights and the run, by the run's precision (fp8 runs
+evaluate in bf16)."""
 
 
 def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint that `source` names: itself, or a run's of that step, or a run's newest.
+    """The checkpoint that `source` names: a checkpoint itself, or of a run the one of `step`, by default the newest.
 
     Raises ValueError if there is none or its files are damaged.
     """
     if (source / RECORD_FILE).is_file() and not (source / CHECKPOINTS_FOLDER).is_dir():
-        raise ValueError(f"{source} is a run without a folder {CHECKPOINTS_FOLDER}; put it back, or train again.")
+        raise ValueError(f"{source} is a run without a folder {CHECKPOINTS_FOLDER}; restore it, or train again.")
     folder = source
     if (source / CHECKPOINTS_FOLDER).is_dir():
         folders = committed(source / CHECKPOINTS_FOLDER)
@@ -51,23 +52,23 @@ def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
         folder = folders[-1] if step is None else step_folder(source / CHECKPOINTS_FOLDER, step)
         if folder not in folders:
             steps = ", ".join(str(step_of(other)) for other in folders)
-            raise ValueError(f"--step is {step}, which {source} has no checkpoint of; it has {steps}.")
+            raise ValueError(f"--step is {step}, but {source} has no checkpoint of this step; it has {steps}.")
     checkpoint = open_checkpoint(folder)
     damage = checkpoint.damage()
     if damage is not None:
-        raise ValueError(f"{damage}; take another checkpoint with --step, or put a copy back.")
+        raise ValueError(f"{damage}; choose another checkpoint with --step, or restore a copy.")
     return checkpoint
 
 
 def export(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the model folder, whole or not at all, checked by logits and, if the shards are at hand, by the probe."""
+    """Writes the model folder atomically, after checks of the logits and, if the shard set is available, the probe."""
     run = checkpoint.folder.parent.parent
     record = checkpoint.record
     palette = load_palette(run / PALETTE_FILE, GPT2Config.from_dict(record.model).colors, key="the run's palette")
     if palette_sha256(palette) != record.palette_sha256:
         raise ValueError(
-            f"{run / PALETTE_FILE} has the palette {palette_sha256(palette)[:12]}, but {checkpoint.folder} was made "
-            f"with {record.palette_sha256[:12]}."
+            f"{run / PALETTE_FILE} has the palette {palette_sha256(palette)[:12]}, but {checkpoint.folder} was trained "
+            f"with {record.palette_sha256[:12]}; restore the run's palette."
         )
     weights = CheckpointWeights(checkpoint)
     model = fetching_model(weights.config, weights)
@@ -80,22 +81,24 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
         palette,
         folder,
         weights=weights,
-        add_files=lambda aside: _add_record(aside, checkpoint, folder.resolve().name),
+        add_files=lambda temporary: _add_record(temporary, checkpoint, folder.resolve().name),
     )
 
 
 class CheckpointWeights(Mapping[str, torch.Tensor]):
-    """A checkpoint's fp32 weights by name, each put together from its fragments when it is asked for."""
+    """A checkpoint's fp32 weights by name, each assembled from its fragments on access."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError if its parameters are not those of its configuration."""
+        """Raises ValueError if its parameters do not match its configuration."""
         self.config = GPT2Config.from_dict(checkpoint.record.model)
         self._reader = checkpoint.reader(mapped=False)
         with torch.device("meta"):
             self._names = dict(build_model(self.config).named_parameters())
         for name, parameter in self._names.items():
             if self._reader.shapes.get(name) != tuple(parameter.shape):
-                raise ValueError(f"{checkpoint.folder} has no {name} of shape {tuple(parameter.shape)}.")
+                raise ValueError(
+                    f"{checkpoint.folder} has no {name} of shape {tuple(parameter.shape)}, which its config requires."
+                )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._reader.read(name)
@@ -109,26 +112,26 @@ class CheckpointWeights(Mapping[str, torch.Tensor]):
 
 @torch.no_grad()
 def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) -> None:
-    """Meets the probe batch's stored loss again, if the run's shard set is still where it was."""
+    """Recomputes the loss of the probe batch and compares it with the stored loss, if the shard set is available."""
     shards_path = read_json(run / RECORD_FILE)["shards"]["path"]
     try:
         shards = open_shard_set(shards_path)
     except (ValueError, OSError):
-        logger.warning(f"the shard set {shards_path} is not at hand, so the probe batch's loss was not compared")
+        logger.warning(f"the shard set {shards_path} is not available, so the loss of the probe batch was not checked")
         return
     if shards.digest != record.shards_digest:
-        logger.warning(f"{shards_path} is another shard set by now, so the probe batch's loss was not compared")
+        logger.warning(f"{shards_path} is now another shard set, so the loss of the probe batch was not checked")
         return
     loss = _probe_loss(model, shards, run, record.probe_tokens)
     if not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:
         raise ValueError(
             f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
-            f"step {record.step} was saved; the checkpoint does not hold what was trained."
+            f"step {record.step} was saved; the checkpoint does not have the trained weights."
         )
 
 
 def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path, tokens_read: int | None) -> float:
-    """Nats per token of the probe batch, read as the run reads it."""
+    """Nats per token of the probe batch, computed as in training."""
     config, split = _run_config(run), shards.split("valid")
     objective = ObjectiveConfig(**config["objective"])
     masks = Masks(config["seed"], objective.mask_probability) if objective.kind == "masked_color" else None
@@ -143,10 +146,10 @@ def _run_config(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / CONFIG_FILE).read_text())
 
 
-def _add_record(aside: Path, checkpoint: Checkpoint, name: str) -> None:
-    """How the model was made travels with it: the run's record, configuration and curve, and the card of `name`."""
+def _add_record(temporary: Path, checkpoint: Checkpoint, name: str) -> None:
+    """Adds the training record: the run's record, configuration, metrics and events, and the card of `name`."""
     run = checkpoint.folder.parent.parent
-    training = aside / TRAINING_FOLDER
+    training = temporary / TRAINING_FOLDER
     training.mkdir()
     for file in (CONFIG_FILE, RECORD_FILE):
         shutil.copyfile(run / file, training / file)
@@ -154,4 +157,4 @@ def _add_record(aside: Path, checkpoint: Checkpoint, name: str) -> None:
         rows.writelines(lines_until(run / METRICS_FILE, checkpoint.record.step))
     copy_events(run / TENSORBOARD_FOLDER, training / TENSORBOARD_FOLDER, checkpoint.record.step)
     write_json(training / CHECKPOINT_FILE, {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
-    write_card(aside, name)
+    write_card(temporary, name)

@@ -1,4 +1,4 @@
-"""The files of a model folder that make the model, told without loading it."""
+"""The files of a model folder that define the model; nothing here loads it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +7,9 @@ from data_prep.common.files import file_sha256, json_digest
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("config.json", "preprocessor_config.json")
-"""What every model folder of ours has beside its weights."""
+"""The files that every exported model folder has besides the weights."""
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
-"""What loading reads; other files may change and the model is the same."""
+"""The files that define the model; changes of other files do not change the digest."""
 
 
 def model_digest(folder: Path) -> str:
@@ -19,7 +19,7 @@ def model_digest(folder: Path) -> str:
 
 
 def may_replace(folder: Path, files: Sequence[str] = NEEDED) -> bool:
-    """Whether nothing but a model would be lost: all in a folder goes if it has all of `files` and no .git."""
+    """Whether a folder may be replaced: it is absent or empty, or it has all of `files` and no .git."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return True
     return all((folder / name).is_file() for name in files) and not (folder / ".git").exists()

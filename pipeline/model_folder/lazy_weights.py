@@ -1,4 +1,4 @@
-"""Weights that are never all in memory: models that fetch each as they run, and files written one after the other.
+"""Models and files whose weights are never all in memory: weights are fetched as modules run, and written one by one.
 
 A model of 1.4 billion parameters takes 5.5 GB in fp32, one of 6.8 billion 27 GB; a login node may have less.
 """
@@ -17,15 +17,15 @@ from pipeline.model.gpt import build_model
 from pipeline.model_folder.files import WEIGHTS_INDEX
 
 Weights = Mapping[str, torch.Tensor]
-"""fp32 on the CPU, by name; a tensor may be read only when it is asked for."""
+"""fp32 tensors on the CPU, by name; each may be read from disk on access."""
 Convert = Callable[[str, torch.Tensor], Iterator[tuple[str, torch.Tensor]]]
-"""A weight of ours as it is stored: one or more tensors with their names."""
+"""Converts one of our weights to the stored form: one or more named tensors."""
 FILE_SIZE = "5GB"
-"""More than this goes into several files; one of them is in memory at a time."""
+"""Larger models are split into several files; one file at a time is in memory."""
 
 
 def fetching_model(config: GPT2Config, weights: Weights) -> GPT2LMHeadModel:
-    """A model in evaluation mode, on the CPU, that holds no weights: each module fetches its own while it runs."""
+    """A model in evaluation mode on the CPU without weights: each module fetches its own while it runs."""
     from accelerate import cpu_offload
 
     with torch.device("meta"):
@@ -34,7 +34,7 @@ def fetching_model(config: GPT2Config, weights: Weights) -> GPT2LMHeadModel:
 
 
 def stored_weights(folder: Path) -> Weights:
-    """The weights of a folder's safetensors, read from their file each time."""
+    """The weights in a folder's safetensors, read from disk on each access."""
     from accelerate.utils import OffloadedWeightsLoader
 
     index: dict[str, dict[str, str]] = {}
@@ -45,9 +45,9 @@ def stored_weights(folder: Path) -> Weights:
 
 
 def write_weights(weights: Weights, shapes: Mapping[str, torch.Size], convert: Convert, folder: Path) -> None:
-    """Writes model.safetensors, or several files with their index, as transformers reads them.
+    """Writes model.safetensors, or several files with an index, in the format of transformers.
 
-    shapes: of the weights, in order. Raises OSError if the disk does not take them.
+    shapes: the shapes of the weights, in order. Raises OSError if a file can't be written, as on a full disk.
     """
     origin: dict[str, str] = {}
     planned: dict[str, torch.Tensor] = {}
@@ -66,7 +66,7 @@ def write_weights(weights: Weights, shapes: Mapping[str, torch.Size], convert: C
             content |= {name: tensor for name, tensor in convert(source, weights[source]) if name in names}
         try:
             save_file(content, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # such as a full disk
             raise OSError(f"{folder / file} can't be written: {' '.join(str(error).split()).rstrip('.')}.") from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

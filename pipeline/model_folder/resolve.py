@@ -1,4 +1,4 @@
-"""What a user may call a model: a model folder, a run, one of its checkpoints, or its name on a hub."""
+"""Finds the model that a user names: a model folder, a run, a checkpoint, or a name on a hub."""
 
 import shutil
 from pathlib import Path
@@ -8,20 +8,20 @@ from pipeline.hub import HUB, pull
 
 EXPORTED_FOLDER = "exported"
 MADE_FROM = ".made_from"
-"""In an exported folder: the sha256 of its checkpoint's manifest, which holds the digests of all of its files."""
+"""A file in an exported folder: the sha256 of the checkpoint's manifest, which has the digests of all its files."""
 
 
 def model_folder(path: Path) -> Path:
-    """The model folder that `path` names; a checkpoint, or a run's newest, is exported into its run first.
+    """The model folder that `path` names; a checkpoint, or the newest of a run, is exported into the run first.
 
-    hub:ORG/NAME or hub:ORG/NAME@REVISION is fetched into the cache. Raises ValueError if it is none of these.
+    hub:ORG/NAME or hub:ORG/NAME@REVISION is downloaded into the cache. Raises ValueError for anything else.
     """
     if str(path).startswith(HUB):
         return pull(str(path).removeprefix(HUB))
     if (path / "config.json").is_file():
         return path
     if not (path / "checkpoints").is_dir() and not (path / "checkpoint.json").is_file():
-        raise ValueError(f"{path} is no model: it must be a model folder, a run, a run's checkpoint, or {HUB}ORG/NAME.")
+        raise ValueError(f"{path} is not a model; give a model folder, a run, a run's checkpoint, or {HUB}ORG/NAME.")
     from pipeline.model_folder.export import export, find_checkpoint
 
     checkpoint = find_checkpoint(path)
@@ -29,9 +29,11 @@ def model_folder(path: Path) -> Path:
     digest = file_sha256(checkpoint.folder / "checkpoint.json")
     if _made_from(folder) == digest:
         return folder
-    with locked(folder.parent / ".lock", str(folder)):  # the tasks of an array begin with one checkpoint at once
+    with locked(
+        folder.parent / ".lock", str(folder)
+    ):  # the jobs of an array start from one checkpoint at the same time
         if _made_from(folder) != digest:
-            for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of an export that was killed
+            for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of a killed export
                 shutil.rmtree(leftover)
             export(checkpoint, folder)
             (folder / MADE_FROM).write_text(digest)

@@ -1,4 +1,4 @@
-"""What a model folder tells of its training: the files in `training/` that `export` puts beside the weights."""
+"""The record of the training in a model folder: the files in `training/` that `export` writes next to the weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ CHECKPOINT_FILE, RUN_FILE, CONFIG_FILE = "checkpoint.json", "run.json", "config.
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """Empty where the folder says nothing."""
+    """The content of `training/`; fields are empty if a file does not exist."""
 
     checkpoint: dict[str, Any]
     """checkpoint.json: step, images, digests."""
@@ -24,11 +24,11 @@ class TrainingRecord:
     settings: dict[str, Any]
     """config.yaml."""
     metrics: Path | None
-    """metrics.jsonl, if it is there."""
+    """The path of metrics.jsonl, if it exists."""
 
     @property
     def rows(self) -> list[Row]:
-        """Of metrics.jsonl."""
+        """The rows of metrics.jsonl."""
         return list(read_rows(self.metrics)) if self.metrics else []
 
     @property
@@ -42,12 +42,12 @@ class TrainingRecord:
 
     @property
     def source(self) -> str | None:
-        """The name of the images it was trained on."""
+        """The name of the training dataset."""
         return self.run.get("shards", {}).get("source")
 
 
 def read_training_record(folder: Path) -> TrainingRecord:
-    """The record in a model folder. Raises ValueError naming a file that is damaged."""
+    """Reads the record of a model folder. Raises ValueError that names a damaged file."""
     training = folder / TRAINING_FOLDER
     settings, metrics = training / CONFIG_FILE, training / METRICS_FILE
     return TrainingRecord(
@@ -59,7 +59,7 @@ def read_training_record(folder: Path) -> TrainingRecord:
 
 
 def unfinished(step: int | None, planned: int | None) -> str | None:
-    """A sentence on a model that was not trained as long as its schedule says."""
+    """A sentence for a model whose training did not reach the end of its schedule; None otherwise."""
     if step is None or planned is None or step >= planned:
         return None
     return f"Its training was not finished: step {step:,} of {planned:,}."
@@ -69,9 +69,9 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML; put back the run's configuration, or export again.") from error
+        raise ValueError(f"{path} is not valid YAML; restore the run's configuration, or export again.") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no keys and values; put back the run's configuration, or export again.")
+        raise ValueError(f"{path} has no keys and values; restore the run's configuration, or export again.")
     return settings
 
 

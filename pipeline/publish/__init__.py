@@ -1,1 +1,1 @@
-"""`publish`: assemble.py puts a model folder and its results together, push.py sends them to a hub."""
+"""The command `publish`: assemble.py combines a model folder with its results, push.py uploads them to a hub."""

@@ -1,4 +1,4 @@
-"""What is published: a model folder with its results and its card, put together whole."""
+"""Assembles what is published: a model folder with its results and its card."""
 
 import re
 import shutil
@@ -17,36 +17,36 @@ from pipeline.results.schema import read_results
 
 RESULT_FILES = (".json", ".png", ".html")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s\"'@]+@")
-"""A name and a password in an address."""
+"""A user name and a password in a URL."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-"""The form of the hub's tokens."""
+"""The format of the hub's tokens."""
 
 
 WriteCard = Callable[..., None]
-"""`write_card` with all arguments but the folder, `measured` and `sections`: what the folder can't tell."""
+"""`write_card` with everything bound but the folder, `measured` and `sections`."""
 
 
 def publish_to_folder(model: Path, results: Path | None, target: Path, card: WriteCard) -> None:
-    """Writes `target` as a repository would hold it, whole or not at all; an earlier publication there is replaced.
+    """Writes `target` atomically, with the same files as a repository; replaces an earlier publication there.
 
-    Raises ValueError if `target` holds something else or a later step.
+    Raises ValueError if `target` contains something else or a later step.
     """
     target = target.resolve()
     if target == model.resolve():
-        raise ValueError(f"--to is dir:{target}, which is the model itself; name another folder.")
+        raise ValueError(f"--to is dir:{target}, which is the model folder itself; give another folder.")
     _check_replaceable(model, target)
     with atomic_folder(target) as temporary:
         assemble(model, results, temporary, card)
 
 
 def assemble(model: Path, results: Path | None, folder: Path, card: WriteCard, *, link_weights: bool = False) -> None:
-    """Fills an empty folder with the model, its results (those that lie in the model folder if None), and the card.
+    """Fills an empty folder with the model, its results (those in the model folder if None), and the card.
 
-    link_weights: put symbolic links in place of the weights' copies.
+    link_weights: make symbolic links to the weights instead of copies.
 
-    Raises ValueError if the model is not whole, the results are of another model, or a file holds a token.
+    Raises ValueError if the model is incomplete, the results are of another model, or a file contains a token.
     """
-    check_whole(model)
+    check_complete(model)
     for file in _files_of(model):
         if results is None or RESULTS not in file.parents:
             _copy(model / file, folder / file, link=link_weights and file.suffix == ".safetensors")
@@ -61,12 +61,12 @@ def assemble(model: Path, results: Path | None, folder: Path, card: WriteCard, *
 
 
 def step_of(folder: Path) -> int | None:
-    """The training step of a model folder; None where it does not say."""
+    """The training step of a model folder; None if it does not record one."""
     return read_training_record(folder).step
 
 
-def check_whole(model: Path) -> None:
-    """Raises ValueError naming the first file that a model folder lacks, or that is damaged."""
+def check_complete(model: Path) -> None:
+    """Raises ValueError that names the first missing or damaged file of a model folder."""
     for name in NEEDED:
         if not (model / name).is_file():
             raise ValueError(f"{model} has no {name}; publish a run, a checkpoint, or a folder that `export` wrote.")
@@ -79,42 +79,42 @@ def check_whole(model: Path) -> None:
 
 
 def weight_files(model: Path) -> list[str]:
-    """The names of the files that hold the weights. Raises ValueError if there are none in safetensors."""
+    """The names of the weights' files. Raises ValueError if there are none in safetensors."""
     if (model / WEIGHTS_INDEX).is_file():
         return sorted(set(read_json(model / WEIGHTS_INDEX)["weight_map"].values()))
     if not (model / WEIGHTS).is_file():
-        raise ValueError(f"{model} has no {WEIGHTS}; only weights in safetensors are published, since loading is safe.")
+        raise ValueError(f"{model} has no {WEIGHTS}; only weights in safetensors can be published.")
     return [WEIGHTS]
 
 
 def check_results(results: Path, model: Path) -> None:
-    """Raises ValueError if the folder holds no results, or some of another model."""
+    """Raises ValueError if the folder has no results, or results of another model."""
     if not results.is_dir():
-        raise ValueError(f"--results is {results}, which is no folder; name one that `evaluate` wrote.")
+        raise ValueError(f"--results is {results}, which is not a folder; give a folder that `evaluate` wrote.")
     found = read_results(results)
     if not found:
-        raise ValueError(f"--results is {results}, which holds no task's results; name a folder that `evaluate` wrote.")
+        raise ValueError(f"--results is {results}, which has no results; give a folder that `evaluate` wrote.")
     digest = model_digest(model)
     for task, result in found.items():
         if result["model_digest"] != digest:
             raise ValueError(
                 f"{results} has {task} of the model {result['model_digest'][:12]}, but {model} is {digest[:12]}; "
-                f"evaluate this model, or name its results."
+                f"evaluate this model, or give its results."
             )
 
 
 def _check_replaceable(model: Path, target: Path) -> None:
     if target.exists() and not target.is_dir():
-        raise ValueError(f"--to is dir:{target}, which is a file; name a folder.")
+        raise ValueError(f"--to is dir:{target}, which is a file; give a folder.")
     if not may_replace(target, (*NEEDED, CARD)):
-        raise ValueError(f"--to is dir:{target}, which holds other files; name a new folder, or a published one.")
-    there, here = step_of(target), step_of(model)
-    if there is not None and here is not None and here < there:
-        raise ValueError(f"--to is dir:{target}, which holds step {there}; name another folder for step {here}.")
+        raise ValueError(f"--to is dir:{target}, which has other files; give a new folder, or a published one.")
+    published, step = step_of(target), step_of(model)
+    if published is not None and step is not None and step < published:
+        raise ValueError(f"--to is dir:{target}, which has step {published}; give another folder for step {step}.")
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Paths below a folder of what is published of it: nothing hidden."""
+    """Relative paths of the files in a folder, without hidden files."""
     files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
     return [file for file in files if not any(part.startswith(".") for part in file.parts)]
 
@@ -128,9 +128,9 @@ def _copy(source: Path, target: Path, *, link: bool = False) -> None:
 
 
 def _draw_missing_curve(folder: Path) -> None:
-    """A report brings its curve; without one it is drawn here, if the run's metrics are at hand.
+    """Draws the training curve, unless a report already did, if the folder has the run's metrics.
 
-    The baselines in it are those of density, where that was measured.
+    Its baselines are from the results of density, if there are any.
     """
     rows, path = read_training_record(folder).rows, folder / RESULTS / CURVE
     if not path.exists() and has_losses(rows):
@@ -139,13 +139,13 @@ def _draw_missing_curve(folder: Path) -> None:
 
 
 def _hide_credentials(folder: Path) -> None:
-    """Takes names and passwords out of addresses. Raises ValueError naming a file that holds a token."""
+    """Removes user names and passwords from URLs. Raises ValueError that names a file with a token."""
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".json", ".jsonl", ".yaml", ".html", ".md"):
             continue
         text = path.read_text()
         if TOKEN.search(text):
-            raise ValueError(f"{path.relative_to(folder)} would show a token (hf_...); take it out before publishing.")
+            raise ValueError(f"{path.relative_to(folder)} contains a token (hf_...); remove it before publishing.")
         hidden = CREDENTIALS.sub("", text)
         if hidden != text:
             path.write_text(hidden)

@@ -1,6 +1,6 @@
-"""`python -m pipeline publish`: a model and its results to a hub or to a folder.
+"""`python -m pipeline publish`: publishes a model and its results to a hub or to a folder.
 
-What takes long to import is imported once the options are parsed.
+Slow imports happen after the options are parsed.
 """
 
 import logging
@@ -25,20 +25,20 @@ DIR = "dir:"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where to, and what the card should say."""
+    """The destination, and metadata for the card."""
 
     to: str
-    """hub:ORG/NAME, or dir:PATH for a folder that holds the same."""
+    """hub:ORG/NAME, or dir:PATH for a folder with the same files."""
     results: Path | None = None
-    """The folder that `evaluate` wrote for this model."""
+    """The results folder that `evaluate` wrote for this model."""
     public: bool = False
-    """Let everybody see a repository that this makes; else it is private."""
+    """Make a new repository public; the default is private."""
     license: str | None = None
-    """The hub's identifier of the licence, such as mit; a card without one says so."""
+    """The hub's identifier of the license, such as mit; without one, the card states that none is named."""
     dataset: str | None = None
-    """The hub's name of the images it was trained on, ORG/NAME."""
-    patience: float = 15.0
-    """Minutes after which a hub that stays away or busy is given up."""
+    """The hub's name of the training dataset, ORG/NAME."""
+    retry_minutes: float = 15.0
+    """How many minutes to retry if the hub is busy or unreachable."""
 
 
 def publish_command(arguments: list[str]) -> int:
@@ -68,45 +68,53 @@ def _to_hub(source: Path, options: Options, name: str) -> None:
 
     repository, revision = parse_name(name)
     if revision is not None:
-        raise ValueError(f"--to is {HUB}{name}; give no revision, a step is tagged by itself.")
+        raise ValueError(f"--to is {HUB}{name}; remove the revision, since publish sets the tag of the step itself.")
     check_login(repository)
     model = model_folder(source)
     card = partial(write_card, name=repository, license_id=options.license, dataset=options.dataset)
     with TemporaryDirectory(prefix="publish-") as temporary:
         folder = Path(temporary)
         assemble(model, options.results, folder, card, link_weights=True)
-        step, patience = step_of(folder), 60 * options.patience
-        pushed = push(folder, repository, step=step, patience=patience, public=options.public)
-    _say(pushed, options.public)
+        step, seconds = step_of(folder), 60 * options.retry_minutes
+        pushed = push(folder, repository, step=step, retry_seconds=seconds, public=options.public)
+    _log_result(pushed, options.public)
 
 
-def _say(pushed: "Pushed", wanted_public: bool) -> None:
+def _log_result(pushed: "Pushed", wanted_public: bool) -> None:
     files = f"{len(pushed.sent)} files" if len(pushed.sent) != 1 else "1 file"
     what = f"sent {files}" if pushed.sent else "nothing to send"
     where = f"{pushed.url}, commit {pushed.commit[:12]}" + (f", tag {pushed.tag}" if pushed.tag else "")
     logger.info(f"published to {where}: {what}; the repository is {'private' if pushed.private else 'public'}")
     if not pushed.on_main:
-        logger.info("main keeps a later step")
+        logger.info("main stays at a later step")
     if wanted_public and pushed.private:
-        logger.info("it was private before, and stays so: change that on the hub")
+        logger.info("the repository existed as private, which --public does not change; change it on the hub")
 
 
 def _parse(arguments: list[str]) -> tuple[Path, Options]:
-    parser = new_parser("python -m pipeline publish", "Publishes a model, its results and a card.")
+    parser = new_parser("python -m pipeline publish", "Publishes a model with its results and a card.")
     parser.add_argument("source", nargs="?", help="a run, a checkpoint, a model folder, dir:PATH or hub:ORG/NAME")
-    parser.add_argument("--from", dest="from", help="the same, named: --from dir:PATH pushes what --to dir:PATH wrote")
-    parser.add_argument("--public", action="store_true", help="let everybody see a repository that this makes")
+    parser.add_argument(
+        "--from", dest="from", help="the same as an option: --from dir:PATH uploads what --to dir:PATH wrote"
+    )
+    parser.add_argument("--public", action="store_true", help="make a new repository public; the default is private")
     parser.add_class_arguments(Options, skip={"public"})
-    values = vars(parse(parser, arguments))
+    values = vars(parse(parser, [_current_spelling(argument) for argument in arguments]))
     source, other = values["source"], values["from"]
     if (source is None) == (other is None):
-        raise ValueError("Name one model: a run, a checkpoint or a model folder, or --from dir:PATH.")
+        raise ValueError("Give exactly one model: a run, a checkpoint, a model folder, or --from dir:PATH.")
     options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
     return Path((source or other).removeprefix(DIR)), options
 
 
+def _current_spelling(argument: str) -> str:
+    """Replaces the option's name of earlier versions, --patience."""
+    flag, equals, value = argument.partition("=")
+    return f"--retry_minutes{equals}{value}" if flag == "--patience" else argument
+
+
 def _target(to: str) -> tuple[str, str]:
-    """(hub: or dir:, what follows)."""
+    """(hub: or dir:, the rest)."""
     for kind in (HUB, DIR):
         if to.startswith(kind) and to != kind:
             return kind, to.removeprefix(kind)

@@ -1,9 +1,9 @@
-"""A folder to a repository on a hub: one commit a step, with a tag; retried, and not sent twice.
+"""Uploads a folder to a repository on a hub: one commit with a tag per step. It retries, and sends no file twice.
 
-A commit holds the whole model, so main never holds half of one. Each attempt reads anew what the repository has and
-sends what differs: large files first, which stay on the hub if the attempt fails later, then the one commit, on the
-condition that nobody has committed since, then the tag. An older step than main's goes to a branch, which is deleted
-once the tag holds its commit.
+A commit contains the complete model, so main never has an incomplete one. Each attempt lists the repository's files and
+sends only what differs. Large files go first, and stay on the hub if the attempt fails later. Then follows one commit,
+which fails if somebody else has committed meanwhile, and then the tag. A step older than main's is committed on a
+branch, which is deleted once the tag points to its commit.
 """
 
 import logging
@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 MAIN = "main"
 STEP_FILE = "training/checkpoint.json"
 OURS = ("model*.safetensors", "model.safetensors.index.json", "training/*", "results/*")
-"""What is deleted from a repository if the folder has it no more; other files there are somebody's."""
-PASSING = (408, 409, 412, 425, 429)
-"""Status codes that another attempt may mend, besides all from 500 on; 412: somebody has committed meanwhile."""
-ATTEMPTS = 6
-"""At least so many, before a push is given up."""
+"""Files that are deleted from the repository if the folder no longer has them; other files are the user's."""
+TRANSIENT = (408, 409, 412, 425, 429)
+"""Status codes, besides all from 500 on, that a retry may resolve; 412: somebody else has committed meanwhile."""
+MIN_ATTEMPTS = 6
+"""Minimum number of attempts before a push fails."""
 LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, unless the hub asks for more."""
+"""Maximum seconds between two attempts, unless the hub asks for more."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What came of a push."""
+    """The result of a push."""
 
     url: str
     commit: str
@@ -51,72 +51,71 @@ class Pushed:
     on_main: bool
     private: bool
     sent: tuple[str, ...]
-    """Files of the commit that were not there before."""
+    """Files that the commit added or changed."""
 
 
-def push(folder: Path, repository: str, *, step: int | None, patience: float, public: bool = False) -> Pushed:
-    """Makes the repository ORG/NAME hold what the folder holds, with a tag for its step if it has one.
+def push(folder: Path, repository: str, *, step: int | None, retry_seconds: float, public: bool = False) -> Pushed:
+    """Makes the repository ORG/NAME match the folder, with a tag for its step if it has one.
 
-    patience: seconds after which a hub that stays away or busy is given up. public: who sees a repository that is made.
-    Raises ValueError, one sentence, if it is,
-    or if the hub refuses.
+    retry_seconds: how long to retry if the hub is busy or unreachable. public: whether a new repository is public.
+    Raises ValueError with one sentence if the retries are exhausted or the hub refuses.
     """
     check_login(repository)
     pushing = Push(HfApi(), folder, repository, step, public)
     with quiet_hub():
-        return persistently(pushing.attempt, repository, patience)
+        return with_retries(pushing.attempt, repository, retry_seconds)
 
 
 def check_login(repository: str) -> None:
-    """Raises ValueError if there is no token at all; whether it is a good one, the hub will say."""
+    """Raises ValueError if there is no token; whether the token is valid, only the hub can check."""
     if get_token() is None:
-        raise ValueError(f"{constants.ENDPOINT} wants to know who publishes {repository}; {LOG_IN}.")
+        raise ValueError(f"Publishing {repository} to {constants.ENDPOINT} requires a token; {LOG_IN}.")
 
 
-def persistently(work: Callable[[], Result], what: str, patience: float) -> Result:
-    """The result of `work`, tried again after what may pass, with pauses that double and vary."""
-    began = time.monotonic()
+def with_retries(work: Callable[[], Result], what: str, retry_seconds: float) -> Result:
+    """The result of `work`, retried after transient errors with randomized exponential backoff."""
+    start = time.monotonic()
 
     def pause_after(error: Exception, failures: int) -> float:
         cause = _cause(error)
         if cause is None:
             raise error
-        waited, asked = time.monotonic() - began, _asked_pause(cause)
+        waited, asked = time.monotonic() - start, _asked_pause(cause)
         pause = max(asked, backoff(failures, first=2.0, longest=LONGEST_PAUSE) * random.uniform(0.5, 1.0))
-        enough = waited + pause > patience and (failures >= ATTEMPTS or asked > patience)
-        if enough or not _may_pass(cause):
+        exhausted = waited + pause > retry_seconds and (failures >= MIN_ATTEMPTS or asked > retry_seconds)
+        if exhausted or not _is_transient(cause):
             spent = f", in {failures} attempts over {waited:.0f} s" if failures > 1 else ""
             raise ValueError(f"{what} was not published: {reason(cause)}{spent}.") from error
-        logger.warning(f"{what}: {reason(cause)}; trying again in {pause:.0f} s")
+        logger.warning(f"{what}: {reason(cause)}; retrying in {pause:.0f} s")
         return pause
 
     return retry(work, (HTTPError, OSError, RuntimeError, JSONDecodeError), pause_after)
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """The hub's or the network's error behind an error, or None if it is of another kind."""
+    """The hub or network error that caused an error; None if there is none."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, HTTPError | ConnectionError | JSONDecodeError):
         found = found.__cause__
     return found
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled) or lacks_xet(error):
         return False
     status = status_of(error)
-    return status is None or status in PASSING or status >= 500
+    return status is None or status in TRANSIENT or status >= 500
 
 
 def _asked_pause(error: BaseException) -> float:
-    """Seconds that the hub asked to wait."""
+    """Seconds that the hub asked to wait, by Retry-After."""
     response = getattr(error, "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
     return float(asked) if asked.isdigit() else 0.0
 
 
 class Push:
-    """One folder on its way to one repository."""
+    """The upload of one folder to one repository."""
 
     def __init__(self, api: HfApi, folder: Path, repository: str, step: int | None, public: bool) -> None:
         self.api, self.folder, self.step, self.public = api, folder, step, public
@@ -126,11 +125,11 @@ class Push:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        """Sizes and digests by name; a large file is read once for them, however many attempts there are."""
+        """Sizes and digests by name, computed once for all attempts."""
         self.sent: dict[str, None] = {}
 
     def attempt(self) -> Pushed:
-        """Brings the repository to where it should be, from wherever an earlier attempt left it."""
+        """Brings the repository into the desired state from whatever state an earlier attempt left."""
         url = self.api.create_repo(**self.where, private=not self.public, exist_ok=True)
         refs = self.api.list_repo_refs(**self.where)
         branches = {ref.name: ref.target_commit for ref in refs.branches}
@@ -142,23 +141,23 @@ class Push:
             self._tag(commit, tag, tags)
         else:
             assert tag is not None
-            commit = self._commit_aside(tag, tags, branches)
+            commit = self._commit_older_step(tag, tags, branches)
         private = bool(self.api.repo_info(**self.where).private)
         return Pushed(str(url), commit, tag, on_main, private, tuple(self.sent))
 
     def _is_newest(self, head: str) -> bool:
-        """Whether main should hold this step: not if it holds a later one."""
+        """Whether main should get this step: not if it has a later one."""
         if self.step is None:
             return True
-        with tempfile.TemporaryDirectory() as aside:
+        with tempfile.TemporaryDirectory() as temporary:
             try:
-                path = self.api.hf_hub_download(**self.where, filename=STEP_FILE, revision=head, local_dir=aside)
+                path = self.api.hf_hub_download(**self.where, filename=STEP_FILE, revision=head, local_dir=temporary)
             except RemoteEntryNotFoundError:
                 return True
             return self.step >= read_json(Path(path))["step"]
 
-    def _commit_aside(self, tag: str, tags: dict[str, str], branches: dict[str, str]) -> str:
-        """The commit of a step that is not main's, made on a branch that is deleted once the tag holds the commit."""
+    def _commit_older_step(self, tag: str, tags: dict[str, str], branches: dict[str, str]) -> str:
+        """Commits a step older than main's on a branch, which is deleted once the tag points to the commit."""
         branch = f"{tag}-incoming"
         commit = tags.get(tag)
         if commit is None or self._differences(commit):
@@ -173,7 +172,7 @@ class Push:
         return commit
 
     def _tag(self, commit: str, tag: str | None, tags: dict[str, str]) -> None:
-        """Lets the step's tag name the commit."""
+        """Makes the step's tag point to the commit."""
         if tag is None or tags.get(tag) == commit:
             return
         if tag in tags:
@@ -181,7 +180,7 @@ class Push:
         self.api.create_tag(**self.where, tag=tag, revision=commit)
 
     def _commit(self, branch: str, head: str) -> str:
-        """The commit on a branch that holds the folder: `head` if it does already."""
+        """Commits the folder to a branch and returns the commit; `head` if nothing differs."""
         operations = self._differences(head)
         if not operations:
             return head
@@ -192,11 +191,11 @@ class Push:
         ).oid
 
     def _differences(self, commit: str) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """What would make a commit's files those of the folder."""
+        """The operations that make a commit's files match the folder."""
         tree = self.api.list_repo_tree(**self.where, recursive=True, revision=commit)
-        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        changed = [name for name in self.files if name not in there or not self._is_same(name, there[name])]
-        gone = [name for name in there if name not in self.files and any(fnmatch(name, pattern) for pattern in OURS)]
+        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        changed = [name for name in self.files if name not in remote or not self._is_same(name, remote[name])]
+        gone = [name for name in remote if name not in self.files and any(fnmatch(name, pattern) for pattern in OURS)]
         return [*map(self._addition, changed), *(CommitOperationDelete(name, is_folder=False) for name in gone)]
 
     def _is_same(self, name: str, entry: RepoFile) -> bool:

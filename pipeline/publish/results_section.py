@@ -1,4 +1,4 @@
-"""What was measured of a model, as its card shows it: tables, figures, and the hub's model-index."""
+"""The results in a model card: tables, figures, and the hub's model-index."""
 
 import re
 from collections.abc import Iterator
@@ -10,21 +10,21 @@ from huggingface_hub import EvalResult
 from pipeline.model_folder.card import HUB_DATASETS
 from pipeline.results.curve import CURVE
 from pipeline.results.headline import headlines_of
-from pipeline.results.published import beside_published
+from pipeline.results.published import compared_with_published
 from pipeline.results.schema import RANDOM_WEIGHTS, Results, read_results
 
 RESULTS = Path("results")
-"""The subfolder of a published model that holds what was measured of it."""
+"""The subfolder of a published model with its results."""
 METRICS = {
     "nats_per_color": "nats per color",
     "bits_per_color": "bits per color",
     "test_accuracy": "test accuracy",
 }
-"""The numbers of a task's JSON that go into the model-index."""
+"""The keys of a task's JSON that go into the model-index, with their names."""
 
 
 def card_sections(folder: Path) -> list[str]:
-    """What the card of a published model shows of its results: the training's curve, the results, published numbers."""
+    """The sections about results in the card of a published model: training curve, results, published numbers."""
     results, random_weights = (read_results(folder / path) for path in (RESULTS, RESULTS / RANDOM_WEIGHTS))
     figures = sorted(file.name for file in (folder / RESULTS).glob("*.png"))
     curve = _figure(CURVE) if CURVE in figures else ""
@@ -33,7 +33,7 @@ def card_sections(folder: Path) -> list[str]:
 
 
 def eval_results(results: Results) -> list[EvalResult]:
-    """For the hub's model-index: accuracies are of image classification, the others of generation."""
+    """The hub's model-index: accuracies as image classification, the other numbers as image generation."""
     return [
         EvalResult(
             task_type="image-classification" if key == "test_accuracy" else "unconditional-image-generation",
@@ -50,7 +50,7 @@ def eval_results(results: Results) -> list[EvalResult]:
 
 
 def _numbers(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """(what, key, value) of a task's JSON and of the objects in it."""
+    """(name, key, value) of the numbers in a task's JSON, nested objects included."""
     for key in METRICS:
         if isinstance(result.get(key), float):
             yield name, key, result[key]
@@ -65,14 +65,14 @@ def _slug(name: str) -> str:
 
 
 def _results_section(results: Results, random_weights: Results, figures: list[str]) -> str:
-    """Every task's numbers, beside those of initial weights where they were measured, and the figures."""
+    """A table of all headlines, with a column for initial weights if measured, and the figures."""
     untrained = {row.name: row.text for result in random_weights.values() for row in headlines_of(result)}
     rows = [
         [result["dataset"], row.name, row.detail, row.text, untrained.get(row.name, "")]
         for result in results.values()
         for row in headlines_of(result)
     ]
-    head = ["Images", "Measure", "Chosen", "This model", "Random weights"]
+    head = ["Dataset", "Measure", "Chosen", "This model", "Random weights"]
     filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
     table = _table([head[place] for place in filled], [[row[place] for place in filled] for row in rows])
     parts = [part for part in (table, *map(_figure, figures)) if part]
@@ -80,19 +80,19 @@ def _results_section(results: Results, random_weights: Results, figures: list[st
 
 
 def _published_section(results: Results) -> str:
-    """Groups of published numbers, ours on top of those that we measured too."""
+    """Tables of published numbers, by measure, each starting with the measured result."""
     parts = []
-    for measure, (ours, theirs) in beside_published(results).items():
+    for measure, (ours, theirs) in compared_with_published(results).items():
         rows = [[result["dataset"], f"**this model: {row.name}**", row.text, "measured"] for result, row in ours]
         rows += [list(row[1:]) for row in theirs]
-        parts += [f"**{measure}**", _table(["Images", "System", "Value", "Source"], rows)]
+        parts += [f"**{measure}**", _table(["Dataset", "System", "Value", "Source"], rows)]
     if not parts:
         return ""
     scale = (
-        "Numbers compare only on the same images, and losses only under the same palette too; the others stand here "
-        "for scale. Published probes use features learned on ImageNet."
+        "Numbers are comparable only on the same dataset, and losses only with the same palette; the others show the "
+        "scale. Published probes use features learned on ImageNet."
     )
-    return "\n\n".join(["### Beside the published numbers", *parts, scale])
+    return "\n\n".join(["### Published numbers", *parts, scale])
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

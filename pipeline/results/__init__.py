@@ -1,4 +1,4 @@
-"""Results on disk, and what is made of them: headlines, figures, results.json (schema.py), and the report (report/).
+"""The results folder and its views: headlines, figures, results.json (schema.py), and the report (report/).
 
-A task's headlines and section of the report are methods of its class (pipeline/evaluate/task.py).
+The headlines and the report section of a task are methods of its class (pipeline/evaluate/task.py).
 """

@@ -1,4 +1,4 @@
-"""The training curve of a report, out of a run's metrics.jsonl."""
+"""The training curve of a report, drawn from a run's metrics.jsonl."""
 
 import math
 from pathlib import Path
@@ -10,28 +10,28 @@ from pipeline.checkpoint.metrics_log import Row
 from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
 
 CURVE = "training.png"
-"""The training curve, in a folder of results."""
+"""The file of the training curve in a results folder."""
 CURVE_POINTS = 120
 
 
 def has_losses(rows: list[Row]) -> bool:
-    """Whether there is a training loss to draw."""
+    """Whether the rows have a training loss to draw."""
     return bool(_with(rows, "loss"))
 
 
 def valid_loss_at(rows: list[Row], step: int | None) -> float | None:
-    """The run's own validation loss at a step, nats per token; None if it did not validate there, or was not finite."""
+    """The validation loss that the run logged at a step, nats per token; None if there is none or it is NaN or Inf."""
     found = [row["valid_loss"] for row in _with(rows, "valid_loss") if row["step"] == step]
     return found[-1] if found else None
 
 
 def _with(rows: list[Row], key: str) -> list[Row]:
-    """The rows that have a number there: not null, which stands for NaN and Inf."""
+    """The rows with a number under this key; null stands for NaN or Inf."""
     return [row for row in rows if row.get(key) is not None]
 
 
 def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, path: Path) -> None:
-    """Draws metrics.jsonl's losses over the images seen, with the baselines of `density` if it was measured."""
+    """Draws the losses in metrics.jsonl over the images seen; density: its result, if measured, for the baselines."""
     validation = _with(rows, "valid_loss")
     images, low, mean, high = summarized(rows)
     figure, axes = new_figure()
@@ -54,7 +54,7 @@ def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, pat
 
 
 def summarized(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Images seen, and least, mean and greatest loss, of at most CURVE_POINTS groups of neighbouring steps.
+    """Images seen, and minimum, mean and maximum loss, for at most CURVE_POINTS groups of consecutive steps.
 
     Steps without a finite loss are excluded.
     """

@@ -1,8 +1,8 @@
-"""Results of an earlier version: the title and headlines that it did not write into a task's JSON, from the numbers.
+"""Results of an earlier version: adds the title and the headlines that this version did not write into a task's JSON.
 
-They are derived as results are read, so that a folder stays as it was measured, and for all who show it: evaluate's
-report and publish's card. A task's own class says the same of new results, but publish may not import it. So this is
-the one place outside evaluate that knows how tasks are shown by their names; a new task has no place here.
+They are derived when results are read, so the files stay unchanged, both for evaluate's report and for publish's card.
+For new results the task's class defines them, but publish may not import task classes. So this is the only file outside
+evaluate that depends on the names of tasks. Do not add new tasks here.
 """
 
 from dataclasses import asdict
@@ -16,8 +16,8 @@ TITLES = {"distill": "Distillation", "fine_tune": "Fine-tuning", "knn": "k-NN", 
 MEASURES = {"linear_probe": PROBE, "fine_tune": FINE_TUNING, "low_data": LOW_DATA}
 
 
-def completed(result: dict[str, Any]) -> dict[str, Any]:
-    """A task's JSON with title and headlines; as it is if it has them."""
+def with_headlines(result: dict[str, Any]) -> dict[str, Any]:
+    """A task's JSON with title and headlines; unchanged if it has them."""
     if "headlines" in result:
         return result
     title = TITLES.get(result["task"], words(result["task"]).capitalize())
@@ -26,8 +26,8 @@ def completed(result: dict[str, Any]) -> dict[str, Any]:
 
 def _headlines(result: dict[str, Any], title: str) -> list[Headline]:
     if result["task"] == "density" and result["masked"]:
-        masks = f"{result['draws']} masks an image"
-        return [Headline("Nats per hidden color", result["nats_per_color"], "nats", detail=masks)]
+        masks = f"{result['draws']} masks per image"
+        return [Headline("Nats per masked pixel", result["nats_per_color"], "nats", detail=masks)]
     if result["task"] == "density":
         return [Headline("Nats per color", result["nats_per_color"], "nats", detail=result["split"], measure=NATS)]
     if result["task"] == "completions":

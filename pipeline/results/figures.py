@@ -1,4 +1,4 @@
-"""The look that all figures share: matplotlib without a display, one size, one set of colors."""
+"""The common style of all figures: matplotlib without a display, one size, one set of colors."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ DOTS_PER_INCH = 160
 
 
 def new_figure(width: float = 7.0, height: float = 3.8) -> "tuple[Figure, Axes]":
-    """A figure of so many inches with one pair of axes, light grid, no box."""
+    """A figure of the given size in inches with one pair of axes, a light grid and no box."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -29,13 +29,13 @@ def new_figure(width: float = 7.0, height: float = 3.8) -> "tuple[Figure, Axes]"
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes a PNG, completely or not at all."""
+    """Writes a PNG atomically."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
 
 
 def label_line(axes: "Axes", height: float, words: str, color: str) -> None:
-    """A dashed line across the figure with its name at the right end, above it."""
+    """Draws a dashed horizontal line with a label above its right end."""
     axes.axhline(height, color=color, linestyle="--", linewidth=1.1)
     axes.annotate(
         words, (1, height), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -44,9 +44,9 @@ def label_line(axes: "Axes", height: float, words: str, color: str) -> None:
 
 
 def draw_by_layer(result: dict[str, Any], path: Path) -> None:
-    """Draws a probe's accuracy by layer in percent, with its baselines, all on the validation images.
+    """Draws a probe's accuracy by layer in percent, with its baselines, on the validation images.
 
-    result: of linear_probe or knn; a bar shows the accuracy of `concatenated` layers, over those layers.
+    result: of linear_probe or knn. A bar over the `concatenated` layers, if any, shows their accuracy.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -56,11 +56,11 @@ def draw_by_layer(result: dict[str, Any], path: Path) -> None:
     axes.plot(layers, accuracy, "-o", color=ACCENT, markersize=4, label="features of the model")
     axes.plot(best, accuracy[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=ACCENT)
     if "concatenated" in result:
-        joined = result["concatenated"]
-        height, count = 100 * joined["valid_accuracy"], len(joined["layers"])
+        concatenated = result["concatenated"]
+        height, count = 100 * concatenated["valid_accuracy"], len(concatenated["layers"])
         axes.plot(
-            [joined["layers"][0], joined["layers"][-1]], [height, height],
-            color=BASELINES[2], linewidth=3, alpha=0.8, label=f"{count} layers side by side",
+            [concatenated["layers"][0], concatenated["layers"][-1]], [height, height],
+            color=BASELINES[2], linewidth=3, alpha=0.8, label=f"{count} concatenated layers",
         )  # fmt: skip
     for (name, words), color in zip(
         (("color_histogram", "color histogram"), ("raw_pixel", "raw pixels")), BASELINES[:2], strict=True

@@ -1,7 +1,7 @@
-"""Headlines: the numbers of a task that a reader looks for, as the task's JSON holds them.
+"""Headlines: the main numbers of a task, stored in the task's JSON.
 
-`python -m pipeline evaluate` writes `title`, `summary` and `headlines` into each task's JSON. Report, card and
-comparison read them from there and know no task; what an earlier version did not write is in earlier.py.
+`python -m pipeline evaluate` writes `title`, `summary` and `headlines` into each task's JSON. The report, the card and
+the comparison read them from there and do not depend on the tasks. For results of earlier versions see earlier.py.
 """
 
 from dataclasses import dataclass, fields
@@ -9,26 +9,38 @@ from typing import Any, Literal
 
 from pipeline.results.text import MISSING, number, percent, words
 
-CHOSEN = {"best_layer": "layer", "best_k": "k", "learning_rate": "rate", "best_rate": "rate", "best_epoch": "epoch"}
-"""Keys of what was chosen on the validation split, and their words."""
+CHOSEN = {
+    "best_layer": "layer",
+    "best_k": "k",
+    "learning_rate": "learning rate",
+    "best_rate": "learning rate",
+    "best_epoch": "epoch",
+}
+"""Keys of what was chosen on the validation split, with their names in the report."""
+EARLIER_TEXTS = {
+    "Nats per colour": "Nats per color",
+    "Nats per hidden colour": "Nats per masked pixel",
+    "Test loss, nats per colour": "Test loss, nats per color",
+}
+"""Names and measures in headlines of an earlier version, with the current ones."""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One number of a task that a reader looks for."""
+    """One main number of a task."""
 
     name: str
-    """What was measured; the same words for every model."""
+    """What was measured; the same text for every model."""
     value: float | None
-    """None in a task's JSON where it is NaN or Inf."""
+    """None if it is NaN or Inf."""
     unit: Literal["accuracy", "nats", "distance"]
-    """accuracy: a fraction; nats: per color; distance: Fréchet's."""
+    """accuracy: a fraction; nats: per color; distance: the Fréchet distance."""
     error: float | None = None
     """Standard error or deviation, in the same unit."""
     detail: str = ""
-    """How it came about: the layer chosen, for one."""
+    """How it was obtained, such as the chosen layer."""
     measure: str = ""
-    """As published.py calls it; "" where nothing was published."""
+    """The measure in published.py to compare it with; "" if nothing was published."""
 
     @property
     def text(self) -> str:
@@ -41,17 +53,21 @@ class Headline:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Headline":
-        """What `asdict` gave; keys of a later version are passed over."""
-        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
+        """The headline that `asdict` made; keys of later versions are ignored, texts of earlier versions replaced."""
+        values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        for key in ("name", "measure"):
+            if key in values:
+                values[key] = EARLIER_TEXTS.get(values[key], values[key])
+        return cls(**values)
 
 
 def headlines_of(result: dict[str, Any]) -> list[Headline]:
-    """Those in a task's JSON."""
+    """The headlines in a task's JSON."""
     return [Headline.from_json(content) for content in result["headlines"]]
 
 
 def accuracy_headlines(result: dict[str, Any], title: str, measure: str = "") -> list[Headline]:
-    """Each test accuracy in a task's JSON: the task's own, of objects within, and of objects in lists."""
+    """A headline for each test accuracy in a task's JSON: top-level, in nested objects, and in lists of objects."""
     rows = _accuracies(result, title, measure)
     for key, value in result.items():
         if isinstance(value, dict):
@@ -62,7 +78,7 @@ def accuracy_headlines(result: dict[str, Any], title: str, measure: str = "") ->
 
 
 def _accuracies(result: dict[str, Any], name: str, measure: str) -> list[Headline]:
-    """The test accuracy of an object that has one, of a masked model that of the vote over masks too."""
+    """The test accuracy of an object, if it has one; for a masked model also the accuracy of the vote over masks."""
     error = result.get("test_accuracy_deviation", result.get("test_standard_error"))
     return [
         Headline(name + suffix, result[key], "accuracy", error if key == "test_accuracy" else None, _chosen(result),
@@ -73,7 +89,7 @@ def _accuracies(result: dict[str, Any], name: str, measure: str) -> list[Headlin
 
 
 def _chosen(result: dict[str, Any]) -> str:
-    """What was chosen on the validation split."""
+    """What was chosen on the validation split, as text."""
     parts = [
         f"{name} {number(result[key])}" for key, name in CHOSEN.items() if isinstance(result.get(key), (int, float))
     ]
@@ -83,5 +99,5 @@ def _chosen(result: dict[str, Any]) -> str:
 
 
 def is_table(value: Any) -> bool:
-    """Whether a value of JSON is a list of objects."""
+    """Whether a JSON value is a non-empty list of objects."""
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)

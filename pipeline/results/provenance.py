@@ -1,4 +1,4 @@
-"""Which model was measured: its digest, its shape, and how it was trained, as its folder tells it."""
+"""The provenance of results: the model's digest, its shape, and its training, read from its folder."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a report says of a model. Facts of the training are None where the folder has none."""
+    """Facts about a model for the report. Facts about the training are None if the folder does not record them."""
 
     digest: str
     block: str
@@ -36,7 +36,7 @@ class ModelFacts:
 
 
 def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
-    """Reads the facts from a loaded model and its folder's `training/`. Raises ValueError if that is damaged."""
+    """Reads the facts from a loaded model and from `training/` in its folder. Raises ValueError if that is damaged."""
     assert model.palette is not None
     record = read_training_record(folder)
     return ModelFacts(

@@ -1,4 +1,4 @@
-"""What the paper, its authors and related systems published, to stand beside our numbers."""
+"""Published numbers of the paper, its authors and related systems, for comparison with measured results."""
 
 from typing import Any, NamedTuple
 
@@ -70,12 +70,12 @@ PUBLISHED = (
 )
 
 
-def beside_published(
+def compared_with_published(
     results: dict[str, dict[str, Any]],
 ) -> dict[str, tuple[list[tuple[dict[str, Any], Headline]], list[Published]]]:
-    """By each published measure that was measured here too: our results with their headlines, and the published rows.
+    """By published measure: our results with their headlines, and the published rows.
 
-    Last come related systems; nothing if none of the measures was measured.
+    Only measures with a result of ours are included, followed by the related systems; empty if there are none.
     """
     ours: dict[str, list[tuple[dict[str, Any], Headline]]] = {}
     for result in results.values():

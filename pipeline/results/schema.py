@@ -1,19 +1,19 @@
-"""results.json: everything that was measured of one model on one shard set, for other programs.
+"""results.json: all results of one model on one shard set, for other programs.
 
     format, version    "image-gpt-results", 1
     model           digest, block, objective, parameters, layers, width, heads, resolution, palette_sha256,
-                    checkpoint_step, planned_steps (of its schedule), images_seen, source (what it was trained on),
-                    shards_digest (of its training set), valid_loss (the run's own at that step, nats per token); null
-                    where unknown
+                    checkpoint_step, planned_steps (of its schedule), images_seen, source (its training data),
+                    shards_digest (of its training set), valid_loss (logged by the run at that step, nats per token);
+                    null where unknown
     dataset         name, digest, resolution, colors, classes, images (by split)
-    not_run         names of tasks that the last command to write this was asked for and had not run yet
-    tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and where they are from;
-                    title, summary and headlines (headline.py) say what a report shows of it
-    random_weights  the same of the model with initial weights (`--weights random`), as far as it was measured
+    not_run         names of the tasks that the last command to write this file had not run yet
+    tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and their provenance;
+                    title, summary and headlines (headline.py) are what a report shows of it
+    random_weights  the same for the model with initial weights (`--weights random`), as far as measured
     published       numbers of the paper and related systems: measure, dataset, system, value, source
-    commands        of the training and of the measurements
+    commands        the commands of the training and of the evaluation
 
-The file is written after each task of a command, whole or not at all.
+The file is written atomically after each task.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +25,13 @@ from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.metrics_log import read_rows
 from pipeline.results.curve import valid_loss_at
-from pipeline.results.earlier import completed
+from pipeline.results.earlier import with_headlines
 from pipeline.results.provenance import ModelFacts, untrained
 from pipeline.results.published import PUBLISHED
 
 RESULTS = "results.json"
 RANDOM_WEIGHTS = "random_weights"
-"""Where a folder of results keeps those of initial weights."""
+"""The subfolder of a results folder with the results of initial weights."""
 FORMAT, VERSION = "image-gpt-results", 1
 
 Results = dict[str, dict[str, Any]]
@@ -40,12 +40,12 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a folder holds of one model on one shard set."""
+    """The results in a folder for one model on one shard set."""
 
     tasks: Results
     random_weights: Results
     others: list[str]
-    """Names of files that are of another model or shard set."""
+    """Names of files with results of another model or shard set."""
 
 
 def read_results(folder: Path) -> Results:
@@ -54,12 +54,12 @@ def read_results(folder: Path) -> Results:
 
 
 def read_measured(folder: Path, random_weights: Path, facts: ModelFacts, shards: ShardSet) -> Measured:
-    """The results in a folder, and those of the same model with initial weights in another, which may be absent."""
+    """The results in a folder, and in another folder, which may be absent, the results with initial weights."""
     tasks, others = _read(folder, lambda result: result["model_digest"] == facts.digest, shards)
-    untaught, _ = _read(
+    untrained_tasks, _ = _read(
         random_weights, lambda result: result["model_digest"] == untrained(facts, result["seed"]).digest, shards
     )
-    return Measured(tasks, untaught, others)
+    return Measured(tasks, untrained_tasks, others)
 
 
 def write_results(
@@ -90,25 +90,29 @@ def write_results(
 
 
 def commands(facts: ModelFacts, measured: Measured) -> list[str]:
-    """The commands that made the model and the results, in that order, each once."""
-    said = [result["command"] for results in (measured.tasks, measured.random_weights) for result in results.values()]
-    return list(dict.fromkeys([*facts.training_commands, *said]))
+    """The commands that produced the model and the results, in this order, without duplicates."""
+    evaluation = [
+        result["command"] for results in (measured.tasks, measured.random_weights) for result in results.values()
+    ]
+    return list(dict.fromkeys([*facts.training_commands, *evaluation]))
 
 
 def _read(folder: Path, is_of_model: Callable[[dict[str, Any]], bool], shards: ShardSet) -> tuple[Results, list[str]]:
-    """By task the results of the model on the shard set, and the names of the other files."""
+    """The results of the model on the shard set by task, and the names of files with other results."""
     files = dict(_task_files(folder))
-    ours = {
+    matching = {
         path: result
         for path, result in files.items()
         if result["dataset_digest"] == shards.digest and is_of_model(result)
     }
-    return {result["task"]: result for result in ours.values()}, [path.name for path in files if path not in ours]
+    return {result["task"]: result for result in matching.values()}, [
+        path.name for path in files if path not in matching
+    ]
 
 
 def _task_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each task's JSON and its content, an earlier version's completed; results.json and a user's files are none."""
+    """The path and content of each task's JSON, with headlines; other JSON files are skipped."""
     for path in sorted(folder.glob("*.json")):
         result = read_json(path)
         if isinstance(result, dict) and "inputs_digest" in result:
-            yield path, completed(result)
+            yield path, with_headlines(result)

@@ -1,4 +1,4 @@
-"""Numbers and keys as a reader wants them."""
+"""Formatting of numbers and keys for readers."""
 
 import math
 from typing import Any
@@ -7,14 +7,14 @@ MISSING = "–"
 
 
 def percent(fraction: float | None, error: float | None = None) -> str:
-    """0.8475 as "84.8 %", with the error after it where there is one."""
+    """0.8475 as "84.8 %", followed by the error if there is one."""
     if fraction is None:
         return MISSING
     return f"{100 * fraction:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def number(value: Any) -> str:
-    """A number with four digits, an integer with commas; other values as they are."""
+    """A float with four significant digits, an integer with commas; other values unchanged."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return MISSING if value is None else str(value)
     if isinstance(value, int):
@@ -23,5 +23,5 @@ def number(value: Any) -> str:
 
 
 def words(key: str) -> str:
-    """A key of JSON as words: best_layer as "best layer"."""
+    """A JSON key as words: best_layer as "best layer"."""
     return key.replace("_", " ")

@@ -1,1 +1,1 @@
-"""report.html and `compare`: start at page.py; html.py fills templates/, sections.py shows a task's JSON."""
+"""report.html and the command `compare`. Start at page.py; html.py renders templates/, sections.py a task's JSON."""

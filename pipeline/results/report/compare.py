@@ -1,9 +1,10 @@
-"""`python -m pipeline compare RESULTS...`: accuracy against validation loss over checkpoints, as the paper's figure 3.
+"""`python -m pipeline compare RESULTS...`: accuracy against validation loss over checkpoints, as figure 3 of the paper.
 
-A RESULTS holds step-*/ as slurm/evaluate.sh writes them, a folder a checkpoint, and gives a line; a folder of a single
-model's results gives a point. The loss is that of the density task on `valid` where every checkpoint has it: the same
-images in the same arithmetic for all. Else it is what each run logged at the checkpoint's step. The accuracy is by
-default that on the validation split, since to compare checkpoints is to choose among them.
+A RESULTS folder that contains step-*/, one folder per checkpoint as slurm/evaluate.sh writes them, becomes a line; a
+folder with the results of a single model becomes a point. The loss is the result of the density task on `valid` if all
+checkpoints have it, because it then uses the same images and precision for all. Otherwise it is the loss that each run
+logged at the checkpoint's step. The default accuracy is on the validation split, since the comparison is used to choose
+a checkpoint.
 
 Writes compare.html, compare.png and compare.json: `task`, `accuracy` (valid or test), `loss` (density or run), and
 `models`, each with `name` and `points`: step, images_seen, parameters, valid_loss (nats per color), valid_accuracy,
@@ -28,22 +29,22 @@ logger = logging.getLogger(__name__)
 PAGE, FIGURE, NUMBERS = "compare.html", "compare.png", "compare.json"
 LOSSES = {
     "density": "the density task on the validation split",
-    "run": "what the runs logged when they validated at the checkpoint's step",
+    "run": "logged by the runs at the checkpoint's step",
 }
 WITHOUT_EFFECT = ("batch_size",)
-"""Options that may differ between models: they change nothing but rounding."""
+"""Options that may differ between models, since they change only rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What to compare and where it goes."""
+    """What to compare, and where to write the comparison."""
 
     out: Path
-    """The folder that the page, the figure and the numbers are written to."""
+    """The folder for the page, the figure and the numbers."""
     task: str = "linear_probe"
     """The task whose accuracy is shown."""
     accuracy: Literal["valid", "test"] = "valid"
-    """The split of the accuracy."""
+    """The split on which the accuracy was measured."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Line:
 
 def compare_command(arguments: list[str]) -> int:
     """Writes the comparison. Raises ValueError for invalid input."""
-    parser = new_parser("python -m pipeline compare", "Shows accuracy against validation loss over checkpoints.")
-    parser.add_argument("results", nargs="+", type=Path, help="folders of results: RESULTS/step-*/, or one model's")
+    parser = new_parser("python -m pipeline compare", "Compares checkpoints: accuracy against validation loss.")
+    parser.add_argument(
+        "results", nargs="+", type=Path, help="results folders: RESULTS with step-*/ inside, or of one model"
+    )
     parser.add_class_arguments(Command)
     values = vars(parse(parser, arguments))
     command = Command(**{name: values[name] for name in Command.__dataclass_fields__})
@@ -84,17 +87,17 @@ def compare_command(arguments: list[str]) -> int:
 
 
 def _named(paths: list[Path]) -> dict[str, Path]:
-    """A name for each line: the folder's own where they differ, else the path."""
+    """A name for each line: the name of the folder, or its path if names are equal."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"{max(names, key=names.count)} is given twice; name each folder of results once.")
+        raise ValueError(f"{max(names, key=names.count)} is given twice; give each results folder once.")
     return dict(zip(names, paths, strict=True))
 
 
 def read_checkpoints(folder: Path, task: str) -> list[dict[str, Any]]:
-    """results.json of each checkpoint in which `task` was measured. Raises ValueError if there is none."""
+    """The results.json of each checkpoint that has results of `task`. Raises ValueError if there is none."""
     files = sorted(folder.glob(f"step-*/{RESULTS}")) or [folder / RESULTS]
     found = []
     for file in files:
@@ -102,20 +105,20 @@ def read_checkpoints(folder: Path, task: str) -> list[dict[str, Any]]:
             raise ValueError(f"{folder} has no {RESULTS} and no step-*/{RESULTS}; give a folder that evaluate wrote.")
         results = read_json(file)
         if not isinstance(results, dict) or results.get("format") != FORMAT:
-            raise ValueError(f"{file} is no results.json of ours; python -m pipeline evaluate writes it.")
+            raise ValueError(f"{file} was not written by `python -m pipeline evaluate`; give a folder that it wrote.")
         if task in results["tasks"]:
             found.append(results | {"file": file})
         else:
-            logger.warning(f"{file.parent} has no {task} yet and is excluded")
+            logger.warning(f"{file.parent} has no results of {task} yet; it is excluded")
     if not found:
         raise ValueError(
-            f"{folder} has no checkpoint with {task}; measure it with --tasks {task}, or name another --task."
+            f"{folder} has no checkpoint with results of {task}; evaluate with --tasks {task}, or set another --task."
         )
     return sorted(found, key=lambda results: results["model"]["checkpoint_step"] or 0)
 
 
 def lines_of(measured: dict[str, list[dict[str, Any]]], task: str) -> tuple[list[Line], str]:
-    """The lines, and which of LOSSES theirs are.
+    """The lines, and the key in LOSSES of their loss.
 
     Raises ValueError if the checkpoints were measured on different shard sets or with different options, or if
     some have no validation loss.
@@ -126,7 +129,7 @@ def lines_of(measured: dict[str, list[dict[str, Any]]], task: str) -> tuple[list
         lacking = next(results["file"].parent for results in every if _loss(results, "run") is None)
         raise ValueError(
             f"{lacking} has no validation loss: its run did not validate at that step, and not every checkpoint has "
-            f"density on valid; measure all with --tasks density --density.split valid."
+            f"density on valid; evaluate all with --tasks density --density.split valid."
         )
     _check_comparable(every, [task, "density"] if loss == "density" else [task])
     lines = [
@@ -141,7 +144,7 @@ def _check_comparable(every: list[dict[str, Any]], tasks: list[str]) -> None:
         if results["dataset"]["digest"] != first["dataset"]["digest"]:
             raise ValueError(
                 f"{results['file'].parent} was measured on shard set {results['dataset']['digest'][:12]}, but "
-                f"{first['file'].parent} on {first['dataset']['digest'][:12]}; compare on one."
+                f"{first['file'].parent} on {first['dataset']['digest'][:12]}; compare on the same one."
             )
         for name in tasks:
             here, there = (_conditions(one["tasks"][name]) for one in (results, first))
@@ -149,12 +152,12 @@ def _check_comparable(every: list[dict[str, Any]], tasks: list[str]) -> None:
                 if key not in WITHOUT_EFFECT and here.get(key) != there.get(key):
                     raise ValueError(
                         f"{results['file'].parent} measured {name} with {key} {here.get(key)}, but "
-                        f"{first['file'].parent} with {there.get(key)}; measure both alike."
+                        f"{first['file'].parent} with {there.get(key)}; evaluate both with the same options."
                     )
 
 
 def _conditions(result: dict[str, Any]) -> dict[str, Any]:
-    """What has to be alike: options, the seed, and of density whether colors were hidden."""
+    """What must be equal: options, seed, and for density whether the model is masked."""
     return result["options"] | {key: result[key] for key in ("seed", "masked") if key in result}
 
 
@@ -177,10 +180,10 @@ def _point(results: dict[str, Any], task: str, loss: str) -> Point:
 
 
 def write_comparison(lines: list[Line], loss: str, command: Command) -> None:
-    """The figure, the page, and last the numbers. Raises ValueError if the task has no such accuracy."""
+    """Writes the figure, the page, and last the numbers. Raises ValueError if the task has no such accuracy."""
     key = f"{command.accuracy}_accuracy"
     if any(getattr(point, key) is None for line in lines for point in line.points):
-        raise ValueError(f"--task is {command.task}, whose results have no {words(key)}; name a task that classifies.")
+        raise ValueError(f"--task is {command.task}, whose results have no {words(key)}; choose a classification task.")
     command.out.mkdir(parents=True, exist_ok=True)
     draw(lines, command, command.out / FIGURE)
     rows = [
@@ -214,17 +217,17 @@ SPLITS = {"valid": "validation", "test": "test"}
 
 
 def draw(lines: list[Line], command: Command, path: Path) -> None:
-    """Draws accuracy in percent against loss, with the steps at the ends of each line."""
+    """Draws accuracy in percent against loss, with step numbers at the ends of each line."""
     figure, axes = new_figure()
     colors = (ACCENT, *BASELINES)
     for number, line in enumerate(lines):
         losses = [point.valid_loss for point in line.points]
         accuracies = [100 * getattr(point, f"{command.accuracy}_accuracy") for point in line.points]
         axes.plot(losses, accuracies, "-o", color=colors[number % len(colors)], markersize=5, label=line.name)
-        for place in {0, len(line.points) - 1}:
-            if line.points[place].step is not None:
+        for end in {0, len(line.points) - 1}:
+            if line.points[end].step is not None:
                 axes.annotate(
-                    f"{line.points[place].step:,}", (losses[place], accuracies[place]), xytext=(5, -11),
+                    f"{line.points[end].step:,}", (losses[end], accuracies[end]), xytext=(5, -11),
                     textcoords="offset points", fontsize=8, color=colors[number % len(colors)],
                 )  # fmt: skip
     axes.margins(x=0.08, y=0.12)

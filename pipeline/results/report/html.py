@@ -1,4 +1,4 @@
-"""Pages, and the pieces that they are built of: rendered by jinja2 from templates/, which escapes every text."""
+"""HTML pages and their elements, rendered by jinja2 from templates/, with all text escaped."""
 
 import base64
 from collections.abc import Sequence
@@ -22,35 +22,35 @@ _TEMPLATES.filters |= {"words": words, "base64": lambda path: base64.b64encode(p
 
 
 def render(template: str, **values: Any) -> str:
-    """HTML of a file in templates/."""
+    """Renders a file in templates/ to HTML."""
     return _TEMPLATES.get_template(template).render(values)
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Writes a page that needs no other file."""
+    """Writes a self-contained page."""
     page = render(template, **values)
     with atomic_write(path) as temporary:
         temporary.write_text(page)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, ours: Sequence[int] = (), text: int = 1) -> str:
-    """A table of plain text: the first `text` columns to the left, the others numbers, to the right.
+    """A table of plain text: the first `text` columns are left-aligned, the others are right-aligned numbers.
 
-    ours: the rows to stress.
+    ours: the rows to highlight.
     """
     return _macro("table", head, rows, ours, text)
 
 
 def figure(path: Path, alternative: str, caption: str) -> str:
-    """A PNG inside the page; nothing if it is not there."""
+    """A PNG embedded in the page; nothing if the file does not exist."""
     return _macro("figure", path, alternative, caption)
 
 
 def note(text: str) -> str:
-    """A paragraph of small print."""
+    """A paragraph in small print."""
     return _macro("note", text)
 
 
 def _macro(name: str, *values: Any) -> str:
-    """A str rather than Markup, which would escape the HTML that a caller adds to it."""
+    """Returns str, not Markup, which would escape HTML that a caller appends."""
     return str(getattr(_TEMPLATES.get_template("macros.html").module, name)(*values))

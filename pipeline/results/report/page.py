@@ -1,7 +1,7 @@
-"""report.html: what was measured, in one file that needs no other, and results.json beside it for programs.
+"""report.html: all results in one self-contained file, with results.json for programs next to it.
 
-It draws on the numbers of one task by name: density's nats and baselines stand in the training curve and in how to
-read the report, where they were measured.
+One task is used by name: the nats and baselines of density, if measured, appear in the training curve and in the
+section on how to read the report.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from pipeline.model_folder.training_record import unfinished
 from pipeline.results.curve import CURVE, draw_curve, has_losses
 from pipeline.results.headline import headlines_of
 from pipeline.results.provenance import ModelFacts
-from pipeline.results.published import beside_published
+from pipeline.results.published import compared_with_published
 from pipeline.results.report.html import write_page
 from pipeline.results.report.sections import generic_section
 from pipeline.results.schema import RANDOM_WEIGHTS, Results, commands, read_measured, write_results
@@ -26,12 +26,12 @@ LOCK = ".report.lock"
 BASELINES = {
     "Raw pixels": "raw_pixel_test_accuracy",
     "Color histogram": "color_histogram_test_accuracy",
-    "Commonest class": "majority_class_test_accuracy",
+    "Most common class": "majority_class_test_accuracy",
 }
-"""What the probes' JSON holds of classifiers that do without the model."""
+"""Baselines that do not use the model, and their keys in the probes' JSON."""
 
 Section = Callable[[dict[str, Any], Path], str]
-"""A task's JSON and the folder of results to its section of the report, HTML without its heading."""
+"""Maps a task's JSON and the results folder to its report section, HTML without a heading."""
 
 
 def write_report(
@@ -43,14 +43,14 @@ def write_report(
     *,
     sections: Mapping[str, Section] = {},
 ) -> Path:
-    """Writes RESULTS/report.html and results.json from the results that stand in the folder; returns the page's path.
+    """Writes RESULTS/report.html and results.json from the results in the folder; returns the path of the page.
 
-    random_weights: the folder of results of the same model with initial weights; RESULTS/random_weights if not given.
-    not_run: titles by name of the tasks that were asked for and did not run yet, which the report's head names.
-    sections: by task, in the order of the report; other tasks follow, with a section made from their JSON.
+    random_weights: the results folder of the same model with initial weights; RESULTS/random_weights if not given.
+    not_run: titles by name of the tasks that did not run yet, which the head of the report lists. sections: by task,
+    in the order of the report; other tasks follow, with a section built from their JSON.
 
-    Results of another model or shard set are left out, and the report says so. Of several commands that finish tasks
-    at once one writes after the other, so that the last one's report has them all.
+    Results of another model or shard set are excluded, and the report lists their files. If several commands finish
+    tasks at the same time, they write one after the other, so the last report has all results.
     """
     with locked(folder / LOCK, str(folder / REPORT)):
         measured = read_measured(folder, random_weights or folder / RANDOM_WEIGHTS, facts, shards)
@@ -71,7 +71,7 @@ def write_report(
                 {"title": result["title"], "html": sections.get(task, generic_section)(result, folder)}
                 for task, result in tasks.items()
             ],
-            published=beside_published(tasks),
+            published=compared_with_published(tasks),
             beyond_counts=_beyond_counts(tasks.get("density")),
             commands=commands(facts, measured),
             others=measured.others,
@@ -86,7 +86,7 @@ def _header(facts: ModelFacts, shards: ShardSet) -> dict[str, str]:
         "Parameters": f"{facts.parameters:,}",
         "Layers × width × heads": f"{facts.layers} × {facts.width} × {facts.heads}",
         "Block": "the paper's (RMSNorm, no biases)" if facts.block == "igpt" else "stock GPT-2",
-        "Objective": {"next_color": "the next color", "masked_color": "hidden colors (BERT)"}[facts.objective],
+        "Objective": {"next_color": "the next color", "masked_color": "masked pixels (BERT)"}[facts.objective],
         "Images": f"{facts.resolution} × {facts.resolution}, {shards.colors} colors",
         "Training step": _count(facts.checkpoint_step) + planned,
         "Images seen in training": _count(facts.images_seen),
@@ -103,9 +103,9 @@ def _count(number: int | None) -> str:
 
 
 def _numbers(tasks: Results, random_weights: Results) -> dict[str, Any]:
-    """A table of every task's headlines, beside those of initial weights and of classifiers that do without the model.
+    """The table of all headlines, with columns for initial weights and for baselines that do not use the model.
 
-    Of the last columns, only those that hold something.
+    Columns of baselines without any value are dropped.
     """
     text, rows = 2, []
     for task, result in tasks.items():
@@ -124,7 +124,7 @@ def _numbers(tasks: Results, random_weights: Results) -> dict[str, Any]:
 
 
 def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) -> Path | None:
-    """Draws the training curve, where there is one."""
+    """Draws the training curve, if the model folder has the run's metrics."""
     rows = list(read_rows(facts.metrics)) if facts.metrics is not None else []
     if not has_losses(rows):
         return None
@@ -133,12 +133,15 @@ def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) ->
 
 
 def _beyond_counts(density: dict[str, Any] | None) -> str:
-    """What the model's nats mean beside those of counts; nothing of masked models, whose nats do not compare, or if
-    there are none."""
+    """How the model's nats compare with the count-based baselines; "" for masked models, which do not compare, or if
+    the nats are missing."""
     if density is None or density["masked"] or density["nats_per_color"] is None:
         return ""
     if density["nats_per_color"] >= density["bigram_nats_per_color"]:
-        return "It predicts colors no better than the previous color alone does: trained for longer, it would."
+        return "Its loss is no better than the baseline of the previous color; it needs more training."
     if density["nats_per_color"] >= density["left_times_above_nats_per_color"]:
-        return "It beats what the previous color tells, not what two neighbours tell: it continues colors, no objects."
-    return "It beats what two neighbouring colors tell, so it has learned structure beyond them."
+        return (
+            "Its loss is better than the baseline of the previous color, but no better than the baseline of two "
+            "neighboring colors: it continues colors, not objects."
+        )
+    return "Its loss is better than the baseline of two neighboring colors, so it has learned structure beyond them."

@@ -1,4 +1,4 @@
-"""A task's section of the report, made from its JSON."""
+"""The default section of a task in the report, built from its JSON."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ PROVENANCE = (
     "task", "checkpoint_step", "model_digest", "weights", "dataset", "dataset_digest", "palette_sha256", "seed",
     "command", "options", "inputs_digest", "seconds", "title", "summary", "headlines",
 )  # fmt: skip
-"""Keys that the section shows elsewhere or not at all."""
+"""Keys that the list of numbers excludes."""
 SHORT_LIST = 12
 
 
 def generic_section(result: dict[str, Any], folder: Path) -> str:
-    """HTML: summary, the PNGs whose names begin with the task's, lists of objects as tables, and all numbers, folded.
+    """HTML with the summary, the PNGs whose names start with the task's, lists of objects as tables, and all numbers.
 
-    Lists longer than SHORT_LIST stand in the JSON alone.
+    The numbers are collapsed. Lists longer than SHORT_LIST are excluded.
     """
     numbers = {key: value for key, value in result.items() if key not in PROVENANCE}
     return render(
@@ -31,7 +31,7 @@ def generic_section(result: dict[str, Any], folder: Path) -> str:
 
 
 def _table_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A list of objects, a column for each of their plain values, words first."""
+    """The table of a list of objects: one column for each plain value, text first."""
     keys = [key for key, value in rows[0].items() if not isinstance(value, (dict, list))]
     text = [key for key in keys if isinstance(rows[0][key], str)]
     keys = text + [key for key in keys if key not in text]
@@ -44,7 +44,7 @@ def _shown(key: str, value: Any) -> str:
 
 
 def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
-    """Every number and short list within an object, under the keys that lead to it."""
+    """(path of keys, text) of every number and short list within an object."""
     if isinstance(value, dict):
         return [pair for name, part in value.items() for pair in _flat(part, f"{key} {name}".strip())]
     if isinstance(value, list):

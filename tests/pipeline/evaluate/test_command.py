@@ -135,7 +135,7 @@ def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
     assert (set(results["tasks"]), results["not_run"]) == ({"density", "completions"}, ["knn", "linear_probe"])
     page = (tmp_path / "results" / "report.html").read_text()
     assert "<h2>Density</h2>" in page
-    assert "Asked for and not run yet: k-NN, Linear probe." in page
+    assert "Not run yet: k-NN, Linear probe." in page
     monkeypatch.undo()
     folder = run("--tasks", "density,knn,linear_probe,completions")
     assert json.loads((folder / "results.json").read_text())["not_run"] == []
@@ -271,7 +271,7 @@ def test_mistakes_are_one_sentence(
         (["--tasks", "density,distill,fine_tune"], "distill needs a teacher"),
         (["--tasks", "density,fine_tune,distill", "--distill.split", "dev"], "has no split 'dev'"),
         (["--tasks", "density,fine_tune,distill", "--distill.heads", "3"], r"distill\.heads is 3; it must divide"),
-        (["--tasks", "density,fine_tune,distill", "--distill.student", "none"], "none is no model: it must be"),
+        (["--tasks", "density,fine_tune,distill", "--distill.student", "none"], "none is not a model; give"),
     ],
 )
 def test_every_task_is_checked_before_the_first_begins(

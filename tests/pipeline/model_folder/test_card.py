@@ -29,7 +29,7 @@ def test_sections_stand_after_the_training_and_the_license_remains(tmp_path: Pat
     folder = write_model(tmp_path / "model")
     write_card(folder, "model", "mit", "lab/dots", sections=["## Results\n\nGood.", ""])
     card = ModelCard.load(folder / "README.md")
-    assert re.findall("^## .*", card.text, re.M) == ["## Use", "## Results", "## Limits and biases", "## What is here"]
+    assert re.findall("^## .*", card.text, re.M) == ["## Use", "## Results", "## Limits and biases", "## Files"]
     write_card(folder, "model")
     again = ModelCard.load(folder / "README.md")
     assert (again.data.license, again.data.datasets) == ("mit", ["lab/dots"])

@@ -123,8 +123,8 @@ def test_folders_that_are_no_classifiers(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"class_head.safetensors can't be read"):
         load_classifier(folder)
     (folder / "class_head.json").write_text(json.dumps({"classes": []}))
-    with pytest.raises(ValueError, match="names no classes"):
+    with pytest.raises(ValueError, match="has no list of classes"):
         load_classifier(folder)
     (folder / "class_head.json").unlink()
-    with pytest.raises(ValueError, match=r"has no class_head.json; a classifier is a folder that the task fine_tune"):
+    with pytest.raises(ValueError, match=r"has no class_head.json; give a folder that the task fine_tune"):
         load_classifier(folder)

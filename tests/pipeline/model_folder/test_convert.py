@@ -248,7 +248,7 @@ def test_other_peoples_folders_are_not_replaced(tmp_path):
     (tmp_path / "checkout/preprocessor_config.json").write_text("{}")
     for name in ("photos", "checkout"):
         (tmp_path / name / "config.json").write_text("{}")
-        with pytest.raises(ValueError, match=f"{name} is not empty and is no model folder"):
+        with pytest.raises(ValueError, match=f"{name} has other files; give a new folder"):
             save_model_folder(model, config, PALETTE, tmp_path / name)
     with pytest.raises(ValueError, match=r"cat.jpg is a file"):
         save_model_folder(model, config, PALETTE, tmp_path / "photos" / "cat.jpg")
@@ -274,13 +274,13 @@ def set_bias(weights):
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not readable as JSON"),
         (lambda f: change_json(f / "config.json", model_type="bert"), "model_type 'bert'"),
-        (lambda f: change_json(f / "config.json", n_layer="two"), "config.json is no imagegpt configuration"),
+        (lambda f: change_json(f / "config.json", n_layer="two"), "config.json is not a valid imagegpt configuration"),
         (lambda f: change_json(f / "config.json", n_head=5), "n_embd 32; it must be a multiple of n_head, 5"),
         (lambda f: change_json(f / "config.json", activation_function="foo"), "activation_function 'foo'"),
         (lambda f: change_json(f / "config.json", add_cross_attention=True), "add_cross_attention"),
-        (lambda f: change_json(f / "config.json", vocab_size=20), "vocab_size 20, but the folder's palette has 16"),
+        (lambda f: change_json(f / "config.json", vocab_size=20), "vocab_size 20, but the palette has 16"),
         (lambda f: change_json(f / "config.json", n_positions=60), "n_positions 60; it must be a square"),
-        (lambda f: change_json(f / "config.json", n_positions=81), "another shape .* such as transformer.wpe.weight"),
+        (lambda f: change_json(f / "config.json", n_positions=81), "shapes differ .* such as transformer.wpe.weight"),
         (lambda f: change_json(f / "preprocessor_config.json", clusters=[[1, 2]]), "clusters of shape"),
         (lambda f: change_json(f / "preprocessor_config.json", clusters=["red"]), "clusters that are not numbers"),
         (lambda f: change_json(f / "preprocessor_config.json", clusters=[[0, 0, 255]]), r"three numbers in \[-1, 1\]"),
@@ -288,7 +288,7 @@ def set_bias(weights):
         (lambda f: (f / "model.safetensors").open("r+b").truncate(5000), "weights in .* can't be read"),
         (lambda f: change_weights(f, set_bias), r"not zero, transformer.h.1.mlp.c_fc.bias \(largest 0.25\)"),
         (lambda f: change_weights(f, lambda w: w.pop("lm_head.weight")), "lacks weights, such as lm_head.weight"),
-        (lambda f: change_weights(f, lambda w: w.update(score=torch.ones(1))), "does not know, such as score"),
+        (lambda f: change_weights(f, lambda w: w.update(score=torch.ones(1))), "unexpected weights, such as score"),
     ],
 )
 def test_damaged_or_foreign_folders_are_refused_in_one_sentence(damage, message, igpt_folder, capfd):

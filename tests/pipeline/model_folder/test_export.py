@@ -61,7 +61,7 @@ def test_an_older_step_and_the_checkpoint_itself(finished_run: Runner, tmp_path:
     export(find_checkpoint(source / "checkpoints/step-00000020"), tmp_path / "by-folder")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("by-step", "by-folder"))
     assert first == second
-    with pytest.raises(ValueError, match=r"--step is 7, .* it has 20, 30, 40"):
+    with pytest.raises(ValueError, match=r"--step is 7, .*of this step; it has 20, 30, 40"):
         find_checkpoint(source, 7)
 
 
@@ -128,7 +128,7 @@ def test_another_checkpoint_of_the_same_step_is_another_model(finished_run: Runn
 
 
 def test_what_is_no_model_is_refused(runner: Runner, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no model"):
+    with pytest.raises(ValueError, match="is not a model"):
         model_folder(tmp_path)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="has no checkpoint yet"):

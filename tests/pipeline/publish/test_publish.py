@@ -20,6 +20,7 @@ from pipeline.evaluate.registry import TASKS, task_class
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.resolve import model_folder
 from pipeline.publish.command import publish_command
+from pipeline.publish.push import Pushed
 from tests.hub_server import TOKEN, Hub
 from tests.launch import files_of
 from tests.pipeline.conftest import Runner
@@ -82,6 +83,21 @@ def test_published_pulled_and_measured_from_the_hub(
     assert here["nats_per_color"] == there["nats_per_color"]
     assert here["model_digest"] == there["model_digest"]
     assert TOKEN not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("option", [["--retry_minutes", "2"], ["--patience", "2"], ["--patience=2"]])
+def test_retry_minutes_and_its_earlier_spelling(
+    option: list[str], hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushes: list[float] = []
+
+    def record(*_: object, retry_seconds: float, **__: object) -> Pushed:
+        pushes.append(retry_seconds)
+        return Pushed(hub.url, "0" * 40, None, True, True, ())
+
+    monkeypatch.setattr("pipeline.publish.push.push", record)
+    publish(models[40], *TO_HUB, *option)
+    assert pushes == [120]
 
 
 def test_the_cards_code_runs_for_a_stranger(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
@@ -167,7 +183,7 @@ def test_the_card_tells_how_it_was_made(models: dict[int, Path], results: Path, 
         f"| photographs | **this model: Nats per color** | {density['nats_per_color']:.4f} | measured |",
         "| ImageNet 32x32 | iGPT-L (1.4B) | 2.0466 |",
         "## Limits and biases",
-        "## Licence",
+        "## License",
     ):
         assert words in card, words
     for path in re.findall(r"\]\((results/[^)]*)\)", card):
@@ -252,7 +268,7 @@ def test_another_publication_takes_the_place_whole(models: dict[int, Path], resu
     publish(models[40], "--to", f"dir:{target}")
     assert [path.name for path in (target / "results").iterdir()] == ["training.png"]
     before = files_of(target)
-    with pytest.raises(ValueError, match="holds step 40; name another folder for step 20"):
+    with pytest.raises(ValueError, match="has step 40; give another folder for step 20"):
         publish(models[20], "--to", f"dir:{target}")
     assert files_of(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -322,7 +338,7 @@ def publish_run(path: Path, target: Path) -> None:
 def test_results_of_another_model(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has completions of the model \w{12}, but .*step-20 is \w{12}"):
         publish(models[20], "--results", results, "--to", f"dir:{tmp_path / 'model'}")
-    with pytest.raises(ValueError, match="holds no task's results"):
+    with pytest.raises(ValueError, match="has no results; give a folder"):
         publish(models[20], "--results", models[40], "--to", f"dir:{tmp_path / 'model'}")
     assert list(tmp_path.iterdir()) == []
 
@@ -348,7 +364,7 @@ def test_secrets_are_not_published(models: dict[int, Path], tmp_path: Path) -> N
     assert json.loads((tmp_path / "public/training/run.json").read_text())["shards"]["path"] == "https://host/set"
     record["shards"]["path"] = f"pipe:curl -H 'Authorization: Bearer {TOKEN}' https://host/set"
     (model / "training/run.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"training/run\.json would show a token"):
+    with pytest.raises(ValueError, match=r"training/run\.json contains a token"):
         publish(model, "--to", f"dir:{tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
 
@@ -358,10 +374,10 @@ def test_mistakes_are_one_sentence(models: dict[int, Path], tmp_path: Path) -> N
     (tmp_path / "photos/cat.jpg").write_text("meow")
     for arguments, said in (
         ((models[40], "--to", tmp_path), "it must be hub:ORG/NAME or dir:PATH"),
-        ((models[40], "--to", f"dir:{tmp_path / 'photos'}"), "holds other files"),
-        ((models[40], "--to", f"dir:{models[40]}"), "which is the model itself"),
-        ((models[40], "--to", "hub:lab/model@main"), "give no revision"),
-        (("--to", f"dir:{tmp_path / 'x'}"), "Name one model"),
+        ((models[40], "--to", f"dir:{tmp_path / 'photos'}"), "has other files"),
+        ((models[40], "--to", f"dir:{models[40]}"), "which is the model folder itself"),
+        ((models[40], "--to", "hub:lab/model@main"), "remove the revision"),
+        (("--to", f"dir:{tmp_path / 'x'}"), "Give exactly one model"),
     ):
         with pytest.raises(ValueError, match=said):
             publish(*arguments)

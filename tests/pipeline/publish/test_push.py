@@ -54,34 +54,34 @@ def check_holds(hub: Hub, folder: Path, revision: str = "main") -> None:
 
 
 def test_a_push_makes_a_private_repository_and_a_tag(hub: Hub, models: dict[int, Path]) -> None:
-    pushed = push(models[40], REPOSITORY, step=40, patience=60)
+    pushed = push(models[40], REPOSITORY, step=40, retry_seconds=60)
     repository = hub.repository(REPOSITORY)
     assert repository.private
     assert pushed.private
     assert repository.tags == {"step-00000040": repository.branches["main"]}
     assert hub.titles(REPOSITORY) == ["initial commit", "Step 40"]
     check_holds(hub, models[40])
-    assert push(models[40], "lab/open", step=40, patience=60, public=True).private is False
+    assert push(models[40], "lab/open", step=40, retry_seconds=60, public=True).private is False
 
 
 def test_a_second_push_sends_nothing(hub: Hub, models: dict[int, Path]) -> None:
-    first = push(models[40], REPOSITORY, step=40, patience=60)
+    first = push(models[40], REPOSITORY, step=40, retry_seconds=60)
     sent, before = hub.bytes_sent, len(hub.requests)
-    second = push(models[40], REPOSITORY, step=40, patience=60)
+    second = push(models[40], REPOSITORY, step=40, retry_seconds=60)
     assert (second.commit, second.sent) == (first.commit, ())
     assert hub.bytes_sent == sent > 0
     assert not [request for request in hub.requests[before:] if "commit" in request or "tag" in request]
 
 
 def test_a_later_step_is_mains_and_an_earlier_one_never(hub: Hub, models: dict[int, Path]) -> None:
-    push(models[20], REPOSITORY, step=20, patience=60)
+    push(models[20], REPOSITORY, step=20, retry_seconds=60)
     sent = hub.bytes_sent
-    push(models[40], REPOSITORY, step=40, patience=60)
+    push(models[40], REPOSITORY, step=40, retry_seconds=60)
     differing = [name for name, content in files_of(models[40]).items() if files_of(models[20])[name] != content]
     assert hub.bytes_sent - sent == sum(len(files_of(models[40])[name]) for name in differing)
     main = hub.repository(REPOSITORY).branches["main"]
 
-    changed = push(models[20], REPOSITORY, step=20, patience=60)
+    changed = push(models[20], REPOSITORY, step=20, retry_seconds=60)
     assert (changed.sent, changed.on_main) == ((), False)
     check_holds(hub, models[40])
     check_holds(hub, models[20], "step-00000020")
@@ -89,9 +89,9 @@ def test_a_later_step_is_mains_and_an_earlier_one_never(hub: Hub, models: dict[i
 
 
 def test_an_earlier_step_that_comes_late(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
-    push(models[40], REPOSITORY, step=40, patience=60)
+    push(models[40], REPOSITORY, step=40, retry_seconds=60)
     main = hub.repository(REPOSITORY).branches["main"]
-    late = push(models[20], REPOSITORY, step=20, patience=60)
+    late = push(models[20], REPOSITORY, step=20, retry_seconds=60)
     assert (late.on_main, late.tag) == (False, "step-00000020")
     assert hub.repository(REPOSITORY).branches == {"main": main}
     check_holds(hub, models[20], "step-00000020")
@@ -99,13 +99,13 @@ def test_an_earlier_step_that_comes_late(hub: Hub, models: dict[int, Path], tmp_
 
 
 def test_what_was_ours_and_is_gone_is_deleted_and_the_rest_kept(hub: Hub, models: dict[int, Path]) -> None:
-    push(models[40], REPOSITORY, step=40, patience=60)
+    push(models[40], REPOSITORY, step=40, retry_seconds=60)
     repository = hub.repository(REPOSITORY)
     stray = File(hub.store(b"?", lfs=False), 1, False)
     head = repository.commits[repository.branches["main"]].files
     added = {"model-00002-of-00002.safetensors": stray, "results/old.json": stray, "NOTES.md": stray}
     hub.commit(repository, "main", "By hand", head | added)
-    push(models[40], REPOSITORY, step=40, patience=60)
+    push(models[40], REPOSITORY, step=40, retry_seconds=60)
     assert set(hub.files(REPOSITORY)) == set(files_of(models[40])) | {".gitattributes", "NOTES.md"}
 
 
@@ -130,7 +130,7 @@ def test_what_passes_is_waited_for(
 ) -> None:
     method, path, how, times, headers = FAULTS[fault]
     hub.fail(method, path, how, times, **headers)
-    push(models[40], REPOSITORY, step=40, patience=600)
+    push(models[40], REPOSITORY, step=40, retry_seconds=600)
     assert hub.faults[0].times == 0, "the fault happened"
     repository = hub.repository(REPOSITORY)
     assert repository.tags == {"step-00000040": repository.branches["main"]}
@@ -138,12 +138,12 @@ def test_what_passes_is_waited_for(
     check_holds(hub, models[40])
     assert max(clock.pauses) >= (20 if how == 429 else 0)
     said = "".join(capfd.readouterr())
-    assert "trying again in" in said
+    assert "retrying in" in said
     assert TOKEN not in said
 
 
 def test_somebody_commits_meanwhile(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
-    push(models[20], REPOSITORY, step=20, patience=60)
+    push(models[20], REPOSITORY, step=20, retry_seconds=60)
 
     def interfere(repository: Repository) -> None:
         notes = File(hub.store(b"mine", lfs=False), 4, False)
@@ -151,18 +151,18 @@ def test_somebody_commits_meanwhile(hub: Hub, models: dict[int, Path], clock: Cl
         hub.commit(repository, "main", "By hand", head | {"NOTES.md": notes})
 
     hub.before_commit = interfere
-    push(models[40], REPOSITORY, step=40, patience=60)
+    push(models[40], REPOSITORY, step=40, retry_seconds=60)
     assert hub.titles(REPOSITORY) == ["initial commit", "Step 20", "By hand", "Step 40"]
     assert hub.files(REPOSITORY)["NOTES.md"] == b"mine"
 
 
 def test_a_later_step_comes_in_meanwhile(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
-    push(models[20], REPOSITORY, step=20, patience=60)
-    hub.before_commit = lambda _repository: push(models[40], REPOSITORY, step=40, patience=60)
-    late = push(models[20], REPOSITORY, step=20, patience=60)
+    push(models[20], REPOSITORY, step=20, retry_seconds=60)
+    hub.before_commit = lambda _repository: push(models[40], REPOSITORY, step=40, retry_seconds=60)
+    late = push(models[20], REPOSITORY, step=20, retry_seconds=60)
     assert late.sent == ()
     hub.before_commit = None
-    push(models[40], REPOSITORY, step=40, patience=60)
+    push(models[40], REPOSITORY, step=40, retry_seconds=60)
     check_holds(hub, models[40])
 
 
@@ -170,12 +170,12 @@ def test_a_hub_that_stays_busy_is_given_up_in_one_sentence(hub: Hub, models: dic
     hub.fail("POST", "/commit/", 503, 1000)
     random.seed(0)
     with pytest.raises(ValueError, match=r"^lab/image-gpt was not published: .* answered 503 .*, in \d+ attempts over"):
-        push(models[40], REPOSITORY, step=40, patience=600)
+        push(models[40], REPOSITORY, step=40, retry_seconds=600)
     assert 400 < clock.now < 700
     assert hub.titles(REPOSITORY) == ["initial commit"]
     hub.faults.clear()
     before = hub.bytes_sent
-    push(models[40], REPOSITORY, step=40, patience=600)
+    push(models[40], REPOSITORY, step=40, retry_seconds=600)
     weights = (models[40] / "model.safetensors").stat().st_size
     assert hub.bytes_sent - before < weights, "what the hub has is not sent again"
     check_holds(hub, models[40])
@@ -184,7 +184,7 @@ def test_a_hub_that_stays_busy_is_given_up_in_one_sentence(hub: Hub, models: dic
 def test_a_hub_that_asks_for_hours_is_given_up(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
     hub.fail("POST", "/commit/", 429, 1000, Retry_After="7200")
     with pytest.raises(ValueError, match="answered 429"):
-        push(models[40], REPOSITORY, step=40, patience=600)
+        push(models[40], REPOSITORY, step=40, retry_seconds=600)
     assert clock.now < 700
 
 
@@ -192,9 +192,9 @@ def test_a_hub_that_asks_for_hours_is_given_up(hub: Hub, models: dict[int, Path]
 def test_a_hub_that_is_away_is_waited_for(
     seconds: int, hub: Hub, models: dict[int, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    push(models[20], REPOSITORY, step=20, patience=120)
+    push(models[20], REPOSITORY, step=20, retry_seconds=120)
     hub.away(seconds)
-    push(models[40], REPOSITORY, step=40, patience=120)
+    push(models[40], REPOSITORY, step=40, retry_seconds=120)
     check_holds(hub, models[40])
     check_main_was_never_half(hub)
     assert "gave no answer" in capfd.readouterr().out
@@ -212,7 +212,7 @@ def test_a_refused_token_is_one_sentence(
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"`hf auth login`") as refused:
-        push(models[40], REPOSITORY, step=40, patience=60)
+        push(models[40], REPOSITORY, step=40, retry_seconds=60)
     said = str(refused.value) + "".join(capfd.readouterr())
     assert token == "" or token not in said
     assert not hub.repositories
@@ -220,7 +220,7 @@ def test_a_refused_token_is_one_sentence(
 
 def test_a_repository_of_others_is_one_sentence(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
     hub.fail("POST", "/commit/", 403)
-    push_it = lambda: push(models[40], REPOSITORY, step=40, patience=60)  # noqa: E731
+    push_it = lambda: push(models[40], REPOSITORY, step=40, retry_seconds=60)  # noqa: E731
     with pytest.raises(ValueError, match="does not allow this to the token's owner"):
         push_it()
     assert clock.pauses == []
@@ -229,22 +229,22 @@ def test_a_repository_of_others_is_one_sentence(hub: Hub, models: dict[int, Path
 def test_a_hub_without_xet_is_one_sentence(hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(ValueError, match="has no xet storage; set HF_HUB_DISABLE_XET=1"):
-        push(models[40], REPOSITORY, step=40, patience=60)
+        push(models[40], REPOSITORY, step=40, retry_seconds=60)
 
 
 def test_a_card_that_the_hub_refuses(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nmodel-index: [nonsense]\n---\n")
     with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
-        push(tmp_path, REPOSITORY, step=None, patience=60)
+        push(tmp_path, REPOSITORY, step=None, retry_seconds=60)
 
 
 def test_a_push_broken_off_between_commit_and_tag(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
     for step in (40, 20):  # on main, and aside
         hub.fail("POST", "/tag/", 400)
         with pytest.raises(ValueError, match="answered 400"):
-            push(models[step], REPOSITORY, step=step, patience=60)
+            push(models[step], REPOSITORY, step=step, retry_seconds=60)
         before = hub.bytes_sent
-        push(models[step], REPOSITORY, step=step, patience=60)
+        push(models[step], REPOSITORY, step=step, retry_seconds=60)
         assert hub.bytes_sent == before
         check_holds(hub, models[step], f"step-{step:08d}")
     assert list(hub.repository(REPOSITORY).branches) == ["main"]

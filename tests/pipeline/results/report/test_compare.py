@@ -92,7 +92,7 @@ def test_a_checkpoint_still_to_be_measured_is_left_out(
     checkpoint("model", 1, 3.0)
     folder = checkpoint("model", 2, 2.0, lambda results: results["tasks"].pop("linear_probe"))
     assert losses(compare(folder)) == {"model": [(1, 3.0)]}
-    assert "step-00000002 has no linear_probe yet and is left out" in capsys.readouterr().out
+    assert "step-00000002 has no results of linear_probe yet; it is excluded" in capsys.readouterr().out
 
 
 def test_results_of_one_model_are_a_point(checkpoint: Callable[..., Path]) -> None:
@@ -115,7 +115,7 @@ def set_in(*keys: str, value: object) -> Change:
         (set_in("dataset", "digest", value="f" * 64), "was measured on shard set ffffffffffff, but .* on"),
         (set_in("tasks", "linear_probe", "options", "train_images", value=9), "linear_probe with train_images 9, but"),
         (set_in("tasks", "density", "masked", value=True), "measured density with masked True, but"),
-        (set_in("format", value="mine"), r"is no results\.json of ours"),
+        (set_in("format", value="mine"), r"results\.json was not written by `python -m pipeline evaluate`"),
     ],
 )
 def test_what_does_not_compare_is_said(change: Change, message: str, checkpoint: Callable[..., Path]) -> None:
@@ -141,7 +141,7 @@ def test_missing_losses_and_folders_are_said(checkpoint: Callable[..., Path], tm
         compare(folder)
     with pytest.raises(ValueError, match=r"nothing has no results\.json and no step-"):
         compare(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="has no checkpoint with knn; measure it with --tasks knn"):
+    with pytest.raises(ValueError, match="has no checkpoint with results of knn; evaluate with --tasks knn"):
         compare(folder, "--task", "knn")
     checkpoint("other", 1, 3.0)
     with pytest.raises(ValueError, match="is given twice"):

@@ -20,9 +20,10 @@ from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.registry import TASKS, Entry, task_class
 from pipeline.evaluate.request import Command
 from pipeline.model_folder.convert import load_model_folder
-from pipeline.results.earlier import completed
+from pipeline.results.earlier import with_headlines
 from pipeline.results.headline import Headline, accuracy_headlines, headlines_of
 from pipeline.results.provenance import model_facts
+from pipeline.results.published import NATS, compared_with_published
 from pipeline.results.report.page import write_report
 from pipeline.results.report.sections import generic_section
 from tests.pipeline.evaluate.tiny_sets import COLORS
@@ -136,7 +137,7 @@ def test_an_unfinished_training_is_said_in_the_head(
     assert f"<dt>Training step</dt><dd>59 of {planned}</dd>" in head
     assert json.loads((tmp_path / "results/results.json").read_text())["model"]["planned_steps"] == planned
     (model / "training/config.yaml").write_text("- no keys")
-    with pytest.raises(ValueError, match=r"config\.yaml holds no keys and values; put back"):
+    with pytest.raises(ValueError, match=r"config\.yaml has no keys and values; restore"):
         model_facts(model, load_model_folder(model))
 
 
@@ -165,9 +166,9 @@ def test_initial_weights_stand_beside(
     measure_all(trained_model, beside, *quick, "--weights", "random")
     measure_all(trained_model, out, *quick, *(["--random_weights", str(beside)] if named else []))
     results = json.loads((out / "results.json").read_text())
-    untaught = results["random_weights"]
-    assert set(untaught) == {"density", "linear_probe"}
-    assert {result["weights"] for result in untaught.values()} == {"random"}
+    untrained = results["random_weights"]
+    assert set(untrained) == {"density", "linear_probe"}
+    assert {result["weights"] for result in untrained.values()} == {"random"}
     row = next(line for line in (out / "report.html").read_text().split("<tr>") if "<td>Nats per color</td>" in line)
     numbers = re.findall(r'<td class="number">([^<]*)</td>', row)
     assert numbers[:2] == [f"{results['tasks']['density']['nats_per_color']:.4f}", f"{math.log(COLORS):.4f}"]
@@ -256,8 +257,8 @@ def test_tasks_that_finish_at_once_are_all_in_the_report(
 @pytest.mark.parametrize(
     ("nats", "words"),
     [
-        (3.5, "no better than the previous color"),
-        (2.8, "not what two neighbours tell"),
+        (3.5, "no better than the baseline of the previous color"),
+        (2.8, "no better than the baseline of two neighboring colors"),
         (2.0, "structure beyond them"),
     ],
 )
@@ -351,13 +352,24 @@ def test_a_headline_is_read_back_from_json(headline: Headline, text: str) -> Non
     assert headline.text == text
 
 
+def test_headlines_of_an_earlier_version_have_the_current_names() -> None:
+    """So that they are paired with newer results of initial weights, and compared with the published numbers."""
+    stored = {"value": 2.0, "unit": "nats", "name": "Nats per colour", "measure": "Test loss, nats per colour"}
+    masked = {"value": 3.0, "unit": "nats", "name": "Nats per hidden colour"}
+    result = {"task": "density", "headlines": [stored, masked]}
+    current = [Headline("Nats per color", 2.0, "nats", measure=NATS), Headline("Nats per masked pixel", 3.0, "nats")]
+    assert headlines_of(result) == current
+    measures = compared_with_published({"density": result})
+    assert measures[NATS][0] == [(result, current[0])]
+
+
 def test_results_of_an_earlier_version_name_themselves() -> None:
     """Without title and headlines in its JSON, a task of no known name has its name and its accuracies."""
-    earlier = completed({"task": "some_probe", "test_accuracy": 0.5})
+    earlier = with_headlines({"task": "some_probe", "test_accuracy": 0.5})
     assert earlier["title"] == "Some probe"
     assert headlines_of(earlier) == [Headline("Some probe", 0.5, "accuracy")]
     written = {"task": "some_probe", "test_accuracy": 0.5, "title": "SoP", "headlines": []}
-    assert completed(written) == written
+    assert with_headlines(written) == written
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -366,8 +378,8 @@ def test_what_an_earlier_version_did_not_write_is_as_the_task_words_it(name: str
     if TASKS[name].options is not None:
         score = {"task": name, "test_accuracy": 0.5, "nats_per_color": 2.0, "masked": False, "split": "test"}
         result = score | {"distance": {"completions": 0.5, "originals": 0.25, "shuffled_lower_halves": 1.0}}
-        task, found = task_class(name), completed(result)
+        task, found = task_class(name), with_headlines(result)
         assert (found["title"], headlines_of(found)) == (task.title, task.headlines(result))
         masked, nothing = result | {"masked": True, "draws": 3}, result | {"distance": None}
         for other in (masked, nothing):
-            assert headlines_of(completed(other)) == task.headlines(other)
+            assert headlines_of(with_headlines(other)) == task.headlines(other)
