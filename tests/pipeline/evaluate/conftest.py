@@ -39,7 +39,7 @@ def shards(shards_folder: Path) -> ShardSet:
 
 @pytest.fixture(scope="session")
 def separable(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Of classes that can be told apart."""
+    """A shard set with separable classes."""
     splits = {
         "train": separable_images(240, 1, unlabelled=40),
         "valid": separable_images(90, 2),
@@ -62,7 +62,7 @@ def model_folder(model_folders: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of hidden colors."""
+    """A masked model."""
     return write_model(tmp_path_factory.mktemp("masked") / "model", objective="masked_color")
 
 

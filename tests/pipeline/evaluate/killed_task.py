@@ -1,6 +1,6 @@
-"""Run by test_restarts.py: PIECES, then the arguments of `evaluate`. Is killed after so many pieces, 0 for never.
+"""Run by test_restarts.py: COUNT, then the arguments of `evaluate`. It is killed after COUNT cached values; 0: never.
 
-Prints a line for each piece that it did.
+Prints a line for each value that it computed.
 """
 
 import os
@@ -16,11 +16,11 @@ from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.command import evaluate
 
 if __name__ == "__main__":
-    pieces, done = int(sys.argv[1]), 0
+    count, done = int(sys.argv[1]), 0
     get_or_compute = TaskCache.get_or_compute
 
     def counted(cache: TaskCache, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        def noted() -> dict[str, Any]:
+        def recorded() -> dict[str, Any]:
             global done
             value = work()
             done += 1
@@ -28,8 +28,8 @@ if __name__ == "__main__":
             return value
 
         before = done
-        value = get_or_compute(cache, name, noted)
-        if done > before and done == pieces:
+        value = get_or_compute(cache, name, recorded)
+        if done > before and done == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return value
 

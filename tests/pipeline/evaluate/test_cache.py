@@ -1,4 +1,4 @@
-"""Finished work of a task is done once, and is gone when the task is."""
+"""Cached values are computed once, and deleted when the task is finished."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ def piece(number: int) -> dict[str, object]:
     return {"weights": np.arange(number, dtype=np.float32), "accuracy": 0.25 * number, "seeds": [1, 2]}
 
 
-def refused() -> dict[str, object]:
+def fail_if_called() -> dict[str, object]:
     raise AssertionError("done twice")
 
 
@@ -23,23 +23,23 @@ def check(found: dict[str, object], number: int) -> None:
     assert found == {"accuracy": 0.25 * number, "seeds": [1, 2]}
 
 
-def test_a_piece_is_done_once(tmp_path: Path) -> None:
+def test_a_value_is_computed_once(tmp_path: Path) -> None:
     check(TaskCache.of_task(tmp_path, "probe", "a" * 64).get_or_compute("layer-1", lambda: piece(3)), 3)
-    check(TaskCache.of_task(tmp_path, "probe", "a" * 64).get_or_compute("layer-1", refused), 3)
+    check(TaskCache.of_task(tmp_path, "probe", "a" * 64).get_or_compute("layer-1", fail_if_called), 3)
     check(TaskCache.of_task(tmp_path, "probe", "a" * 64).get_or_compute("layer-2", lambda: piece(4)), 4)
     check(TaskCache.of_task(tmp_path, "probe", "b" * 64).get_or_compute("layer-1", lambda: piece(5)), 5)  # other inputs
     check(TaskCache.of_task(tmp_path, "other", "a" * 64).get_or_compute("layer-1", lambda: piece(6)), 6)
 
 
-def test_a_piece_that_failed_is_not_kept(tmp_path: Path) -> None:
+def test_a_failed_computation_is_not_cached(tmp_path: Path) -> None:
     cache = TaskCache.of_task(tmp_path, "probe", "a" * 64)
     with pytest.raises(AssertionError):
-        cache.get_or_compute("layer-1", refused)
+        cache.get_or_compute("layer-1", fail_if_called)
     assert not list(cache.folder.iterdir()) if cache.folder.exists() else True
     check(cache.get_or_compute("layer-1", lambda: piece(3)), 3)
 
 
-def test_a_damaged_piece_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_value_is_recomputed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = TaskCache.of_task(tmp_path, "probe", "a" * 64)
     cache.get_or_compute("layer-1", lambda: piece(3))
     (file,) = cache.folder.iterdir()
@@ -60,7 +60,7 @@ def test_a_finished_task_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_value_comes_back_as_it_was(tmp_path: Path) -> None:
-    """The state of a training: arrays of any type, and of no dimension, beside nested JSON."""
+    """The state of a training: arrays of any type, and of no dimension, with nested JSON."""
     value = {
         "record": {"losses": [[0.5, float("nan")]]},
         "weights/a.weight": np.eye(2, dtype=np.float32),
@@ -75,7 +75,7 @@ def test_a_value_comes_back_as_it_was(tmp_path: Path) -> None:
     assert cache.get("rate-2/state") is None
 
 
-def test_only_the_value_that_is_named_is_kept(tmp_path: Path) -> None:
+def test_only_the_named_value_is_retained(tmp_path: Path) -> None:
     cache = TaskCache.of_task(tmp_path, "fine_tune", "a" * 64)
     for name in ("rate-1/epoch-1", "rate-1/epoch-2", "rate-1/state", "rate-2/epoch-1"):
         cache.put(name, piece(1))

@@ -1,4 +1,4 @@
-"""`python -m pipeline evaluate`: results, what is done again and what is not, mistakes, ranks."""
+"""`python -m pipeline evaluate`: results, what is run again, invalid input, ranks."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def results_of(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if path.stem in TASKS}
 
 
-def test_every_task_leaves_its_results_and_where_they_come_from(
+def test_every_task_writes_its_result_and_provenance(
     run: Callable[..., Path], shards_folder: Path, model_folder: Path
 ) -> None:
     folder = run("--seed", "3", "--tasks", ",".join(TASKS))
@@ -65,7 +65,7 @@ def test_every_task_leaves_its_results_and_where_they_come_from(
         assert result["task"] == task
         assert result["seed"] == 3
         assert result["dataset_digest"] == open_shard_set(shards_folder).digest
-        assert result["checkpoint_step"] is None  # the folder does not say
+        assert result["checkpoint_step"] is None  # the folder does not record it
         assert result["command"].startswith(f"python -m pipeline evaluate {model_folder}")
     probe, density = results_of(folder)["linear_probe"], results_of(folder)["density"]
     assert len(probe["valid_accuracy_by_layer"]) == 4
@@ -73,7 +73,7 @@ def test_every_task_leaves_its_results_and_where_they_come_from(
     assert density["bits_per_color"] > density["nats_per_color"] > 0
 
 
-def test_what_was_measured_is_kept_until_an_input_changes(
+def test_a_result_is_reused_until_an_input_changes(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     density = run("--tasks", "density") / "density.json"
@@ -94,7 +94,7 @@ def test_what_was_measured_is_kept_until_an_input_changes(
     assert density.stat().st_mtime_ns != before
 
 
-def test_results_of_an_earlier_version_are_shown_as_they_were_and_stay(
+def test_results_of_an_earlier_version_are_shown_and_unchanged(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of tasks that the command reuses, and of others in the folder and beside it."""
@@ -142,7 +142,7 @@ def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
     assert "not run yet" not in (folder / "report.html").read_text()
 
 
-def test_a_classifier_whose_folder_was_deleted_is_trained_anew_by_again(
+def test_a_classifier_whose_folder_was_deleted_is_trained_again_by_overwrite(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run("--tasks", "fine_tune") / "fine_tuned"
@@ -190,17 +190,17 @@ def test_initial_weights_are_another_model(run: Callable[..., Path], model_folde
     assert random["model_digest"] != trained["model_digest"] == model_digest(model_folder)
 
 
-def test_a_model_of_hidden_colors_is_measured_by_what_fits_it(
+def test_a_masked_model_skips_tasks_that_do_not_support_it(
     run: Callable[..., Path], masked_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="completions need a model of the next color"):
         run("--tasks", "density,completions", model=masked_folder)
-    assert not list((tmp_path / "results").glob("*.json"))  # said before anything was measured
+    assert not list((tmp_path / "results").glob("*.json"))  # reported before anything was measured
     assert set(results_of(run(model=masked_folder))) == set(Command.tasks.split(",")) - {"completions"}
     assert "completions: skipped; completions need a model of the next color" in capsys.readouterr().out
 
 
-def test_a_set_without_labels_is_measured_by_what_needs_none(
+def test_a_set_without_labels_skips_probes(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     splits = {name: random_images(60, 0, unlabelled=60) for name in ("train", "valid", "test")}
@@ -222,11 +222,11 @@ def test_a_set_without_labels_is_measured_by_what_needs_none(
         (["--seeds", "1"], "seeds is not a known key"),
         (["--density.draws", "0"], r"density\.draws is 0; it must be at least 1"),
         (["--completions.distance_images", "1"], "distance_images is 1; it must be 0, or at least 2"),
-        (["--completions.feature_network", "none.pt"], r"feature_network is none\.pt, which is no file"),
+        (["--completions.feature_network", "none.pt"], r"feature_network is none\.pt, which does not exist"),
         (["--out", __file__], "which is a file; it must be a folder"),
     ],
 )
-def test_mistakes_are_one_sentence(
+def test_invalid_input_is_one_sentence(
     arguments: list[str], message: str, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
@@ -274,7 +274,7 @@ def test_mistakes_are_one_sentence(
         (["--tasks", "density,fine_tune,distill", "--distill.student", "none"], "none is not a model; give"),
     ],
 )
-def test_every_task_is_checked_before_the_first_begins(
+def test_every_task_is_checked_before_the_first_starts(
     arguments: list[str], message: str, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -282,7 +282,7 @@ def test_every_task_is_checked_before_the_first_begins(
     assert not list((tmp_path / "results").glob("*.json"))
 
 
-def test_a_network_that_takes_other_images_is_refused_before_the_first_task(
+def test_a_network_that_takes_other_images_is_an_error_before_the_first_task(
     run: Callable[..., Path], tmp_path: Path
 ) -> None:
     torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(tmp_path / "floats.pt")
@@ -291,7 +291,7 @@ def test_a_network_that_takes_other_images_is_refused_before_the_first_task(
     assert not list((tmp_path / "results").glob("*.json"))
 
 
-def test_another_palette_or_resolution_is_refused_before_any_work(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_another_palette_or_resolution_is_an_error_before_any_work(run: Callable[..., Path], tmp_path: Path) -> None:
     splits = {name: random_images(20, 0) for name in ("train", "valid", "test")}
     palette = random_palette(seed=1)
     repainted = write_shard_set(tmp_path / "repainted", splits, palette)
@@ -304,7 +304,7 @@ def test_another_palette_or_resolution_is_refused_before_any_work(run: Callable[
     assert not (tmp_path / "results").exists()
 
 
-def test_a_model_without_palette_is_refused(run: Callable[..., Path], model_folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_palette_is_an_error(run: Callable[..., Path], model_folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in model_folder.iterdir():

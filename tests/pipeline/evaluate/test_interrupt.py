@@ -29,7 +29,7 @@ def wait_until(there: Callable[[], bool], seconds: float = 240) -> None:
         (2, signal.SIGTERM),
     ],
 )
-def test_a_command_that_is_asked_to_stop_says_so_once(
+def test_a_command_that_is_asked_to_stop_logs_it_once(
     ranks: int, number: signal.Signals, shards_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     out, logs = tmp_path / "results", tmp_path / "logs"
@@ -65,7 +65,7 @@ interrupt.until_stopped(deaf)
 """
 
 
-def test_who_never_hears_of_it_is_ended_too(tmp_path: Path) -> None:
+def test_a_blocked_process_ends_too(tmp_path: Path) -> None:
     """As who waits in a collective for a rank that has left."""
     finished = launch.run(1, "-c", DEAF, logs=tmp_path, seconds=120)
     assert (finished.codes, finished.output) == ([75], f"{MESSAGE}\n")

@@ -1,4 +1,4 @@
-"""The registry: options declared beside tasks, and options declared within them."""
+"""The registry: options declared in options.py, and options declared by tasks."""
 
 import os
 import subprocess
@@ -71,7 +71,7 @@ def test_a_task_that_is_named_brings_its_own_options(
         evaluate(arguments)
 
 
-def test_a_task_with_its_own_options_is_none_of_the_default(own_task: None, tmp_path: Path) -> None:
+def test_a_task_with_its_own_options_is_not_in_the_default(own_task: None, tmp_path: Path) -> None:
     """In a process whose registry has it from the start: it gets as far as what is checked after parsing."""
     registered = "from pipeline.evaluate.registry import TASKS, Entry; TASKS['own'] = Entry('own_task:Own'); "
     words = registered + "import sys; from pipeline.evaluate.command import evaluate; evaluate(sys.argv[1:])"
@@ -88,12 +88,12 @@ def test_a_task_with_its_own_options_is_none_of_the_default(own_task: None, tmp_
 @pytest.mark.parametrize("option", ["own.size", "own"])
 def test_an_option_of_a_task_that_is_not_named(option: str, own_task: None, tmp_path: Path) -> None:
     arguments = ["model", "--shards", "shards", "--out", "out", "--tasks", "density"]
-    said = rf"^{option} is an option of the task own, which runs only if --tasks names it\.$"
-    with pytest.raises(ValueError, match=said):
+    message = rf"^{option} is an option of the task own, which runs only if --tasks names it\.$"
+    with pytest.raises(ValueError, match=message):
         evaluate([*arguments, f"--{option}=7"])
     config = tmp_path / "evaluate.yaml"
     config.write_text(yaml.safe_dump({option: 7}))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         evaluate([*arguments, "--config", str(config)])
     config.write_text("knn: {k: [1]}\n")
     with pytest.raises(ValueError, match="shards"):  # of what comes after parsing

@@ -23,11 +23,11 @@ TASK_OPTIONS = {
 
 
 class Killed(BaseException):
-    """Stands for a kill."""
+    """Raised in place of a kill."""
 
 
 @pytest.mark.parametrize("task", [*TASK_OPTIONS, "linear_probe by sgd"])
-def test_a_killed_task_does_what_is_left_and_finds_the_same(
+def test_a_killed_task_computes_the_rest_with_the_same_result(
     task: str, model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = task.split()[0]
@@ -35,12 +35,12 @@ def test_a_killed_task_does_what_is_left_and_finds_the_same(
     get_or_compute, done, ends = TaskCache.get_or_compute, [], [None]
 
     def counted(cache: TaskCache, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        def noted() -> dict[str, Any]:
+        def recorded() -> dict[str, Any]:
             value = work()
             done.append(name)
             return value
 
-        value = get_or_compute(cache, name, noted)
+        value = get_or_compute(cache, name, recorded)
         if len(done) == ends[-1]:
             raise Killed
         return value
@@ -48,21 +48,21 @@ def test_a_killed_task_does_what_is_left_and_finds_the_same(
     monkeypatch.setattr(TaskCache, "get_or_compute", counted)
     evaluation = evaluation_of(model_folder)
     expected = tested.measure(evaluation)
-    pieces = sorted(done)
-    assert len(set(pieces)) == len(pieces) > 3
+    names = sorted(done)
+    assert len(set(names)) == len(names) > 3
     clear_unfinished(evaluation.results, "test")
     done.clear()
-    for count in (len(pieces) // 3, 2 * len(pieces) // 3, len(pieces)):  # the last one before the result is written
+    for count in (len(names) // 3, 2 * len(names) // 3, len(names)):  # the last one before the result is written
         ends.append(count)
         with pytest.raises(Killed):
             tested.measure(evaluation)
     ends.append(None)
     assert tested.measure(evaluation) == expected
-    assert sorted(done) == pieces  # each once
+    assert sorted(done) == names  # each once
 
 
 @pytest.mark.slow
-def test_processes_that_were_killed_go_on_elsewhere(shards_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_killed_processes_resume_on_other_ranks(shards_folder: Path, model_folder: Path, tmp_path: Path) -> None:
     """SIGKILL on one rank, then on two; the third start finishes on two ranks what one rank finds undisturbed."""
 
     def command(out: str) -> list[object]:
@@ -76,17 +76,17 @@ def test_processes_that_were_killed_go_on_elsewhere(shards_folder: Path, model_f
     def did(outputs: list[str]) -> list[str]:
         return re.findall(r"^did (.*)$", "\n".join(outputs), re.MULTILINE)
 
-    whole = launch.run(1, SCRIPT, 0, *command("whole"), logs=tmp_path / "log-0")
-    assert whole.codes == [0], whole.output
-    pieces = sorted(did(whole.outputs))
+    uninterrupted = launch.run(1, SCRIPT, 0, *command("uninterrupted"), logs=tmp_path / "log-0")
+    assert uninterrupted.codes == [0], uninterrupted.output
+    names = sorted(did(uninterrupted.outputs))
     done = []
     for ranks, last in ((1, 9), (2, 12), (2, 0)):
         finished = launch.run(ranks, SCRIPT, last, *command("killed"), logs=tmp_path / f"log-{ranks}-{last}")
         assert (finished.codes == [0] * ranks) == (last == 0), finished.outputs
         done += did(finished.outputs)
-    assert set(done) == set(pieces)
-    assert len(done) <= len(pieces) + 1  # the rank beside the killed one may lose the piece it was at
+    assert set(done) == set(names)
+    assert len(done) <= len(names) + 1  # the rank beside the killed one may lose the piece it was at
     for task in ("linear_probe", "knn", "low_data"):
-        ours, theirs = (read_json(tmp_path / folder / f"{task}.json") for folder in ("killed", "whole"))
+        ours, theirs = (read_json(tmp_path / folder / f"{task}.json") for folder in ("killed", "uninterrupted"))
         for key in set(theirs) - {"command", "seconds"}:
             assert ours[key] == theirs[key], (task, key)

@@ -87,19 +87,19 @@ def test_a_model_without_finite_weights_has_a_report(measure: Callable[..., Path
 
 
 @pytest.mark.parametrize("key", ["task", "seed", "options", "inputs_digest", "title"])
-def test_a_key_that_says_where_a_result_is_from_is_no_result(key: str, measure: Callable[..., Path]) -> None:
+def test_a_reserved_key_in_a_result_is_an_error(key: str, measure: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match=f"^odd has '{key}' in its result, a key that evaluate writes; rename it"):
         measure({"test_accuracy": 0.5, key: 1})
 
 
 @pytest.mark.parametrize(
-    ("base", "content", "said"),
+    ("base", "content", "message"),
     [
         (Task, {"title": "T"}, r"T must name the dataclass of its options: class T\(Task\[Options\]\)\."),
         (LabelledTask, {"title": "T"}, "T must name the dataclass of its options"),
         (Task[Options], {}, r'T must have a title for the report, such as title = "Few labels"\.'),
     ],
 )
-def test_a_class_that_lacks_something_says_so(base: Any, content: dict[str, str], said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_an_incomplete_class_is_an_error(base: Any, content: dict[str, str], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         new_class("T", (base,), {}, lambda names: names.update(content))

@@ -25,7 +25,7 @@ def test_the_code_for_a_masked_model_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert not names["model"].config.is_causal
 
 
-def test_sections_stand_after_the_training_and_the_license_remains(tmp_path: Path) -> None:
+def test_sections_follow_the_training_and_the_license_is_kept(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     write_card(folder, "model", "mit", "lab/dots", sections=["## Results\n\nGood.", ""])
     card = ModelCard.load(folder / "README.md")

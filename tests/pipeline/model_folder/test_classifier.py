@@ -51,7 +51,7 @@ def images() -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers(folder: Path, images: torch.Tensor) -> None:
+def test_logits_match_transformers(folder: Path, images: torch.Tensor) -> None:
     inputs, _ = next_color(images, COLORS)
     found = load_classifier(folder).classifier(inputs)[1]
 
@@ -66,7 +66,7 @@ def test_logits_are_those_of_transformers(folder: Path, images: torch.Tensor) ->
 
 
 @torch.no_grad()
-def test_the_joint_loss_is_that_of_transformers(folder: Path, images: torch.Tensor) -> None:
+def test_the_joint_loss_matches_transformers(folder: Path, images: torch.Tensor) -> None:
     labels = torch.tensor([0, 2, 1, 1, 0])
     inputs, targets = next_color(images, COLORS)
     token_logits, class_logits = load_classifier(folder).classifier(inputs, generative=True)
@@ -84,7 +84,7 @@ def test_the_joint_loss_is_that_of_transformers(folder: Path, images: torch.Tens
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_before_training_all_classes_are_alike(images: torch.Tensor) -> None:
+def test_before_training_all_classes_are_equal(images: torch.Tensor) -> None:
     classifier = Classifier(classifier_of().model, 3)
     token_logits, class_logits = classifier(next_color(images, COLORS)[0])
     assert token_logits is None
@@ -114,7 +114,7 @@ def test_recomputed_blocks_give_the_same_gradients(images: torch.Tensor) -> None
     np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
 
 
-def test_folders_that_are_no_classifiers(folder: Path) -> None:
+def test_folders_without_a_classifier(folder: Path) -> None:
     head = load_file(folder / "class_head.safetensors")["score.weight"]
     save_file({"score.weight": head[:2].contiguous()}, folder / "class_head.safetensors")
     with pytest.raises(ValueError, match=r"has a head of shape \(2, 16\); with 3 classes and width 16 it must be"):

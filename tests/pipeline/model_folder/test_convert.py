@@ -95,7 +95,7 @@ def test_transformers_reads_our_folder_with_equal_logits(published):
     assert theirs.config.architectures == [CLASSES[block].__name__]
 
 
-def test_the_folder_is_whole(published):
+def test_the_folder_is_complete(published):
     _, folder, block = published
     names = {"config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors", "README.md"}
     assert {path.name for path in folder.iterdir()} == names
@@ -105,7 +105,7 @@ def test_the_folder_is_whole(published):
     assert keys == CLASSES[block](CLASSES[block].config_class(**SHAPE, tie_word_embeddings=False)).state_dict().keys()
 
 
-def test_colleagues_may_read_it(published):
+def test_the_folder_is_readable_by_the_group(published):
     """As far as the umask lets them."""
     _, folder, _ = published
     umask = os.umask(0)
@@ -123,7 +123,7 @@ def test_the_image_processor_carries_palette_and_resolution(published):
     np.testing.assert_array_equal(tokens, distances.argmin(-1).ravel())
 
 
-def test_generate_draws_whole_images_of_real_colors(published):
+def test_generate_draws_complete_images_of_valid_colors(published):
     _, folder, block = published
     theirs = CLASSES[block].from_pretrained(folder)
     drawn = theirs.generate(torch.full((8, 1), COLORS))
@@ -132,7 +132,7 @@ def test_generate_draws_whole_images_of_real_colors(published):
     assert theirs.generate().shape == (1, 65), "without a prompt it starts from SOS"
 
 
-def test_generation_is_the_papers(published):
+def test_generation_settings_match_the_paper(published):
     """Temperature 1, no top-k (transformers' own default is 50), no nucleus."""
     _, folder, _ = published
     settings = GenerationConfig.from_pretrained(folder)
@@ -172,7 +172,7 @@ def test_their_folder_loads_with_equal_logits(block, palette, tmp_path):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_unusual_settings_are_kept(block, tmp_path):
+def test_unusual_settings_are_preserved(block, tmp_path):
     settings = SHAPE | {
         "n_inner": 48,
         "activation_function": "relu",
@@ -212,7 +212,7 @@ def test_half_precision_models_are_saved_as_fp32(tmp_path):
         assert torch.equal(value, model.state_dict()[name].float())
 
 
-def test_a_model_folder_is_replaced_whole(tmp_path):
+def test_a_model_folder_is_replaced_completely(tmp_path):
     model, config = our_model("igpt")
     save_model_folder(model, config, PALETTE, tmp_path / "model", add_files=card_of("old"))
     torch.nn.init.zeros_(model.lm_head.weight.data)
@@ -224,7 +224,7 @@ def test_a_model_folder_is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_wrong_export_is_not_published(tmp_path, monkeypatch):
+def test_a_wrong_export_is_not_written(tmp_path, monkeypatch):
     model, config = our_model("igpt")
     right = huggingface._to_imagegpt
 
@@ -240,7 +240,7 @@ def test_a_wrong_export_is_not_published(tmp_path, monkeypatch):
     assert (tmp_path / "model" / "README.md").read_text() == "old"
 
 
-def test_other_peoples_folders_are_not_replaced(tmp_path):
+def test_other_folders_are_not_replaced(tmp_path):
     model, config = our_model("igpt")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
@@ -291,7 +291,7 @@ def set_bias(weights):
         (lambda f: change_weights(f, lambda w: w.update(score=torch.ones(1))), "unexpected weights, such as score"),
     ],
 )
-def test_damaged_or_foreign_folders_are_refused_in_one_sentence(damage, message, igpt_folder, capfd):
+def test_damaged_or_foreign_folders_are_one_sentence(damage, message, igpt_folder, capfd):
     damage(igpt_folder)
     with pytest.raises(ValueError, match=message) as caught:
         load_model_folder(igpt_folder)
@@ -300,7 +300,7 @@ def test_damaged_or_foreign_folders_are_refused_in_one_sentence(damage, message,
     assert capfd.readouterr() == ("", ""), "the error says it all"
 
 
-def test_a_text_model_is_refused(tmp_path):
+def test_a_text_model_is_an_error(tmp_path):
     folder = save_theirs(GPT2LMHeadModel(GPT2Config(**SHAPE | {"vocab_size": 300})), tmp_path / "text", None)
     with pytest.raises(ValueError, match="vocab_size 300 and the folder has no palette"):
         load_model_folder(folder)

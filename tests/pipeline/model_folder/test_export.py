@@ -32,7 +32,9 @@ def nats_by_transformers(folder: Path, shards: Path, images: int) -> float:
     return float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens))
 
 
-def test_transformers_meets_the_runs_last_validation_loss(finished_run: Runner, shards: Path, tmp_path: Path) -> None:
+def test_transformers_reproduces_the_runs_last_validation_loss(
+    finished_run: Runner, shards: Path, tmp_path: Path
+) -> None:
     source, out = finished_run.folder / "reference", tmp_path / "model"
     finished = run(1, "-m", "pipeline", "export", source, "--out", out, logs=tmp_path)
     assert finished.codes == [0], finished.output
@@ -90,7 +92,7 @@ def test_a_model_of_several_files(finished_run: Runner, tmp_path: Path, monkeypa
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
 
 
-def test_a_model_that_fetches_its_weights_holds_none(finished_run: Runner) -> None:
+def test_a_model_that_fetches_its_weights_has_none_in_memory(finished_run: Runner) -> None:
     checkpoint = find_checkpoint(finished_run.folder / "reference")
     weights = CheckpointWeights(checkpoint)
     fetching, holding = lazy_weights.fetching_model(weights.config, weights), build_model(weights.config)
@@ -102,7 +104,7 @@ def test_a_model_that_fetches_its_weights_holds_none(finished_run: Runner) -> No
         assert all(parameter.is_meta for parameter in fetching.parameters())
 
 
-def test_a_run_stands_for_its_model(finished_run: Runner, tmp_path: Path) -> None:
+def test_a_run_can_be_given_as_a_model(finished_run: Runner, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished_run.folder / "reference", tmp_path / "run"))
     folder = model_folder(copy)
     assert load_model_folder(folder).resolution == 8
@@ -127,7 +129,7 @@ def test_another_checkpoint_of_the_same_step_is_another_model(finished_run: Runn
     assert sorted(path.name for path in (run_folder / "exported").iterdir()) == [".lock", newest.name]
 
 
-def test_what_is_no_model_is_refused(runner: Runner, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_an_error(runner: Runner, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a model"):
         model_folder(tmp_path)
     (tmp_path / "run/checkpoints").mkdir(parents=True)

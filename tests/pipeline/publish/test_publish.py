@@ -34,7 +34,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "pr
 
 @pytest.fixture(scope="module")
 def results(models: dict[int, Path], shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `evaluate` says of step 40."""
+    """The results of `evaluate` for step 40."""
     folder = tmp_path_factory.mktemp("measured") / "results"
     sizes = ["--completions.images=2", "--completions.samples=1", "--completions.distance_images=0", "--test_images=20"]
     arguments = [str(models[40]), f"--shards={shards}", f"--out={folder}", "--tasks=density,completions"]
@@ -100,8 +100,8 @@ def test_retry_minutes_and_its_earlier_spelling(
     assert pushes == [120]
 
 
-def test_the_cards_code_runs_for_a_stranger(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
-    """A process of its own, that knows transformers and the hub, and not this project."""
+def test_the_cards_code_runs_without_this_project(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
+    """A separate process with transformers and the hub, without this project."""
     publish(models[40], *TO_HUB, "--public")
     code = card_code(hub.files(REPOSITORY)["README.md"])
     code += 'import numpy; numpy.save("tokens.npy", tokens.numpy()); torch.save(model.state_dict(), "weights.pt")\n'
@@ -132,7 +132,7 @@ def test_offline_the_cache_answers(hub: Hub, models: dict[int, Path], monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("lab/none", "has no such repository, or shows it to others only"),
         (f"{REPOSITORY}@step-00000007", "there is no such revision"),
@@ -140,9 +140,9 @@ def test_offline_the_cache_answers(hub: Hub, models: dict[int, Path], monkeypatc
         ("a/b/c", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
     ],
 )
-def test_a_name_that_is_none(name: str, said: str, hub: Hub, models: dict[int, Path]) -> None:
+def test_unknown_and_invalid_names(name: str, message: str, hub: Hub, models: dict[int, Path]) -> None:
     publish(models[40], *TO_HUB)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         model_folder(Path(f"hub:{name}"))
 
 
@@ -162,14 +162,14 @@ def test_the_hub_accepts_the_metadata(hub: Hub, models: dict[int, Path], results
     assert {result.dataset_name for result in found} == {"photographs"}
 
 
-def test_the_card_says_at_its_head_that_a_training_was_not_finished(models: dict[int, Path]) -> None:
+def test_the_card_states_an_unfinished_training_at_its_head(models: dict[int, Path]) -> None:
     words = "**Its training was not finished: step 20 of 40.**"
     head = (models[20] / "README.md").read_text().partition("## ")[0]
     assert words in head
     assert "not finished" not in (models[40] / "README.md").read_text()
 
 
-def test_the_card_tells_how_it_was_made(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
+def test_the_card_describes_training_and_results(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
     publish(models[40], "--results", results, "--to", f"dir:{tmp_path / 'model'}")
     card = (tmp_path / "model/README.md").read_text()
     density = json.loads((results / "density.json").read_text())
@@ -193,7 +193,7 @@ def test_the_card_tells_how_it_was_made(models: dict[int, Path], results: Path, 
 # To a folder
 
 
-def test_a_folder_holds_what_a_repository_would(
+def test_a_folder_has_the_files_of_a_repository(
     hub: Hub, models: dict[int, Path], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(models[40], "--results", results, "--to", f"dir:{tmp_path / 'image-gpt'}", "--license", "mit")
@@ -202,7 +202,7 @@ def test_a_folder_holds_what_a_repository_would(
     cards = {there.pop("README.md"), here.pop("README.md").replace(b'"image-gpt"', f'"{REPOSITORY}"'.encode())}
     there.pop(".gitattributes")
     assert there == here
-    assert len(cards) == 1, "the same card but for where the model is"
+    assert len(cards) == 1, "the same card except for the name of the model"
     events = EventFile(tmp_path / "image-gpt/training/tensorboard")
     assert events.steps("train/loss") == list(range(1, 41))
     monkeypatch.chdir(tmp_path)
@@ -228,8 +228,8 @@ def test_results_of_an_earlier_version_have_the_same_card(
         for name, result in measured.items():
             task = task_class(name)
             shown = {"title": task.title, "headlines": [asdict(headline) for headline in task.headlines(result)]}
-            kept = {key: value for key, value in result.items() if key not in ("title", "summary", "headlines")}
-            (folder / f"{name}.json").write_text(json.dumps({"task": name} | kept | ({} if earlier else shown)))
+            other = {key: value for key, value in result.items() if key not in ("title", "summary", "headlines")}
+            (folder / f"{name}.json").write_text(json.dumps({"task": name} | other | ({} if earlier else shown)))
         publish(models[40], "--results", folder, "--to", f"dir:{tmp_path / str(earlier) / 'model'}")
     card, earlier_card = ((tmp_path / each / "model/README.md").read_text() for each in ("False", "True"))
     assert all(words in card for words in ("k-NN", "Fréchet", "floor 0.250", "Nats per color", "96.3 %", "MixMatch"))
@@ -260,7 +260,7 @@ class EventFile:
         return [scalar.step for scalar in self.events.Scalars(tag)]
 
 
-def test_another_publication_takes_the_place_whole(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
+def test_another_publication_replaces_everything(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
     target = tmp_path / "model"
     publish(models[20], "--to", f"dir:{target}")
     publish(models[40], "--results", results, "--to", f"dir:{target}")
@@ -274,7 +274,7 @@ def test_another_publication_takes_the_place_whole(models: dict[int, Path], resu
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_broken_publication_leaves_what_stood_there(
+def test_a_failed_publication_leaves_the_earlier_one(
     models: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "model"
@@ -307,7 +307,7 @@ def test_a_file_system_that_cannot_swap_names(
 
 @pytest.mark.slow
 def test_the_same_repository_from_any_topology(finished_run: Runner, runner: Runner, tmp_path: Path) -> None:
-    """A last step at rate zero changes no weight: what two topologies save after it must be the same repository."""
+    """A last step at learning rate zero changes no weight, so two topologies must publish the same repository."""
     for name, layout in TOPOLOGIES.items():
         shutil.copytree(finished_run.folder / "reference", runner.folder / name)
         runner.check_trains(name, 2, schedule__steps=41, batch__micro_size=2, **layout)
@@ -324,7 +324,7 @@ def test_the_same_repository_from_any_topology(finished_run: Runner, runner: Run
     shutil.copytree(stages / step, zero / step)
     publish_run(zero, tmp_path / "one record/model")
     third = files_of(tmp_path / "one record/model")
-    assert [name for name in first if first[name] != third[name]] == [], "but for the record of the run, the same"
+    assert [name for name in first if first[name] != third[name]] == [], "the same except for the record of the run"
     assert first.keys() == third.keys()
 
 
@@ -332,7 +332,7 @@ def publish_run(path: Path, target: Path) -> None:
     publish(path, "--to", f"dir:{target}")
 
 
-# Mistakes
+# Invalid input
 
 
 def test_results_of_another_model(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_results_of_another_model(models: dict[int, Path], results: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_is_not_whole(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
+def test_an_incomplete_model(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
     broken = Path(shutil.copytree(models[40], tmp_path / "broken"))
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[:-100])
@@ -369,16 +369,16 @@ def test_secrets_are_not_published(models: dict[int, Path], tmp_path: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
-def test_mistakes_are_one_sentence(models: dict[int, Path], tmp_path: Path) -> None:
+def test_invalid_input_is_one_sentence(models: dict[int, Path], tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_text("meow")
-    for arguments, said in (
+    for arguments, message in (
         ((models[40], "--to", tmp_path), "it must be hub:ORG/NAME or dir:PATH"),
         ((models[40], "--to", f"dir:{tmp_path / 'photos'}"), "has other files"),
         ((models[40], "--to", f"dir:{models[40]}"), "which is the model folder itself"),
         ((models[40], "--to", "hub:lab/model@main"), "remove the revision"),
         (("--to", f"dir:{tmp_path / 'x'}"), "Give exactly one model"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             publish(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]

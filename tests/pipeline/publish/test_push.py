@@ -73,7 +73,7 @@ def test_a_second_push_sends_nothing(hub: Hub, models: dict[int, Path]) -> None:
     assert not [request for request in hub.requests[before:] if "commit" in request or "tag" in request]
 
 
-def test_a_later_step_is_mains_and_an_earlier_one_never(hub: Hub, models: dict[int, Path]) -> None:
+def test_main_gets_later_steps_only(hub: Hub, models: dict[int, Path]) -> None:
     push(models[20], REPOSITORY, step=20, retry_seconds=60)
     sent = hub.bytes_sent
     push(models[40], REPOSITORY, step=40, retry_seconds=60)
@@ -88,7 +88,7 @@ def test_a_later_step_is_mains_and_an_earlier_one_never(hub: Hub, models: dict[i
     assert hub.repository(REPOSITORY).branches == {"main": main}
 
 
-def test_an_earlier_step_that_comes_late(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
+def test_an_older_step_published_later(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
     push(models[40], REPOSITORY, step=40, retry_seconds=60)
     main = hub.repository(REPOSITORY).branches["main"]
     late = push(models[20], REPOSITORY, step=20, retry_seconds=60)
@@ -98,7 +98,7 @@ def test_an_earlier_step_that_comes_late(hub: Hub, models: dict[int, Path], tmp_
     check_holds(hub, models[40])
 
 
-def test_what_was_ours_and_is_gone_is_deleted_and_the_rest_kept(hub: Hub, models: dict[int, Path]) -> None:
+def test_obsolete_files_are_deleted_and_other_files_stay(hub: Hub, models: dict[int, Path]) -> None:
     push(models[40], REPOSITORY, step=40, retry_seconds=60)
     repository = hub.repository(REPOSITORY)
     stray = File(hub.store(b"?", lfs=False), 1, False)
@@ -125,7 +125,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_is_waited_for(
+def test_transient_errors_are_retried(
     fault: str, hub: Hub, models: dict[int, Path], clock: Clock, capfd: pytest.CaptureFixture[str]
 ) -> None:
     method, path, how, times, headers = FAULTS[fault]
@@ -137,9 +137,9 @@ def test_what_passes_is_waited_for(
     assert hub.titles(REPOSITORY) == ["initial commit", "Step 40"]
     check_holds(hub, models[40])
     assert max(clock.pauses) >= (20 if how == 429 else 0)
-    said = "".join(capfd.readouterr())
-    assert "retrying in" in said
-    assert TOKEN not in said
+    output = "".join(capfd.readouterr())
+    assert "retrying in" in output
+    assert TOKEN not in output
 
 
 def test_somebody_commits_meanwhile(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
@@ -166,7 +166,7 @@ def test_a_later_step_comes_in_meanwhile(hub: Hub, models: dict[int, Path], cloc
     check_holds(hub, models[40])
 
 
-def test_a_hub_that_stays_busy_is_given_up_in_one_sentence(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
+def test_a_hub_that_stays_busy_is_one_sentence(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
     hub.fail("POST", "/commit/", 503, 1000)
     random.seed(0)
     with pytest.raises(ValueError, match=r"^lab/image-gpt was not published: .* answered 503 .*, in \d+ attempts over"):
@@ -181,7 +181,7 @@ def test_a_hub_that_stays_busy_is_given_up_in_one_sentence(hub: Hub, models: dic
     check_holds(hub, models[40])
 
 
-def test_a_hub_that_asks_for_hours_is_given_up(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
+def test_a_hub_that_asks_to_wait_for_hours_is_an_error(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
     hub.fail("POST", "/commit/", 429, 1000, Retry_After="7200")
     with pytest.raises(ValueError, match="answered 429"):
         push(models[40], REPOSITORY, step=40, retry_seconds=600)
@@ -189,7 +189,7 @@ def test_a_hub_that_asks_for_hours_is_given_up(hub: Hub, models: dict[int, Path]
 
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_hub_that_is_away_is_waited_for(
+def test_an_unreachable_hub_is_retried(
     seconds: int, hub: Hub, models: dict[int, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     push(models[20], REPOSITORY, step=20, retry_seconds=120)
@@ -213,12 +213,12 @@ def test_a_refused_token_is_one_sentence(
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"`hf auth login`") as refused:
         push(models[40], REPOSITORY, step=40, retry_seconds=60)
-    said = str(refused.value) + "".join(capfd.readouterr())
-    assert token == "" or token not in said
+    output = str(refused.value) + "".join(capfd.readouterr())
+    assert token == "" or token not in output
     assert not hub.repositories
 
 
-def test_a_repository_of_others_is_one_sentence(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
+def test_a_repository_without_write_access_is_one_sentence(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
     hub.fail("POST", "/commit/", 403)
     push_it = lambda: push(models[40], REPOSITORY, step=40, retry_seconds=60)  # noqa: E731
     with pytest.raises(ValueError, match="does not allow this to the token's owner"):
@@ -232,13 +232,13 @@ def test_a_hub_without_xet_is_one_sentence(hub: Hub, models: dict[int, Path], mo
         push(models[40], REPOSITORY, step=40, retry_seconds=60)
 
 
-def test_a_card_that_the_hub_refuses(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
+def test_a_card_that_the_hub_rejects(hub: Hub, models: dict[int, Path], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nmodel-index: [nonsense]\n---\n")
     with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
         push(tmp_path, REPOSITORY, step=None, retry_seconds=60)
 
 
-def test_a_push_broken_off_between_commit_and_tag(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
+def test_a_push_that_fails_between_commit_and_tag(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
     for step in (40, 20):  # on main, and aside
         hub.fail("POST", "/tag/", 400)
         with pytest.raises(ValueError, match="answered 400"):

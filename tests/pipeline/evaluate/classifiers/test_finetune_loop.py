@@ -1,4 +1,4 @@
-"""The training loop against a plain one; its order, its end, and what it finds when it begins again."""
+"""The training loop against a plain loop: order, end, and restarts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ PLAIN = Recipe(epochs=3, patience=0, global_size=20, flip=False, reflect_crop=0)
 
 
 class Counter(nn.Module):
-    """Tells classes from the colors' counts, in float64: a candidate for each rate."""
+    """Classifies by color counts in float64, with one candidate per learning rate."""
 
     def __init__(self, candidates: int = 1) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ def training_of(
 
     def accuracies() -> np.ndarray:
         tokens = torch.from_numpy(images["valid"].tokens().astype(np.int64))
-        said = module(tokens).argmax(-1).numpy()
-        return (said == images["valid"].labels[:, None]).mean(0)
+        message = module(tokens).argmax(-1).numpy()
+        return (message == images["valid"].labels[:, None]).mean(0)
 
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(module.weights, rates, strict=True)]
     values = {"optimizer": torch.optim.Adam(groups), "losses": losses, "accuracies": accuracies, **more}
@@ -111,19 +111,19 @@ def test_every_pass_reads_every_image_once_in_an_order_of_its_own() -> None:
         assert sorted(order) == list(range(10))
     assert not np.array_equal(*epochs)
     assert not np.array_equal(epochs[0], epoch_order(1, 10, 10, 1))
-    pieces = np.concatenate([epoch_order(0, 10, 7, epoch) for epoch in (1, 2, 3)])  # epochs of 7 images out of 10
-    np.testing.assert_array_equal(pieces[:20], np.concatenate(epochs))
+    parts = np.concatenate([epoch_order(0, 10, 7, epoch) for epoch in (1, 2, 3)])  # epochs of 7 images out of 10
+    np.testing.assert_array_equal(parts[:20], np.concatenate(epochs))
     assert len(epoch_order(0, 3, 10, 2)) == 10  # more than three passes
 
 
 def test_it_ends_when_validation_no_longer_improves(model_folder: Path, evaluation_of: Callable) -> None:
     evaluation = evaluation_of(model_folder)
-    told = iter([0.2, 0.5, 0.4, 0.5, 0.9])
+    accuracies_by_epoch = iter([0.2, 0.5, 0.4, 0.5, 0.9])
     seen = []
 
     def accuracies() -> np.ndarray:
         seen.append([weight.detach().clone() for weight in training.module.weights])
-        return np.array([next(told)])
+        return np.array([next(accuracies_by_epoch)])
 
     training = training_of(evaluation, accuracies=accuracies)
     record = train(evaluation, training, replace(PLAIN, epochs=50, patience=2))
@@ -185,15 +185,15 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     model_folder: Path, evaluation_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = evaluation_of(model_folder)
-    whole = training_of(evaluation, (0.5, 0.01), cosine=True)
-    expected = train(replace(evaluation, cache=TaskCache.of_task(tmp_path, "whole", "")), whole, PLAIN)
+    uninterrupted = training_of(evaluation, (0.5, 0.01), cosine=True)
+    expected = train(replace(evaluation, cache=TaskCache.of_task(tmp_path, "uninterrupted", "")), uninterrupted, PLAIN)
     with pytest.raises(Killed):
         train(evaluation, killed_after(training_of(evaluation, (0.5, 0.01), cosine=True), 2), PLAIN)
     again = training_of(evaluation, (0.5, 0.01), cosine=True)
     capsys.readouterr()
     assert train(evaluation, again, PLAIN) == expected
     assert "counter: resumes after epoch 2" in capsys.readouterr().out
-    for ours, theirs in zip(again.module.weights, whole.module.weights, strict=True):
+    for ours, theirs in zip(again.module.weights, uninterrupted.module.weights, strict=True):
         assert torch.equal(ours, theirs)
     assert (
         train(evaluation, killed_after(training_of(evaluation, (0.5, 0.01)), 0), PLAIN) == expected
@@ -201,7 +201,7 @@ def test_a_killed_training_goes_on_with_the_same_bits(
 
 
 @pytest.mark.parametrize("pattern", ["state.npz", "epoch-*.npz"])
-def test_a_damaged_state_is_said_and_trained_anew(
+def test_a_damaged_state_is_logged_and_trained_again(
     pattern: str, model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = evaluation_of(model_folder)
@@ -213,7 +213,7 @@ def test_a_damaged_state_is_said_and_trained_anew(
     assert f"{file} can't be read; it is computed again" in capsys.readouterr().out
 
 
-def test_a_state_of_an_earlier_version_is_said_to_be_trained_anew(
+def test_a_state_of_an_earlier_version_is_trained_again(
     model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = evaluation_of(model_folder)
@@ -221,10 +221,10 @@ def test_a_state_of_an_earlier_version_is_said_to_be_trained_anew(
     folder.mkdir(parents=True)
     (folder / "state.pt").touch()
     (folder / "epoch-0001.safetensors").touch()
-    said = "counter: its cached state is of an earlier version; training starts again"
-    for times in (1, 0):  # once it is trained, there is nothing to say
+    message = "counter: its cached state is of an earlier version; training starts again"
+    for times in (1, 0):  # nothing is logged once it is trained
         train(evaluation, training_of(evaluation), PLAIN)
-        assert capsys.readouterr().out.count(said) == times
+        assert capsys.readouterr().out.count(message) == times
 
 
 def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> None:
@@ -234,7 +234,7 @@ def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> 
         evaluation, rates, lambda rate: training_of(evaluation, (rate,), name=f"rate-{rate:g}"), PLAIN
     )
     assert [trial["learning_rate"] for trial in trials] == rates
-    assert trials[3]["train_loss_by_epoch"] == [None]  # lost, as JSON can say it, and ended at once
+    assert trials[3]["train_loss_by_epoch"] == [None]  # NaN becomes None, and training ends
     best = best_of(trials)
     assert best["learning_rate"] == 0.5
     assert best["valid_accuracy"] == max(best["valid_accuracy_by_epoch"]) > trials[0]["valid_accuracy"]
@@ -242,7 +242,7 @@ def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> 
     np.testing.assert_allclose(module.weights[0].detach(), weights[best["best_epoch"] - 1], rtol=1e-6)
 
 
-def test_losses_that_are_lost_at_every_rate_are_said() -> None:
+def test_losses_that_diverge_at_every_learning_rate() -> None:
     lost = {"learning_rate": 100.0, "valid_accuracy": 0.0, "train_loss_by_epoch": [None]}
     with pytest.raises(ValueError, match=r"learning_rates is 100; at each the loss became NaN or Inf"):
         best_of([lost])

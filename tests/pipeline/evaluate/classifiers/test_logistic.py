@@ -82,7 +82,7 @@ def test_images_of_a_class_that_training_lacked_are_wrong_and_have_no_loss() -> 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     train, valid = blobs()
-    whole = next(logistic_path(train, [0.1]))
+    full = next(logistic_path(train, [0.1]))
     monkeypatch.setattr(labelled, "ROWS_AT_ONCE", 37)
     mean, deviation = moments(train.features)
     exact = train.features.astype(np.float64)
@@ -92,8 +92,8 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(deviation, expected, rtol=1e-6)
     halves = [Labelled(part, train.labels) for part in (train.features[:, :5], train.features[:, 5:])]
     parted = next(logistic_path(concatenated(halves), [0.1]))
-    np.testing.assert_allclose(parted.weight, whole.weight, atol=1e-3)
-    np.testing.assert_array_equal(whole.predict(valid.features), whole.classes[whole._scores(valid.features).argmax(1)])
+    np.testing.assert_allclose(parted.weight, full.weight, atol=1e-3)
+    np.testing.assert_array_equal(full.predict(valid.features), full.classes[full._scores(valid.features).argmax(1)])
 
 
 def test_sgd_is_momentum_and_a_cosine_written_out() -> None:
@@ -153,7 +153,7 @@ def test_the_rate_is_searched_downward_until_the_loss_stops_falling(monkeypatch:
     assert not np.array_equal(other["weight"], again["weight"])  # another order of the images
 
 
-def test_the_commonest_of_the_votes_is_taken_and_ties_fall_at_random() -> None:
+def test_the_majority_wins_and_ties_are_broken_at_random() -> None:
     random = np.random.default_rng(0)
     votes = random.integers(0, 4, (5, 3000))
     voted = majority_vote(votes, np.random.default_rng(1))

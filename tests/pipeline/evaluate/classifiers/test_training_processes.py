@@ -1,4 +1,4 @@
-"""The tasks that train, as real processes: one is killed and goes on, two ranks say what one says."""
+"""The tasks that train, as real processes: one is killed and resumes, two ranks give the result of one."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def result_of(folder: Path, task: str) -> dict:
 
 
 def kill_when_said(words: str, ranks: int, arguments: list[str], logs: Path) -> None:
-    """Starts the command and kills all ranks once the first has said the words."""
+    """Starts the command and kills all ranks once the first has logged the words."""
     processes = start(ranks, "-m", "pipeline", "evaluate", *arguments, logs=logs)
     until = time.monotonic() + SECONDS
     while words not in (logs / "rank-0.log").read_text() and time.monotonic() < until:
@@ -77,10 +77,10 @@ def test_a_killed_process_goes_on_and_says_the_same(
     assert not (tmp_path / "results" / "fine_tune.json").exists()
     capsys.readouterr()
     assert evaluate(arguments) == 0
-    said = capsys.readouterr().out
-    assert "fine_tune-rate-0.003: resumes after epoch" in said
-    assert "fine_tune-rate-0.01, epoch" not in said  # finished before
-    assert "fine_tune-rate-0.003, epoch 1:" not in said
+    output = capsys.readouterr().out
+    assert "fine_tune-rate-0.003: resumes after epoch" in output
+    assert "fine_tune-rate-0.01, epoch" not in output  # finished before
+    assert "fine_tune-rate-0.003, epoch 1:" not in output
     found, expected = result_of(tmp_path / "results", "fine_tune"), result_of(alone, "fine_tune")
     assert found == expected, differences(found, expected)
     weights = [folder / "fine_tuned" / "model.safetensors" for folder in (alone, tmp_path / "results")]

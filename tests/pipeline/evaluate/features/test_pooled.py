@@ -139,7 +139,7 @@ def test_tasks_of_an_array_wait_for_each_other(
     assert "waiting for another command that writes" in capfd.readouterr().out
 
 
-def test_a_damaged_cache_is_said_and_computed_anew(
+def test_a_damaged_cache_is_logged_and_recomputed(
     model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = evaluation_of(model_folder)
@@ -157,16 +157,16 @@ def test_a_damaged_cache_is_said_and_computed_anew(
 
 
 def test_hidden_colors_are_drawn_by_image_and_draw(masked_folder: Path, evaluation_of: Callable) -> None:
-    """The features are those of the hidden images: plain GPT-2 modules under an explicit mask, all else seen."""
+    """The features are computed from the masked images: plain GPT-2 modules under an explicit mask, all else seen."""
     evaluation = evaluation_of(masked_folder, batch_size=48)
     images = evaluation.images("test")
     model, tokens = evaluation.model.model, torch.from_numpy(images.tokens().astype(np.int64))
     for draw in (0, 1):
         inputs, targets = evaluation.inputs_and_targets(tokens, images.indices, draw)
-        hidden = targets != IGNORED
-        assert hidden.float().mean() == pytest.approx(0.15, abs=0.02)
-        assert (inputs[hidden] == evaluation.shards.colors).all() and torch.equal(inputs[~hidden], tokens[~hidden])
-        assert torch.equal(targets[hidden], tokens[hidden])
+        masked = targets != IGNORED
+        assert masked.float().mean() == pytest.approx(0.15, abs=0.02)
+        assert (inputs[masked] == evaluation.shards.colors).all() and torch.equal(inputs[~masked], tokens[~masked])
+        assert torch.equal(targets[masked], tokens[masked])
         with torch.no_grad():
             states = model.transformer(inputs, output_hidden_states=True).hidden_states
             expected = [

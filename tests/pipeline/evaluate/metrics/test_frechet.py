@@ -85,7 +85,7 @@ def test_a_network_of_the_users(returns_features: bool, tmp_path: Path) -> None:
     assert network.name.startswith("toy.pt (sha256 ")
 
 
-def test_what_is_no_network_is_said(tmp_path: Path) -> None:
+def test_a_file_without_a_network_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "words.pt").write_text("words")
     with pytest.raises(ValueError, match=r"feature_network is .*words\.pt, which torch\.jit\.load can't read"):
         feature_network(tmp_path / "words.pt", CPU)
@@ -97,7 +97,7 @@ def test_what_is_no_network_is_said(tmp_path: Path) -> None:
         feature_network(file, CPU).features(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
 
 
-def test_a_network_that_takes_other_images_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_network_that_takes_other_images_is_one_sentence(tmp_path: Path) -> None:
     """One that wants floating point, as most do; with the network's own words."""
     torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(tmp_path / "floats.pt")
     network = feature_network(tmp_path / "floats.pt", CPU)
@@ -114,7 +114,7 @@ def distances(evaluation: Evaluation, toy: Path, images: int = 30, split: str = 
 
 
 def test_the_distances_are_those_of_the_four_sets(model_folder: Path, evaluation_of: Callable, tmp_path: Path) -> None:
-    """Made again in one go, with colors averaged by hand and scipy's matrix root."""
+    """Recomputed at once, with manually averaged colors and scipy's matrix square root."""
     evaluation = evaluation_of(model_folder, batch_size=20)
     found = distances(evaluation, write_toy_network(tmp_path / "toy.pt"))
     shards = evaluation.shards
@@ -145,7 +145,7 @@ def test_a_shuffle_keeps_the_colors_of_a_image(model_folder: Path, evaluation_of
     np.testing.assert_array_equal(np.sort(shuffled, axis=1), np.sort(tokens, axis=1))
 
 
-def test_a_killed_measurement_goes_on(
+def test_a_killed_measurement_resumes(
     model_folder: Path, evaluation_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy = write_toy_network(tmp_path / "toy.pt")

@@ -1,4 +1,4 @@
-"""The attentive probe against torch's attention and numpy; what it learns and refuses."""
+"""The attentive probe against torch's attention and numpy; what it learns, and invalid input."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_pooling_is_its_definition_in_float64() -> None:
 def test_features_and_their_moments_are_those_of_transformers(
     model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attentive_pooling, "IMAGES_PER_ITEM", 100)  # several pieces, the last one smaller
+    monkeypatch.setattr(attentive_pooling, "IMAGES_PER_ITEM", 100)  # several parts, the last one smaller
     evaluation = evaluation_of(model_folder, batch_size=30)
     images = evaluation.images("train", labelled=True)
     tokens = torch.from_numpy(images.tokens().astype(np.int64))
@@ -100,7 +100,7 @@ def test_it_learns_from_a_frozen_model(model_folder: Path, evaluation_of: Callab
     assert (evaluation.results / result["figure"]).is_file()
 
 
-def test_layers_side_by_side_are_layers_alone(
+def test_probes_of_several_layers_equal_probes_of_one(
     model_folder: Path, evaluation_of: Callable, separable: ShardSet, tmp_path: Path
 ) -> None:
     evaluation = evaluation_of(model_folder, separable)
@@ -112,9 +112,7 @@ def test_layers_side_by_side_are_layers_alone(
         assert result["valid_accuracy"] == both["valid_accuracy_by_layer"][place]
 
 
-def test_a_model_of_hidden_colors_votes_over_masks(
-    masked_folder: Path, evaluation_of: Callable, separable: ShardSet
-) -> None:
+def test_a_masked_model_votes_over_masks(masked_folder: Path, evaluation_of: Callable, separable: ShardSet) -> None:
     result = AttentiveProbe(replace(QUICK, layers=[2])).measure(evaluation_of(masked_folder, separable))
     assert result["masks"] == 5
     assert min(result["test_accuracy_by_mask"]) > 0.8
@@ -145,12 +143,12 @@ def test_options_that_do_not_fit_the_model(
         ({"learning_rates": []}, r"attentive_probe\.learning_rates"),
     ],
 )
-def test_options_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AttentiveProbeOptions(**options)
 
 
-def test_losses_that_are_lost_at_every_rate_are_said(model_folder: Path, evaluation_of: Callable) -> None:
+def test_losses_that_diverge_at_every_learning_rate(model_folder: Path, evaluation_of: Callable) -> None:
     with pytest.raises(ValueError, match=r"learning_rates is 1e\+36; at each the loss became NaN or Inf"):
         AttentiveProbe(replace(QUICK, learning_rates=[1e36])).measure(evaluation_of(model_folder))
 

@@ -52,7 +52,7 @@ def test_examples_are_of_different_classes_first(shards: ShardSet) -> None:
     assert not np.array_equal(chosen, choose_examples(shards, "valid", 8, seed=4))
 
 
-def test_titles_stand_above_an_unchanged_grid() -> None:
+def test_titles_are_above_an_unchanged_grid() -> None:
     grid = np.random.default_rng(0).integers(0, 256, (50, 300, 3), dtype=np.uint8)
     titled = with_titles(grid, ["given half", "sample 1", "original"], "test, seed 3, temperature 1")
     height = (len(titled) - 50) // 2
@@ -75,7 +75,7 @@ def test_the_command_writes_the_grid(command: Callable[..., Path], shards: Shard
     np.testing.assert_array_equal(image, again)
 
 
-def test_a_model_of_hidden_colors_cant_complete(command: Callable[..., Path], masked_folder: Path) -> None:
+def test_a_masked_model_cant_complete(command: Callable[..., Path], masked_folder: Path) -> None:
     with pytest.raises(ValueError, match="trained with masked_color: it predicts masked pixels from all others"):
         command(model=masked_folder)
 
@@ -98,7 +98,7 @@ def test_another_feature_network_under_the_same_name_is_another_measurement(tmp_
         (["--images", "4"], "images is not a known key"),
     ],
 )
-def test_mistakes_are_one_sentence(
+def test_invalid_input_is_one_sentence(
     arguments: list[str], message: str, command: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -68,13 +68,13 @@ def test_the_heat_map_is_the_loss_at_each_position(model_folder: Path, evaluatio
     assert (evaluation.results / "density.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_masked_model_is_scored_on_hidden_colors_alone(masked_folder: Path, evaluation_of: Callable) -> None:
-    """Against log probabilities in float64, gathered by hand under the evaluation's own masks."""
+def test_a_masked_model_is_scored_on_masked_pixels_only(masked_folder: Path, evaluation_of: Callable) -> None:
+    """Against log probabilities in float64, gathered manually under the evaluation's own masks."""
     evaluation = evaluation_of(masked_folder, batch_size=48)
     images = evaluation.images("test")
     result = Density(DensityOptions(draws=2)).measure(evaluation)
     tokens = torch.from_numpy(images.tokens().astype(np.int64))
-    by_draw, nats, hidden = [], [], []
+    by_draw, nats, masked = [], [], []
     for draw in (0, 1):
         inputs, targets = evaluation.inputs_and_targets(tokens, images.indices, draw)
         with torch.no_grad():
@@ -84,26 +84,26 @@ def test_a_masked_model_is_scored_on_hidden_colors_alone(masked_folder: Path, ev
         wanted = targets.numpy() >= 0
         by_draw.append(np.mean([row[mask].mean() for row, mask in zip(surprise, wanted, strict=True)]))
         nats.append(np.where(wanted, surprise, 0))
-        hidden.append(wanted)
+        masked.append(wanted)
     assert result["nats_by_draw"] == pytest.approx(by_draw, abs=1e-5)
     assert by_draw[0] != by_draw[1]
     assert result["nats_per_color"] == pytest.approx(np.mean(by_draw), abs=1e-5)
-    heat = np.concatenate(nats).sum(axis=0) / np.concatenate(hidden).sum(axis=0)
+    heat = np.concatenate(nats).sum(axis=0) / np.concatenate(masked).sum(axis=0)
     np.testing.assert_allclose(np.array(result["nats_by_position"]).ravel(), heat, atol=1e-5)
 
 
-def test_a_position_that_was_never_hidden_has_no_nats() -> None:
+def test_a_position_that_was_never_masked_has_no_nats() -> None:
     piece = {"losses": np.ones(1), "sums": np.array([2.0, 0, 3, 4]), "counts": np.array([2.0, 0, 1, 1])}
     assert nats_by_position([piece], 2) == [[1.0, None], [3.0, 4.0]]
 
 
-def test_a_killed_measurement_goes_on(
+def test_a_killed_measurement_resumes(
     model_folder: Path, evaluation_of: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(density_module, "BATCHES_PER_ITEM", 2)
-    whole = evaluation_of(model_folder, batch_size=20)
-    expected = Density(DensityOptions()).measure(whole)
-    clear_unfinished(whole.results, "test")
+    uninterrupted = evaluation_of(model_folder, batch_size=20)
+    expected = Density(DensityOptions()).measure(uninterrupted)
+    clear_unfinished(uninterrupted.results, "test")
     killed, read = evaluation_of(model_folder, batch_size=20), []
 
     def count(_module: object, inputs: tuple[torch.Tensor]) -> None:
@@ -172,7 +172,7 @@ def test_left_times_above_is_a_distribution(shards: ShardSet, counts: Counts) ->
             assert np.exp(log_probability[:, place]).sum() == pytest.approx(1), name
 
 
-def test_left_times_above_weighs_both_neighbours(shards: ShardSet, counts: Counts) -> None:
+def test_left_times_above_weighs_both_neighbors(shards: ShardSet, counts: Counts) -> None:
     image = grids(shards, "test")[0]
     left, above, color = image[2, 3], image[1, 4], image[2, 4]
     products = np.exp(counts.left[left] + counts.above[above] - counts.single)

@@ -32,7 +32,7 @@ TEACHING = FineTuneOptions(epochs=15, learning_rates=[0.01], global_size=20, ref
 
 
 @pytest.fixture(scope="module")
-def taught(model_folder: Path, separable: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_teacher(model_folder: Path, separable: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model fine-tuned on 60 labels of the separable set."""
     results = tmp_path_factory.mktemp("teacher")
     evaluation = Evaluation(
@@ -51,9 +51,9 @@ def taught(model_folder: Path, separable: ShardSet, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def teacher(taught: Path, tmp_path: Path) -> Path:
+def teacher(trained_teacher: Path, tmp_path: Path) -> Path:
     """A copy where the task looks for it."""
-    return copytree(taught, tmp_path / "results" / "fine_tuned")
+    return copytree(trained_teacher, tmp_path / "results" / "fine_tuned")
 
 
 def relabelled(shards: ShardSet, folder: Path) -> ShardSet:
@@ -85,12 +85,12 @@ def test_a_student_learns_from_its_teacher_and_no_label(
     classifier, images = load_classifier(teacher), evaluation.images("test")
     tokens = torch.from_numpy(images.tokens().astype(np.int64))
     with torch.no_grad():
-        said = classifier.classifier(evaluation.inputs_and_targets(tokens, images.indices)[0])[1].argmax(1)
+        predicted = classifier.classifier(evaluation.inputs_and_targets(tokens, images.indices)[0])[1].argmax(1)
         student = load_classifier(evaluation.results / "distilled").classifier
         students = student(evaluation.inputs_and_targets(tokens, images.indices)[0])[1].argmax(1)
-    assert (said.numpy() == images.labels).mean() == result["teacher"]["test_accuracy"]
+    assert (predicted.numpy() == images.labels).mean() == result["teacher"]["test_accuracy"]
     assert (students.numpy() == images.labels).mean() == result["student"]["test_accuracy"]
-    assert (said == students).float().mean().item() == pytest.approx(result["agreement"])
+    assert (predicted == students).float().mean().item() == pytest.approx(result["agreement"])
 
     other = relabelled(separable, tmp_path / "relabelled")
     blind = replace(
@@ -103,19 +103,19 @@ def test_a_student_learns_from_its_teacher_and_no_label(
     assert again["labelled_images"] == 200  # of another shard set than the teacher's: all there are
 
 
-def test_a_student_may_begin_from_a_model(
+def test_a_student_may_start_from_a_model(
     teacher: Path, model_folder: Path, masked_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
-    """One of hidden colors reads with masks, while its teacher does not."""
+    """A masked student reads masked images, while its teacher does not."""
     evaluation = evaluation_of(model_folder, separable)
     result = Distill(replace(QUICK, student=str(masked_folder), epochs=3)).measure(evaluation)
     assert result["student"]["masks"] == 5
     assert "masks" not in result["teacher"]
     assert result["student"]["test_accuracy"] > 0.85
-    beginning = load_model_folder(masked_folder)
+    initial = load_model_folder(masked_folder)
     trained = load_classifier(evaluation.results / "distilled").loaded
-    assert trained.mask_probability == beginning.mask_probability
-    assert torch.equal(trained.model.lm_head.weight, beginning.model.lm_head.weight)
+    assert trained.mask_probability == initial.mask_probability
+    assert torch.equal(trained.model.lm_head.weight, initial.model.lm_head.weight)
 
 
 def test_another_teacher_is_another_measurement(teacher: Path, masked_folder: Path, tmp_path: Path) -> None:
@@ -137,28 +137,28 @@ def test_teachers_and_students_that_do_not_fit(
 ) -> None:
     evaluation: Evaluation = evaluation_of(model_folders["igpt"], separable)
 
-    def refused(message: str, evaluation: Evaluation = evaluation, **options: object) -> None:
+    def check_error(message: str, evaluation: Evaluation = evaluation, **options: object) -> None:
         with pytest.raises(ValueError, match=message):
             Distill(replace(QUICK, **options)).measure(evaluation)
 
     with pytest.raises(ValueError, match=r"distill needs a teacher, but .*nowhere.fine_tuned has no classifier"):
         Distill(QUICK).other_inputs(tmp_path / "nowhere")
-    refused("distill needs a teacher", teacher=str(model_folders["igpt"]))
-    refused("was fine-tuned from another model; run the task", evaluation_of(model_folders["gpt2"], separable))
-    refused(r"distill\.heads is 3; it must divide the student's width, 8", heads=3)
+    check_error("distill needs a teacher", teacher=str(model_folders["igpt"]))
+    check_error("was fine-tuned from another model; run the task", evaluation_of(model_folders["gpt2"], separable))
+    check_error(r"distill\.heads is 3; it must divide the student's width, 8", heads=3)
 
     splits = {name: separable_images(20, 0) for name in ("train", "valid", "test")}
     repainted = open_shard_set(write_shard_set(tmp_path / "repainted", splits, random_palette(seed=1)))
-    refused("fine_tuned has palette", replace(evaluation, shards=repainted))
+    check_error("fine_tuned has palette", replace(evaluation, shards=repainted))
     small = {name: (tokens[:, :16], labels) for name, (tokens, labels) in splits.items()}
     shrunk = open_shard_set(write_shard_set(tmp_path / "shrunk", small, random_palette(), resolution=4))
-    refused("fine_tuned has a model of 6x6 pixels", replace(evaluation, shards=shrunk), reflect_crop=0)
+    check_error("fine_tuned has a model of 6x6 pixels", replace(evaluation, shards=shrunk), reflect_crop=0)
     large = write_model(tmp_path / "large", resolution=RESOLUTION + 2)
-    refused("large has a model of 8x8 pixels, but", student=str(large))
+    check_error("large has a model of 8x8 pixels, but", student=str(large))
 
     head = read_json(teacher / "class_head.json")
     write_json(teacher / "class_head.json", head | {"classes": ["cat", "dog", "frog"]})
-    refused(r"fine_tuned has 3 classes \(cat, dog, frog\), but .* has 3 classes \(class 0, class 1, class 2\)")
+    check_error(r"fine_tuned has 3 classes \(cat, dog, frog\), but .* has 3 classes \(class 0, class 1, class 2\)")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,6 @@ def test_teachers_and_students_that_do_not_fit(
         ({"learning_rates": []}, r"distill\.learning_rates is \[\]"),
     ],
 )
-def test_options_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistillOptions(**options)

@@ -1,4 +1,4 @@
-"""Fine-tuning: what it learns, leaves and refuses."""
+"""Fine-tuning: what it learns and writes, and invalid input."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,8 +51,8 @@ def test_it_learns_classes_and_leaves_a_classifier(
     tokens = torch.from_numpy(evaluation.images("test").tokens().astype(np.int64))
     inputs = torch.cat([torch.full((100, 1), COLORS), tokens[:, :-1]], dim=1)
     with torch.no_grad():
-        said = theirs(input_ids=inputs).logits.argmax(-1).numpy()
-    assert (said == labels).mean() == result["test_accuracy"]
+        predicted = theirs(input_ids=inputs).logits.argmax(-1).numpy()
+    assert (predicted == labels).mean() == result["test_accuracy"]
     assert load_classifier(folder).facts["train_images"] == 200
     assert (evaluation.results / result["figure"]).is_file()
 
@@ -93,7 +93,7 @@ def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of
         assert (apart > 2e-5).float().mean() < 0.01, name
 
 
-def test_classes_alone_leave_the_colors_head_as_it_was(
+def test_without_generative_loss_the_color_head_is_unchanged(
     model_folder: Path, evaluation_of: Callable, separable: ShardSet
 ) -> None:
     evaluation = evaluation_of(model_folder, separable)
@@ -105,9 +105,7 @@ def test_classes_alone_leave_the_colors_head_as_it_was(
     assert not torch.equal(model.transformer.wte.weight, evaluation.model.model.transformer.wte.weight)
 
 
-def test_a_model_of_hidden_colors_votes_over_masks(
-    masked_folder: Path, evaluation_of: Callable, separable: ShardSet
-) -> None:
+def test_a_masked_model_votes_over_masks(masked_folder: Path, evaluation_of: Callable, separable: ShardSet) -> None:
     evaluation = evaluation_of(masked_folder, separable)
     result = FineTune(replace(QUICK, learning_rates=[0.01])).measure(evaluation)
     assert result["masks"] == len(result["test_accuracy_by_mask"]) == 5
@@ -117,7 +115,7 @@ def test_a_model_of_hidden_colors_votes_over_masks(
     assert load_classifier(evaluation.results / "fine_tuned").loaded.mask_probability == 0.15
 
 
-def test_a_class_that_a_split_lacks_is_said(
+def test_a_class_that_a_split_lacks_is_logged(
     model_folder: Path, evaluation_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     splits = {name: separable_images(60, seed) for seed, name in enumerate(("train", "valid", "test"))}
@@ -147,7 +145,7 @@ def test_a_class_that_a_split_lacks_is_said(
         ({"clip_norm": -0.1}, r"fine_tune\.clip_norm is -0\.1"),
     ],
 )
-def test_options_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuneOptions(**options)
 

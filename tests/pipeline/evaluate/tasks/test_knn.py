@@ -1,4 +1,4 @@
-"""Nearest neighbours against scikit-learn's, with cosine distances and the same weights."""
+"""Nearest neighbors against scikit-learn's, with cosine distances and the same weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +19,14 @@ CPU = torch.device("cpu")
 
 
 def scikit_learn(train: Labelled, k: int, temperature: float = 0.07) -> KNeighborsClassifier:
-    neighbours = KNeighborsClassifier(
+    neighbors = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
     )
-    return neighbours.fit(np.asarray(train.features, np.float64), train.labels)
+    return neighbors.fit(np.asarray(train.features, np.float64), train.labels)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.07, 1.0])
-def test_the_votes_are_those_of_scikit_learn(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_votes_match_scikit_learn(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks that divide neither the training images nor the queries; one block has fewer rows than k."""
     monkeypatch.setattr(labelled, "ROWS_AT_ONCE", 130)
     monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 77)
@@ -83,14 +83,14 @@ def test_a_masked_model_votes_over_five_masks(masked_folder: Path, evaluation_of
     images = {name: evaluation.images(name, labelled=True) for name in ("train", "test")}
     layer = result["best_layer"]
     bank = Labelled(pooled_features(evaluation, images["train"])[layer], images["train"].labels)
-    neighbours, labels = scikit_learn(bank, 20), images["test"].labels
-    expected = [neighbours.score(pooled_features(evaluation, images["test"], n)[layer], labels) for n in range(5)]
+    neighbors, labels = scikit_learn(bank, 20), images["test"].labels
+    expected = [neighbors.score(pooled_features(evaluation, images["test"], n)[layer], labels) for n in range(5)]
     assert result["test_accuracy_by_mask"] == pytest.approx(expected)
     assert result["test_accuracy"] == pytest.approx(expected[0])
     assert len(set(expected)) > 1
 
 
-def test_more_neighbours_than_images_are_refused(model_folder: Path, evaluation_of: Callable) -> None:
+def test_more_neighbors_than_images_are_an_error(model_folder: Path, evaluation_of: Callable) -> None:
     with pytest.raises(ValueError, match=r"knn\.k is \[100, 200\], but .* has 90 labelled images in train"):
         KNN(KnnOptions(k=[100, 200])).measure(evaluation_of(model_folder, train_images=90))
 
@@ -103,6 +103,6 @@ def test_more_neighbours_than_images_are_refused(model_folder: Path, evaluation_
         ({"temperature": 0.0}, r"knn\.temperature is 0.0; it must be above 0"),
     ],
 )
-def test_options_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KnnOptions(**options)

@@ -1,4 +1,4 @@
-"""The linear probe as a task: what it measures against scikit-learn, and what it refuses."""
+"""The linear probe as a task: what it measures against scikit-learn, and invalid input."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +52,9 @@ def test_the_task_measures_the_layer_that_did_best_on_validation(model_folder: P
     assert result["best_layer"] == int(np.argmax(result["valid_accuracy_by_layer"]))
     assert result["test_accuracy"] == pytest.approx(expected[result["best_layer"]][1], abs=2 / 127)
     assert (result["classes"], result["train_images"], result["test_images"]) == (3, 323, 127)
-    commonest = np.bincount(labels["train"]).argmax()
-    assert result["majority_class_test_accuracy"] == pytest.approx(np.mean(labels["test"] == commonest))
-    # Classes differ by color: the histogram says most, and more than chance is known.
+    most_common = np.bincount(labels["train"]).argmax()
+    assert result["majority_class_test_accuracy"] == pytest.approx(np.mean(labels["test"] == most_common))
+    # Classes differ by color: the histogram is the best feature, and better than chance.
     assert result["color_histogram_test_accuracy"] > 0.5 > result["majority_class_test_accuracy"]
 
     together = result["concatenated"]
@@ -152,8 +152,8 @@ def test_classes_that_a_split_lacks(
 ) -> None:
     """Class 2 has no test image; class 1 is in test, but not in train."""
     data = {"train": random_images(200, 1), "valid": random_images(60, 2), "test": random_images(80, 3)}
-    kept = {"train": [0, 2], "valid": [0, 1, 2], "test": [0, 1]}
-    data = {name: tuple(part[np.isin(data[name][1], kept[name])] for part in data[name]) for name in data}
+    classes = {"train": [0, 2], "valid": [0, 1, 2], "test": [0, 1]}
+    data = {name: tuple(part[np.isin(data[name][1], classes[name])] for part in data[name]) for name in data}
     other = open_shard_set(write_shard_set(tmp_path / "other", data, random_palette()))
     result = LinearProbe(LinearProbeOptions(l2=[0.1, 0.01])).measure(evaluation_of(model_folder, other))
     assert result["absent_classes"] == {"train": ["class 1"], "valid": [], "test": ["class 2"]}
@@ -185,7 +185,7 @@ def test_splits_that_cannot_be_probed(
     evaluation = evaluation_of(model_folder, other)
     with pytest.raises(ValueError, match=message.replace("TASK", task)):
         task_class(task)(options_type(task)()).measure(evaluation)
-    assert not evaluation.features.exists()  # refused before any forward pass
+    assert not evaluation.features.exists()  # reported before any forward pass
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,6 @@ def test_splits_that_cannot_be_probed(
         ({"concatenate": 1}, r"linear_probe\.concatenate is 1; it must"),
     ],
 )
-def test_options_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LinearProbeOptions(**options)

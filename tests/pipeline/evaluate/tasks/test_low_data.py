@@ -1,4 +1,4 @@
-"""Few labels: the subsets, the choice within their labels against scikit-learn, and what is left out or refused."""
+"""Few labels: the subsets, the choice within their labels against scikit-learn, skipped settings, and invalid input."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_subset_has_so_many_of_each_class_and_is_random() -> None:
     assert not np.array_equal(rows[0], rows[2])
 
 
-def test_usual_settings_are_left_out_where_a_class_has_too_few() -> None:
+def test_default_settings_are_skipped_if_a_class_has_too_few_labels() -> None:
     settings, left_out = settings_for(LABELS, LowDataOptions(), "SHARDS")
     assert [(setting.name, setting.labels) for setting in settings] == [("4 per class", 12), ("10%", 18)]
     assert left_out == [
@@ -67,18 +67,18 @@ def test_usual_settings_are_left_out_where_a_class_has_too_few() -> None:
         ({"fractions": [0.02]}, "use 2%, but in SHARDS 4 of train's 185 labels are fewer than 2 for each class"),
     ],
 )
-def test_settings_that_were_asked_for_are_not_left_out(options: dict, message: str) -> None:
+def test_explicit_settings_are_not_skipped(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings_for(LABELS, LowDataOptions(**options), "SHARDS")
 
 
-def test_a_set_with_too_few_labels_for_anything_is_refused() -> None:
+def test_a_set_with_too_few_labels_is_an_error() -> None:
     with pytest.raises(ValueError, match="SHARDS has 6 labels in train, too few for low_data; the rarest class 3"):
         settings_for(np.repeat([0, 1], 3), LowDataOptions(), "SHARDS")
 
 
 @pytest.mark.parametrize("choose_on", ["labels", "valid"])
-def test_layer_and_strength_are_those_of_the_least_loss_by_scikit_learn(choose_on: str) -> None:
+def test_layer_and_strength_have_the_lowest_loss_by_scikit_learn(choose_on: str) -> None:
     random = np.random.default_rng(3)
     labels = np.repeat([0, 1, 2], 20)
     centres = random.normal(size=(3, 8))
@@ -149,7 +149,7 @@ def mislabelled(folder: Path, split: str) -> ShardSet:
     return open_shard_set(write_shard_set(folder, splits, random_palette()))
 
 
-def test_no_label_beyond_the_setting_is_used_unless_it_is_said(
+def test_other_labels_are_used_only_if_the_result_records_it(
     model_folder: Path, evaluation_of: Callable, shards: ShardSet, tmp_path: Path
 ) -> None:
     def measured(choose_on: str, shards: ShardSet, name: str) -> dict:
@@ -189,12 +189,12 @@ def test_no_label_beyond_the_setting_is_used_unless_it_is_said(
         ({"l2": []}, r"low_data\.l2 is \[\]"),
     ],
 )
-def test_options_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LowDataOptions(**options)
 
 
-def test_a_layer_that_the_model_lacks_is_refused(model_folder: Path, evaluation_of: Callable) -> None:
+def test_a_layer_that_the_model_lacks_is_an_error(model_folder: Path, evaluation_of: Callable) -> None:
     with pytest.raises(ValueError, match=r"low_data\.layer is 4; it must be 0 to 3"):
         LowData(LowDataOptions(layer=4)).measure(evaluation_of(model_folder))
 
@@ -209,7 +209,7 @@ def with_valid(folder: Path, labels: list[int]) -> ShardSet:
 
 
 @pytest.mark.parametrize("labels", [[], [-1] * 30, [2] * 30])
-def test_valid_is_wanted_only_where_it_is_used(
+def test_valid_is_needed_only_if_it_is_used(
     labels: list[int], model_folder: Path, evaluation_of: Callable, tmp_path: Path
 ) -> None:
     """Absent, unlabelled, or of a class that train lacks."""

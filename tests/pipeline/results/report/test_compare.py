@@ -55,7 +55,7 @@ def losses(comparison: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_a_line_a_model_a_point_a_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_line_per_model_and_one_point_per_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     for step, loss in ((100, 2.0), (9, 3.0), (1000, 1.5)):
         small = checkpoint("small", step, loss)
     large = checkpoint("large", 100, 1.25)
@@ -68,7 +68,7 @@ def test_a_line_a_model_a_point_a_checkpoint(checkpoint: Callable[..., Path], tm
         assert shown in page
 
 
-def test_the_runs_own_loss_where_density_was_not_measured_on_valid(checkpoint: Callable[..., Path]) -> None:
+def test_the_logged_loss_if_density_was_not_measured_on_valid(checkpoint: Callable[..., Path]) -> None:
     """One checkpoint without it is enough: losses of two kinds do not share an axis."""
 
     def on_test(results: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def test_the_test_split_on_demand(checkpoint: Callable[..., Path], measured: dic
     assert "test accuracy" in (folder.parent / "compared/compare.html").read_text()
 
 
-def test_a_checkpoint_still_to_be_measured_is_left_out(
+def test_a_checkpoint_without_results_is_excluded(
     checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint("model", 1, 3.0)
@@ -118,7 +118,7 @@ def set_in(*keys: str, value: object) -> Change:
         (set_in("format", value="mine"), r"results\.json was not written by `python -m pipeline evaluate`"),
     ],
 )
-def test_what_does_not_compare_is_said(change: Change, message: str, checkpoint: Callable[..., Path]) -> None:
+def test_results_that_are_not_comparable(change: Change, message: str, checkpoint: Callable[..., Path]) -> None:
     checkpoint("model", 1, 3.0)
     folder = checkpoint("model", 2, 2.0, change)
     with pytest.raises(ValueError, match=message):
@@ -131,7 +131,7 @@ def test_larger_batches_compare(checkpoint: Callable[..., Path]) -> None:
     compare(checkpoint("model", 2, 2.0, set_in("tasks", "linear_probe", "options", "batch_size", value=1)))
 
 
-def test_missing_losses_and_folders_are_said(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_missing_losses_and_folders(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     def without(results: dict[str, Any]) -> None:
         del results["tasks"]["density"]
         results["model"]["valid_loss"] = None

@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def trained_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model folder with the record of a training beside it."""
+    """The model folder with the record of a training."""
     folder = tmp_path_factory.mktemp("model") / "trained"
     (folder / "training").mkdir(parents=True)
     for file in model_folder.iterdir():
@@ -124,16 +124,16 @@ def test_the_report_needs_no_other_file(out: Path) -> None:
     assert "--run &lt;RUN&gt;" in text
 
 
-@pytest.mark.parametrize(("planned", "said"), [(125, True), (59, False)])
-def test_an_unfinished_training_is_said_in_the_head(
-    planned: int, said: bool, trained_model: Path, shards: ShardSet, tmp_path: Path
+@pytest.mark.parametrize(("planned", "stated"), [(125, True), (59, False)])
+def test_an_unfinished_training_is_stated_in_the_head(
+    planned: int, stated: bool, trained_model: Path, shards: ShardSet, tmp_path: Path
 ) -> None:
     model = copytree(trained_model, tmp_path / "model")
     (model / "training/config.yaml").write_text(f"schedule: {{steps: {planned}}}\n")
     (tmp_path / "results").mkdir()
     facts = model_facts(model, load_model_folder(model))
     head = write_report(tmp_path / "results", facts, shards).read_text().partition("<h2>")[0]
-    assert ("Its training was not finished: step 59 of 125." in head) == said
+    assert ("Its training was not finished: step 59 of 125." in head) == stated
     assert f"<dt>Training step</dt><dd>59 of {planned}</dd>" in head
     assert json.loads((tmp_path / "results/results.json").read_text())["model"]["planned_steps"] == planned
     (model / "training/config.yaml").write_text("- no keys")
@@ -157,14 +157,14 @@ def test_results_json_has_everything(out: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_initial_weights_stand_beside(
+def test_initial_weights_have_a_column(
     named: bool, trained_model: Path, measure_all: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "results"
-    beside = tmp_path / "beside" if named else out / "random_weights"
+    random_weights = tmp_path / "random_weights" if named else out / "random_weights"
     quick = ["--tasks", "density,linear_probe"]
-    measure_all(trained_model, beside, *quick, "--weights", "random")
-    measure_all(trained_model, out, *quick, *(["--random_weights", str(beside)] if named else []))
+    measure_all(trained_model, random_weights, *quick, "--weights", "random")
+    measure_all(trained_model, out, *quick, *(["--random_weights", str(random_weights)] if named else []))
     results = json.loads((out / "results.json").read_text())
     untrained = results["random_weights"]
     assert set(untrained) == {"density", "linear_probe"}
@@ -174,7 +174,7 @@ def test_initial_weights_stand_beside(
     assert numbers[:2] == [f"{results['tasks']['density']['nats_per_color']:.4f}", f"{math.log(COLORS):.4f}"]
 
 
-def test_initial_weights_of_another_model_do_not(
+def test_initial_weights_of_another_model_have_none(
     trained_model: Path, model_folders: dict[str, Path], measure_all: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "results"
@@ -210,7 +210,7 @@ def test_a_training_with_null_losses_has_a_report(
     assert json.loads((tmp_path / "results/results.json").read_text())["model"]["valid_loss"] is None
 
 
-def test_results_of_another_model_are_left_out(
+def test_results_of_another_model_are_excluded(
     trained_model: Path,
     model_folders: dict[str, Path],
     shards: ShardSet,
@@ -224,10 +224,8 @@ def test_results_of_another_model_are_left_out(
     assert "The numbers" not in Page(text).headings
 
 
-def test_sections_stand_in_the_order_that_is_handed_in(
-    trained_model: Path, shards: ShardSet, out: Path, tmp_path: Path
-) -> None:
-    """A task's own section as it words it; tasks that have none follow, each with one from its JSON."""
+def test_sections_are_in_the_given_order(trained_model: Path, shards: ShardSet, out: Path, tmp_path: Path) -> None:
+    """The given sections come first; the other tasks follow with sections built from their JSON."""
     out = copytree(out, tmp_path / "results")
     sections = {"linear_probe": generic_section, "absent": generic_section, "density": lambda *_: "<p>own words</p>"}
     facts = model_facts(trained_model, load_model_folder(trained_model))
@@ -323,7 +321,7 @@ def test_a_section_of_lists_and_long_lists(tmp_path: Path) -> None:
 
 
 def test_every_accuracy_is_a_headline() -> None:
-    """Of the task itself, of objects within it; a masked model's vote too; what was chosen beside."""
+    """Of the task itself, of objects within it; a masked model's vote too; and what was chosen."""
     score = {"test_accuracy": 0.5, "test_standard_error": 0.02, "ensembled_test_accuracy": 0.75}
     result = score | {"best_layer": 7, "best_k": 20, "concatenated": {"layers": [6, 7, 8], "test_accuracy": 0.625}}
     rows = accuracy_headlines(result, "Some probe", "As published")
@@ -363,7 +361,7 @@ def test_headlines_of_an_earlier_version_have_the_current_names() -> None:
     assert measures[NATS][0] == [(result, current[0])]
 
 
-def test_results_of_an_earlier_version_name_themselves() -> None:
+def test_results_of_an_earlier_version_get_headlines() -> None:
     """Without title and headlines in its JSON, a task of no known name has its name and its accuracies."""
     earlier = with_headlines({"task": "some_probe", "test_accuracy": 0.5})
     assert earlier["title"] == "Some probe"
@@ -373,7 +371,7 @@ def test_results_of_an_earlier_version_name_themselves() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_what_an_earlier_version_did_not_write_is_as_the_task_words_it(name: str) -> None:
+def test_added_headlines_equal_the_tasks_headlines(name: str) -> None:
     """Titles of all tasks, and published measures; other headlines are compared on what was measured."""
     if TASKS[name].options is not None:
         score = {"task": name, "test_accuracy": 0.5, "nats_per_color": 2.0, "masked": False, "split": "test"}
