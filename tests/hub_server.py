@@ -1,4 +1,4 @@
-"""A model hub on this machine that speaks the HTTP API that huggingface_hub uses, and can be told to misbehave.
+"""A local model hub with the HTTP API that huggingface_hub uses; tests can make it fail.
 
 What it answers is what huggingface_hub 1.31 and 2.4 ask for: create, refs, trees, revisions, preupload, LFS batch and
 upload, commits with a parent, branches, tags, downloads with ranges, the check of a card's metadata. It has no xet
@@ -55,7 +55,7 @@ class Hub(Repositories):
         """Of files, by clients."""
         self.faults: list[Fault] = []
         self.before_commit: Callable[[Repository], None] | None = None
-        """Called once, before the next commit is looked at."""
+        """Called once, before the next commit is processed."""
         self.lock = threading.RLock()
         self.url = ""
         self._server: ThreadingHTTPServer | None = None
@@ -80,7 +80,7 @@ class Hub(Repositories):
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:
-        """Refuses connections, and breaks off those that stand."""
+        """Refuses connections, and closes open ones."""
         assert self._server is not None
         self._server.shutdown()
         self._server.server_close()
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.body = self._read_body()
         if fault is not None and isinstance(fault.how, int):
-            self._answer(fault.how, {"error": "told to fail"}, fault.headers)
+            self._answer(fault.how, {"error": "injected fault"}, fault.headers)
             return
         try:
             with self.hub.lock:

@@ -97,7 +97,7 @@ def test_a_result_is_reused_until_an_input_changes(
 def test_results_of_an_earlier_version_are_shown_and_unchanged(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of tasks that the command reuses, and of others in the folder and beside it."""
+    """Results of tasks that the command reuses, and of others in the folder and in random_weights."""
     folder = run("--tasks", "density,knn")
     run("--tasks", "density", "--weights", "random", "--out", str(folder / "random_weights"))
     run("--tasks", "density")

@@ -1,4 +1,4 @@
-"""A new task: what its class must say, and what becomes of its result."""
+"""A new task: what its class must define, and how its result is written."""
 
 import json
 from collections.abc import Callable

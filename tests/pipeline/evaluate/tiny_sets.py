@@ -33,7 +33,7 @@ def random_images(count: int, seed: int, unlabelled: int = 0, preference: float 
 
 
 def separable_images(count: int, seed: int, unlabelled: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """As random_images, of classes that whoever counts colors tells apart."""
+    """Like random_images, with classes that differ in their color counts."""
     return random_images(count, seed, unlabelled, preference=6.0)
 
 

@@ -12,7 +12,7 @@ class Means(nn.Module):
 
 
 class MeansOrClasses(nn.Module):
-    """Gives classes unless it is told to give features."""
+    """Returns classes, or features with return_features."""
 
     def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         means = images.float().mean(dim=(2, 3))

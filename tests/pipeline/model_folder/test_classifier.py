@@ -1,4 +1,4 @@
-"""The class head against transformers' own classifier and a forward pass by hand; its folder."""
+"""The class head against transformers' own classifier and a manual forward pass; its folder."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_the_joint_loss_matches_transformers(folder: Path, images: torch.Tensor)
 
     theirs = ImageGPTForImageClassification.from_pretrained(folder).eval()
     theirs.score.load_state_dict({"weight": load_file(folder / "class_head.safetensors")["score.weight"]})
-    # Theirs takes the token behind each input for its target: the image's last color stands behind no input of T.
+    # Their target is the next token of the input, so the last color of the image is not a target.
     generative = ImageGPTForCausalImageModeling.from_pretrained(folder).eval()
     logits = generative(input_ids=inputs).logits.double()  # (B, T, V)
     last = torch.nn.functional.cross_entropy(logits[:, -1], targets[:, -1])

@@ -60,7 +60,7 @@ def save_theirs(model, folder, palette=PALETTE):
 
 
 def card_of(text):
-    return lambda aside: (aside / "README.md").write_text(text)
+    return lambda temporary: (temporary / "README.md").write_text(text)
 
 
 def some_tokens(count=3):
@@ -99,7 +99,7 @@ def test_the_folder_is_complete(published):
     _, folder, block = published
     names = {"config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors", "README.md"}
     assert {path.name for path in folder.iterdir()} == names
-    assert [path.name for path in folder.parent.iterdir()] == ["model"], "and nothing is left beside it"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"], "no other file is left"
     assert (folder / "README.md").read_text() == "# A card"
     keys = load_file(folder / "model.safetensors").keys()
     assert keys == CLASSES[block](CLASSES[block].config_class(**SHAPE, tie_word_embeddings=False)).state_dict().keys()
@@ -297,7 +297,7 @@ def test_damaged_or_foreign_folders_are_one_sentence(damage, message, igpt_folde
         load_model_folder(igpt_folder)
     assert "\n" not in str(caught.value)
     assert str(igpt_folder) in str(caught.value)
-    assert capfd.readouterr() == ("", ""), "the error says it all"
+    assert capfd.readouterr() == ("", ""), "the error has all information"
 
 
 def test_a_text_model_is_an_error(tmp_path):

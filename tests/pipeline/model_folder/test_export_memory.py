@@ -45,8 +45,8 @@ def write_run(run: Path, size: str) -> int:
     record = {"shards": digests | {"path": "/nowhere", "source": "noise"}, "starts": []}
     (run / "run.json").write_text(json.dumps(record))
     (run / "metrics.jsonl").touch()
-    aside = checkpoints.temporary_folder(folder, 1)
-    files = {checkpoints.rank_file(rank): write_rank(aside, rank, shapes) for rank in range(RANKS)}
+    temporary = checkpoints.temporary_folder(folder, 1)
+    files = {checkpoints.rank_file(rank): write_rank(temporary, rank, shapes) for rank in range(RANKS)}
     manifest = CheckpointRecord(
         step=1,
         images=128,
@@ -59,11 +59,11 @@ def write_run(run: Path, size: str) -> int:
         precision="fp32",
         files=files,
     )
-    checkpoints.commit(aside, manifest)
+    checkpoints.commit(temporary, manifest)
     return sum(shape.numel() for shape in shapes.values())
 
 
-def write_rank(aside: Path, rank: int, shapes: dict[str, torch.Size]) -> dict[str, object]:
+def write_rank(temporary: Path, rank: int, shapes: dict[str, torch.Size]) -> dict[str, object]:
     generator = torch.Generator().manual_seed(rank)
     tensors, index = {}, []
     for name, shape in shapes.items():
@@ -71,7 +71,7 @@ def write_rank(aside: Path, rank: int, shapes: dict[str, torch.Size]) -> dict[st
         tensors[f"{name}@{first}.weight"] = 0.02 * torch.randn(last - first, generator=generator) + (".ln_" in name)
         entry = {"name": name, "shape": list(shape), "start": first, "length": last - first, "step": 1.0}
         index.append(entry | {"part": None})
-    return checkpoints.write_rank(aside, rank, tensors, index)
+    return checkpoints.write_rank(temporary, rank, tensors, index)
 
 
 @pytest.mark.slow  # 11 GB on disk, minutes

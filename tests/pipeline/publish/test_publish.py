@@ -237,7 +237,7 @@ def test_results_of_an_earlier_version_have_the_same_card(
 
 
 def test_a_training_with_null_losses_is_published(models: dict[int, Path], tmp_path: Path) -> None:
-    """metrics.jsonl has null for NaN and Inf; where no loss is finite, there is no curve."""
+    """metrics.jsonl has null for NaN and Inf; if no loss is finite, there is no curve."""
     model = Path(shutil.copytree(models[40], tmp_path / "model"))
     rows = [json.loads(line) for line in (model / "training/metrics.jsonl").read_text().splitlines()]
     nulls = [row | {key: None for key in row if key in NULLABLE} for row in rows]

@@ -1,4 +1,4 @@
-"""A push: what it sends, where it goes, and what it does when the hub misbehaves."""
+"""A push: what it sends, branches and tags, and faults of the hub."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tests.pipeline.publish.conftest import REPOSITORY
 
 
 class Clock:
-    """Time that passes only when somebody sleeps."""
+    """Time that passes only in sleep."""
 
     def __init__(self) -> None:
         self.now, self.pauses = 0.0, []
@@ -31,15 +31,15 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Ours, and that of huggingface_hub's own retries."""
+    """A fake clock for push and for huggingface_hub's own retries."""
     clock = Clock()
     monkeypatch.setattr("time.sleep", clock.sleep)
     monkeypatch.setattr(pushing, "time", clock)
     return clock
 
 
-def check_main_was_never_half(hub: Hub, repository: str = REPOSITORY) -> None:
-    """Every commit that main ever was held a whole model, or nothing."""
+def check_main_was_always_complete(hub: Hub, repository: str = REPOSITORY) -> None:
+    """Every commit of main had a complete model, or none."""
     found = hub.repository(repository)
     name: str | None = found.branches["main"]
     while name is not None:
@@ -49,7 +49,7 @@ def check_main_was_never_half(hub: Hub, repository: str = REPOSITORY) -> None:
         name = commit.parent
 
 
-def check_holds(hub: Hub, folder: Path, revision: str = "main") -> None:
+def check_content(hub: Hub, folder: Path, revision: str = "main") -> None:
     assert hub.files(REPOSITORY, revision) == files_of(folder) | {".gitattributes": b"*.safetensors filter=lfs\n"}
 
 
@@ -60,7 +60,7 @@ def test_a_push_makes_a_private_repository_and_a_tag(hub: Hub, models: dict[int,
     assert pushed.private
     assert repository.tags == {"step-00000040": repository.branches["main"]}
     assert hub.titles(REPOSITORY) == ["initial commit", "Step 40"]
-    check_holds(hub, models[40])
+    check_content(hub, models[40])
     assert push(models[40], "lab/open", step=40, retry_seconds=60, public=True).private is False
 
 
@@ -83,8 +83,8 @@ def test_main_gets_later_steps_only(hub: Hub, models: dict[int, Path]) -> None:
 
     changed = push(models[20], REPOSITORY, step=20, retry_seconds=60)
     assert (changed.sent, changed.on_main) == ((), False)
-    check_holds(hub, models[40])
-    check_holds(hub, models[20], "step-00000020")
+    check_content(hub, models[40])
+    check_content(hub, models[20], "step-00000020")
     assert hub.repository(REPOSITORY).branches == {"main": main}
 
 
@@ -94,8 +94,8 @@ def test_an_older_step_published_later(hub: Hub, models: dict[int, Path], tmp_pa
     late = push(models[20], REPOSITORY, step=20, retry_seconds=60)
     assert (late.on_main, late.tag) == (False, "step-00000020")
     assert hub.repository(REPOSITORY).branches == {"main": main}
-    check_holds(hub, models[20], "step-00000020")
-    check_holds(hub, models[40])
+    check_content(hub, models[20], "step-00000020")
+    check_content(hub, models[40])
 
 
 def test_obsolete_files_are_deleted_and_other_files_stay(hub: Hub, models: dict[int, Path]) -> None:
@@ -104,7 +104,7 @@ def test_obsolete_files_are_deleted_and_other_files_stay(hub: Hub, models: dict[
     stray = File(hub.store(b"?", lfs=False), 1, False)
     head = repository.commits[repository.branches["main"]].files
     added = {"model-00002-of-00002.safetensors": stray, "results/old.json": stray, "NOTES.md": stray}
-    hub.commit(repository, "main", "By hand", head | added)
+    hub.commit(repository, "main", "Manual change", head | added)
     push(models[40], REPOSITORY, step=40, retry_seconds=60)
     assert set(hub.files(REPOSITORY)) == set(files_of(models[40])) | {".gitattributes", "NOTES.md"}
 
@@ -135,7 +135,7 @@ def test_transient_errors_are_retried(
     repository = hub.repository(REPOSITORY)
     assert repository.tags == {"step-00000040": repository.branches["main"]}
     assert hub.titles(REPOSITORY) == ["initial commit", "Step 40"]
-    check_holds(hub, models[40])
+    check_content(hub, models[40])
     assert max(clock.pauses) >= (20 if how == 429 else 0)
     output = "".join(capfd.readouterr())
     assert "retrying in" in output
@@ -148,11 +148,11 @@ def test_somebody_commits_meanwhile(hub: Hub, models: dict[int, Path], clock: Cl
     def interfere(repository: Repository) -> None:
         notes = File(hub.store(b"mine", lfs=False), 4, False)
         head = repository.commits[repository.branches["main"]].files
-        hub.commit(repository, "main", "By hand", head | {"NOTES.md": notes})
+        hub.commit(repository, "main", "Manual change", head | {"NOTES.md": notes})
 
     hub.before_commit = interfere
     push(models[40], REPOSITORY, step=40, retry_seconds=60)
-    assert hub.titles(REPOSITORY) == ["initial commit", "Step 20", "By hand", "Step 40"]
+    assert hub.titles(REPOSITORY) == ["initial commit", "Step 20", "Manual change", "Step 40"]
     assert hub.files(REPOSITORY)["NOTES.md"] == b"mine"
 
 
@@ -163,7 +163,7 @@ def test_a_later_step_comes_in_meanwhile(hub: Hub, models: dict[int, Path], cloc
     assert late.sent == ()
     hub.before_commit = None
     push(models[40], REPOSITORY, step=40, retry_seconds=60)
-    check_holds(hub, models[40])
+    check_content(hub, models[40])
 
 
 def test_a_hub_that_stays_busy_is_one_sentence(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
@@ -178,7 +178,7 @@ def test_a_hub_that_stays_busy_is_one_sentence(hub: Hub, models: dict[int, Path]
     push(models[40], REPOSITORY, step=40, retry_seconds=600)
     weights = (models[40] / "model.safetensors").stat().st_size
     assert hub.bytes_sent - before < weights, "what the hub has is not sent again"
-    check_holds(hub, models[40])
+    check_content(hub, models[40])
 
 
 def test_a_hub_that_asks_to_wait_for_hours_is_an_error(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
@@ -195,8 +195,8 @@ def test_an_unreachable_hub_is_retried(
     push(models[20], REPOSITORY, step=20, retry_seconds=120)
     hub.away(seconds)
     push(models[40], REPOSITORY, step=40, retry_seconds=120)
-    check_holds(hub, models[40])
-    check_main_was_never_half(hub)
+    check_content(hub, models[40])
+    check_main_was_always_complete(hub)
     assert "gave no answer" in capfd.readouterr().out
 
 
@@ -239,13 +239,13 @@ def test_a_card_that_the_hub_rejects(hub: Hub, models: dict[int, Path], tmp_path
 
 
 def test_a_push_that_fails_between_commit_and_tag(hub: Hub, models: dict[int, Path], clock: Clock) -> None:
-    for step in (40, 20):  # on main, and aside
+    for step in (40, 20):  # on main, and on a branch
         hub.fail("POST", "/tag/", 400)
         with pytest.raises(ValueError, match="answered 400"):
             push(models[step], REPOSITORY, step=step, retry_seconds=60)
         before = hub.bytes_sent
         push(models[step], REPOSITORY, step=step, retry_seconds=60)
         assert hub.bytes_sent == before
-        check_holds(hub, models[step], f"step-{step:08d}")
+        check_content(hub, models[step], f"step-{step:08d}")
     assert list(hub.repository(REPOSITORY).branches) == ["main"]
     assert json.loads(hub.files(REPOSITORY)["training/checkpoint.json"])["step"] == 40

@@ -120,7 +120,7 @@ def test_sgd_is_momentum_and_a_cosine_written_out() -> None:
 
 
 def test_sgd_finds_what_scikit_learn_finds() -> None:
-    """No weight decay: the optimum is that of logistic regression with next to none."""
+    """No weight decay: the optimum equals logistic regression with almost no weight decay."""
     train, valid = blobs()
     probe = train_sgd(train, 0.1, 150, 64, np.random.default_rng(0), CPU)
     reference = scikit_learn(train, 1e-6)

@@ -103,9 +103,9 @@ def test_two_ranks_say_what_one_says(alone: Path, model_folder: Path, separable:
 
 @pytest.mark.slow
 def test_two_killed_ranks_go_on_with_the_same_bits(model_folder: Path, separable: ShardSet, tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("whole", "killed")]
-    whole, killed = (command(model_folder, separable, folder, "fine_tune,distill") for folder in folders)
-    finished = run(2, "-m", "pipeline", "evaluate", *whole, logs=tmp_path / "logs-whole")
+    folders = [tmp_path / name for name in ("uninterrupted", "killed")]
+    uninterrupted, killed = (command(model_folder, separable, folder, "fine_tune,distill") for folder in folders)
+    finished = run(2, "-m", "pipeline", "evaluate", *uninterrupted, logs=tmp_path / "logs-uninterrupted")
     assert finished.codes == [0, 0], "\n".join(finished.outputs)
     kill_when_said("fine_tune-rate-0.01, epoch 2: loss", 2, killed, tmp_path / "logs-killed")
     kill_when_said("distill-student-rate-0.02, epoch 1: loss", 2, killed, tmp_path / "logs-killed-again")

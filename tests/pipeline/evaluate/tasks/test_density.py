@@ -93,8 +93,8 @@ def test_a_masked_model_is_scored_on_masked_pixels_only(masked_folder: Path, eva
 
 
 def test_a_position_that_was_never_masked_has_no_nats() -> None:
-    piece = {"losses": np.ones(1), "sums": np.array([2.0, 0, 3, 4]), "counts": np.array([2.0, 0, 1, 1])}
-    assert nats_by_position([piece], 2) == [[1.0, None], [3.0, 4.0]]
+    part = {"losses": np.ones(1), "sums": np.array([2.0, 0, 3, 4]), "counts": np.array([2.0, 0, 1, 1])}
+    assert nats_by_position([part], 2) == [[1.0, None], [3.0, 4.0]]
 
 
 def test_a_killed_measurement_resumes(
@@ -107,7 +107,7 @@ def test_a_killed_measurement_resumes(
     killed, read = evaluation_of(model_folder, batch_size=20), []
 
     def count(_module: object, inputs: tuple[torch.Tensor]) -> None:
-        if len(read) == 5:  # in the third piece
+        if len(read) == 5:  # in the third part
             raise KeyboardInterrupt
         read.append(len(inputs[0]))
 

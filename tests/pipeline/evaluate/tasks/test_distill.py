@@ -57,7 +57,7 @@ def teacher(trained_teacher: Path, tmp_path: Path) -> Path:
 
 
 def relabelled(shards: ShardSet, folder: Path) -> ShardSet:
-    """The same images, those of train with other labels."""
+    """The same images, with other labels in train."""
     splits = {}
     for name in shards.splits:
         split = shards.split(name)

@@ -24,7 +24,7 @@ def measured(shards_folder: Path, model_folder: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def checkpoint(measured: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
-    """Writes the results as those of a checkpoint, with changes, into MODEL/step-N."""
+    """Writes the results of a checkpoint, with changes, into MODEL/step-N."""
 
     def write(model: str, step: int, loss: float, change: Change = lambda _results: None) -> Path:
         results = json.loads(json.dumps(measured))
