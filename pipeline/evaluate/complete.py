@@ -23,7 +23,7 @@ class Command:
     seed: int = 0
     """Seed of the choice of images and of the sampled completions."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass."""
+    """Precision of the forward pass."""
 
 
 def complete_command(arguments: list[str]) -> int:

@@ -89,8 +89,8 @@ def _published_section(results: Results) -> str:
     if not parts:
         return ""
     scale = (
-        "Numbers are comparable only on the same dataset, and losses only with the same palette; the others show the "
-        "scale. Published probes use features learned on ImageNet."
+        "Numbers are comparable only on the same dataset, and losses only with the same palette; the others are for "
+        "orientation. Published probes use features learned on ImageNet."
     )
     return "\n\n".join(["### Published numbers", *parts, scale])
 

@@ -1,4 +1,4 @@
-"""Results of an earlier version: adds the title and the headlines that this version did not write into a task's JSON.
+"""Results of an earlier version: adds the title and the headlines, which it did not write into a task's JSON.
 
 They are derived when results are read, so the files stay unchanged, both for evaluate's report and for publish's card.
 For new results the task's class defines them, but publish may not import task classes. So this is the only file outside

@@ -208,7 +208,7 @@ class Counts:
 
     @classmethod
     def of(cls, split: Split, colors: int, side: int) -> "Counts":
-        """Counts over all images, of side x side pixels, of a split."""
+        """Counts over all images (side x side pixels) of a split."""
         single = np.zeros(colors, np.int64)
         left, above = np.zeros((2, colors, colors), np.int64)
         for record in range(len(split.record_images)):

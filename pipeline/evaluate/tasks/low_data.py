@@ -200,7 +200,9 @@ def settings_for(labels: np.ndarray, options: LowDataOptions, where: str) -> tup
     settings = [setting for setting, reason, _ in possible if not reason]
     left_out = [{"name": setting.name, "reason": reason} for setting, reason, _ in possible if reason]
     if not settings:
-        raise ValueError(f"{where} has {len(labels)} labels in train, too few for low_data; the rarest class {rarest}.")
+        raise ValueError(
+            f"{where} has {len(labels)} labels in train, too few for low_data; the rarest class has {rarest}."
+        )
     return settings, left_out
 
 

@@ -73,7 +73,7 @@ def test_explicit_settings_are_not_skipped(options: dict, message: str) -> None:
 
 
 def test_a_set_with_too_few_labels_is_an_error() -> None:
-    with pytest.raises(ValueError, match="SHARDS has 6 labels in train, too few for low_data; the rarest class 3"):
+    with pytest.raises(ValueError, match="SHARDS has 6 labels in train, too few for low_data; the rarest class has 3"):
         settings_for(np.repeat([0, 1], 3), LowDataOptions(), "SHARDS")
 
 
