@@ -26,7 +26,7 @@ LAYERS = (
     ("pipeline.checkpoint",),
     ("pipeline.model",),
     ("pipeline.distributed",),
-    ("pipeline.command_line",),
+    ("pipeline.command_line", "pipeline.training_set"),
     ("pipeline.config",),
     ("pipeline.layout", "pipeline.schedule"),
     ("pipeline.costs", "pipeline.hub", "pipeline.rank_errors", "pipeline.value_checks"),

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
-from data_prep.shards.reader import ShardSet, Split, open_shard_set
+from data_prep.shards.reader import ShardSet, Split
 from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
-from pipeline.config import TrainConfig, require_resolution
+from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, from_first
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
@@ -22,6 +22,7 @@ from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.data.streaming import StreamedBatches
 from pipeline.train.engine.base import Engine
 from pipeline.train.engine.build import check_machine
+from pipeline.training_set import open_training_set
 
 ATTENTION = "attention"
 
@@ -59,13 +60,7 @@ class Inputs:
 
 def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     """Opens the shard set and checks everything against it. Raises ValueError naming the key."""
-    if config.data.shards is None:
-        raise ValueError("data.shards is not set; give the folder of a shard set (python -m data_prep shards).")
-    shards = open_shard_set(config.data.shards)
-    require_resolution(config, shards.resolution, shards.path)
-    for name in ("train", "valid"):
-        if shards.split(name).images == 0:
-            raise ValueError(f"{shards.path} has no images in its split {name!r}; training reads train and valid.")
+    shards = open_training_set(config)
     if shards.address is not None and shards.split("train").images < config.parallel.data_ranks(ranks.count):
         raise ValueError(
             f"{shards.path} has {shards.split('train').images} images in its split 'train'; streamed to "
