@@ -58,11 +58,11 @@ COMMANDS: dict[str, tuple[str, Command | str]] = {
     "publish": ("a model, its results and a card to a hub or a folder", "publish.command:publish_command"),
     "status": ("where a run stands", "operate.status:status_command"),
     "preflight": (
-        "health checks of a job's nodes, which the job scripts run before they train",
+        "check a training job's options, and its nodes before it trains (the job scripts run it)",
         "operate.preflight.command:preflight_command",
     ),
     "doctor": (
-        "what this machine has, and whether a small run saves, dies and resumes on it",
+        "check this machine, and that a small run can be saved, killed and resumed on it",
         "operate.doctor:doctor_command",
     ),
 }

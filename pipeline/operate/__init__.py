@@ -1,1 +1,1 @@
-"""What runs need around training: `status`, `search`, `preflight` and `doctor`, a file or folder each."""
+"""Commands around training, a file or folder each: `status`, `search`, `preflight` and `doctor`."""

@@ -1,7 +1,7 @@
-"""python -m pipeline doctor: what this machine has, and whether a small run saves, is killed, and resumes here.
+"""python -m pipeline doctor: checks this machine's packages, disk and network, and that a small run can be resumed.
 
-The trial is a real one: two ranks train a tiny model on pictures that come with the packages, are killed, and go on as
-one rank, and as two pipeline stages; their losses must be those of a run that nothing befell.
+For the trial, two ranks train a tiny model on images that come with the packages. They are killed after a checkpoint.
+The run resumes on one rank, and a copy of it on two pipeline stages. Both must have the losses of an uninterrupted run.
 """
 
 import os
@@ -25,45 +25,49 @@ from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 TOLERANCE = 1e-5
-"""Of a loss after another topology went on."""
-STEPS, SAVED = 30, 10
+"""Largest difference of a loss after the run resumed on another topology."""
+STEPS, SAVE_EVERY = 30, 10
 LAUNCH_SECONDS = 180
-LEAST_SHARED_MEMORY = 1e9
-LEAST_DISK = 20e9
+MIN_SHARED_MEMORY = 1e9
+MIN_DISK = 20e9
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
-    verdict: Literal["ok", "note", "BAD"]
-    words: str
-    """What was found; of what is bad, what to do."""
+    status: Literal["ok", "note", "FAIL"]
+    text: str
+    """What was found and, if the check failed, what to do."""
 
 
 def doctor_command(arguments: list[str]) -> int:
-    """Prints what was found and a verdict. Returns 0 if a run would be safe here, 1 if not."""
-    parser = new_parser("python -m pipeline doctor", "What this machine can run, and whether a run would be safe here.")
-    parser.add_argument("--folder", type=str, default=".", help="Where runs would be kept; its disk is looked at.")
-    parser.add_argument("--quick", action="store_true", help="Leave out the trial, which takes a minute or two.")
+    """Prints the findings and a summary. Returns 0 if all checks passed, 1 if not."""
+    parser = new_parser(
+        "python -m pipeline doctor", "Checks whether this machine can train, and whether a run can be resumed on it."
+    )
+    parser.add_argument("--folder", type=str, default=".", help="Folder for runs; its disk is checked.")
+    parser.add_argument("--quick", action="store_true", help="Skip the trial run, which takes a minute or two.")
     chosen = parse(parser, arguments)
     folder = Path(chosen.folder)
     if not folder.is_dir():
-        raise ValueError(f"--folder is {chosen.folder!r}, which is no folder; name the one that runs would be kept in.")
-    bad = []
+        raise ValueError(
+            f"--folder is {chosen.folder!r}, which is not a folder; name the folder in which runs will be saved."
+        )
+    failed = []
     for what, finding in examine(folder, trial=not chosen.quick):
-        print(f"{finding.verdict:<4}  {what:<14} {finding.words}", flush=True)
-        bad += [what] if finding.verdict == "BAD" else []
-    if bad:
-        print(f"\nnot sound: {', '.join(bad)}; what to do stands beside each.")
+        print(f"{finding.status:<4}  {what:<14} {finding.text}", flush=True)
+        failed += [what] if finding.status == "FAIL" else []
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}; their lines above show what to do.")
         return 1
-    print("\nsound" + (" (without the trial: leave --quick out for it)." if chosen.quick else "."))
+    print("\nall checks passed" + (", without the trial run (--quick skipped it)." if chosen.quick else "."))
     return 0
 
 
 def examine(folder: Path, trial: bool) -> Iterator[tuple[str, Finding]]:
-    """What was looked at, and the finding, one after the other; a look that fails is a finding itself."""
-    looks: dict[str, Callable[[], Finding]] = {
+    """The name and the finding of each check, one after the other. A check that raises an error has failed."""
+    checks: dict[str, Callable[[], Finding]] = {
         "machine": _system,
         "packages": _packages,
         "accelerators": _accelerators,
@@ -75,12 +79,12 @@ def examine(folder: Path, trial: bool) -> Iterator[tuple[str, Finding]]:
         "SLURM": _slurm,
     }
     if trial:
-        looks["trial"] = lambda: try_out(folder)
-    for what, look in looks.items():
+        checks["trial"] = lambda: try_out(folder)
+    for what, check in checks.items():
         try:
-            yield what, look()
+            yield what, check()
         except (OSError, ValueError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
-            yield what, Finding("BAD", f"could not be looked at: {error}")
+            yield what, Finding("FAIL", f"could not be checked: {error}")
 
 
 def _system() -> Finding:
@@ -106,7 +110,7 @@ def _packages() -> Finding:
         if found.partition("+")[0] != wanted:
             wrong.append(f"{name} is {found}, not {wanted}")
     if wrong:
-        return Finding("BAD", f"{'; '.join(wrong)}: pip install -r requirements.txt")
+        return Finding("FAIL", f"{'; '.join(wrong)}: pip install -r requirements.txt")
     return Finding("ok", "as in requirements.txt")
 
 
@@ -114,7 +118,7 @@ def _accelerators() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("note", f"none that torch {torch.__version__} can use; runs take the CPU")
+        return Finding("note", f"none that torch {torch.__version__} can use; runs will use the CPU")
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     free = [torch.cuda.mem_get_info(number)[0] / 1e9 for number in range(len(names))]
     return Finding("ok", "; ".join(f"{name}, {left:.0f} GB free" for name, left in zip(names, free, strict=True)))
@@ -124,7 +128,7 @@ def _compilers() -> Finding:
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
     if missing:
-        return Finding("note", f"{' and '.join(missing)} missing: no parallel.offload and no compile; all else runs")
+        return Finding("note", f"{' and '.join(missing)} missing: parallel.offload and compile cannot be used")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     nvme = "and libaio: parallel.nvme_path too" if AsyncIOBuilder().is_compatible() else "but no libaio for NVMe"
@@ -133,32 +137,32 @@ def _compilers() -> Finding:
 
 def _shared_memory() -> Finding:
     size = shutil.disk_usage("/dev/shm").total
-    if size < LEAST_SHARED_MEMORY:
+    if size < MIN_SHARED_MEMORY:
         return Finding("note", f"{size / 1e9:.2f} GB: NCCL may need 1 GB (docker run --shm-size)")
     return Finding("ok", f"{size / 1e9:.0f} GB")
 
 
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
-    words = f"{free / 1e9:.0f} GB free in {folder.resolve()}"
-    if free < LEAST_DISK:
-        return Finding("note", f"{words}: a checkpoint takes 12 bytes a parameter, and two or three are kept")
-    return Finding("ok", words)
+    text = f"{free / 1e9:.0f} GB free in {folder.resolve()}"
+    if free < MIN_DISK:
+        return Finding("note", f"{text}: a checkpoint takes 12 bytes a parameter, and a run keeps two or three")
+    return Finding("ok", text)
 
 
 def _renames(folder: Path) -> Finding:
-    """A checkpoint is whole once its folder is renamed; another process must not see it before."""
+    """A checkpoint is complete once its temporary folder is renamed, so renaming a folder must be atomic."""
     with TemporaryDirectory(dir=folder) as name:
-        aside, final = Path(name, "aside"), Path(name, "final")
-        aside.mkdir()
-        with (aside / "file").open("wb") as file:
+        temporary, final = Path(name, "temporary"), Path(name, "final")
+        temporary.mkdir()
+        with (temporary / "file").open("wb") as file:
             file.write(b"x" * 4096)
             began = time.perf_counter()
             os.fsync(file.fileno())
             seconds = time.perf_counter() - began
-        aside.rename(final)
-        if aside.exists() or (final / "file").stat().st_size != 4096:
-            return Finding("BAD", f"{folder} does not rename folders as a whole; keep runs elsewhere")
+        temporary.rename(final)
+        if temporary.exists() or (final / "file").stat().st_size != 4096:
+            return Finding("FAIL", f"{folder} does not rename folders atomically; save runs on another file system")
     return Finding("ok", f"renames folders, flushes a file in {1000 * seconds:.1f} ms")
 
 
@@ -167,85 +171,85 @@ def _network() -> Finding:
     try:
         address = socket.gethostbyname(name)
     except OSError:
-        return Finding("note", f"{name} has no address: set MASTER_ADDR by number for several nodes")
+        return Finding("note", f"{name} has no address: set MASTER_ADDR to a numeric address for runs on several nodes")
     chosen = {key: os.environ[key] for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if key in os.environ}
     return Finding("ok", f"{name} is {address}" + (f"; {chosen}" if chosen else ""))
 
 
 def _slurm() -> Finding:
     if shutil.which("sbatch") is None:
-        return Finding("note", "no sbatch here: start runs with torchrun")
-    said = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=20)
-    if said.returncode:
-        return Finding("note", "sbatch is here, but no controller answers: start runs with torchrun")
-    return Finding("ok", f"{len(said.stdout.splitlines())} partitions and states (sinfo)")
+        return Finding("note", "sbatch is not installed: start runs with torchrun")
+    answer = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=20)
+    if answer.returncode:
+        return Finding("note", "sbatch is installed, but no controller answers: start runs with torchrun")
+    return Finding("ok", f"{len(answer.stdout.splitlines())} partitions and states (sinfo)")
 
 
 def try_out(folder: Path) -> Finding:
-    """Two ranks, killed after a save, and gone on with on other topologies."""
+    """Trains on two ranks, kills them after a checkpoint, and resumes on other topologies."""
     began = time.monotonic()
     with TemporaryDirectory(dir=folder, prefix=".doctor-") as name:
         trial = _Trial(Path(name))
         trial.prepare()
-        trial.finish("unbroken", ranks=2)
+        trial.finish("uninterrupted", ranks=2)
         trial.kill_after_a_save("killed")
         shutil.copytree(trial.folder / "killed", trial.folder / "staged")
         trial.finish("killed", ranks=1)
         trial.finish("staged", ranks=2, stages=2)
-        wanted = trial.losses("unbroken")
+        expected = trial.losses("uninterrupted")
         for run in ("killed", "staged"):
             found = trial.losses(run)
-            apart = largest_difference(found, wanted)
-            if len(found) != STEPS or not apart <= TOLERANCE:
+            difference = largest_difference(found, expected)
+            if len(found) != STEPS or not difference <= TOLERANCE:
                 return Finding(
-                    "BAD",
-                    f"a run that was killed and resumed has {len(found)} of {STEPS} steps and losses up to "
-                    f"{apart:.2g} away: do not train here before it is known why",
+                    "FAIL",
+                    f"a run that was killed and resumed has {len(found)} of {STEPS} steps, and its losses differ by up "
+                    f"to {difference:.2g}: do not train here before you know why",
                 )
     return Finding(
         "ok",
-        f"on the CPU: saved on 2 ranks, killed, resumed on 1 rank and on 2 stages, with the losses of an unbroken run "
-        f"({time.monotonic() - began:.0f} s)",
+        f"on the CPU: saved on 2 ranks, killed, resumed on 1 rank and on 2 stages, with the losses of an uninterrupted "
+        f"run ({time.monotonic() - began:.0f} s)",
     )
 
 
-def largest_difference(found: list[float | None], wanted: list[float | None]) -> float:
-    """Between losses of the same steps; infinite where one of them was NaN or Inf."""
-    pairs = zip(found, wanted, strict=False)
+def largest_difference(found: list[float | None], expected: list[float | None]) -> float:
+    """The largest difference between losses of the same step; infinite if one of the two was NaN or Inf."""
+    pairs = zip(found, expected, strict=False)
     return max((inf if a is None or b is None else abs(a - b) for a, b in pairs), default=0.0)
 
 
 class _Trial:
-    """Real processes in a folder of their own."""
+    """Training processes in a temporary folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def prepare(self) -> None:
-        """A few small pictures."""
+        """Writes a small shard set."""
         options = ["--source.kind=photographs", "--source.train_per_class=20", "--source.test_per_class=2"]
         command = ["-m", "data_prep", "shards", *options, "--resolution=8", f"--out={self.folder / 'shards'}"]
-        self._check("preparing pictures", self._start([command]))
+        self._check("preparing images", self._start([command]))
 
     def finish(self, run: str, ranks: int, stages: int = 1) -> None:
-        """Trains to the last step. Raises ValueError with what the ranks said if one fails."""
+        """Trains to the last step. Raises ValueError with the last line of a rank that fails."""
         self._check(f"a run on {ranks} ranks", self._train(run, ranks, stages))
 
     def kill_after_a_save(self, run: str) -> None:
-        """Two ranks, killed at once as soon as a checkpoint stands."""
+        """Starts two ranks, and kills them as soon as a checkpoint is complete."""
         processes = self._train(run, ranks=2)
         end = time.monotonic() + LAUNCH_SECONDS
         while not list((self.folder / run / "checkpoints").glob("step-????????")):
             if time.monotonic() > end or any(process.poll() is not None for process in processes):
-                self._check("a run that was to be killed", processes)
-                raise ValueError("a run ended, or did not save, before it could be killed.")
+                self._check("the run to be killed", processes)
+                raise ValueError("a run ended, or saved no checkpoint, before it could be killed.")
             time.sleep(0.005)
         for process in processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
 
     def losses(self, run: str) -> list[float | None]:
-        """Of every training step; None where it was NaN or Inf."""
+        """The loss of every training step; None if it was NaN or Inf."""
         return [row["loss"] for row in read_rows(self.folder / run / METRICS_FILE) if "loss" in row]
 
     def _train(self, run: str, ranks: int, stages: int = 1) -> list[subprocess.Popen[bytes]]:
@@ -261,7 +265,7 @@ class _Trial:
             "batch.micro_size": 4,
             "parallel.pipeline_stages": stages,
             "precision": "fp32",
-            "checkpoint.every_steps": SAVED,
+            "checkpoint.every_steps": SAVE_EVERY,
             "validation.every_steps": STEPS,
             "samples.every_steps": 0,
         }
@@ -293,5 +297,5 @@ class _Trial:
             for process in processes:
                 process.kill()
         if any(codes):
-            said = (self.folder / f"rank-{codes.index(max(codes))}.log").read_text().strip().splitlines()
-            raise ValueError(f"{what} ended with {codes}: {said[-1] if said else 'it said nothing'}")
+            lines = (self.folder / f"rank-{codes.index(max(codes))}.log").read_text().strip().splitlines()
+            raise ValueError(f"{what} ended with {codes}: {lines[-1] if lines else 'it printed nothing'}")

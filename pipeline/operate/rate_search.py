@@ -1,7 +1,7 @@
 """python -m pipeline search: the paper's learning-rate sweep, downward by half-decades (section 3.4 and A.1).
 
-Each rate is an ordinary run; the search starts the next one while the final validation loss still falls. It can be
-started again: finished runs are not run twice, stopped ones are gone on with.
+Each learning rate is trained as an ordinary run. The sweep ends when the final validation loss no longer falls. The
+same command resumes a sweep: finished runs are not repeated, stopped ones are resumed.
 """
 
 import logging
@@ -19,24 +19,24 @@ import yaml
 from data_prep.common.command_line import value_of
 from data_prep.common.exit_codes import STOPPED
 from data_prep.common.files import write_json
-from data_prep.shards.reader import open_shard_set
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
 from pipeline.command_line import parse_training
 from pipeline.config import TrainConfig, changed_keys, to_dict
-from pipeline.operate.status import standing
+from pipeline.operate.status import read_status
+from pipeline.training_set import open_training_set
 
 logger = logging.getLogger(__name__)
 
 RATE_KEY = "--optimizer.learning_rate"
 SEARCH_FILE = "search.json"
-DECISIVE = ("seed", "model.", "objective.", "data.", "batch.global_size", "batch.first_size", "batch.warmup_steps",
+LOSS_KEYS = ("seed", "model.", "objective.", "data.", "batch.global_size", "batch.first_size", "batch.warmup_steps",
             "optimizer.", "schedule.", "precision", "validation.images")  # fmt: skip
-"""Options that the final loss depends on."""
+"""Options on which the final loss depends."""
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A rate and where its run ended."""
+class Trial:
+    """A learning rate, and the result of its run."""
 
     rate: float
     valid_loss: float
@@ -44,45 +44,45 @@ class Tried:
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and so the search."""
+    """A run was stopped on request, which ends the sweep."""
 
 
 def search_command(arguments: list[str]) -> int:
-    """Runs the search. Returns 0 when the best rate is known, 75 if a run was stopped. Raises ValueError."""
+    """Runs the sweep. Returns 0 once the best learning rate is known, 75 if a run was stopped. Raises ValueError."""
     options, rest = _own_options(arguments)
     if "--help" in arguments or "-h" in arguments:
         print(HELP)
         return 0
     if not options["runs"]:
-        raise ValueError("--runs is not set; give the folder that the runs of the search are kept in.")
+        raise ValueError("--runs is not set; give the folder for the runs of the sweep.")
     for key in (RATE_KEY, "--run"):
         if value_of(key, rest) is not None:
-            raise ValueError(f"{key} is given, but the search sets it for each run; leave it out.")
+            raise ValueError(f"{key} is given, but the sweep sets it for each run; remove it.")
     first, last = (_number(f"--{key}", options[key]) for key in ("first", "last"))
     if not inf > first >= last > 0:
-        raise ValueError(f"--first is {first:g} and --last is {last:g}; the search goes down from first to last.")
+        raise ValueError(
+            f"--first is {first:g} and --last is {last:g}; --first must be the larger of two positive numbers."
+        )
     folder, launch = Path(options["runs"]), _launcher(options["launch"])
-    config = parse_training([*rest, "--run", str(folder / "none")])[0]  # every mistake is found now
-    if config.data.shards is None:
-        raise ValueError("data.shards is not set; give the folder of a shard set (python -m data_prep shards).")
-    open_shard_set(config.data.shards)
+    config = parse_training([*rest, "--run", str(folder / "none")])[0]  # finds invalid options before the first run
+    open_training_set(config)
     folder.mkdir(parents=True, exist_ok=True)
-    tried: list[Tried] = []
+    trials: list[Trial] = []
     try:
         for rate in half_decades(first, last):
-            tried.append(Tried(rate, _final_loss(folder / f"rate-{rate:g}", rate, config, launch, rest)))
-            logger.info(f"learning rate {rate:g}: final validation loss {tried[-1].valid_loss:.4f}")
-            if len(tried) > 1 and tried[-1].valid_loss >= tried[-2].valid_loss and isfinite(tried[-2].valid_loss):
+            trials.append(Trial(rate, _final_loss(folder / f"rate-{rate:g}", rate, config, launch, rest)))
+            logger.info(f"learning rate {rate:g}: final validation loss {trials[-1].valid_loss:.4f}")
+            if len(trials) > 1 and trials[-1].valid_loss >= trials[-2].valid_loss and isfinite(trials[-2].valid_loss):
                 break
     except Stopped as stopped:
         logger.info(f"{stopped}; the same command resumes it.")
         return STOPPED
-    _report(tried, folder)
+    _report(trials, folder)
     return 0
 
 
 def half_decades(first: float, last: float) -> list[float]:
-    """first, and down from it in turns by 0.3 and by a third, to a digit: .01, .003, .001, .0003 ..."""
+    """Learning rates from first down to last, rounded to three digits: 0.01, 0.003, 0.001, 0.0003, ..."""
     rates, number = [first], 1
     while True:
         rate = float(f"{first * 10.0 ** -(number // 2) * (0.3 if number % 2 else 1.0):.3g}")
@@ -94,22 +94,23 @@ def half_decades(first: float, last: float) -> list[float]:
 
 HELP = """usage: python -m pipeline search --runs FOLDER [--first 0.01] [--last 1e-05] [--launch COMMAND] [options]
 
-Trains with peak learning rates from --first downward by half-decades until the final validation loss stops falling, and
-prints which was best. --launch is what a run's options are appended to, by default python -m pipeline train. Examples:
+Trains with peak learning rates from --first downward by half-decades until the final validation loss no longer falls,
+and prints the best one. --launch is the command that starts a run; the sweep appends the run's options to it. The
+default is python -m pipeline train. Examples:
   --launch "torchrun --standalone --nproc_per_node 8 -m -- pipeline train"
   --launch "srun python -m pipeline train"
-All other options are train's (python -m pipeline train --help)."""
+All other options are those of train (python -m pipeline train --help)."""
 
 
 def _own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The search's own options, and train's."""
+    """The options of the sweep, and those of train."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for key, default in {"runs": "", "first": "0.01", "last": "1e-05", "launch": ""}.items():
         parser.add_argument(f"--{key}", default=default)
     try:
         own, rest = parser.parse_known_args(arguments)
     except ArgumentError as error:
-        raise ValueError(f"{error.argument_name} has no value; it must be followed by its value.") from error
+        raise ValueError(f"{error.argument_name} has no value; give one after it.") from error
     return vars(own), rest
 
 
@@ -124,34 +125,36 @@ def _launcher(launch: str) -> list[str]:
     try:
         words = shlex.split(launch) or [sys.executable, "-m", "pipeline", "train"]
     except ValueError as error:
-        raise ValueError(f"--launch is {launch!r}, which is no command ({error}).") from error
+        raise ValueError(f"--launch is {launch!r}, which is not a command ({error}).") from error
     if shutil.which(words[0]) is None:
-        raise ValueError(f"--launch begins with {words[0]!r}; it must be a program that can be started here.")
+        raise ValueError(f"--launch starts with {words[0]!r}; it must be a program on PATH.")
     return words
 
 
 def _check_same(run: Path, config: TrainConfig) -> None:
-    """Raises ValueError if a run that is there already was trained with other options that its loss depends on."""
+    """Raises ValueError if an existing run was trained with other options on which the final loss depends."""
     if not (run / "config.yaml").exists():
         return
     earlier = yaml.safe_load((run / "config.yaml").read_text())
     for key, (old, new) in changed_keys(earlier, to_dict(config)).items():
-        if key.startswith(DECISIVE) and key != RATE_KEY.removeprefix("--"):
-            raise ValueError(f"{run} was trained with {key} {old}, now it is {new}; name another folder for --runs.")
+        if key.startswith(LOSS_KEYS) and key != RATE_KEY.removeprefix("--"):
+            raise ValueError(
+                f"{run} was trained with {key} {old}, and now it is {new}; name another folder for --runs."
+            )
 
 
 def _final_loss(run: Path, rate: float, config: TrainConfig, launch: list[str], rest: list[str]) -> float:
-    """Trains one rate to its end, if that was not done before. Raises Stopped, or ValueError for any other end."""
+    """Trains with one learning rate, unless its run is finished. Raises Stopped, or ValueError if the run fails."""
     steps = config.schedule.steps
     _check_same(run, config)
-    now = standing(run)
+    now = read_status(run)
     if (now.status, now.step) != ("finished", steps) and not now.diverged:
         code = subprocess.run([*launch, *rest, "--run", str(run), RATE_KEY, f"{rate:g}"]).returncode
-        now = standing(run)
+        now = read_status(run)
         if not now.diverged and (code == STOPPED or now.status == "stopped"):
             raise Stopped(f"{run} was stopped")
         if not now.diverged and now.status != "finished":
-            raise ValueError(f"{run} ended with code {code} before it was finished; see its messages above.")
+            raise ValueError(f"{run} ended with code {code} before its last step; see its messages above.")
     if now.diverged:
         return inf
     rows = read_rows(run / METRICS_FILE)
@@ -159,18 +162,21 @@ def _final_loss(run: Path, rate: float, config: TrainConfig, launch: list[str], 
     return float(losses[-1]) if losses else inf
 
 
-def _report(tried: list[Tried], folder: Path) -> None:
+def _report(trials: list[Trial], folder: Path) -> None:
     """search.json, and the table."""
-    best = min(tried, key=lambda one: one.valid_loss)
+    best = min(trials, key=lambda trial: trial.valid_loss)
     if not isfinite(best.valid_loss):
         raise ValueError(
-            f"all {len(tried)} rates down to {tried[-1].rate:g} diverged; try --first {tried[-1].rate / 10:g}."
+            f"all {len(trials)} learning rates down to {trials[-1].rate:g} diverged; try --first "
+            f"{trials[-1].rate / 10:g}."
         )
-    rows = [{"rate": one.rate, "valid_loss": one.valid_loss if isfinite(one.valid_loss) else None} for one in tried]
+    rows = [
+        {"rate": trial.rate, "valid_loss": trial.valid_loss if isfinite(trial.valid_loss) else None} for trial in trials
+    ]
     write_json(folder / SEARCH_FILE, {"best_rate": best.rate, "tried": rows})
-    print("\n     rate  final validation loss, nats/token")
-    for one in tried:
-        said = f"{one.valid_loss:.4f}" if isfinite(one.valid_loss) else "diverged"
-        print(f"{one.rate:9g}  {said}{'  best' if one is best else ''}")
-    edge = " (the last one tried: a lower --last may find a better)" if best is tried[-1] else ""
+    print("\n       lr  final validation loss, nats/token")
+    for trial in trials:
+        loss = f"{trial.valid_loss:.4f}" if isfinite(trial.valid_loss) else "diverged"
+        print(f"{trial.rate:9g}  {loss}{'  best' if trial is best else ''}")
+    edge = " (the lowest that was tried; a lower --last may find a better one)" if best is trials[-1] else ""
     print(f"\n{RATE_KEY} {best.rate:g}{edge}")

@@ -1,4 +1,4 @@
-"""What is looked at on each node: its accelerators, the shard set, the run's disk, and whether the nodes answer."""
+"""The health checks of one node: its accelerators, the shard set, the run's disk, and the network between the nodes."""
 
 import os
 import shutil
@@ -11,58 +11,60 @@ import numpy as np
 
 from data_prep.shards.format import record_crc32
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.operate.preflight.allreduce import LOOKED, Meeting
+from pipeline.operate.preflight.all_reduce import ACCELERATORS_OK, AllReduceCheck
 from pipeline.operate.preflight.report import Report
 
 RECORDS = 8
-"""Of each split that are read and compared with their checksums."""
+"""Records of each split that are read and compared with their checksums."""
 SMI_QUERY = ("nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader")
 
 
-def look(node: str, nodes: list[str], run: Path, shards: str | None, accelerators: int, seconds: float) -> Report:
-    """Looks at this node, one of `nodes`, which all do the same at once.
+def check_node(node: str, nodes: list[str], run: Path, shards: str | None, accelerators: int, seconds: float) -> Report:
+    """Checks this node, one of `nodes`, which all run the same checks at the same time.
 
-    seconds: for the all-reduce between all. Where that fails, each node meets its neighbours in a ring one by one, in
-    half that time each, which tells whose fault it is.
+    seconds: time limit of the all-reduce between all nodes. If that fails, each node repeats it with one neighbor of
+    the ring after the other, in half that time each; the results show which node is faulty.
     """
     began, report = time.monotonic(), Report(node)
-    port, place, count = int(os.environ.get("MASTER_PORT", 29500)) + 1, nodes.index(node), len(nodes)
-    meeting = Meeting(nodes[0], port, place, count, accelerators, seconds)
+    port, position, count = int(os.environ.get("MASTER_PORT", 29500)) + 1, nodes.index(node), len(nodes)
     lines: list[str] = []
     if count > 1 or accelerators:
-        report.met_all, lines = meeting.hold()
+        check = AllReduceCheck(nodes[0], port, position, count, accelerators, seconds)
+        report.all_reduce_ok, lines = check.run()
     if accelerators:
-        _note(report, "accelerators", lambda: _check_accelerators(lines, seconds))
-    _note(report, "run", lambda: _check_run(report, run))
+        _record_fault(report, "accelerators", lambda: _check_accelerators(lines, seconds))
+    _record_fault(report, "run", lambda: _check_run(report, run))
     if shards is not None:
-        _note(report, "shards", lambda: _check_shards(report, shards))
-    if not report.met_all and "accelerators" not in report.faults:
-        for number, other, pair in pairs(nodes, node, port, accelerators, seconds / 2):
-            begin = began + seconds + (number - 1) * pair.seconds
-            time.sleep(max(0.0, begin - time.monotonic()))
-            report.met[other], _ = pair.hold()
+        _record_fault(report, "shards", lambda: _check_shards(report, shards))
+    if not report.all_reduce_ok and "accelerators" not in report.faults:
+        for number, other, pair in pair_checks(nodes, node, port, accelerators, seconds / 2):
+            start = began + seconds + (number - 1) * pair.seconds
+            time.sleep(max(0.0, start - time.monotonic()))
+            report.pairs_ok[other], _ = pair.run()
     report.seconds = time.monotonic() - began
     return report
 
 
-def pairs(nodes: list[str], node: str, port: int, accelerators: int, seconds: float) -> list[tuple[int, str, Meeting]]:
-    """The meetings of a node with its neighbours in the ring: (round from 1 on, the other's name, the meeting).
+def pair_checks(
+    nodes: list[str], node: str, port: int, accelerators: int, seconds: float
+) -> list[tuple[int, str, AllReduceCheck]]:
+    """A node's all-reduces with each neighbor of the ring: (round, counted from 1, the neighbor's name, the check).
 
-    No node is in two meetings of one round. Two nodes have met in the meeting of all.
+    A node has at most one in a round. Of two nodes there are none: the all-reduce between all was theirs already.
     """
-    count, place = len(nodes), nodes.index(node)
+    count, position = len(nodes), nodes.index(node)
     found = []
     for first in range(count) if count > 2 else ():
         second = (first + 1) % count
-        if place in (first, second):
+        if position in (first, second):
             number = 3 if first == count - 1 and count % 2 else 1 + first % 2
-            rank = int(place == second)
-            meeting = Meeting(nodes[first], port + number, rank, 2, accelerators, seconds)
-            found.append((number, nodes[second] if rank == 0 else nodes[first], meeting))
+            rank = int(position == second)
+            check = AllReduceCheck(nodes[first], port + number, rank, 2, accelerators, seconds)
+            found.append((number, nodes[second] if rank == 0 else nodes[first], check))
     return sorted(found, key=lambda entry: entry[0])
 
 
-def _note(report: Report, kind: str, check: Callable[[], None]) -> None:
+def _record_fault(report: Report, kind: str, check: Callable[[], None]) -> None:
     try:
         check()
     except (ValueError, OSError, subprocess.SubprocessError) as error:
@@ -70,20 +72,20 @@ def _note(report: Report, kind: str, check: Callable[[], None]) -> None:
 
 
 def _check_accelerators(lines: list[str], seconds: float) -> None:
-    """Raises ValueError with what the meeting's process found, or what the driver counts."""
-    if LOOKED not in lines:
+    """lines: printed by the all-reduce's process. Raises ValueError with its sentence, or with memory errors."""
+    if ACCELERATORS_OK not in lines:
         raise ValueError(lines[-1] if lines else f"the accelerators do not answer within {seconds:g} s")
     if shutil.which(SMI_QUERY[0]) is None:
         return
     counted = subprocess.run(SMI_QUERY, capture_output=True, text=True, timeout=seconds, check=True).stdout
     for index, errors in (line.split(", ", 1) for line in counted.splitlines() if ", " in line):
         if errors.strip().isdecimal() and int(errors) > 0:
-            raise ValueError(f"accelerator {index} has counted {errors} memory errors that were not corrected")
+            raise ValueError(f"accelerator {index} has {errors} uncorrected memory errors")
 
 
 def _check_run(report: Report, run: Path) -> None:
     if not run.is_dir():
-        raise ValueError(f"{run} is not there; a run must lie where all nodes see it")
+        raise ValueError(f"{run} does not exist; a run must be on a file system that all nodes share")
     probe = run / f".preflight-{report.node}"
     try:
         with probe.open("wb") as file:
@@ -96,18 +98,18 @@ def _check_run(report: Report, run: Path) -> None:
 
 
 def _check_shards(report: Report, path: str) -> None:
-    """Opens the set, which looks at each file's presence and size, and reads records of a local one."""
+    """Opens the set, which checks that each file exists and has its size, and reads records of a local one."""
     shards = open_shard_set(path)
     report.digest = shards.digest
     if shards.address is None:
         for name in ("train", "valid"):
-            _read_some(shards, name)
+            _check_records(shards, name)
 
 
-def _read_some(shards: ShardSet, name: str) -> None:
+def _check_records(shards: ShardSet, name: str) -> None:
     split = shards.split(name)
-    promised = [crc32 for shard in split.shards for crc32 in shard["record_crc32"]]
-    for index in np.unique(np.linspace(0, len(promised) - 1, min(RECORDS, len(promised))).astype(int)):
-        if record_crc32(*split.record(int(index))) != promised[index]:
+    expected = [crc32 for shard in split.shards for crc32 in shard["record_crc32"]]
+    for index in np.unique(np.linspace(0, len(expected) - 1, min(RECORDS, len(expected))).astype(int)):
+        if record_crc32(*split.record(int(index))) != expected[index]:
             shard = int(np.searchsorted(split.shard_starts, index, side="right")) - 1
-            raise ValueError(f"{split.file(split.shards[shard])} does not hold what was written; it was damaged.")
+            raise ValueError(f"{split.file(split.shards[shard])} does not match its checksums; it was damaged.")

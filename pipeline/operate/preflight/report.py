@@ -1,4 +1,4 @@
-"""What one node says of itself before a job trains on it, as one line of JSON."""
+"""The report of one node before a job trains on it, as one line of JSON."""
 
 import json
 from contextlib import suppress
@@ -7,28 +7,28 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass
 class Report:
-    """The findings on one node; a node whose line is missing is silent."""
+    """The findings on one node. A node whose line is missing did not answer."""
 
     node: str
     faults: dict[str, str] = field(default_factory=dict)
-    """A sentence for each of "shards", "run" and "accelerators" that is not as it should be."""
+    """A sentence for each failed check, by its kind: "shards", "run" or "accelerators"."""
     digest: str | None = None
-    """Of the shard set that it reads."""
+    """Digest of the shard set that the node reads."""
     free_bytes: int | None = None
-    """On the disk of the run."""
-    met_all: bool = True
+    """Free bytes on the run's disk."""
+    all_reduce_ok: bool = True
     """Whether the all-reduce between all nodes gave the right sum."""
-    met: dict[str, bool] = field(default_factory=dict)
-    """After one that did not: whether an all-reduce with a single other node did, by the other's name."""
+    pairs_ok: dict[str, bool] = field(default_factory=dict)
+    """If it did not: by the other node's name, whether an all-reduce with this one node did."""
     seconds: float = 0.0
 
     def line(self) -> str:
-        """For standard output."""
+        """The line of JSON for standard output."""
         return json.dumps(asdict(self))
 
 
 def read_line(line: str) -> Report | None:
-    """The report of a line, or None: srun and modules print other lines among them."""
+    """The report in a line, or None for any other line: srun and modules print some too."""
     with suppress(ValueError, TypeError):
         return Report(**json.loads(line))
     return None

@@ -1,4 +1,4 @@
-"""Preflight: whose fault it is, by what the nodes say; and real nodes' processes, each on an address of its own."""
+"""Preflight: the diagnosis from the nodes' reports; checks by real processes, one loopback address a node; options."""
 
 import json
 import os
@@ -10,125 +10,126 @@ from typing import Any
 
 import pytest
 
-from pipeline.operate.preflight.node_checks import pairs
+from pipeline.operate.preflight.diagnosis import diagnose
+from pipeline.operate.preflight.node_checks import pair_checks
 from pipeline.operate.preflight.report import Report, read_line
-from pipeline.operate.preflight.verdict import judge
 from tests.launch import ROOT, free_port
+from tests.pipeline.conftest import Runner
 
 THREE = ["node1", "node2", "node3"]
-MET = {"met_all": True, "free_bytes": 10**12, "digest": "a" * 64}
+HEALTHY = {"all_reduce_ok": True, "free_bytes": 10**12, "digest": "a" * 64}
 
 
 def reports(nodes: list[str], **different: dict[str, Any]) -> list[Report]:
-    """Sound nodes, but for what is different on some."""
-    return [Report(node, **MET | different.get(node, {})) for node in nodes]
+    """Reports of healthy nodes, with differences on some."""
+    return [Report(node, **HEALTHY | different.get(node, {})) for node in nodes]
 
 
-def apart(nodes: list[str], *broken: str) -> list[Report]:
-    """Nodes of which all meetings with the broken ones fail."""
+def disconnected(nodes: list[str], *broken: str) -> list[Report]:
+    """Reports of nodes whose all-reduces with the broken ones fail."""
     return [
         Report(
             node,
-            **MET | {"met_all": False},
-            met={other: not {node, other} & set(broken) for _, other, _ in pairs(nodes, node, 1, 0, 1)},
+            **HEALTHY | {"all_reduce_ok": False},
+            pairs_ok={other: not {node, other} & set(broken) for _, other, _ in pair_checks(nodes, node, 1, 0, 1)},
         )
         for node in nodes
     ]
 
 
-def test_sound_nodes_are_sound() -> None:
-    assert judge(reports(THREE), THREE, 1e9, "a" * 64).word == "sound"
+def test_healthy_nodes_are_ok() -> None:
+    assert diagnose(reports(THREE), THREE, 1e9, "a" * 64).result == "ok"
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ({"faults": {"accelerators": "accelerator 3 multiplies wrongly"}}, "multiplies wrongly"),
+        ({"faults": {"accelerators": "accelerator 3 computes a wrong matrix product"}}, "a wrong matrix product"),
         ({"faults": {"shards": "X is missing"}}, "X is missing"),
         ({"free_bytes": 10**8}, "0.1 GB are free for the run, and its checkpoints need 1.0 GB"),
-        ({"digest": "b" * 64}, "reads the shard set bbbbbbbbbbbb, and most nodes read aaaaaaaaaaaa"),
+        ({"digest": "b" * 64}, "reads the shard set bbbbbbbbbbbb, but most nodes read aaaaaaaaaaaa"),
     ],
 )
-def test_a_node_with_a_fault_of_its_own_is_left_out(fault: dict[str, Any], words: str) -> None:
-    verdict = judge(reports(THREE, node2=fault), THREE, 1e9, None)
-    assert verdict.word == "exclude node2"
-    assert words in verdict.bad["node2"]
+def test_a_faulty_node_is_excluded(fault: dict[str, Any], words: str) -> None:
+    diagnosis = diagnose(reports(THREE, node2=fault), THREE, 1e9, None)
+    assert diagnosis.result == "exclude node2"
+    assert words in diagnosis.bad["node2"]
 
 
-def test_silent_nodes_are_left_out_and_all_of_them_tried_again() -> None:
-    assert judge(reports(["node1", "node2"]), THREE, 1e9, None).word == "exclude node3"
-    assert judge([], THREE, 1e9, None).word == "again"
+def test_nodes_that_do_not_answer_are_excluded_unless_none_answers() -> None:
+    assert diagnose(reports(["node1", "node2"]), THREE, 1e9, None).result == "exclude node3"
+    assert diagnose([], THREE, 1e9, None).result == "retry"
 
 
 @pytest.mark.parametrize("kind", ["accelerators", "shards", "run"])
-def test_a_fault_of_all_nodes_is_a_mistake(kind: str) -> None:
-    same = {"faults": {kind: "it is not there"}}
-    with pytest.raises(ValueError, match=r"it is not there \(on all of node1, node2\)\.$"):
-        judge(reports(["node2", "node1"], node1=same, node2=same), THREE[:2], 1e9, None)
+def test_a_fault_of_all_nodes_is_a_user_error(kind: str) -> None:
+    same = {"faults": {kind: "it does not exist"}}
+    with pytest.raises(ValueError, match=r"it does not exist \(on all of node1, node2\)\.$"):
+        diagnose(reports(["node2", "node1"], node1=same, node2=same), THREE[:2], 1e9, None)
 
 
-def test_a_single_node_has_accelerators_of_its_own_and_the_shard_set_of_all() -> None:
-    broken = {"faults": {"accelerators": "accelerator 0 multiplies wrongly"}}
-    assert judge(reports(["node1"], node1=broken), ["node1"], 1e9, None).word == "exclude node1"
+def test_a_single_node_is_excluded_for_its_accelerators_but_not_for_the_shard_set() -> None:
+    broken = {"faults": {"accelerators": "accelerator 0 computes a wrong matrix product"}}
+    assert diagnose(reports(["node1"], node1=broken), ["node1"], 1e9, None).result == "exclude node1"
     with pytest.raises(ValueError, match=r"^it is truncated\.$"):
-        judge(reports(["node1"], node1={"faults": {"shards": "it is truncated"}}), ["node1"], 1e9, None)
+        diagnose(reports(["node1"], node1={"faults": {"shards": "it is truncated"}}), ["node1"], 1e9, None)
 
 
-def test_the_set_that_the_run_began_with_is_the_right_one() -> None:
-    with pytest.raises(ValueError, match="reads the shard set aaaaaaaaaaaa, and the run began with cccccccccccc"):
-        judge(reports(THREE), THREE, 1e9, "c" * 64)
+def test_the_expected_shard_set_is_the_one_that_the_run_was_started_with() -> None:
+    with pytest.raises(ValueError, match="reads the shard set aaaaaaaaaaaa, but the run was started with cccccccccccc"):
+        diagnose(reports(THREE), THREE, 1e9, "c" * 64)
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
-def test_a_node_that_no_neighbour_meets_is_found(count: int) -> None:
+def test_a_node_that_fails_with_each_neighbor_is_excluded(count: int) -> None:
     nodes = [f"node{number}" for number in range(count)]
     for broken in (nodes[0], nodes[2], nodes[-1]):
-        assert judge(apart(nodes, broken), nodes, 1e9, None).word == f"exclude {broken}"
+        assert diagnose(disconnected(nodes, broken), nodes, 1e9, None).result == f"exclude {broken}"
 
 
-def test_two_nodes_that_do_not_meet_are_both_in_doubt() -> None:
-    assert judge(apart(THREE[:2], "node1"), THREE[:2], 1e9, None).word == "doubt node1,node2"
+def test_a_failure_between_two_nodes_is_inconclusive() -> None:
+    assert diagnose(disconnected(THREE[:2], "node1"), THREE[:2], 1e9, None).result == "inconclusive node1,node2"
 
 
-def test_without_a_sound_node_to_compare_only_those_with_faults_of_their_own_are_left_out() -> None:
-    said = apart(THREE, *THREE)
-    said[0].faults["accelerators"] = "accelerator 0 multiplies wrongly"
-    assert judge(said, THREE, 1e9, None).word == "exclude node1"
+def test_if_all_are_cut_off_only_nodes_with_other_faults_are_excluded() -> None:
+    found = disconnected(THREE, *THREE)
+    found[0].faults["accelerators"] = "accelerator 0 computes a wrong matrix product"
+    assert diagnose(found, THREE, 1e9, None).result == "exclude node1"
 
 
-def test_of_two_nodes_that_do_not_meet_the_one_with_a_fault_is_left_out() -> None:
-    said = apart(THREE[:2], "node1")
-    said[0].faults["accelerators"] = "accelerator 0 multiplies wrongly"
-    assert judge(said, THREE[:2], 1e9, None).word == "exclude node1"
+def test_of_two_disconnected_nodes_the_one_with_another_fault_is_excluded() -> None:
+    found = disconnected(THREE[:2], "node1")
+    found[0].faults["accelerators"] = "accelerator 0 computes a wrong matrix product"
+    assert diagnose(found, THREE[:2], 1e9, None).result == "exclude node1"
 
 
-def test_a_node_between_bad_ones_is_not_blamed() -> None:
+def test_a_node_between_faulty_ones_is_not_excluded() -> None:
     nodes = [f"node{number}" for number in range(5)]
-    said = [report for report in apart(nodes, "node0", "node2") if report.node not in ("node0", "node2")]
-    assert judge(said, nodes, 1e9, None).word == "exclude node0,node2"
+    found = [report for report in disconnected(nodes, "node0", "node2") if report.node not in ("node0", "node2")]
+    assert diagnose(found, nodes, 1e9, None).result == "exclude node0,node2"
 
 
-def test_no_meeting_at_all_is_a_mistake_and_one_that_failed_once_is_tried_again() -> None:
-    with pytest.raises(ValueError, match=r"no two of the nodes node1, node2, node3.*GLOO_SOCKET_IFNAME"):
-        judge(apart(THREE, *THREE), THREE, 1e9, None)
-    assert judge(apart(THREE), THREE, 1e9, None).word == "again"
+def test_no_working_pair_is_a_user_error_and_a_failure_between_all_alone_is_retried() -> None:
+    with pytest.raises(ValueError, match=r"between any two of the nodes node1, node2, node3.*GLOO_SOCKET_IFNAME"):
+        diagnose(disconnected(THREE, *THREE), THREE, 1e9, None)
+    assert diagnose(disconnected(THREE), THREE, 1e9, None).result == "retry"
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
-def test_every_neighbour_is_met_in_a_round_and_at_a_port_of_its_own(count: int) -> None:
+def test_each_pair_has_its_own_round_and_port(count: int) -> None:
     nodes = [f"node{number}" for number in range(count)]
-    held: dict[tuple[int, str], set[int]] = {}
+    ranks_of: dict[tuple[int, str], set[int]] = {}
     for node in nodes:
-        rounds = [number for number, _, _ in pairs(nodes, node, 100, 0, 1)]
+        rounds = [number for number, _, _ in pair_checks(nodes, node, 100, 0, 1)]
         assert len(set(rounds)) == len(rounds) == (0 if count == 2 else 2)
-        for number, _, meeting in pairs(nodes, node, 100, 0, 1):
-            assert meeting.port == 100 + number
-            held.setdefault((meeting.port, meeting.address), set()).add(meeting.rank)
-    assert all(ranks == {0, 1} for ranks in held.values())
+        for number, _, check in pair_checks(nodes, node, 100, 0, 1):
+            assert check.port == 100 + number
+            ranks_of.setdefault((check.port, check.address), set()).add(check.rank)
+    assert all(ranks == {0, 1} for ranks in ranks_of.values())
 
 
-def look_from(nodes: list[str], options: list[str], environment: dict[str, str] | None = None) -> list[Report]:
-    """Starts the command as srun would, once a node. A node's name is a loopback address."""
+def check_nodes(nodes: list[str], options: list[str], environment: dict[str, str] | None = None) -> list[Report]:
+    """Starts the command once a node, as srun does. A node's name is a loopback address."""
     command = [sys.executable, "-m", "pipeline", "preflight", "--nodes", ",".join(nodes), *options]
     shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     processes = [
@@ -141,9 +142,9 @@ def look_from(nodes: list[str], options: list[str], environment: dict[str, str] 
     return [report for output in outputs for line in output.splitlines() if (report := read_line(line))]
 
 
-def judged(nodes: list[str], options: list[str], said: list[Report]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", "preflight", "--judge", "--nodes", ",".join(nodes), *options]
-    lines = "srun: a line of its own\n" + "".join(f"{report.line()}\n" for report in said)
+def aggregate(nodes: list[str], options: list[str], found: list[Report]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", "preflight", "--aggregate", "--nodes", ",".join(nodes), *options]
+    lines = "srun: a line of its own\n" + "".join(f"{report.line()}\n" for report in found)
     return subprocess.run(
         command, input=lines, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -151,19 +152,19 @@ def judged(nodes: list[str], options: list[str], said: list[Report]) -> subproce
 
 @pytest.fixture
 def options(shards: Path, tmp_path: Path) -> list[str]:
-    """Of train."""
+    """Options of train."""
     (tmp_path / "run").mkdir()
     sizes = ["--model.layers=2", "--model.width=32", "--model.heads=2", "--model.resolution=8"]
     return ["--run", str(tmp_path / "run"), f"--data.shards={shards}", *sizes]
 
 
-def test_real_nodes_add_numbers_together_read_the_set_and_are_sound(options: list[str]) -> None:
+def test_real_nodes_pass_all_checks(options: list[str]) -> None:
     nodes = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
-    said = look_from(nodes, options)
-    assert [report.node for report in said] == nodes
-    assert all(report.met_all and not report.faults and report.digest for report in said)
-    finished = judged(nodes, options, said)
-    assert (finished.returncode, finished.stdout) == (0, "sound\n"), finished.stderr
+    found = check_nodes(nodes, options)
+    assert [report.node for report in found] == nodes
+    assert all(report.all_reduce_ok and not report.faults and report.digest for report in found)
+    finished = aggregate(nodes, options, found)
+    assert (finished.returncode, finished.stdout) == (0, "ok\n"), finished.stderr
     assert "preflight: 3 nodes in" in finished.stderr
 
 
@@ -174,13 +175,70 @@ def test_a_damaged_record_and_missing_accelerators_are_found(options: list[str],
     content = bytearray((damaged / shard["file"]).read_bytes())
     content[shard["pixels_offsets"][0]] ^= 1
     (damaged / shard["file"]).write_bytes(content)
-    [said] = look_from(["127.0.0.1"], [*options, f"--data.shards={damaged}", "--accelerators=2", "--seconds=60"])
-    assert "train-000000.tar does not hold what was written" in said.faults["shards"]
-    assert said.faults["accelerators"] == "0 of 2 accelerators can be used"
+    [found] = check_nodes(["127.0.0.1"], [*options, f"--data.shards={damaged}", "--accelerators=2", "--seconds=60"])
+    assert "train-000000.tar does not match its checksums" in found.faults["shards"]
+    assert found.faults["accelerators"] == "0 of 2 accelerators can be used"
 
 
-def test_a_mistake_in_the_options_is_said_once_by_the_judge(options: list[str]) -> None:
-    assert look_from(["127.0.0.1"], [*options, "--modle.size=s"]) == []
-    finished = judged(["127.0.0.1"], [*options, "--modle.size=s"], [])
+def test_an_invalid_option_is_reported_once_with_the_help_of_train(options: list[str]) -> None:
+    assert check_nodes(["127.0.0.1"], [*options, "--modle.size=s"]) == []
+    finished = aggregate(["127.0.0.1"], [*options, "--modle.size=s"], [])
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: modle.size is not a known key")
+    assert finished.stderr.rstrip().endswith("(see python -m pipeline train --help)")
+
+
+def test_the_earlier_name_of_aggregate_is_accepted(options: list[str]) -> None:
+    report = Report("node1", **HEALTHY)
+    command = [sys.executable, "-m", "pipeline", "preflight", "--judge", "--nodes", "node1", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, input=f"{report.line()}\n", text=True, capture_output=True, env=environment)
+    assert finished.stdout.startswith(("ok", "exclude")), finished.stderr
+
+
+def check_options(*options: str) -> subprocess.CompletedProcess[str]:
+    """Without --nodes, as on a login node."""
+    command = [sys.executable, "-m", "pipeline", "preflight", *options]
+    return subprocess.run(command, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_options_of_a_run_that_can_start_are_accepted(options: list[str], finished_run: Runner) -> None:
+    assert check_options(*options).returncode == 0
+    arguments = finished_run.arguments("reference", batch__micro_size=2, checkpoint__keep_last=3)[3:]
+    assert check_options(*arguments).returncode == 0, "a run that exists"
+
+
+@pytest.mark.parametrize(
+    ("invalid", "message"),
+    [
+        (
+            ["--modle.size=s"],
+            "modle.size is not a known key; did you mean model.size? (see python -m pipeline train",
+        ),
+        (["--data.shards=null"], "data.shards is not set"),
+        (["--data.shards=/nowhere"], "/nowhere does not exist; a shard set is a folder"),
+        (["--data.shards=/tmp"], "/tmp has no shards.json"),
+        (["--model.resolution=16"], "model.resolution is 16; it must be 8, the resolution of the shard set"),
+        (["--run=/dev/null"], "--run is /dev/null, which is a file"),
+    ],
+    ids=["misspelt key", "no shard set", "missing folder", "another folder", "resolution", "run"],
+)
+def test_invalid_options_are_reported_in_one_sentence(invalid: list[str], message: str, options: list[str]) -> None:
+    finished = check_options(*options, *invalid)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    [line] = finished.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_a_shard_set_with_another_palette_than_the_runs_is_reported(finished_run: Runner, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "run.json"):
+        shutil.copy(finished_run.folder / "reference" / name, run)
+    record = json.loads((run / "run.json").read_text())
+    record["shards"]["palette_sha256"] = "f" * 64
+    (run / "run.json").write_text(json.dumps(record))
+    finished = check_options("--run", str(run))
+    assert finished.returncode == 2
+    assert "has the palette" in finished.stderr
+    assert "was made with the palette ffffffffffff" in finished.stderr

@@ -1,4 +1,4 @@
-"""The search for the peak rate, with real runs."""
+"""The learning-rate sweep, with real runs."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ def search(runner: Runner, *own: object, **overrides: Any) -> Finished:
     return run(1, *command, logs=runner.folder / "logs")
 
 
-def test_rates_go_down_by_half_decades() -> None:
+def test_learning_rates_fall_by_half_decades() -> None:
     assert half_decades(0.01, 1e-4) == [0.01, 0.003, 0.001, 0.0003, 0.0001]
     assert half_decades(0.3, 0.01) == [0.3, 0.09, 0.03, 0.009][:3]
 
 
-def test_it_ends_when_the_loss_stops_falling_and_goes_on_where_it_was(runner: Runner) -> None:
-    """From rates far too high, some of which may diverge, to one that is no better than the one before."""
+def test_it_ends_when_the_loss_stops_falling_and_repeats_no_run(runner: Runner) -> None:
+    """From learning rates far too high, some of which may diverge, to one with a higher loss than the one before."""
     wild = {"optimizer__clip_norm": 0, "schedule__warmup_steps": 0, "schedule__decay": "constant"}
     finished = search(runner, "--first", "3", "--last", "0.0001", **wild)
     assert finished.codes == [0], finished.output
@@ -58,15 +58,15 @@ def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
     assert finished.codes == [0], finished.output
 
 
-def test_runs_of_other_steps_are_not_gone_on_with(runner: Runner) -> None:
-    """Their rate has decayed already: what they would reach is not what a run of so many steps does."""
+def test_runs_with_another_number_of_steps_are_not_resumed(runner: Runner) -> None:
+    """Their learning rate has decayed already, so the final loss would be another one."""
     assert search(runner, "--last", "0.01").codes == [0]
     finished = search(runner, "--last", "0.01", schedule__steps=24)
     assert finished.codes == [2]
-    assert "was trained with schedule.steps 12, now it is 24; name another folder" in finished.output
+    assert "was trained with schedule.steps 12, and now it is 24; name another folder" in finished.output
 
 
-def test_a_launcher_is_what_the_options_are_appended_to(runner: Runner) -> None:
+def test_the_options_are_appended_to_the_launch_command(runner: Runner) -> None:
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 -m -- pipeline train"
     finished = search(runner, "--launch", launch, "--last", "0.01", batch__micro_size=2)
     assert finished.codes == [0], finished.output
@@ -76,15 +76,15 @@ def test_a_launcher_is_what_the_options_are_appended_to(runner: Runner) -> None:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (["--first", "0.001", "--last", "0.01"], "--first is 0.001 and --last is 0.01; the search goes down"),
+        (["--first", "0.001", "--last", "0.01"], "--first is 0.001 and --last is 0.01; --first must be the larger"),
         (["--first", "high"], "--first is 'high'; it must be a number"),
-        (["--optimizer.learning_rate", "1"], "--optimizer.learning_rate is given, but the search sets it"),
-        (["--launch", "nosuchprogram"], "--launch begins with 'nosuchprogram'; it must be a program"),
+        (["--optimizer.learning_rate", "1"], "--optimizer.learning_rate is given, but the sweep sets it"),
+        (["--launch", "nosuchprogram"], "--launch starts with 'nosuchprogram'; it must be a program"),
         (["--modle.size", "s"], "modle.size is not a known key"),
-        (["--launch", "false"], "rate-0.01 ended with code 1 before it was finished"),
+        (["--launch", "false"], "rate-0.01 ended with code 1 before its last step"),
     ],
 )
-def test_mistakes_are_said(runner: Runner, own: list[str], message: str) -> None:
+def test_invalid_options(runner: Runner, own: list[str], message: str) -> None:
     finished = search(runner, *own)
     assert finished.codes == [2]
     assert message in finished.output

@@ -1,11 +1,11 @@
-"""Where a run stands, and what a job script does after its end."""
+"""Status: a run's state, and what a job script does after its ranks ended."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from pipeline.operate.status import describe, next_action, standing, status_command
+from pipeline.operate.status import describe, next_action, read_status, status_command
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 
@@ -21,7 +21,7 @@ def ended(folder: Path, status: str, step: int, error: str | None = None) -> Pat
     ("status", "error", "code", "action"),
     [
         ("finished", None, 0, "done"),
-        ("finished", None, 137, "done"),  # a rank was killed after the last word
+        ("finished", None, 137, "done"),  # a rank was killed after the run was recorded as finished
         ("stopped", None, 75, "requeue"),
         ("stopped", None, 137, "requeue"),  # srun killed the slower ranks, which had saved
         ("running", None, 137, "requeue"),
@@ -32,18 +32,18 @@ def ended(folder: Path, status: str, step: int, error: str | None = None) -> Pat
         ("running", None, 2, "failed"),
     ],
 )
-def test_what_follows_an_end(tmp_path: Path, status: str, error: str | None, code: int, action: str) -> None:
+def test_the_action_after_each_end(tmp_path: Path, status: str, error: str | None, code: int, action: str) -> None:
     assert next_action(ended(tmp_path, status, 7, error), code, 0, 100, 3)[0] == action
 
 
-def test_failures_at_the_same_step_are_too_many_and_progress_forgives_them(tmp_path: Path) -> None:
+def test_failures_at_the_same_step_are_limited_and_progress_resets_the_count(tmp_path: Path) -> None:
     for step in (5, 5, 8, 8):
         assert next_action(ended(tmp_path, "running", step), 137, 0, 100, 3)[0] == "requeue"
     action, why = next_action(ended(tmp_path, "running", 8), 137, 0, 100, 3)
     assert (action, "3 times at step 8" in why) == ("failed", True)
 
 
-def test_a_failure_whose_line_was_cut_short_does_not_hide_the_others(tmp_path: Path) -> None:
+def test_a_truncated_line_of_a_failure_does_not_hide_the_others(tmp_path: Path) -> None:
     for torn in ("", '{"time": 1.0, "st'):
         with (tmp_path / "failures.jsonl").open("a") as file:
             file.write(torn)
@@ -51,13 +51,13 @@ def test_a_failure_whose_line_was_cut_short_does_not_hide_the_others(tmp_path: P
     assert next_action(ended(tmp_path, "running", 5), 137, 0, 100, 3)[0] == "failed"
 
 
-def test_failures_that_an_earlier_version_noted_count(tmp_path: Path) -> None:
+def test_failures_recorded_by_an_earlier_version_count(tmp_path: Path) -> None:
     (tmp_path / "accidents.jsonl").write_text('{"step": 5}\n{"step": 5}\n')
     assert next_action(ended(tmp_path, "running", 5), 137, 0, 100, 3)[0] == "failed"
 
 
 @pytest.mark.parametrize("option", ["--max_failures", "--max_accidents"])
-def test_a_job_that_an_earlier_version_started_asks_with_its_name_of_the_limit(
+def test_the_limit_of_failures_has_an_earlier_name(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status_command([str(ended(tmp_path, "running", 5)), "--after", "137", option, "1"])
@@ -68,12 +68,12 @@ BEFORE, AFTER = "2026-01-31T12:00:00Z", "2026-01-31T12:00:05Z"
 
 
 @pytest.mark.parametrize("status", ["stopped", "failed", "finished"])
-def test_ranks_that_never_came_to_the_run_do_not_repeat_its_last_word(tmp_path: Path, status: str) -> None:
+def test_an_older_status_is_not_that_of_ranks_that_never_opened_the_run(tmp_path: Path, status: str) -> None:
     ended(tmp_path, status, 7, "ValueError: of an earlier start")
     record = json.loads((tmp_path / "run.json").read_text()) | {"updated": BEFORE}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert next_action(tmp_path, 138, 0, 100, 3, since=AFTER, asked=True)[0] == "requeue"
-    assert not (tmp_path / "failures.jsonl").exists(), "a signal while packages are loaded is no failure"
+    assert not (tmp_path / "failures.jsonl").exists(), "a signal during imports is not a failure"
     actions = [next_action(tmp_path, 1, 0, 100, 3, since=AFTER)[0] for _ in range(3)]
     assert actions == ["requeue", "requeue", "failed"]
     assert next_action(tmp_path, 0, 0, 100, 3, since=AFTER)[0] == ("done" if status == "finished" else "failed")
@@ -82,30 +82,30 @@ def test_ranks_that_never_came_to_the_run_do_not_repeat_its_last_word(tmp_path: 
     )
 
 
-def test_restarts_have_an_end(tmp_path: Path) -> None:
+def test_restarts_are_limited(tmp_path: Path) -> None:
     assert next_action(ended(tmp_path, "stopped", 5), 75, 99, 100, 3)[0] == "requeue"
     assert next_action(ended(tmp_path, "stopped", 5), 75, 100, 100, 3)[0] == "failed"
 
 
-def test_a_run_that_never_began_is_tried_again(tmp_path: Path) -> None:
+def test_a_run_that_never_started_is_requeued(tmp_path: Path) -> None:
     assert next_action(tmp_path, 1, 0, 100, 3)[0] == "requeue"
     assert next_action(tmp_path, 2, 0, 100, 3)[0] == "failed"
 
 
 def test_a_real_run_is_described(finished_run: Runner, tmp_path: Path) -> None:
     folder = finished_run.folder / "reference"
-    now = standing(folder)
+    now = read_status(folder)
     assert (now.status, now.step, now.steps, now.starts) == ("finished", 40, 40, 1)
-    said = run(1, "-m", "pipeline", "status", folder, logs=tmp_path / "logs")
-    assert said.codes == [0]
-    assert "step      40 of 40 (100.0%)" in said.output
+    shown = run(1, "-m", "pipeline", "status", folder, logs=tmp_path / "logs")
+    assert shown.codes == [0]
+    assert "step      40 of 40 (100.0%)" in shown.output
     nothing = run(1, "-m", "pipeline", "status", tmp_path, logs=tmp_path / "logs")
     assert nothing.codes == [2]
-    assert "holds no run.json" in nothing.output
+    assert "has no run.json" in nothing.output
 
 
 def test_a_step_that_was_not_finite_is_described(tmp_path: Path) -> None:
     """Its loss is null in metrics.jsonl."""
     row = {"step": 7, "images": 56, "loss": None, "grad_norm": None, "images_per_second": 3.5}
     (ended(tmp_path, "running", 7) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    assert "loss      NaN or Inf, 3.5 images/s" in describe(standing(tmp_path))
+    assert "loss      NaN or Inf, 3.5 images/s" in describe(read_status(tmp_path))
