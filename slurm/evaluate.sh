@@ -1,8 +1,8 @@
 #!/bin/bash
-# Measures the checkpoints of a run, one task of the array for each checkpoint and evaluation task:
+# Evaluates the checkpoints of a run; each job of the array evaluates one checkpoint on one task:
 #   sbatch --array=0-5 slurm/evaluate.sh --run RUN --shards SHARDS --out RESULTS [--tasks density,linear_probe] [options]
-# Options are those of python -m pipeline evaluate. Results of a checkpoint are in RESULTS/step-<n>; numbers of the array
-# beyond checkpoints x tasks have nothing to do (`slurm/evaluate.sh --dry-run ...` counts them).
+# The options are those of python -m pipeline evaluate. RESULTS/step-<n> has the results of a checkpoint. The array
+# needs checkpoints x tasks jobs (`slurm/evaluate.sh --dry-run ...` counts them); further jobs do nothing.
 #SBATCH --job-name=evaluate
 #SBATCH --array=0-2
 #SBATCH --ntasks=1
@@ -16,14 +16,14 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
-# Prints the evaluations, one checkpoint and one task a line, as commands on this many accelerators.
+# Prints the commands, one line for each checkpoint and task, for this many accelerators.
 commands() {
   local accelerators=$1 run out found checkpoints checkpoint tasks task launch rest
   shift
   run=$(value_of --run "$@")
   out=$(value_of --out "$@")
   if [ -z "$run" ] || [ -z "$out" ] || [ -z "$(value_of --shards "$@")" ]; then
-    die "--run, --shards and --out are needed: the run, the shard set, and the folder of results."
+    die "give --run, --shards and --out: the run, the shard set, and the folder for results."
   fi
   found=$(checkpoints_of "$run")
   mapfile -t checkpoints <<<"$found"
@@ -33,10 +33,10 @@ commands() {
   if [ "$accelerators" -gt 1 ]; then # a rank each
     launch=(-m torch.distributed.run --standalone --nproc_per_node="$accelerators" -m -- pipeline)
   fi
-  mapfile -d '' -t rest < <(without "--run --out --tasks" "$@")
+  mapfile -d '' -t rest < <(without_options "--run --out --tasks" "$@")
   for checkpoint in "${checkpoints[@]}"; do
     for task in "${tasks[@]}"; do
-      typed "${SITE_LAUNCH[@]}" "$PYTHON" "${launch[@]}" evaluate "$checkpoint" --out "$out/$(basename "$checkpoint")" \
+      quoted "${SITE_LAUNCH[@]}" "$PYTHON" "${launch[@]}" evaluate "$checkpoint" --out "$out/$(basename "$checkpoint")" \
         --tasks "$task" "${rest[@]}"
     done
   done
@@ -44,11 +44,11 @@ commands() {
 
 job() {
   local found evaluations
-  site_prepare
+  prepare_python
   found=$(commands "${SLURM_GPUS_ON_NODE:-0}" "$@")
   mapfile -t evaluations <<<"$found"
   if [ "$SLURM_ARRAY_TASK_ID" -ge ${#evaluations[@]} ]; then
-    echo "number $SLURM_ARRAY_TASK_ID of the array has nothing to do: there are ${#evaluations[@]} evaluations"
+    echo "job $SLURM_ARRAY_TASK_ID of the array has nothing to do: there are ${#evaluations[@]} evaluations"
     return
   fi
   eval "exec ${evaluations[SLURM_ARRAY_TASK_ID]}"
@@ -56,9 +56,12 @@ job() {
 
 dry_run() {
   local accelerators found
-  accelerators=$(value_of --gpus-per-node "${SITE_EVALUATE[@]}" --gpus-per-node="$ACCELERATORS_PER_NODE")
+  prepare_python
+  accelerators=$(value_of --gpus-per-node "${SITE_EVALUATE[@]}")
+  [ -n "$accelerators" ] || find_accelerators
+  accelerators=${accelerators:-$ACCELERATORS_PER_NODE}
   found=$(commands "${accelerators##*:}" "$@")
-  echo "each kept checkpoint with each task, by its number in the array:"
+  echo "each saved checkpoint with each task, by its number in the array:"
   awk '{ print "  " NR - 1 ": " $0 }' <<<"$found"
   show_submission "${SITE_EVALUATE[@]}" --array="0-$(($(wc -l <<<"$found") - 1))" "$SCRIPTS/evaluate.sh" "$@"
 }

@@ -1,9 +1,10 @@
 #!/bin/bash
-# A shard set by an array of parts, each restartable; the set is joined by a job that waits for all of them:
+# Prepares a shard set by an array of jobs, one for each part; the first submits a job that joins the parts after the
+# array:
 #   sbatch --array=1-10 slurm/prepare_shards.sh --config configs/data/imagenet.yaml --source.path IMAGES \
 #       --palette.file palette.npy --out SHARDS
-# It needs no accelerator: after `source slurm/site.sh` with accelerators, give sbatch --gpus-per-node=0.
-# A part has nothing to do beyond the set's units of 8,192 images (or tars).
+# A part can be restarted. It needs no accelerator: if site.sh asks for some, give sbatch --gpus-per-node=0.
+# The unit of work is a shard of 8,192 images, or a source tar; more parts than units do nothing.
 #SBATCH --job-name=prepare-shards
 #SBATCH --array=1-4
 #SBATCH --cpus-per-task=4
@@ -16,27 +17,27 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
-# Prints the command of one part of so many.
+# Prints the command of a part.
 command_of() {
   local part=$1 parts=$2
   shift 2
-  typed "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep shards "$@" --part "$part" --parts "$parts"
+  quoted "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep shards "$@" --part "$part" --parts "$parts"
 }
 
-# What sbatch is given to join the parts after a job number, NUL-separated.
+# Prints the arguments of sbatch for the job that joins the parts after an array, NUL-separated.
 join_after() {
   local array=$1 out join
   shift
   out=$(value_of --out "$@")
-  [ -n "$out" ] || die "--out is not given; name the folder of the shard set."
-  join=$(typed env PYTHONPATH="$PYTHONPATH" "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep join "$out")
-  listed "${SITE_CPU[@]}" --dependency="afterok:$array" --kill-on-invalid-dep=yes --job-name=join-shards --ntasks=1 \
+  [ -n "$out" ] || die "--out is not given; give the folder of the shard set."
+  join=$(quoted env PYTHONPATH="$PYTHONPATH" "${SITE_LAUNCH[@]}" "$PYTHON" -m data_prep join "$out")
+  print0 "${SITE_CPU[@]}" --dependency="afterok:$array" --kill-on-invalid-dep=yes --job-name=join-shards --ntasks=1 \
     --output=%x-%j.txt --wrap "$join"
 }
 
 job() {
   local part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1)) join
-  site_prepare
+  prepare_python
   mapfile -d '' -t join < <(join_after "$SLURM_ARRAY_JOB_ID" "$@")
   [ ${#join[@]} -gt 0 ] || exit 2
   if [ "$part" -eq 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
@@ -47,14 +48,15 @@ job() {
 
 dry_run() {
   local part parts join
+  prepare_python
   parts=$(sed -n 's/^#SBATCH --array=1-//p' "$0")
   mapfile -d '' -t join < <(join_after THE_ARRAY "$@")
   [ ${#join[@]} -gt 0 ] || exit 2
-  echo "$parts parts (sbatch --array=1-N makes N):"
+  echo "$parts parts (sbatch --array=1-N changes their number):"
   for ((part = 1; part <= parts; part++)); do
     echo "  $part: $(command_of "$part" "$parts" "$@")"
   done
-  echo "which the first part follows with: sbatch $(typed "${join[@]}")"
+  echo "the first part submits: sbatch $(quoted "${join[@]}")"
   show_submission "${SITE_CPU[@]}" "$SCRIPTS/prepare_shards.sh" "$@"
 }
 

@@ -1,6 +1,8 @@
 #!/bin/bash
-# Trains configs/igpt_xl.yaml: sbatch slurm/pretrain_xl.sh --run RUN --data.shards SHARDS [options of python -m pipeline train]
-# What stands before the script's name are sbatch's options; `slurm/pretrain_xl.sh --dry-run` prints what it would submit.
+# Trains configs/igpt_xl.yaml: sbatch [options of sbatch] slurm/pretrain_xl.sh [options of python -m pipeline train]
+# RUNS and SHARDS in slurm/site.sh name the folders of runs and shard sets; --run RUN and --data.shards SHARDS name
+# others. `slurm/pretrain_xl.sh --dry-run` on the login node checks everything that can be checked there, and submits
+# nothing.
 #SBATCH --job-name=igpt-xl
 #SBATCH --nodes=8
 #SBATCH --exclusive

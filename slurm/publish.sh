@@ -1,7 +1,7 @@
 #!/bin/bash
-# Publishes the kept checkpoints of a run, the oldest first, each with its results where there are some:
+# Publishes the saved checkpoints of a run, the oldest first, each with its results if it has some:
 #   sbatch slurm/publish.sh --run RUN [--results RESULTS] --to hub:ORG/NAME [options of python -m pipeline publish]
-# To a folder, --to dir:PATH, only the newest goes: push that from a node that reaches the hub.
+# With --to dir:PATH it writes only the newest to that folder; publish the folder from a node with internet access.
 #SBATCH --job-name=publish
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=4
@@ -14,33 +14,35 @@ SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 source "$SCRIPTS/common.sh"
 
-# Prints the commands, a line each.
+# Prints the commands, one a line.
 commands() {
   local run results to found checkpoints checkpoint own rest
   run=$(value_of --run "$@")
   results=$(value_of --results "$@")
   to=$(value_of --to "$@")
-  if [ -z "$run" ] || [ -z "$to" ]; then die "--run and --to are needed: the run, and hub:ORG/NAME or dir:PATH."; fi
-  [ -z "$results" ] || [ -d "$results" ] || die "--results is $results, which is no folder; leave it out to publish without."
+  if [ -z "$run" ] || [ -z "$to" ]; then die "give --run and --to: the run, and hub:ORG/NAME or dir:PATH."; fi
+  [ -z "$results" ] || [ -d "$results" ] ||
+    die "--results is $results, which is not a folder; give the folder of the results, or omit --results."
   found=$(checkpoints_of "$run")
   mapfile -t checkpoints <<<"$found"
   [[ $to != dir:* ]] || checkpoints=("${checkpoints[-1]}")
-  mapfile -d '' -t rest < <(without "--run --results" "$@")
+  mapfile -d '' -t rest < <(without_options "--run --results" "$@")
   for checkpoint in "${checkpoints[@]}"; do
     own=()
     [ ! -d "$results/$(basename "$checkpoint")" ] || own=(--results "$results/$(basename "$checkpoint")")
-    typed "${SITE_LAUNCH[@]}" "$PYTHON" -m pipeline publish "$checkpoint" "${own[@]}" "${rest[@]}"
+    quoted "${SITE_LAUNCH[@]}" "$PYTHON" -m pipeline publish "$checkpoint" "${own[@]}" "${rest[@]}"
   done
 }
 
 job() {
   local found
-  site_prepare
+  prepare_python
   found=$(commands "$@")
   eval "$found"
 }
 
 dry_run() {
+  prepare_python
   commands "$@"
   show_submission "${SITE_CPU[@]}" "$SCRIPTS/publish.sh" "$@"
 }

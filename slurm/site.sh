@@ -1,71 +1,78 @@
-# The one file that a site edits. `source slurm/site.sh` in the shell that submits: sbatch takes its SBATCH_ variables
-# in place of the scripts' own options, and what stands on its command line in place of both. The jobs read this file
-# again on their nodes. SITE_FILE=/path/to/other.sh names another.
+# The settings of a site, and the one file to edit. Variables that are set before win over the defaults below.
+# `source slurm/site.sh` in the shell that submits: sbatch reads its SBATCH_ variables, which win over the #SBATCH lines
+# of the scripts; options on sbatch's command line win over both. Each job reads this file again on its nodes.
+# SITE_FILE=/path/to/other.sh names another file: it sets what differs, then sources this one.
 # shellcheck shell=bash disable=SC2034
 
-# Where jobs are sent. Empty: the cluster's defaults.
+# Where runs and shard sets are. `sbatch slurm/pretrain_xl.sh` trains the run $RUNS/igpt_xl (the recipe's name) on the
+# shard set $SHARDS/64 (the recipe's resolution), or on $SHARDS if it is a shard set itself. --run and --data.shards
+# name others.
+RUNS=${RUNS:-}
+SHARDS=${SHARDS:-}
+
+# Account, partition and limits of the jobs. Without them the cluster's defaults apply.
 # export SBATCH_ACCOUNT=vision
 # export SBATCH_PARTITION=train
 # export SBATCH_QOS=normal
 # export SBATCH_CONSTRAINT=h100
 # export SBATCH_TIMELIMIT=24:00:00
 
-# Accelerators (and so ranks) of a node, and their kind as `python -m pipeline plan` knows it. 0: CPUs, and as many ranks
-# a node as --ntasks-per-node says.
-ACCELERATORS_PER_NODE=${ACCELERATORS_PER_NODE:-0}
-ACCELERATOR=${ACCELERATOR:-h100-80gb}
-if [ "$ACCELERATORS_PER_NODE" -gt 0 ]; then
-  export SBATCH_GPUS_PER_NODE=$ACCELERATORS_PER_NODE
-fi
+# Accelerators of a node; each runs one rank. Empty: as many as SLURM lists for the partition (its GRES). 0: ranks run
+# on CPUs, as many on a node as sbatch --ntasks-per-node says.
+ACCELERATORS_PER_NODE=${ACCELERATORS_PER_NODE:-}
 
-# Options of sbatch for jobs that jobs submit: evaluations; and what needs no accelerator, publishing and joining shards.
+# Their kind, for the plan of a dry run (`python -m pipeline plan --help` lists the kinds).
+ACCELERATOR=${ACCELERATOR:-h100-80gb}
+
+# sbatch's options for jobs that other jobs submit: evaluations, and jobs that need no accelerator (publish, join
+# shards).
 SITE_EVALUATE=() # (--partition=small --gpus-per-node=1)
 SITE_CPU=()      # (--partition=cpu --gpus-per-node=0)
 
 # The Python of the jobs. Empty: .venv of this checkout.
 SITE_PYTHON=${SITE_PYTHON:-}
 
-# What a node needs before Python starts: modules, a container's mounts, a proxy.
+# Commands that a node runs before Python starts: modules, a container's mounts, a proxy. A dry run runs them too.
 site_prepare() {
   # module load cuda/12.8
   :
 }
 
-# Put before each rank's Python, for a container: (apptainer exec --nv image.sif)
+# Words before each rank's Python, to start it in a container: (apptainer exec --nv image.sif)
 SITE_LAUNCH=()
 
-# Where runs and shard sets lie. A training job without --run takes SITE_RUNS/igpt_xl (its recipe), one without
-# --data.shards (and without --config) SITE_SHARDS/64 (its resolution).
-SITE_RUNS=${SITE_RUNS:-}
-SITE_SHARDS=${SITE_SHARDS:-}
-
-# Paths: copies of remote shard sets, and of what comes from the hub.
+# Caches of remote shard sets, and of downloads from the hub.
 # export IGPT_CACHE=/scratch/$USER/image-gpt
 # export HF_HOME=/scratch/$USER/huggingface
 
-# Network. NCCL finds its interface on most clusters; name the interface where it does not.
+# Network. NCCL finds its interface on most clusters; set the interface where it does not.
 # export NCCL_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5
 # export NCCL_DEBUG=WARN
 # export GLOO_SOCKET_IFNAME=eth0
 
-# false where users may not requeue jobs: then submit with --array=1-20%1, whose later copies resume the run and exit at
-# once when it is finished; or as a chain, each with --dependency=afterany:JOB on the one before.
+# false where users may not requeue jobs. Then submit with --array=1-20%1, or a chain of jobs, each with
+# --dependency=afterany:JOB on the one before: each job resumes the run, and exits at once when the run is finished.
 SITE_REQUEUES=${SITE_REQUEUES:-true}
 
-# How often one job may be requeued, and how many failures (a killed rank, a lost node, a hang) may follow each other
-# without a further step; empty: 3.
+# How often a job may be requeued, and how many failures (a killed rank, a lost node, a hang) in a row at the same step
+# end it; empty: 3.
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 MAX_FAILURES=${MAX_FAILURES:-}
 
-# Seconds in which the all-reduce between the nodes of a job must succeed before it trains; 0 checks no node. And how many
-# bad nodes one job may exclude.
+# Time limit, in seconds, of the all-reduce between a job's nodes before it trains; 0 skips the health checks. And how
+# many nodes a job may exclude.
 PREFLIGHT_SECONDS=${PREFLIGHT_SECONDS:-60}
 MAX_EXCLUDED=${MAX_EXCLUDED:-4}
 
-# Evaluation tasks that follow a finished training for each of its kept checkpoints (slurm/evaluate.sh); empty: none.
+# Evaluation tasks that a finished training job submits for each saved checkpoint (slurm/evaluate.sh); empty: none.
 EVALUATE=${EVALUATE:-}
 
-# Where the checkpoints go after that (slurm/publish.sh): hub:ORG/NAME, or dir:PATH where nodes reach no hub; empty:
-# nowhere.
+# Where it then publishes the checkpoints (slurm/publish.sh): hub:ORG/NAME, or dir:PATH if nodes do not reach the hub;
+# empty: nowhere.
 PUBLISH=${PUBLISH:-}
+
+# Keep this last: it has sbatch ask for ACCELERATORS_PER_NODE.
+# shellcheck source=lib/accelerators.sh
+source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]:-$0}")}/lib/accelerators.sh"
+request_accelerators

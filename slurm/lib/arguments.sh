@@ -1,4 +1,4 @@
-# Command lines: reading options, and lists of arguments that are passed on NUL-separated (mapfile -d '').
+# Command lines: reading options, and passing lists of arguments on, NUL-separated (mapfile -d '').
 # shellcheck shell=bash
 
 # Ends the script as user error, with one sentence.
@@ -8,11 +8,11 @@ die() {
 }
 
 # Prints its arguments NUL-separated.
-listed() {
+print0() {
   [ $# -eq 0 ] || printf '%s\0' "$@"
 }
 
-# Prints the value that follows an option among arguments, as --option VALUE or --option=VALUE.
+# Prints the value of an option among arguments, given as --option VALUE or --option=VALUE.
 value_of() {
   local option=$1
   shift
@@ -25,13 +25,13 @@ value_of() {
   done
 }
 
-# The arguments without these options (one word, separated by spaces) and their values, NUL-separated.
-without() {
+# Prints the arguments without these options (one word, separated by spaces) and their values, NUL-separated.
+without_options() {
   local options=" $1 "
   shift
   while [ $# -gt 0 ]; do
     if [[ $options != *" ${1%%=*} "* ]]; then
-      listed "$1"
+      print0 "$1"
     elif [[ $1 != *=* && $# -gt 1 ]]; then
       shift
     fi
@@ -39,8 +39,8 @@ without() {
   done
 }
 
-# Prints a command as one would type it.
-typed() {
+# Prints a command as a line for the shell, quoted where necessary.
+quoted() {
   local word line=()
   for word in "$@"; do
     [[ $word =~ ^[A-Za-z0-9_./:,=%@+-]+$ ]] || word=${word@Q}

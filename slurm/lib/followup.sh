@@ -1,16 +1,16 @@
-# What follows a finished run: its evaluation and its publishing, as jobs of their own.
+# The jobs that follow a finished run: its evaluation and its publishing.
 # shellcheck shell=bash
 
-# Submits, once for the last checkpoint and what is asked, the evaluation of all kept checkpoints, where EVALUATE names
-# tasks, then their publishing, where PUBLISH names the place.
+# Submits the evaluation of all saved checkpoints, if EVALUATE names tasks, then their publishing, if PUBLISH names a
+# destination. Each combination of last checkpoint, EVALUATE and PUBLISH is submitted once.
 follow_up() {
-  local run=$1 asked shards tasks found checkpoints evaluation dependency=() results=()
+  local run=$1 request shards tasks found checkpoints evaluation dependency=() results=()
   [ -n "$EVALUATE$PUBLISH" ] || return 0
   found=$(checkpoints_of "$run") || return 0
   mapfile -t checkpoints <<<"$found"
-  asked="$(basename "${checkpoints[-1]}") EVALUATE=$EVALUATE PUBLISH=$PUBLISH"
-  if grep -qxF "$asked" "$run/logs/followed.txt" 2>/dev/null; then
-    echo "submitted before, as $run/logs/followed.txt says, and not again: $asked"
+  request="$(basename "${checkpoints[-1]}") EVALUATE=$EVALUATE PUBLISH=$PUBLISH"
+  if grep -qxF "$request" "$run/logs/followed.txt" 2>/dev/null; then
+    echo "not submitted again, because $run/logs/followed.txt lists it: $request"
     return
   fi
   if [ -n "$EVALUATE" ]; then
@@ -25,5 +25,5 @@ follow_up() {
     submit_job "${SITE_CPU[@]}" "${dependency[@]}" "$SCRIPTS/publish.sh" --run "$run" "${results[@]}" --to "$PUBLISH" \
       >/dev/null || return 0
   fi
-  echo "$asked" >>"$run/logs/followed.txt"
+  echo "$request" >>"$run/logs/followed.txt"
 }

@@ -1,7 +1,10 @@
-# What every job script does: start as a job or as a dry run, run Python, submit other jobs.
+# What all job scripts share: running as a job or as a dry run, starting Python, submitting other jobs.
 # shellcheck shell=bash
 
-# Runs the script's function `job`, or with --dry-run (once --test) its function `dry_run`, with the other arguments.
+# Packages without which no command of the pipeline trains.
+PACKAGES='deepspeed jsonargparse numpy safetensors torch transformers yaml'
+
+# Calls the script's function `job`, or with --dry-run (its earlier name: --test) `dry_run`, with the other arguments.
 run_script() {
   local argument first dry=false others=()
   for argument in "$@"; do
@@ -23,16 +26,29 @@ run_script() {
   job "${others[@]}"
 }
 
-# The pipeline's Python, in the container if there is one.
+# Runs the pipeline's Python, in the container if there is one.
 run_python() {
   "${SITE_LAUNCH[@]}" "$PYTHON" "$@"
 }
 
-# Prints the folders of a run's complete checkpoints, the oldest first. User error where there are none.
+# Runs site_prepare. User error if the pipeline's Python then does not exist, does not start or lacks packages.
+prepare_python() {
+  local missing remedy="run \`make set-up\`, or set SITE_PYTHON in $SITE_FILE to a Python that has requirements.txt"
+  site_prepare
+  if [ ${#SITE_LAUNCH[@]} -eq 0 ] && ! command -v "$PYTHON" >/dev/null; then
+    die "$PYTHON is not a program; $remedy."
+  fi
+  missing=$(run_python -c \
+    "from importlib.util import find_spec; print(*(name for name in '$PACKAGES'.split() if not find_spec(name)))") ||
+    die "$(quoted "${SITE_LAUNCH[@]}" "$PYTHON") does not start (its message is above); $remedy."
+  [ -z "$missing" ] || die "$PYTHON lacks the packages ${missing// /, }; $remedy."
+}
+
+# Prints the folders of a run's complete checkpoints, the oldest first. User error if there are none.
 checkpoints_of() {
-  local found # find fails where a folder is deleted while it lists
+  local found # find fails if a folder is deleted while it lists
   found=$(find "$1/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' 2>/dev/null | sort) || true
-  [ -n "$found" ] || die "$1 holds no checkpoints; name the folder of a run."
+  [ -n "$found" ] || die "$1 has no checkpoints; give the folder of a run."
   echo "$found"
 }
 
@@ -46,20 +62,20 @@ submit_job() {
     echo "submitted job $number: sbatch $*" >&2
     echo "$number"
   else
-    echo "not submitted from here; on a login node: sbatch $*" >&2
+    echo "could not be submitted from this node; on a login node: sbatch $*" >&2
     return 1
   fi
 }
 
-# Prints what sbatch would be given, what it would take from the site's file, and SLURM's answer to both.
+# Prints the sbatch command, the site's variables that sbatch reads, and SLURM's answer to both.
 show_submission() {
   local settings
   settings=$(env | grep '^SBATCH_' | sort | paste -sd' ' || true)
-  echo "would be submitted, after \`source $SITE_FILE\`: sbatch $(typed "$@")"
-  echo "sbatch takes from there: ${settings:-nothing}"
+  echo "would be submitted, after \`source $SITE_FILE\`: sbatch $(quoted "$@")"
+  echo "variables that sbatch reads: ${settings:-none}"
   if command -v sbatch >/dev/null; then
-    sbatch --test-only "$@" || die "SLURM does not take the script now (its answer is above); nothing was submitted."
+    sbatch --test-only "$@" || die "SLURM does not accept the script (its answer is above); nothing was submitted."
   else
-    echo "(there is no sbatch here to ask)"
+    echo "(sbatch is not installed here, so SLURM was not asked)"
   fi
 }

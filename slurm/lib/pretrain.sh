@@ -1,4 +1,4 @@
-# The training job: checks its nodes, starts the ranks, and requeues itself until the run is finished.
+# The training job: it checks its nodes, starts the ranks, and requeues itself until the run is finished.
 # shellcheck shell=bash
 
 # shellcheck source=common.sh
@@ -12,42 +12,42 @@ source "$SCRIPTS/lib/requeue.sh"
 # shellcheck source=lib/followup.sh
 source "$SCRIPTS/lib/followup.sh"
 
-# Trains with a recipe of configs/ until the run is finished, over any number of starts of this job.
+# Trains with a recipe of configs/ until the run is finished, across any number of starts of this job.
 pretrain() {
   run_script --config "$REPOSITORY/configs/$1.yaml" "${@:2}"
 }
 
-# The job; its arguments begin with the recipe.
+# The job. Its first arguments are --config RECIPE.
 job() {
-  local run nodes ranks_per_node ranks since training code=0 action followed_log
-  mapfile -d '' -t training < <(with_site_paths "$@")
-  run=$(value_of --run "${training[@]}")
-  [ -n "$run" ] || die "--run is not given; name the folder of the run, new or of an earlier job (or SITE_RUNS in site.sh)."
+  local run nodes ranks_per_node ranks since code=0 action followed_log
+  set_training_options "$@"
+  run=$(value_of --run "${TRAINING[@]}")
+  find_granted_accelerators
   nodes=$(node_names)
   ranks_per_node=$(ranks_per_node)
   ranks=$((SLURM_JOB_NUM_NODES * ranks_per_node))
   MASTER_ADDR=${nodes%%,*}
-  # Below 32768, where Linux takes ports for anyone. The preflight uses the four ports that follow.
+  # Below 32768, where Linux assigns ports to any program. The health check uses the four ports that follow.
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 2500 * 5))
   export MASTER_ADDR MASTER_PORT
-  site_prepare
+  prepare_python
   mkdir -p "$run/logs"
   echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks on $SLURM_JOB_NODELIST" |
     tee -a "$run/logs/jobs.txt"
   since=$(date -u +%FT%TZ)
   trap ask_to_stop USR1 TERM
-  check_nodes "$run" "$since" "$nodes" "${training[@]}"
+  check_nodes "$run" "$since" "$nodes" "${TRAINING[@]}"
   [ -z "$STOPPING" ] || requeue_and_exit
   rm -rf "$run/stacks"
   tail --follow=name --retry --lines=0 "$run/logs/rank-0000.txt" 2>/dev/null &
   followed_log=$!
-  run_ranks "$ranks" "$ranks_per_node" "$run/logs" -m pipeline train "${training[@]}" &
+  run_ranks "$ranks" "$ranks_per_node" "$run/logs" -m pipeline train "${TRAINING[@]}" &
   RANKS_PID=$!
-  [ -z "$STOPPING" ] || ask_to_stop # asked while they were started
+  [ -z "$STOPPING" ] || ask_to_stop # the signal came while they were started
   await_ranks || code=$?
   sleep 1
   kill "$followed_log" 2>/dev/null || true
-  tail -n +1 "$run"/stacks/*.txt 2>/dev/null || true # of a run that hung; the next start deletes them
+  tail -n +1 "$run"/stacks/*.txt 2>/dev/null || true # stacks of a run that hung; the next start deletes them
   action=$(next_action "$run" "$since" "$code" "the ranks")
   case $action in
     done) follow_up "$run" ;;
@@ -56,32 +56,50 @@ job() {
   esac
 }
 
-# Prints the plan, and SLURM's answer to the script. Submits nothing.
+# Checks the options, prints the plan, and SLURM's answer to the script. Submits nothing.
 dry_run() {
-  local script nodes each training planned
+  local script nodes each planned
+  set_training_options "$@"
+  find_accelerators
+  prepare_python
   script=$SCRIPTS/$(basename "$0")
   nodes=$(awk -F= '/^#SBATCH --nodes=/ {print $2}' "$script")
   each=$((ACCELERATORS_PER_NODE > 0 ? ACCELERATORS_PER_NODE : 1))
-  mapfile -d '' -t training < <(with_site_paths "$@")
-  mapfile -d '' -t planned < <(without "--run" "${training[@]}")
-  echo "$nodes nodes of $each ranks (ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE; sbatch --nodes=N takes other nodes)"
+  run_python -m pipeline preflight --quiet "${TRAINING[@]}"
+  echo "$nodes nodes of $each ranks (sbatch --nodes=N changes the nodes): $ACCELERATORS_SOURCE"
+  mapfile -d '' -t planned < <(without_options "--run" "${TRAINING[@]}")
   run_python -m pipeline plan --accelerator "$ACCELERATOR" --ranks $((nodes * each)) --ranks_per_node "$each" "${planned[@]}"
   echo
-  [ -z "$EVALUATE" ] || echo "after it, for each kept checkpoint: slurm/evaluate.sh --tasks $EVALUATE"
-  [ -z "$PUBLISH" ] || echo "after that: slurm/publish.sh --to $PUBLISH"
+  [ -z "$EVALUATE" ] || echo "then, for each saved checkpoint: slurm/evaluate.sh --tasks $EVALUATE"
+  [ -z "$PUBLISH" ] || echo "then: slurm/publish.sh --to $PUBLISH"
   show_submission "$script" "${@:3}" # without the recipe
 }
 
-# The options of train, NUL-separated: those given, after the site's paths where they name none.
-with_site_paths() {
-  local recipe=$2 given=("${@:3}") resolution
-  listed --config "$recipe"
-  if [ -n "${SITE_RUNS:-}" ] && [ -z "$(value_of --run "${given[@]}")" ]; then
-    listed --run "$SITE_RUNS/$(basename "$recipe" .yaml)"
+# Sets TRAINING to the options of train: --config RECIPE; the run and the shard set that RUNS and SHARDS name, unless
+# the other arguments name them; the other arguments. User error if nothing names them.
+set_training_options() {
+  local recipe=$2 given=("${@:3}") missing=() options=() resolution set
+  TRAINING=(--config "$recipe")
+  if [ -n "$(value_of --run "${given[@]}")" ]; then
+    : # the user's
+  elif [ -n "$RUNS" ]; then
+    TRAINING+=(--run "$RUNS/$(basename "$recipe" .yaml)")
+  else
+    missing+=(RUNS) options+=(--run)
   fi
-  if [ -n "${SITE_SHARDS:-}" ] && [[ " ${given[*]}" != *\ --@(config|data.shards|data.mixture)* ]]; then
+  if [[ " ${given[*]}" = *\ --@(config|data.shards|data.mixture)* ]]; then
+    : # the user's
+  elif [ -n "$SHARDS" ]; then
     resolution=$(value_of --model.resolution "${given[@]}")
-    listed --data.shards "$SITE_SHARDS/${resolution:-$(sed -n 's/^model:.* resolution: \([0-9]*\).*/\1/p' "$recipe")}"
+    set=$SHARDS/${resolution:-$(sed -n 's/^model:.* resolution: \([0-9]*\).*/\1/p' "$recipe")}
+    [ ! -e "$SHARDS/shards.json" ] || set=$SHARDS
+    TRAINING+=(--data.shards "$set")
+  else
+    missing+=(SHARDS) options+=(--data.shards)
   fi
-  listed "${given[@]}"
+  if [ ${#missing[@]} -gt 0 ]; then
+    missing=("${missing[*]}") options=("${options[*]}")
+    die "set ${missing// / and } in $SITE_FILE to the folders of runs and shard sets, or give ${options// / and }."
+  fi
+  TRAINING+=("${given[@]}")
 }

@@ -1,24 +1,24 @@
-# The ranks of a training job: started, waited for, and asked to stop.
+# The ranks of a training job: starting them, waiting for them, and asking them to stop.
 # shellcheck shell=bash
 
-# What the handler of signals shares with the job: whether it was asked to stop, and the srun of the ranks.
+# Shared between the signal handler and the job: whether it was asked to stop, and the process of srun.
 STOPPING=''
 RANKS_PID=''
 
-# Prints how many ranks a node runs, from what SLURM granted.
+# Prints how many ranks a node runs, from what SLURM granted to the job.
 ranks_per_node() {
   local each=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} nodes=$SLURM_JOB_NUM_NODES
   if [ "$ACCELERATORS_PER_NODE" -gt 0 ] && [ "${SLURM_GPUS_ON_NODE:-0}" -eq 0 ]; then
-    die "ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE in site.sh, but the job was given none: \`source slurm/site.sh\`" \
+    die "ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE, but the job was given none: \`source $SITE_FILE\`" \
       "before sbatch, or give sbatch --gpus-per-node=$ACCELERATORS_PER_NODE."
   fi
   [ "$each" -gt 0 ] || each=$(((${SLURM_NTASKS:-$nodes} + nodes - 1) / nodes)) # sbatch --ntasks
   echo "$each"
 }
 
-# Becomes the srun of one process a rank, to be started in the background. Ranks of a node are next to each other: stages
-# of one pipeline are neighbors. What is left 30 s after the first rank ended is killed: not at once, or the message and
-# the code of a user error are lost.
+# Replaces this process by the srun of one process a rank; start it in the background. Consecutive ranks are on the same
+# node, so that the stages of a pipeline are neighbors. srun kills the other ranks 30 s after the first one ended;
+# earlier, the message and the exit code of a user error would be lost.
 run_ranks() {
   local ranks=$1 ranks_per_node=$2 logs=$3
   shift 3
@@ -29,7 +29,7 @@ run_ranks() {
     "${SITE_LAUNCH[@]}" "$PYTHON" "$@"
 }
 
-# Waits for the ranks through any number of signals. Returns their exit code.
+# Waits for the ranks, also across signals. Returns their exit code.
 await_ranks() {
   local code
   while :; do
@@ -39,7 +39,7 @@ await_ranks() {
   done
 }
 
-# Asks the ranks to stop at the next step boundary: they save, and `await_ranks` returns.
+# Asks the ranks to save and stop after the current step; then `await_ranks` returns.
 ask_to_stop() {
   # shellcheck disable=SC2034 # the job reads it
   STOPPING=true

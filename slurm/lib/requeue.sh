@@ -1,7 +1,7 @@
-# What happens to a training job after its ranks ended: it fails, or is requeued and resumes.
+# After the ranks of a training job ended: the job is done, fails, or is requeued and resumes.
 # shellcheck shell=bash
 
-# Prints what is to be done with a run (done, requeue or failed) after WHAT, of this start of the job, ended with CODE.
+# Prints what to do with a run, done, requeue or failed, after WHAT (the ranks, the health check) ended with CODE.
 next_action() {
   local run=$1 since=$2 code=$3 what=$4 asked=() action
   [ -z "$STOPPING" ] || asked=(--asked)
@@ -14,8 +14,8 @@ next_action() {
   echo "$action"
 }
 
-# Ends this start of the job, requeued without the given nodes; where that is not allowed, its successor (a dependency, a
-# later copy of the array) resumes the run.
+# Requeues the job without the given nodes, and ends. Where jobs may not be requeued, the next job of the array or of
+# the chain resumes the run.
 requeue_and_exit() {
   local bad=${1:-} excluded
   if was_cancelled; then
@@ -23,7 +23,7 @@ requeue_and_exit() {
     exit 75
   fi
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
-    echo "it was requeued $SLURM_RESTART_COUNT times, which is MAX_RESTARTS"
+    echo "the job was requeued $SLURM_RESTART_COUNT times, which is MAX_RESTARTS"
     exit 1
   fi
   excluded=$(excluded_with "$bad")
@@ -32,26 +32,26 @@ requeue_and_exit() {
     exit 1
   fi
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
-    echo "the array's next copy resumes the run"
+    echo "the next job of the array resumes the run"
     [ -z "$bad" ] || scontrol update JobId="$SLURM_ARRAY_JOB_ID" ExcNodeList="$excluded" >/dev/null 2>&1 || true
     exit 75
   fi
   if [ "$SITE_REQUEUES" != true ]; then
-    echo "SITE_REQUEUES is $SITE_REQUEUES: the job's successor resumes the run"
+    echo "SITE_REQUEUES is $SITE_REQUEUES: the next job of the chain resumes the run"
     exit 75
   fi
   trap '' TERM USR1
   reach_controller scontrol requeue "$SLURM_JOB_ID" || exit 75
-  # Only a pending job takes these; SLURM asked this script to end by now, and waits for it.
+  # Only a pending job accepts these updates. SLURM has asked this script to end by now, and waits for it.
   [ -z "$bad" ] || reach_controller scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
-  # With --ntasks-per-node SLURM keeps the tasks of this start, and would wait for as many nodes again.
+  # With --ntasks-per-node SLURM retains the tasks of this start, and would wait for the same number of nodes.
   [ -z "${SLURM_NTASKS_PER_NODE:-}" ] ||
     reach_controller scontrol update JobId="$SLURM_JOB_ID" NumTasks="$SLURM_NTASKS_PER_NODE" || true
   exit 75
 }
 
-# Whether this start of the job was ended by scancel: by SLURM's message in the job's log, which names a reason where it
-# ends a job itself. The job's state does not show it while it ends.
+# Whether scancel ended this start of the job. SLURM's message in the job's log shows it: the message names a reason if
+# SLURM ended the job itself. The job's state does not show it while the job ends.
 was_cancelled() {
   local log
   log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
@@ -61,16 +61,16 @@ was_cancelled() {
     END { exit !cancelled }' "$log"
 }
 
-# Runs a command of SLURM; again for ten minutes while the controller does not answer.
+# Runs a command of SLURM, and retries it for ten minutes while the controller does not answer.
 reach_controller() {
   local answer try
   for try in {1..60}; do
     answer=$("$@" 2>&1) && return
-    [[ $answer != *"Job is pending"* ]] || return 0 # SLURM requeued it itself, over a lost node
+    [[ $answer != *"Job is pending"* ]] || return 0 # SLURM requeued the job itself, after it lost a node
     [[ $answer == *[Uu]nable\ to\ contact* || $answer == *onnection* || $answer == *[Uu]nexpected\ message* ]] || break
-    [ "$try" -gt 1 ] || echo "SLURM's controller does not answer: tried again for ten minutes"
+    [ "$try" -gt 1 ] || echo "SLURM's controller does not answer: retrying for ten minutes"
     sleep 10
   done
-  echo "after $try tries: $answer"
+  echo "failed after $try tries: $answer"
   return 1
 }

@@ -1,4 +1,4 @@
-"""A real SLURM of eight nodes on this machine (tests/slurm/cluster), and the tiny training that the jobs do on it."""
+"""A real SLURM of eight nodes on this machine (tests/slurm/cluster), and a tiny training run for its jobs."""
 
 import json
 import os
@@ -17,15 +17,16 @@ import pytest
 from tests.launch import ROOT
 from tests.pipeline.conftest import Runner, runner, shards
 
-__all__ = ["Cluster", "Training", "cluster", "job_scripts", "runner", "shards", "training", "unbroken"]
+__all__ = ["Cluster", "Training", "cluster", "job_scripts", "runner", "shards", "training", "uninterrupted"]
 SCRIPTS = ROOT / "slurm"
 CLUSTER_SCRIPTS = Path(__file__).parent / "cluster"
 NODES, ACCELERATORS = 8, 8
 NO_CLUSTER = 3
-"""How start_cluster.sh ends where there can be no cluster."""
-PATIENCE = 600.0
-"""Seconds that a busy machine may take; far less than the 20 minutes after which a run ends a hang by itself."""
+"""The exit code of start_cluster.sh where no cluster is possible."""
+TIMEOUT = 600.0
+"""Seconds that a busy machine may take; far less than the 20 minutes after which a run ends a hang itself."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+SITE = {"SITE_PYTHON": sys.executable, "ACCELERATORS_PER_NODE": "0"}
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 SIZES = {
     "model__size": "null",
@@ -47,11 +48,11 @@ class Cluster:
         self.folder = folder
 
     def client(self, name: str, *arguments: object, **variables: str) -> str:
-        """What a client prints, with these variables besides ours."""
+        """The output of a client, started with these variables. Jobs run on CPUs, as the accelerators are only listed."""
         command = [str(self.folder / "bin" / name), *map(str, arguments)]
-        environment = {**os.environ, "SITE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
+        environment = {**os.environ, **SITE, "OMP_NUM_THREADS": "1", **variables}
         finished = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd=self.folder / "jobs"
+            command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, cwd=self.folder / "jobs"
         )
         assert finished.returncode == 0, f"{command}: {finished.stderr}"
         return finished.stdout
@@ -61,11 +62,11 @@ class Cluster:
         return self.client("sbatch", "--parsable", *options, SCRIPTS / script, *arguments, **variables).strip()
 
     def run_script(self, script: str, *arguments: object, **variables: str) -> str:
-        """What a script prints that is started on the login node itself."""
-        environment = {**os.environ, "SITE_PYTHON": sys.executable, **variables}
+        """The output of a script that is started on the login node itself."""
+        environment = {**os.environ, **SITE, **variables}
         environment["PATH"] = f"{self.folder / 'bin'}:{environment['PATH']}"
         finished = subprocess.run(
-            [SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE, env=environment
+            [SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT, env=environment
         )
         assert finished.returncode == 0, finished.stderr
         return finished.stdout + finished.stderr
@@ -75,33 +76,33 @@ class Cluster:
         shown = self.client("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
-    def until(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
+    def until(self, condition: Callable[[], Any], what: str, seconds: float = TIMEOUT) -> None:
         """Waits for the condition."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"{what} did not happen in {seconds:.0f} s\n{self.client('squeue')}"
             time.sleep(0.3)
 
-    def until_ended(self, number: str, seconds: float = PATIENCE) -> str:
+    def until_ended(self, number: str, seconds: float = TIMEOUT) -> str:
         """Waits for the job's end. Returns the state."""
         self.until(lambda: self.job(number)["JobState"] in ENDED, f"the end of job {number}", seconds)
         return self.job(number)["JobState"]
 
     def node(self, what: str, number: int) -> None:
-        """off, on, unplug or plug a node. Waits until SLURM has one back, or the next test would not get it."""
+        """off, on, unplug or plug a node. Waits until SLURM can use a node that is on again: the next test needs it."""
         subprocess.run(["bash", str(CLUSTER_SCRIPTS / "node.sh"), str(self.folder), what, str(number)], check=True)
         if what in ("on", "plug"):
             state = ("sinfo", "--noheader", "--partition=train", f"--nodes=node{number}", "--format=%t")
             self.until(lambda: self.client(*state).strip() in ("idle", "mix", "alloc"), f"the return of node{number}")
 
     def processes(self, pattern: str) -> list[int]:
-        """Those of this cluster whose command line matches, the oldest first."""
+        """Processes of this cluster whose command line matches, the oldest first."""
         found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()
         own = f"SLURM_CONF={self.folder}/slurm.conf".encode()
         return [int(number) for number in found if own in Path(f"/proc/{number}/environ").read_bytes()]
 
     def on_node(self, number: int, *command: str) -> None:
-        """Runs a command in a node's own network and file systems."""
+        """Runs a command in the network and mount namespaces of a node."""
         [daemon] = self.processes(f"slurmd -D -N node{number}$")
         subprocess.run(["nsenter", f"--target={daemon}", "--mount", "--net", "--", *command], check=True)
 
@@ -111,19 +112,19 @@ class Cluster:
             os.kill(daemon, signal.SIGKILL)
 
     def start_controller(self) -> None:
-        """It takes up the state that it saved."""
+        """It restores the state that it saved."""
         init = (self.folder / "run/init.pid").read_text().strip()
         command = ["env", f"SLURM_CONF={self.folder}/slurm.conf", "slurmctld"]
         spaces = ["--net", "--uts", "--mount", "--pid"]
         subprocess.run(["nsenter", f"--target={init}", *spaces, "--", *command], check=True, capture_output=True)
 
     def log(self, number: str) -> str:
-        """What the job printed, over all its starts."""
+        """The output of the job, over all its starts."""
         return "".join(path.read_text() for path in (self.folder / "jobs").glob(f"*-{number}.txt"))
 
 
 def start_slurm(folder: Path) -> None:
-    """Starts the nodes. Skips where there can be none; fails where one should start and does not."""
+    """Starts the cluster. Skips where none is possible; fails if it should start and does not."""
     start = ["timeout", "900", "bash", str(CLUSTER_SCRIPTS / "start_cluster.sh"), str(NODES)]
     environment = {**os.environ, "CLUSTER_DIR": str(folder), "CLUSTER_GPUS": str(ACCELERATORS)}
     finished = subprocess.run(start, env=environment, capture_output=True, text=True)
@@ -135,9 +136,9 @@ def start_slurm(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Its nodes; skipped without root."""
+    """The running cluster; skipped without root."""
     if os.geteuid() != 0:
-        pytest.skip("a SLURM of our own needs root, for namespaces")
+        pytest.skip("the SLURM cluster needs root, for namespaces")
     folder = Path("/tmp") / f"igpt-slurm-{os.getpid()}"  # short: munge's socket has a name of 107 characters at most
     try:
         start_slurm(folder)
@@ -152,13 +153,14 @@ def cluster() -> Iterator[Cluster]:
 class Training:
     """One run of the tiny model by slurm/pretrain_s.sh."""
 
-    def __init__(self, cluster: Cluster, runner: Runner, losses: list[float]) -> None:
-        self.cluster, self.runner, self.unbroken = cluster, runner, losses
-        self.run = runner.folder / "run"
+    def __init__(self, cluster: Cluster, runner: Runner, losses: list[float], name: str = "run") -> None:
+        """losses: of an uninterrupted run."""
+        self.cluster, self.runner, self.uninterrupted, self.name = cluster, runner, losses, name
+        self.run = runner.folder / name
         self.job = ""
 
     def submit(self, *options: str, overrides: dict[str, Any] | None = None, **variables: str) -> None:
-        """options: of sbatch, beside 2 nodes x 2 ranks; overrides: of train."""
+        """options: of sbatch, added to 2 nodes x 2 ranks; overrides: of train."""
         arguments = self.runner.arguments("run", **SIZES | (overrides or {}))[3:]
         self.job = self.cluster.submit("pretrain_s.sh", *arguments, options=(*TWO_BY_TWO, *options), **variables)
 
@@ -177,7 +179,7 @@ class Training:
         return json.loads((self.run / "run.json").read_text())
 
     def log(self) -> str:
-        """What the job printed."""
+        """The output of the job."""
         return self.cluster.log(self.job)
 
     def nodes(self) -> list[int]:
@@ -189,10 +191,10 @@ class Training:
         return int(self.cluster.job(self.job)["Restarts"])
 
     def check_finishes(self, restarts: int | None = None, starts: int | None = None) -> None:
-        """With the losses of an unbroken run, bit for bit. starts: of the training; else one more than restarts."""
+        """With the losses of an uninterrupted run, bit for bit. starts: of the training; by default restarts + 1."""
         state = self.cluster.until_ended(self.job)
         assert state == "COMPLETED", self.log()
-        assert self.runner.losses("run") == self.unbroken
+        assert self.runner.losses(self.name) == self.uninterrupted
         assert self.record()["status"] == "finished"
         if restarts is not None:
             assert self.restarts() == restarts, self.log()
@@ -200,14 +202,14 @@ class Training:
 
 
 @pytest.fixture(scope="session")
-def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of the same run on four ranks, without a scheduler."""
-    runner = Runner(shards, tmp_path_factory.mktemp("unbroken"))
+def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the same run on four ranks, without SLURM."""
+    runner = Runner(shards, tmp_path_factory.mktemp("uninterrupted"))
     runner.check_trains("run", 4, **SIZES)
     return runner.losses("run")
 
 
 @pytest.fixture
-def training(cluster: Cluster, runner: Runner, unbroken: list[float]) -> Training:
+def training(cluster: Cluster, runner: Runner, uninterrupted: list[float]) -> Training:
     """Not yet submitted."""
-    return Training(cluster, runner, unbroken)
+    return Training(cluster, runner, uninterrupted)

@@ -1,4 +1,4 @@
-"""Nodes with real faults of their own, on a real SLURM: they are named and left out, and the job runs on the others."""
+"""Faulty nodes on a real SLURM: the job names and excludes them, and runs on the others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ import pytest
 from tests.slurm.conftest import NODES, Training
 
 pytestmark = pytest.mark.slow
-MEETING_PORTS = "20000-32000"
-"""Those of jobs of small numbers; SLURM's own lie above."""
+HEALTH_CHECK_PORTS = "20000-32000"
+"""Ports of the all-reduces of jobs with small numbers; SLURM's own ports are higher."""
 
 
 def check_runs_without_node_2(training: Training, words: str) -> None:
@@ -18,7 +18,7 @@ def check_runs_without_node_2(training: Training, words: str) -> None:
     job = training.cluster.job(training.job)
     assert job["ExcNodeList"] == "node2"
     assert 2 not in training.nodes()
-    assert "preflight: node2 is left out: " in training.log()
+    assert "preflight: node2 is excluded: " in training.log()
     assert words in training.log()
 
 
@@ -43,8 +43,8 @@ def test_a_node_whose_disk_is_full(training: Training) -> None:
 
 @contextmanager
 def unreachable(training: Training, node: int) -> Iterator[None]:
-    """SLURM itself still reaches it: the node answers, but adds no numbers together with any other."""
-    rules = [["ipproto", "tcp", end, MEETING_PORTS, "blackhole"] for end in ("dport", "sport")]
+    """SLURM itself still reaches the node, but each all-reduce with another node fails."""
+    rules = [["ipproto", "tcp", end, HEALTH_CHECK_PORTS, "blackhole"] for end in ("dport", "sport")]
     for rule in rules:
         training.cluster.on_node(node, "ip", "rule", "add", *rule)
     try:
@@ -54,21 +54,21 @@ def unreachable(training: Training, node: int) -> Iterator[None]:
             training.cluster.on_node(node, "ip", "rule", "del", *rule)
 
 
-def test_a_node_that_the_others_do_not_reach(training: Training) -> None:
+def test_a_node_that_the_other_nodes_do_not_reach(training: Training) -> None:
     with unreachable(training, 2):
         training.submit("--nodes=4", "--ntasks-per-node=1", PREFLIGHT_SECONDS="20")
-        check_runs_without_node_2(training, "adds no numbers together with any other node")
+        check_runs_without_node_2(training, "the all-reduce fails with each of its neighbors")
 
 
-def test_two_nodes_that_do_not_meet_are_both_left_out_where_there_are_others(training: Training) -> None:
+def test_two_disconnected_nodes_are_both_excluded_if_there_are_enough_others(training: Training) -> None:
     with unreachable(training, 2):
         training.submit(PREFLIGHT_SECONDS="15")
         training.check_finishes(restarts=1, starts=1)
-    assert "node1 and node2 add no numbers together, and without a third node" in training.log()
+    assert "the all-reduce between node1 and node2 fails, and without a third node" in training.log()
     assert not {1, 2} & set(training.nodes())
 
 
-def test_two_nodes_that_do_not_meet_are_tried_again_where_there_are_no_others(training: Training) -> None:
+def test_two_disconnected_nodes_are_retried_if_there_are_no_others(training: Training) -> None:
     others = f"NodeName={','.join(f'node{number}' for number in range(3, NODES + 1))}"
     training.cluster.client("scontrol", "update", others, "State=DRAIN", "Reason=test")
     try:
@@ -82,7 +82,7 @@ def test_two_nodes_that_do_not_meet_are_tried_again_where_there_are_no_others(tr
     assert "it failed 2 times at step 0, which is MAX_FAILURES" in training.log()
 
 
-def test_a_fault_of_all_nodes_is_a_mistake_said_once(training: Training, shards: Path) -> None:
+def test_a_fault_of_all_nodes_is_a_user_error_reported_once(training: Training, shards: Path) -> None:
     record = next(shards.glob("train-*.tar"))
     content = record.read_bytes()
     record.write_bytes(content[:-512])
@@ -96,7 +96,7 @@ def test_a_fault_of_all_nodes_is_a_mistake_said_once(training: Training, shards:
     assert (job["Restarts"], job["ExcNodeList"]) == ("0", "(null)")
 
 
-def test_a_job_leaves_out_no_more_nodes_than_it_may(training: Training, shards: Path) -> None:
+def test_a_job_excludes_at_most_max_excluded_nodes(training: Training, shards: Path) -> None:
     training.cluster.on_node(2, "mount", "-t", "tmpfs", "none", str(shards))
     try:
         training.submit(MAX_EXCLUDED="0")

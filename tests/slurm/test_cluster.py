@@ -1,4 +1,4 @@
-"""The cluster that the other tests run on: where it does not start they must not pass for skipped."""
+"""The cluster of the other tests: if it fails to start, they must fail, not be skipped."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ def executable(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_cluster_that_does_not_start_is_a_failure_that_says_why(
+def test_a_cluster_that_does_not_start_fails_the_tests_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executable(tmp_path / "start_cluster.sh", "echo nodes not idle: node3 down >&2; exit 1")
@@ -22,7 +22,7 @@ def test_a_cluster_that_does_not_start_is_a_failure_that_says_why(
         conftest.start_slurm(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="start_cluster.sh looks for root first")
+@pytest.mark.skipif(os.geteuid() != 0, reason="start_cluster.sh requires root")
 def test_where_slurm_cannot_be_installed_tests_are_skipped_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""What no one asks for, on a real SLURM: the job ends, is requeued, and the run resumes as if nothing had been."""
+"""Failures on a real SLURM: the job ends, is requeued, and the run has the losses of an uninterrupted one."""
 
 import json
 import os
@@ -33,12 +33,12 @@ def test_a_node_that_loses_power(training: Training) -> None:
         training.cluster.node("on", node)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_node_that_is_cut_off(training: Training, place: int) -> None:
-    """The first node holds the job's script and the run's first rank, which go on living there and hold the run."""
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_node_that_is_cut_off(training: Training, index: int) -> None:
+    """The first node has the job's script and the run's first rank, which stay alive there and hold the run's lock."""
     training.submit(overrides={"health__hang_minutes": HANG_SECONDS / 60})
     training.await_step(60)
-    node = training.nodes()[place]
+    node = training.nodes()[index]
     training.cluster.node("unplug", node)
     try:
         training.check_finishes(restarts=1)
@@ -46,8 +46,8 @@ def test_a_node_that_is_cut_off(training: Training, place: int) -> None:
         training.cluster.node("plug", node)
 
 
-def test_a_successor_waits_for_what_a_lost_node_still_holds(training: Training) -> None:
-    """A chain, where no job may be queued again: the first node, cut off, goes on living and holds the run."""
+def test_the_next_job_of_a_chain_waits_for_the_lock_of_a_lost_node(training: Training) -> None:
+    """Jobs may not be requeued. The first node, cut off, stays alive and holds the run's lock."""
     overrides = {"health__hang_minutes": 3}  # longer than a busy SLURM takes to give the node up and start the next job
     training.submit("--no-requeue", overrides=overrides, SITE_REQUEUES="false")
     training.await_step(60)
@@ -61,7 +61,7 @@ def test_a_successor_waits_for_what_a_lost_node_still_holds(training: Training) 
     assert f"SLURM job {first} still holds the run" in training.log()
 
 
-def test_a_controller_that_is_away_when_the_job_wants_to_be_queued_again(training: Training) -> None:
+def test_a_controller_that_does_not_answer_when_the_job_requeues_itself(training: Training) -> None:
     training.submit()
     training.await_step(60)
     training.cluster.stop_controller()
@@ -81,6 +81,6 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks_in_its_log(training: Tra
     training.check_finishes(restarts=1)
     log = training.log()
     waited = re.search(r"no progress for (\d+) s: .* silent \(stopped, dead, or cut off\)", log)
-    assert waited and int(waited[1]) < HANG_SECONDS + 60, "by the limit that was asked for, not by the default one"
+    assert waited and int(waited[1]) < HANG_SECONDS + 60, "by the configured limit, not the default one"
     assert log.count("in train_step") >= 3  # of the ranks that wait for it
     assert "hang" in json.loads((training.run / "failures.jsonl").read_text())["error"]
