@@ -48,7 +48,7 @@ class Cluster:
         self.folder = folder
 
     def client(self, name: str, *arguments: object, **variables: str) -> str:
-        """The output of a client, started with these variables. Jobs run on CPUs, as the accelerators are only listed."""
+        """The output of a client, started with these variables. Jobs run on CPUs: the accelerators are only listed."""
         command = [str(self.folder / "bin" / name), *map(str, arguments)]
         environment = {**os.environ, **SITE, "OMP_NUM_THREADS": "1", **variables}
         finished = subprocess.run(
