@@ -32,9 +32,11 @@ RUN_PAGES = [
     "pipeline/plan/README.md",
     "pipeline/evaluate/README.md",
     "pipeline/publish/README.md",
+    "pipeline/operate/README.md",
+    "slurm/README.md",
 ]
 """In this order: later pages use what the earlier ones wrote."""
-PAGES = [*RUN_PAGES, "configs/README.md", "slurm/README.md", "tests/README.md", "CONTRIBUTING.md"]
+PAGES = [*RUN_PAGES, "configs/README.md", "tests/README.md", "CONTRIBUTING.md"]
 README_LINES = 150
 OWN_OPTIONS = {"--help"}
 SCRIPT_COMMANDS = {
