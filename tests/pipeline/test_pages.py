@@ -74,7 +74,7 @@ def help_of(program: str, command: str) -> str:
     with TemporaryDirectory() as logs:
         finished = run(1, "-m", program, command, "--help", logs=Path(logs))
     assert finished.codes == [0], finished.output
-    return finished.output
+    return finished.output + (help_of(program, "train") if command == "search" else "")  # which takes train's options
 
 
 def command_in(words: list[str]) -> tuple[Command, list[str]] | None:

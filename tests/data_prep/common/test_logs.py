@@ -1,0 +1,100 @@
+"""Log lines: time, level and rank on standard error; how much of them a user asks for."""
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep.common.logs import configure_logging, split_flags
+from tests.launch import ROOT
+
+LINE = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\w+(?: rank \d+)?)\] (.*)"
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """The loggers as they were."""
+    root, own = logging.getLogger(), logging.getLogger("data_prep")
+    handlers, levels, raising = root.handlers[:], (root.level, own.level), logging.raiseExceptions
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
+    logging.raiseExceptions = raising
+
+
+def logged(level: int, capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
+    """Level and message of one record of each kind, from this project and from another package."""
+    configure_logging(level)
+    for name in ("data_prep.somewhere", "deepspeed"):
+        for number in (logging.DEBUG, logging.INFO, logging.WARNING):
+            logging.getLogger(name).log(number, name)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return re.findall(LINE, captured.err)
+
+
+@pytest.mark.parametrize(
+    ("level", "own", "others"),
+    [
+        (logging.INFO, ["INFO", "WARNING"], ["WARNING"]),
+        (logging.WARNING, ["WARNING"], ["WARNING"]),
+        (logging.DEBUG, ["DEBUG", "INFO", "WARNING"], ["INFO", "WARNING"]),
+    ],
+)
+def test_levels(level: int, own: list[str], others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    expected = [(name, "data_prep.somewhere") for name in own] + [(name, "deepspeed") for name in others]
+    assert logged(level, capsys) == expected
+
+
+def test_several_ranks_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert ("WARNING rank 3", "deepspeed") in logged(logging.INFO, capsys)
+
+
+def test_a_terminal_has_colors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logging.getLogger("data_prep").info("plain")
+    logging.getLogger("data_prep").warning("colored")
+    plain, colored = capsys.readouterr().err.splitlines()
+    assert "\033" not in plain
+    assert colored.startswith("\033[33m[") and colored.endswith("] colored\033[0m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "level", "rest"),
+    [
+        (["a", "--b", "c"], logging.INFO, ["a", "--b", "c"]),
+        (["a", "--quiet", "--b"], logging.WARNING, ["a", "--b"]),
+        (["-v"], logging.DEBUG, []),
+        (["--quiet", "--verbose"], logging.DEBUG, []),
+    ],
+)
+def test_flags_may_be_anywhere(arguments: list[str], level: int, rest: list[str]) -> None:
+    assert split_flags(arguments) == (level, rest)
+
+
+def shards(tmp_path: Path, *flags: str, redirect: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_prep", "shards", "--source.kind=photographs", "--source.train_per_class=2"]
+    words = [*command, "--source.test_per_class=1", "--resolution=8", f"--out={tmp_path / 'set'}", *flags]
+    shell = " ".join(words) + redirect
+    return subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_command_logs_to_standard_error(tmp_path: Path) -> None:
+    done = shards(tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert any(message.startswith(f"{tmp_path / 'set'}: finished in") for _, message in re.findall(LINE, done.stderr))
+    quiet = shards(tmp_path, "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_a_console_that_is_full_does_not_end_a_command(tmp_path: Path) -> None:
+    assert shards(tmp_path, redirect=" 2>/dev/full").returncode == 0
+    assert (tmp_path / "set/shards.json").is_file()
