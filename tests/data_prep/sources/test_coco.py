@@ -111,7 +111,7 @@ def damage_coco(root: Path, how: str) -> None:
         ("garbage", r"instances_train2017.json is not readable as JSON \(.* at character \d+\)"),
         ("not an object", r"instances_train2017.json is not readable as JSON \('\[' instead of '{' at character 0\)"),
         ("no images", "instances_train2017.json lists no images"),
-        ("captions", "instances_train2017.json has a annotations entry that is not COCO's .*iscrowd"),
+        ("captions", "instances_train2017.json has an invalid entry in annotations .*iscrowd"),
         ("strange category", "has an annotation with category_id 91"),
         ("strange image", "has an annotation with image_id 8"),
         ("images missing", "train2017 is missing 2 of the 6 images .*, the first is 000000000025.jpg"),

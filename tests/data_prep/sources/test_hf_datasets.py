@@ -137,7 +137,7 @@ def test_a_dataset_needs_a_training_split(tmp_path: Path, table: Callable[..., A
 
 
 def test_no_such_dataset(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="can't be loaded as a Hugging Face data set"):
+    with pytest.raises(ValueError, match="can't be loaded as a Hugging Face dataset"):
         opened(tmp_path / "nothing")
 
 

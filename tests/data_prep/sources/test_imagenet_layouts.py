@@ -171,7 +171,7 @@ def damage_imagenet(root: Path, how: str) -> None:
         ("strange truth", "ground_truth.txt has '1001' in line 4"),
         ("other name", "has no class for ILSVRC2012_val_00000009"),
         ("no meta", "devkit_t12 has no data/meta.mat"),
-        ("damaged meta", "meta.mat is not the devkit's"),
+        ("damaged meta", "meta.mat can't be read"),
         ("class missing", "val has images of n03126707, a class that the training set does not have"),
         ("strange class", "has the class n02083346, which is not in .*meta.mat"),
     ],
@@ -190,9 +190,9 @@ def test_a_damaged_tar_of_imagenet_is_named(imagenet: Path, tmp_path: Path, wher
     train, val, devkit = (packed / name for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "x"))
     message = {
         "train": r"img_train.tar is truncated",
-        "class": r"img_train.tar/n\d{8}.tar is damaged, or no uncompressed tar, at byte \d+",
+        "class": r"img_train.tar/n\d{8}.tar is damaged, or not an uncompressed tar, at byte \d+",
         "val": r"img_val.tar is truncated in ILSVRC2012_val_0000000\d.JPEG",
-        "header": r"img_val.tar is damaged, or no uncompressed tar, at byte \d+",
+        "header": r"img_val.tar is damaged, or not an uncompressed tar, at byte \d+",
         "devkit": r"devkit_t12.tar.gz is not a readable tar archive",
     }[where]
     with tarfile.open(train if where in ("train", "class") else val) as archive:

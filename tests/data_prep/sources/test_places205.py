@@ -74,9 +74,13 @@ Change = Callable[[str], str]
             lambda text: text.replace(" 1\n", " 204\n"),
             "val_places205.csv has class 204, which is not in the training",
         ),
-        ("train", lambda text: text.replace(" 1\n", " 0\n", 1), "puts class 0 into a/a.*; it must be one folder"),
-        ("both", lambda text: text.replace("y/yard", "a/abbey"), "a/abbey/ is class . and class .; a class has"),
-        ("train", lambda text: text.replace("yard", "yurt"), "puts class 3 into y/yard/ and y/yurt/"),
+        ("train", lambda text: text.replace(" 1\n", " 0\n", 1), "has class 0 in a/a.*; a class must have one folder"),
+        (
+            "both",
+            lambda text: text.replace("y/yard", "a/abbey"),
+            "a/abbey/ is class . and class .; each class must have",
+        ),
+        ("train", lambda text: text.replace("yard", "yurt"), "has class 3 in y/yard/ and in y/yurt/"),
     ],
 )
 def test_errors_in_the_lists_of_places205_are_named(places205: Path, name: str, change: Change, message: str) -> None:
