@@ -137,7 +137,7 @@ class ShardSet:
         """Raises ValueError naming the existing splits."""
         if name not in self.manifest["splits"]:
             raise ValueError(
-                f"{self.path} has no split {name!r}, only {', '.join(self.splits)}; choose one of these, or prepare "
+                f"{self.path} has no split {name!r}; it has {', '.join(self.splits)}: choose one of these, or prepare "
                 f"the set again from a source with {name} images."
             )
         folder = self.path if isinstance(self.path, Path) else cache_folder(self.digest)

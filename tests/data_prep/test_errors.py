@@ -248,7 +248,7 @@ def test_an_unfinished_set_of_another_configuration(folder: Path, options: list[
     victim.write_bytes(b"")
     fails(options, ": empty (0 bytes)")
     victim.write_bytes(whole)
-    fails([*options, "--seed", 5], "seed 0, now it is 5")
+    fails([*options, "--seed", 5], "seed 0, but it is now 5")
     (folder / "train/cat/one_more.png").write_bytes(whole)
     fails(options, "started with other images")
 

@@ -185,7 +185,7 @@ def test_a_missing_file_is_not_retried(folder: Path, address: str, monkeypatch: 
 def test_a_start_after_the_end_is_an_error(folder: Path) -> None:
     with serve(folder) as server:
         for address in (f"{folder}/file", f"{server.url}/file"):
-            with pytest.raises(ValueError, match=f"{address} has {SIZE} bytes; byte {SIZE + 1}"):
+            with pytest.raises(ValueError, match=f"{address} has {SIZE} bytes, so byte {SIZE + 1} can't be read"):
                 read(address, start=SIZE + 1)
 
 
@@ -248,7 +248,7 @@ def test_downloads_are_compared_with_their_digest(folder: Path, content: bytes, 
 def test_a_damaged_download_is_retried_and_leaves_no_file(folder: Path, content: bytes, tmp_path: Path) -> None:
     digest = hashlib.sha256(content).hexdigest()
     with serve(folder) as server:
-        with pytest.raises(ValueError, match=rf"{server.url}/file has sha256 {digest}, not 00; "):
+        with pytest.raises(ValueError, match=rf"{server.url}/file has sha256 {digest}, but must have 00; "):
             download(f"{server.url}/file", tmp_path / "copy", SIZE, "00")
         assert len(server.requests) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["files"]

@@ -101,7 +101,7 @@ def test_a_remote_file_that_changed_is_an_error(server: Server, shards: Path, ca
     content[700] ^= 1
     tar.write_bytes(content)
     shard_set = open_shard_set(f"{server.url}/shards")
-    with pytest.raises(ValueError, match=r"/shards/valid-000000\.tar has sha256 .* not"):
+    with pytest.raises(ValueError, match=r"/shards/valid-000000\.tar has sha256 .*, but must have"):
         shard_set.split("valid").gather(np.arange(2))
     assert not list(cache.rglob("*.tar"))
 

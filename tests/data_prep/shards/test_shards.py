@@ -173,7 +173,7 @@ def test_opening_checks_presence_and_sizes(handmade: tuple[Path, list[list[Recor
         open_shard_set(folder)
     shard.write_bytes(content)
     np.save(folder / "palette.npy", np.zeros((16, 3), np.float32))
-    with pytest.raises(ValueError, match=r"palette\.npy has sha256 .* names"):
+    with pytest.raises(ValueError, match=r"palette\.npy has sha256 .*, but shards.json has"):
         open_shard_set(folder)
 
 
@@ -233,7 +233,7 @@ def test_verify_compares_the_manifest_with_the_tar(
 @pytest.mark.parametrize(
     ("pixels", "labels", "message"),
     [
-        (np.full((256, 64), 16), np.zeros(256), "token 16; the palette has 16"),
+        (np.full((256, 64), 16), np.zeros(256), "token 16, but the palette has 16 colors"),
         (np.zeros((256, 64)), np.full(256, 3), "label outside -1 to 2"),
         (np.zeros((256, 64)), np.full(256, -2), "label outside -1 to 2"),
     ],

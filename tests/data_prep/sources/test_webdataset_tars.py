@@ -370,4 +370,5 @@ def test_an_unreachable_server_ends_the_command(tmp_path: Path, img2dataset: Pat
         result = run("shards", *options, "--source.path", f"{server.url}/00000.tar", "--out", tmp_path / "other")
     assert result.code == 2
     assert "00000.tar can't be reached or read, 6 attempts failed" in result.err
-    assert [line[:5] for line in result.err.splitlines()] == ["http:", "error"]
+    warning, error = result.err.splitlines()
+    assert "WARNING" in warning and error.startswith("error: ")
