@@ -1,11 +1,13 @@
 """A tiny shard set, a tiny model folder, and an evaluation of one on the other."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from data_prep.common.logs import OWN_LOGGERS
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.context import Evaluation, start_accelerator
@@ -20,6 +22,13 @@ from tests.pipeline.evaluate.tiny_sets import (
     write_shard_set,
 )
 from tests.pipeline.evaluate.toy_network import write_toy_network
+
+
+@pytest.fixture(autouse=True)
+def log_level(caplog: pytest.LogCaptureFixture) -> None:
+    """What a test calls in its own process logs from INFO on, as the programs do."""
+    for name in OWN_LOGGERS:
+        caplog.set_level(logging.INFO, logger=name)
 
 
 @pytest.fixture(scope="session")

@@ -74,14 +74,14 @@ def test_every_task_writes_its_result_and_provenance(
 
 
 def test_a_result_is_reused_until_an_input_changes(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Callable[..., Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     density = run("--tasks", "density") / "density.json"
     first = density.stat().st_mtime_ns
 
     run("--tasks", "density")
     assert density.stat().st_mtime_ns == first
-    assert "already measured" in capsys.readouterr().out
+    assert "already measured" in caplog.text
     changes = (["--test_images", "60"], ["--seed", "1"], ["--density.split", "valid"])
     for change in (["--overwrite"], ["--again"], *changes):
         run("--tasks", "density")
@@ -95,7 +95,7 @@ def test_a_result_is_reused_until_an_input_changes(
 
 
 def test_results_of_an_earlier_version_are_shown_and_unchanged(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Results of tasks that the command reuses, and of others in the folder and in random_weights."""
     folder = run("--tasks", "density,knn")
@@ -105,9 +105,9 @@ def test_results_of_an_earlier_version_are_shown_and_unchanged(
     paths = [folder / "density.json", folder / "knn.json", folder / "random_weights" / "density.json"]
     without_what_is_shown(paths)
     written = [path.read_bytes() for path in paths]
-    capsys.readouterr()
+    caplog.clear()
     run("--tasks", "density")
-    assert "already measured" in capsys.readouterr().out
+    assert "already measured" in caplog.text
     assert (folder / "report.html").read_text() == page
     assert [path.read_bytes() for path in paths] == written
 
@@ -143,17 +143,15 @@ def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
 
 
 def test_a_classifier_whose_folder_was_deleted_is_trained_again_by_overwrite(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = run("--tasks", "fine_tune") / "fine_tuned"
-    capsys.readouterr()
+    caplog.clear()
     run("--tasks", "fine_tune")
-    assert "skipped (--overwrite runs it again)" in capsys.readouterr().out
+    assert "skipped (--overwrite runs it again)" in caplog.text
     rmtree(folder)
     run("--tasks", "fine_tune")
-    assert (
-        f"but its folder {folder} no longer exists: --overwrite trains the classifier again" in capsys.readouterr().out
-    )
+    assert f"but its folder {folder} no longer exists: --overwrite trains the classifier again" in caplog.text
     for tasks in ("distill", "fine_tune,distill"):
         with pytest.raises(ValueError, match="run the task fine_tune with --overwrite on the same results first"):
             run("--tasks", tasks)
@@ -162,7 +160,7 @@ def test_a_classifier_whose_folder_was_deleted_is_trained_again_by_overwrite(
 
 
 def test_a_copy_of_the_model_counts_as_the_same(
-    run: Callable[..., Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path], model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run("--tasks", "density")
     copy = tmp_path / "copy"
@@ -170,7 +168,7 @@ def test_a_copy_of_the_model_counts_as_the_same(
     for file in model_folder.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     run("--tasks", "density", model=copy)
-    assert "already measured" in capsys.readouterr().out
+    assert "already measured" in caplog.text
 
 
 def test_options_come_from_a_file_too(run: Callable[..., Path], tmp_path: Path) -> None:
@@ -191,24 +189,24 @@ def test_initial_weights_are_another_model(run: Callable[..., Path], model_folde
 
 
 def test_a_masked_model_skips_tasks_that_do_not_support_it(
-    run: Callable[..., Path], masked_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Callable[..., Path], masked_folder: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="completions need a model of the next color"):
         run("--tasks", "density,completions", model=masked_folder)
     assert not list((tmp_path / "results").glob("*.json"))  # reported before anything was measured
     assert set(results_of(run(model=masked_folder))) == set(Command.tasks.split(",")) - {"completions"}
-    assert "completions: skipped; completions need a model of the next color" in capsys.readouterr().out
+    assert "completions: skipped; completions need a model of the next color" in caplog.text
 
 
 def test_a_set_without_labels_skips_probes(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: Callable[..., Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     splits = {name: random_images(60, 0, unlabelled=60) for name in ("train", "valid", "test")}
     bare = write_shard_set(tmp_path / "bare", splits, random_palette())
     with pytest.raises(ValueError, match="has no labelled images in its split train"):
         run("--shards", str(bare), "--tasks", "density,knn")
     assert set(results_of(run("--shards", str(bare)))) == {"density", "completions"}
-    assert f"knn: skipped; {bare} has no labelled images" in capsys.readouterr().out
+    assert f"knn: skipped; {bare} has no labelled images" in caplog.text
 
 
 @pytest.mark.parametrize(

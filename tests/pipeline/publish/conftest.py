@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from pipeline.model_folder.export import export, find_checkpoint
 from tests.hub_server import TOKEN, Hub, serve_hub
 from tests.pipeline.conftest import Runner
+from tests.pipeline.evaluate.conftest import log_level  # noqa: F401
 
 REPOSITORY = "lab/image-gpt"
 

@@ -62,14 +62,20 @@ def card_code(card: bytes) -> str:
 
 
 def test_published_pulled_and_measured_from_the_hub(
-    hub: Hub, models: dict[int, Path], results: Path, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    hub: Hub,
+    models: dict[int, Path],
+    results: Path,
+    shards: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     publish(models[20], *TO_HUB)
     publish(models[40], "--results", results, *TO_HUB)
     sent = hub.bytes_sent
     publish(models[40], "--results", results, *TO_HUB)
     assert hub.bytes_sent == sent
-    assert re.search(r"step-00000040: nothing to send; the repository is private", capfd.readouterr().out)
+    assert re.search(r"step-00000040: nothing to send; the repository is private", caplog.text)
     assert set(hub.repository(REPOSITORY).tags) == {"step-00000020", "step-00000040"}
     assert {"results/density.json", "results/completions.png"} <= set(hub.files(REPOSITORY))
     assert "results/density.json" not in hub.files(REPOSITORY, "step-00000020")
@@ -82,7 +88,7 @@ def test_published_pulled_and_measured_from_the_hub(
     here, there = (json.loads((folder / "density.json").read_text()) for folder in (results, tmp_path / "again"))
     assert here["nats_per_color"] == there["nats_per_color"]
     assert here["model_digest"] == there["model_digest"]
-    assert TOKEN not in "".join(capfd.readouterr())
+    assert TOKEN not in caplog.text + "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("option", [["--retry_minutes", "2"], ["--patience", "2"], ["--patience=2"]])

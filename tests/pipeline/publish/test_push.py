@@ -126,7 +126,12 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_transient_errors_are_retried(
-    fault: str, hub: Hub, models: dict[int, Path], clock: Clock, capfd: pytest.CaptureFixture[str]
+    fault: str,
+    hub: Hub,
+    models: dict[int, Path],
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     method, path, how, times, headers = FAULTS[fault]
     hub.fail(method, path, how, times, **headers)
@@ -137,7 +142,7 @@ def test_transient_errors_are_retried(
     assert hub.titles(REPOSITORY) == ["initial commit", "Step 40"]
     check_content(hub, models[40])
     assert max(clock.pauses) >= (20 if how == 429 else 0)
-    output = "".join(capfd.readouterr())
+    output = caplog.text + "".join(capfd.readouterr())
     assert "retrying in" in output
     assert TOKEN not in output
 
@@ -190,14 +195,14 @@ def test_a_hub_that_asks_to_wait_for_hours_is_an_error(hub: Hub, models: dict[in
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_an_unreachable_hub_is_retried(
-    seconds: int, hub: Hub, models: dict[int, Path], capfd: pytest.CaptureFixture[str]
+    seconds: int, hub: Hub, models: dict[int, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     push(models[20], REPOSITORY, step=20, retry_seconds=120)
     hub.away(seconds)
     push(models[40], REPOSITORY, step=40, retry_seconds=120)
     check_content(hub, models[40])
     check_main_was_always_complete(hub)
-    assert "gave no answer" in capfd.readouterr().out
+    assert "gave no answer" in caplog.text
 
 
 @pytest.mark.parametrize("token", ["hf_" + "z" * 34, ""])
@@ -207,13 +212,14 @@ def test_a_refused_token_is_one_sentence(
     models: dict[int, Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"`hf auth login`") as refused:
         push(models[40], REPOSITORY, step=40, retry_seconds=60)
-    output = str(refused.value) + "".join(capfd.readouterr())
+    output = str(refused.value) + caplog.text + "".join(capfd.readouterr())
     assert token == "" or token not in output
     assert not hub.repositories
 

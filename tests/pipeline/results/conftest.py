@@ -2,6 +2,7 @@
 
 from tests.pipeline.evaluate.conftest import (  # noqa: F401
     evaluation_of,
+    log_level,
     masked_folder,
     model_folder,
     model_folders,

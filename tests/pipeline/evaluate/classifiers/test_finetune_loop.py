@@ -182,7 +182,7 @@ def killed_after(training: Training, epochs: int) -> Training:
 
 
 def test_a_killed_training_goes_on_with_the_same_bits(
-    model_folder: Path, evaluation_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, evaluation_of: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluation = evaluation_of(model_folder)
     uninterrupted = training_of(evaluation, (0.5, 0.01), cosine=True)
@@ -190,9 +190,9 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     with pytest.raises(Killed):
         train(evaluation, killed_after(training_of(evaluation, (0.5, 0.01), cosine=True), 2), PLAIN)
     again = training_of(evaluation, (0.5, 0.01), cosine=True)
-    capsys.readouterr()
+    caplog.clear()
     assert train(evaluation, again, PLAIN) == expected
-    assert "counter: resumes after epoch 2" in capsys.readouterr().out
+    assert "counter: resumes after epoch 2" in caplog.text
     for ours, theirs in zip(again.module.weights, uninterrupted.module.weights, strict=True):
         assert torch.equal(ours, theirs)
     assert (
@@ -202,19 +202,19 @@ def test_a_killed_training_goes_on_with_the_same_bits(
 
 @pytest.mark.parametrize("pattern", ["state.npz", "epoch-*.npz"])
 def test_a_damaged_state_is_logged_and_trained_again(
-    pattern: str, model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
+    pattern: str, model_folder: Path, evaluation_of: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluation = evaluation_of(model_folder)
     expected = train(evaluation, training_of(evaluation), PLAIN)
     (file,) = (evaluation.cache.folder / "counter").glob(pattern)
     file.write_bytes(file.read_bytes()[:50])
-    capsys.readouterr()
+    caplog.clear()
     assert train(evaluation, training_of(evaluation), PLAIN) == expected
-    assert f"{file} can't be read; it is computed again" in capsys.readouterr().out
+    assert f"{file} can't be read; its content is recomputed" in caplog.text
 
 
 def test_a_state_of_an_earlier_version_is_trained_again(
-    model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, evaluation_of: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluation = evaluation_of(model_folder)
     folder = evaluation.cache.folder / "counter"
@@ -224,7 +224,7 @@ def test_a_state_of_an_earlier_version_is_trained_again(
     message = "counter: its cached state is of an earlier version; training starts again"
     for times in (1, 0):  # nothing is logged once it is trained
         train(evaluation, training_of(evaluation), PLAIN)
-        assert capsys.readouterr().out.count(message) == times
+        assert caplog.text.count(message) == times
 
 
 def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> None:

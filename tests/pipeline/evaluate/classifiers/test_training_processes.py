@@ -70,14 +70,14 @@ def alone(model_folder: Path, separable: ShardSet, tmp_path_factory: pytest.Temp
 
 
 def test_a_killed_process_goes_on_and_says_the_same(
-    alone: Path, model_folder: Path, separable: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    alone: Path, model_folder: Path, separable: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = command(model_folder, separable, tmp_path / "results", "fine_tune")
     kill_when_said("fine_tune-rate-0.003, epoch 1: loss", 1, arguments, tmp_path / "logs")
     assert not (tmp_path / "results" / "fine_tune.json").exists()
-    capsys.readouterr()
+    caplog.clear()
     assert evaluate(arguments) == 0
-    output = capsys.readouterr().out
+    output = caplog.text
     assert "fine_tune-rate-0.003: resumes after epoch" in output
     assert "fine_tune-rate-0.01, epoch" not in output  # finished before
     assert "fine_tune-rate-0.003, epoch 1:" not in output

@@ -124,7 +124,7 @@ def test_a_note_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
 
 
 def test_tasks_of_an_array_wait_for_each_other(
-    model_folder: Path, evaluation_of: Callable, capfd: pytest.CaptureFixture[str]
+    model_folder: Path, evaluation_of: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While another process holds the file, nothing is computed; afterwards it is there."""
     first, later = evaluation_of(model_folder), evaluation_of(model_folder)
@@ -136,11 +136,11 @@ def test_tasks_of_an_array_wait_for_each_other(
     assert holder.stdout.readline() == b"held\n"
     pooled_features(later, later.images("test"))
     assert holder.wait() == 0
-    assert "waiting for another command that writes" in capfd.readouterr().out
+    assert "waiting for another command that writes" in caplog.text
 
 
 def test_a_damaged_cache_is_logged_and_recomputed(
-    model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, evaluation_of: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluation = evaluation_of(model_folder)
     images = evaluation.images("test")
@@ -150,10 +150,10 @@ def test_a_damaged_cache_is_logged_and_recomputed(
     for damaged in (content[:-7] + bytes([content[-7] ^ 1]) + content[-6:], content[:999], b""):
         file.write_bytes(damaged)
         np.testing.assert_array_equal(pooled_features(evaluation, images), expected)
-        assert f"{file} is not what was written" in capsys.readouterr().out
+        assert f"{file} does not match its digest" in caplog.text
     file.with_suffix(".json").write_text("{")
     np.testing.assert_array_equal(pooled_features(evaluation, images), expected)
-    assert "is not what was written" in capsys.readouterr().out
+    assert "does not match its digest" in caplog.text
 
 
 def test_hidden_colors_are_drawn_by_image_and_draw(masked_folder: Path, evaluation_of: Callable) -> None:

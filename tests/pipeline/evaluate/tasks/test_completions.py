@@ -76,7 +76,7 @@ def test_the_command_writes_the_grid(command: Callable[..., Path], shards: Shard
 
 
 def test_a_masked_model_cant_complete(command: Callable[..., Path], masked_folder: Path) -> None:
-    with pytest.raises(ValueError, match="trained with masked_color: it predicts masked pixels from all others"):
+    with pytest.raises(ValueError, match="trained with masked_color: it predicts masked pixels and can't generate"):
         command(model=masked_folder)
 
 
@@ -95,7 +95,7 @@ def test_another_feature_network_under_the_same_name_is_another_measurement(tmp_
         (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
         (["--split", "dev"], "has no split 'dev'; it has train, valid, test"),
         (["--out", "a.jpg"], r"--out is a.jpg; it must be a file that ends in \.png"),
-        (["--images", "4"], "images is not a known key"),
+        (["--rows", "4"], "rows is not a known key"),
     ],
 )
 def test_invalid_input_is_one_sentence(

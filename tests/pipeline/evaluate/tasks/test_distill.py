@@ -166,8 +166,8 @@ def test_teachers_and_students_that_do_not_fit(
     [
         ({"temperature": 0.0}, r"distill\.temperature is 0\.0; it must be above 0"),
         ({"layers": 0}, r"distill\.layers is 0; it must be at least 1"),
-        ({"width": 8, "student": "small"}, r"distill\.width is 8, but distill\.student is small, which has a shape"),
-        ({"split": "test"}, r"distill\.split is test; valid and test are for evaluation, so use another"),
+        ({"width": 8, "student": "small"}, r"distill\.width is 8, but distill\.student is small, which has its own"),
+        ({"split": "test"}, r"distill\.split is test; valid and test are used for evaluation, so choose"),
         ({"learning_rates": []}, r"distill\.learning_rates is \[\]"),
     ],
 )

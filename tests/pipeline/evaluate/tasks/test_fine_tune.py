@@ -116,14 +116,14 @@ def test_a_masked_model_votes_over_masks(masked_folder: Path, evaluation_of: Cal
 
 
 def test_a_class_that_a_split_lacks_is_logged(
-    model_folder: Path, evaluation_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, evaluation_of: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     splits = {name: separable_images(60, seed) for seed, name in enumerate(("train", "valid", "test"))}
     tokens, labels = splits["test"]
     splits["test"] = tokens[labels != 2], labels[labels != 2]
     other = open_shard_set(write_shard_set(tmp_path / "other", splits, random_palette()))
     result = FineTune(replace(QUICK, epochs=1, learning_rates=[0.01])).measure(evaluation_of(model_folder, other))
-    assert "fine_tune: no labelled image in test of class 2" in capsys.readouterr().out
+    assert "fine_tune: no labelled image in test of class 2" in caplog.text
     assert result["absent_classes"]["test"] == ["class 2"]
     assert result["test_accuracy_by_class"][2] is None
     assert result["confusion"][2] == [0, 0, 0]

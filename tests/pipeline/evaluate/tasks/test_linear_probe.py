@@ -118,11 +118,11 @@ def test_sgd_gives_mean_and_deviation_over_seeds(model_folder: Path, evaluation_
 
 
 def test_sgd_with_one_seed_has_no_others(
-    model_folder: Path, evaluation_of: Callable, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, evaluation_of: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     sgd = SgdOptions(rates=[0.1], epochs=1, batch_size=32, seeds=1)
     result = LinearProbe(LinearProbeOptions(solver="sgd", sgd=sgd)).measure(evaluation_of(model_folder))
-    assert "other seeds" not in "".join(capsys.readouterr())
+    assert "other seeds" not in caplog.text
     assert "test_accuracy_deviation" not in result
 
 
@@ -148,7 +148,7 @@ def test_a_masked_model_votes_over_five_masks(masked_folder: Path, evaluation_of
 
 
 def test_classes_that_a_split_lacks(
-    model_folder: Path, evaluation_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, evaluation_of: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Class 2 has no test image; class 1 is in test, but not in train."""
     data = {"train": random_images(200, 1), "valid": random_images(60, 2), "test": random_images(80, 3)}
@@ -162,7 +162,7 @@ def test_classes_that_a_split_lacks(
     counts = result["images_by_class"]["test"]
     assert result["test_accuracy"] == pytest.approx(zero * counts[0] / sum(counts))
     assert result["classes"] == 2
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert "linear_probe: no labelled image in test of class 2" in printed
     assert "linear_probe: no labelled image in train of class 1" in printed
 

@@ -87,12 +87,12 @@ def test_the_test_split_on_demand(checkpoint: Callable[..., Path], measured: dic
 
 
 def test_a_checkpoint_without_results_is_excluded(
-    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint("model", 1, 3.0)
     folder = checkpoint("model", 2, 2.0, lambda results: results["tasks"].pop("linear_probe"))
     assert losses(compare(folder)) == {"model": [(1, 3.0)]}
-    assert "step-00000002 has no results of linear_probe yet; it is excluded" in capsys.readouterr().out
+    assert "step-00000002 has no results of linear_probe yet; it is excluded" in caplog.text
 
 
 def test_results_of_one_model_are_a_point(checkpoint: Callable[..., Path]) -> None:
