@@ -6,6 +6,7 @@ import pytest
 
 from tests import launch
 from tests.fork_server import ForkServer
+from tests.forked import serving
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,3 +16,11 @@ def fork_server() -> Iterator[None]:
     yield
     launch.fork_server.close()
     launch.fork_server = None
+
+
+@pytest.fixture
+def forked_python() -> Iterator[str]:
+    """A command that stands for `python` and forks, for commands that start programs themselves."""
+    assert launch.fork_server is not None
+    with serving(launch.fork_server) as command:
+        yield command

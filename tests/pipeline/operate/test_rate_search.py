@@ -26,10 +26,11 @@ def test_learning_rates_fall_by_half_decades() -> None:
     assert half_decades(0.3, 0.01) == [0.3, 0.09, 0.03, 0.009][:3]
 
 
-def test_it_ends_when_the_loss_stops_falling_and_repeats_no_run(runner: Runner) -> None:
+def test_it_ends_when_the_loss_stops_falling_and_repeats_no_run(runner: Runner, forked_python: str) -> None:
     """From learning rates far too high, some of which may diverge, to one with a higher loss than the one before."""
     wild = {"optimizer__clip_norm": 0, "schedule__warmup_steps": 0, "schedule__decay": "constant"}
-    finished = search(runner, "--first", "3", "--last", "0.0001", **wild)
+    own = ["--first", "3", "--last", "0.0001", "--launch", f"{forked_python} -m pipeline train"]
+    finished = search(runner, *own, **wild)
     assert finished.codes == [0], finished.output
     found = json.loads((runner.folder / "search/search.json").read_text())
     losses = [row["valid_loss"] for row in found["tried"]]
@@ -38,7 +39,7 @@ def test_it_ends_when_the_loss_stops_falling_and_repeats_no_run(runner: Runner) 
     assert found["best_rate"] == found["tried"][losses.index(best)]["rate"]
     assert known[-1] >= known[-2] == best
     assert finished.output.splitlines()[-1] == f"--optimizer.learning_rate {found['best_rate']:g}"
-    again = search(runner, "--first", "3", "--last", "0.0001", **wild)
+    again = search(runner, *own, **wild)
     assert again.codes == [0]
     assert json.loads((runner.folder / "search/search.json").read_text()) == found
     assert again.output.count("resumed from") <= losses.count(None)
@@ -54,13 +55,13 @@ def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
     finished = search(runner, "--last", "0.003")
     assert finished.codes == [75]
     assert "rate-0.01 was stopped; the same command resumes it." in finished.output
-    finished = search(runner, "--last", "0.003")
+    finished = search(runner, "--last", "0.01")
     assert finished.codes == [0], finished.output
 
 
 def test_runs_with_another_number_of_steps_are_not_resumed(runner: Runner) -> None:
     """Their learning rate has decayed already, so the final loss would be another one."""
-    assert search(runner, "--last", "0.01").codes == [0]
+    runner.check_trains("search/rate-0.01", 1, schedule__steps=12, validation__every_steps=12)
     finished = search(runner, "--last", "0.01", schedule__steps=24)
     assert finished.codes == [2]
     assert "was trained with schedule.steps 12, and now it is 24; name another folder" in finished.output
