@@ -104,7 +104,7 @@ def test_a_palette_changed_between_part_and_join_is_an_error(
     np.save(out / "palette.npy", np.load(palette)[::-1])
     refused = run("join", out)
     assert refused.code == 2
-    assert "palette.npy has sha256" in refused.err and "put that palette back" in refused.err
+    assert "palette.npy has sha256" in refused.err and "restore that palette" in refused.err
     assert not (out / "shards.json").exists()
 
 
@@ -132,7 +132,7 @@ def test_a_part_needs_a_palette_and_a_number(tmp_path: Path, source: list[str], 
 def test_a_part_with_other_options_is_an_error(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
     options = [*source, "--palette.file", palette, "--out", tmp_path / "out"]
     assert run("shards", *options, "--part", 1, "--parts", 2).code == 0
-    assert "seed 0, now it is 1" in run("shards", *options, "--seed", 1, "--part", 2, "--parts", 2).err
+    assert "seed 0, but it is now 1" in run("shards", *options, "--seed", 1, "--part", 2, "--parts", 2).err
 
 
 def test_palettes_counted_in_parts_add_up(tmp_path: Path, source: list[str], palette: Path, run: Run) -> None:
