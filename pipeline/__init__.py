@@ -1,4 +1,4 @@
-"""Shard sets to models: training, export, evaluation, completions, publishing."""
+"""Trains Image GPT on shard sets; exports, evaluates, completes images with and publishes the models."""
 
 import logging
 

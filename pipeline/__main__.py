@@ -1,4 +1,4 @@
-"""python -m pipeline COMMAND: from a shard set to a measured model."""
+"""python -m pipeline COMMAND: trains, exports, evaluates and publishes models."""
 
 import gc
 import os
@@ -12,7 +12,7 @@ from pipeline.rank_errors import local_rank, report_error, reported_once_per_nod
 
 def train(arguments: list[str]) -> int:
     """Trains a run, or resumes it."""
-    gc.disable()  # for four thousand modules that stay: a quarter of the time they take; the loop turns it on again
+    gc.disable()  # importing 4,000 modules takes a quarter less time without; pipeline.train.loop enables it again
     from pipeline.command_line import parse_training
 
     with reported_once_per_node(local_rank()):
@@ -30,8 +30,8 @@ def train(arguments: list[str]) -> int:
 def leave(code: int) -> NoReturn:
     """Ends the process.
 
-    Once a process group was started, the interpreter's own shutdown now and then aborts in the group's threads, and
-    a finished rank would seem to have failed; the work is done and on disk, so the process ends at once.
+    After a process group was started, the interpreter's shutdown sometimes aborts in the group's threads, and a
+    finished rank would seem to have failed. All results are on disk by now, so the process exits without a shutdown.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -47,16 +47,22 @@ COMMANDS: dict[str, tuple[str, Command | str]] = {
         "find the peak learning rate by a sweep downward in half-decades, as the paper does",
         "operate.rate_search:search_command",
     ),
-    "plan": ("what a run takes on N accelerators, and the layouts that fit", "plan.command:plan_command"),
+    "plan": (
+        "estimate memory and time of a run on N accelerators, and list layouts that fit",
+        "plan.command:plan_command",
+    ),
     "export": ("write a checkpoint as a Hugging Face model folder", "model_folder.command:export_command"),
     "evaluate": ("probe and measure a model, with a report", "evaluate.command:evaluate"),
     "compare": (
-        "accuracy against validation loss over checkpoints and models",
+        "plot accuracy against validation loss over checkpoints and models",
         "results.report.compare:compare_command",
     ),
     "complete": ("complete the lower halves of images", "evaluate.complete:complete_command"),
-    "publish": ("a model, its results and a card to a hub or a folder", "publish.command:publish_command"),
-    "status": ("where a run stands", "operate.status:status_command"),
+    "publish": (
+        "publish a model, its results and a card to a hub or a folder",
+        "publish.command:publish_command",
+    ),
+    "status": ("show a run's step, loss and remaining time", "operate.status:status_command"),
     "preflight": (
         "check a training job's options, and its nodes before it trains (the job scripts run it)",
         "operate.preflight.command:preflight_command",
@@ -66,9 +72,9 @@ COMMANDS: dict[str, tuple[str, Command | str]] = {
         "operate.doctor:doctor_command",
     ),
 }
-"""By name: its line of --help, and a function, or "module:function" in this package."""
+"""Each command's line of --help, and its function or "module:function" in this package."""
 
 
 if __name__ == "__main__":
-    description = "Trains Image GPT on a shard set, exports, measures, shows and publishes it."
+    description = "Trains Image GPT on a shard set; exports, evaluates and publishes the model."
     dispatch("pipeline", description, COMMANDS, leave, report_error)

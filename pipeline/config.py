@@ -1,4 +1,7 @@
-"""The configuration of a training run: dataclasses filled from a YAML file and dotted overrides."""
+"""The configuration of a training run: dataclasses, filled from a YAML file and dotted overrides.
+
+The docstring below a field is its line of --help.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -69,13 +72,13 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What the model learns."""
+    """The training objective."""
 
     kind: Literal["next_color", "masked_color"] = "next_color"
-    """next_color: predict each pixel's color from those before it; masked_color: hide pixels and predict them from
+    """next_color: predict each pixel's color from the pixels before it; masked_color: mask pixels and predict them from
     all others (the paper's BERT objective)."""
     mask_probability: float = 0.15
-    """Of each pixel to be hidden, under masked_color."""
+    """Probability of masking each pixel, under masked_color."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_probability < 1:
@@ -84,16 +87,16 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the tokens come from."""
+    """The training data."""
 
     shards: str | None = None
     """Folder of a shard set (python -m data_prep shards), or its address: https://host/set, s3://bucket/set,
-    hf://datasets/owner/name/set, pipe:ssh store cat /sets/{}; train is then streamed."""
+    hf://datasets/owner/name/set, pipe:ssh store cat /sets/{}; from an address, train is streamed."""
     flip: bool = False
-    """Mirror half of the training images, drawn by seed and position."""
+    """Mirror half of the training images, chosen at random by seed and position in the data order."""
     reflect_crop: int = 0
-    """Pad training images by so many pixels of their reflection and cut them to size again at random, as is done
-    with CIFAR (4 pixels at 32x32); 0 leaves them uncropped."""
+    """Pad training images by this many pixels of their reflection, then crop them to their size at random, as is usual
+    for CIFAR (4 pixels at 32x32); 0 for no crop."""
 
     def __post_init__(self) -> None:
         require_minimums("data", self, reflect_crop=0)
@@ -101,16 +104,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam as in the paper's appendix A.1; weight decay, if any, is decoupled and spares gains and biases."""
+    """Adam as in the paper's appendix A.1, with decoupled weight decay on matrices only."""
 
     learning_rate: float = 0.003
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the two moments."""
+    """Decay rates of the two moments."""
     weight_decay: float = 0.0
-    """Decoupled decay of matrices."""
+    """Decoupled weight decay of the blocks' and the head's matrices."""
     clip_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 leaves them as they are."""
+    """Global gradient norm to which larger gradients are clipped; 0 for no clipping."""
 
     def __post_init__(self) -> None:
         require_positive("optimizer.learning_rate", self.learning_rate)
@@ -121,18 +124,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """When checkpoints are saved, and which are retained."""
 
     every_steps: int = 5000
     """Steps between checkpoints; the last step is always saved."""
     every_minutes: float = 0.0
-    """Minutes after which a checkpoint is saved though every_steps did not ask for one; 0 for never."""
+    """Minutes between checkpoints, in addition to every_steps; 0 for never."""
     asynchronous: bool = True
-    """Continue training while a thread writes: the loop waits for a copy to the host only, which has to fit there."""
+    """Continue training while a thread writes the checkpoint; training waits only for a copy to host memory."""
     keep_last: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to retain."""
     keep_every: int = 100_000
-    """Checkpoints at multiples of this step are kept for good; 0 keeps none."""
+    """Retain the checkpoints at multiples of this step permanently; 0 for none."""
 
     def __post_init__(self) -> None:
         require_minimums("checkpoint", self, every_steps=1, every_minutes=0, keep_last=1, keep_every=0)
@@ -145,7 +148,7 @@ class ValidationConfig:
     every_steps: int = 5000
     """Steps between validations; the last step is always validated."""
     images: int = 5120
-    """Images of the `valid` split that are read, the same ones each time; fewer where the split is smaller."""
+    """Images of the `valid` split to evaluate, the same ones each time; all of them if the split is smaller."""
 
     def __post_init__(self) -> None:
         require_minimums("validation", self, every_steps=1, images=1)
@@ -153,12 +156,12 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """Half images completed during training, for TensorBoard and RUN/samples."""
+    """Completions of half images during training, written to TensorBoard and RUN/samples."""
 
     every_steps: int = 50_000
-    """Steps between completions; 0 for none, and none under masked_color, which continues no half image."""
+    """Steps between completions; 0 for none. A masked_color model draws none."""
     images: int = 4
-    """Images of the `valid` split, each completed twice."""
+    """Images of the `valid` split to complete, each twice."""
 
     def __post_init__(self) -> None:
         require_minimums("samples", self, every_steps=0, images=1)
@@ -166,21 +169,22 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """When a step is skipped, and when a run ends itself."""
+    """When a step is skipped, and when a run ends with an error."""
 
     max_skipped: int = 10
-    """Skipped steps in a row after which the run ends; 1 ends it at the first."""
+    """Consecutive skipped steps after which the run ends."""
     spike_sigmas: float = 6.0
-    """A loss or gradient norm so many standard deviations above the mean of the window is a spike; 0 looks for none."""
+    """A loss or gradient norm this many standard deviations above the mean of the window is a loss spike; 0 for no
+    detection."""
     spike_window: int = 128
-    """Applied steps before it that a step is compared with."""
+    """Number of preceding applied steps that a step is compared with."""
     skip_spikes: bool = False
-    """Skip loss spikes; otherwise they are applied and logged."""
+    """Skip the update of a loss spike; otherwise it is applied and logged."""
     replicas_every_steps: int = 1000
-    """Steps between comparisons of the weights that ranks hold in common; before each save too; 0 for never."""
+    """Steps between comparisons of the weights that ranks replicate, which also precede each save; 0 for never."""
     hang_minutes: float = 20.0
-    """Minutes without progress in a step after which a run ends, with its stacks; the first step and what is not a step
-    may take three times as long; 0 for never."""
+    """Minutes without progress in a step after which the run ends and writes its stacks; the first step, validation and
+    saves may take three times as long; 0 for never."""
 
     def __post_init__(self) -> None:
         require_minimums(
@@ -190,12 +194,12 @@ class HealthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """A window of steps under torch's profiler; a file PROFILE in the run opens one too."""
+    """A window of steps under torch's profiler; creating the file PROFILE in the run starts one too."""
 
     first_step: int = 10
     """The first step of the window."""
     steps: int = 0
-    """Its steps; 0 for no window (and 3 for one that is asked for by the file)."""
+    """Steps of the window; 0 for no window. A window started by the file has 3 steps then."""
 
     def __post_init__(self) -> None:
         require_minimums("profile", self, first_step=1, steps=0)
@@ -203,7 +207,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run; `python -m pipeline train --config FILE --run RUN` with dotted overrides."""
+    """The configuration of a training run."""
 
     seed: int = 0
     """Seeds the initial weights and the order of the images."""
@@ -215,10 +219,10 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Arithmetic of forward and backward passes; master weights and moments are always fp32. fp8: as bf16, but the
-    blocks' matrix products in float8; needs block igpt, ZeRO-1 or 2, and an accelerator that has it."""
+    """Precision of forward and backward passes; master weights and moments are always fp32. fp8: bf16, with the blocks'
+    matrix products in float8; needs block igpt, ZeRO-1 or 2, and an accelerator with float8 products."""
     compile: bool = False
-    """Compile each block with torch.compile (needs a C++ compiler on CPU)."""
+    """Compile each block with torch.compile (needs a C++ compiler on CPU, a C compiler on CUDA)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -229,7 +233,7 @@ class TrainConfig:
         if self.data.reflect_crop >= self.model.resolution:
             raise ValueError(
                 f"data.reflect_crop is {self.data.reflect_crop}; it must be below model.resolution, "
-                f"{self.model.resolution}: a reflection is no larger than the image."
+                f"{self.model.resolution}: a reflection can't be larger than the image."
             )
         if self.profile.steps and self.profile.first_step > self.schedule.steps:
             raise ValueError(
@@ -239,22 +243,23 @@ class TrainConfig:
         if self.model.dropout and self.parallel.tensor_parallel > 1:
             raise ValueError(
                 f"model.dropout is {self.model.dropout}; with parallel.tensor_parallel "
-                f"{self.parallel.tensor_parallel} it must be 0: the ranks that share a matrix would drop differently."
+                f"{self.parallel.tensor_parallel} it must be 0: the ranks that share a matrix would not drop "
+                f"the same elements."
             )
         if self.precision == "fp8":
             self._check_float8()
 
     def _check_float8(self) -> None:
-        """Raises ValueError for what float8 products cannot be combined with, or cannot multiply."""
+        """Raises ValueError for options and dimensions that float8 products do not support."""
         parallel, positions = self.parallel, self.model.resolution**2
         refused = {
-            f"model.block {self.model.block}": self.model.block != "igpt" and "its projections are no Linear modules",
+            f"model.block {self.model.block}": self.model.block != "igpt" and "its projections are not Linear modules",
             f"parallel.zero_stage {parallel.zero_stage}": {
                 0: "it has no bf16 weights",
-                3: "float8 products would hold on to the gathered weights",
+                3: "float8 products would keep the gathered weights in memory",
             }.get(parallel.zero_stage),
             f"parallel.tensor_parallel {parallel.tensor_parallel}": parallel.tensor_parallel > 1
-            and "DeepSpeed multiplies the parts itself",
+            and "DeepSpeed replaces the Linear modules by its own",
         }
         for setting, reason in refused.items():
             if reason:
@@ -264,8 +269,8 @@ class TrainConfig:
             raise ValueError(f"model.width is {width}; with precision fp8 it must be a multiple of {FLOAT8_MULTIPLE}.")
         if self.batch.micro_size * positions % FLOAT8_MULTIPLE:
             raise ValueError(
-                f"batch.micro_size is {self.batch.micro_size}; with precision fp8 its images of {positions} pixels "
-                f"must have a multiple of {FLOAT8_MULTIPLE} pixels in all, not {self.batch.micro_size * positions}."
+                f"batch.micro_size is {self.batch.micro_size}; with precision fp8 micro_size x {positions} pixels must "
+                f"be a multiple of {FLOAT8_MULTIPLE}, and is {self.batch.micro_size * positions}."
             )
 
 
@@ -279,7 +284,7 @@ def require_resolution(config: TrainConfig, resolution: int, path: object) -> No
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain lists and dicts, as config.yaml holds it."""
+    """The configuration as plain lists and dicts: the content of config.yaml."""
     plain = asdict(config)
     plain["optimizer"]["betas"] = list(config.optimizer.betas)
     return plain

@@ -1,8 +1,8 @@
-"""What a model costs: parameters and FLOPs by formula, and the peaks of accelerators that MFU is measured against.
+"""Parameters and FLOPs of a model by formula, and the peak rates of accelerators that MFU is measured against.
 
-Convention for FLOPs (that of PaLM's appendix B): a token's forward and backward pass takes 6 FLOPs a parameter that
-is part of a matrix product, and 12 * L * T * D for attention, counted in full although half of it is masked.
-Recomputed activations do not count. L layers, T positions, D width, V colours.
+FLOPs are counted as in PaLM's appendix B: a token's forward and backward pass takes 6 FLOPs for each parameter of a
+matrix product, and 12 * L * T * D for attention, counted in full although half of it is masked. Recomputed activations
+do not count. L layers, T positions, D width, V colors.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
     from transformers import GPT2Config
 
 STATE_BYTES = 12
-"""Of each parameter in a checkpoint: fp32 master weight and two moments."""
+"""Bytes of a parameter in a checkpoint: fp32 master weight and two moments."""
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One product as its vendor states it: dense bf16 matrix products (no sparsity) and memory."""
+    """An accelerator as its vendor specifies it: dense bf16 matrix products (no sparsity) and memory."""
 
     name: str
     bf16_flops: float
     """FLOP/s."""
     memory_bytes: float
-    """As advertised, in decimal gigabytes; drivers show a little more or less."""
+    """As advertised, in decimal gigabytes; drivers report a little more or less."""
     pattern: str
-    """What torch.cuda.get_device_name() matches."""
+    """Regular expression that torch.cuda.get_device_name() matches."""
     source: str
     float8: bool = False
-    """Whether torchao has float8 products for it: NVIDIA's of compute capability 8.9 or later."""
+    """Whether torchao supports float8 products on it: NVIDIA, compute capability 8.9 or later."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The rate that MFU is a fraction of."""
+    """The peak rate that MFU is a fraction of."""
 
     flops: float
     """FLOP/s of one device."""
     source: str
-    """Where the number comes from, for the log."""
+    """Source of the number, for the log."""
 
 
 TERA, GB = 1e12, 1e9
@@ -67,13 +67,13 @@ ACCELERATORS = {
     "a10-24gb": Accelerator("NVIDIA A10", 125 * TERA, 24 * GB, r"\bA10\b", "NVIDIA A10 data sheet"),
     "mi300x-192gb": Accelerator("AMD MI300X", 1307 * TERA, 192 * GB, r"MI300X", "AMD Instinct MI300X data sheet"),
 }
-"""Products whose numbers are beyond doubt; a device that none matches is measured."""
+"""Accelerators with published peaks; on any other device the peak is measured."""
 
 MEASURE_SECONDS = 0.3
 
 
 def parameter_count(config: GPT2Config) -> int:
-    """Parameters of either block, all of them: embeddings of V + 1 tokens and T positions, L blocks, norm, head."""
+    """All parameters of a model of either block: embeddings of V + 1 tokens and T positions, L blocks, norm, head."""
     matrices = matmul_parameters(config)
     embeddings = (config.vocab_size + config.n_positions) * config.n_embd
     norms = (2 * config.n_layer + 1) * config.n_embd
@@ -84,7 +84,7 @@ def parameter_count(config: GPT2Config) -> int:
 
 
 def matmul_parameters(config: GPT2Config) -> int:
-    """Parameters that every token is multiplied by: a block's 4 D^2 of attention and two MLP matrices, and the head."""
+    """Parameters of matrix products: 4 D^2 of a block's attention, its two MLP matrices, and the head."""
     width = config.n_embd
     head_rows = config.colors if config.block == "igpt" else config.vocab_size
     return config.n_layer * (4 * width**2 + 2 * width * _inner(config)) + width * head_rows
@@ -101,16 +101,16 @@ def _inner(config: GPT2Config) -> int:
 
 
 def find_accelerator(device_name: str) -> Accelerator | None:
-    """The table's entry for what torch.cuda.get_device_name() says; None if there is none."""
+    """The entry of ACCELERATORS for the name of torch.cuda.get_device_name(); None if there is none."""
     return next((found for found in ACCELERATORS.values() if re.search(found.pattern, device_name)), None)
 
 
 def device_peak(device: torch.device, precision: str) -> Peak:
-    """What MFU on `device` is measured against.
+    """The peak rate that MFU on `device` is measured against.
 
-    An accelerator of the table: its dense bf16 peak, for fp32 and fp8 too, so that a faster precision shows as a higher
-    MFU. Any other device, CPUs among them: the rate of a large matrix product in `precision` (bf16 for fp8), measured
-    in 0.3 s with the threads that this process has.
+    For an accelerator of ACCELERATORS, its dense bf16 peak, also with fp32 and fp8, so that a faster precision shows as
+    a higher MFU. For any other device, including CPUs, the rate of a large matrix product in `precision` (bf16 for
+    fp8), measured in 0.3 s with the threads of this process.
     """
     import torch
 
@@ -123,7 +123,7 @@ def device_peak(device: torch.device, precision: str) -> Peak:
 
 
 def measured_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest of the square matrix products that fit into 0.3 s, after some to warm up."""
+    """FLOP/s of the fastest square matrix product in 0.3 s, after a warm-up."""
     import torch
     from torch.utils.benchmark import Timer
 
@@ -135,5 +135,5 @@ def measured_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def bubble(stages: int, micro_batches: int) -> float:
-    """The part of a step in which a pipeline stage has nothing to do, for stages that take equally long."""
+    """The pipeline bubble: the fraction of a step in which a stage is idle, if all stages take equally long."""
     return (stages - 1) / (micro_batches + stages - 1)

@@ -1,4 +1,4 @@
-"""The ranks of a run: who this process is, and how all ranks agree."""
+"""The ranks of a run: this process's rank, and collectives over small values and errors."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ from pipeline.rank_errors import reported_on_all_ranks
 T = TypeVar("T")
 
 SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""DeepSpeed does not read SLURM's names; MASTER_ADDR and MASTER_PORT come from the batch script."""
+"""torchrun's variables, which DeepSpeed reads, and SLURM's; the batch script sets MASTER_ADDR and MASTER_PORT."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks of the run."""
+    """This process's rank among the ranks of the run."""
 
     rank: int
     count: int
@@ -28,12 +28,12 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank that prints and writes for all."""
+        """True on rank 0, which logs and writes for all."""
         return self.rank == 0
 
 
 def describe_ranks() -> Ranks:
-    """Reads torchrun's or srun's variables; without either, one rank alone. Starts nothing.
+    """Reads the variables of torchrun or srun; without either, a single rank. Starts no process group.
 
     Raises ValueError if the launcher's variables are incomplete.
     """
@@ -42,12 +42,12 @@ def describe_ranks() -> Ranks:
             os.environ[ours] = os.environ[slurms]
     rank, count, local_rank = _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
     if torch.cuda.is_available():
-        # A task that is given one GPU of its own sees it as number 0, whatever its place on the node.
+        # A task with one GPU of its own sees it as device 0, whatever its local rank.
         os.environ["LOCAL_RANK"] = str(local_rank % torch.cuda.device_count())
     if count > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise ValueError(f"{name} is not set; with {count} ranks every rank needs rank 0's address and port.")
+                raise ValueError(f"{name} is not set; with {count} ranks it must be set, to rank 0's address or port.")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     return Ranks(rank, count, local_rank, device)
 
@@ -60,7 +60,7 @@ def _number(name: str, default: int) -> int:
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise mean of a tensor that every rank holds; the same bits on every rank."""
+    """Element-wise mean over all ranks, computed in place; the same bits on every rank."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -68,16 +68,16 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
-    """The largest of each value over all ranks; of flags, 1.0 if it is true on one."""
+    """The maximum of each value over all ranks; for a flag, 1.0 if it is true on any rank."""
     largest = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 and gives every rank its result (a small picklable object).
+    """Runs `work` on rank 0 and broadcasts its result (a small picklable object).
 
-    Its ValueError or OSError is raised on every rank. Without a process group this is the only rank.
+    If it raises ValueError or OSError, every rank raises it. Without a process group, this process is the only rank.
     """
     result, failure = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -89,15 +89,17 @@ def from_first(work: Callable[[], T]) -> T:
         outcome: list[Any] = [result, failure and _picklable(failure)]
         dist.broadcast_object_list(outcome, src=0)
         result, sent = outcome
-        failure = failure or sent  # rank 0 keeps its own, with its traceback
+        failure = failure or sent  # rank 0 raises the original error, with its traceback
     if failure is not None:
         raise reported_on_all_ranks(failure)
     return cast(T, result)
 
 
 def _picklable(error: ValueError | OSError) -> ValueError | OSError:
-    """What the other ranks raise for an error: its message, and an OSError's number and file. Not all errors survive
-    pickling: urllib's HTTPError does not."""
+    """A copy of an error for the other ranks: its message, and an OSError's number and file.
+
+    Not every error can be pickled: urllib's HTTPError can't.
+    """
     if isinstance(error, OSError) and isinstance(error.errno, int) and error.strerror:
         return OSError(error.errno, str(error.strerror), None if error.filename is None else str(error.filename))
     return OSError(str(error)) if isinstance(error, OSError) else ValueError(str(error))
@@ -117,10 +119,10 @@ def first_message(message: str | None) -> str | None:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """If the body raises ValueError or OSError on one rank, every rank raises.
+    """If the body raises ValueError or OSError on any rank, every rank raises.
 
-    Without this the others would wait for the failed one until the time limit. The body must not communicate. A rank
-    without an error of its own raises ValueError with the message of the lowest rank that has one.
+    Otherwise the other ranks would wait for the failed one until their collective times out. The body must not call
+    collectives. A rank without an error raises ValueError with the message of the lowest rank that failed.
     """
     failure: ValueError | OSError | None = None
     try:
@@ -135,18 +137,18 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def run_on_all_ranks(work: Callable[[], T], ranks: Ranks) -> T:
-    """Runs `work` on every rank and returns this rank's result. If it fails on one, every rank raises.
+    """Runs `work` on every rank and returns this rank's result. If it fails on any rank, every rank raises.
 
-    Like `raise_on_all_ranks`, for what is done at every step: one small collective where nothing fails.
+    A cheaper `raise_on_all_ranks` for every step: without an error it costs one small all-reduce.
     """
     result, failure = None, None
     try:
         result = work()
-    except Exception as error:  # whatever it is, the others must not wait for this rank
+    except Exception as error:  # of any kind: the other ranks must not wait for this one
         failure = error
     [failed] = all_reduce_max([failure is not None], ranks.device)
     if failed:
-        with raise_on_all_ranks():  # so that every rank knows what happened
+        with raise_on_all_ranks():  # shares the message
             if failure is not None:
                 raise failure if isinstance(failure, ValueError | OSError) else ValueError(repr(failure)) from failure
     return cast(T, result)

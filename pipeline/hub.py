@@ -1,7 +1,7 @@
-"""Models on a hub: their names, their copies in the local cache, and what can go wrong, as one sentence.
+"""Models on a hub: parses their names, downloads them to the local cache, and describes errors in one sentence.
 
-HF_ENDPOINT names another hub than huggingface.co, HF_TOKEN or `hf auth login` says who asks, HF_HUB_OFFLINE=1 keeps to
-the cache: all of it is huggingface_hub's own.
+huggingface_hub reads the usual variables: HF_ENDPOINT for a hub other than huggingface.co, HF_TOKEN (or `hf auth
+login`) for authentication, HF_HUB_OFFLINE=1 to use the local cache only.
 """
 
 import re
@@ -12,13 +12,13 @@ from pathlib import Path
 
 HUB = "hub:"
 PULLED = ("*.json", "*.safetensors", "*.bin", "README.md", "training/*", "results/*")
-"""What a model is read from; other frameworks' weights stay where they are."""
+"""Files to download; weights of other frameworks are not needed."""
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def parse_name(name: str) -> tuple[str, str | None]:
-    """(ORG/NAME, revision or None) of what follows `hub:`. Raises ValueError if it is no such name."""
+    """(ORG/NAME, revision or None) from the text after `hub:`. Raises ValueError if it is not a valid name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -27,18 +27,20 @@ def parse_name(name: str) -> tuple[str, str | None]:
         validate_repo_id(repository)
         if NAME.fullmatch(repository):
             return repository, revision or None
-    raise ValueError(f"{HUB}{name} is no name of a model on a hub; it must be {HUB}ORG/NAME or {HUB}ORG/NAME@REVISION.")
+    raise ValueError(
+        f"{HUB}{name} is not the name of a model on a hub; it must be {HUB}ORG/NAME or {HUB}ORG/NAME@REVISION."
+    )
 
 
 def pull(name: str) -> Path:
-    """The folder of a model in the local cache, fetched if it is not there; `name` follows `hub:`.
+    """The folder of a model in the local cache, downloaded if it is not cached; `name` is the text after `hub:`.
 
-    Raises ValueError, one sentence, if there is no such model or revision, or it can't be reached and is not cached.
+    Raises ValueError if the model or revision does not exist, or if it is not cached and the hub can't be reached.
     """
     from huggingface_hub import snapshot_download
 
     repository, revision = parse_name(name)
-    with quiet_hub(), sentences(f"{HUB}{name}"):
+    with quiet_hub(), hub_errors_as_value_errors(f"{HUB}{name}"):
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(PULLED)))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{HUB}{name} has no config.json; it must be a model's repository.")
@@ -47,7 +49,7 @@ def pull(name: str) -> Path:
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """No warnings of huggingface_hub, since they show addresses that can be signed; bars on a terminal only."""
+    """Hides huggingface_hub's warnings, which may show signed addresses; shows progress bars on terminals only."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
@@ -63,8 +65,8 @@ def quiet_hub() -> Iterator[None]:
 
 
 @contextmanager
-def sentences(what: str) -> Iterator[None]:
-    """Raises what huggingface_hub raises as ValueError with one sentence about `what`; it never holds a token."""
+def hub_errors_as_value_errors(what: str) -> Iterator[None]:
+    """Converts huggingface_hub's errors to ValueErrors of one sentence about `what`, which never contain a token."""
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
@@ -84,15 +86,15 @@ def reason(error: BaseException) -> str:
 
     status = status_of(error)
     if isinstance(error, errors.RevisionNotFoundError):
-        return "there is no such revision"
+        return "the revision does not exist"
     if isinstance(error, errors.GatedRepoError):
-        return f"{ENDPOINT} lets only some people read it; ask there for access"
+        return f"{ENDPOINT} restricts access to it; request access there"
     if status == 401 and "Invalid" in str(getattr(error, "server_message", "")):
         return f"{ENDPOINT} refused the token; {LOG_IN}"
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        return f"{ENDPOINT} has no such repository, or shows it to others only; {LOG_IN}"
+        return f"{ENDPOINT} has no such repository, or it is private; {LOG_IN}"
     if status == 403:
-        return f"{ENDPOINT} does not allow this to the token's owner; {LOG_IN} of one who may"
+        return f"{ENDPOINT} denies this to the token's owner; {LOG_IN} of an account with access"
     if status is not None:
         message = " ".join(str(getattr(error, "server_message", None) or "").split()).rstrip(".")
         return f"{ENDPOINT} answered {status}" + (f" ({message})" if message else "")
@@ -102,15 +104,15 @@ def reason(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set"
     if lacks_xet(error):
         return f"{ENDPOINT} has no xet storage; set HF_HUB_DISABLE_XET=1"
-    return f"{ENDPOINT} gave no answer: {type(error).__name__}"
+    return f"{ENDPOINT} did not answer: {type(error).__name__}"
 
 
 def lacks_xet(error: BaseException) -> bool:
-    """Whether huggingface_hub wanted to upload by xet, and the hub knows no such thing."""
+    """Whether huggingface_hub tried to upload to xet storage, and the hub has none."""
     return isinstance(error, ConnectionError) and "xet-write-token" in str(error) and "404" in str(error)
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that a hub's error carries; None if no answer came."""
+    """The HTTP status of a hub's error; None if the hub did not answer."""
     response = getattr(error, "response", None)
     return None if response is None else int(response.status_code)

@@ -1,4 +1,4 @@
-"""How a batch and the model's state are divided between ranks: the options, and what follows from them."""
+"""How the batch and the model's state are divided over ranks: the options, and quantities derived from them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,24 +8,24 @@ from pipeline.value_checks import require_minimums
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Gradient accumulation follows: global_size / (micro_size * data-parallel ranks)."""
+    """The batch. Gradient accumulation steps are global_size / (micro_size * data-parallel ranks)."""
 
     global_size: int = 128
-    """Images of one optimizer step, over all ranks."""
+    """Images of an optimizer step, over all ranks."""
     micro_size: int = 16
-    """Images of one forward pass on one rank."""
+    """Images of a forward pass on one rank."""
     warmup_steps: int = 0
     """Steps over which the batch grows to global_size."""
     first_size: int | None = None
-    """Images of the first step, when the batch grows; it grows by as many at a time."""
+    """Images of the first step, if the batch grows; also the increment by which it grows."""
 
     def __post_init__(self) -> None:
         require_minimums("batch", self, global_size=1, micro_size=1, warmup_steps=0)
         if (self.warmup_steps > 0) != (self.first_size is not None):
             raise ValueError(
                 f"batch.warmup_steps is {self.warmup_steps} and batch.first_size is "
-                f"{'not set' if self.first_size is None else self.first_size}; a batch that grows needs both, and one "
-                f"that does not needs neither."
+                f"{'not set' if self.first_size is None else self.first_size}; set both for a batch that grows, or "
+                f"neither."
             )
         if self.first_size is not None and (self.first_size < 1 or self.global_size % self.first_size):
             raise ValueError(
@@ -33,9 +33,9 @@ class BatchConfig:
             )
 
     def size_at(self, step: int) -> int:
-        """Images of the step that makes step - 1 into step; step counts from 1. A pure function of the step.
+        """Images of a step, counted from 1: a pure function of the step.
 
-        Grows in equally long stretches through the multiples of first_size.
+        During the warm-up the size takes each multiple of first_size for equally many steps.
         """
         if self.first_size is None or step > self.warmup_steps:
             return self.global_size
@@ -43,12 +43,12 @@ class BatchConfig:
         return self.first_size * (1 + (step - 1) * sizes // self.warmup_steps)
 
     def images_after(self, steps: int) -> int:
-        """Images that `steps` steps from the first read."""
+        """Images read by the first `steps` steps."""
         growing = min(steps, self.warmup_steps)
         return sum(map(self.size_at, range(1, growing + 1))) + (steps - growing) * self.global_size
 
     def accumulation_steps(self, data_ranks: int) -> int:
-        """Micro-batches a rank runs in a step of global_size. Raises ValueError if a batch does not divide."""
+        """Micro-batches of a rank in a step of global_size. Raises ValueError if a batch size is not divisible."""
         images = self.micro_size * data_ranks
         for key in ("first_size", "global_size"):
             size = getattr(self, key)
@@ -62,18 +62,18 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the state is spread over ranks."""
+    """How the model and its optimizer state are divided over ranks."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What each rank holds only its share of: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    """What ZeRO partitions over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
     pipeline_stages: int = 1
-    """Into how many runs of blocks the model is cut, each on ranks of its own; needs ZeRO-1."""
+    """Number of pipeline stages, each a sequence of blocks on ranks of its own; more than 1 needs ZeRO-1."""
     tensor_parallel: int = 1
-    """Ranks that share every block's matrices and heads, each holding a part of them."""
+    """Number of ranks over which each block's matrices and heads are split; more than 1 needs ZeRO-1 or 2."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What stays in the host's memory between uses: nothing, the optimizer's state, or (with ZeRO-3) weights too."""
+    """What is offloaded to host memory: nothing, the optimizer state, or (with ZeRO-3) weights too."""
     nvme_path: str | None = None
-    """A folder on a node's own NVMe disk, where what ZeRO-3 offloads is kept instead of in memory; needs libaio."""
+    """Folder on a local NVMe disk of each node, to which ZeRO-3 offloads instead of to host memory; needs libaio."""
     recompute: bool = False
     """Activation checkpointing: recompute each block in the backward pass."""
 
@@ -82,7 +82,7 @@ class ParallelConfig:
         if self.pipeline_stages > 1 and self.zero_stage != 1:
             raise ValueError(
                 f"parallel.zero_stage is {self.zero_stage}; with parallel.pipeline_stages {self.pipeline_stages} it "
-                f"must be 1: DeepSpeed clips wrongly without it, and has no pipeline for 2 and 3."
+                f"must be 1: DeepSpeed clips gradients wrongly with 0, and has no pipeline for 2 and 3."
             )
         if self.pipeline_stages > 1 and self.tensor_parallel > 1:
             raise ValueError(
@@ -103,16 +103,16 @@ class ParallelConfig:
         if self.nvme_path is not None and (self.offload == "none" or self.zero_stage != 3):
             raise ValueError(
                 f"parallel.nvme_path is {self.nvme_path}; with parallel.offload {self.offload} and parallel.zero_stage "
-                f"{self.zero_stage} it must be null: only what ZeRO-3 offloads can be kept on NVMe."
+                f"{self.zero_stage} it must be null: only ZeRO-3 can offload to NVMe."
             )
 
     @property
     def model_ranks(self) -> int:
-        """How many ranks share one copy of the model, by stages or by parts of matrices."""
+        """Number of ranks that share one copy of the model: pipeline stages times tensor-parallel ranks."""
         return self.pipeline_stages * self.tensor_parallel
 
     def data_ranks(self, ranks: int) -> int:
-        """How many of `ranks` read different images. Raises ValueError if the stages or parts don't divide them."""
+        """Number of data-parallel ranks. Raises ValueError if stages or tensor parallelism do not divide `ranks`."""
         for key in ("pipeline_stages", "tensor_parallel"):
             if ranks % getattr(self, key):
                 raise ValueError(
@@ -121,7 +121,7 @@ class ParallelConfig:
         return ranks // self.model_ranks
 
     def check_model(self, blocks: int, heads: int) -> None:
-        """Raises ValueError naming the key if a model of so many blocks and heads can't be divided so."""
+        """Raises ValueError naming the key if a model of this many blocks and heads can't be divided so."""
         if blocks < self.pipeline_stages:
             raise ValueError(
                 f"parallel.pipeline_stages is {self.pipeline_stages}; it must be at most the model's blocks, {blocks}."

@@ -1,4 +1,4 @@
-"""Errors that several ranks meet are printed once. Imports no torch: it is needed before the options are parsed."""
+"""Prints an error that several ranks raise once. Imports no torch: it is needed before the options are parsed."""
 
 import os
 import time
@@ -11,13 +11,13 @@ from data_prep.common.command_line import print_error
 E = TypeVar("E", bound=BaseException)
 
 REPORTED_ELSEWHERE = "reported_elsewhere"
-"""Attribute of an error that another rank is sure to print."""
+"""Attribute of an error that another rank prints."""
 QUIET_SECONDS = 2.0
-"""Between two ranks of one launch, of which one loads its packages more slowly."""
+"""How much later than this rank, rank 0 may come to print the error."""
 
 
 def reported_on_all_ranks(error: E) -> E:
-    """The error, marked as one that every rank raises: rank 0 prints it for all."""
+    """Marks an error as raised on every rank, so that only rank 0 prints it. Returns the error."""
     setattr(error, REPORTED_ELSEWHERE, True)
     return error
 
@@ -28,14 +28,14 @@ def is_on_all_ranks(error: BaseException) -> bool:
 
 
 def local_rank() -> int:
-    """This process's number on its node, as torchrun or srun gave it; 0 without either."""
+    """This process's rank on its node, as set by torchrun or srun; 0 without either."""
     text = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return int(text) if text.isdecimal() else 0
 
 
 @contextmanager
 def reported_once_per_node(rank_on_node: int) -> Iterator[None]:
-    """All processes of a node meet the same ValueError or OSError in the body: only the first prints it."""
+    """For checks that raise the same ValueError or OSError in all processes of a node: only local rank 0 prints it."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -45,9 +45,9 @@ def reported_once_per_node(rank_on_node: int) -> Iterator[None]:
 
 
 def report_error(error: BaseException) -> None:
-    """Prints the error as one sentence. Another rank than 0 prints it only if rank 0 may not have met it.
+    """Prints the error as one sentence. Ranks other than 0 print it only if it may not have occurred on rank 0.
 
-    A rank that prints nothing waits a little: launchers end the others with the first that leaves.
+    A rank that does not print waits 2 seconds before it exits: launchers kill the other ranks when the first exits.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0":

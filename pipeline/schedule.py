@@ -1,6 +1,6 @@
 """The learning rate as a pure function of the step: a linear warm-up, then a decay.
 
-A new decay is a function here and its line in DECAYS; what it takes from the user is a field of ScheduleConfig.
+To add a decay, write a function here and add it to DECAYS. Its options are fields of ScheduleConfig.
 """
 
 from collections.abc import Callable
@@ -12,36 +12,36 @@ from pipeline.value_checks import require_minimums
 
 
 def cosine(step: int, schedule: "ScheduleConfig") -> float:
-    """Half a cosine, to 0 at the last step."""
+    """Half a cosine period, to 0 at the last step."""
     progress = (step - schedule.warmup_steps) / (schedule.steps - schedule.warmup_steps)
     return 0.5 * (1 + cos(pi * progress))
 
 
 def constant(step: int, schedule: "ScheduleConfig") -> float:
-    """The peak, to the last step."""
+    """The peak learning rate until the last step."""
     return 1.0
 
 
 Decay = Callable[[int, "ScheduleConfig"], float]
-"""Of a step after the warm-up: its learning rate as a fraction of the peak."""
+"""Maps a step after the warm-up to its learning rate as a fraction of the peak."""
 DECAYS: dict[str, Decay] = {"cosine": cosine, "constant": constant}
 
 if TYPE_CHECKING:
     DecayName = str
 else:
-    DecayName = Literal[tuple(DECAYS)]  # so that --help lists the names, and the parser checks them
+    DecayName = Literal[tuple(DECAYS)]  # --help lists the names, and the parser checks them
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate as a pure function of the step: linear warm-up, then a decay."""
+    """The learning rate schedule: a linear warm-up, then a decay."""
 
     steps: int = 1_000_000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run."""
     warmup_steps: int = 10_009
-    """Steps of linear warm-up (the paper: one epoch of ImageNet)."""
+    """Steps of linear warm-up (in the paper, one epoch of ImageNet)."""
     decay: DecayName = "cosine"
-    """cosine: to zero at the last step; constant: the peak rate after warm-up."""
+    """cosine: to zero at the last step; constant: the peak learning rate after the warm-up."""
 
     def __post_init__(self) -> None:
         require_minimums("schedule", self, steps=1, warmup_steps=0)
@@ -54,7 +54,7 @@ class ScheduleConfig:
 
 
 def learning_rate_at(step: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Learning rate of the update that makes step - 1 into step; step counts from 1."""
+    """Learning rate of a step, counted from 1."""
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     return peak * DECAYS[schedule.decay](step, schedule)

@@ -1,4 +1,4 @@
-"""Checks of single values of a configuration, with one sentence each."""
+"""Checks of single configuration values; each raises ValueError with one sentence."""
 
 from math import inf
 from typing import Any
@@ -11,7 +11,7 @@ def require_at_least(key: str, value: float, least: float) -> None:
 
 
 def require_minimums(section: str, config: object, **minimums: float) -> None:
-    """Raises ValueError naming the key of the first field that is below its minimum; None is not checked."""
+    """Raises ValueError naming the key of the first field below its minimum; None is not checked."""
     for name, least in minimums.items():
         value: Any = getattr(config, name)
         if value is not None:
@@ -19,6 +19,6 @@ def require_minimums(section: str, config: object, **minimums: float) -> None:
 
 
 def require_positive(key: str, value: float) -> None:
-    """Raises ValueError naming the key if `value` is not above zero, or infinite."""
+    """Raises ValueError naming the key if `value` is not above zero, or is infinite."""
     if not 0 < value < inf:
         raise ValueError(f"{key} is {value}; it must be above 0, and finite.")

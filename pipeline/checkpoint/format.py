@@ -1,4 +1,4 @@
-"""Checkpoints: written to a temporary folder, verified, committed by a rename; retained by a rule."""
+"""The files of a checkpoint. It is written to a temporary folder, committed by a rename, and retained by a rule."""
 
 import json
 import re
@@ -26,21 +26,21 @@ class CheckpointRecord:
 
     step: int
     images: int
-    """Images seen: the whole state of the data order."""
+    """Images seen: the complete state of the data order."""
     topology: dict[str, Any]
     model: dict[str, Any]
     """The GPT2Config as a dict."""
     palette_sha256: str
     shards_digest: str
     order_fingerprint: str
-    """Digest of the images that come next; compared after a resume."""
+    """Digest of the images that come next; compared when a run resumes."""
     probe_loss: float
     """Nats per token of the probe batch; compared after every load."""
     precision: str
     files: dict[str, dict[str, Any]]
-    """Each rank's file: bytes and sha256."""
+    """Bytes and sha256 of each rank's file."""
     probe_tokens: int | None = None
-    """Tokens of the probe batch; None for those of a whole image, as older checkpoints have it."""
+    """Tokens of the probe batch; None, in older checkpoints, for a complete image."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Checksums of all weights and moments, compared after every load; older checkpoints have none."""
 
@@ -53,24 +53,24 @@ class Checkpoint:
     record: CheckpointRecord
 
     def reader(self, *, mapped: bool = True) -> FragmentReader:
-        """Its weights and optimizer state, by parameter; `mapped` as FragmentReader has it."""
+        """A reader of its weights and optimizer state; `mapped` as for FragmentReader."""
         return FragmentReader([self.folder / name for name in sorted(self.record.files)], mapped=mapped)
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
-        """What is wrong with the files (every parts-th, from part), or None. Reads them whole."""
+        """What is wrong with the files (every parts-th, starting at part), or None. Reads the files completely."""
         for name in sorted(self.record.files)[part::parts]:
-            path, promised = self.folder / name, self.record.files[name]
+            path, recorded = self.folder / name, self.record.files[name]
             if not path.is_file():
                 return f"{path} is missing"
-            if path.stat().st_size != promised["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes, not {promised['bytes']}"
-            if file_sha256(path) != promised["sha256"]:
-                return f"{path} is not what was written (its sha256 differs)"
+            if path.stat().st_size != recorded["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes, not {recorded['bytes']}"
+            if file_sha256(path) != recorded["sha256"]:
+                return f"{path} is damaged (its sha256 differs)"
         return None
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """The folder of the checkpoint of a step."""
     return checkpoints / f"step-{step:08d}"
 
 
@@ -80,14 +80,14 @@ def rank_file(rank: int) -> str:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Raises ValueError naming the folder if it holds no complete checkpoint's manifest."""
+    """Raises ValueError naming the folder if it is not a complete checkpoint."""
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; it must be a run, or one of its checkpoints.")
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is not a checkpoint; a finished one holds {MANIFEST}.")
+        raise ValueError(f"{folder} is not a complete checkpoint; it must contain {MANIFEST}.")
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != json_digest(manifest):
-        raise ValueError(f"{folder / MANIFEST} is not what was written (its sha256 differs).")
+        raise ValueError(f"{folder / MANIFEST} is damaged (its sha256 differs).")
     try:
         return Checkpoint(folder, CheckpointRecord(**manifest))
     except TypeError as error:
@@ -95,7 +95,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """Folders of all committed checkpoints, oldest first; folders of other names are not ours."""
+    """Folders of all committed checkpoints, oldest first; folders with other names are ignored."""
     return sorted((path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)), key=step_of)
 
 
@@ -110,8 +110,8 @@ def temporary_folder(checkpoints: Path, step: int) -> Path:
 
 
 def begin(checkpoints: Path, step: int) -> None:
-    """Clears what was left unfinished and makes the folder to write in. One rank calls it, before any rank writes."""
-    for leftover in checkpoints.glob(f"*{PARTIAL}"):  # never committed, or about to be deleted
+    """Deletes uncommitted checkpoints and creates the temporary folder. One rank calls it, before any rank writes."""
+    for leftover in checkpoints.glob(f"*{PARTIAL}"):  # never committed, or being deleted
         shutil.rmtree(leftover)
     temporary_folder(checkpoints, step).mkdir(parents=True)
 
@@ -133,14 +133,14 @@ def write_rank(
 
 
 def commit(folder: Path, record: CheckpointRecord) -> Path:
-    """Writes the manifest and renames the folder into place; from here on it is complete. One rank calls it."""
+    """Writes the manifest and renames the folder; from then on the checkpoint is complete. One rank calls it."""
     manifest = folder / MANIFEST
     content = json.loads(json.dumps(asdict(record)))
     manifest.write_text(json.dumps(content | {"sha256": json_digest(content)}, indent=2) + "\n")
     flush_to_disk(manifest)
     flush_to_disk(folder)
     final = step_folder(folder.parent, record.step)
-    if final.exists():  # a damaged one that resume passed over
+    if final.exists():  # a damaged one that resume skipped
         shutil.rmtree(final.rename(final.with_name(f"{final.name}.replaced{PARTIAL}")))
     folder.rename(final)
     flush_to_disk(final.parent)
@@ -148,13 +148,13 @@ def commit(folder: Path, record: CheckpointRecord) -> Path:
 
 
 def retain(checkpoints: Path, rule: CheckpointConfig, newest: int) -> None:
-    """Deletes what neither `keep_last` nor `keep_every` keeps; one to be deleted stops being complete first.
+    """Deletes checkpoints that neither `keep_last` nor `keep_every` retains. A rename uncommits each of them first.
 
-    Checkpoints later than the `newest` step are damaged ones that a resume passed over: they go too.
+    Checkpoints later than the `newest` step are damaged ones that a resume skipped; they are deleted too.
     """
     steps = {step_of(folder): folder for folder in committed(checkpoints)}
-    kept = sorted(step for step in steps if step <= newest)
-    recent, permanent = kept[-rule.keep_last :], permanent_steps(kept, rule.keep_every)
+    valid = sorted(step for step in steps if step <= newest)
+    recent, permanent = valid[-rule.keep_last :], permanent_steps(valid, rule.keep_every)
     for step, folder in steps.items():
         if step not in recent and step not in permanent:
             doomed = folder.rename(folder.with_name(folder.name + PARTIAL))
@@ -162,9 +162,9 @@ def retain(checkpoints: Path, rule: CheckpointConfig, newest: int) -> None:
 
 
 def permanent_steps(steps: list[int], every: int) -> set[int]:
-    """Of saved steps, in order: the first at or after each multiple of `every`; none if it is 0.
+    """The first of the sorted `steps` at or after each multiple of `every`; none if it is 0.
 
-    A save may come later than its multiple: at an interval of its own, or put off by a step that was skipped.
+    A save may come later than the multiple: save intervals may differ, and a skipped step delays a save.
     """
     if not every:
         return set()
@@ -172,7 +172,7 @@ def permanent_steps(steps: list[int], every: int) -> set[int]:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of this rank's random generators, which dropout draws from, as tensors of its file."""
+    """States of this rank's random number generators, which dropout uses, as tensors of its file."""
     states = {"random_state": torch.get_rng_state()}
     if device.type == "cuda":
         states["random_state.cuda"] = torch.cuda.get_rng_state(device)
@@ -180,7 +180,7 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:
-    """Sets this rank's generators as they were saved; one that the checkpoint lacks keeps its own."""
+    """Restores this rank's random number generators; without a saved state they are unchanged."""
     name = rank_file(rank)
     if name not in checkpoint.record.files:
         return

@@ -1,8 +1,8 @@
-"""An engine's partitions as named fragments of parameters: what makes a checkpoint free of topology.
+"""The content of a checkpoint: named fragments of parameters, which do not depend on the topology.
 
-Under ZeRO a rank owns flat slices of the fp32 weights and of Adam's two moments. A fragment says which elements of
-which parameter a slice holds. Each rank writes its own fragments; a rank of any other topology reads the ranges it
-needs. No rank ever holds the model. Where DeepSpeed keeps a rank's slices, deepspeed_internals.py knows.
+Under ZeRO a rank owns flat slices of the fp32 weights and of Adam's two moments. A fragment records which elements of
+which parameter are in a slice. Each rank writes its own fragments; a rank of any other topology reads the ranges that
+it needs. No rank ever has the complete model in memory. deepspeed_internals.py finds a rank's slices in DeepSpeed.
 """
 
 import json
@@ -21,9 +21,10 @@ STATES = ("weight", *MOMENTS)
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank holds of a parameter that tensor parallelism cuts.
+    """A rank's part of a parameter that tensor parallelism splits.
 
-    The parameter, transposed if so, is `matrices` equal blocks along `dimension`; of each the rank has an equal part.
+    The parameter (transposed, if `transposed`) consists of `matrices` equal blocks along `dimension`. Each block is
+    split evenly over the ranks.
     """
 
     dimension: int
@@ -32,41 +33,41 @@ class Part:
     ranks: int
     transposed: bool
 
-    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The part's shape, for that of the whole parameter."""
-        shape = list(reversed(whole) if self.transposed else whole)
+    def shape(self, full: tuple[int, ...]) -> tuple[int, ...]:
+        """The part's shape, from the parameter's full shape."""
+        shape = list(reversed(full) if self.transposed else full)
         shape[self.dimension] //= self.ranks
         return tuple(shape)
 
-    def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
-        """The parameter's shape, for that of the part."""
+    def full_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's full shape, from the part's shape."""
         shape = list(part)
         shape[self.dimension] *= self.ranks
         return tuple(reversed(shape) if self.transposed else shape)
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The part as a view of the whole: (.., matrices, size / ranks, ..)."""
-        view = whole.T if self.transposed else whole
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The part as a view of the complete parameter: (.., matrices, size / ranks, ..)."""
+        view = parameter.T if self.transposed else parameter
         blocks = view.unflatten(self.dimension, (self.matrices, -1))
         return blocks.chunk(self.ranks, self.dimension + 1)[self.rank]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + length) of the flattened parameter `name`, or of a part of it, at `place` in a
+    """Elements [start, start + length) of the flattened parameter `name`, or of a part of it, at `offset` in a
     partition."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """The parameter's full shape."""
     start: int
     length: int
-    place: int
+    offset: int
     part: Part | None = None
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> "Fragment":
-        """From an entry of a file's index, where its place in a partition no longer counts."""
+        """From an entry of a file's index, which has no offset in a partition."""
         part = Part(**entry["part"]) if entry.get("part") else None
         return cls(entry["name"], tuple(entry["shape"]), entry["start"], entry["length"], 0, part)
 
@@ -75,8 +76,8 @@ class Fragment:
         return f"{self.name}@{self.start}.{state}"
 
     @property
-    def whole_length(self) -> int:
-        """Elements of the parameter, or of the part."""
+    def full_length(self) -> int:
+        """Number of elements of the parameter, or of the part."""
         return prod(self.shape) // (self.part.ranks if self.part else 1)
 
 
@@ -85,7 +86,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """A fragment in a checkpoint's file."""
+    """A fragment in a file of a checkpoint."""
 
     fragment: Fragment
     file: int
@@ -95,9 +96,9 @@ class Stored:
 class FragmentReader:
     """The fragments of a checkpoint's rank files, read by parameter and range.
 
-    mapped: through memory maps, which read no more of a fragment than is wanted; else fragments are read whole, and
-    nothing of them stays resident. Raises ValueError naming the folder and the parameter if its fragments leave a gap
-    or overlap.
+    mapped: True reads through memory maps, and of a fragment only the elements that are needed; False reads complete
+    fragments, and keeps none in memory. Raises ValueError naming the folder and the parameter if its fragments leave a
+    gap or overlap.
     """
 
     def __init__(self, files: list[Path], *, mapped: bool = True) -> None:
@@ -106,20 +107,20 @@ class FragmentReader:
         self._folder = files[0].parent
         self._stored: dict[str, dict[Part | None, list[Stored]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Every parameter's shape."""
+        """The shape of every parameter."""
         for number, file in enumerate(self._files):
             for entry in json.loads(file.metadata()["index"]):
                 fragment = Fragment.from_entry(entry)
-                pieces = self._stored.setdefault(fragment.name, {}).setdefault(fragment.part, [])
-                pieces.append(Stored(fragment, number, entry["step"]))
+                fragments = self._stored.setdefault(fragment.name, {}).setdefault(fragment.part, [])
+                fragments.append(Stored(fragment, number, entry["step"]))
                 self.shapes[fragment.name] = fragment.shape
         for name, by_part in self._stored.items():
             expected = max((part.ranks for part in by_part if part), default=1)
             if len(by_part) != expected:
-                raise ValueError(f"{self._folder}: {name} has {len(by_part)} of its {expected} parts.")
-            for pieces in by_part.values():
-                pieces.sort(key=lambda piece: piece.fragment.start)
-                self._check_cover(name, [piece.fragment for piece in pieces])
+                raise ValueError(f"{self._folder}: {name} has {len(by_part)} of {expected} parts.")
+            for stored in by_part.values():
+                stored.sort(key=lambda one: one.fragment.start)
+                self._check_cover(name, [one.fragment for one in stored])
 
     def _check_cover(self, name: str, fragments: list[Fragment]) -> None:
         end = 0
@@ -127,53 +128,53 @@ class FragmentReader:
             if fragment.start != end:
                 raise ValueError(f"{self._folder}: the fragments of {name} leave a gap or overlap at element {end}.")
             end += fragment.length
-        if end != fragments[0].whole_length:
-            raise ValueError(f"{self._folder}: {name} has {end} of {fragments[0].whole_length} elements.")
+        if end != fragments[0].full_length:
+            raise ValueError(f"{self._folder}: {name} has {end} of {fragments[0].full_length} elements.")
 
     @property
     def optimizer_step(self) -> float:
-        """How many updates Adam has made."""
-        steps = {piece.step for by_part in self._stored.values() for pieces in by_part.values() for piece in pieces}
+        """Number of updates that Adam has made."""
+        steps = {one.step for by_part in self._stored.values() for stored in by_part.values() for one in stored}
         if len(steps) != 1:
             raise ValueError(f"{self._folder}: the ranks saved different steps of the optimizer, {sorted(steps)}.")
         return steps.pop()
 
     def read(self, name: str, state: str = "weight") -> torch.Tensor:
-        """One whole parameter, or one of its moments: fp32, in its shape."""
+        """A complete parameter, or one of its moments: fp32, in its shape."""
         shape = self.shapes[name]
-        whole = torch.empty(shape)
+        parameter = torch.empty(shape)
         for part in self._stored[name]:
             wanted = Fragment(name, shape, 0, prod(shape) // (part.ranks if part else 1), 0, part)
             flat = torch.empty(wanted.length)
-            self._fill_alike(flat, wanted, state)
+            self._fill_same_part(flat, wanted, state)
             if part is None:
                 return flat.view(shape)
-            view = part.of(whole)
+            view = part.of(parameter)
             view.copy_(flat.view(view.shape))
-        return whole
+        return parameter
 
     def fill(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
-        """Writes the wanted elements into `target`, (wanted.length,). Raises ValueError if it is another model's.
+        """Reads the elements of `wanted` into `target`, (wanted.length,). Raises ValueError if the shapes differ.
 
-        A parameter that is cut otherwise than it was saved is put together first: one, never the model.
+        A parameter that is split differently than it was saved is assembled first: one parameter, never the model.
         """
         found = self.shapes.get(wanted.name, "missing")
         if found != wanted.shape:
             raise ValueError(f"{self._folder}: {wanted.name} is {found}; this model needs {wanted.shape}.")
         if wanted.part in self._stored[wanted.name]:
-            self._fill_alike(target, wanted, state)
+            self._fill_same_part(target, wanted, state)
             return
-        whole = self.read(wanted.name, state)
-        own = wanted.part.of(whole) if wanted.part else whole
+        parameter = self.read(wanted.name, state)
+        own = wanted.part.of(parameter) if wanted.part else parameter
         target.copy_(own.reshape(-1)[wanted.start : wanted.start + wanted.length])
 
-    def _fill_alike(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
-        """From fragments of the same part, or of the whole parameter."""
-        for piece in self._stored[wanted.name][wanted.part]:
-            fragment = piece.fragment
+    def _fill_same_part(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
+        """Reads from fragments of the same part, or of the complete parameter."""
+        for one in self._stored[wanted.name][wanted.part]:
+            fragment = one.fragment
             first = max(wanted.start, fragment.start)
             last = min(wanted.start + wanted.length, fragment.start + fragment.length)
             if first < last:
-                stored = self._files[piece.file].get_slice(fragment.key(state))
+                stored = self._files[one.file].get_slice(fragment.key(state))
                 cut = stored[first - fragment.start : last - fragment.start]
                 target[first - wanted.start : last - wanted.start].copy_(cut)

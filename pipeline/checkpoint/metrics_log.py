@@ -1,5 +1,7 @@
-"""Writes, reads and trims the rows of a run's metrics.jsonl and skipped.jsonl: one JSON object a line, each with its
-step. A number that is NaN or infinite is null."""
+"""Reads and truncates a run's metrics.jsonl and skipped.jsonl: one JSON object a line, each with a step.
+
+NaN and Inf are written as null.
+"""
 
 import json
 from collections import deque
@@ -19,21 +21,21 @@ Row = dict[str, Any]
 
 
 def to_line(row: Row) -> str:
-    """The row as a line of the file; JSON has no NaN, so it becomes null."""
+    """The row as a line of the file; NaN and Inf become null, because JSON has neither."""
     finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
     return json.dumps(finite) + "\n"
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of the file, oldest first, nulls as None; none if it does not exist.
+    """The rows of the file, oldest first, with None for null; no rows if the file does not exist.
 
-    A line that a kill cut short, or that is no row, is excluded.
+    Incomplete lines, and lines that are not rows, are skipped.
     """
     return (row for _, row in _lines(path))
 
 
 def read_last_row(path: Path, key: str, tail_bytes: int = 1 << 16) -> Row | None:
-    """The last row that has `key`, looked for in the file's last `tail_bytes` alone; None without one."""
+    """The last row with `key` in the last `tail_bytes` of the file; None if there is none."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -44,7 +46,7 @@ def read_last_row(path: Path, key: str, tail_bytes: int = 1 << 16) -> Row | None
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites the file without rows beyond `step`, and without a last line that a kill cut short."""
+    """Rewrites the file without rows after `step`, and without an incomplete last line."""
     if not path.exists():
         return
     with atomic_write(path) as temporary, temporary.open("w") as new:
@@ -52,12 +54,12 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 
 def lines_until(path: Path, step: int) -> Iterator[str]:
-    """The complete lines up to a step, as they were written."""
+    """The complete lines up to a step, unchanged."""
     return (line for line, row in _lines(path) if row["step"] <= step)
 
 
 def last_steps(run: Path, step: int, count: int) -> list[Row]:
-    """The rows of the last `count` applied training steps up to a step, and those of skipped ones among them."""
+    """The rows of the last `count` applied steps up to `step`, including skipped steps between them."""
     last: deque[Row] = deque()
     applied = 0
     for row in read_rows(run / METRICS_FILE):
@@ -70,7 +72,7 @@ def last_steps(run: Path, step: int, count: int) -> list[Row]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each complete line and its row."""
+    """Each complete line, with its row."""
     if not path.is_file():
         return
     with path.open(errors="replace") as lines:
@@ -81,7 +83,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parse(line: str) -> Row | None:
-    """None if the line is no row."""
+    """The row of a line; None if it is not a row."""
     with suppress(ValueError):
         row = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity, as earlier versions wrote them
         return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -1,4 +1,4 @@
-"""The probe batch: tokens of a held-out image, whose loss every checkpoint stores and every load compares."""
+"""The probe batch: tokens of a held-out image. Every checkpoint stores its loss, and every load compares it."""
 
 import numpy as np
 
@@ -6,19 +6,19 @@ from data_prep.shards.reader import Split
 from pipeline.model.masks import Batch, Masks
 
 PROBE_TOKENS = 64
-"""Of one image: every save waits for their forward pass. They show whether the weights that it reads are well; that
-each single element is as it was saved, the checksums show."""
+"""Tokens of the probe batch; few, because every save waits for their forward pass. The probe loss verifies the weights
+that the forward pass reads; the checksums verify every single element."""
 
 
 class HeldOutImages:
-    """Held-out images as the engine reads them; with `masks` the same pixels of each are masked at each validation."""
+    """Batches of held-out images; with `masks`, the same pixels of an image are masked at each validation."""
 
     def __init__(self, split: Split, masks: Masks | None = None) -> None:
         self.images = split.images
         self._split, self._masks = split, masks
 
     def batch(self, numbers: np.ndarray) -> Batch:
-        """Images by their number in the split, int64 (B,)."""
+        """The images with these indices in the split, int64 (B,)."""
         tokens, _ = self._split.gather(numbers)
         if self._masks is None:
             return Batch(tokens)
@@ -26,8 +26,10 @@ class HeldOutImages:
 
 
 def probe_batch(held_out: HeldOutImages, tokens: int | None = PROBE_TOKENS) -> Batch:
-    """The beginning of a fixed held-out image, (1, tokens); all of it if `tokens` is None, and where nothing of the
-    beginning is masked under the masked objective."""
+    """The first `tokens` of a fixed held-out image, (1, tokens).
+
+    The complete image if `tokens` is None, or if the masked objective masks none of these tokens.
+    """
     image = held_out.batch(np.zeros(1, np.int64))
-    beginning = image.beginning(tokens)
-    return image if beginning.masked is not None and not beginning.masked.any() else beginning
+    prefix = image.prefix(tokens)
+    return image if prefix.masked is not None and not prefix.masked.any() else prefix

@@ -1,4 +1,4 @@
-"""The run's folder: its lock, its resolved configuration, and run.json, the record of how it was made."""
+"""The run folder: its lock, its resolved configuration, and run.json, the record of its starts and status."""
 
 import fcntl
 import logging
@@ -29,19 +29,20 @@ PALETTE_FILE = "palette.npy"
 CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
-"""A run keeps these: with others it would continue as another model, or with other images."""
-LEFT_BEHIND = 3
-"""Times health.hang_minutes after which a rank that waits for others has ended."""
+"""Keys that can't change when a run resumes: they determine the model and the data order."""
+LOCK_WAIT_FACTOR = 3
+"""How many times health.hang_minutes a job waits for the lock: until then, the watchdog has ended waiting ranks."""
 HELD_BY_JOB = ", SLURM job "
-"""Before a job's number in the lock."""
-NOT_NAMED = "not named"
-"""A holder that has not written itself down, as in the instant after it took the lock."""
-LEFT_BY_JOBS = ("logs", "failures.jsonl", "accidents.jsonl")
+"""Precedes a job's id in the lock file."""
+UNKNOWN_HOLDER = "unknown"
+"""A holder that has not written its name yet, right after it took the lock."""
+JOB_FILES = ("logs", "failures.jsonl", "accidents.jsonl")
+"""Files that job scripts write to the folder before the run starts."""
 Status = Literal["running", "stopped", "failed", "finished"]
 
 
 class RunFolder:
-    """One training run on disk. Only the first rank writes to it, other than into checkpoints."""
+    """A training run on disk. Only rank 0 writes to it, except to checkpoints."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,25 +51,25 @@ class RunFolder:
         self._record: dict[str, Any] = {}
 
     def check(self, config: TrainConfig, shards: ShardSet) -> None:
-        """Raises ValueError, or OSError, if the folder can't be the run of this configuration. Writes nothing."""
+        """Raises ValueError or OSError if this configuration can't start or resume in the folder. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--run is {self.path}, which is a file; it must be a folder, new or of an earlier run.")
+            raise ValueError(f"--run is {self.path}, which is a file; it must be a new folder or the folder of a run.")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise ValueError(f"--run is {self.path}, but nothing can be written in {parent}; name another folder.")
+            raise ValueError(f"--run is {self.path}, but {parent} is not writable; name another folder.")
         if (self.path / CONFIG_FILE).exists():
             self._check_fixed_keys(config)
             if (self.path / RECORD_FILE).exists():
                 check_shards(self._read_record()["shards"], shards, self.path / RECORD_FILE)
                 self._check_saved()
         elif self.path.is_dir() and any(_is_foreign(child) for child in self.path.iterdir()):
-            raise ValueError(f"--run is {self.path}, which holds other files and no {CONFIG_FILE}; name a new folder.")
+            raise ValueError(f"--run is {self.path}, which has other files and no {CONFIG_FILE}; name a new folder.")
 
     def _check_fixed_keys(self, config: TrainConfig) -> None:
         for key, (old, new) in changed_keys(self._earlier_config(), to_dict(config)).items():
             if key.startswith(FIXED_KEYS):
                 raise ValueError(
-                    f"{key} is {new}, but {self.path} was started with {old}; keep {old}, or name a new --run."
+                    f"{key} is {new}, but {self.path} was started with {old}; set it to {old}, or name a new --run."
                 )
 
     def _earlier_config(self) -> dict[str, Any]:
@@ -76,44 +77,46 @@ class RunFolder:
         try:
             earlier = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML any more; put it back as it was.") from error
+            raise ValueError(f"{path} is damaged: it is not YAML; restore it from a copy.") from error
         if not isinstance(earlier, dict):
-            raise ValueError(f"{path} holds no configuration any more; put it back as it was.")
-        earlier.setdefault("data", {}).setdefault("reflect_crop", 0)  # runs older than this key did not crop
+            raise ValueError(f"{path} is damaged: it has no keys and values; restore it from a copy.")
+        earlier.setdefault("data", {}).setdefault("reflect_crop", 0)  # runs from before this key did not crop
         return earlier
 
     def finished_steps(self) -> int:
-        """Steps of a run that has ended, 0 for one that has not."""
+        """The steps of a finished run; 0 for an unfinished one."""
         record = self._read_record() if (self.path / RECORD_FILE).exists() else {}
         return int(record.get("step", 0)) if record.get("status") == "finished" else 0
 
     def _check_saved(self) -> None:
-        """Raises ValueError if the run has ended once, which it does with a checkpoint, and has none any more."""
-        made = int(self._read_record().get("step", 0))
-        if made and not committed(self.checkpoints):
+        """Raises ValueError if the run has trained and stopped, which saves a checkpoint, and now has none."""
+        trained = int(self._read_record().get("step", 0))
+        if trained and not committed(self.checkpoints):
             raise ValueError(
-                f"{self.path} has made {made:,} steps, but there is no checkpoint in {self.checkpoints}; put them "
-                f"back, or name a new --run."
+                f"{self.path} has trained {trained:,} steps, but {self.checkpoints} has no checkpoint; restore one "
+                f"from a copy, or name a new --run."
             )
 
     def changes(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """What the configuration changes since the last start: (old, new) by key."""
+        """Changes of the configuration since the last start: (old, new) by key."""
         return changed_keys(self._earlier_config(), to_dict(config)) if (self.path / CONFIG_FILE).exists() else {}
 
     def _read_record(self) -> dict[str, Any]:
         record = read_json(self.path / RECORD_FILE)
         if not isinstance(record, dict) or not isinstance(record.get("shards"), dict):
-            raise ValueError(f"{self.path / RECORD_FILE} is no run's record any more; put it back as it was.")
+            raise ValueError(
+                f"{self.path / RECORD_FILE} is damaged: it is not a record of a run; restore it from a copy."
+            )
         return record
 
     def open(self, config: TrainConfig, shards: ShardSet, command: list[str], ranks: int) -> None:
-        """Makes the folder or resumes it, and prints what the configuration changed since the last start.
+        """Creates or reopens the folder, and logs the changes of the configuration since the last start.
 
-        Raises ValueError if another process trains in it. A rank that a job left behind on a node that SLURM lost ends
-        with its watchdog, and is waited for.
+        Raises ValueError if another process trains in it. A SLURM job waits for ranks of an earlier job that still run
+        on a lost node, until their watchdog ends them.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock(LEFT_BEHIND * 60 * config.health.hang_minutes)
+        self._take_lock(LOCK_WAIT_FACTOR * 60 * config.health.hang_minutes)
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
         if (self.path / RECORD_FILE).exists():
@@ -141,45 +144,45 @@ class RunFolder:
         self._record["starts"] = [*self._record.get("starts", []), start]
         self.note("running")
         for key, (old, new) in changes.items():
-            logger.warning(f"changed since the last start: {key} was {old}, is {new}")
+            logger.warning(f"changed since the last start: {key} was {old} and is now {new}")
 
     def note(self, status: Status, **facts: Any) -> None:
-        """Writes the status, and whatever else should be known of the run, to run.json."""
+        """Writes the status, and other facts about the run, to run.json."""
         self._record.pop("error", None)
         self._record |= {"status": status, "updated": _now(), **facts}
         write_json(self.path / RECORD_FILE, self._record)
 
     def note_failure(self, error: BaseException) -> None:
-        """Writes why the run failed, if this rank holds the run and the disk still takes it."""
+        """Writes the error to run.json, if this rank holds the run's lock and the disk is writable."""
         if self._record.get("status") == "running":
             with suppress(OSError):
                 self.note("failed", error=f"{type(error).__name__}: {error}")
 
     def recall(self, key: str) -> Any:
-        """A fact noted earlier, or None."""
+        """A fact that was noted earlier, or None."""
         return self._record.get(key)
 
     def close(self) -> None:
-        """Lets another process train in the folder."""
+        """Releases the lock."""
         if self._lock is not None:
             self._lock.close()
 
-    def _take_lock(self, patience: float) -> None:
-        """patience: seconds for which a job waits for what another job, or its own earlier start, left behind."""
-        self._lock, end, said = (self.path / ".lock").open("a+"), time.monotonic() + patience, False
+    def _take_lock(self, timeout: float) -> None:
+        """timeout: seconds for which a SLURM job waits for the ranks of another job, or of its own earlier start."""
+        self._lock, end, logged = (self.path / ".lock").open("a+"), time.monotonic() + timeout, False
         number = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
         while not _locked(self._lock):
             self._lock.seek(0)
-            holder = self._lock.read().strip() or NOT_NAMED
-            waits = number is not None and (HELD_BY_JOB in holder or holder == NOT_NAMED)
+            holder = self._lock.read().strip() or UNKNOWN_HOLDER
+            waits = number is not None and (HELD_BY_JOB in holder or holder == UNKNOWN_HOLDER)
             if not waits or time.monotonic() > end:
                 raise ValueError(f"{self.path} is being trained by another process ({holder}); wait for it or stop it.")
-            if not said:
+            if not logged:
                 logger.warning(
-                    f"{holder} still holds the run, as ranks on a lost node do until their watchdog ends them; it is "
-                    f"waited for, up to {patience / 60:g} minutes"
+                    f"{holder} still holds the lock of the run, as ranks on a lost node do until their watchdog ends "
+                    f"them; waiting up to {timeout / 60:g} minutes"
                 )
-            said = True
+            logged = True
             time.sleep(1)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}{HELD_BY_JOB + number if number else ''}")
@@ -195,26 +198,26 @@ def _locked(file: TextIO) -> bool:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file of a folder that holds no run shows that it is not meant for one; job scripts come before us."""
-    return not path.name.startswith(".") and path.name not in LEFT_BY_JOBS
+    """Whether a file in a folder without a run is neither hidden nor written by the job scripts."""
+    return not path.name.startswith(".") and path.name not in JOB_FILES
 
 
 def check_shards(recorded: dict[str, str], shards: ShardSet, where: Path) -> None:
-    """Raises ValueError naming both digests if a run or checkpoint was made from other images or colors."""
+    """Raises ValueError naming both digests if a run or checkpoint was made with another palette or shard set."""
     if recorded["palette_sha256"] != shards.palette_sha256:
         raise ValueError(
             f"{shards.path} has the palette {shards.palette_sha256[:12]}, but {where} was made with the palette "
-            f"{recorded['palette_sha256'][:12]}; colors would mean something else."
+            f"{recorded['palette_sha256'][:12]}; the palettes must be the same."
         )
     if recorded["digest"] != shards.digest:
         raise ValueError(
             f"{shards.path} is the shard set {shards.digest[:12]}, but {where} was made with "
-            f"{recorded['digest'][:12]}; give --data.shards the set that the run began with, or start a new run."
+            f"{recorded['digest'][:12]}; set data.shards to the set that the run started with, or start a new run."
         )
 
 
 def code_version() -> str:
-    """The commit of this checkout, marked if files differ from it."""
+    """The commit of this checkout, with -dirty if files differ from it."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -223,7 +226,7 @@ def code_version() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """What this rank runs on."""
+    """The hardware and system of this rank."""
     return {
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": platform.processor() or platform.machine(),

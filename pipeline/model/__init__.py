@@ -1,4 +1,5 @@
-"""The models and what they learn: start at gpt.py (sizes, blocks, initial weights) and objectives.py (the losses).
+"""The models and their objectives: start at gpt.py (blocks, initial weights) and objectives.py (the losses).
 
-decoding.py and sampling.py draw images; augmentation.py and masks.py change what the model reads.
+decoding.py and sampling.py sample images; augmentation.py and masks.py transform the model's inputs. The sizes are in
+pipeline/config.py.
 """

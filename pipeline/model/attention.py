@@ -1,5 +1,5 @@
-"""Which attention kernel a model's scaled_dot_product_attention uses: on CUDA the faster of FlashAttention's and
-cuDNN's, by a measurement at the run's own shape."""
+"""Chooses the kernel of scaled_dot_product_attention on CUDA: FlashAttention's or cuDNN's, whichever is faster at the
+run's own shape."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,11 +12,12 @@ from torch.utils.benchmark import Timer
 
 CANDIDATES = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 SECONDS_EACH = 0.1
+"""Minimum seconds of measurement for each kernel."""
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What one block attends over in a micro-batch."""
+    """The shape of one block's attention over a micro-batch."""
 
     images: int
     heads: int
@@ -26,7 +27,7 @@ class AttentionShape:
 
 
 def measure(shape: AttentionShape, kernels: Sequence[SDPBackend], device: torch.device) -> dict[str, float]:
-    """Seconds of a forward and backward pass in bf16, by the kernel's name; those that refuse the shape are absent."""
+    """Seconds of a forward and backward pass in bf16, by kernel name; kernels that reject the shape are absent."""
     size = (shape.images, shape.heads, shape.positions, shape.head_width)
     operands = [torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     seconds = {}
@@ -42,13 +43,13 @@ def measure(shape: AttentionShape, kernels: Sequence[SDPBackend], device: torch.
 
 
 def use_fastest(seconds: dict[str, float]) -> None:
-    """Lets CUDA's attention take the fastest kernel of a measurement; where a mask keeps that away, others stay."""
+    """Selects the fastest measured kernel on CUDA; other kernels remain available for attention with a mask."""
     fastest = min(seconds, key=lambda name: seconds[name])
     torch.backends.cuda.enable_flash_sdp(fastest == SDPBackend.FLASH_ATTENTION.name)
     torch.backends.cuda.enable_cudnn_sdp(fastest == SDPBackend.CUDNN_ATTENTION.name)
 
 
 def describe(seconds: dict[str, float]) -> str:
-    """The measurement in words, the fastest first."""
+    """The measurement in one line, the fastest kernel first."""
     words = [f"{name} {1000 * seconds[name]:.2f} ms" for name in sorted(seconds, key=lambda name: seconds[name])]
-    return f"{', '.join(words)} a block and micro-batch, forward and backward, measured here; the first is used"
+    return f"{', '.join(words)} per block and micro-batch, forward and backward, as measured; the first is used"

@@ -1,4 +1,4 @@
-"""Mirrored and shifted images, made on the token grid as batches are read; colors move with their pixels."""
+"""Augmentation: flips and crops of images on the token grid, applied as batches are read."""
 
 from dataclasses import dataclass
 
@@ -7,33 +7,33 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Changes:
-    """What is done to some images, drawn by seed and position."""
+    """The augmentations of some images, drawn by seed and position."""
 
     mirrored: np.ndarray
-    """bool (B,): turned left to right, after the crop."""
+    """bool (B,): flipped left to right, after the crop."""
     corners: np.ndarray
-    """int16 (B, 2): row and column of the padded image at which the crop begins."""
+    """int16 (B, 2): row and column of the padded image at which the crop starts."""
 
     def __getitem__(self, which: slice) -> "Changes":
         return Changes(self.mirrored[which], self.corners[which])
 
     @classmethod
     def join(cls, parts: list["Changes"]) -> "Changes":
-        """One after the other."""
+        """Concatenates them."""
         return cls(np.concatenate([part.mirrored for part in parts]), np.concatenate([part.corners for part in parts]))
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How images may be changed: `data.flip` and `data.reflect_crop`."""
+    """The options of augmentation: `data.flip` and `data.reflect_crop`."""
 
     flip: bool = False
-    """Mirror half of the images."""
+    """Flip half of the images."""
     reflect_crop: int = 0
-    """Pixels by which an image is padded on each side with its reflection, before a random crop of its own size."""
+    """Pixels of reflection padding on each side before a random crop to the image's size."""
 
     def draw(self, draw: np.random.Generator, count: int) -> Changes:
-        """Changes of `count` images. Flips are drawn first, so that crops leave them as they would be without."""
+        """Draws the augmentations of `count` images. Flips are drawn first, so that crops do not change them."""
         mirrored, corners = np.zeros(count, bool), np.zeros((count, 2), np.int16)
         if self.flip:
             mirrored = draw.random(count) < 0.5
@@ -48,7 +48,7 @@ class Augmentation:
         return mirror(tokens, changes.mirrored, resolution) if self.flip else tokens
 
     def bytes_of(self, changes: Changes) -> bytes:
-        """For a digest; what is not drawn leaves it as it was before there was such a choice."""
+        """Bytes for a digest; without crops they are the same as before crops were an option."""
         return changes.mirrored.tobytes() + (changes.corners.tobytes() if self.reflect_crop else b"")
 
 
@@ -61,12 +61,12 @@ def mirror(tokens: np.ndarray, chosen: np.ndarray, resolution: int) -> np.ndarra
 
 
 def _crop(tokens: np.ndarray, changes: Changes, padding: int, resolution: int) -> np.ndarray:
-    """Crops of the padded images, and the mirror, in one gather: no padded image is ever made."""
-    reflected = np.pad(np.arange(resolution), padding, mode="reflect")  # a padded image's row or column is which?
+    """Crops and flips in one gather, without creating the padded images."""
+    reflected = np.pad(np.arange(resolution), padding, mode="reflect")  # the image row or column of each padded one
     side = np.arange(resolution)
     rows = reflected[changes.corners[:, :1] + side]  # (B, H)
     columns = reflected[changes.corners[:, 1:] + side]  # (B, W)
     columns = np.where(changes.mirrored[:, None], columns[:, ::-1], columns)
-    first = np.arange(len(tokens))[:, None] * resolution**2 + rows * resolution  # (B, H): a row's place in `tokens`
-    places = first[:, :, None] + columns[:, None, :]  # (B, H, W)
-    return tokens.reshape(-1).take(places.reshape(tokens.shape), mode="clip")  # all are inside; clip skips the check
+    first = np.arange(len(tokens))[:, None] * resolution**2 + rows * resolution  # (B, H): each row's index in `tokens`
+    indices = first[:, :, None] + columns[:, None, :]  # (B, H, W)
+    return tokens.reshape(-1).take(indices.reshape(tokens.shape), mode="clip")  # all are in range; clip skips the check

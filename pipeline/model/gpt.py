@@ -1,10 +1,10 @@
-"""The models: published sizes, the paper's block out of transformers' GPT-2 modules, and the initial weights.
+"""The models: the paper's block from transformers' GPT-2 modules, and the initial weights.
 
 Sources: "Generative Pretraining from Pixels" (Chen et al., ICML 2020), sections 2.2 and A.1, and the authors' code,
 github.com/openai/image-gpt, src/model.py.
 
 A model of either block is a transformers GPT2LMHeadModel, called as `model(input_ids).logits`. Its vocabulary is the
-palette's colors and, as the last row, SOS: the vector that stands in front of the first pixel.
+palette's colors and, as the last row, SOS: the vector before the first pixel.
 
 Letters in shape comments: B images, T positions, D width, V colors, H heads, L layers.
 """
@@ -26,11 +26,11 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def gpt2_config(model: ModelConfig, colors: int = 512, objective: str = "next_color") -> GPT2Config:
-    """The GPT2Config of a model over `colors` colors and SOS, with one position a pixel.
+    """The GPT2Config of a model over `colors` colors and SOS, with one position for each pixel.
 
-    Two attributes are ours, `block` and `colors`; they survive to_dict() and from_dict(). A model of hidden colors has
-    `objective` too and attends in both directions (`is_causal`), and its row for SOS stands for a hidden color: zero,
-    and never learned.
+    It has two additional attributes, `block` and `colors`; to_dict() and from_dict() preserve them. A masked_color
+    model also has `objective`, and attends in both directions (`is_causal` is False). Its row for SOS is the mask
+    token: zero, and not trained.
     """
     return GPT2Config(
         n_layer=model.shape.layers,
@@ -45,7 +45,7 @@ def gpt2_config(model: ModelConfig, colors: int = 512, objective: str = "next_co
 
 
 def fixed_settings(block: str, colors: int) -> dict[str, object]:
-    """What every model of ours has in common in its GPT2Config, whatever its shape."""
+    """The settings of GPT2Config that do not depend on the model's shape."""
     return {
         "block": block,
         "colors": colors,
@@ -59,26 +59,26 @@ def fixed_settings(block: str, colors: int) -> dict[str, object]:
 
 
 def build_model(config: GPT2Config) -> GPT2LMHeadModel:
-    """The model on the current default device, its weights allocated but not set.
+    """The model on the current default device, with uninitialized weights.
 
-    `initialize` or a checkpoint sets them. Runs under `torch.device("meta")` and under DeepSpeed's `zero.Init()` too,
-    since nothing here reads or writes a weight; there, fill each gathered parameter with `initial_value`.
+    `initialize` or a checkpoint sets them. Also works under `torch.device("meta")` and DeepSpeed's `zero.Init()`,
+    because it neither reads nor writes a weight; there, fill each gathered parameter with `initial_value`.
     """
-    # Not kept by to_dict(), and without it attention blocks run alone would not be causal.
+    # to_dict() drops it, and without it an attention block called directly would not be causal.
     config._attn_implementation = "sdpa"
     with no_init_weights():
         model = GPT2LMHeadModel(config)
         if config.block == "igpt":
             _use_paper_block(model)
     if not getattr(config, "is_causal", True):
-        model.transformer.wte.padding_idx = config.colors  # its row gets no gradient
+        model.transformer.wte.padding_idx = config.colors  # its row has no gradient
         for block in model.transformer.h:
-            block.attn.is_causal = False  # the configuration's counts for the whole model only
+            block.attn.is_causal = False  # the configuration's value has no effect on single blocks
     return model
 
 
 def _use_paper_block(model: GPT2LMHeadModel) -> None:
-    """Changes what the paper's model has otherwise than GPT-2: norms, bias-free projections, a head of V colors."""
+    """Replaces what differs from GPT-2 in the paper's model: norms, projections without bias, a head of V colors."""
     config = model.config
     for block in model.transformer.h:
         block.ln_1 = _rms_norm(config)
@@ -96,7 +96,7 @@ def _rms_norm(config: GPT2Config) -> nn.RMSNorm:
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Sets every parameter that has memory to its initial value. The zero head makes the loss before step 1 ln V."""
+    """Initializes every parameter that is not on the meta device. With the zero head the first loss is ln V."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.is_meta:
@@ -106,8 +106,7 @@ def initialize(model: nn.Module, seed: int) -> None:
 def initial_value(name: str, shape: Sequence[int], config: GPT2Config, seed: int) -> torch.Tensor:
     """The initial value of one parameter, fp32 on the CPU.
 
-    Drawn from a generator of its own, seeded by (seed, name): the same on every rank, for every partition of the model,
-    in any order.
+    Drawn from a generator seeded by (seed, name): the same on every rank, for any partitioning, in any order.
     """
     if name == "lm_head.weight" or name.endswith(".bias"):
         return torch.zeros(*shape, device="cpu")
@@ -122,7 +121,7 @@ def initial_value(name: str, shape: Sequence[int], config: GPT2Config, seed: int
 
 
 def _paper_std(name: str, config: GPT2Config) -> float:
-    """The authors' code: embeddings .02 (SOS among them), positions .01, attention by width and depth, MLP .02."""
+    """As in the authors' code: embeddings and SOS .02, positions .01, attention by width and depth, MLP .02."""
     if name.endswith("attn.c_attn.weight"):
         return config.n_embd**-0.5
     if name.endswith("attn.c_proj.weight"):
@@ -131,6 +130,6 @@ def _paper_std(name: str, config: GPT2Config) -> float:
 
 
 def _gpt2_std(name: str, config: GPT2Config) -> float:
-    """GPT-2's own: .02, and the two projections back into the residual stream scaled by its 2L additions."""
+    """As in GPT-2: .02, and the two projections into the residual stream scaled by 1 / sqrt(2L)."""
     std = config.initializer_range
     return std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std

@@ -1,21 +1,18 @@
-"""What a model learns: the next color of an image read in raster order, or masked pixels from all others; and, when
-it learns classes too, both at once, or a teacher's distribution over the classes.
-"""
+"""The objectives: the next color in raster order, masked pixels, classes in addition, and distillation."""
 
 import torch
 from torch.nn import functional
 
 IGNORED = -100
-"""A target that takes no part in the loss."""
+"""A target that is excluded from the loss."""
 
 
 def inputs_and_targets(
     tokens: torch.Tensor, masked: torch.Tensor | None, colors: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model reads and what it is to predict, both long (B, T): the masked pixels if given, else each next
-    color.
+    """Inputs and targets of the model, both long (B, T): for masked pixels if `masked` is given, else the next color.
 
-    tokens: integers (B, T); masked: bool (B, T); colors: V, also the row of SOS and of a masked pixel.
+    tokens: integers (B, T); masked: bool (B, T); colors: V, also the token of SOS and of masked pixels.
     """
     return next_color(tokens, colors) if masked is None else masked_color(tokens, masked, colors)
 
@@ -38,17 +35,17 @@ def masked_color(tokens: torch.Tensor, masked: torch.Tensor, mask: int) -> tuple
 
 def image_loss(logits: torch.Tensor, targets: torch.Tensor, colors: int) -> torch.Tensor:
     """Mean nats of each image's targets, fp32 (B,); arguments as for `per_token_loss`, targets may be IGNORED."""
-    taking_part = (targets != IGNORED).sum(1)  # (B,)
-    return per_token_loss(logits, targets, colors).sum(1) / taking_part
+    counted = (targets != IGNORED).sum(1)  # (B,)
+    return per_token_loss(logits, targets, colors).sum(1) / counted
 
 
 def per_token_loss(logits: torch.Tensor, targets: torch.Tensor, colors: int) -> torch.Tensor:
     """Cross-entropy of each token in nats, fp32 (B, T); 0 where the target is IGNORED.
 
-    `logits` is (B, T, V) or has columns beyond the colors (the stock block's SOS), which take no part;
+    `logits` is (B, T, V), or has additional columns (the gpt2 block's SOS), which are ignored;
     `targets` is long (B, T).
     """
-    scores = logits[..., :colors].float().flatten(0, 1)  # (B * T, V): in this layout five times as fast as (B, V, T)
+    scores = logits[..., :colors].float().flatten(0, 1)  # (B * T, V): five times as fast as (B, V, T)
     nats = functional.cross_entropy(scores, targets.flatten(), reduction="none", ignore_index=IGNORED)
     return nats.view(targets.shape)
 
@@ -61,7 +58,7 @@ def joint_loss(
     colors: int,
     generative_weight: float = 1.0,
 ) -> torch.Tensor:
-    """Generative and class loss of each image in nats, fp32 (B,): what fine-tuning lowers (the paper's section 2.3).
+    """Generative plus class loss of each image in nats, fp32 (B,): the loss of fine-tuning (the paper's section 2.3).
 
     `token_logits`, `targets` and `colors` as for `image_loss`; `class_logits` is (B, C), `labels` long (B,).
     """
@@ -77,8 +74,8 @@ def class_loss(class_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 def softened_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """Cross-entropy of two softened distributions over classes, - sum p_teacher ln p_student, in nats: fp32 (B,).
 
-    Both are logits (B, C), divided by the temperature before their softmax: the distillation loss of SimCLRv2 (Chen et
-    al. 2020b, section 2), which knows no labels.
+    Both are logits (B, C), divided by the temperature before the softmax: the distillation loss of SimCLRv2 (Chen et
+    al. 2020b, section 2), which uses no labels.
     """
     wanted = functional.softmax(teacher.float() / temperature, dim=1)  # (B, C)
     return functional.cross_entropy(student.float() / temperature, wanted, reduction="none")

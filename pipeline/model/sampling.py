@@ -1,7 +1,7 @@
-"""Completions: an image's first pixels go in, the model draws the rest color by color.
+"""Completions: the first pixels of an image are given, and the model samples the rest color by color.
 
-As in the paper: temperature 1, no top-k, no nucleus. Keys and values of earlier positions are cached, so each color
-costs one position's forward pass.
+As in the paper: temperature 1, no top-k, no nucleus sampling. Keys and values of earlier positions are cached, so each
+color costs the forward pass of one position.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pipeline.model.decoding import Decoder
 from pipeline.model.seeding import torch_generator
 
 NextScores = Callable[[torch.Tensor], torch.Tensor]
-"""Of SOS and the colors so far, long (B, P + 1), to the scores of the next color, (B, V). P grows by one a call."""
+"""Maps SOS and the colors so far, long (B, P + 1), to scores of the next color, (B, V). P grows by one per call."""
 
 
 def complete(
@@ -27,12 +27,12 @@ def complete(
     temperature: float = 1.0,
     first_image: int = 0,
 ) -> torch.Tensor:
-    """Images of `total` colors, long (B, total), that begin with `prefix`, integers (B, P) with 0 <= P <= total.
+    """Images of `total` colors, long (B, total), that start with `prefix`, integers (B, P) with 0 <= P <= total.
 
     temperature: divides the logits; 0 takes the most probable color.
-    first_image: number of the first image. Image i draws from a generator seeded by (seed, i), one number a
-    position: its colors do not depend on the images beside it, up to rounding, so a long list may be drawn in
-    batches of any size. The keys and values take 2 * layers * B * total * width numbers.
+    first_image: number of the first image. Image i has a generator seeded by (seed, i), with one number for each
+    position. So its colors do not depend on the other images of the batch, up to rounding, and batches may have any
+    size. The key-value cache has 2 * layers * B * total * width elements.
     """
     colors = model.config.colors
     assert total <= model.config.n_positions, f"{total} asked for, {model.config.n_positions} positions"
@@ -48,7 +48,7 @@ def complete(
 def complete_halves(
     model: nn.Module, tokens: np.ndarray, *, samples: int, seed: int, temperature: float = 1.0
 ) -> np.ndarray:
-    """Draws the lower half of each image `samples` times: tokens (B, T) to uint16 (B, samples, T)."""
+    """Samples the lower half of each image `samples` times: tokens (B, T) to uint16 (B, samples, T)."""
     draw_rest = partial(complete, model, total=tokens.shape[1], seed=seed, temperature=temperature)
     return _complete_halves(draw_rest, tokens, samples, next(model.parameters()).device)
 
@@ -56,7 +56,7 @@ def complete_halves(
 def complete_halves_by(
     next_scores: NextScores, tokens: np.ndarray, *, colors: int, samples: int, seed: int, device: torch.device
 ) -> np.ndarray:
-    """The same for a model that gives its scores in any other way."""
+    """The same for a model given as a function from tokens to scores."""
     draw_rest = partial(_drawn, next_scores, total=tokens.shape[1], colors=colors, seed=seed)
     return _complete_halves(draw_rest, tokens, samples, device)
 
@@ -64,7 +64,7 @@ def complete_halves_by(
 def _complete_halves(
     draw_rest: Callable[[torch.Tensor], torch.Tensor], tokens: np.ndarray, samples: int, device: torch.device
 ) -> np.ndarray:
-    """draw_rest: of upper halves, long (B * samples, T / 2), to images, long (B * samples, T)."""
+    """draw_rest: maps upper halves, long (B * samples, T / 2), to images, long (B * samples, T)."""
     images, total = tokens.shape
     upper = tokens[:, : total // 2].repeat(samples, axis=0).astype(np.int64)
     drawn = draw_rest(torch.from_numpy(upper).to(device))
@@ -92,17 +92,17 @@ def _drawn(
 
 
 def draw(logits: torch.Tensor, thresholds: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Colors, long (B,): where the cumulative probabilities of logits (B, V) pass `thresholds` (B,) in [0, 1)."""
+    """Samples colors, long (B,): where cumulative probabilities of logits (B, V) exceed `thresholds` (B,) in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
-    # Scaled by the last sum, which rounding keeps from being 1; right=True never takes a color of probability 0.
+    # Scaled by the last sum, which is not exactly 1 after rounding. right=True never takes a color of probability 0.
     passed = torch.searchsorted(cumulative, thresholds[:, None] * cumulative[:, -1:], right=True)
     return passed.squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 def _thresholds(seed: int, first_image: int, images: int, total: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), float64 (B, total): a row an image, from its own generator."""
+    """Uniform numbers in [0, 1), float64 (B, total): one row for each image, from the image's own generator."""
     rows = []
     for image in range(first_image, first_image + images):
         generator = torch_generator(f"{seed}:picture:{image}")

@@ -1,4 +1,4 @@
-"""torch's random numbers as a function of what they are for; `data_prep.common.seeding` has numpy's."""
+"""torch generators seeded by purpose; `data_prep.common.seeding` has numpy's."""
 
 import hashlib
 

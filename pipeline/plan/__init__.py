@@ -1,5 +1,5 @@
-"""`plan`: which layouts of a run fit a number of accelerators, and how fast each would be, without any.
+"""`plan`: estimates the memory and speed of a run's layouts on accelerators, without needing one.
 
-Start at layouts.py, then memory.py and simulator.py. A new accelerator is an entry in pipeline/costs.py, with what the
-simulator knows of it in hardware.py.
+Start at README.md and layouts.py, then memory.py and simulator.py. A new accelerator is an entry in pipeline/costs.py
+and one in hardware.py.
 """

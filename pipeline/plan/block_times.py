@@ -1,10 +1,10 @@
-"""How long a block computes: from a file of measurements, from a stated MFU, or by an estimate.
+"""The computing time of a block: from a file of measurements, from a given MFU, or estimated.
 
-The estimate adds up three things. Matrix products reach the part of the peak that hardware.py says. Attention, counted
-in full, goes at half that rate. And norms, activation function and residuals move 345 bytes through memory for each
-channel of each token, forward and backward together, which is why narrow models reach less of the peak. The constants
-were fitted to published runs (tests/benchmarks/scale.py) with software of 2023: well compiled blocks are faster, which
-a measurement or a stated MFU will say.
+The estimate adds three terms. Matrix products run at the fraction of the peak given in hardware.py. Attention, counted
+in full, runs at half that rate. Norms, activation function and residuals move 345 bytes through memory for each channel
+of each token, forward and backward together; this is why narrow models reach less of the peak. The constants were
+fitted to published runs (tests/benchmarks/scale.py) with software of 2023. Well compiled blocks are faster: pass a
+measurement or an MFU for them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from transformers import GPT2Config
 
 TRAFFIC_BYTES = 345.0
-"""Of one channel of one token through one block, forward and backward; fitted, see above."""
+"""Bytes for one channel of one token in one block, forward and backward; fitted, see above."""
 ATTENTION_RATE = 0.5
-"""Of that of matrix products; fitted, see above."""
+"""Attention's rate as a fraction of that of matrix products; fitted, see above."""
 LAUNCH_SECONDS = 225e-6
-"""The least that a block takes, forward and backward: an allowance of 45 kernels at 5 us, not measured."""
+"""Minimum time of a block, forward and backward: an allowance of 45 kernels at 5 us, not measured."""
 FORWARD_SHARE = 1 / 3
-"""Of the FLOPs of a forward and a backward pass."""
+"""The forward pass's fraction of the FLOPs of a forward and a backward pass."""
 MEASURED_PRECISION = "bf16"
-"""Of every file of measurements."""
+"""Precision of the measurements in every file."""
 MEASURED_COLORS = 512
-"""Of the head in a file of measurements."""
+"""Colors of the head that is measured in every file."""
 UPDATE_BYTES = 42.0
-"""Of one parameter in the optimizer: gradient read for its norm, scaled and read again (16), fp32 weight and two
-moments read and written (24), bf16 weight written (2)."""
+"""Memory traffic of the optimizer for one parameter: gradient read for its norm, scaled and read again (16), fp32
+weight and two moments read and written (24), bf16 weight written (2)."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class BlockTime:
     heads: int
     positions: int
     images: int
-    """Of the micro-batch."""
+    """Images of the micro-batch."""
     forward_seconds: float
-    """Of one block over the micro-batch."""
+    """Forward pass of one block over the micro-batch."""
     backward_seconds: float
-    """Without computing the block again."""
+    """Backward pass of one block, without recomputation."""
     head_forward_seconds: float
-    """Of the last norm, a head of 512 colours and the loss."""
+    """Forward pass of the last norm, a head of 512 colors and the loss."""
     head_backward_seconds: float
     update_seconds_per_parameter: float
-    """Of the optimizer, with all that it does before and after."""
+    """The complete optimizer step, for one parameter."""
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -67,14 +67,14 @@ class BlockTime:
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """What `--block_times FILE` holds: {"device": NAME, "rows": [{a BlockTime's fields}, ...]}."""
+    """The content of `--block_times FILE`: {"device": NAME, "rows": [{the fields of BlockTime}, ...]}."""
 
     device: str
-    """As torch.cuda.get_device_name() says it."""
+    """The name of torch.cuda.get_device_name()."""
     rows: tuple[BlockTime, ...]
 
     def nearest(self, model: GPT2Config, images: int) -> BlockTime:
-        """The row whose width, positions and micro-batch are fewest times larger or smaller."""
+        """The row whose width, positions and micro-batch are closest on a logarithmic scale."""
 
         def distance(row: BlockTime) -> float:
             pairs = ((row.width, model.n_embd), (row.positions, model.n_positions), (row.images, images))
@@ -84,16 +84,16 @@ class BlockTimes:
 
 
 def read_block_times(path: str) -> BlockTimes:
-    """Raises ValueError with one sentence that names the file and what is wrong in it."""
+    """Reads a file of measurements. Raises ValueError naming the file and the invalid entry."""
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--block_times is {path!r}, which is no JSON file that can be read ({error}).") from error
+        raise ValueError(f"--block_times is {path!r}, which is not a readable JSON file ({error}).") from error
     if not isinstance(content, dict) or not isinstance(content.get("device"), str):
-        raise ValueError(f"{path} has no `device`; it must name the accelerator, as torch.cuda.get_device_name() does.")
+        raise ValueError(f"{path} has no `device`; it must be the name of torch.cuda.get_device_name().")
     rows = content.get("rows")
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} has no `rows`; they must be a list of at least one measured block.")
+        raise ValueError(f"{path} has no `rows`; it must be a list of at least one measured block.")
     return BlockTimes(content["device"], tuple(_row(row, f"{path}: rows[{i}]") for i, row in enumerate(rows)))
 
 
@@ -110,7 +110,7 @@ def _row(content: object, place: str) -> BlockTime:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one rank: a block's passes over a micro-batch, head and loss, and the optimizer for one parameter."""
+    """Seconds of a rank: a block's passes over a micro-batch, head and loss, and the optimizer for one parameter."""
 
     forward: float
     backward: float
@@ -120,7 +120,7 @@ class Seconds:
 
 
 def measured(times: BlockTimes, config: TrainConfig, model: GPT2Config) -> Seconds:
-    """The nearest row's, scaled by FLOPs: its efficiency is taken over."""
+    """The seconds of the nearest row, scaled by FLOPs: the efficiency is assumed to be the same."""
     images = config.batch.micro_size
     row = times.nearest(model, images)
     tokens = images * model.n_positions / (row.images * row.positions)
@@ -140,7 +140,7 @@ def measured(times: BlockTimes, config: TrainConfig, model: GPT2Config) -> Secon
 
 
 def _block_flops(model: GPT2Config, width: int, positions: int) -> float:
-    """Of a token in one block of that width, forward and backward, attention counted in full."""
+    """FLOPs of a token in one block of this width, forward and backward, with attention counted in full."""
     own = costs.matmul_parameters(model) - _head_flops(model) / 6
     return 6 * own / model.n_layer * (width / model.n_embd) ** 2 + 12.0 * positions * width
 
@@ -152,21 +152,24 @@ def _head_flops(model: GPT2Config) -> float:
 def estimated(
     config: TrainConfig, model: GPT2Config, peak: float, hardware: Hardware, mfu: float | None = None
 ) -> Seconds:
-    """At the part `mfu` of the peak (FLOP/s) if it is stated, else by the estimate above."""
+    """Estimated seconds, as described above; with `mfu`, computing runs at this fraction of the peak (FLOP/s)."""
     tokens, parts = config.batch.micro_size * model.n_positions, config.parallel.tensor_parallel
     rate = peak * (hardware.efficiency if mfu is None else mfu)
     block = tokens * _block_flops(model, model.n_embd, model.n_positions) / parts / rate
     head = tokens * _head_flops(model) / rate
     if mfu is None:
         block += tokens * 12.0 * model.n_positions * model.n_embd * (1 / ATTENTION_RATE - 1) / parts / rate
-        traffic = TRAFFIC_BYTES * (2 if config.precision == "fp32" else 1) * _kept_of_traffic(config, model)
+        traffic = TRAFFIC_BYTES * (2 if config.precision == "fp32" else 1) * _traffic_fraction(config, model)
         block = max(block + tokens * model.n_embd * traffic / hardware.memory_bytes, LAUNCH_SECONDS)
     update = UPDATE_BYTES / hardware.memory_bytes
     backward = 1 - FORWARD_SHARE
     return Seconds(block * FORWARD_SHARE, block * backward, head * FORWARD_SHARE, head * backward, update)
 
 
-def _kept_of_traffic(config: TrainConfig, model: GPT2Config) -> float:
-    """What tensor parallelism leaves of a block's traffic, by what autograd saves of it: norms and residuals stay."""
+def _traffic_fraction(config: TrainConfig, model: GPT2Config) -> float:
+    """The fraction of a block's memory traffic that remains under tensor parallelism.
+
+    Norms and residuals are replicated. Approximated by the fraction of saved activations that remains.
+    """
     alone = replace(config, parallel=replace(config.parallel, tensor_parallel=1))
     return saved_bytes(config, model, on_cpu=False) / saved_bytes(alone, model, on_cpu=False)

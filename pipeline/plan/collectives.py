@@ -1,9 +1,9 @@
-"""How long ranks take to exchange bytes by NCCL's algorithms.
+"""The time of collectives with NCCL's algorithms.
 
 All-gathers and reduce-scatters are rings: every rank sends to the next one, in n - 1 steps. A ring over several nodes
-enters and leaves each node as often as it has members there, each time by another port; it runs at the slower of that
-and of the line inside a node, and each of its steps waits for a hop between nodes. An all-reduce is two such rings, or
-over nodes a tree where that is faster: as many bytes, but a number of steps that grows with the logarithm of the nodes.
+uses the ports of all its ranks in a node. So it runs at the slower of two rates: these ports together, and the link
+inside a node. Each of its steps has the latency of a hop between nodes. An all-reduce is two such rings, or over nodes
+a tree if that is faster: the same bytes, but a number of steps that grows with the logarithm of the nodes.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from pipeline.plan.hardware import Links
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that exchange something, and how many of them share a node."""
+    """The ranks of a collective, and how many of them share a node."""
 
     ranks: int
     in_a_node: int
 
     @property
     def spans_nodes(self) -> bool:
-        """Whether a ring leaves a node."""
+        """Whether the ranks are on more than one node."""
         return self.ranks > self.in_a_node
 
 
 def gather_seconds(size: float, group: Group, links: Links) -> float:
-    """Of an all-gather of `size` bytes in all, or of a reduce-scatter of as many on each rank."""
+    """Seconds of an all-gather of `size` bytes in total, or of a reduce-scatter of `size` bytes on each rank."""
     if group.ranks == 1:
         return 0.0
     latency = links.network_latency if group.spans_nodes else links.node_latency
@@ -34,7 +34,7 @@ def gather_seconds(size: float, group: Group, links: Links) -> float:
 
 
 def all_reduce_seconds(size: float, group: Group, links: Links) -> float:
-    """Of a sum of `size` bytes on each rank."""
+    """Seconds of an all-reduce of `size` bytes on each rank."""
     rings = 2 * gather_seconds(size, group, links)
     if not group.spans_nodes:
         return rings
@@ -49,7 +49,7 @@ def _ring_speed(group: Group, links: Links) -> float:
 
 
 def send_seconds(size: float, leaves_node: bool, links: Links) -> float:
-    """Of `size` bytes from one rank to another."""
+    """Seconds to send `size` bytes from one rank to another."""
     if leaves_node:
         return size / links.network_bytes + links.network_latency
     return size / links.node_bytes + links.node_latency

@@ -1,4 +1,4 @@
-"""python -m pipeline plan: what a run would take on N accelerators of a kind, and the layouts that fit, without any."""
+"""python -m pipeline plan: estimates a run's memory and time on N accelerators, and the layouts that fit."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,48 +17,52 @@ from pipeline.value_checks import require_at_least, require_positive
 DISK_BYTES_A_SECOND = 1e9
 HOST_COPY_BYTES_A_SECOND = 20e9
 PROPOSED = 6
-CPU = costs.Accelerator("CPU", 1e12, float("inf"), "", "nominal: a rank on CPU")
+"""Number of layouts to list."""
+CPU = costs.Accelerator("CPU", 1e12, float("inf"), "", "nominal values for a rank on CPU")
 
 
 def plan_command(arguments: list[str]) -> int:
     """Prints the plan. Returns 0 if the configured layout fits, 1 if not. Raises ValueError naming a wrong key."""
     named = value_of("--accelerator", arguments)
     if named is not None:
-        _accelerator(named)  # before parsing, which takes a second
+        _accelerator(named)  # checked before parsing, which takes a second
     parser = new_parser(
-        "python -m pipeline plan", "Memory, time and layouts of a run on accelerators you need not have."
+        "python -m pipeline plan", "Estimate memory, time and layouts of a run on N accelerators. Needs no accelerator."
     )
-    parser.add_argument("--config", action="config", help="A YAML file of the keys below; see configs/.")
+    parser.add_argument("--config", action="config", help="A YAML file with the keys below; see configs/.")
     parser.add_argument("--accelerator", type=str, required=True, help=f"One of {', '.join(costs.ACCELERATORS)}, cpu.")
-    parser.add_argument("--ranks", type=int, required=True, help="Accelerators in all.")
-    parser.add_argument("--ranks_per_node", type=int, default=8, help="Accelerators that share a node.")
+    parser.add_argument("--ranks", type=int, required=True, help="Total number of accelerators.")
+    parser.add_argument("--ranks_per_node", type=int, default=8, help="Accelerators in each node.")
     parser.add_argument(
         "--block_times",
         type=str,
         default=None,
-        help="A JSON file of blocks measured on the accelerator; pipeline/plan/block_times.py has its form.",
+        help="A JSON file of block times measured on the accelerator; pipeline/plan/README.md describes it.",
     )
     parser.add_argument(
-        "--mfu", type=float, default=None, help="Instead: the fraction of the peak that computing alone reaches."
+        "--mfu",
+        type=float,
+        default=None,
+        help="Instead of block times: the MFU (0 to 1) of computing without communication.",
     )
-    for line, where in (("node", "of its node"), ("network", "of other nodes")):
+    for link, where in (("node", "inside a node"), ("network", "between nodes")):
         parser.add_argument(
-            f"--{line}_gb_per_second",
+            f"--{link}_gb_per_second",
             type=float,
             default=None,
-            help=f"GB/s that an accelerator sends to those {where}, as measured; else from a table.",
+            help=f"Measured bandwidth of an accelerator {where}, GB/s; by default from a table.",
         )
-    parser.add_argument("--json", type=str, default=None, help="Write the plan to this file too.")
+    parser.add_argument("--json", type=str, default=None, help="Also write the plan to this JSON file.")
     parser.add_class_arguments(TrainConfig)
     parsed = parse(parser, arguments)
     config, cluster = fill(TrainConfig, parsed), _cluster(parsed)
     if cluster.block_times and config.precision != MEASURED_PRECISION:
         raise ValueError(
-            f"--block_times holds blocks measured in {MEASURED_PRECISION}, and precision is {config.precision}; leave "
-            f"it out, or give --mfu."
+            f"--block_times has blocks measured in {MEASURED_PRECISION}, but precision is {config.precision}; omit "
+            f"--block_times, or use --mfu."
         )
     if config.precision == "fp8" and not (cluster.accelerator.float8 or cluster.on_cpu):
-        raise ValueError(f"precision is fp8, and {cluster.accelerator.name} has no float8 products; it must be bf16.")
+        raise ValueError(f"precision is fp8, but {cluster.accelerator.name} has no float8 products; it must be bf16.")
     return _plan(config, cluster, parsed.json)
 
 
@@ -71,7 +75,7 @@ def _cluster(parsed: Any) -> Cluster:
     if parsed.mfu is not None and not 0 < parsed.mfu <= 1:
         raise ValueError(f"--mfu is {parsed.mfu}; it must be above 0 and at most 1.")
     if parsed.mfu is not None and parsed.block_times is not None:
-        raise ValueError("--mfu and --block_times exclude each other; leave one of them out.")
+        raise ValueError("--mfu and --block_times exclude each other; omit one.")
     accelerator = _accelerator(parsed.accelerator)
     times = _times(parsed.block_times, accelerator) if parsed.block_times is not None else None
     hardware = hardware_of(accelerator).with_links(parsed.node_gb_per_second, parsed.network_gb_per_second)
@@ -82,7 +86,7 @@ def _times(path: str, accelerator: costs.Accelerator) -> BlockTimes:
     times = read_block_times(path)
     if (costs.find_accelerator(times.device) or CPU) is not accelerator:
         raise ValueError(
-            f"{path} was measured on {times.device!r}; it must have been on --accelerator, {accelerator.name}."
+            f"{path} was measured on {times.device!r}; it must be measured on --accelerator, {accelerator.name}."
         )
     return times
 
@@ -102,54 +106,54 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     if shards:
         require_resolution(config, shards.resolution, shards.path)
     model = gpt2_config(config.model, shards.colors if shards else 512, config.objective.kind)
-    others = sorted(alternatives(config, model, cluster), key=lambda layout: layout.seconds)
-    chosen = _chosen(config, model, cluster, others)
+    layouts = sorted(alternatives(config, model, cluster), key=lambda layout: layout.seconds)
+    chosen = _chosen(config, model, cluster, layouts)
     data_ranks = config.parallel.data_ranks(cluster.ranks)
     facts = {
         **_model_facts(config, model, cluster, chosen, shards.split("train").images if shards else None),
         "ranks": f"{cluster.ranks} ranks = {data_ranks} data-parallel x "
         f"{config.parallel.pipeline_stages} pipeline stages x {config.parallel.tensor_parallel} tensor-parallel",
         "layout": chosen.name(),
-        "micro-batches": f"{config.batch.accumulation_steps(data_ranks)} a step and rank",
-        "bubble": f"{chosen.bubble:.1%} of the step, messages aside",
+        "micro-batches": f"{config.batch.accumulation_steps(data_ranks)} per step and rank",
+        "bubble": f"{chosen.bubble:.1%} of the step, without communication",
     }
     _print_facts(facts)
-    print("\nthe step, s")
+    print("\nstep time, s")
     _print_facts({part.replace("_", " "): f"{seconds:8.3f}" for part, seconds in chosen.step.parts().items()})
-    print("\nmemory of the rank that needs most, GB")
+    print("\nmemory of the rank with the highest peak, GB")
     _print_facts({part: f"{size / 1e9:8.2f}" for part, size in chosen.memory.peak_parts.items() if size})
     limit = cluster.accelerator.memory_bytes / 1e9
     of = "" if cluster.on_cpu else f" of {limit:g} GB"
-    with_waste = f"x {chosen.memory.fragmentation:g} for fragmentation = " if chosen.memory.fragmentation > 1 else ""
-    print(f"  at the peak {with_waste}{chosen.memory.peak / 1e9:.2f} GB{of}")
+    fragmentation = f"x {chosen.memory.fragmentation:g} for fragmentation = " if chosen.memory.fragmentation > 1 else ""
+    print(f"  total {fragmentation}{chosen.memory.peak / 1e9:.2f} GB{of}")
     if not cluster.on_cpu:
-        _print_alternatives(others, cluster)
+        _print_layouts(layouts, cluster)
     if json is not None:
-        write_json(Path(json), {"facts": facts, "chosen": _as_json(chosen), "layouts": list(map(_as_json, others))})
+        write_json(Path(json), {"facts": facts, "chosen": _as_json(chosen), "layouts": list(map(_as_json, layouts))})
     if fits(chosen, cluster):
         return 0
-    better = next((layout for layout in others if fits(layout, cluster)), None)
-    advice = f"take {better.overrides()}" if better else "no layout does; take more ranks"
+    better = next((layout for layout in layouts if fits(layout, cluster)), None)
+    advice = f"use {better.overrides()}" if better else "no layout fits; use more ranks"
     print(
-        f"\nthe configured layout needs {chosen.memory.peak / 1e9:.1f} GB a rank and {cluster.accelerator.name} has "
+        f"\nthe configured layout needs {chosen.memory.peak / 1e9:.1f} GB per rank, and {cluster.accelerator.name} has "
         f"{limit:g} GB: {advice}."
     )
     return 1
 
 
-def _chosen(config: TrainConfig, model: Any, cluster: Cluster, others: list[Layout]) -> Layout:
-    """The configured layout. If ranks or batch do not divide, the error names the fastest that would do."""
+def _chosen(config: TrainConfig, model: Any, cluster: Cluster, layouts: list[Layout]) -> Layout:
+    """The configured layout. If ranks or batch do not divide, the error names the fastest layout that works."""
     try:
         return lay_out(config, model, cluster)
     except ValueError as error:
-        better = next((layout for layout in others if fits(layout, cluster)), None)
+        better = next((layout for layout in layouts if fits(layout, cluster)), None)
         if better is None:
             raise
-        raise ValueError(f"{error} Of those that divide and fit the fastest is {better.overrides()}.") from error
+        raise ValueError(f"{error} The fastest layout that divides and fits is {better.overrides()}.") from error
 
 
 def _model_facts(
-    config: TrainConfig, model: Any, cluster: Cluster, chosen: Layout, pictures: int | None
+    config: TrainConfig, model: Any, cluster: Cluster, chosen: Layout, train_images: int | None
 ) -> dict[str, str]:
     parameters, per_token = costs.parameter_count(model), costs.flops_per_token(model)
     images = config.batch.images_after(config.schedule.steps)
@@ -158,20 +162,21 @@ def _model_facts(
     hours = chosen.seconds * images / config.batch.global_size / 3600
     size = parameters * costs.STATE_BYTES
     own = size / cluster.ranks
-    epochs = f", {images / pictures:.1f} epochs of {pictures:,}" if pictures else ""
+    epochs = f", {images / train_images:.1f} epochs of {train_images:,}" if train_images else ""
     return {
         "model": f"{parameters:,} parameters: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, "
         f"{model.n_positions} positions, {config.precision}",
-        "compute": f"{per_token / 1e9:.3g} GFLOP a token, {flops:.3g} FLOP in all (6 x matmul parameters + 12 x "
+        "compute": f"{per_token / 1e9:.3g} GFLOP a token, {flops:.3g} FLOP in total (6 x matmul parameters + 12 x "
         f"layers x tokens x width)",
         "data": f"{images:,} images{epochs}; {images * model.n_positions * 2 / 1e12:.3g} TB read as tokens",
-        "time": f"{chosen.seconds:.3f} s a step, {hours / 24:.1f} days, {hours * cluster.ranks:,.0f} accelerator-hours "
-        f"on {cluster.ranks} x {cluster.accelerator.name}; simulated, with blocks {_blocks(config, cluster)}",
-        "speed": f"{tokens / chosen.seconds / cluster.ranks:,.0f} tokens/s an accelerator, "
+        "time": f"{chosen.seconds:.3f} s per step, {hours / 24:.1f} days, "
+        f"{hours * cluster.ranks:,.0f} accelerator-hours on {cluster.ranks} x {cluster.accelerator.name}; "
+        f"simulated, with blocks {_blocks(config, cluster)}",
+        "speed": f"{tokens / chosen.seconds / cluster.ranks:,.0f} tokens/s per accelerator, "
         f"{tokens * per_token / chosen.seconds / cluster.ranks / peak:.1%} MFU of {peak / 1e12:g} TFLOP/s (dense bf16)",
-        "checkpoint": f"{size / 1e9:.1f} GB, {own / 1e9:.2f} GB written by each rank, in its host memory until it is; "
-        f"training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy, {own / DISK_BYTES_A_SECOND:.1f} s for "
-        f"the disk if not asynchronous (at 20 and 1 GB/s a rank)",
+        "checkpoint": f"{size / 1e9:.1f} GB, {own / 1e9:.2f} GB from each rank, in its host memory until written; "
+        f"training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy (at 20 GB/s), or "
+        f"{own / DISK_BYTES_A_SECOND:.1f} s for the disk if not asynchronous (at 1 GB/s)",
     }
 
 
@@ -181,7 +186,7 @@ def _blocks(config: TrainConfig, cluster: Cluster) -> str:
     if cluster.mfu is not None:
         return f"at {cluster.mfu:.0%} of the peak (--mfu)"
     as_bf16 = " as under bf16" if config.precision == "fp8" else ""
-    return f"estimated{as_bf16} (--block_times or --mfu say better)"
+    return f"estimated{as_bf16} (--block_times or --mfu are more accurate)"
 
 
 def _print_facts(facts: dict[str, str]) -> None:
@@ -189,24 +194,24 @@ def _print_facts(facts: dict[str, str]) -> None:
     print("\n".join(f"  {key:<{width}}  {text}" for key, text in facts.items()))
 
 
-def _print_alternatives(others: list[Layout], cluster: Cluster) -> None:
-    """The fastest that fit, and those that would be faster and don't, with the reason."""
-    fitting = [layout for layout in others if fits(layout, cluster)]
+def _print_layouts(layouts: list[Layout], cluster: Cluster) -> None:
+    """The fastest layouts that fit, and faster ones that don't, with the largest part of their memory."""
+    fitting = [layout for layout in layouts if fits(layout, cluster)]
     print("\nlayouts that fit, by estimated speed")
     for layout in fitting[:PROPOSED]:
         print(f"{_cost(layout)}  bubble {layout.bubble:5.1%}  {layout.name()}")
     best = fitting[0].seconds if fitting else float("inf")
-    too_large = [layout for layout in others if not fits(layout, cluster) and layout.seconds < best]
+    too_large = [layout for layout in layouts if not fits(layout, cluster) and layout.seconds < best]
     if too_large or not fitting:
-        print("faster, but do not fit" if fitting else "none; the nearest")
-        nearest = sorted(too_large or others, key=lambda layout: layout.memory.peak)
+        print("faster layouts that do not fit" if fitting else "none; those with the lowest peak")
+        nearest = sorted(too_large or layouts, key=lambda layout: layout.memory.peak)
         for layout in nearest[:PROPOSED]:
             part, size = max(layout.memory.peak_parts.items(), key=lambda item: item[1])
-            print(f"{_cost(layout)}  {layout.name()}: {part} take {size / 1e9:.1f} GB")
+            print(f"{_cost(layout)}  {layout.name()}: {size / 1e9:.1f} GB of {part}")
 
 
 def _cost(layout: Layout) -> str:
-    return f"  {layout.seconds:8.3f} s a step  {layout.memory.peak / 1e9:6.1f} GB"
+    return f"  {layout.seconds:8.3f} s per step  {layout.memory.peak / 1e9:6.1f} GB"
 
 
 def _as_json(layout: Layout) -> dict[str, Any]:

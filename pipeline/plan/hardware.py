@@ -1,9 +1,9 @@
-"""What the simulator knows of an accelerator beside its peak: how fast it computes, updates and sends.
+"""Properties of accelerators for the simulator, in addition to their peak: efficiency, memory and link bandwidth.
 
-Lines are as vendors state them, what NCCL makes of a line as NVIDIA states it: 370 of NVLink 4's 450 GB/s "with the
-protocol overhead" (NVIDIA/nccl-tests#212), 46 to 48 of a 400 Gbit/s port's 50 GB/s (NVIDIA/nccl-tests#290). The part of
-the peak that matrix products reach was fitted to a published run each of H100 and A100 (tests/benchmarks/scale.py has
-them and the errors on all others); for other products it is their neighbour's, and unproven.
+Link rates are the vendors'. The fraction that NCCL reaches is NVIDIA's: 370 of NVLink 4's 450 GB/s "with the protocol
+overhead" (NVIDIA/nccl-tests#212), 46 to 48 of a 400 Gbit/s port's 50 GB/s (NVIDIA/nccl-tests#290). The fraction of the
+peak that matrix products reach was fitted to one published run each on H100 and A100; tests/benchmarks/scale.py has
+these runs and the errors on all others. Other accelerators use the value of a similar one, which was not verified.
 """
 
 from dataclasses import dataclass, replace
@@ -12,20 +12,20 @@ from pipeline.costs import Accelerator
 
 GIGA = 1e9
 NODE_SHARE, NETWORK_SHARE = 370 / 450, 47 / 50
-"""Of a line's rate inside a node, and between nodes, that a collective reaches."""
+"""The fraction of a link's rate that a collective reaches, inside a node and between nodes."""
 NODE_LATENCY = 5e-6
-"""Seconds of a step of a ring inside a node: NCCL's small messages take some 30 us among 8 H100."""
+"""Seconds of a step of a ring inside a node: small messages of NCCL take about 30 us among 8 H100."""
 NETWORK_LATENCY = 15e-6
-"""Seconds of a step over nodes, effective. An all-gather of 2 GB among 256 H100 at 200 GB/s (NVIDIA/nccl#1218) takes 19
-us a step of its ring over what its bytes take; the all-reduce of 256 MB of "The Ultra-Scale Playbook" (Hugging Face,
-2025), 64.9 and 32.9 GB/s on 32 and 64 nodes of 8 H100, 13 and 14 us if it was a ring."""
+"""Effective seconds of a step of a ring over nodes, in addition to the bytes' time. An all-gather of 2 GB among 256
+H100 at 200 GB/s (NVIDIA/nccl#1218) takes 19 us a step. The all-reduce of 256 MB of "The Ultra-Scale Playbook" (Hugging
+Face, 2025), 64.9 and 32.9 GB/s on 32 and 64 nodes of 8 H100, takes 13 and 14 us a step if it was a ring."""
 HOST_BYTES = 25 * GIGA
 """Bytes a second between an accelerator and its host: PCIe 4 x16, one direction."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """Bytes a second of one accelerator in one direction, and seconds before the first byte of a message comes."""
+    """Bytes per second of one accelerator in one direction, and the latency of a message in seconds."""
 
     node_bytes: float
     network_bytes: float
@@ -35,16 +35,16 @@ class Links:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Of one accelerator."""
+    """Properties of one accelerator."""
 
     efficiency: float
-    """The part of the dense bf16 peak that the matrix products of a training step reach, attention among them."""
+    """The fraction of the dense bf16 peak that the matrix products of a training step reach."""
     memory_bytes: float
-    """Bytes a second of its memory."""
+    """Memory bandwidth, bytes per second."""
     links: Links
 
     def with_links(self, node_gb: float | None, network_gb: float | None) -> "Hardware":
-        """The same with measured rates, GB/s of one accelerator, where there are any."""
+        """A copy with measured link rates, GB/s of one accelerator; None leaves a rate as it is."""
         node = self.links.node_bytes if node_gb is None else node_gb * GIGA
         network = self.links.network_bytes if network_gb is None else network_gb * GIGA
         return replace(self, links=replace(self.links, node_bytes=node, network_bytes=network))
@@ -56,7 +56,7 @@ def _of(efficiency: float, memory_gb: float, node_gb: float, port_gbit: float) -
 
 
 HOPPER, AMPERE = 0.628, 0.785
-"""Fitted: 1.3B on 8 H100, and 6.7B on 8 A100, llm-foundry."""
+"""Fitted to 1.3B on 8 H100, and 6.7B on 8 A100, llm-foundry."""
 
 HARDWARE = {
     "NVIDIA A100 40GB": _of(AMPERE, 1555, 300, 200),
@@ -71,10 +71,11 @@ HARDWARE = {
     "AMD MI300X": _of(HOPPER, 5300, 448, 400),
     "CPU": _of(0.4, 50, 10, 10),
 }
-"""By the name in costs.ACCELERATORS: data sheets for memory, for the line to other accelerators of a node (NVLink, or
-PCIe where there is none; Infinity Fabric), and a usual network port for each accelerator. CPU: nominal."""
+"""By the name in costs.ACCELERATORS: efficiency, memory GB/s, link GB/s inside a node, and network port Gbit/s. Memory
+and links (NVLink, PCIe or Infinity Fabric) are from data sheets; the port is a usual one for each accelerator. CPU:
+nominal."""
 
 
 def hardware_of(accelerator: Accelerator) -> Hardware:
-    """What is known of it."""
+    """The properties of an accelerator."""
     return HARDWARE[accelerator.name]

@@ -1,4 +1,4 @@
-"""Layouts of a run on N accelerators: which fit (memory.py), and how fast each would be (simulator.py)."""
+"""Layouts of a run on N accelerators: their memory (memory.py) and step time (simulator.py)."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run is planned for."""
+    """The cluster that a run is planned for."""
 
     accelerator: costs.Accelerator
     ranks: int
     ranks_per_node: int
     hardware: Hardware
     mfu: float | None = None
-    """Of computing alone: the fraction of the peak that matrix products and what lies between them reach."""
+    """MFU of computing alone, without communication and bubbles; None to estimate blocks."""
     block_times: BlockTimes | None = None
-    """Measurements, which come before mfu; with neither, blocks are estimated."""
+    """Measured block times; without them and mfu, blocks are estimated."""
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the ranks are processes on CPUs, whose memory is no limit known here."""
+        """Whether the ranks are processes on CPUs, whose memory limit is unknown."""
         return self.accelerator.name == "CPU"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A configuration whose batch divides, and what becomes of it."""
+    """A configuration whose sizes divide, with its estimated memory and step time."""
 
     config: TrainConfig
     memory: Memory
     step: StepTime
     """The simulated step."""
     bubble: float
-    """The part of a step in which a stage has nothing to do, for stages that take equally long."""
+    """The fraction of a step in which a stage is idle, if all stages take equally long."""
 
     @property
     def seconds(self) -> float:
-        """Of one step."""
+        """Seconds of a step."""
         return self.step.seconds
 
     def name(self) -> str:
-        """Its keys, as one reads them."""
+        """A short description, such as "ZeRO-1, 2 stages, micro 4"."""
         parallel = self.config.parallel
         words = [f"ZeRO-{parallel.zero_stage}", f"{parallel.pipeline_stages} stages" * (parallel.pipeline_stages > 1)]
         words += [f"tensor {parallel.tensor_parallel}" * (parallel.tensor_parallel > 1)]
@@ -64,14 +64,14 @@ class Layout:
         return ", ".join(word for word in words if word)
 
     def overrides(self) -> str:
-        """To copy onto a command line."""
+        """The options of the layout, to copy to a command line."""
         keys = ("zero_stage", "pipeline_stages", "tensor_parallel", "recompute", "offload")
         words = [f"--parallel.{key} {str(getattr(self.config.parallel, key)).lower()}" for key in keys]
         return " ".join([*words, f"--batch.micro_size {self.config.batch.micro_size}"])
 
 
 def lay_out(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Layout:
-    """What becomes of a configuration. Raises ValueError naming the key if ranks or batch do not divide."""
+    """Estimates a configuration. Raises ValueError naming the key if ranks, batch or model do not divide."""
     data_ranks = config.parallel.data_ranks(cluster.ranks)
     micro_batches = config.batch.accumulation_steps(data_ranks)
     config.parallel.check_model(model.n_layer, model.n_head)
@@ -82,12 +82,12 @@ def lay_out(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Layout:
 
 
 def fits(layout: Layout, cluster: Cluster) -> bool:
-    """Whether the peak is below the accelerator's memory."""
+    """Whether the peak is at most the accelerator's memory."""
     return layout.memory.peak <= cluster.accelerator.memory_bytes
 
 
 def alternatives(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Iterator[Layout]:
-    """All layouts of the same run whose numbers divide; offloading only with ZeRO-3."""
+    """All layouts of the same run whose sizes divide; with offloading only under ZeRO-3."""
     powers = [2**power for power in range(11)]
     choices: dict[str, Sequence[Any]] = {
         "zero_stage": (1, 2, 3),
@@ -106,7 +106,7 @@ def alternatives(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> It
 
 
 def work_of(config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks: int, micro_batches: int) -> Work:
-    """A run's step for the simulator."""
+    """The simulator's description of a run's step."""
     if cluster.block_times:
         seconds = measured(cluster.block_times, config, model)
     else:

@@ -1,9 +1,8 @@
-"""The peak memory of a rank, part by part, by formula.
+"""The peak memory of a rank by formula, divided into parts.
 
-What DeepSpeed 0.19.8 holds was read in its optimizers and compared with runs on CPU (tests/benchmarks/memory.py); what
-autograd saves is counted again by a test. Nothing here was measured on an accelerator. Letters: B images of a
-micro-batch, T positions, D width, V colours, L layers; P parameters that a rank computes with, of `ranks` that share
-their optimizer state.
+DeepSpeed 0.19.8's buffers were taken from its source and compared with runs on CPU (tests/benchmarks/memory.py). A test
+counts what autograd saves. Nothing was measured on an accelerator. Letters: B images of a micro-batch, T positions, D
+width, V colors, L layers; P parameters that a rank computes with, whose optimizer state is divided over `ranks`.
 """
 
 from __future__ import annotations
@@ -20,42 +19,42 @@ if TYPE_CHECKING:
 REDUCE_BUCKET = 500_000_000
 """Elements of DeepSpeed's default bucket of gradients under ZeRO-2 and 3."""
 LIVE_PARAMETERS = 1_000_000_000
-"""Elements of whole weights that ZeRO-3 keeps at a time, by default."""
+"""Maximum number of elements of gathered weights under ZeRO-3, by default."""
 FIXED_BYTES = {"cpu": 64e6, "accelerator": 2e9}
-"""Libraries' own: measured on CPU; on an accelerator an allowance for its context and NCCL."""
+"""Memory of libraries: measured on CPU; on an accelerator an allowance for its context and NCCL."""
 FRAGMENTATION = {"cpu": 1.0, "accelerator": 1.05}
-"""The allocator's waste: an allowance on an accelerator."""
+"""Factor for the allocator's fragmentation: an allowance on an accelerator."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank: what is there all the time, and on top of it one of three peaks.
+    """Bytes of a rank by part: allocated all the time, and in three phases, the largest of which is the peak.
 
-    While activations go, gradients come, so the backward pass is largest at its beginning or at its end.
+    In the backward pass activations are freed while gradients are allocated, so its maximum is at its start or end.
     """
 
     always: dict[str, float] = field(default_factory=dict)
     forward: dict[str, float] = field(default_factory=dict)
-    """Before the first gradient."""
+    """At the end of the forward pass, before the first gradient."""
     backward: dict[str, float] = field(default_factory=dict)
-    """After the last one."""
+    """At the end of the backward pass, after the last gradient."""
     update: dict[str, float] = field(default_factory=dict)
     fragmentation: float = 1.0
 
     @property
     def peak_parts(self) -> dict[str, float]:
-        """By part, at the peak."""
+        """Bytes by part at the peak."""
         phases = (self.forward, self.backward, self.update)
         return self.always | max(phases, key=lambda parts: sum(parts.values()))
 
     @property
     def peak(self) -> float:
-        """Bytes."""
+        """Bytes at the peak."""
         return sum(self.peak_parts.values()) * self.fragmentation
 
 
 def memory_of_rank(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool) -> Memory:
-    """Of the rank that needs most: under pipeline stages the first or the last."""
+    """The memory of the rank that needs the most, over all pipeline stages."""
     stages = range(config.parallel.pipeline_stages)
     return max((_of_stage(config, model, ranks, on_cpu, stage) for stage in stages), key=lambda memory: memory.peak)
 
@@ -72,8 +71,8 @@ def _of_stage(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool, 
     in_flight = min(parallel.pipeline_stages - stage, micro_batches)
     width = 4 if config.precision == "fp32" else 2
     one_stream = config.batch.micro_size * model.n_positions * model.n_embd * width
-    kept = one_stream if parallel.recompute else saved
-    forward = {"activations": in_flight * blocks * kept + (saved if parallel.recompute else 0.0)}
+    per_block = one_stream if parallel.recompute else saved
+    forward = {"activations": in_flight * blocks * per_block + (saved if parallel.recompute else 0.0)}
     if is_last:
         scores = config.batch.micro_size * model.n_positions * model.colors * 4
         forward["logits and loss"] = (3 if width == 4 else 4.5) * scores
@@ -81,21 +80,21 @@ def _of_stage(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool, 
         forward["stages' messages"] = 2 * in_flight * one_stream
     if parallel.zero_stage == 3:
         forward["whole weights"] = backward["whole weights"]
-    if micro_batches > 1:  # the gradients of earlier micro-batches are there
+    if micro_batches > 1:  # the gradients of earlier micro-batches exist already
         forward |= {part: size for part, size in backward.items() if part.endswith("gradients")}
-    backward["activations"] = saved  # those of the first block
+    backward["activations"] = saved  # of the first block
     if config.precision == "fp8":
         forward["float8 copies"] = backward["float8 copies"] = float8_bytes(config, model)
     return Memory(always, forward, backward, update, FRAGMENTATION[kind])
 
 
 def saved_bytes(config: TrainConfig, model: GPT2Config, on_cpu: bool) -> float:
-    """What autograd saves of one block and a micro-batch.
+    """Bytes that autograd saves for one block and a micro-batch.
 
-    In streams of B * T * D: the inputs of three of four matrix products (3), queries, keys and values (3), the fourth's
-    input (4), what the activation function needs of its own (8, or 16 for GPT-2's), the two norms' inputs (2). A
-    RMSNorm on CPU is made of small operations, which save twice that in fp32. Tensor parallelism cuts what lies inside
-    the attention (4) and the MLP.
+    In tensors of B * T * D: the inputs of three of the four matrix products (3), queries, keys and values (3), the
+    input of the fourth product (4), intermediate values of the activation function (8, or 16 for GPT-2's), the inputs
+    of the two norms (2). On CPU an RMSNorm consists of small operations, which save twice as much, in fp32. Tensor
+    parallelism splits the tensors inside the attention (4) and the MLP.
     """
     stream = config.batch.micro_size * model.n_positions * model.n_embd
     width = 4 if config.precision == "fp32" else 2
@@ -106,22 +105,22 @@ def saved_bytes(config: TrainConfig, model: GPT2Config, on_cpu: bool) -> float:
 
 
 def float8_bytes(config: TrainConfig, model: GPT2Config) -> float:
-    """Roughly, while one product is computed; autograd saves nothing of it. Not measured.
+    """Approximate bytes of float8 copies while one product is computed; autograd does not save them. Not measured.
 
-    The operands of the largest, c_proj of the MLP, in its backward pass: streams of B * T * D (1 + 4) and a matrix of
-    4 * D^2, a byte each, and each once more for the layout that its second product wants.
+    The operands of the largest product, c_proj of the MLP, in its backward pass: tensors of B * T * D (1 + 4) and a
+    matrix of 4 * D^2, one byte per element, each twice because the second product needs another memory layout.
     """
     stream = config.batch.micro_size * model.n_positions * model.n_embd
     return 2.0 * (5 * stream + 4 * model.n_embd**2)
 
 
 def blocks_of_stage(layers: int, stages: int, stage: int) -> int:
-    """DeepSpeed gives the first stages one block more, where they don't divide."""
+    """Number of blocks of a stage; DeepSpeed gives the first stages one block more if they don't divide evenly."""
     return layers // stages + (1 if stage < layers % stages else 0)
 
 
 def _held_parameters(config: TrainConfig, model: GPT2Config, blocks: int, first: bool, last: bool) -> float:
-    """P: those of a rank's blocks, cut by tensor parallelism, and of embeddings and head where they lie."""
+    """P: parameters of a rank's blocks, split by tensor parallelism, and of embeddings and head on their stages."""
     in_blocks = costs.matmul_parameters(model) - _head(model)
     held = in_blocks * blocks / model.n_layer / config.parallel.tensor_parallel
     held += (model.vocab_size + model.n_positions) * model.n_embd if first else 0
@@ -133,11 +132,11 @@ def _head(model: GPT2Config) -> int:
 
 
 State = tuple[dict[str, float], dict[str, float], dict[str, float]]
-"""Bytes that are there always, at the end of the backward pass, and in the update."""
+"""Bytes by part: allocated all the time, at the end of the backward pass, and in the update."""
 
 
 def _state(config: TrainConfig, held: float, ranks: int, on_cpu: bool) -> State:
-    """Weights, gradients and optimizer of P parameters whose optimizer state `ranks` share."""
+    """Weights, gradients and optimizer state of P parameters, with the state divided over `ranks`."""
     stage, fp32 = config.parallel.zero_stage, config.precision == "fp32"
     offloaded = config.parallel.offload != "none"
     width = 4 if fp32 else 2
@@ -159,7 +158,7 @@ def _state(config: TrainConfig, held: float, ranks: int, on_cpu: bool) -> State:
     bucket = min(held, REDUCE_BUCKET) if on_cpu else REDUCE_BUCKET
     backward = {
         "gradients": width * (held if stage == 1 else min(held, REDUCE_BUCKET)),
-        # On an accelerator one is filled while the other is sent.
+        # On an accelerator one bucket is filled while the other is sent.
         "buckets": width * bucket * (1 if on_cpu else 2) + (0 if fp32 else 4 * min(held, REDUCE_BUCKET)),
         "own gradients": 0.0 if fp32 else 4 * held / ranks,
     }
@@ -167,14 +166,14 @@ def _state(config: TrainConfig, held: float, ranks: int, on_cpu: bool) -> State:
 
 
 def _without_zero(held: float, fp32: bool) -> State:
-    """Every rank holds all; under bf16 autocast keeps a copy of the weights until the backward pass is over."""
+    """ZeRO-0: every rank holds everything. With bf16, autocast caches bf16 weights until the backward pass ends."""
     always = {"weights": 4 * held, "moments": 8 * held}
     gradients = {"gradients": 4 * held}
     return always, gradients | ({} if fp32 else {"bf16 weights": 2 * held}), gradients
 
 
 def _stage_3(always: dict[str, float], held: float, ranks: int, width: int, on_cpu: bool) -> State:
-    """Whole weights and gradients of a few blocks at a time, on top of what the rank owns."""
+    """ZeRO-3: gathered weights and gradients of a few blocks at a time, in addition to the rank's own partition."""
     bucket = min(held, REDUCE_BUCKET)
     always["own gradients"] = 4 * held / ranks
     always["buckets"] = 4 * (bucket if on_cpu else REDUCE_BUCKET)

@@ -1,14 +1,16 @@
-"""The time of a training step, simulated: blocks, micro-batches, stages and messages one after the other.
+"""Simulates the time of a training step from blocks, micro-batches, stages and communication.
 
-Stages run DeepSpeed's 1F1B (deepspeed/runtime/pipe/schedule.py, TrainSchedule): of two neighbours one is in a forward
-and one in a backward pass; between passes they meet, and both wait until gradient and activations have been sent
-(deepspeed/runtime/pipe/p2p.py sends on the computing stream). What ZeRO does was read in DeepSpeed 0.19.8 under the
-settings of deepspeed_config.py: gradients travel as fp32; ZeRO-0 and 1 sum them over all ranks after the last
-backward pass, ZeRO-2 bucket by bucket in every backward pass and behind it (an all-reduce too, by its default
-use_multi_rank_bucket_allreduce), ZeRO-3 gathers the weights of a block while the one before it computes, in the forward
-and again in the backward pass, and scatters its gradients. ZeRO-1 and 2 gather the weights after the update.
+Stages run DeepSpeed's 1F1B schedule (deepspeed/runtime/pipe/schedule.py, TrainSchedule): of two neighboring stages, one
+is in a forward pass and one in a backward pass. Between passes they synchronize, and both wait until gradients and
+activations are sent (deepspeed/runtime/pipe/p2p.py sends on the computing stream).
 
-Left out: reading pictures, saves, validation, slower ranks and failing ones, host memory's limits.
+The communication of ZeRO follows DeepSpeed 0.19.8 with the settings of deepspeed_config.py. Gradients are sent as fp32.
+ZeRO-0 and 1 all-reduce them after the last backward pass. ZeRO-2 all-reduces them bucket by bucket during every
+backward pass (all-reduce by its default use_multi_rank_bucket_allreduce). ZeRO-3 gathers the weights of a block while
+the block before it computes, in the forward and in the backward pass, and scatters its gradients. ZeRO-1 and 2 gather
+the weights after the update.
+
+Not simulated: reading data, saves, validation, slow and failing ranks, limits of host memory.
 """
 
 from collections.abc import Callable
@@ -21,33 +23,33 @@ from pipeline.plan.hardware import HOST_BYTES, Links
 from pipeline.plan.memory import REDUCE_BUCKET, blocks_of_stage
 
 CONTENTION = 0.14
-"""Of its rate that computing loses while a message is under way, whose kernels take multiprocessors from it. Fitted to
+"""The fraction of its rate that computing loses during communication, whose kernels occupy multiprocessors. Fitted to
 one published run, see tests/benchmarks/scale.py."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step as one rank of each stage sees it; seconds are those of a rank, parameters whole ones."""
+    """A step of one rank of each stage: seconds per rank, and numbers of unpartitioned parameters."""
 
     layers: int
     micro_batches: int
     forward: float
-    """Seconds of a block's forward pass over a micro-batch, cut by tensor parallelism, without messages."""
+    """Seconds of a block's forward pass over a micro-batch, split by tensor parallelism, without communication."""
     backward: float
-    """Without computing the block again."""
+    """Seconds of a block's backward pass, without recomputation."""
     head_forward: float
-    """Seconds of head and loss, on the last stage."""
+    """Seconds of the forward pass of head and loss, on the last stage."""
     head_backward: float
     block_parameters: float
     outer_parameters: float
-    """Of embeddings, and of the head; each lies on its stage."""
+    """Parameters of embeddings and head, which are on the first and the last stage."""
     update: float
     """Seconds of the optimizer for one parameter."""
     stream_bytes: float
-    """Activations between two blocks, of a micro-batch."""
+    """Bytes of the activations between two blocks, for a micro-batch."""
     weight_bytes: float = 2.0
     gradient_bytes: float = 4.0
-    """Of a parameter's gradient under way."""
+    """Bytes of a parameter's gradient when it is sent."""
     recompute: bool = False
     zero_stage: int = 1
     stages: int = 1
@@ -56,57 +58,57 @@ class Work:
     ranks_per_node: int = 8
     offloads: bool = False
     sums_everywhere: bool = True
-    """Gradients of ZeRO-1 and 2 are summed on every rank, as DeepSpeed does, not only where they are needed."""
+    """Whether ZeRO-1 and 2 all-reduce gradients, as DeepSpeed does, instead of reduce-scattering them."""
     gathers: int = 2
-    """How often ZeRO-3 gathers a block's weights for a micro-batch."""
+    """How many times ZeRO-3 gathers a block's weights for a micro-batch."""
 
     @property
     def data_group(self) -> Group:
-        """Ranks that hold the same parameters: DeepSpeed numbers ranks by stage, then data, then tensor."""
+        """The data-parallel ranks of a stage: DeepSpeed numbers ranks by stage, then data, then tensor."""
         return Group(self.data, min(self.data, max(1, self.ranks_per_node // self.tensor)))
 
     def blocks(self, stage: int) -> int:
-        """Of a stage."""
+        """Number of blocks of a stage."""
         return blocks_of_stage(self.layers, self.stages, stage)
 
     def held(self, stage: int) -> float:
-        """Parameters of a rank."""
+        """Number of parameters of a rank of a stage."""
         outer = self.outer_parameters * ((stage == 0) + (stage == self.stages - 1)) / 2
         return self.blocks(stage) * self.block_parameters / self.tensor + outer
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what they go to; they add up."""
+    """Seconds of a step, divided into parts that add up to it."""
 
     computing: float
-    """The mean over ranks."""
+    """Computing, mean over ranks."""
     bubble: float
-    """For stages that take equally long."""
+    """The pipeline bubble, if all stages took equally long."""
     imbalance: float
-    """What uneven stages add; a little below zero where few micro-batches go through and the last stages are light."""
+    """Added by uneven stages; slightly negative with few micro-batches and light last stages."""
     stage_messages: float
     tensor_messages: float
     gradients: float
-    """Of their exchange that computing does not hide; under ZeRO-3 weights and gradients of all micro-batches."""
+    """Gradient communication that computing does not hide; under ZeRO-3 also of weights, in all micro-batches."""
     contention: float
-    """Computing that messages behind it slow down."""
+    """Added to computing by overlapping communication."""
     weights: float
-    """Gathering them after the update."""
+    """Gathering the weights after the update."""
     update: float
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Seconds of the complete step."""
         return sum(vars(self).values())
 
     def parts(self) -> dict[str, float]:
-        """Those that take at least a thousandth of the step."""
+        """The parts that take at least a thousandth of the step."""
         return {name: part for name, part in vars(self).items() if abs(part) >= self.seconds / 1000}
 
 
 def simulate(work: Work, links: Links) -> StepTime:
-    """A step of a run without failures, after the first few."""
+    """The time of a step after the first few, without failures."""
     passes = [_passes(work, stage, 0.0) for stage in range(work.stages)]
     mean = sum(map(sum, passes)) / work.stages
     message = all_reduce_seconds(work.stream_bytes, _tensor_group(work), links)
@@ -116,7 +118,7 @@ def simulate(work: Work, links: Links) -> StepTime:
     hops = tuple(send_seconds(work.stream_bytes, _leaves_node(work, stage), links) for stage in range(work.stages - 1))
     staged = pipeline_seconds(with_messages, hops, work.micro_batches) if hops else tensor
     computing, bubble = mean * work.micro_batches, mean * (work.stages - 1)
-    waits, slowed = _exchange(work, with_messages, links)
+    waits, slowed = _gradient_seconds(work, with_messages, links)
     held = max(map(work.held, range(work.stages)))
     owners = work.data if work.zero_stage else 1
     host = 16 * held / owners / HOST_BYTES if work.offloads else 0.0
@@ -139,7 +141,7 @@ Pass = tuple[float, float]
 
 
 def _passes(work: Work, stage: int, message: float) -> Pass:
-    """message: seconds of one all-reduce of tensor parallelism, two of which a block has in each direction."""
+    """message: seconds of one all-reduce of tensor parallelism; each pass of a block has two."""
     forward = work.blocks(stage) * (work.forward + 2 * message)
     backward = work.blocks(stage) * (work.backward + 2 * message) + (forward if work.recompute else 0.0)
     last = stage == work.stages - 1
@@ -151,16 +153,16 @@ def _tensor_group(work: Work) -> Group:
 
 
 def _leaves_node(work: Work, stage: int) -> bool:
-    """Whether the next stage lies in another node, for any of its ranks."""
+    """Whether any rank sends to the next stage in another node."""
     ranks, node = work.data * work.tensor, work.ranks_per_node
     own = range(stage * ranks, (stage + 1) * ranks)
     return ranks >= node or any(rank // node != (rank + ranks) // node for rank in own)
 
 
 def pipeline_seconds(passes: list[Pass], hops: tuple[float, ...], micro_batches: int) -> float:
-    """When the last stage of a pipeline is through with all passes, forward and backward.
+    """Seconds until all stages of a pipeline have finished all forward and backward passes.
 
-    passes: of each stage; hops: seconds of one message between each two neighbours.
+    passes: of each stage; hops: seconds of one message between each two neighboring stages.
     """
     if len(passes) == 1:
         return micro_batches * sum(passes[0])
@@ -173,12 +175,12 @@ def _one_forward_one_backward(passes: tuple[Pass, ...], hops: tuple[float, ...],
     clocks = [0.0] * stages
     for step in range(2 * (micro_batches + stages - 1)):
         for stage in range(1, stages):
-            if (step - stage) % 2 == 0:  # forward here, backward in the stage before
-                comes = 0 <= _forward_number(step, stage) < micro_batches
-                goes = 0 <= _backward_number(step - 1, stage, stages) < micro_batches
-                if comes or goes:
-                    met = max(clocks[stage - 1], clocks[stage])
-                    clocks[stage - 1] = clocks[stage] = met + (comes + goes) * hops[stage - 1]
+            if (step - stage) % 2 == 0:  # this stage is in a forward pass, the one before in a backward pass
+                receives = 0 <= _forward_number(step, stage) < micro_batches
+                sends = 0 <= _backward_number(step - 1, stage, stages) < micro_batches
+                if receives or sends:
+                    both_ready = max(clocks[stage - 1], clocks[stage])
+                    clocks[stage - 1] = clocks[stage] = both_ready + (receives + sends) * hops[stage - 1]
         for stage, (forward, backward) in enumerate(passes):
             is_forward = (step - stage) % 2 == 0
             number = _forward_number(step, stage) if is_forward else _backward_number(step, stage, stages)
@@ -188,19 +190,19 @@ def _one_forward_one_backward(passes: tuple[Pass, ...], hops: tuple[float, ...],
 
 
 def _forward_number(step: int, stage: int) -> int:
-    """Of the micro-batch that a stage takes forward; step and stage are both even or both odd."""
+    """Number of the micro-batch in a stage's forward pass; step and stage are both even or both odd."""
     return (step - stage) // 2
 
 
 def _backward_number(step: int, stage: int, stages: int) -> int:
-    """Of the micro-batch that a stage takes backward; one of step and stage is odd."""
+    """Number of the micro-batch in a stage's backward pass; one of step and stage is odd."""
     return (step + stage + 1) // 2 - stages
 
 
-def _exchange(work: Work, passes: list[Pass], links: Links) -> tuple[float, float]:
-    """Seconds that gradients (and ZeRO-3's weights) are waited for, and that computing is slowed down by them."""
+def _gradient_seconds(work: Work, passes: list[Pass], links: Links) -> tuple[float, float]:
+    """Seconds that computing waits for gradients (and ZeRO-3's weights), and seconds that it is slowed down by."""
     if work.zero_stage == 3:
-        return _whole_weights(work, links)
+        return _stage_3_seconds(work, links)
     held = max(map(work.held, range(work.stages)))
     summed = work.sums_everywhere or work.zero_stage == 0
     once = _in_buckets(all_reduce_seconds if summed else gather_seconds, work.gradient_bytes * held, held, work, links)
@@ -221,50 +223,50 @@ Collective = Callable[[float, Group, Links], float]
 
 
 def _in_buckets(collective: Collective, size: float, parameters: float, work: Work, links: Links) -> float:
-    """Seconds to exchange `size` bytes of as many parameters, DeepSpeed's 500M elements at a time."""
+    """Seconds to communicate `size` bytes of `parameters`, in DeepSpeed's buckets of 500M elements."""
     buckets = ceil(parameters / REDUCE_BUCKET)
     return buckets * collective(size / buckets, work.data_group, links)
 
 
 class Stream:
-    """A rank that computes while messages are under way, one after the other."""
+    """The timeline of a rank that computes while it communicates; messages are sent one after the other."""
 
     def __init__(self) -> None:
         self.clock, self.free, self.slowed = 0.0, 0.0, 0.0
 
     def compute(self, seconds: float) -> None:
-        """Slower while a message is under way."""
+        """Computes; slower while a message is being sent."""
         loss = CONTENTION * min(seconds, max(0.0, self.free - self.clock))
         self.clock += seconds + loss
         self.slowed += loss
 
     def send(self, seconds: float) -> float:
-        """Starts a message, after those before it; when it will have come."""
+        """Sends a message after the previous ones; returns the time of its arrival."""
         self.free = max(self.clock, self.free) + seconds
         return self.free
 
     def wait(self, until: float | None = None) -> None:
-        """For a message, or for all."""
+        """Waits until a message arrives, or for all messages."""
         self.clock = max(self.clock, self.free if until is None else until)
 
 
-def _whole_weights(work: Work, links: Links) -> tuple[float, float]:
-    """ZeRO-3's, block by block: the next one's weights come while one computes."""
+def _stage_3_seconds(work: Work, links: Links) -> tuple[float, float]:
+    """The same for ZeRO-3: the weights of the next block are gathered while a block computes."""
     gather = gather_seconds(work.weight_bytes * work.block_parameters, work.data_group, links)
     scatter = gather_seconds(work.gradient_bytes * work.block_parameters, work.data_group, links)
     outer = work.outer_parameters / 2
     stream, again = Stream(), work.gathers > 1
     stream.send(gather_seconds(work.weight_bytes * outer, work.data_group, links))
-    come = stream.send(gather)
+    arrival = stream.send(gather)
     for block in range(work.layers):
-        stream.wait(come)
-        come = stream.send(gather) if block < work.layers - 1 else stream.clock
+        stream.wait(arrival)
+        arrival = stream.send(gather) if block < work.layers - 1 else stream.clock
         stream.compute(work.forward)
-    come = stream.send(gather) if again else stream.clock
+    arrival = stream.send(gather) if again else stream.clock
     stream.compute(work.head_forward + work.head_backward)
     for block in range(work.layers):
-        stream.wait(come)
-        come = stream.send(gather) if again and block < work.layers - 1 else stream.clock
+        stream.wait(arrival)
+        arrival = stream.send(gather) if again and block < work.layers - 1 else stream.clock
         stream.compute(work.backward + (work.forward if work.recompute else 0.0))
         stream.send(scatter)
     stream.send(gather_seconds(work.gradient_bytes * outer, work.data_group, links))

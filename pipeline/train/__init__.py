@@ -1,5 +1,6 @@
-"""Training a run: setup.py checks the configuration, loop.py is the training loop.
+"""Trains a run: setup.py checks the configuration, loop.py is the training loop.
 
-Start at loop.py. checkpointing.py saves and resumes, validation.py measures; data/ orders the images, engine/ runs the
-model on the ranks, health/ watches the run, monitor/ records it. A new decay is a line in pipeline/schedule.py.
+Start at loop.py and README.md. checkpointing.py saves and resumes, validation.py computes the validation loss; data/
+orders and reads the images, engine/ runs the model on the ranks, health/ monitors the run, monitor/ records it. The
+learning rate schedule is in pipeline/schedule.py.
 """

@@ -1,4 +1,4 @@
-"""Saving and resuming across ranks: a thread writes a copy; the newest complete checkpoint is loaded and verified."""
+"""Saves and resumes over all ranks: a thread writes each checkpoint; the newest complete one is loaded and verified."""
 
 import logging
 import time
@@ -25,16 +25,16 @@ from pipeline.train.validation import probe_loss
 logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}
-"""Nats per token by which the probe loss may differ after a load: another topology sums in another order, and ZeRO-0
-keeps fp32 between products where the others round to bf16 (one image of 64 tokens: 0.015 at most of a thousand).
-An fp8 run is evaluated in bf16."""
+"""Nats per token by which the probe loss may differ after a load. Another topology sums in another order, and ZeRO-0
+keeps fp32 between products where the other stages round to bf16: 0.015 at most in a thousand probes of 64 tokens. An
+fp8 run is evaluated in bf16."""
 TOPOLOGY = ("zero_stage", "pipeline_stages", "tensor_parallel")
-"""Keys of parallel that a checkpoint's manifest names."""
+"""Keys of `parallel` that a checkpoint's manifest records."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: with the seed, all that the order of the images depends on."""
+    """Steps and images of a run so far: with the seed, they determine which images come next."""
 
     step: int = 0
     images: int = 0
@@ -48,13 +48,13 @@ class Pending:
     probe: float
     """The loss of the probe batch."""
     written: Future[dict[str, Any]]
-    """What this rank's part of it is, once written: bytes and sha256."""
+    """Bytes, sha256 and checksums of this rank's file, once it is written."""
 
 
 def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
-    """The newest checkpoint in `folder` whose files all are what was written; the ranks share the reading.
+    """The newest checkpoint in `folder` whose files match their digests; each rank verifies a share of the files.
 
-    Prints which ones it passed over. Raises ValueError if there are checkpoints and none is complete.
+    Logs the damaged checkpoints that it skips. Raises ValueError if there are checkpoints and none is complete.
     """
     candidates = from_first(lambda: [str(path) for path in reversed(checkpoints.committed(folder))])
     for candidate in candidates:
@@ -62,7 +62,7 @@ def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
         try:
             checkpoint = checkpoints.open_checkpoint(Path(candidate))
             if checkpoint.record.step != checkpoints.step_of(checkpoint.folder):
-                raise ValueError(f"it holds step {checkpoint.record.step}")
+                raise ValueError(f"its manifest is of step {checkpoint.record.step}")
             damage = checkpoint.damage(ranks.rank, ranks.count)
         except (ValueError, OSError) as error:
             damage = str(error)
@@ -70,16 +70,17 @@ def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
         if damage is None:
             return checkpoint
         if ranks.is_first:
-            logger.warning(f"passed over {candidate}: {damage}")
+            logger.warning(f"skipped the damaged checkpoint {candidate}: {damage}")
     if candidates:
         raise ValueError(
-            f"{folder} holds {len(candidates)} checkpoints and none is complete; put a copy back, or name a new --run."
+            f"{folder} has {len(candidates)} checkpoints, and none is complete; restore one from a copy, or name a "
+            f"new --run."
         )
     return None
 
 
 class CheckpointManager:
-    """A run's checkpoints, and what they must agree with."""
+    """Saves and loads a run's checkpoints."""
 
     def __init__(self, folder: Path, inputs: Inputs, order: Order) -> None:
         self.folder, self.inputs, self.order = folder, inputs, order
@@ -95,21 +96,22 @@ class CheckpointManager:
         return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
 
     def writing(self) -> bool:
-        """Whether this rank's part of a checkpoint is still being written."""
+        """Whether this rank's file of a checkpoint is still being written."""
         return self._pending is not None and not self._pending.written.done()
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Copies the state to the host and has it written; `finish` commits it.
+        """Copies the state to the host and starts writing it in a thread; `finish` commits it.
 
-        Waits for the save before, and raises as `finish` does; Diverged on every rank if the model is not finite.
+        First finishes the previous save, and raises its errors. Raises Diverged on every rank if the probe loss is NaN
+        or Inf.
         """
         self.finish()
         probe, *others = gather(probe_loss(engine, self.inputs.held_out))
         if not all(map(isfinite, [probe, *others])):
             raise Diverged(
-                f"the model of step {progress.step} is not finite (loss on the probe batch, by rank: "
-                f"{[probe, *others]}) and was not saved; the checkpoints in {self.folder} are from before it; a lower "
-                f"optimizer.learning_rate or a longer warm-up may help."
+                f"the loss of the probe batch at step {progress.step} is NaN or Inf (by rank: {[probe, *others]}); the "
+                f"step was not saved, and the checkpoints in {self.folder} are older; try a lower "
+                f"optimizer.learning_rate or a longer warm-up."
             )
         with raise_on_all_ranks():
             if self.ranks.is_first:
@@ -123,15 +125,15 @@ class CheckpointManager:
             self.finish()
 
     def _write(self, temporary: Path, tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, Any]:
-        """In the thread: this rank's file, and what its part adds to the checksums."""
+        """In the thread: writes this rank's file and computes its share of the checksums."""
         facts = checkpoints.write_rank(temporary, self.ranks.rank, tensors, index)
         return facts | {"checksums": checksums(tensors, index)}
 
     def finish(self) -> None:
-        """Commits what was begun, once all ranks have written it, and deletes what the rule does not keep.
+        """Waits until all ranks have written the pending checkpoint, commits it, and deletes those not to be retained.
 
-        Every rank calls it. Raises ValueError or OSError on every rank if one could not write; then nothing is
-        committed and the older checkpoints stay.
+        Every rank calls it. Raises ValueError or OSError on every rank if one could not write; then the checkpoint is
+        not committed, and the older ones remain.
         """
         if self._pending is None:
             return
@@ -149,10 +151,10 @@ class CheckpointManager:
                 checkpoints.retain(self.folder, self.config.checkpoint, pending.progress.step)
 
     def load(self, checkpoint: Checkpoint, engine: Engine) -> Progress:
-        """Fills the engine from a checkpoint of any topology, and proves it.
+        """Fills the engine from a checkpoint of any topology, and verifies the result.
 
-        Raises ValueError if it was made with other shards, another palette or another order of the images, if an
-        element of weights or moments is not what it was, or if the probe batch's loss is not the stored one.
+        Raises ValueError if the checkpoint was made with other shards, another palette or another data order, if the
+        checksums of the restored weights and moments differ from the stored ones, or if the probe loss does.
         """
         record = checkpoint.record
         self._check_origin(checkpoint)
@@ -168,30 +170,30 @@ class CheckpointManager:
             if not abs(loss - record.probe_loss) <= tolerance:
                 raise reported_on_all_ranks(
                     ValueError(
-                        f"{checkpoint.folder} gives the probe batch a loss of {loss:.7f} on rank {rank}, but "
-                        f"{record.probe_loss:.7f} when it was saved; the weights were not restored as they were."
+                        f"{checkpoint.folder} was not restored correctly: the loss of the probe batch is {loss:.7f} on "
+                        f"rank {rank}, and was {record.probe_loss:.7f} when it was saved."
                     )
                 )
         if self.ranks.is_first:
             logger.info(
-                f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; a "
-                f"held-out image gives the loss {losses[0]:.7f} (when it was saved: {record.probe_loss:.7f})"
+                f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the loss of the "
+                f"probe batch is {losses[0]:.7f} (when saved: {record.probe_loss:.7f})"
             )
         return Progress(record.step, record.images)
 
     def _check_checksums(self, checkpoint: Checkpoint, engine: Engine) -> None:
-        """Of what the engine holds now, whatever its topology. Raises ValueError on every rank if they differ."""
+        """Compares the checksums of the engine's state with the stored ones. Raises ValueError on every rank."""
         stored = checkpoint.record.fingerprints
         if not stored:
             return
         self._tensors, index = engine.snapshot(self._tensors)
         found = add_up(gather(checksums(self._tensors, index)))
-        odd = " and ".join(state for state in stored if found.get(state) != stored[state])
-        if odd:
+        differing = ", ".join(state for state in stored if found.get(state) != stored[state])
+        if differing:
             raise reported_on_all_ranks(
                 ValueError(
-                    f"{checkpoint.folder} was not restored as it was saved: {odd} of some parameter differs "
-                    f"(the checksums are not those of its manifest)."
+                    f"{checkpoint.folder} was not restored correctly: the checksums of {differing} differ from those "
+                    f"in its manifest."
                 )
             )
 
@@ -201,14 +203,14 @@ class CheckpointManager:
         check_shards(made_with, self.inputs.shards, checkpoint.folder)
         if self.order.fingerprint(record.images) == record.order_fingerprint:
             return
-        moved = self.order.moved_from(record.order_fingerprint, record.images)
-        if moved is None:
+        warning = self.order.resume_warning(record.order_fingerprint, record.images)
+        if warning is None:
             raise ValueError(
-                f"{checkpoint.folder} continues with other images than this run would read next; seed, data.flip "
-                f"and data.reflect_crop must be those of the run, and numpy must draw as it did."
+                f"{checkpoint.folder} has another data order than this run; seed, data.flip, data.reflect_crop and "
+                f"numpy's random generator must be the same as when it was saved."
             )
         if self.ranks.is_first:
-            logger.warning(moved)
+            logger.warning(warning)
 
     def _record(
         self, progress: Progress, probe: float, files: dict[str, dict[str, Any]], sums: dict[str, str]

@@ -1,4 +1,7 @@
-"""The training loop: read, step, record, validate, sample, save, until the last step or a request to stop."""
+"""The training loop: read, step, record, validate, sample, save, until the last step or a request to stop.
+
+Start at Trainer.run.
+"""
 
 import gc
 import logging
@@ -33,7 +36,7 @@ from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.process_group import start_group
 from pipeline.train.health.diverged import Diverged
 from pipeline.train.health.replicas import check_replicas
-from pipeline.train.health.step_filter import StepFilter
+from pipeline.train.health.step_filter import DESCRIPTIONS, StepFilter
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.stragglers import SlowRanks
 from pipeline.train.health.watchdog import Watchdog, group_timeout
@@ -56,7 +59,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     """
     start_clock = StartClock()
     start_clock.mark("imports")
-    gc.freeze()  # DeepSpeed collects garbage twenty times while it starts; what was imported is none
+    gc.freeze()  # DeepSpeed runs the garbage collector twenty times while it starts; imported modules are excluded
     ranks, folder, stop = describe_ranks(), RunFolder(run), StopRequests(run)
     with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
@@ -95,15 +98,15 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
 
 
 def print_finished(folder: RunFolder, config: TrainConfig) -> None:
-    """For a run that has nothing left to train; what the configuration changes has no effect on it."""
-    logger.info(f"{folder.path} has finished its {folder.finished_steps()} steps; nothing is left to train.")
+    """Logs that a run has nothing left to train, and which changes of its configuration have no effect."""
+    logger.info(f"{folder.path} has finished its {folder.finished_steps()} steps; nothing is left to train")
     for key, (old, new) in folder.changes(config).items():
-        logger.warning(f"without effect on a finished run: {key} was {old}, is {new}")
+        logger.warning(f"{key} was {old} and is now {new}, without effect on a finished run")
 
 
 @contextmanager
 def finishing_saves(checkpoint_manager: CheckpointManager) -> Iterator[None]:
-    """An error that all ranks raise does not take along the checkpoint that is being written."""
+    """If all ranks raise an error, the checkpoint that is being written is still finished."""
     try:
         yield
     except Exception as error:
@@ -113,32 +116,32 @@ def finishing_saves(checkpoint_manager: CheckpointManager) -> Iterator[None]:
 
 
 class RankFlags(NamedTuple):
-    """What the ranks share once a step: true if it is on one rank, or the largest."""
+    """Values that the ranks all-reduce once a step, with max: a flag is 1 if it is set on any rank."""
 
     stopping: float
     telemetry_failed: float
     writing: float
-    """A checkpoint."""
+    """Whether a checkpoint is being written."""
     save_overdue: float
     profile: float
     data_wait: float
-    """Seconds."""
+    """Seconds for which the slowest rank waited for data."""
     memory_bytes: float
 
 
 class Trainer:
-    """A run from its start, or its newest checkpoint, to its end: `run` is the loop."""
+    """Trains a run from its start, or its newest checkpoint, to its end: `run` is the loop."""
 
     def __init__(
         self, inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watchdog, start_clock: StartClock
     ) -> None:
-        """Builds the engine, resumes from the newest complete checkpoint and prints what is about to happen."""
+        """Builds the engine, resumes from the newest complete checkpoint and logs the derived quantities."""
         self.inputs, self.config, self.ranks = inputs, inputs.config, inputs.ranks
         self.stop, self.watchdog, self.start_clock = stop, watchdog, start_clock
         config, ranks = self.config, self.ranks
         torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
         checkpoint = newest_complete(folder.checkpoints, ranks)
-        start_clock.mark("looking at checkpoints")
+        start_clock.mark("verifying checkpoints")
         kernels = choose_attention(inputs, folder)
         self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
         start_clock.mark("model and engine")
@@ -155,10 +158,10 @@ class Trainer:
         self.save_pending = False
         self.clock = StepClock()
         if ranks.is_first:
-            logger.info(describe(inputs, self.throughput, kernels))
+            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels)}")
 
     def run(self) -> Progress:
-        """Trains until the last step or a request to stop. What happens at a step is recorded before it is saved."""
+        """Trains until the last step or a request to stop. A step is recorded before it is saved."""
         self.clock.start()
         flags = self.sync_flags()
         while self.progress.step < self.last_step and (self.save_pending or not flags.stopping):
@@ -184,7 +187,7 @@ class Trainer:
         return self.progress
 
     def sync_flags(self, data_wait: float = 0.0) -> RankFlags:
-        """The flags of all ranks; data_wait: this rank's seconds."""
+        """All-reduces the flags of all ranks; data_wait: seconds for which this rank waited for data."""
         own = RankFlags(
             stopping=self.stop.pending(),
             telemetry_failed=self.telemetry.failure is not None,
@@ -197,19 +200,19 @@ class Trainer:
         return RankFlags(*all_reduce_max(list(own), self.ranks.device))
 
     def read_batch(self, step: int) -> Batch:
-        """This rank's share of the step's images; every rank raises if one can't read."""
+        """This rank's share of the step's images; if reading fails on any rank, every rank raises."""
 
         def read() -> Batch:
             self.watchdog.enter("reading", step)
             size = self.config.batch.size_at(step)
             batch = self.clock.wait_for(partial(self.batches.at, self.progress.images, size))
-            self.watchdog.enter("exchanging read errors", step)  # where the others wait for a rank that still reads
+            self.watchdog.enter("exchanging read errors", step)  # ranks that have read wait here for the others
             return batch
 
         return run_on_all_ranks(read, self.ranks)
 
     def train_step(self, step: int, batch: Batch, profile: bool) -> StepResult:
-        """Forward, backward, and the update, unless the step filter skips it."""
+        """Forward pass, backward pass, and the update unless the step filter skips it."""
         self.watchdog.enter("training", step)
         self.profiler.before(step, profile)
         result = self.engine.step(batch, self.learning_rate(step), self.step_filter.accept)
@@ -217,11 +220,11 @@ class Trainer:
         return result
 
     def learning_rate(self, step: int) -> float:
-        """Of the update that makes step - 1 into step."""
+        """The learning rate of a step, counted from 1."""
         return learning_rate_at(step, self.config.optimizer.learning_rate, self.config.schedule)
 
     def record(self, step: int, result: StepResult, seconds: float, waited: float, flags: RankFlags) -> None:
-        """Writes the step's row, and logs what else is to be known of it. Raises Diverged as record_skipped does."""
+        """Writes the step's row; logs profile, slow ranks and skipped steps. Raises Diverged as record_skipped does."""
         size = self.config.batch.size_at(step)
         row = {
             "step": step,
@@ -244,27 +247,28 @@ class Trainer:
             self.record_skipped(row, result.reason)
 
     def record_skipped(self, row: dict[str, Any], reason: str) -> None:
-        """Writes down a skipped step, or a loss spike, with its images. Raises Diverged after too many in a row."""
+        """Records a skipped step or a loss spike with its images. Raises Diverged after too many in a row."""
         start, stop = self.progress.images, row["images"]
         images = self.inputs.train_split.locations(self.checkpoint_manager.order.image_numbers(start, stop - start))
         self.telemetry.skipped_step(row | {"reason": reason, "positions": [start, stop], "pictures": images})
         if self.step_filter.exhausted:
             raise Diverged(
-                f"step {row['step']} is {reason} (loss {row['loss']}, gradient norm {row['grad_norm']}), the last of "
-                f"{self.step_filter.skipped_in_a_row} skipped steps in a row (health.max_skipped); its images are "
-                f"{', '.join(images[:3])} ... and, with those of the other skipped steps, in {SKIPPED_FILE} of the "
-                f"run; a lower optimizer.learning_rate, a longer warm-up or precision fp32 may help."
+                f"step {row['step']} was skipped ({DESCRIPTIONS[reason]}: loss {row['loss']}, gradient norm "
+                f"{row['grad_norm']}), and "
+                f"{self.step_filter.skipped_in_a_row} skipped steps in a row end the run (health.max_skipped); its "
+                f"images are {', '.join(images[:3])} ...; {SKIPPED_FILE} of the run lists those of all skipped steps; "
+                f"try a lower optimizer.learning_rate, a longer warm-up or precision fp32."
             )
 
     def is_due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and at the last, is due; 0 is for never."""
+        """Whether this step is a multiple of `every`, or the last step; never if `every` is 0."""
         step = self.progress.step
         return every > 0 and (step % every == 0 or step == self.last_step)
 
     def decide_to_save(self, flags: RankFlags) -> bool:
-        """Whether to save now. A save that is due stays pending while the weights may be non-finite.
+        """Whether to save now. A due save stays pending while the weights may be non-finite.
 
-        The next applied step shows that they are finite; health.max_skipped skipped ones end the run.
+        The next applied step shows that they are finite; health.max_skipped skipped steps in a row end the run.
         """
         due = self.is_due(self.config.checkpoint.every_steps) or flags.stopping or flags.save_overdue
         self.save_pending = self.save_pending or bool(due)
@@ -273,21 +277,21 @@ class Trainer:
         return save_now
 
     def compare_replicas(self, save_now: bool) -> None:
-        """At every so many steps, and before each save: what is saved is what all ranks hold."""
+        """Compares replicated weights every health.replicas_every_steps, and before each save."""
         self.watchdog.enter("comparing weights", self.progress.step)
         every = self.config.health.replicas_every_steps
         if every and (save_now or self.is_due(every)):
             check_replicas(self.engine, self.progress.step)
 
     def validate(self) -> None:
-        """The loss on held-out images, if it is due."""
+        """Computes the validation loss, if it is due."""
         if self.is_due(self.config.validation.every_steps):
             self.watchdog.enter("validation", self.progress.step)
             loss = validation_loss(self.engine, self.inputs.held_out, self.config.validation.images, self.ranks)
             self.telemetry.validation({"step": self.progress.step, "images": self.progress.images, "valid_loss": loss})
 
     def draw_samples(self) -> None:
-        """Completed half images of the valid split, if they are due."""
+        """Completes half images of the valid split, if they are due."""
         if self.is_due(self.config.samples.every_steps) and self.inputs.masks is None:
             self.watchdog.enter("samples", self.progress.step)
             split, shards = self.inputs.valid_split, self.inputs.shards
@@ -297,14 +301,14 @@ class Trainer:
             self.telemetry.samples(self.progress.step, grid)
 
     def save(self) -> None:
-        """Begins a checkpoint, once all rows up to its step are on disk."""
+        """Starts a checkpoint, once all rows up to its step are on disk."""
         self.watchdog.enter("saving", self.progress.step)
         self.telemetry.flush()
         self.telemetry.raise_failure()
         self.checkpoint_manager.save(self.engine, self.progress)
 
     def close(self, flags: RankFlags) -> None:
-        """Ends what is still under way, on every rank."""
+        """Finishes the pending save, a profile and all files, on every rank."""
         self.watchdog.enter("ending", self.progress.step)
         self.checkpoint_manager.finish()
         self.telemetry.log(self.profiler.close(self.progress.step))

@@ -1,4 +1,4 @@
-"""Checks a configuration before any process group starts, and chooses what reads and computes."""
+"""Checks a configuration before any process group starts; chooses the attention kernel and the data reader."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,7 +29,7 @@ ATTENTION = "attention"
 
 @dataclass(frozen=True)
 class Inputs:
-    """A configuration that was checked against its shard set and the ranks."""
+    """A configuration, checked against its shard set and the number of ranks."""
 
     config: TrainConfig
     model_config: GPT2Config
@@ -38,33 +38,33 @@ class Inputs:
 
     @cached_property
     def train_split(self) -> Split:
-        """The images that the run learns from."""
+        """The training images."""
         return self.shards.split("train")
 
     @cached_property
     def valid_split(self) -> Split:
-        """The images that are held out of train."""
+        """The held-out images."""
         return self.shards.split("valid")
 
     @cached_property
     def held_out(self) -> HeldOutImages:
-        """The same as the engine reads them: with masks under the masked objective."""
+        """The held-out images as batches of the engine; with masks under the masked objective."""
         return HeldOutImages(self.valid_split, self.masks)
 
     @cached_property
     def masks(self) -> Masks | None:
-        """What masks pixels, under the masked objective."""
+        """The masks of the masked objective; None for next_color."""
         objective = self.config.objective
         return Masks(self.config.seed, objective.mask_probability) if objective.kind == "masked_color" else None
 
 
 def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
-    """Opens the shard set and checks everything against it. Raises ValueError naming the key."""
+    """Opens the shard set and checks the configuration against it and the ranks. Raises ValueError naming the key."""
     shards = open_training_set(config)
     if shards.address is not None and shards.split("train").images < config.parallel.data_ranks(ranks.count):
         raise ValueError(
             f"{shards.path} has {shards.split('train').images} images in its split 'train'; streamed to "
-            f"{ranks.count} ranks it needs one for each at least."
+            f"{ranks.count} ranks it must have at least one image for each."
         )
     config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count))
     check_machine(config, ranks.device)
@@ -74,7 +74,10 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
 
 
 def choose_attention(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
-    """On CUDA but in fp32, seconds by kernel as the first rank measured them: all ranks take the fastest. Else none."""
+    """On CUDA with bf16 or fp8, selects the fastest attention kernel on all ranks; returns seconds by kernel.
+
+    Rank 0 measures. Empty on CPU and with fp32.
+    """
     config, model, ranks = inputs.config, inputs.model_config, inputs.ranks
     if ranks.device.type != "cuda" or config.precision == "fp32":
         return {}
@@ -92,8 +95,10 @@ def choose_attention(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
 
 
 def attention_seconds(folder: RunFolder, shape: attention.AttentionShape, device: torch.device) -> dict[str, float]:
-    """As an earlier start of the run measured them on such a device, so that a resumed run has the same kernel and the
-    same bits; else measured here and noted."""
+    """Seconds by kernel: those recorded in run.json by an earlier start on the same device, else measured and recorded.
+
+    So a resumed run uses the same kernel and computes the same bits.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts: dict[str, Any] = {"device": name, "shape": asdict(shape)}
     known = folder.recall(ATTENTION) or {}
@@ -105,7 +110,7 @@ def attention_seconds(folder: RunFolder, shape: attention.AttentionShape, device
 
 
 def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
-    """By index from a folder, streamed from an address; with masks under the masked objective."""
+    """The data order and its reader: by index from a folder, streamed from an address; with masks if masked."""
     config, split, resolution = inputs.config, inputs.train_split, inputs.shards.resolution
     augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
     order: Order

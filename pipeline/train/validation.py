@@ -1,4 +1,4 @@
-"""The loss on fixed held-out images, shared between the ranks."""
+"""The validation loss on fixed held-out images, computed by all ranks together."""
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ def spread(available: int, wanted: int) -> np.ndarray:
 def validation_loss(engine: Engine, held_out: HeldOutImages, images: int, ranks: Ranks) -> float:
     """Mean nats per token over `images` images of the split; the same on all ranks.
 
-    Ranks must run equally many forward passes (ZeRO-3 gathers weights in each), so a rank with fewer images
-    repeats its last and leaves the repetition out of the sum.
+    All ranks must run equally many forward passes, because ZeRO-3 gathers weights in each. So a rank with fewer images
+    repeats its last one, and excludes the repetition from the sum.
     """
     chosen = spread(held_out.images, images)
     own = np.array_split(chosen, engine.data_ranks)[engine.data_rank]
@@ -29,7 +29,7 @@ def validation_loss(engine: Engine, held_out: HeldOutImages, images: int, ranks:
     nats = [
         engine.evaluate(held_out.batch(padded[start : start + CHUNK_IMAGES])) for start in range(0, share, CHUNK_IMAGES)
     ]
-    # The stages of one data-parallel rank hold the same sum, so the mean over all ranks is that over these.
+    # All stages of a data-parallel rank hold the same sum, so the mean over all ranks is the mean over data ranks.
     total = torch.tensor([np.concatenate(nats)[: len(own)].sum()], dtype=torch.float64, device=ranks.device)
     return float(mean_over_ranks(total).item() * engine.data_ranks / len(chosen))
 

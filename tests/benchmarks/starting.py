@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from tests.launch import run
 
-WORDS = re.compile(r"the first step ended ([\d.]+) s after the command began: (.*)")
+WORDS = re.compile(r"the first step ended ([\d.]+) s after the command started \((.*)\)")
 
 
 def table(folder: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Every recipe opens with what it is, has a layout that fits where it says, and builds the published model."""
+"""Every recipe opens with a description, fits on the accelerators that it names, and builds the published model."""
 
 import re
 from pathlib import Path
@@ -25,11 +25,11 @@ def test_all_sizes_are_there() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_a_lab_record(path: Path) -> None:
-    said = header(path)
+    text = header(path)
     for word in ("Model", "Schedule", "Cost", "Expect", "Fits", "Command"):
-        assert re.search(rf"^# {word} ", said, re.MULTILINE), word
-    assert f"configs/{path.name}" in said
-    assert "Chen et al., ICML 2020" in said
+        assert re.search(rf"^# {word} ", text, re.MULTILINE), word
+    assert f"configs/{path.name}" in text
+    assert "Chen et al., ICML 2020" in text
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

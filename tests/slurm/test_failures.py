@@ -58,7 +58,7 @@ def test_the_next_job_of_a_chain_waits_for_the_lock_of_a_lost_node(training: Tra
         training.check_finishes(restarts=0, starts=2)
     finally:
         training.cluster.node("plug", node)
-    assert f"SLURM job {first} still holds the run" in training.log()
+    assert f"SLURM job {first} still holds the lock of the run" in training.log()
 
 
 def test_a_controller_that_does_not_answer_when_the_job_requeues_itself(training: Training) -> None:
@@ -80,7 +80,7 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks_in_its_log(training: Tra
     training.cluster.until(lambda: ": requeue" in training.log(), "the end of the hanging job")
     training.check_finishes(restarts=1)
     log = training.log()
-    waited = re.search(r"no progress for (\d+) s: .* silent \(stopped, dead, or cut off\)", log)
+    waited = re.search(r"no progress for (\d+) s: .* not respond \(stopped, dead, or disconnected\)", log)
     assert waited and int(waited[1]) < HANG_SECONDS + 60, "by the configured limit, not the default one"
     assert log.count("in train_step") >= 3  # of the ranks that wait for it
     assert "hang" in json.loads((training.run / "failures.jsonl").read_text())["error"]

@@ -1,5 +1,5 @@
-"""Which images a step trains on: a pure function of (seed, position), whatever the ranks and restarts.
+"""The data order and its readers: the images of a step are a pure function of (seed, position).
 
-Start at batches.py; streaming.py and stream_order.py are for shard sets at an address, masking.py for the masked
-objective.
+Start at batches.py, which reads a local shard set. streaming.py and stream_order.py are for shard sets at an address,
+masking.py is for the masked objective, verify.py compares the shards with their digests.
 """

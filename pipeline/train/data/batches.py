@@ -1,8 +1,8 @@
-"""The order of the images: a pure function of (seed, position), whatever the ranks and restarts.
+"""The data order of a local shard set: a pure function of (seed, position), independent of ranks and restarts.
 
-Position p is the p-th image that the run trains on. It lies in epoch p // N of the split's N images. An epoch
-permutes the records, groups them into windows, and permutes the images inside each window, so that reads stay
-local. The whole state of the loader is the position, "images seen".
+Position p is the p-th image that the run trains on, in epoch p // N of the split's N images. An epoch permutes the
+records, groups them into windows, and permutes the images inside each window, so that reads stay local. The complete
+state of the loader is the position, "images seen".
 """
 
 import hashlib
@@ -18,25 +18,26 @@ from pipeline.model.augmentation import Augmentation, Changes
 from pipeline.model.masks import Batch
 
 WINDOW_RECORDS = 64
-"""Records that are mixed with each other: up to 16,384 images."""
+"""Records of a shuffle window: up to 16,384 images."""
 FINGERPRINT_IMAGES = 64
+"""Images that the fingerprint of an order is computed from."""
 STREAMED = "streamed/"
-"""Begins the fingerprint of a stream's order, before the number of its ranks."""
+"""Prefix of the fingerprint of a streamed order; the number of ranks follows."""
 
 
 class Order(Protocol):
-    """Which images a run reads when; what the run's checkpoints must agree with."""
+    """The order in which a run reads the images; a checkpoint resumes only with its own order."""
 
     def fingerprint(self, position: int) -> str:
-        """Tells this order from others, from a position on."""
+        """A digest that differs between orders, computed from the images after `position`."""
         ...
 
-    def moved_from(self, recorded: str, position: int) -> str | None:
-        """The message for a run with another fingerprint that can resume all the same; None if it can't."""
+    def resume_warning(self, recorded: str, position: int) -> str | None:
+        """The warning if a run with the fingerprint `recorded` can resume with this order; None if it can't."""
         ...
 
     def image_numbers(self, position: int, count: int) -> list[int]:
-        """The numbers in file order of the images at positions [position, position + count), as far as known."""
+        """Indices in file order of the images at positions [position, position + count)."""
         ...
 
 
@@ -48,15 +49,15 @@ class Batches(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends the reading thread."""
+        """Stops the reading thread."""
         ...
 
 
 class ImageOrder:
-    """Which image stands at which position of an endless stream of shuffled epochs."""
+    """Maps positions of an endless sequence of shuffled epochs to images."""
 
     def __init__(self, record_images: np.ndarray, seed: int, augmentation: Augmentation | None = None) -> None:
-        """record_images: images of each record, in file order. augmentation: none by default."""
+        """record_images: number of images in each record, in file order. augmentation: none by default."""
         self._record_images = record_images.astype(np.int64)
         self._first_image = np.concatenate([[0], np.cumsum(self._record_images)])
         self._seed = seed
@@ -66,14 +67,14 @@ class ImageOrder:
         self._window = lru_cache(maxsize=3)(self._new_window)
 
     def at(self, position: int, count: int) -> tuple[np.ndarray, Changes]:
-        """Images at positions [position, position + count): indices in file order int64, and their changes."""
+        """Images at positions [position, position + count): int64 indices in file order, and their augmentations."""
         indices, changes = [], []
         while count:
-            epoch, place = divmod(position, self.images)
+            epoch, in_epoch = divmod(position, self.images)
             _, window_starts = self._epoch(epoch)
-            window = int(np.searchsorted(window_starts, place, side="right")) - 1
+            window = int(np.searchsorted(window_starts, in_epoch, side="right")) - 1
             images, drawn = self._window(epoch, window)
-            offset = place - int(window_starts[window])
+            offset = in_epoch - int(window_starts[window])
             taken = min(count, len(images) - offset)
             indices.append(images[offset : offset + taken])
             changes.append(drawn[offset : offset + taken])
@@ -81,30 +82,30 @@ class ImageOrder:
         return np.concatenate(indices), Changes.join(changes)
 
     def fingerprint(self, position: int) -> str:
-        """Digest of the next few images; a change of the generator's algorithm would change it."""
+        """Digest of the next images; a change of numpy's generator would change it too."""
         indices, changes = self.at(position, FINGERPRINT_IMAGES)
         return hashlib.sha256(indices.tobytes() + self.augmentation.bytes_of(changes)).hexdigest()[:16]
 
     def image_numbers(self, position: int, count: int) -> list[int]:
-        """Their numbers in file order."""
+        """Their indices in file order."""
         return [int(number) for number in self.at(position, count)[0]]
 
-    def moved_from(self, recorded: str, position: int) -> str | None:
-        """The message for a run that was streamed so far; None for one that read by index in another order."""
+    def resume_warning(self, recorded: str, position: int) -> str | None:
+        """The warning for a run that was streamed before; None for a run that read by index in another order."""
         if not recorded.startswith(STREAMED):
             return None
         return (
-            "the run was streamed so far and is read by index now; from here to the end of the epoch some images "
-            "are read again and others left out"
+            "the run was streamed before and is read by index now; until the end of the epoch some images are read "
+            "twice and others are skipped"
         )
 
     def _new_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Records in their order of this epoch, and the place in the epoch at which each window starts."""
+        """The permuted records of an epoch, and the position in the epoch at which each window starts."""
         records = generator(self._seed, "records", epoch).permutation(len(self._record_images))
         return records, window_starts(self._record_images[records])
 
     def _new_window(self, epoch: int, window: int) -> tuple[np.ndarray, Changes]:
-        """Shuffled images of one window, and what is done to them."""
+        """The shuffled images of a window, and their augmentations."""
         records = self._epoch(epoch)[0][window * WINDOW_RECORDS : (window + 1) * WINDOW_RECORDS]
         images = np.concatenate([np.arange(self._first_image[r], self._first_image[r + 1]) for r in records])
         draw = generator(self._seed, "window", epoch, window)
@@ -113,13 +114,13 @@ class ImageOrder:
 
 
 def window_starts(record_images: np.ndarray) -> np.ndarray:
-    """Of records with so many images each, in the order they are read: the place at which each window starts."""
+    """The position at which each window starts; record_images: images of each record in the order they are read."""
     ends = np.cumsum(record_images)
     return np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
 
 
 class TrainingBatches:
-    """A data-parallel rank's slices of the global batches, read one ahead of the step that needs them."""
+    """Reads a data-parallel rank's share of each batch, in a thread and one batch ahead."""
 
     def __init__(self, split: Split, resolution: int, order: ImageOrder, rank: int, ranks: int) -> None:
         self._split, self._resolution, self._order = split, resolution, order
@@ -137,7 +138,7 @@ class TrainingBatches:
         return batch
 
     def close(self) -> None:
-        """Ends the reading thread."""
+        """Stops the reading thread."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, position: int, global_size: int) -> Batch:

@@ -9,7 +9,7 @@ from pipeline.train.data.batches import Batches
 
 
 class MaskedBatches:
-    """A data-parallel rank's share of each batch, its pixels masked by the position in the data order."""
+    """A data-parallel rank's share of each batch with masked pixels; masks are a function of (seed, position)."""
 
     def __init__(self, batches: Batches, masks: Masks, rank: int) -> None:
         self._batches, self._masks, self._rank = batches, masks, rank

@@ -1,9 +1,9 @@
-"""The order of images that are streamed: a pure function of (seed, position, data-parallel ranks).
+"""The data order of a streamed shard set: a pure function of (seed, position, data-parallel ranks).
 
-An epoch permutes the shards and reads them one after the other, records as they lie in the file. Rank r of D has the
-images from r * N // D to (r + 1) * N // D of that sequence of N; the cuts fall between images, so each is read by
-one rank, whatever the numbers of shards and ranks. A rank reads its part in windows of records and shuffles the
-images of a window; at the end of its part it continues with its part of the next epoch, so it always has a next batch.
+An epoch permutes the shards and reads them one after the other, records in file order. Rank r of D reads images
+r * N // D to (r + 1) * N // D of that sequence of N. The split falls between images, so each image is read by exactly
+one rank, for any number of shards and ranks. A rank reads its part in windows of records and shuffles the images of a
+window. At the end of its part it continues with its part of the next epoch, so it always has a next batch.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from pipeline.train.data.batches import FINGERPRINT_IMAGES, STREAMED, WINDOW_REC
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank reads in one epoch, record by record: int64 (R,) each."""
+    """The records that a rank reads in one epoch: int64 (R,) each."""
 
     records: np.ndarray
-    """Numbers in file order."""
+    """Indices in file order."""
     first_rows: np.ndarray
-    """The first image that is this rank's; not 0 only where the part begins inside a record."""
+    """First image of each record that is this rank's; 0, except where the part starts inside a record."""
     stop_rows: np.ndarray
-    """One past the last."""
+    """One past this rank's last image of each record."""
 
     def window(self, number: int) -> "Part":
         """The records of one window."""
@@ -36,23 +36,23 @@ class Part:
 
     @property
     def images(self) -> int:
-        """Images of all its records together."""
+        """Number of images."""
         return int((self.stop_rows - self.first_rows).sum())
 
 
 @dataclass(frozen=True)
 class Window:
-    """A rank's records that are shuffled with each other."""
+    """A shuffle window of a rank."""
 
     part: Part
     shuffled: np.ndarray
-    """int64 (n,): the images in the order they are trained on, by their place in the order they are read."""
+    """int64 (n,): for each image in training order, its index in read order."""
     changes: Changes
-    """What is done to the images, in the order they are trained on."""
+    """Augmentations of the images, in training order."""
 
 
 class StreamOrder:
-    """Which images each rank of a streamed run reads when."""
+    """Maps the positions of each rank of a streamed run to images."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class StreamOrder:
         ranks: int,
         augmentation: Augmentation | None = None,
     ) -> None:
-        """shards: images of each record, for each shard. ranks: D, at most as many as there are images."""
+        """shards: for each shard, the number of images in each record. ranks: D, at most the number of images."""
         self._shards = [np.asarray(records, np.int64) for records in shards]
         self._record_images = np.concatenate(self._shards)
         self._first_image = np.concatenate([[0], np.cumsum(self._record_images)])
@@ -75,13 +75,13 @@ class StreamOrder:
         self.window = lru_cache(maxsize=3)(self._new_window)
 
     def slices(self, rank: int, position: int, count: int) -> Iterator[tuple[tuple[int, int], slice]]:
-        """Of the `count` images that a rank reads after `position` others: each (epoch, window), and which of it."""
+        """The windows (epoch, number) of a rank's images [position, position + count), with a slice of each."""
         while count:
-            epoch, place = divmod(position, self._stop(rank) - self._stop(rank - 1))
+            epoch, in_epoch = divmod(position, self._stop(rank) - self._stop(rank - 1))
             part = self.part(rank, epoch)
             starts = window_starts(part.stop_rows - part.first_rows)
-            window = int(np.searchsorted(starts, place, side="right")) - 1
-            first = place - int(starts[window])
+            window = int(np.searchsorted(starts, in_epoch, side="right")) - 1
+            first = in_epoch - int(starts[window])
             taken = min(count, len(self.window(rank, epoch, window).shuffled) - first)
             yield (epoch, window), slice(first, first + taken)
             position, count = position + taken, count - taken
@@ -92,7 +92,7 @@ class StreamOrder:
         return (epoch, window + 1) if more else (epoch + 1, 0)
 
     def at(self, rank: int, position: int, count: int) -> tuple[np.ndarray, Changes]:
-        """The `count` images that a rank reads after `position` others: indices in file order int64, and changes."""
+        """A rank's images [position, position + count): int64 indices in file order, and augmentations."""
         indices, changes = [], []
         for key, chosen in self.slices(rank, position, count):
             window = self.window(rank, *key)
@@ -101,29 +101,29 @@ class StreamOrder:
         return np.concatenate(indices), Changes.join(changes)
 
     def image_numbers(self, position: int, count: int) -> list[int]:
-        """Those that all ranks read, one rank's after the other's; position and count: images of all ranks."""
+        """Indices in file order of the images of all ranks, concatenated; position and count: images of all ranks."""
         share = count // self.ranks
         read = [self.at(rank, position // self.ranks, share)[0] for rank in range(self.ranks)]
         return [int(number) for number in np.concatenate(read)]
 
     def fingerprint(self, position: int) -> str:
-        """The ranks, and a digest of what the first and the last of them read next; position: images of all ranks."""
+        """Number of ranks, and a digest of the next images of the first and last rank; position: of all ranks."""
         digest = hashlib.sha256()
         for rank in (0, self.ranks - 1):
             indices, changes = self.at(rank, position // self.ranks, FINGERPRINT_IMAGES)
             digest.update(indices.tobytes() + self.augmentation.bytes_of(changes))
         return f"{STREAMED}{self.ranks}/{digest.hexdigest()[:16]}"
 
-    def moved_from(self, recorded: str, position: int) -> str | None:
-        """The message for a run with another fingerprint that can resume; None if it can't."""
-        what = "from here to the end of the epoch some images are read again and others left out"
+    def resume_warning(self, recorded: str, position: int) -> str | None:
+        """The warning for a run that read by index, or was streamed to other ranks; None if it can't resume."""
+        what = "until the end of the epoch some images are read twice and others are skipped"
         if not recorded.startswith(STREAMED):
-            return f"the run was read by index so far and is streamed now; {what}"
+            return f"the run was read by index before and is streamed now; {what}"
         ranks = int(recorded.removeprefix(STREAMED).partition("/")[0])
         before = StreamOrder(self._shards, self._seed, ranks, self.augmentation)
         if ranks == self.ranks or before.fingerprint(position) != recorded:
             return None
-        return f"the run was streamed to {ranks} data-parallel ranks so far and is to {self.ranks} now; {what}"
+        return f"the run was streamed to {ranks} data-parallel ranks before and to {self.ranks} now; {what}"
 
     def _stop(self, rank: int) -> int:
         """One past the rank's last image in the sequence of an epoch."""
@@ -148,7 +148,7 @@ class StreamOrder:
         return Window(part, shuffled, self.augmentation.draw(draw, part.images))
 
     def _indices(self, part: Part) -> np.ndarray:
-        """The images of some records by their number in file order, in the order they are read."""
+        """Indices in file order of the images of a part, in read order."""
         starts = self._first_image[part.records]
         ranges = zip(starts + part.first_rows, starts + part.stop_rows, strict=True)
         return np.concatenate([np.arange(first, stop) for first, stop in ranges])

@@ -1,7 +1,7 @@
 """Training on a shard set at an address: each data-parallel rank streams its own part of `train`, through webdataset.
 
-Records come over one connection a shard, which begins at the record that is needed first. Each is compared with its
-checksum as it arrives, since nobody has read the files before.
+Each shard is read over one connection, which starts at the first record that is needed. Each record is compared with
+its checksum as it arrives, because the shards are not verified before the first step.
 """
 
 import tarfile
@@ -20,23 +20,23 @@ from pipeline.train.data.batches import WINDOW_RECORDS
 from pipeline.train.data.stream_order import StreamOrder
 
 GUARANTEES = f"""\
-  train is streamed, which guarantees less than a local shard set read by index:
-    the order depends on the number of data-parallel ranks: with another number a run resumes at the same count of
-      images, but reads some images of that epoch twice and skips others;
+  train is streamed, with weaker guarantees than a local shard set:
+    the order depends on the number of data-parallel ranks: with another number a run resumes at the same number of
+      images seen, but reads some images of that epoch twice and skips others;
     images are shuffled within windows of {WINDOW_RECORDS} consecutive records; the order of the shards is random;
-    shards are not verified before the first step, but each record by its checksum as it is read."""
+    shards are not verified before the first step; each record is verified by its checksum as it is read."""
 Key = tuple[int, int]
-"""Epoch, and window of the rank's part of it."""
+"""Epoch, and number of the window in the rank's part of that epoch."""
 
 
 class DamagedRecord(ValueError):
-    """What arrived is not the record that was written."""
+    """A record's content differs from its checksum."""
 
 
 class StreamedBatches:
-    """A data-parallel rank's share of each batch, streamed; the next window is read while the current one is used.
+    """Streams a data-parallel rank's share of each batch; the next window is read while the current one is used.
 
-    Two windows are held: 128 records, 67 MB at 32x32.
+    Two windows are in memory: 128 records, 67 MB at 32x32.
     """
 
     def __init__(self, split: Split, resolution: int, order: StreamOrder, rank: int) -> None:
@@ -50,25 +50,25 @@ class StreamedBatches:
     def at(self, position: int, global_size: int) -> Batch:
         """This rank's share of the batch that starts when all ranks have read `position`.
 
-        A pure function of (seed, position, ranks); another global_size at some step continues with each rank's next
-        images, as its place is position / ranks. Raises ValueError or OSError naming what could not be read.
+        A pure function of (seed, position, ranks). Each rank's own position is position / ranks, so global_size may
+        change between steps. Raises ValueError or OSError naming what could not be read.
         """
-        place, share = position // self._order.ranks, global_size // self._order.ranks
+        own_position, share = position // self._order.ranks, global_size // self._order.ranks
         batch = []
-        for key, chosen in self._order.slices(self._rank, place, share):
+        for key, chosen in self._order.slices(self._rank, own_position, share):
             window = self._order.window(self._rank, *key)
             images = self._window(key)[window.shuffled[chosen]]
             batch.append(self._order.augmentation.apply(images, window.changes[chosen], self._resolution))
         return Batch(np.concatenate(batch))
 
     def close(self) -> None:
-        """Ends the reading thread at its next record, without waiting for a connection that may hang."""
+        """Stops the reading thread at its next record, without waiting for a connection that may hang."""
         self._closing.set()
         self._reader.submit(self._end_records)
         self._reader.shutdown(wait=False)
 
     def _window(self, key: Key) -> np.ndarray:
-        """The tokens of a window as they are read, and the next one asked for."""
+        """The tokens of a window in read order; also starts to read the next window."""
         wanted = (key, self._order.following(self._rank, *key))
         for other in self._windows.keys() - set(wanted):
             self._windows.pop(other).cancel()
@@ -78,7 +78,7 @@ class StreamedBatches:
         return self._windows[key].result()
 
     def _read(self, key: Key) -> np.ndarray:
-        """Runs in the thread: uint16 (n, T). Continues over the open connection, if the window is its next."""
+        """In the thread: reads a window, uint16 (n, T). Reuses the open connection if the window comes next on it."""
         if self._records is None or self._next_of_records != key or key[1] == 0:
             self._end_records()
             self._records = self._records_from(key)
@@ -101,7 +101,7 @@ class StreamedBatches:
         self._records = None
 
     def _records_from(self, key: Key) -> Generator[np.ndarray, None, None]:
-        """Whole records, from the first of a window to the end of the rank's part of that epoch."""
+        """Complete records, from the first of a window to the end of the rank's part of that epoch."""
         epoch, window = key
         records = self._order.part(self._rank, epoch).records[window * WINDOW_RECORDS :]
         shards = np.searchsorted(self._split.shard_starts, records, side="right") - 1
@@ -110,10 +110,10 @@ class StreamedBatches:
 
 
 def read_records(split: Split, first: int, stop: int) -> Generator[np.ndarray, None, None]:
-    """Streams records [first, stop) of a remote split, which lie in one shard: uint16 (n, T) each.
+    """Streams records [first, stop) of one shard of a remote split: uint16 (n, T) each.
 
-    A record that differs from its checksum is fetched once again. Raises ValueError naming shard and record if it
-    differs then too, and as `open_remote` does.
+    A record that differs from its checksum is read a second time. Raises ValueError naming shard and record if it
+    differs again, and the errors of `open_remote`.
     """
     record, tried = first, -1
     while record < stop:
@@ -128,11 +128,11 @@ def read_records(split: Split, first: int, stop: int) -> Generator[np.ndarray, N
 
 
 def _stream_once(split: Split, first: int, stop: int) -> Generator[np.ndarray, None, None]:
-    """Records [first, stop) over one connection. Raises DamagedRecord at the first that is not as it was written."""
+    """Streams records [first, stop) over one connection. Raises DamagedRecord at the first damaged record."""
     from webdataset.tariterators import tar_file_iterator
 
-    place = int(np.searchsorted(split.shard_starts, first, side="right")) - 1
-    shard, before = split.shards[place], int(split.shard_starts[place])
+    number = int(np.searchsorted(split.shard_starts, first, side="right")) - 1
+    shard, before = split.shards[number], int(split.shard_starts[number])
     assert split.address is not None
     address = address_of(split.address, shard["file"])
     with open_remote(address, _end(shard, first - before - 1), size=shard["bytes"]) as file:
@@ -142,20 +142,20 @@ def _stream_once(split: Split, first: int, stop: int) -> Generator[np.ndarray, N
                 pixels, labels = next(members)["data"], next(members)["data"]
             except (tarfile.TarError, StopIteration):
                 pixels = labels = b""
-            except (OSError, ValueError) as error:  # to its words webdataset adds those of the file object
+            except (OSError, ValueError) as error:  # webdataset appends the file object to the message
                 kind = OSError if isinstance(error, OSError) else ValueError
                 raise kind(str(error).removesuffix(f" @ {file}")) from error
             tokens = _tokens(pixels, labels, split.positions, shard, record)
             if tokens is None:
                 raise DamagedRecord(
-                    f"{address}, record {record}, is not what was written (its checksum differs from {MANIFEST}); "
-                    f"put the file back as it was."
+                    f"{address}, record {record}, is damaged (its checksum differs from {MANIFEST}); restore the file "
+                    f"from a copy."
                 )
             yield tokens
 
 
 def _end(shard: dict[str, Any], record: int) -> int:
-    """The byte at which the next record's first header stands; record -1 ends where the file begins."""
+    """The byte offset of the header that follows a record; 0 for record -1."""
     if record < 0:
         return 0
     end = shard["labels_offsets"][record] + shard["record_images"][record] * LABELS_DTYPE.itemsize
@@ -163,7 +163,7 @@ def _end(shard: dict[str, Any], record: int) -> int:
 
 
 def _tokens(pixels: bytes, labels: bytes, positions: int, shard: dict[str, Any], record: int) -> np.ndarray | None:
-    """uint16 (n, T) from the two .npy files of a record; None if they are not what the manifest promises."""
+    """uint16 (n, T) from the two .npy files of a record; None if they do not match the manifest."""
     images = shard["record_images"][record]
     wanted = images * positions * PIXELS_DTYPE.itemsize, images * LABELS_DTYPE.itemsize
     if len(pixels) < wanted[0] or len(labels) < wanted[1]:

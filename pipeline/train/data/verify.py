@@ -1,4 +1,4 @@
-"""Shards are read whole once and compared with their digests, so that damage is found before it is learned from."""
+"""Compares every shard with its digest before the first step, so that a run never trains on damaged data."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ VERIFIED = "verified_shards"
 
 
 def verify_shards(shards: ShardSet, folder: RunFolder, ranks: Ranks) -> None:
-    """Compares every shard of train and valid with its sha256; the ranks share the reading.
+    """Compares every shard of train and valid with its sha256; each rank verifies a share of the files.
 
-    A file that an earlier start of the run verified, and whose size and time are the same, is not read again.
-    The shard set must be the same files on every node. Of a remote set, valid is copied to where every node finds
-    it, and checked by that; train is checked record by record as it is streamed. Raises ValueError on every rank,
-    naming the file.
+    A file that an earlier start of the run verified, and whose size and modification time are unchanged, is not read
+    again. The shard set must be the same files on every node. Of a remote set, valid is copied to the cache and
+    verified there; train is verified record by record as it is streamed. Raises ValueError on every rank, naming the
+    file.
     """
     if shards.address is not None:
         fetch_valid(shards.split("valid"), ranks)
         return
-    place = Path(shards.path)
-    promised = {
+    folder_path = Path(shards.path)
+    expected = {
         shard["file"]: shard["sha256"]
         for name in ("train", "valid")
         for shard in shards.manifest["splits"][name]["shards"]
@@ -30,24 +30,26 @@ def verify_shards(shards: ShardSet, folder: RunFolder, ranks: Ranks) -> None:
 
     def unverified() -> list[str]:
         known = folder.recall(VERIFIED) or {}
-        return [name for name in sorted(promised) if known.get(name) != _signature(place / name)]
+        return [name for name in sorted(expected) if known.get(name) != _signature(folder_path / name)]
 
     todo = from_first(unverified)
     with raise_on_all_ranks():
         for name in todo[ranks.rank :: ranks.count]:
-            if file_sha256(place / name) != promised[name]:
+            if file_sha256(folder_path / name) != expected[name]:
                 raise ValueError(
-                    f"{place / name} is not what was written (its sha256 differs from shards.json); delete "
-                    f"the shard set and prepare it again."
+                    f"{folder_path / name} is damaged (its sha256 differs from shards.json); restore it from a copy, "
+                    f"or delete the shard set and prepare it again."
                 )
     with raise_on_all_ranks():
         if ranks.is_first:
-            folder.note("running", **{VERIFIED: {name: _signature(place / name) for name in promised}})
+            folder.note("running", **{VERIFIED: {name: _signature(folder_path / name) for name in expected}})
 
 
 def fetch_valid(split: Split, ranks: Ranks) -> None:
-    """Copies the shards of a remote split into the cache: shared between all ranks, where nodes share the cache, and
-    what is still missing then by each node's first rank. Raises ValueError or OSError on every rank."""
+    """Copies the shards of a remote split into the cache. Raises ValueError or OSError on every rank.
+
+    All ranks copy a share each. If nodes do not share the cache, each node's first rank then copies what is missing.
+    """
     with raise_on_all_ranks():
         for shard in split.shards[ranks.rank :: ranks.count]:
             split.file(shard)

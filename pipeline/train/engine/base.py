@@ -1,4 +1,4 @@
-"""What the training loop knows of an engine: one interface, whatever spreads the model over the ranks."""
+"""The interface between the training loop and the engines."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from pipeline.checkpoint.fragments import FragmentReader, Tensors
 from pipeline.model.masks import Batch
 
 NOT_FINITE = "not finite"
-"""The reason of a step whose loss or gradient norm is NaN or Inf."""
+"""The reason for skipping a step whose loss or gradient norm is NaN or Inf; a value of skipped.jsonl."""
 
 
 class StepDecision(NamedTuple):
-    """What is to become of a step, from its loss and gradient norm."""
+    """Whether to apply a step, decided from its loss and gradient norm."""
 
     apply: bool
-    """Whether to make its update."""
+    """Whether to apply the update."""
     reason: str | None
-    """What is wrong with the step, or None; a loss spike may be applied all the same."""
+    """What is wrong with the step, or None. A loss spike may be applied."""
 
 
 Accept = Callable[[float, float], StepDecision]
-"""Decides about a step by its loss and gradient norm; called on all ranks, with the same values on each."""
+"""Decides on a step from its loss and gradient norm; called on all ranks with the same values."""
 
 
 def are_finite(loss: float, grad_norm: float) -> bool:
@@ -40,31 +40,31 @@ def accept_finite(loss: float, grad_norm: float) -> StepDecision:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, alike on all ranks."""
+    """The result of an optimizer step, the same on all ranks."""
 
     loss: float
     """Mean nats per token over the global batch, before the update."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
     applied: bool
-    """False if weights and moments were left as they were."""
+    """False if the step was skipped: weights and moments are unchanged."""
     reason: str | None
-    """What was wrong with the step, or None."""
+    """What is wrong with the step, or None."""
 
 
 class Engine(ABC):
-    """A model spread over ranks, with its optimizer."""
+    """A model on several ranks, with its optimizer."""
 
     data_rank: int
-    """This process's number among the data-parallel ranks."""
+    """This process's data-parallel rank."""
     data_ranks: int
-    """How many ranks read different images."""
+    """Number of data-parallel ranks."""
     work: str
-    """Ranks with the same `work` compute the same part of the model."""
+    """The part of the model that this rank computes: ranks with equal `work` are compared in speed."""
 
     @abstractmethod
     def step(self, batch: Batch, learning_rate: float, accept: Accept = accept_finite) -> StepResult:
-        """One optimizer step on this rank's share of the global batch; the update if accepted."""
+        """One optimizer step on this rank's share of the global batch; applies the update if `accept` says so."""
 
     @abstractmethod
     def evaluate(self, batch: Batch) -> np.ndarray:
@@ -72,30 +72,30 @@ class Engine(ABC):
 
     @abstractmethod
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
-        """Draws the lower halves of uint16 (B, T) anew: uint16 (B, samples, T), the same on every rank."""
+        """Samples new lower halves for images uint16 (B, T): uint16 (B, samples, T), the same on every rank."""
 
     @abstractmethod
     def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
         """This rank's fragments of fp32 weights and moments, copied to the host, and their index.
 
-        earlier: tensors of a snapshot that may be written over.
+        earlier: tensors of an earlier snapshot, to be overwritten.
         """
 
     @abstractmethod
     def restore(self, reader: FragmentReader, steps: int) -> None:
-        """Takes weights, moments and step count from a checkpoint of any topology.
+        """Restores weights, moments and step count from a checkpoint of any topology.
 
         Raises ValueError on every rank if the checkpoint's parameters are not the model's.
         """
 
     @abstractmethod
     def replica_checksums(self) -> dict[str, str]:
-        """Of the weights that the forward pass reads, by what other ranks may hold too: equal names, equal weights."""
+        """Checksums of this rank's weights by replica name: ranks with the same name must have the same checksum."""
 
     @abstractmethod
     def forward_seconds(self) -> float:
-        """Seconds that this rank spent in forward passes since it was last asked."""
+        """Seconds that this rank spent in forward passes since the last call."""
 
     @abstractmethod
     def close(self) -> None:
-        """Deletes what the engine put on disks for its own use."""
+        """Deletes the engine's temporary files."""

@@ -1,4 +1,4 @@
-"""Chooses the engine of a configuration, and checks that this machine has what the engine needs."""
+"""Chooses the engine of a configuration, and checks that this machine meets its requirements."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ from pipeline.train.engine.base import Engine
 
 
 def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks, initial: bool = True) -> Engine:
-    """Builds the model in its place, initialized by config.seed; needs the process group.
+    """Builds the engine and its model, initialized by config.seed; needs the process group.
 
-    initial: False leaves the weights as the memory is, for a checkpoint to fill.
+    initial: False leaves the weights uninitialized, for a checkpoint to fill.
     """
-    # DeepSpeed, which takes seconds to import, is needed by none of the checks.
+    # Imported here: DeepSpeed takes seconds to import, and the checks do not need it.
     if config.parallel.pipeline_stages > 1:
         from pipeline.train.engine.pipeline import PipelineEngine
 
@@ -28,7 +28,7 @@ def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks, in
 
 
 def check_machine(config: TrainConfig, device: torch.device) -> None:
-    """Raises ValueError naming the key if this machine lacks what the engine needs: compilers, a disk, float8."""
+    """Raises ValueError naming the key if this machine lacks a compiler, a disk or float8 products that are needed."""
     offload.check_compilers(config.parallel)
     if config.compile:
         check_torch_compiles(device)
@@ -37,12 +37,12 @@ def check_machine(config: TrainConfig, device: torch.device) -> None:
 
 
 def check_torch_compiles(device: torch.device) -> None:
-    """Raises ValueError if torch.compile finds no compiler: CXX or g++ on CPU; CC, gcc or clang on CUDA, for Triton."""
+    """Raises ValueError if torch.compile has no compiler: CXX or g++ on CPU; CC, gcc or clang on CUDA, for Triton."""
     kind, variable, usual = ("C", "CC", ["gcc", "clang"]) if device.type == "cuda" else ("C++", "CXX", ["g++"])
     named = os.environ.get(variable)
-    looked_for = usual if named is None else [named]  # neither looks further than at what is named
-    if all(shutil.which(name) is None for name in looked_for):
+    candidates = usual if named is None else [named]  # if the variable is set, torch and Triton try nothing else
+    if all(shutil.which(name) is None for name in candidates):
         raise ValueError(
-            f"compile is true; torch.compile needs a {kind} compiler on this device, and {' or '.join(looked_for)} is "
-            f"not to be found on PATH; install it, name another in {variable}, or set compile to false."
+            f"compile is true; torch.compile needs a {kind} compiler on this device, and {' or '.join(candidates)} is "
+            f"not on PATH; install it, name another in {variable}, or set compile to false."
         )

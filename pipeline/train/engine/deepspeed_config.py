@@ -14,24 +14,24 @@ from pipeline.train.engine.deepspeed_internals import full_shape, new_cpu_adam
 
 ADAM_EPSILON = 1e-8
 OFFLOADED = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
-"""Sections of `zero_optimization`, by parallel.offload."""
-MATRICES_CUT = [
+"""Sections of DeepSpeed's `zero_optimization` for each value of parallel.offload."""
+TENSOR_PARALLEL_SPECS = [
     {"patterns": [r".*attn\.c_attn\.weight$"], "partition_type": "column", "shape": [3, -1], "partition_dim": 0},
     {"patterns": [r".*mlp\.c_fc\.weight$"], "partition_type": "column"},
     {"patterns": [r".*c_proj\.weight$"], "partition_type": "row"},
 ]
-"""The same as tensor_parallel.CUTS, as AutoTP has it."""
+"""tensor_parallel.SPLITS in the format of DeepSpeed's AutoTP."""
 
 
 def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run; bf16, and so fp8, keeps fp32 master weights and sums gradients in fp32."""
+    """DeepSpeed's configuration for a run. bf16 and fp8 runs have fp32 master weights and sum gradients in fp32."""
     settings: dict[str, Any] = {
         "train_batch_size": config.batch.global_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count)),
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
-        "zero_allow_untested_optimizer": config.parallel.offload != "none",  # a class derived from DeepSpeed's own
+        "zero_allow_untested_optimizer": config.parallel.offload != "none",  # a subclass of DeepSpeed's CPU Adam
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "contiguous_gradients": True,
@@ -40,16 +40,16 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     }
     settings["zero_optimization"] |= _offload_settings(config.parallel, pinned=ranks.device.type == "cuda")
     if config.parallel.tensor_parallel > 1:
-        # DeepSpeed would check the batch against all ranks, before it knows which of them read the same images.
+        # DeepSpeed checks the batch against all ranks, before it knows which ranks read the same images.
         del settings["train_batch_size"]
         settings["tensor_parallel"] = {
             "autotp_size": config.parallel.tensor_parallel,
-            "partition_config": {"use_default_specs": False, "layer_specs": MATRICES_CUT},
+            "partition_config": {"use_default_specs": False, "layer_specs": TENSOR_PARALLEL_SPECS},
         }
     if config.parallel.zero_stage > 0:
         settings["gradient_clipping"] = config.optimizer.clip_norm
     if config.precision == "bf16" and config.parallel.zero_stage == 0:
-        # Without ZeRO nothing holds the fp32 master weights but the model itself.
+        # Without ZeRO, the model itself holds the fp32 master weights.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif config.precision != "fp32":
         settings["bf16"] = {"enabled": True}
@@ -59,7 +59,7 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def _offload_settings(parallel: ParallelConfig, pinned: bool) -> dict[str, dict[str, Any]]:
-    """ZeRO-Offload (to the host's memory) and ZeRO-Infinity (to NVMe): what is offloaded, and where to."""
+    """The offload sections: ZeRO-Offload (to host memory) or ZeRO-Infinity (to NVMe)."""
     target: dict[str, Any] = {"device": "cpu", "pin_memory": pinned}
     if parallel.nvme_path is not None:
         folder = offload.new_folder(Path(parallel.nvme_path))
@@ -70,16 +70,16 @@ def _offload_settings(parallel: ParallelConfig, pinned: bool) -> dict[str, dict[
 def new_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> Any:
     """Adam with decoupled weight decay on the blocks' and the head's matrices."""
     decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for name, parameter in parameters:
         matrix = len(full_shape(parameter)) >= 2 and not name.startswith(("transformer.wte", "transformer.wpe"))
-        (decayed if matrix else spared).append(parameter)
+        (decayed if matrix else not_decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.optimizer.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
     if config.parallel.offload != "none":
-        offload.find_own_ninja()
+        offload.add_environment_to_path()
         return new_cpu_adam(groups, config.optimizer.learning_rate, config.optimizer.betas, ADAM_EPSILON)
     return torch.optim.AdamW(
         groups,

@@ -1,4 +1,4 @@
-"""What the engines over DeepSpeed do alike; how a batch runs through the model is their own."""
+"""The common base class of the engines over DeepSpeed; subclasses run a batch through the model."""
 
 import hashlib
 from abc import abstractmethod
@@ -26,16 +26,16 @@ from pipeline.train.engine.deepspeed_config import new_optimizer
 from pipeline.train.engine.forward_timer import ForwardTimer
 
 CHECKSUM_ELEMENTS = 1 << 24
-"""Weights that are summed at a time."""
+"""Elements summed at a time."""
 
 
 class DeepSpeedEngine(Engine):
-    """An engine over one of DeepSpeed's."""
+    """An engine over a DeepSpeed engine."""
 
     _engine: Any
-    """DeepSpeed's."""
+    """DeepSpeed's engine."""
     _model: nn.Module
-    """The whole model, whose parameter names count; parts that other ranks hold may be without memory."""
+    """The complete model, which names the parameters; layers of other pipeline stages are on the meta device."""
     _coordinates: internals.RankCoordinates
 
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
@@ -45,7 +45,7 @@ class DeepSpeedEngine(Engine):
     def _start(
         self, module: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: dict[str, Any]
     ) -> None:
-        """Hands the module and the optimizer of its named parameters to DeepSpeed."""
+        """Initializes DeepSpeed with the module and an optimizer of the named parameters."""
         optimizer = new_optimizer(self._config, parameters)
         self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm)
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory tables and layers
@@ -54,11 +54,11 @@ class DeepSpeedEngine(Engine):
 
     @abstractmethod
     def _train(self, batch: Batch) -> float:
-        """Runs the batch forward and backward and asks for the update: mean nats per token over the global batch."""
+        """Runs forward and backward passes and the optimizer step: mean nats per token over the global batch."""
 
     @abstractmethod
     def _loss_and_norm(self) -> tuple[float, float]:
-        """Of the step, once all gradients are there."""
+        """Loss and gradient norm of the step, once all gradients are computed."""
 
     def step(self, batch: Batch, learning_rate: float, accept: Accept = accept_finite) -> StepResult:
         for group in self._engine.optimizer.param_groups:
@@ -97,10 +97,13 @@ class DeepSpeedEngine(Engine):
 
 
 class ConditionalStep:
-    """Replaces the optimizer's `step`: the update is made only if `accept` says so, once the gradient is known."""
+    """Replaces the optimizer's `step`: applies the update only if `accept` decides so from loss and gradient norm.
+
+    This is where a step is skipped.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, observe: Callable[[], tuple[float, float]]) -> None:
-        """observe: the loss and gradient norm of the step, called when all gradients are there."""
+        """observe: returns the loss and gradient norm of the step, once all gradients are computed."""
         self._optimizer, self._observe, self._update = optimizer, observe, optimizer.step
         self._accept: Accept | None = None
         self._decision: StepDecision | None = None
@@ -108,17 +111,17 @@ class ConditionalStep:
         optimizer.step = self._step  # type: ignore[assignment,method-assign]
 
     def begin(self, accept: Accept) -> None:
-        """Before each step; until the first, DeepSpeed's own set-up passes."""
+        """Call before each step. Before the first call every update is applied, for DeepSpeed's setup."""
         self._accept, self._decision, self._seen = accept, None, (nan, nan)
 
     def result(self, loss: float) -> StepResult:
-        """Of the last step. Where DeepSpeed refused a non-finite gradient itself, it never asked for the update."""
+        """The result of the last step. If DeepSpeed itself rejected a non-finite gradient, it never called `step`."""
         norm = self._seen[1]
         apply, reason = self._decision or StepDecision(False, NOT_FINITE)
         return StepResult(loss, norm if norm >= 0 else nan, apply, reason)
 
     def _step(self) -> None:
-        """Called once for each of DeepSpeed's parameter groups."""
+        """DeepSpeed calls this once for each parameter group; the first call decides."""
         if self._accept is not None and self._decision is None:
             self._seen = self._observe()
             self._decision = self._accept(*self._seen)
@@ -127,14 +130,13 @@ class ConditionalStep:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array on the device as it is on the host, so that two bytes a token are copied, and not waited for on an
-    accelerator."""
+    """Copies an array to the device in its own dtype, two bytes a token; asynchronously to an accelerator."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def weights_checksum(parameters: Iterable[torch.Tensor]) -> str:
-    """Of the bits of tensors, in order: their sums, computed where they lie, so that any one changed bit shows."""
+    """A checksum of the tensors' bits, computed on their device; any single changed bit changes it."""
     kinds = {2: torch.int16, 4: torch.int32}
     sums = []
     for parameter in parameters:

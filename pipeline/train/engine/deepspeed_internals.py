@@ -1,4 +1,4 @@
-"""All that is used of DeepSpeed 0.19.8 beyond its documented interface: another version may need changes here alone."""
+"""All uses of undocumented parts of DeepSpeed 0.19.8: only this file may need changes for another version."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,48 +12,51 @@ from torch import nn
 from pipeline.checkpoint.fragments import MOMENTS, Fragment, Part
 
 DISTANT_STEP = 1 << 40
-"""A step that no run comes to."""
+"""A step number that no run reaches."""
 Output = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of logits (B, T, V) and targets long (B, T): what the last pipeline stage computes."""
+"""What the last pipeline stage computes from logits (B, T, V) and targets long (B, T)."""
 
 
 def skip_shared_memory_collective() -> None:
-    """Keeps DeepSpeed from an optional speed-up that wants a C++ compiler as the process group starts."""
+    """Disables an optional optimization of DeepSpeed that needs a C++ compiler when the process group starts."""
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape before ZeRO-3 cut it over the ranks."""
+    """A parameter's shape before ZeRO-3 partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def set_progress(engine: Any, steps: int, images: int) -> None:
-    """Tells an engine how many steps it has made."""
+    """Sets the number of steps and images that an engine has trained on."""
     engine.global_steps, engine.global_samples = steps, images
 
 
 def restart_accumulation(engine: Any) -> None:
-    """The next micro-batch is the first of its batch: the engine finds the last by dividing, and batches may grow."""
+    """Makes the next micro-batch the first of its batch.
+
+    The engine finds the last micro-batch by division, which is wrong after the batch size changed.
+    """
     engine.micro_steps = 0
 
 
 def gradient_norm(engine: Any) -> float:
-    """Global norm of the step's gradient before clipping, as ZeRO's optimizer measured it."""
+    """Global norm of the step's gradient before clipping, as computed by ZeRO's optimizer."""
     return float(engine.optimizer._global_grad_norm)
 
 
 def mean_loss_of_stages(engine: Any) -> float:
-    """The mean loss of the step's micro-batches on all stages; they ask at the same time, after the last of them."""
+    """The mean loss of the step's micro-batches, on all stages; a collective after the last micro-batch."""
     return float(engine._aggregate_total_loss())
 
 
 def evaluate_stages(engine: Any, micro_batches: Iterator[Any], count: int, output: Output) -> list[torch.Tensor]:
-    """`output` of each of `count` micro-batches on the last stage, in place of the loss; [] or None on the others."""
+    """`output` of each of `count` micro-batches instead of the loss, on the last stage; [] or None on others."""
     module, loss = engine.module, engine.module.loss_fn
     module.loss_fn, engine.total_loss = output, None
-    engine.reset_activation_shape()  # images here may be shorter than in training
+    engine.reset_activation_shape()  # these images may be shorter than in training
     try:
         return engine.eval_batch(micro_batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
     finally:
@@ -62,7 +65,7 @@ def evaluate_stages(engine: Any, micro_batches: Iterator[Any], count: int, outpu
 
 
 def from_last_stage(engine: Any, values: torch.Tensor) -> torch.Tensor:
-    """The last stage's values on every stage, in the same tensor."""
+    """Broadcasts the last stage's values to every stage, in place."""
     last = engine.grid.stage_to_global(engine.num_stages - 1)
     dist.broadcast(values, src=last, group=engine.grid.get_pipe_parallel_group())
     return values
@@ -70,20 +73,20 @@ def from_last_stage(engine: Any, values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Partition:
-    """A flat fp32 tensor of this rank, its optimizer state, and the fragments in it."""
+    """A flat fp32 tensor of this rank, its optimizer state, and the fragments it consists of."""
 
     weight: torch.Tensor
     state: dict[str, torch.Tensor]
     fragments: list[Fragment]
 
     def flat(self, state: str) -> torch.Tensor:
-        """The flat tensor of one state, on the device; Adam has no moments before its first update."""
+        """The flat tensor of one state, on the device; zeros for Adam's moments before its first update."""
         if state == "weight":
             return self.weight
         return self.state[state] if state in self.state else torch.zeros_like(self.weight)
 
     def make_state(self, step: Any) -> None:
-        """Gives Adam its step count, and moments (zero) where it has made none yet."""
+        """Sets Adam's step count, and creates moments (zero) that do not exist yet."""
         for moment in MOMENTS:
             if moment not in self.state:
                 self.state[moment] = torch.zeros_like(self.weight)
@@ -92,40 +95,41 @@ class Partition:
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """A rank among those that share the model's state."""
+    """A rank's position among the ranks that share the model's state."""
 
     rank: int
-    """Among the data-parallel ranks."""
+    """The data-parallel rank."""
     ranks: int
+    """The number of data-parallel ranks."""
     parts: dict[str, Part]
-    """Of the parameters that tensor parallelism cuts, those of this rank."""
+    """This rank's part of each parameter that tensor parallelism splits."""
 
     @property
-    def writes_whole(self) -> bool:
-        """Whether this rank writes the parameters that all ranks of a tensor-parallel group hold."""
+    def writes_replicated(self) -> bool:
+        """Whether this rank writes the parameters that a tensor-parallel group replicates."""
         return all(part.rank == 0 for part in self.parts.values())
 
 
 class ParameterNames:
-    """The names of an engine's parameters, and their fragments."""
+    """Maps an engine's parameters to their names and fragments."""
 
     def __init__(self, model: nn.Module, parts: dict[str, Part]) -> None:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._parts = parts
 
     def fragment(
-        self, parameter: nn.Parameter, shape: tuple[int, ...], start: int, length: int, place: int
+        self, parameter: nn.Parameter, shape: tuple[int, ...], start: int, length: int, offset: int
     ) -> Fragment:
-        """shape: what this rank holds of the parameter, before ZeRO cuts it."""
+        """shape: the shape of this rank's part of the parameter, before ZeRO partitions it."""
         name = self._names[id(parameter)]
         part = self._parts.get(name)
-        return Fragment(name, part.whole_shape(shape) if part else shape, start, length, place, part)
+        return Fragment(name, part.full_shape(shape) if part else shape, start, length, offset, part)
 
 
 def partitions_of(optimizer: Any, model: nn.Module, coordinates: RankCoordinates) -> Iterator[Partition]:
-    """What this rank of a DeepSpeed optimizer owns.
+    """The partitions of a DeepSpeed optimizer that this rank owns.
 
-    model: the whole one, whose names count; layers of other pipeline stages may be without memory.
+    model: the complete model, which names the parameters; layers of other stages may be on the meta device.
     """
     names = ParameterNames(model, coordinates.parts)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -138,34 +142,34 @@ def partitions_of(optimizer: Any, model: nn.Module, coordinates: RankCoordinates
 
 
 def _stage_3(optimizer: Any, names: ParameterNames) -> Iterator[Partition]:
-    """ZeRO-3: every parameter is cut over the ranks, the last rank's cut padded."""
+    """ZeRO-3: each parameter is partitioned over the ranks, with padding on the last rank."""
     for number, (group, flat) in enumerate(
         zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
     ):
         fragments = []
         for parameter in group:
-            _, place, cut = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = cut * optimizer._get_param_partition_rank(parameter)
-            length = min(cut, parameter.ds_numel - start)
+            _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = size * optimizer._get_param_partition_rank(parameter)
+            length = min(size, parameter.ds_numel - start)
             if length > 0:
-                fragments.append(names.fragment(parameter, tuple(parameter.ds_shape), start, length, place))
+                fragments.append(names.fragment(parameter, tuple(parameter.ds_shape), start, length, offset))
         with _in_memory(optimizer, number):
             yield Partition(flat.data, optimizer.optimizer.state[flat], fragments)
 
 
 @contextmanager
 def _in_memory(optimizer: Any, number: int) -> Iterator[None]:
-    """Reads a partition of ZeRO-3 that lies on NVMe, and writes it back afterwards."""
-    away = optimizer._swappable_optimizer_subgroup(number)
-    if away:
+    """Swaps a partition of ZeRO-3 in if it is on NVMe, and out again afterwards."""
+    on_nvme = optimizer._swappable_optimizer_subgroup(number)
+    if on_nvme:
         optimizer._optimizer_states_and_gradient_swap_in(number)
     yield
-    if away:
+    if on_nvme:
         optimizer._optimizer_states_and_gradient_swap_out(number)
 
 
 def _linked(optimizer: Any, groups: Any, flats: Any, names: ParameterNames) -> Iterator[Partition]:
-    """ZeRO-1 and 2: a group's parameters lie end to end and the whole is cut over the ranks."""
+    """ZeRO-1 and 2: a group's parameters are concatenated, and the result is partitioned over the ranks."""
     for group, flat in zip(groups, flats, strict=True):
         fragments = []
         for parameter in group:
@@ -178,7 +182,7 @@ def _linked(optimizer: Any, groups: Any, flats: Any, names: ParameterNames) -> I
 
 
 def _unpartitioned(optimizer: Any, names: ParameterNames, rank: int, ranks: int) -> Iterator[Partition]:
-    """ZeRO-0: every rank holds everything and writes its share of each parameter."""
+    """ZeRO-0: every rank holds all parameters and writes its share of each."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             first, last = parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks
@@ -188,7 +192,7 @@ def _unpartitioned(optimizer: Any, names: ParameterNames, rank: int, ranks: int)
 
 
 class _Flattened(dict[str, torch.Tensor]):
-    """Optimizer state of a whole parameter, seen flat; what is set is set in the optimizer too."""
+    """A flat view of a parameter's optimizer state; setting an item sets it in the optimizer too."""
 
     def __init__(self, state: dict[str, torch.Tensor], shape: torch.Size) -> None:
         super().__init__({key: value.view(-1) if value.dim() else value for key, value in state.items()})
@@ -200,14 +204,14 @@ class _Flattened(dict[str, torch.Tensor]):
 
 
 def step_count(optimizer: Any, step: float, device: torch.device) -> Any:
-    """As each Adam keeps it: DeepSpeed's as a number, torch's fused one as a tensor on the device."""
+    """Adam's step count in the optimizer's own type: int for DeepSpeed's CPU Adam, a tensor for torch's."""
     if hasattr(getattr(optimizer, "optimizer", optimizer), "ds_opt_adam"):
         return int(step)
     return torch.tensor(step, dtype=torch.float32, device=device)
 
 
 def refresh_low_precision(optimizer: Any) -> None:
-    """The weights that the forward pass reads, computed again from the fp32 ones."""
+    """Recomputes the weights of the forward pass from the fp32 weights."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
@@ -221,12 +225,16 @@ def refresh_low_precision(optimizer: Any) -> None:
 
 
 def new_cpu_adam(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], epsilon: float) -> Any:
-    """DeepSpeed's vectorized Adam with decoupled weight decay; compiled at its first use, in about a minute."""
+    """DeepSpeed's vectorized CPU Adam with decoupled weight decay; its first use compiles it in about a minute."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     class HistoryFreeAdam(DeepSpeedCPUAdam):
-        """DeepSpeed's multiplies the powers of its betas up from step to step, and computes them where a step does not
-        follow the last: a resumed run would round otherwise. A distant step before each makes it compute them."""
+        """CPU Adam with bias corrections that do not depend on restarts.
+
+        DeepSpeed's Adam updates the powers of its betas from step to step, and computes them from scratch when a step
+        does not follow the last one. A resumed run would therefore round differently. An update of nothing at a distant
+        step, before each step, makes it always compute them from scratch.
+        """
 
         def step(self, closure: None = None) -> None:
             nothing = [torch.zeros(1) for _ in range(4)]

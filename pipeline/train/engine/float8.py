@@ -1,9 +1,9 @@
-"""precision fp8: the matrix products of the blocks in float8 through torchao; all else is as under bf16.
+"""precision fp8: the blocks' matrix products in float8 through torchao; everything else as with bf16.
 
-Each of a Linear's three products (output, gradient of the input, gradient of the weight) has its operands scaled so
-that their largest element becomes the largest of the format, and rounded: activations and weights to e4m3 (448),
-gradients to e5m2 (57344). Embeddings, attention, norms and the head stay in bf16. Parameters are bf16's own, under
-their names, so that checkpoints know nothing of it.
+For each of a Linear's three products (output, gradient of the input, gradient of the weight) the operands are scaled so
+that their largest element is the largest of the format, and rounded: activations and weights to e4m3 (448), gradients
+to e5m2 (57344). Embeddings, attention, norms and the head stay in bf16. Parameters stay bf16 under the same names, so
+checkpoints are the same as with bf16.
 
 Source: torchao 0.18, torchao.float8; after "FP8 Formats for Deep Learning", Micikevicius et al., 2022,
 arXiv 2209.05433. Never run on CUDA so far.
@@ -19,20 +19,21 @@ from torchao.float8.float8_linear import Float8Linear
 
 from pipeline.config import TrainConfig
 
-# One scale a tensor. torchao publishes both recipes' gains over bf16 for one GPT, Llama 3 8B on eight H100: 25% with
-# this one, 10% with a scale a row ("rowwise"), of which its own filter expects nothing where a product has no more than
-# 2048 outputs, as half of those of size L; nor has every Blackwell a kernel for it (pytorch issue 192707). Rowwise
-# rounds finer, and was run on 2,000 accelerators. Its other merit, that no image's scale depends on those beside it,
-# is had here by evaluating in bf16.
+# "tensorwise" uses one scale per tensor, "rowwise" one per row. torchao publishes both recipes' speedup over bf16 for
+# Llama 3 8B on eight H100: 25% with tensorwise, 10% with rowwise. torchao's own filter expects no speedup from rowwise
+# for products with at most 2048 outputs, which are half of those of size L, and some Blackwell GPUs have no kernel for
+# it (pytorch issue 192707). Rowwise rounds more finely, and was used on 2,000 accelerators. With rowwise no image's
+# scale depends on other images; here that holds because evaluation runs in bf16.
 RECIPE = "tensorwise"
 CAPABILITY = (8, 9)
-"""The least compute capability with float8 kernels: Ada, Hopper."""
+"""The lowest compute capability with float8 kernels: Ada and Hopper."""
 
 
 class TrainedInFloat8(Float8Linear):
-    """Float8 in training passes; evaluated as it will be used, by its weights in bf16.
+    """A Linear with float8 products in training, and bf16 products in evaluation.
 
-    So validation, probe and completions depend on neither the micro-batch, as a tensor's scale does, nor later pixels.
+    So validation, probe and completions do not depend on the other images of a micro-batch or on later pixels, as the
+    scale of a tensor does.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -40,36 +41,36 @@ class TrainedInFloat8(Float8Linear):
 
 
 def check_device(device: torch.device) -> None:
-    """Raises ValueError naming `precision` if this accelerator has no float8 kernels; CPUs emulate them."""
+    """Raises ValueError naming `precision` if this accelerator has no float8 kernels; CPUs emulate float8."""
     if device.type == "cpu":
         return
     found = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None or found < CAPABILITY:
-        kind = "which is not NVIDIA's" if torch.version.hip else f"of compute capability {found[0]}.{found[1]}"
+        kind = "which is not from NVIDIA" if torch.version.hip else f"of compute capability {found[0]}.{found[1]}"
         raise ValueError(
-            f"precision is fp8, and the device is {torch.cuda.get_device_name(device)}, {kind}; it must be bf16 there: "
-            f"float8 needs NVIDIA's {CAPABILITY[0]}.{CAPABILITY[1]} or later (Ada, Hopper, Blackwell)."
+            f"precision is fp8, and the device is {torch.cuda.get_device_name(device)}, {kind}; set it to bf16: float8 "
+            f"needs NVIDIA's {CAPABILITY[0]}.{CAPABILITY[1]} or later (Ada, Hopper, Blackwell)."
         )
 
 
 def convert(blocks: nn.Module, device: torch.device) -> None:
-    """Replaces every Linear below `blocks`; their parameters, on whatever device by now, stay the same objects.
+    """Replaces every Linear in `blocks`; the parameters stay the same objects, on any device.
 
-    device: where they will be computed.
+    device: where the products will be computed.
     """
     config = replace(Float8LinearConfig.from_recipe_name(RECIPE), emulate=device.type == "cpu")
     convert_to_float8_training(blocks, config=config)
     for module in blocks.modules():
         if isinstance(module, Float8Linear):
-            module.__class__ = TrainedInFloat8  # torchao's conversion makes no other class than its own
+            module.__class__ = TrainedInFloat8  # torchao's conversion has no option for a subclass
 
 
 def describe(config: TrainConfig, device: torch.device) -> str:
-    """For the derived quantities: how the products are computed."""
+    """How the products are computed, for the derived quantities."""
     if device.type == "cpu":
-        how = "emulated in fp32 on this CPU, slower than bf16: to be tried, not to be used"
+        how = "emulated in fp32 on this CPU, slower than bf16: for tests only"
     elif config.compile:
         how = "by kernels of this accelerator"
     else:
-        how = "by kernels of this accelerator; without compile: true, scaling takes more time than they save"
+        how = "by kernels of this accelerator; set compile: true, without it scaling costs more time than they save"
     return f"the blocks' matrix products in training, {RECIPE} scaling, {how}; evaluation in bf16"

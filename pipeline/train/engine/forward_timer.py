@@ -1,4 +1,4 @@
-"""How long a module's forward passes take."""
+"""Times a module's forward passes."""
 
 from time import perf_counter
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ForwardTimer:
-    """Counts the time of a module's forward passes: by events on an accelerator, which is not waited for."""
+    """Sums the time of a module's forward passes; on an accelerator with events, without synchronizing."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._cuda, self._seconds, self._began = device.type == "cuda", 0.0, 0.0
@@ -17,7 +17,7 @@ class ForwardTimer:
         module.register_forward_hook(self._end)
 
     def read(self) -> float:
-        """Seconds since it was last read; on an accelerator the last pass must have ended."""
+        """Seconds since the last call; on an accelerator the last forward pass must have ended."""
         seconds = self._seconds + sum(first.elapsed_time(last) / 1000 for first, last in self._events)
         self._seconds, self._events = 0.0, []
         return seconds

@@ -1,6 +1,6 @@
-"""What offloading needs of a machine: compilers, and on NVMe a folder of each process.
+"""Requirements of offloading: compilers, and a folder on NVMe for each process.
 
-DeepSpeed compiles its Adam for the host, and what reads and writes NVMe, on the machine that runs them.
+DeepSpeed compiles its CPU Adam and its NVMe reader and writer on the machine that runs them.
 """
 
 import fcntl
@@ -17,17 +17,17 @@ from pipeline.config import ParallelConfig
 FOLDER = "image-gpt-rank-"
 LOCK = "lock"
 _own_folder: tuple[Path, TextIO] | None = None
-"""This process's on NVMe, and its lock."""
+"""This process's folder on NVMe, and its lock."""
 
 
 def new_folder(nvme: Path) -> Path:
-    """A folder of this process alone: DeepSpeed names its files by rank, so that two runs would share them.
+    """Creates a folder for this process: DeepSpeed names its files by rank, and two runs must not share them.
 
-    Takes away those that a killed process left.
+    Deletes the folders of killed processes.
     """
     global _own_folder
     clear_own_folder()
-    for left in nvme.glob(f"{FOLDER}*"):  # an OSError shows a process that lives, or that is about to take its lock
+    for left in nvme.glob(f"{FOLDER}*"):  # OSError: the process is alive, or about to take its lock
         with suppress(OSError), (left / LOCK).open() as held:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
@@ -39,7 +39,7 @@ def new_folder(nvme: Path) -> Path:
 
 
 def clear_own_folder() -> None:
-    """Deletes what this process put on NVMe."""
+    """Deletes this process's folder on NVMe."""
     global _own_folder
     if _own_folder is not None:
         folder, lock = _own_folder
@@ -49,16 +49,16 @@ def clear_own_folder() -> None:
 
 
 def check_compilers(parallel: ParallelConfig) -> None:
-    """Raises ValueError if what offloading needs could not be compiled here, or its folder could not be used."""
+    """Raises ValueError if offloading can't compile its extensions here, or can't use its folder."""
     what = parallel.offload
     if what == "none":
         return
-    find_own_ninja()
+    add_environment_to_path()
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         raise ValueError(
-            f"parallel.offload is {what}; DeepSpeed compiles the Adam it needs, and {' and '.join(missing)} is not to "
-            f"be found on PATH; install it, or set parallel.offload to none."
+            f"parallel.offload is {what}; DeepSpeed compiles its CPU Adam, and {' and '.join(missing)} is not on PATH; "
+            f"install it, or set parallel.offload to none."
         )
     if parallel.nvme_path is not None:
         _check_nvme(Path(parallel.nvme_path))
@@ -66,24 +66,22 @@ def check_compilers(parallel: ParallelConfig) -> None:
 
 def _check_nvme(folder: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(
-            f"parallel.nvme_path is {folder}; it must be a folder on a disk of each node, and be writable."
-        )
+        raise ValueError(f"parallel.nvme_path is {folder}; it must be a writable folder on a local disk of each node.")
     if not _takes_direct_writes(folder):
         raise ValueError(
-            f"parallel.nvme_path is {folder}, whose file system does not take direct writes (O_DIRECT), as a disk in "
-            f"memory does not; name a folder on a local disk, or leave it out to offload to memory."
+            f"parallel.nvme_path is {folder}, whose file system has no direct writes (O_DIRECT), like a tmpfs; "
+            f"name a folder on a local disk, or set it to null to offload to host memory."
         )
     if not has_libaio():
         raise ValueError(
-            f"parallel.nvme_path is {folder}; DeepSpeed reads and writes it through libaio, which is not to be found; "
-            f"install it with its headers (libaio-dev, libaio-devel), or leave parallel.nvme_path out to offload to "
-            f"memory."
+            f"parallel.nvme_path is {folder}; DeepSpeed reads and writes it through libaio, which is not installed; "
+            f"install it with its headers (libaio-dev, libaio-devel), or set parallel.nvme_path to null to offload to "
+            f"host memory."
         )
 
 
 def has_libaio() -> bool:
-    """Whether a program that uses it can be compiled."""
+    """Whether a program that uses libaio can be compiled."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     return bool(AsyncIOBuilder().is_compatible())
@@ -98,8 +96,8 @@ def _takes_direct_writes(folder: Path) -> bool:
     return True
 
 
-def find_own_ninja() -> None:
-    """Puts the environment's programs on PATH, ninja among them: it need not be activated."""
+def add_environment_to_path() -> None:
+    """Appends the programs of the Python environment to PATH: ninja is found even if it is not activated."""
     own = str(Path(sys.executable).parent)
     if own not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), own])

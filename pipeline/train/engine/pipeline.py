@@ -1,7 +1,7 @@
-"""Pipeline stages over DeepSpeed's PipelineModule, times data parallelism with ZeRO-1.
+"""Pipeline parallelism over DeepSpeed's PipelineModule, combined with data parallelism and ZeRO-1.
 
-The layers are those of the whole model, under its names: the model is laid out without memory, and a stage gives memory
-to the layers that are its own.
+Parameters have the same names as in the complete model: the model is built on the meta device, and each stage allocates
+memory for its own layers.
 """
 
 from contextlib import redirect_stdout
@@ -25,7 +25,7 @@ from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
 
 
-class Start(nn.Module):
+class EmbeddingLayer(nn.Module):
     """The embeddings: tokens long (B, T) to (B, T, D)."""
 
     def __init__(self, model: GPT2LMHeadModel, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class Start(nn.Module):
         return self.drop(self.wte(inputs) + self.wpe(positions))
 
 
-class Middle(nn.Module):
+class BlockLayer(nn.Module):
     """One block: (B, T, D) to (B, T, D)."""
 
     def __init__(self, model: GPT2LMHeadModel, device: torch.device, number: int, config: TrainConfig) -> None:
@@ -54,7 +54,7 @@ class Middle(nn.Module):
         return self.block(states)
 
 
-class End(nn.Module):
+class HeadLayer(nn.Module):
     """The last norm and the head: (B, T, D) to logits (B, T, V)."""
 
     def __init__(self, model: GPT2LMHeadModel, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class End(nn.Module):
 
 
 class PipelineEngine(DeepSpeedEngine):
-    """A stage runs its blocks on one micro-batch of its data-parallel rank after the other."""
+    """Each stage runs its blocks on the micro-batches of its data-parallel rank, one after the other."""
 
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks, initial: bool) -> None:
         super().__init__(config, model_config, ranks)
@@ -80,7 +80,7 @@ class PipelineEngine(DeepSpeedEngine):
                 _layers(self._model, config, ranks.device),
                 num_stages=config.parallel.pipeline_stages,
                 loss_fn=self._mean_nats,
-                partition_method=f"type:{Middle.__name__}",
+                partition_method=f"type:{BlockLayer.__name__}",
             )
         if initial:
             initialize(self._model, config.seed)
@@ -93,7 +93,7 @@ class PipelineEngine(DeepSpeedEngine):
         return self._evaluate(batch, self._image_nats, ()).double().cpu().numpy()
 
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
-        """Without cached keys and values: each color costs a pass of whole images through all stages."""
+        """Without a key-value cache: each color costs a forward pass of complete images through all stages."""
         colors, positions = self._model_config.colors, self._model_config.n_positions
 
         def next_scores(so_far: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class PipelineEngine(DeepSpeedEngine):
         return {self.work: weights_checksum(parameter for _, parameter in self._own_parameters())}
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those of this stage's layers, under the whole model's names."""
+        """The parameters of this stage's layers, with their names in the complete model."""
         return [(name, parameter) for name, parameter in self._model.named_parameters() if not parameter.is_meta]
 
     def _train(self, batch: Batch) -> float:
@@ -125,7 +125,7 @@ class PipelineEngine(DeepSpeedEngine):
     def _evaluate(self, batch: Batch, output: internals.Output, shape: tuple[int, ...]) -> torch.Tensor:
         """`output` of the batch's logits and targets, fp32 (B, *shape), on every stage.
 
-        The stages exchange micro-batches of one size, so the last is filled up with its last image.
+        The stages exchange micro-batches of one size, so the last one is padded with its last image.
         """
         size = self._config.batch.micro_size
         count = -(-len(batch) // size)
@@ -138,5 +138,5 @@ class PipelineEngine(DeepSpeedEngine):
 
 
 def _layers(model: GPT2LMHeadModel, config: TrainConfig, device: torch.device) -> list[LayerSpec]:
-    blocks = [LayerSpec(Middle, model, device, number, config) for number in range(len(model.transformer.h))]
-    return [LayerSpec(Start, model, device), *blocks, LayerSpec(End, model, device)]
+    blocks = [LayerSpec(BlockLayer, model, device, number, config) for number in range(len(model.transformer.h))]
+    return [LayerSpec(EmbeddingLayer, model, device), *blocks, LayerSpec(HeadLayer, model, device)]

@@ -1,4 +1,4 @@
-"""How the ranks of a run come together in DeepSpeed's process group."""
+"""Starts DeepSpeed's process group."""
 
 import logging
 import os
@@ -13,14 +13,14 @@ from pipeline.distributed import Ranks
 from pipeline.train.engine.deepspeed_internals import skip_shared_memory_collective
 
 START_TIMEOUT = timedelta(minutes=10)
-"""How long the ranks that are there wait for one that is not."""
+"""How long ranks wait at the rendezvous for missing ranks."""
 
 
 def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Starts DeepSpeed's process group: NCCL on CUDA, gloo on CPU, no compiler needed for either.
+    """Starts DeepSpeed's process group: NCCL on CUDA, gloo on CPU. Neither needs a compiler.
 
-    timeout: of a collective, in this group and in those that DeepSpeed makes; so long that the watchdog is there
-    first and reports who is missing.
+    timeout: of a collective, in this group and in the groups that DeepSpeed creates. It must be longer than the
+    watchdog's limit, so that the watchdog reports the missing ranks first.
     """
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,7 +39,7 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=START_TIMEOUT, verbose=False)
     dist.distributed_c10d._set_pg_timeout(timeout)
-    # DeepSpeed makes groups without a timeout: NCCL's own ten minutes would end before the watchdog's.
+    # DeepSpeed creates groups without a timeout; NCCL's default of ten minutes is shorter than the watchdog's limit.
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
 

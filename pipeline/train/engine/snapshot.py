@@ -1,4 +1,4 @@
-"""Copies what a rank owns of weights and moments to the host, and takes it from a checkpoint of any topology."""
+"""Copies a rank's weights and moments to the host, and restores them from a checkpoint of any topology."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,20 +15,21 @@ from pipeline.train.engine.deepspeed_internals import RankCoordinates
 def snapshot(
     optimizer: Any, model: nn.Module, coordinates: RankCoordinates, earlier: Tensors | None = None
 ) -> tuple[Tensors, list[dict[str, Any]]]:
-    """Copies of this rank's fragments on the host, and their index for the file's header. As for `partitions_of`.
+    """Copies of this rank's fragments on the host, and their index for the file's header.
 
-    earlier: those of a snapshot that is no longer needed; they are written over, which is much faster than new memory.
+    The first arguments are those of `partitions_of`. earlier: tensors of a snapshot that is no longer needed; they are
+    overwritten, which is much faster than allocating new ones.
     """
     earlier = earlier or {}
     tensors: Tensors = {}
     index = []
     for partition in internals.partitions_of(optimizer, model, coordinates):
         for fragment in partition.fragments:
-            if fragment.part is None and not coordinates.writes_whole:
+            if fragment.part is None and not coordinates.writes_replicated:
                 continue
             for state in STATES:
                 flat = partition.flat(state).detach()
-                cut = flat.narrow(0, fragment.place, fragment.length)
+                cut = flat.narrow(0, fragment.offset, fragment.length)
                 key = fragment.key(state)
                 tensors[key] = earlier[key].copy_(cut) if key in earlier else _host_copy(cut)
             index.append(
@@ -45,22 +46,22 @@ def snapshot(
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """fp32 on the host, in pinned memory where an accelerator copies to it."""
+    """An fp32 copy on the host, in pinned memory if copied from an accelerator."""
     copy = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor)
 
 
 @torch.no_grad()
 def restore(optimizer: Any, model: nn.Module, coordinates: RankCoordinates, reader: FragmentReader) -> None:
-    """Fills a rank's weights and moments from a checkpoint of any topology. Arguments as for `partitions_of`.
+    """Fills a rank's weights and moments from a checkpoint of any topology; arguments as for `partitions_of`.
 
     Raises ValueError if the checkpoint's parameters are not the model's.
     """
     names = {name for name, _ in model.named_parameters()}
     if names != reader.shapes.keys():
-        odd = sorted(names ^ reader.shapes.keys())
-        raise ValueError(f"The checkpoint and the model differ in their parameters: {', '.join(odd[:3])}.")
-    if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0, where a rank holds everything and writes its share
+        differing = sorted(names ^ reader.shapes.keys())
+        raise ValueError(f"The checkpoint and the model have different parameters: {', '.join(differing[:3])}.")
+    if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0: a rank holds everything, and writes only its share
         coordinates = replace(coordinates, rank=0, ranks=1)
     step = reader.optimizer_step
     with raise_on_all_ranks():
@@ -69,5 +70,5 @@ def restore(optimizer: Any, model: nn.Module, coordinates: RankCoordinates, read
             for state in STATES:
                 flat = partition.flat(state)
                 for fragment in partition.fragments:
-                    reader.fill(flat.narrow(0, fragment.place, fragment.length), fragment, state)
+                    reader.fill(flat.narrow(0, fragment.offset, fragment.length), fragment, state)
     internals.refresh_low_precision(optimizer)

@@ -1,7 +1,7 @@
-"""Tensor parallelism through DeepSpeed's AutoTP: a block's matrices are cut over neighbouring ranks.
+"""Tensor parallelism through DeepSpeed's AutoTP: a block's matrices are split over neighboring ranks.
 
-c_attn and c_fc are cut by output (c_attn within each of queries, keys and values, so that a rank holds whole heads),
-the two c_proj by input. Everything else is held whole by every rank.
+c_attn and c_fc are split by output (c_attn separately for queries, keys and values, so that a rank has complete heads),
+the two c_proj by input. Every rank has a replica of all other parameters.
 """
 
 import re
@@ -15,7 +15,7 @@ from pipeline.checkpoint.fragments import Part
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
 
-CUTS = {  # dimension of a Linear's weight or bias, and how many matrices lie end to end in it
+SPLITS = {  # by name: dimension of a Linear's weight or bias, and number of matrices concatenated along it
     r"attn\.c_attn\.(weight|bias)$": (0, 3),
     r"mlp\.c_fc\.(weight|bias)$": (0, 1),
     r"(attn|mlp)\.c_proj\.weight$": (1, 1),
@@ -23,7 +23,7 @@ CUTS = {  # dimension of a Linear's weight or bias, and how many matrices lie en
 
 
 def prepare(model: GPT2LMHeadModel, size: int) -> None:
-    """Makes a whole model one that AutoTP can cut: Linear for GPT-2's Conv1D, and a rank's share of the heads."""
+    """Prepares a complete model for AutoTP: replaces GPT-2's Conv1D by Linear, and sets a rank's number of heads."""
     for block in model.transformer.h:
         for module in (block.attn, block.mlp):
             for name, child in list(module.named_children()):
@@ -34,13 +34,13 @@ def prepare(model: GPT2LMHeadModel, size: int) -> None:
 
 
 def parts(model: nn.Module, config: TrainConfig, ranks: Ranks) -> dict[str, Part]:
-    """By parameter, the part that this rank holds of those that are cut; empty without tensor parallelism."""
+    """This rank's part of each parameter that is split; empty without tensor parallelism."""
     size = config.parallel.tensor_parallel
     if size == 1:
         return {}
     found = {}
     for name, parameter in model.named_parameters():
-        for pattern, (dimension, matrices) in CUTS.items():
+        for pattern, (dimension, matrices) in SPLITS.items():
             if re.search(pattern, name):
                 transposed = config.model.block == "gpt2" and parameter.dim() == 2
                 found[name] = Part(dimension, matrices, ranks.rank % size, size, transposed)

@@ -1,4 +1,4 @@
-"""Data parallelism over DeepSpeed's ZeRO, stages 0 to 3, with or without tensor parallelism."""
+"""Data parallelism over DeepSpeed's ZeRO stages 0 to 3, with or without tensor parallelism."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -20,10 +20,13 @@ from pipeline.train.engine import float8, tensor_parallel
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
 
+REPLICATED = "replicated"
+"""Replica name of the weights that all ranks hold."""
+
 
 class ZeroEngine(DeepSpeedEngine):
-    """Every rank, or group of tensor-parallel ranks, runs the whole model on images of its own; the ZeRO stage says
-    what of the model's state they share."""
+    """Every rank, or group of tensor-parallel ranks, runs the complete model on its own images; the ZeRO stage
+    determines which part of the model's state is partitioned."""
 
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks, initial: bool) -> None:
         super().__init__(config, model_config, ranks)
@@ -38,7 +41,7 @@ class ZeroEngine(DeepSpeedEngine):
         if parallel.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if config.compile:
-            for block in model.transformer.h:  # the whole model, compiled, would lose its causal attention kernel
+            for block in model.transformer.h:  # compiling the model at once would lose its causal attention kernel
                 block.compile()
         if parallel.tensor_parallel > 1:
             tensor_parallel.prepare(model, parallel.tensor_parallel)
@@ -56,17 +59,17 @@ class ZeroEngine(DeepSpeedEngine):
     def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
         self._engine.eval()
         parallel, colors, device = self._config.parallel, self._model_config.colors, self._ranks.device
-        whole = parallel.zero_stage < 3 and parallel.tensor_parallel == 1
+        owns_weights = parallel.zero_stage < 3 and parallel.tensor_parallel == 1
         with torch.no_grad():
-            decoder = Decoder(self._model, tokens.shape[1], recorded=whole)
+            decoder = Decoder(self._model, tokens.shape[1], use_graph=owns_weights)
             return complete_halves_by(decoder, tokens, colors=colors, samples=samples, seed=seed, device=device)
 
     def replica_checksums(self) -> dict[str, str]:
         if self._config.parallel.zero_stage == 3:
-            return {}  # no two ranks hold the same
-        held: dict[str, list[torch.Tensor]] = {"whole": []}
+            return {}  # no weights are replicated
+        held: dict[str, list[torch.Tensor]] = {REPLICATED: []}
         for name, parameter in self._model.named_parameters():
-            held.setdefault(self.work if name in self._coordinates.parts else "whole", []).append(parameter)
+            held.setdefault(self.work if name in self._coordinates.parts else REPLICATED, []).append(parameter)
         return {name: weights_checksum(parameters) for name, parameters in held.items()}
 
     def _train(self, batch: Batch) -> float:
@@ -79,7 +82,7 @@ class ZeroEngine(DeepSpeedEngine):
             self._engine.backward(loss)
             total += loss.detach()
             if self._engine.is_gradient_accumulation_boundary():
-                self._loss = mean_over_ranks(total / count)  # read with the norm: one wait a step
+                self._loss = mean_over_ranks(total / count)  # read with the norm: one synchronization a step
                 self._own_norm = self._clip() if self._config.parallel.zero_stage == 0 else None
             self._engine.step()
         return self._loss.item()
@@ -93,7 +96,7 @@ class ZeroEngine(DeepSpeedEngine):
         return self._loss.item(), norm
 
     def _clip(self) -> float:
-        """ZeRO-0 has no optimizer of DeepSpeed's that would measure and clip the gradient."""
+        """Clips the gradient and returns its norm: ZeRO-0 has no DeepSpeed optimizer that does."""
         limit = self._config.optimizer.clip_norm or float("inf")
         return float(nn.utils.clip_grad_norm_(self._model.parameters(), limit))
 
@@ -101,7 +104,7 @@ class ZeroEngine(DeepSpeedEngine):
 def _new_model(
     config: TrainConfig, model_config: GPT2Config, settings: dict[str, Any], device: torch.device, initial: bool
 ) -> nn.Module:
-    """The model, with its initial weights if wanted; under ZeRO-3 it is built partitioned and filled parameter by
+    """The model, with initial weights if `initial`; under ZeRO-3 it is partitioned and initialized parameter by
     parameter."""
     partitioned = config.parallel.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else torch.device(device):

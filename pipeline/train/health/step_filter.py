@@ -1,4 +1,4 @@
-"""Decides which steps are applied: none whose loss or gradient is NaN or Inf, and, if so wanted, no loss spikes."""
+"""Decides which steps are skipped: those with NaN or Inf in loss or gradient, and, optionally, loss spikes."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -9,23 +9,26 @@ from pipeline.config import HealthConfig
 from pipeline.train.engine.base import NOT_FINITE, StepDecision, StepResult, are_finite
 
 SPIKE = "a spike"
+"""The reason for a loss spike; a value of skipped.jsonl."""
+DESCRIPTIONS = {NOT_FINITE: "NaN or Inf in loss or gradient", SPIKE: "loss spike"}
+"""The reasons as they are logged."""
 
 
 class StepFilter:
-    """Decides which steps are applied, alike on all ranks: they see the same losses and gradient norms."""
+    """Decides which steps are applied, the same on all ranks: they have the same losses and gradient norms."""
 
     def __init__(self, config: HealthConfig, rows: Iterable[dict[str, Any]] = ()) -> None:
-        """rows: of the last steps of metrics.jsonl, so that a resumed run decides as one that was never stopped."""
+        """rows: the last steps of metrics.jsonl, so that a resumed run decides like an uninterrupted one."""
         self._config = config
         self._window: deque[tuple[float, float]] = deque(maxlen=config.spike_window)
         self.skipped_in_a_row = 0
         self.weights_may_be_nonfinite = False
-        """Whether the last step's loss or gradient was NaN or Inf: the weights may be too."""
+        """Whether the last step's loss or gradient was NaN or Inf: the weights may be, too."""
         for row in rows:
             self._count(row["applied"], *(nan if row[key] is None else row[key] for key in ("loss", "grad_norm")))
 
     def accept(self, loss: float, grad_norm: float) -> StepDecision:
-        """Whether the update of such a step is to be made, and what is wrong with the step."""
+        """Whether to apply a step with this loss and gradient norm, and what is wrong with the step."""
         if not are_finite(loss, grad_norm):
             return StepDecision(False, NOT_FINITE)
         if self._is_spike(loss, grad_norm):
@@ -33,7 +36,7 @@ class StepFilter:
         return StepDecision(True, None)
 
     def record(self, result: StepResult) -> None:
-        """Counts a step that was made or skipped; later ones are compared with those that were made."""
+        """Counts a step; later steps are compared with the applied ones."""
         self._count(result.applied, result.loss, result.grad_norm)
 
     @property
@@ -48,7 +51,7 @@ class StepFilter:
             self._window.append((loss, grad_norm))
 
     def _is_spike(self, loss: float, grad_norm: float) -> bool:
-        """Either is beyond spike_sigmas standard deviations of the window, which must be full."""
+        """Whether either is over spike_sigmas standard deviations above the mean of the window, once it is full."""
         if not self._config.spike_sigmas or len(self._window) < self._config.spike_window:
             return False
         return any(

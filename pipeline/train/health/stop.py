@@ -9,9 +9,9 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequests:
-    """Remembers a signal (USR1, TERM, INT) or a STOP file in the run, until the loop asks at a step boundary.
+    """Records signals (USR1, TERM, INT) and checks for the STOP file in the run; the loop asks at step boundaries.
 
-    A second Ctrl-C does not wait.
+    A second Ctrl-C interrupts at once.
     """
 
     def __init__(self, run: Path) -> None:
@@ -26,9 +26,9 @@ class StopRequests:
         self._signalled = True
 
     def pending(self) -> bool:
-        """True once this process was asked to stop."""
+        """True if this process was asked to stop."""
         return self._signalled or self._file.exists()
 
     def acknowledge(self) -> None:
-        """Deletes the STOP file, so that the run can be started again."""
+        """Deletes the STOP file, so that the run can be resumed."""
         self._file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Names ranks that are slower than their peers."""
+"""Finds ranks that are slower than their peers."""
 
 from statistics import median
 
@@ -6,21 +6,23 @@ from pipeline.distributed import Ranks, gather
 from pipeline.train.engine.base import Engine
 
 SLOW = 1.5
-"""Times the median of its peers' own time a step, and a rank is called slow."""
-
+"""A rank is slow if its own time a step exceeds the median of its peers by this factor."""
 
 SLOW_STEPS = 50
 """Steps between two comparisons."""
 
 
 class SlowRanks:
-    """Names ranks that compute or read much longer than those that do the same work."""
+    """Finds ranks that compute or read much longer than ranks with the same work."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._steps, self._waited = ranks, 0, 0.0
 
     def check(self, engine: Engine, waited: float) -> str | None:
-        """After each step, on all ranks; `waited`: seconds for data. Now and then a sentence, if a rank is slow."""
+        """Call after each step on all ranks. Every SLOW_STEPS steps, a message if a rank is slow.
+
+        waited: seconds for which this rank waited for data.
+        """
         self._steps, self._waited = self._steps + 1, self._waited + waited
         if self._steps < SLOW_STEPS:
             return None
@@ -34,4 +36,4 @@ class SlowRanks:
                     f"rank {rank} took {(forward + waiting) / steps:.3f} s a step ({waiting / steps:.3f} s waiting for "
                     f"data), its peers' median is {median(peers) / steps:.3f} s"
                 )
-        return f"slow over the last {steps} steps: {'; '.join(slow)}" if slow else None
+        return f"slow ranks over the last {steps} steps: {'; '.join(slow)}" if slow else None

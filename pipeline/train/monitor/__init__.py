@@ -1,4 +1,4 @@
-"""What a run prints and records: summary.py before the first step, telemetry.py at each one.
+"""Logs and records a run: summary.py before the first step, telemetry.py at each step.
 
-A new number of every step is a key of the row that pipeline/train/loop.py gives telemetry.py.
+To record another number at every step, add a key to the row that pipeline/train/loop.py passes to telemetry.py.
 """

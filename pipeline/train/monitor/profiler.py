@@ -1,4 +1,4 @@
-"""A few steps under torch's profiler: a trace for TensorBoard or a browser, and how much of them is communication."""
+"""Profiles a few steps with torch's profiler: a trace for TensorBoard or a browser, and the share of communication."""
 
 import logging
 import time
@@ -16,12 +16,13 @@ logger = logging.getLogger(__name__)
 PROFILE_FOLDER = "profile"
 REQUEST_FILE = "PROFILE"
 COMMUNICATION = ("gloo:", "nccl:", "ncclDevKernel")
-"""How the names of collectives begin: their records on the host, and NCCL's kernels."""
+"""Prefixes of the names of collectives: their records on the host, and NCCL's kernels."""
 LONGEST = 5
+"""Number of longest operations to log."""
 
 
 class Profiler:
-    """Opens a window at profile.first_step, or when a file PROFILE appears in the run; all ranks do."""
+    """Starts a window at profile.first_step, or when the file PROFILE appears in the run, on all ranks."""
 
     def __init__(self, run: Path, config: ProfileConfig, ranks: Ranks) -> None:
         self._run, self._config, self._ranks = run, config, ranks
@@ -29,11 +30,11 @@ class Profiler:
         self._left, self._first, self._began = 0, 0, 0.0
 
     def requested(self) -> bool:
-        """Whether this rank sees the request; the ranks must agree on it."""
+        """Whether this rank sees the file PROFILE; the loop all-reduces the answer."""
         return self._window is None and (self._run / REQUEST_FILE).exists()
 
     def before(self, step: int, requested: bool) -> None:
-        """Opens the window before a step, if it is due or all agreed on the request."""
+        """Starts the window before a step, if it is due or requested on any rank."""
         if self._window is not None or not (requested or (self._config.steps and step == self._config.first_step)):
             return
         if requested and self._ranks.is_first:
@@ -44,14 +45,14 @@ class Profiler:
         self._window.start()
 
     def after(self, step: int) -> str | None:
-        """Closes the window after its last step; what was found, in a few lines, on the first rank."""
+        """Ends the window after its last step; returns the summary on rank 0."""
         if self._window is None:
             return None
         self._left -= 1
         return self.close(step) if self._left == 0 else None
 
     def close(self, step: int) -> str | None:
-        """Closes the window, if one is open, after a step that need not be its last."""
+        """Ends the window, if one is open, after any of its steps."""
         if self._window is None:
             return None
         window, self._window = self._window, None
@@ -61,12 +62,12 @@ class Profiler:
         try:
             folder.mkdir(exist_ok=True)
             window.export_chrome_trace(str(trace))
-        except (OSError, RuntimeError) as error:  # no reason to end a run
+        except (OSError, RuntimeError) as error:  # must not end the run
             logger.warning(f"the profile was not written to {trace}: {error}")
         if not self._ranks.is_first:
             return None
         seconds = time.perf_counter() - self._began
-        return f"profile of steps {self._first} to {step}: {describe(window.key_averages(), seconds)}; {trace}"
+        return f"profile of steps {self._first} to {step}: {describe(window.key_averages(), seconds)}; trace: {trace}"
 
 
 def describe(events: Any, seconds: float) -> str:
@@ -79,7 +80,7 @@ def describe(events: Any, seconds: float) -> str:
 
 
 def _seconds(event: Any) -> float:
-    """Of a collective: its kernel's on an accelerator, or its record's on the host."""
+    """Seconds of a collective: of its kernel on an accelerator, or of its record on the host."""
     return float(event.device_time_total or event.cpu_time_total) / 1e6
 
 

@@ -1,4 +1,4 @@
-"""From the command to the first step: where the time goes."""
+"""Measures the phases between the start of the command and the first step."""
 
 import time
 
@@ -6,19 +6,19 @@ import psutil
 
 
 class StartClock:
-    """Divides the time since this process began into phases that follow on each other."""
+    """Divides the time since the start of this process into consecutive phases."""
 
     def __init__(self) -> None:
         self._began = self._last = psutil.Process().create_time()
         self._seconds: dict[str, float] = {}
 
     def mark(self, phase: str) -> None:
-        """What was done since the last mark was this phase."""
+        """Ends a phase that started at the last mark."""
         now = time.time()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     def describe(self) -> str:
-        """For the console, after the first step."""
+        """The phases in one line, for the log after the first step."""
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self._seconds.items())
-        return f"the first step ended {self._last - self._began:.1f} s after the command began: {phases}"
+        return f"the first step ended {self._last - self._began:.1f} s after the command started ({phases})"

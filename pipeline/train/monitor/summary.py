@@ -1,4 +1,4 @@
-"""What follows from a configuration, printed before the first step; and the rates that every step reports."""
+"""The derived quantities of a run, logged before the first step; and the throughput that every step reports."""
 
 from dataclasses import dataclass
 
@@ -15,23 +15,23 @@ from pipeline.train.setup import Inputs
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns seconds into images/s, tokens/s and MFU."""
+    """Converts seconds of a step to images/s, tokens/s and MFU."""
 
     tokens_per_image: int
     flops_per_token: float
     peak_flops: float
-    """FLOP/s of all ranks together at their peak."""
+    """Peak FLOP/s of all ranks together."""
     peak_source: str
 
     @classmethod
     def measure(cls, model_config: GPT2Config, precision: str, ranks: Ranks) -> "Throughput":
-        """Looks the accelerator's peak up; on a device without a published one, times a matrix product."""
+        """With the accelerator's published peak; on other devices, measured with a matrix product."""
         peak = costs.device_peak(ranks.device, precision)
         flops = costs.flops_per_token(model_config)
         return cls(model_config.n_positions, flops, peak.flops * ranks.count, peak.source)
 
     def rates(self, images: int, seconds: float) -> dict[str, float]:
-        """The rates of a step that took `seconds` for `images` over all ranks."""
+        """The throughput of a step of `images` over all ranks in `seconds`."""
         tokens = images * self.tokens_per_image / seconds
         return {
             "images_per_second": images / seconds,
@@ -41,7 +41,7 @@ class Throughput:
 
 
 def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) -> str:
-    """The derived quantities of a run, a line each; kernels: the seconds of each attention kernel, if measured."""
+    """The derived quantities of a run, one per line; kernels: seconds of each attention kernel, if measured."""
     config, model_config, ranks = inputs.config, inputs.model_config, inputs.ranks
     train_images = inputs.train_split.images
     batch, schedule, parallel = config.batch, config.schedule, config.parallel
@@ -65,19 +65,18 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
         "MFU": f"(6 x matmul parameters + 12 x layers x tokens x width) FLOP a token, full attention, over "
         f"{throughput.peak_flops / 1e12:.3g} TFLOP/s of {ranks.count} ranks ({throughput.peak_source})",
         "memory": f"ZeRO stage {parallel.zero_stage} over {data_ranks} data-parallel ranks on {ranks.device.type}; "
-        f"weights and moments {parameters * costs.STATE_BYTES / 1e9:.3g} GB in all, which is a checkpoint's size",
-        "health": f"ends after {config.health.max_skipped} skipped steps in a row, or "
-        f"{config.health.hang_minutes:g} minutes without progress; spikes beyond "
+        f"weights and moments {parameters * costs.STATE_BYTES / 1e9:.3g} GB in total, the size of a checkpoint",
+        "health": f"the run ends after {config.health.max_skipped} skipped steps in a row, or "
+        f"{config.health.hang_minutes:g} minutes without progress; loss spikes beyond "
         f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and logged'}",
-        "threads": f"{torch.get_num_threads()} a rank",
+        "threads": f"{torch.get_num_threads()} per rank",
     }
     if config.precision == "fp8":
         lines["float8"] = float8.describe(config, ranks.device)
     if parallel.pipeline_stages > 1:
         lines["pipeline"] = (
-            f"{parallel.pipeline_stages} stages, of whose time "
-            f"{costs.bubble(parallel.pipeline_stages, accumulation):.1%} is spent waiting: "
-            f"(stages - 1) / (micro-batches + stages - 1)"
+            f"{parallel.pipeline_stages} stages, bubble {costs.bubble(parallel.pipeline_stages, accumulation):.1%} of "
+            f"a step: (stages - 1) / (micro-batches + stages - 1)"
         )
     width = max(map(len, lines))
     summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]

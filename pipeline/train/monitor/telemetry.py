@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, TensorBoard, and lines on the console. Only the first rank records."""
+"""Records a run: metrics.jsonl, TensorBoard, and the console lines. Only rank 0 records."""
 
 import logging
 import os
@@ -17,6 +17,7 @@ import torch
 from data_prep.common.files import atomic_write
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, drop_rows_after, to_line
 from pipeline.distributed import Ranks, raise_on_all_ranks
+from pipeline.train.health.step_filter import DESCRIPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,11 @@ T = TypeVar("T")
 
 SAMPLES_FOLDER = "samples"
 CONSOLE_SECONDS = 5.0
+"""Seconds between two console lines."""
 
 
 def _on_first_rank(method: Callable[..., None]) -> Callable[..., None]:
-    """The method, which does nothing on other ranks; it notes an OSError in `failure`, and is not called after one."""
+    """Skips the method on other ranks, and after a failure; stores an OSError in `failure`."""
 
     @wraps(method)
     def guarded(self: "Telemetry", *arguments: Any) -> None:
@@ -41,13 +43,13 @@ def _on_first_rank(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Telemetry:
-    """Writes a run's rows; a resumed run continues after `step`, and drops what was written beyond it."""
+    """Writes a run's rows. A resumed run continues after `step`, and deletes rows and samples of later steps."""
 
     def __init__(self, run: Path, step: int, steps: int, records: bool) -> None:
-        """records: False for the ranks that record nothing."""
+        """records: False on ranks that record nothing."""
         self.records = records
         self.failure: OSError | None = None
-        """What kept it from writing; a rank does not raise it alone, the others would wait for it."""
+        """An error of writing. Not raised at once: the other ranks would wait for this one."""
         if not records:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -55,22 +57,22 @@ class Telemetry:
         self._run, self._steps = run, steps
         for name in (METRICS_FILE, SKIPPED_FILE):
             drop_rows_after(run / name, step)
-        for picture in (run / SAMPLES_FOLDER).glob("step-*.png"):
-            if int(picture.stem.removeprefix("step-")) > step:
-                picture.unlink()
+        for sample in (run / SAMPLES_FOLDER).glob("step-*.png"):
+            if int(sample.stem.removeprefix("step-")) > step:
+                sample.unlink()
         self._rows: TextIO = (run / METRICS_FILE).open("a")
         self._board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
         self._last_line = 0.0
 
     def raise_failure(self) -> None:
-        """If one rank could not write, every rank raises; all ranks must call it."""
+        """Raises on every rank if rank 0 could not write; all ranks must call it."""
         with raise_on_all_ranks():
             if self.failure is not None:
                 raise self.failure
 
     @_on_first_rank
     def training_step(self, row: dict[str, Any]) -> None:
-        """Records one optimizer step; row is metrics.jsonl's object, in its order."""
+        """Records an optimizer step; row: the object for metrics.jsonl, keys in order."""
         self._write(row)
         for key, value in row.items():
             if key != "step" and isfinite(value):
@@ -82,28 +84,30 @@ class Telemetry:
 
     @_on_first_rank
     def validation(self, row: dict[str, Any]) -> None:
-        """Records a validation; row has step, images and valid_loss."""
+        """Records a validation; row: step, images and valid_loss."""
         self._write(row)
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
         logger.info(f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token")
 
     @_on_first_rank
     def skipped_step(self, row: dict[str, Any]) -> None:
-        """Records a skipped step, or a loss spike that was applied: its row, reason, and images."""
+        """Records a skipped step, or an applied loss spike; row: the step's row with its reason and images."""
         with (self._run / SKIPPED_FILE).open("a") as rows:
             rows.write(to_line(row))
-        what = "applied all the same" if row["applied"] else "skipped"
-        logger.warning(f"step {row['step']} is {row['reason']}, {what}: its images are in {rows.name}")
+        what = "applied" if row["applied"] else "skipped"
+        logger.warning(
+            f"step {row['step']} {what}: {DESCRIPTIONS[row['reason']]}; its images are listed in {rows.name}"
+        )
 
     @_on_first_rank
     def log(self, message: str | None) -> None:
-        """Logs a message, if there is one."""
+        """Logs a message, unless it is None."""
         if message is not None:
             logger.info(message)
 
     @_on_first_rank
     def samples(self, step: int, grid: np.ndarray) -> None:
-        """Records completions: uint8 (H, W, 3), as a PNG in the run and a picture in TensorBoard."""
+        """Records completions, uint8 (H, W, 3), as a PNG in the run and in TensorBoard."""
         from PIL import Image
 
         path = self._run / SAMPLES_FOLDER / f"step-{step:08d}.png"
@@ -113,7 +117,7 @@ class Telemetry:
 
     @_on_first_rank
     def flush(self) -> None:
-        """Pushes everything to disk, before a checkpoint records that these steps are done."""
+        """Flushes everything to disk, before a checkpoint records these steps as done."""
         self._rows.flush()
         os.fsync(self._rows.fileno())
         self._board.flush()
@@ -140,7 +144,7 @@ class Telemetry:
 
 
 def open_telemetry(run: Path, step: int, steps: int, ranks: Ranks) -> Telemetry:
-    """That of this rank, for a run that continues after `step`. If the first can't write, every rank raises."""
+    """This rank's Telemetry, for a run that continues after `step`. If rank 0 can't write, every rank raises."""
     with raise_on_all_ranks():
         return Telemetry(run, step, steps, records=ranks.is_first)
 
@@ -159,36 +163,36 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def peak_memory_table(bytes_of_ranks: list[int]) -> str:
-    """The peak of every rank, in one line."""
+    """The peak memory of every rank, in one line."""
     return "peak memory, MB, by rank: " + ", ".join(f"{size / 1e6:,.0f}" for size in bytes_of_ranks)
 
 
 class StepClock:
-    """Times one step and how long of it the loop waited for data."""
+    """Times each step, and how long the loop waited for data in it."""
 
     def __init__(self) -> None:
         self._start = self._waited = 0.0
 
     def start(self) -> None:
-        """The first step begins."""
+        """Starts the first step."""
         self._start = time.perf_counter()
 
     def wait_for(self, read: Callable[[], T]) -> T:
-        """Runs `read` and counts its time as waiting."""
+        """Runs `read` and counts its time as waiting for data."""
         start = time.perf_counter()
         result = read()
         self._waited = time.perf_counter() - start
         return result
 
     def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and those of them spent waiting."""
+        """Seconds since the last lap, and seconds of these spent waiting for data."""
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
         return seconds, self._waited
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what is not training: validation, samples, a save."""
+        """Excludes the body from the step's time: validation, samples, a save."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start

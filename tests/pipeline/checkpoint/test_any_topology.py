@@ -21,7 +21,7 @@ TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
     "tp2xDP2": (4, 2, 1, 2),
 }
 SAVED, LAST = 6, 11
-"""The step of the checkpoint that other topologies go on from, and where they end."""
+"""The step of the checkpoint that other topologies resume, and the step where they end."""
 
 
 def settings_of(topology: str, steps: int) -> dict[str, object]:
@@ -46,7 +46,7 @@ def train_several_on(runner: Runner, topology: str, steps_of_runs: dict[str, int
 
 
 def train_and_move(runner: Runner, first: str, second: str, **overrides: object) -> float:
-    """Trains on one topology, goes on with another; the largest difference from the unbroken losses of the first."""
+    """Trains on one topology, resumes on another; the largest difference from the uninterrupted losses of the first."""
     train_on(runner, first, f"{first} unbroken", LAST, **overrides)
     train_on(runner, first, first, SAVED, **overrides)
     moved = copy_to_move(runner, first, second)
@@ -78,12 +78,12 @@ def difference_from_unbroken(runner: Runner, first: str, moved: str) -> float:
         pytest.param("Z3x2", "tp2xDP2", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_elsewhere(runner: Runner, first: str, second: str) -> None:
+def test_a_run_resumes_on_another_topology(runner: Runner, first: str, second: str) -> None:
     assert train_and_move(runner, first, second) <= FP32_TOLERANCE
 
 
 @pytest.mark.parametrize(("first", "second"), [("tp2", "PP2"), pytest.param("Z2x2", "tp2", marks=pytest.mark.slow)])
-def test_the_stock_block_goes_on_elsewhere(runner: Runner, first: str, second: str) -> None:
+def test_the_stock_block_resumes_on_another_topology(runner: Runner, first: str, second: str) -> None:
     """Its matrices are stored transposed, and have biases."""
     assert train_and_move(runner, first, second, model__block="gpt2") <= FP32_TOLERANCE
 

@@ -1,4 +1,4 @@
-"""What a load is proven by: checksums that no layout changes, and a probe batch that is part of a picture."""
+"""How a load is verified: checksums that do not depend on the layout, and a probe batch that is part of an image."""
 
 from pathlib import Path
 
@@ -15,24 +15,24 @@ from tests.pipeline.conftest import Runner
 from tests.pipeline.train.engine.test_topologies import FP32_TOLERANCE
 
 SHAPES = {"transformer.h.0.attn.c_attn.weight": (6, 36), "transformer.wte.weight": (11, 6), "norm": (7,)}
-Whole = dict[tuple[str, str], torch.Tensor]
+State = dict[tuple[str, str], torch.Tensor]
 """A model's state, by parameter and state."""
 
 
 @pytest.fixture
-def whole() -> Whole:
+def state_dict() -> State:
     torch.manual_seed(0)
     return {(name, state): torch.randn(shape) for name, shape in SHAPES.items() for state in STATES}
 
 
-def of_ranks(whole: Whole, ranks: list[list[Fragment]]) -> dict[str, str]:
-    """The checksums of a state that ranks share so."""
+def of_ranks(state_dict: State, ranks: list[list[Fragment]]) -> dict[str, str]:
+    """The checksums of a state that is divided over ranks like this."""
     parts = []
     for fragments in ranks:
         tensors, index = {}, []
         for fragment in fragments:
             for state in STATES:
-                values = whole[fragment.name, state]
+                values = state_dict[fragment.name, state]
                 held = (fragment.part.of(values) if fragment.part else values).reshape(-1)
                 cut = held[fragment.start : fragment.start + fragment.length]
                 tensors[fragment.key(state)] = cut.clone()
@@ -62,24 +62,24 @@ def end_to_end(names: list[str], ranks: int) -> list[list[Fragment]]:
     return shares
 
 
-def by_hand(whole: Whole, state: str) -> int:
+def computed_plainly(state_dict: State, state: str) -> int:
     """In Python's integers, which know no overflow, element by element."""
     from hashlib import sha256
 
     total = 0
     for name in SHAPES:
-        bits = whole[name, state].reshape(-1).numpy().view(np.uint32).tolist()
+        bits = state_dict[name, state].reshape(-1).numpy().view(np.uint32).tolist()
         factor = int.from_bytes(sha256(name.encode()).digest()[:8], "big") | 1
         total += factor * sum(value * (2 * place + 1) for place, value in enumerate(bits))
     return total % (1 << 64)
 
 
-def test_checksums_are_the_same_on_any_layout(whole: Whole) -> None:
-    expected = {state: f"{by_hand(whole, state):016x}" for state in STATES}
+def test_checksums_are_the_same_on_any_layout(state_dict: State) -> None:
+    expected = {state: f"{computed_plainly(state_dict, state):016x}" for state in STATES}
     names = list(SHAPES)
     for ranks in (1, 2, 3, 7):
-        assert of_ranks(whole, end_to_end(names, ranks)) == expected
-        assert of_ranks(whole, end_to_end(names[::-1], ranks)) == expected
+        assert of_ranks(state_dict, end_to_end(names, ranks)) == expected
+        assert of_ranks(state_dict, end_to_end(names[::-1], ranks)) == expected
     matrix, *others = names
     rest = end_to_end(others, 1)[0]
     for transposed, dimension, matrices in ((False, 1, 3), (True, 0, 3), (False, 0, 1)):
@@ -88,26 +88,26 @@ def test_checksums_are_the_same_on_any_layout(whole: Whole) -> None:
             [Fragment(matrix, SHAPES[matrix], 0, 50, 0, part), Fragment(matrix, SHAPES[matrix], 50, 58, 0, part)]
             for part in parts
         ]
-        assert of_ranks(whole, [[*cut[0], *rest], cut[1]]) == expected
+        assert of_ranks(state_dict, [[*cut[0], *rest], cut[1]]) == expected
 
 
-def test_a_changed_an_exchanged_and_a_lost_element_show(whole: Whole) -> None:
+def test_a_changed_a_swapped_and_a_lost_element_change_the_checksum(state_dict: State) -> None:
     layout = end_to_end(list(SHAPES), 2)
-    before = of_ranks(whole, layout)
+    before = of_ranks(state_dict, layout)
 
-    def differ(change: Whole) -> set[str]:
-        after = of_ranks({**whole, **change}, layout)
+    def differ(change: State) -> set[str]:
+        after = of_ranks({**state_dict, **change}, layout)
         return {state for state in STATES if after[state] != before[state]}
 
     key = ("transformer.wte.weight", "exp_avg")
-    bit, swapped, lost, shifted = (whole[key].clone() for _ in range(4))
+    bit, swapped, lost, shifted = (state_dict[key].clone() for _ in range(4))
     bit.view(-1).numpy().view(np.uint32)[65] ^= 1
-    swapped.view(-1)[[3, 64]] = whole[key].view(-1)[[64, 3]]
+    swapped.view(-1)[[3, 64]] = state_dict[key].view(-1)[[64, 3]]
     lost.view(-1)[60:] = 0
-    shifted.view(-1)[1:] = whole[key].view(-1)[:-1]
+    shifted.view(-1)[1:] = state_dict[key].view(-1)[:-1]
     for values in (bit, swapped, lost, shifted):
         assert differ({key: values}) == {"exp_avg"}
-    norms = {("norm", "weight"): whole["norm", "exp_avg"], ("norm", "exp_avg"): whole["norm", "weight"]}
+    norms = {("norm", "weight"): state_dict["norm", "exp_avg"], ("norm", "exp_avg"): state_dict["norm", "weight"]}
     assert differ(norms) == {"weight", "exp_avg"}
 
 

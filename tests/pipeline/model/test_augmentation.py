@@ -1,4 +1,4 @@
-"""Mirrors and crops on the token grid, against numpy's own padding, picture by picture."""
+"""Mirrors and crops on the token grid, against numpy's own padding, image by image."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from pipeline.model.augmentation import Augmentation, Changes, mirror
 
 
 def by_numpy(tokens: np.ndarray, changes: Changes, padding: int, resolution: int) -> np.ndarray:
-    """One picture after the other: pad, cut, turn."""
-    pictures = []
-    for picture, mirrored, (top, left) in zip(tokens, changes.mirrored, changes.corners, strict=True):
-        padded = np.pad(picture.reshape(resolution, resolution), padding, mode="reflect")
+    """One image after the other: pad, crop, flip."""
+    images = []
+    for image, mirrored, (top, left) in zip(tokens, changes.mirrored, changes.corners, strict=True):
+        padded = np.pad(image.reshape(resolution, resolution), padding, mode="reflect")
         cut = padded[top : top + resolution, left : left + resolution]
-        pictures.append((cut[:, ::-1] if mirrored else cut).ravel())
-    return np.array(pictures)
+        images.append((cut[:, ::-1] if mirrored else cut).ravel())
+    return np.array(images)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -39,7 +39,7 @@ def test_nothing_is_changed_unless_it_is_asked_for() -> None:
     assert random.random() == np.random.default_rng(0).random()
 
 
-def test_mirror_turns_the_chosen_pictures_on_the_grid() -> None:
+def test_mirror_flips_the_chosen_images_on_the_grid() -> None:
     tokens = np.arange(2 * 16, dtype=np.uint16).reshape(2, 16)
     turned = mirror(tokens, np.array([False, True]), 4)
     assert np.array_equal(turned[0], tokens[0])

@@ -25,7 +25,7 @@ def test_next_color_shifts_by_one_behind_sos():
 
 def test_losses_are_nats_of_the_colors():
     generator = np.random.default_rng(0)
-    logits = generator.normal(size=(3, 5, 8))  # two columns beyond six colours
+    logits = generator.normal(size=(3, 5, 8))  # two columns beyond six colors
     targets = generator.integers(0, 6, (3, 5))
     scores = np.exp(logits[..., :6])
     chosen = np.take_along_axis(scores / scores.sum(-1, keepdims=True), targets[..., None], -1)[..., 0]
@@ -64,14 +64,14 @@ def test_the_joint_loss_is_colours_and_class_in_nats(weight: float, masked: bool
     random = torch.Generator().manual_seed(0)
     token_logits, class_logits = torch.randn(4, 6, 9, generator=random), 3 * torch.randn(4, 5, generator=random)
     targets, labels = torch.randint(9, (4, 6), generator=random), torch.tensor([0, 4, 2, 2])
-    hidden = np.ones((4, 6), bool)
+    masked = np.ones((4, 6), bool)
     if masked:
-        hidden = np.random.default_rng(0).random((4, 6)) < 0.5
-        hidden[:, 0] = True
-        targets = targets.masked_fill(torch.from_numpy(~hidden), IGNORED)
-    of_colours = -np.take_along_axis(in_float64(token_logits), np.maximum(targets.numpy(), 0)[..., None], -1)[..., 0]
+        masked = np.random.default_rng(0).random((4, 6)) < 0.5
+        masked[:, 0] = True
+        targets = targets.masked_fill(torch.from_numpy(~masked), IGNORED)
+    of_colors = -np.take_along_axis(in_float64(token_logits), np.maximum(targets.numpy(), 0)[..., None], -1)[..., 0]
     of_class = -in_float64(class_logits)[np.arange(4), labels.numpy()]
-    expected = weight * (of_colours * hidden).sum(1) / hidden.sum(1) + of_class
+    expected = weight * (of_colors * masked).sum(1) / masked.sum(1) + of_class
     found = joint_loss(token_logits, targets, class_logits, labels, 9, weight)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
 

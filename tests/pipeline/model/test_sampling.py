@@ -25,7 +25,7 @@ def wide_awake_model(block="igpt"):
     return model.eval()
 
 
-def some_pictures(count=4):
+def some_images(count=4):
     return torch.randint(0, COLORS, (count, TOTAL), generator=torch.Generator().manual_seed(2))
 
 
@@ -43,19 +43,19 @@ def drawn_without_cache(model, prefix, total, thresholds):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("given", [0, 1, 40])
 def test_equals_drawing_without_a_cache(block, given, monkeypatch):
-    model, pictures = wide_awake_model(block), some_pictures()
+    model, images = wide_awake_model(block), some_images()
     thresholds = torch.rand(4, TOTAL, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     monkeypatch.setattr("pipeline.model.sampling._thresholds", lambda *_: thresholds)
-    expected = drawn_without_cache(model, pictures[:, :given], TOTAL, thresholds)
-    found = complete(model, pictures[:, :given], TOTAL, seed=0)
+    expected = drawn_without_cache(model, images[:, :given], TOTAL, thresholds)
+    found = complete(model, images[:, :given], TOTAL, seed=0)
     assert torch.equal(found, expected)
-    assert torch.equal(found[:, :given], pictures[:, :given])
+    assert torch.equal(found[:, :given], images[:, :given])
     assert found.min() >= 0 and found.max() < COLORS, "never SOS"
     assert len(found[:, given:].unique()) > COLORS / 2, "the model of this test should not be certain"
 
 
 def test_a_picture_does_not_depend_on_its_batch():
-    model, prefix = wide_awake_model(), some_pictures(6)[:, :20]
+    model, prefix = wide_awake_model(), some_images(6)[:, :20]
     together = complete(model, prefix, TOTAL, seed=5)
     apart = [complete(model, prefix[at : at + 2], TOTAL, seed=5, first_image=at) for at in (0, 2, 4)]
     assert torch.equal(together, torch.cat(apart))
@@ -63,8 +63,8 @@ def test_a_picture_does_not_depend_on_its_batch():
     assert not torch.equal(together, complete(model, prefix, TOTAL, seed=6))
 
 
-def test_same_prefix_gives_different_pictures():
-    prefix = some_pictures(1)[:, :20].repeat(3, 1)
+def test_same_prefix_gives_different_images():
+    prefix = some_images(1)[:, :20].repeat(3, 1)
     one, two, three = complete(wide_awake_model(), prefix, TOTAL, seed=0)
     assert not torch.equal(one, two)
     assert not torch.equal(two, three)
@@ -85,14 +85,14 @@ def test_thresholds_at_their_ends_draw_possible_colors():
 
 
 def test_temperature_zero_takes_the_most_probable():
-    model, prefix = wide_awake_model(), some_pictures()[:, :40]
+    model, prefix = wide_awake_model(), some_images()[:, :40]
     found = complete(model, prefix, TOTAL, seed=0, temperature=0)
     inputs, targets = objectives.next_color(found, COLORS)
     assert torch.equal(model(inputs).logits.argmax(-1)[:, 40:], targets[:, 40:])
 
 
 def test_works_in_training_with_activation_checkpointing_and_leaves_the_mode():
-    model, prefix = wide_awake_model(), some_pictures()[:, :40]
+    model, prefix = wide_awake_model(), some_images()[:, :40]
     expected = complete(model, prefix, TOTAL, seed=0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -101,7 +101,7 @@ def test_works_in_training_with_activation_checkpointing_and_leaves_the_mode():
 
 
 def test_half_precision_and_uint16_prefixes():
-    prefix = some_pictures()[:, :40].to(torch.uint16)
+    prefix = some_images()[:, :40].to(torch.uint16)
     found = complete(wide_awake_model().bfloat16(), prefix, TOTAL, seed=0)
     assert found.shape == (4, TOTAL)
     assert torch.equal(found[:, :40], prefix.long())
@@ -110,7 +110,7 @@ def test_half_precision_and_uint16_prefixes():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_pass_that_cuda_records_gives_the_scores_of_the_other(block):
     model = wide_awake_model(block)
-    tokens = torch.cat([torch.full((4, 1), COLORS), some_pictures()], dim=1)
+    tokens = torch.cat([torch.full((4, 1), COLORS), some_images()], dim=1)
     plain, recorded = Decoder(model, TOTAL), Decoder(model, TOTAL)
     with torch.no_grad():
         torch.testing.assert_close(recorded(tokens[:, :10]), plain(tokens[:, :10]))
@@ -123,5 +123,5 @@ def test_the_pass_that_cuda_records_gives_the_scores_of_the_other(block):
 
 
 def test_nothing_to_draw():
-    pictures = some_pictures()
-    assert torch.equal(complete(wide_awake_model(), pictures, TOTAL, seed=0), pictures)
+    images = some_images()
+    assert torch.equal(complete(wide_awake_model(), images, TOTAL, seed=0), images)

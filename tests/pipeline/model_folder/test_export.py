@@ -143,6 +143,6 @@ def test_a_damaged_checkpoint_is_not_exported(finished_run: Runner, tmp_path: Pa
     content = bytearray(file.read_bytes())
     content[-50] ^= 4
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"rank-00001.safetensors is not what was written"):
+    with pytest.raises(ValueError, match=r"rank-00001.safetensors is damaged"):
         export(find_checkpoint(copy), tmp_path / "model")
     assert not (tmp_path / "model").exists()

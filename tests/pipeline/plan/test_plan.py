@@ -1,4 +1,4 @@
-"""The plan against what autograd saves, what a process takes, and a calculation by hand."""
+"""The plan against what autograd saves, the memory of processes, and a manual calculation."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def plan(tmp_path: Path, *arguments: object) -> Finished:
 
 
 def autograd_bytes(model_config: ModelConfig, precision: str, images: int) -> int:
-    """Bytes of distinct storages that a forward pass on CPU saves for the backward pass, weights left out."""
+    """Bytes of distinct storages that a forward pass on CPU saves for the backward pass, without weights."""
     config = gpt2_config(model_config)
     model = build_model(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
     if precision == "fp8":
@@ -60,7 +60,7 @@ def test_what_a_block_saves_is_what_autograd_saves(block: str, precision: str) -
 
 
 @pytest.mark.parametrize("number", [pytest.param(n, marks=pytest.mark.slow) for n in range(11)])
-def test_a_run_takes_what_the_plan_says(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_takes_the_planned_memory(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages; the slow ones are the other cases of python -m tests.benchmarks.memory."""
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(name, "65536")
@@ -73,14 +73,14 @@ def test_a_run_takes_what_the_plan_says(number: int, tmp_path: Path, monkeypatch
     assert planned == pytest.approx(max(peaks), rel=0.10)
 
 
-def test_xl_on_64_h100_is_as_calculated_by_hand(tmp_path: Path) -> None:
+def test_xl_on_64_h100_is_as_calculated_manually(tmp_path: Path) -> None:
     finished = plan(tmp_path, *XL, "--json", tmp_path / "plan.json")
     assert finished.codes == [0]
     parts = json.loads((tmp_path / "plan.json").read_text())["chosen"]["parts"]
     parameters = 6_810_875_904
-    assert parts["weights"] == pytest.approx(2 * parameters, rel=1e-4)  # the norms are left out
+    assert parts["weights"] == pytest.approx(2 * parameters, rel=1e-4)  # without the norms
     assert parts["fp32 weights"] + parts["moments"] == pytest.approx(12 * parameters / 64, rel=1e-4)
-    # A block saves 20 numbers of 2 bytes for each of 4096 positions and 3072 channels; 60 blocks, one picture.
+    # A block saves 20 values of 2 bytes for each of 4096 positions and 3072 channels; 60 blocks, one image.
     assert parts["activations"] == 60 * 20 * 2 * 4096 * 3072
     assert parts["logits and loss"] == 4.5 * 4 * 4096 * 512
 
@@ -96,12 +96,12 @@ def test_proposed_layouts_fit_and_are_in_order(tmp_path: Path) -> None:
     assert best["name"] in again.output
 
 
-def test_one_that_does_not_fit_is_said_with_one_that_does(tmp_path: Path) -> None:
+def test_a_layout_that_does_not_fit_is_reported_with_one_that_does(tmp_path: Path) -> None:
     finished = plan(tmp_path, *XL, "--ranks", 8, "--parallel.zero_stage", 1)
     assert finished.codes == [1]
     last = finished.output.splitlines()[-1]
     assert "the configured layout needs" in last
-    assert "NVIDIA H100 SXM has 80 GB: take --parallel." in last
+    assert "NVIDIA H100 SXM has 80 GB: use --parallel." in last
 
 
 def test_more_of_anything_takes_more_memory() -> None:
@@ -118,21 +118,21 @@ def test_more_of_anything_takes_more_memory() -> None:
     assert peak(zero_stage=1) > peak(zero_stage=1, pipeline_stages=4)
 
 
-def test_a_layout_that_divides_is_said_where_the_configured_one_does_not(tmp_path: Path) -> None:
+def test_the_error_of_a_layout_that_does_not_divide_names_one_that_does(tmp_path: Path) -> None:
     finished = plan(tmp_path, *XL, "--ranks", 256)
     assert finished.codes == [2]
-    advice = re.search(r"1 x 256 = 256\. Of those that divide and fit the fastest is (.*)\.\n$", finished.output)
+    advice = re.search(r"1 x 256 = 256\. The fastest layout that divides and fits is (.*)\.\n$", finished.output)
     assert advice
     assert plan(tmp_path, *XL, "--ranks", 256, *advice[1].split()).codes == [0]
 
 
-def test_a_shard_set_of_another_resolution_is_said(tmp_path: Path, shards: Path) -> None:
+def test_a_shard_set_of_another_resolution_is_an_error(tmp_path: Path, shards: Path) -> None:
     finished = plan(tmp_path, *XL, "--data.shards", shards)
     assert finished.codes == [2]
     assert finished.output.startswith("error: model.resolution is 64; it must be 8, the resolution of the shard set ")
 
 
-def test_a_wrong_accelerator_is_said_before_torch_is_loaded() -> None:
+def test_a_wrong_accelerator_is_an_error_before_torch_is_loaded() -> None:
     code = (
         "import sys; from pipeline.plan.command import plan_command\n"
         "try: plan_command(['--accelerator', 'h101'])\n"
@@ -154,7 +154,7 @@ def test_a_wrong_accelerator_is_said_before_torch_is_loaded() -> None:
         (["--accelerator", "a100-80gb", "--precision", "fp8"], "A100 80GB has no float8 products; it must be bf16"),
     ],
 )
-def test_mistakes_are_said(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_invalid_input_is_an_error(tmp_path: Path, arguments: list[str], message: str) -> None:
     finished = plan(tmp_path, *XL, *arguments)
     assert finished.codes == [2]
     assert message in finished.output

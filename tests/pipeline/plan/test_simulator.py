@@ -241,10 +241,10 @@ def xl(ranks: int, **parallel: object) -> tuple[TrainConfig, Cluster]:
     return config, Cluster(H100, ranks, 8, hardware_of(H100))
 
 
-def test_layouts_of_xl_are_said_for_the_batch_of_the_paper_and_larger_ones() -> None:
+def test_layouts_of_xl_are_listed_for_the_batch_of_the_paper_and_larger_ones() -> None:
     lines = layouts_table(((1024, 64), (1024, 1024)), best=1)
     assert len(lines) == 4
-    assert "stages" in lines[2]  # as there is a picture for every sixteenth only
+    assert "stages" in lines[2]  # because only every sixteenth rank has an image
     paper, larger = (float(line.split("|")[5].strip(" %")) for line in lines[2:])
     assert paper < 5 < 25 < larger
 
@@ -317,7 +317,7 @@ def test_measured_blocks_are_taken_over_and_scaled_by_flops(tmp_path: Path) -> N
         ({"device": "NVIDIA A100-SXM4-80GB", "rows": [ROW]}, "was measured on 'NVIDIA A100-SXM4-80GB'; it must"),
     ],
 )
-def test_a_bad_file_of_block_times_is_said_in_a_sentence(tmp_path: Path, content: object, message: str) -> None:
+def test_a_bad_file_of_block_times_is_an_error_of_one_sentence(tmp_path: Path, content: object, message: str) -> None:
     path = tmp_path / "blocks.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     finished = plan(tmp_path, *XL, "--block_times", path)
@@ -331,7 +331,7 @@ def test_blocks_measured_in_bf16_are_not_taken_for_others(tmp_path: Path) -> Non
     path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "rows": [ROW]}))
     finished = plan(tmp_path, *XL, "--block_times", path, "--precision", "fp32")
     assert finished.codes == [2]
-    assert finished.output.startswith("error: --block_times holds blocks measured in bf16, and precision is fp32")
+    assert finished.output.startswith("error: --block_times has blocks measured in bf16, but precision is fp32")
 
 
 @pytest.mark.parametrize("device", ["CPU", "NVIDIA A100-SXM4-80GB"])
@@ -340,7 +340,7 @@ def test_blocks_measured_on_another_device_are_not_taken_over(tmp_path: Path, de
     path.write_text(json.dumps({"device": device, "rows": [ROW]}))
     finished = plan(tmp_path, *XL, "--block_times", path)
     assert finished.codes == [2]
-    assert f"was measured on {device!r}; it must have been on --accelerator, NVIDIA H100 SXM." in finished.output
+    assert f"was measured on {device!r}; it must be measured on --accelerator, NVIDIA H100 SXM." in finished.output
 
 
 def test_no_layout_takes_less_than_its_flops() -> None:

@@ -140,8 +140,8 @@ def test_offline_the_cache_answers(hub: Hub, models: dict[int, Path], monkeypatc
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lab/none", "has no such repository, or shows it to others only"),
-        (f"{REPOSITORY}@step-00000007", "there is no such revision"),
+        ("lab/none", "has no such repository, or it is private"),
+        (f"{REPOSITORY}@step-00000007", "the revision does not exist"),
         ("image-gpt", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
         ("a/b/c", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
     ],

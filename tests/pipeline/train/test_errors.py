@@ -1,4 +1,4 @@
-"""A user's mistake ends in one sentence and exit code 2, before any process group starts, and leaves no run behind."""
+"""Invalid input ends with one sentence and exit code 2, before any process group starts, and creates no run."""
 
 import json
 import runpy
@@ -40,7 +40,7 @@ def sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     return run
 
 
-MISTAKES: dict[str, tuple[dict[str, object], str]] = {
+INVALID: dict[str, tuple[dict[str, object], str]] = {
     "unknown key": ({"optimizer.lerning_rate": 1}, "optimizer.lerning_rate is not a known key; did you mean"),
     "abbreviated key": ({"schedule.step": 50}, "schedule.step is not a known key; did you mean schedule.steps?"),
     "wrong type": ({"batch.micro_size": "many"}, "batch.micro_size is 'many'; it must be an integer"),
@@ -57,15 +57,18 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "warm-up too long": ({"schedule.warmup_steps": 40}, "schedule.warmup_steps is 40; it must be below"),
     "no shard set": ({"data.shards": "/nowhere/shards"}, "/nowhere/shards does not exist"),
     "other resolution": ({"model.resolution": 16}, "model.resolution is 16; it must be 8"),
-    "crop of the whole": ({"data.reflect_crop": 8}, "data.reflect_crop is 8; it must be below model.resolution, 8"),
-    "rate of zero": ({"optimizer.learning_rate": 0}, "optimizer.learning_rate is 0.0; it must be above 0"),
+    "crop too large": (
+        {"data.reflect_crop": 8},
+        "data.reflect_crop is 8; it must be below model.resolution, 8",
+    ),
+    "learning rate of zero": ({"optimizer.learning_rate": 0}, "optimizer.learning_rate is 0.0; it must be above 0"),
     "no such config": ({"config": "none.yaml"}, "--config is 'none.yaml', which is not a file"),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda name: name.replace(" ", "-"))
-def test_a_wrong_option(runner: Runner, sentence: Sentence, mistake: str) -> None:
-    options, words = MISTAKES[mistake]
+@pytest.mark.parametrize("case", INVALID, ids=lambda name: name.replace(" ", "-"))
+def test_an_invalid_option(runner: Runner, sentence: Sentence, case: str) -> None:
+    options, words = INVALID[case]
     arguments = runner.arguments("run")[2:] + [f"--{key}={value}" for key, value in options.items()]
     assert words in sentence(arguments)
     assert not (runner.folder / "run").exists()
@@ -85,8 +88,8 @@ def test_a_run_inside_a_file_or_over_other_files(runner: Runner, sentence: Sente
     (runner.folder / "file").touch()
     assert "is a file" in sentence(runner.arguments("file")[2:])
     (runner.folder / "holiday").mkdir()
-    (runner.folder / "holiday/picture.jpg").touch()
-    assert "holds other files" in sentence(runner.arguments("holiday")[2:])
+    (runner.folder / "holiday/image.jpg").touch()
+    assert "has other files" in sentence(runner.arguments("holiday")[2:])
 
 
 @pytest.fixture
@@ -118,7 +121,7 @@ def test_a_flipped_byte_is_found_before_the_first_step(runner: Runner, own_shard
     tar.write_bytes(content)
     finished = runner.train("run", 2, data__shards=own_shards, batch__micro_size=2)
     assert finished.codes == [2, 2]
-    assert f"{tar} is not what was written" in finished.output
+    assert f"{tar} is damaged" in finished.output
     assert "Traceback" not in "".join(finished.outputs)
     assert not (runner.folder / "run/metrics.jsonl").exists()
 
@@ -129,7 +132,7 @@ def test_another_shard_set_for_the_same_run(runner: Runner, finished_run: Runner
     (own_shards / "shards.json").write_text(json.dumps(manifest | {"classes": manifest["classes"][::-1]}))
     finished = runner.train("run", data__shards=own_shards, schedule__steps=50)
     assert finished.codes == [2]
-    assert "give --data.shards the set that the run began with" in finished.output
+    assert "set data.shards to the set that the run started with" in finished.output
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_another_shard_set_for_the_same_run(runner: Runner, finished_run: Runner
         *({"seed": 1}, {"data__flip": True}, {"data__reflect_crop": 2}),
     ],
 )
-def test_a_run_keeps_its_model_and_its_order(
+def test_the_model_and_the_data_order_of_a_run_are_fixed(
     runner: Runner, finished_run: Runner, sentence: Sentence, changed: dict[str, object]
 ) -> None:
     run = Path(shutil.copytree(finished_run.folder / "reference", runner.folder / "run"))
@@ -222,7 +225,7 @@ def test_two_trainings_of_one_run(runner: Runner, shards: Path) -> None:
     ],
     ids=["restarted", "array", "successor"],
 )
-def test_what_an_earlier_job_left_behind_is_waited_for(
+def test_a_job_waits_for_ranks_of_an_earlier_job(
     job: dict[str, str], runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fcntl
@@ -238,13 +241,13 @@ def test_what_an_earlier_job_left_behind_is_waited_for(
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         def release() -> None:
-            while not (log.is_file() and "it is waited for" in log.read_text()):
+            while not (log.is_file() and "waiting up to" in log.read_text()):
                 time.sleep(0.1)
             fcntl.flock(lock, fcntl.LOCK_UN)
 
         threading.Thread(target=release, daemon=True).start()
         runner.check_trains("run", 1, schedule__steps=5, schedule__warmup_steps=2)
-    assert "process 1 on node1, SLURM job 7 still holds the run" in log.read_text()
+    assert "process 1 on node1, SLURM job 7 still holds the lock of the run" in log.read_text()
 
 
 def test_a_job_does_not_wait_for_ever_for_another(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,10 +264,10 @@ def test_a_job_does_not_wait_for_ever_for_another(runner: Runner, monkeypatch: p
     assert "is being trained by another process (process 1 on node1, SLURM job 7)" in finished.output
 
 
-def test_a_rate_that_diverges_stops_with_the_step_named(runner: Runner) -> None:
+def test_a_learning_rate_that_diverges_ends_the_run_and_names_the_step(runner: Runner) -> None:
     finished = runner.train("run", optimizer__learning_rate=1e20, optimizer__clip_norm=0, schedule__warmup_steps=0)
     assert finished.codes == [1]
-    assert "is not finite (loss" in finished.output
+    assert "was skipped (NaN or Inf in loss or gradient" in finished.output
     assert "Traceback" not in finished.output
     assert "skipped.jsonl of the run" in finished.output
     assert json.loads((runner.folder / "run/run.json").read_text())["status"] == "failed"

@@ -27,7 +27,7 @@ def test_sizes_are_a_function_of_the_step() -> None:
     [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
 )
 def test_a_growing_batch_is_as_in_plain_torch(runner: Runner, shards: Path, ranks: int, stages: int) -> None:
-    """Stopped while it grows, and gone on with."""
+    """Stopped while the batch grows, and resumed."""
     settings = {**GROWING, "parallel__pipeline_stages": stages, "optimizer__learning_rate": RATE}
     runner.check_trains("run", ranks, **settings, schedule__steps=7, schedule__decay="constant")
     runner.check_trains("run", ranks, **settings, schedule__steps=20, schedule__decay="constant")
@@ -39,7 +39,7 @@ def test_a_growing_batch_is_as_in_plain_torch(runner: Runner, shards: Path, rank
     assert runner.losses("run")[:5] == pytest.approx(plain[:5], abs=FP32_TOLERANCE)
 
 
-def test_mistakes_about_it_are_said(runner: Runner) -> None:
+def test_invalid_sizes_are_an_error(runner: Runner) -> None:
     finished = runner.train("run", 1, **{**GROWING, "batch__first_size": 5})
     assert "batch.first_size is 5; it must divide batch.global_size, 12" in finished.output
     finished = runner.train("run", 2, **{**GROWING, "batch__micro_size": 6})

@@ -1,4 +1,4 @@
-"""A run that was killed, stopped or moved goes on as if nothing had happened."""
+"""A run that was killed, stopped or moved resumes with the same curve as an uninterrupted one."""
 
 import os
 import random
@@ -18,7 +18,7 @@ STOPPED = 75
 
 
 def train_through_kills(runner: Runner, name: str, kills: int, seed: int, **overrides: object) -> Finished:
-    """Starts the run again and again, killing the whole process group at random moments, then lets it end.
+    """Starts the run repeatedly and kills its process group at random moments, then lets it end.
 
     One kill in five comes while the ranks start; the others some steps on, at a random moment of a step or a save.
     """
@@ -89,7 +89,7 @@ def wait_for_step(run: Path, step: int) -> None:
     [((2, 1), (1, 0)), ((1, 0), (2, 3)), pytest.param((2, 3), (2, 2), marks=pytest.mark.slow)],
     ids=lambda pair: f"{pair[0]}x{pair[1]}",
 )
-def test_another_topology_goes_on_with_the_same_curve(
+def test_another_topology_resumes_with_the_same_curve(
     runner: Runner, finished_run: Runner, first: tuple[int, int], second: tuple[int, int]
 ) -> None:
     ranks, stage = first
@@ -113,20 +113,20 @@ def test_a_finished_run_is_left_alone(finished_run: Runner) -> None:
     assert (finished_run.folder / "reference/metrics.jsonl").read_bytes() == before
 
 
-def test_a_finished_run_says_what_it_does_not_change(finished_run: Runner) -> None:
+def test_a_finished_run_logs_changes_without_effect(finished_run: Runner) -> None:
     finished = finished_run.train("reference", 1, batch__micro_size=2, schedule__steps=20)
     assert finished.codes == [0]
-    assert "without effect on a finished run: schedule.steps was 40, is 20" in finished.output
+    assert "schedule.steps was 40 and is now 20, without effect on a finished run" in finished.output
 
 
-def test_a_run_that_lost_its_checkpoints_does_not_begin_again(runner: Runner) -> None:
+def test_a_run_that_lost_its_checkpoints_does_not_start_from_scratch(runner: Runner) -> None:
     runner.check_trains("run", 1, schedule__steps=10)
     shutil.rmtree(runner.folder / "run/checkpoints")
     before = (runner.folder / "run/metrics.jsonl").read_bytes()
     for steps in (10, 20):
         finished = runner.train("run", 1, schedule__steps=steps)
         assert finished.codes == [2]
-        assert "has made 10 steps, but there is no checkpoint in" in finished.output
+        assert "has trained 10 steps, but" in finished.output
     assert (runner.folder / "run/metrics.jsonl").read_bytes() == before
 
 

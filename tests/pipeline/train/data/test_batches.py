@@ -19,17 +19,17 @@ def test_every_epoch_has_every_picture_once_in_its_own_order() -> None:
     assert (epochs[1] == epochs[2]).mean() < 0.01
 
 
-def test_pictures_are_mixed_across_records() -> None:
+def test_images_are_mixed_across_records() -> None:
     first_thousand, _ = ImageOrder(RECORDS, seed=1).at(0, 1000)
     assert len(np.unique(first_thousand // 256)) > 50
 
 
 @pytest.mark.parametrize("augmentation", [Augmentation(flip=True), Augmentation(flip=True, reflect_crop=4)])
 def test_a_position_does_not_depend_on_how_it_is_reached(augmentation: Augmentation) -> None:
-    whole, all_changes = ImageOrder(RECORDS, 3, augmentation).at(0, 2 * IMAGES)
+    complete, all_changes = ImageOrder(RECORDS, 3, augmentation).at(0, 2 * IMAGES)
     for position, count in [(0, 1), (IMAGES - 5, 10), (IMAGES + 16_383, 3), (2 * IMAGES - 7, 7)]:
         indices, changes = ImageOrder(RECORDS, 3, augmentation).at(position, count)
-        assert np.array_equal(indices, whole[position : position + count])
+        assert np.array_equal(indices, complete[position : position + count])
         assert np.array_equal(changes.mirrored, all_changes.mirrored[position : position + count])
         assert np.array_equal(changes.corners, all_changes.corners[position : position + count])
 
@@ -45,12 +45,12 @@ def test_crops_leave_the_order_and_the_flips_as_they_were() -> None:
 
 
 def test_the_order_and_its_fingerprint_are_those_of_earlier_versions() -> None:
-    """Taken when there were no crops: a run that was begun then must go on."""
+    """Recorded before crops existed: a run that was started then must resume."""
     assert ImageOrder(RECORDS, 7).fingerprint(1000) == "d30d39c5aad99560"
     assert ImageOrder(RECORDS, 7, Augmentation(flip=True)).fingerprint(1000) == "f37c9178bf2efc52"
 
 
-def test_the_fingerprint_covers_what_is_done_to_the_pictures() -> None:
+def test_the_fingerprint_covers_the_augmentations() -> None:
     kinds = [
         Augmentation(),
         *(Augmentation(flip, crop) for flip, crop in [(True, 0), (False, 2), (True, 2), (True, 3)]),
@@ -64,7 +64,7 @@ def test_seeds_and_epochs_draw_differently() -> None:
     assert (first == second).mean() < 0.05
 
 
-def test_half_of_the_pictures_are_mirrored_anew_each_epoch() -> None:
+def test_half_of_the_images_are_mirrored_and_others_each_epoch() -> None:
     order = ImageOrder(RECORDS, 0, Augmentation(flip=True))
     indices, changes = order.at(0, IMAGES)
     again, later = order.at(IMAGES, IMAGES)
@@ -83,14 +83,14 @@ class NumberedSplit:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_the_ranks_slices_make_up_the_global_batch(ranks: int) -> None:
-    whole, _ = ImageOrder(RECORDS, seed=5).at(IMAGES - 20, 96)
-    pieces = []
+    complete, _ = ImageOrder(RECORDS, seed=5).at(IMAGES - 20, 96)
+    shares = []
     for rank in range(ranks):
         batches = TrainingBatches(NumberedSplit(), 2, ImageOrder(RECORDS, seed=5), rank, ranks)  # type: ignore[arg-type]
-        pieces.append([batches.at(IMAGES - 20 + 32 * step, 32).tokens[:, 0] for step in range(3)])
+        shares.append([batches.at(IMAGES - 20 + 32 * step, 32).tokens[:, 0] for step in range(3)])
         batches.close()
-    steps = [np.concatenate([piece[step] for piece in pieces]) for step in range(3)]
-    assert np.array_equal(np.concatenate(steps), whole)
+    steps = [np.concatenate([share[step] for share in shares]) for step in range(3)]
+    assert np.array_equal(np.concatenate(steps), complete)
 
 
 def test_reading_ahead_changes_nothing_when_the_loop_jumps() -> None:
@@ -112,13 +112,13 @@ class PhotographSplit:
 
 
 @pytest.mark.parametrize(("flip", "crop"), [(False, 0), (True, 0), (False, 3), (True, 3)])
-def test_batches_hold_the_pictures_as_the_order_changes_them(flip: bool, crop: int) -> None:
+def test_batches_have_the_images_with_their_augmentations(flip: bool, crop: int) -> None:
     order = ImageOrder(RECORDS, 0, Augmentation(flip, crop))
     batches = TrainingBatches(PhotographSplit(), 8, order, 1, 2)  # type: ignore[arg-type]
     tokens = batches.at(64, 32).tokens
     batches.close()
     indices, changes = order.at(64 + 16, 16)
-    for picture, index, mirrored, (top, left) in zip(tokens, indices, changes.mirrored, changes.corners, strict=True):
+    for image, index, mirrored, (top, left) in zip(tokens, indices, changes.mirrored, changes.corners, strict=True):
         padded = np.pad(PhotographSplit.tokens[index].reshape(8, 8), crop, mode="reflect")
         want = padded[top : top + 8, left : left + 8]
-        assert np.array_equal(picture.reshape(8, 8), want[:, ::-1] if mirrored else want)
+        assert np.array_equal(image.reshape(8, 8), want[:, ::-1] if mirrored else want)

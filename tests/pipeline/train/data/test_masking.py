@@ -26,7 +26,7 @@ MASKED = {"objective__kind": "masked_color", "schedule__steps": 20, "optimizer__
 
 @pytest.fixture(scope="module")
 def plain(shards: Path) -> dict[str, list[float]]:
-    """By block: 20 steps of a causal model made to see everything by an explicit mask, a hidden colour's embedding
+    """By block: 20 steps of a causal model with an explicit mask that allows all positions, a masked color's embedding
     being zero."""
     return {block: train_plainly(shards, block) for block in ("igpt", "gpt2")}
 
@@ -42,13 +42,13 @@ def train_plainly(shards: Path, block: str) -> list[float]:
     for step in range(20):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step + 1, RATE, schedule)
-        pictures = split.gather(order.at(step * 8, 8)[0])[0]
-        hidden = torch.from_numpy(masks.draw("train", np.arange(step * 8, step * 8 + 8), 64))
-        colors = torch.from_numpy(pictures.astype(np.int64))
-        embedded = model.transformer.wte(colors) * ~hidden[..., None]
+        images = split.gather(order.at(step * 8, 8)[0])[0]
+        masked = torch.from_numpy(masks.draw("train", np.arange(step * 8, step * 8 + 8), 64))
+        colors = torch.from_numpy(images.astype(np.int64))
+        embedded = model.transformer.wte(colors) * ~masked[..., None]
         logits = model(inputs_embeds=embedded, attention_mask=torch.zeros(8, 1, 64, 64)).logits[..., :512]
         nats = functional.cross_entropy(logits.transpose(1, 2), colors, reduction="none")
-        loss = ((nats * hidden).sum(1) / hidden.sum(1)).mean()
+        loss = ((nats * masked).sum(1) / masked.sum(1)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -75,25 +75,27 @@ def test_losses_are_those_of_plain_torch(
 
 @pytest.mark.slow
 def test_validation_and_resume_on_another_engine(runner: Runner) -> None:
-    """The same pictures are hidden on any ranks, so a run that moves keeps its curve and its validation."""
+    """The same images are masked on any ranks, so a run that moves keeps its curve and its validation."""
     runner.check_trains("one", 1, **MASKED, validation__every_steps=5)
     runner.check_trains("moved", 2, **{**MASKED, "schedule__steps": 10}, schedule__decay="constant")
-    runner.check_trains("whole", 2, **MASKED, schedule__decay="constant", validation__every_steps=5)
+    runner.check_trains("uninterrupted", 2, **MASKED, schedule__decay="constant", validation__every_steps=5)
     stages = {"parallel__pipeline_stages": 2, "batch__micro_size": 2}
     runner.check_trains("moved", 2, **MASKED, schedule__decay="constant", validation__every_steps=5, **stages)
-    assert runner.losses("moved") == pytest.approx(runner.losses("whole"), abs=FP32_TOLERANCE)
-    losses = {n: [r["valid_loss"] for r in runner.rows(n) if "valid_loss" in r] for n in ("one", "whole", "moved")}
+    assert runner.losses("moved") == pytest.approx(runner.losses("uninterrupted"), abs=FP32_TOLERANCE)
+    losses = {
+        n: [r["valid_loss"] for r in runner.rows(n) if "valid_loss" in r] for n in ("one", "uninterrupted", "moved")
+    }
     assert len(losses["one"]) == 4
-    assert losses["moved"][-1] == pytest.approx(losses["whole"][-1], abs=FP32_TOLERANCE)
+    assert losses["moved"][-1] == pytest.approx(losses["uninterrupted"][-1], abs=FP32_TOLERANCE)
 
 
 def test_masks_are_a_function_of_the_place() -> None:
     masks, numbers = Masks(seed=3, probability=0.15), np.arange(1000, 1400)
-    hidden = masks.draw("train", numbers, 64)
-    assert hidden.mean() == pytest.approx(0.15, abs=0.01)
-    assert hidden.any(axis=1).all()
-    assert np.array_equal(masks.draw("train", numbers[50:57], 64), hidden[50:57])
-    assert not np.array_equal(masks.draw("train", numbers + 1, 64)[:1], hidden[:1])
+    masked = masks.draw("train", numbers, 64)
+    assert masked.mean() == pytest.approx(0.15, abs=0.01)
+    assert masked.any(axis=1).all()
+    assert np.array_equal(masks.draw("train", numbers[50:57], 64), masked[50:57])
+    assert not np.array_equal(masks.draw("train", numbers + 1, 64)[:1], masked[:1])
     rare = Masks(seed=3, probability=1e-6).draw("train", numbers, 64)
     assert (rare.sum(axis=1) == 1).all()
 
@@ -116,7 +118,7 @@ def test_masks_are_those_of_earlier_versions(
 
 
 def test_its_model_folder_is_ours_alone(runner: Runner) -> None:
-    """transformers would read it as a model that sees the past alone: it must refuse, and we must read it whole."""
+    """transformers would read it as a causal model: it must reject it, and we must read it."""
     runner.check_trains("run", 1, **{**MASKED, "schedule__steps": 10})
     folder = runner.folder / "model"
     finished = run(1, "-m", "pipeline", "export", runner.folder / "run", "--out", folder, logs=runner.folder / "export")

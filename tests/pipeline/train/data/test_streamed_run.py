@@ -15,7 +15,7 @@ from tests.pipeline.train.test_resume import STOPPED, wait_for_step
 
 OPTIONS = {"batch__micro_size": 2, "checkpoint__every_steps": 5}
 STEPS = 40
-"""Of 8 pictures each, out of 270: the second epoch begins at step 34."""
+"""Steps of 8 images each, out of 270: the second epoch starts at step 34."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def check_same_curve(runner: Runner, name: str, unbroken: tuple[Runner, Finished
 
 def test_a_run_says_at_the_start_what_streaming_guarantees_less(unbroken: tuple[Runner, Finished]) -> None:
     output = unbroken[1].output
-    assert "train is streamed, which guarantees less" in output
+    assert "train is streamed, with weaker guarantees" in output
     assert output.index("train is streamed") < output.index("step ")
     assert len(unbroken[0].losses("unbroken")) == STEPS
 
@@ -102,21 +102,21 @@ def test_a_damaged_record_ends_all_ranks_with_its_name(shards: Path, tmp_path: P
     with serve(damaged) as server:
         finished = Runner(server.url, tmp_path).train("run", 2, **OPTIONS)
     assert all(code not in (0, STOPPED) for code in finished.codes)
-    said = [line for output in finished.outputs for line in output.splitlines() if line.startswith("error:")]
-    assert len(said) == 1
-    assert f"{server.url}/train-000000.tar, record 0, is not what was written" in said[0]
+    errors = [line for output in finished.outputs for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert f"{server.url}/train-000000.tar, record 0, is damaged" in errors[0]
     assert "Traceback" not in "".join(finished.outputs)
 
 
-@pytest.mark.slow  # half a minute: it is tried again and again, with growing pauses
+@pytest.mark.slow  # half a minute: it is retried with growing pauses
 def test_a_server_that_is_gone_is_named(tmp_path: Path, shards: Path) -> None:
     with serve(shards) as server:
         address = server.url
     finished = Runner(address, tmp_path).train("run", 2, **OPTIONS)
     assert all(code == 2 for code in finished.codes)
-    said = [line for output in finished.outputs for line in output.splitlines() if line.startswith("error:")]
-    assert len(said) == 1
-    assert address in said[0]
+    errors = [line for output in finished.outputs for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert address in errors[0]
     assert "Traceback" not in "".join(finished.outputs)
 
 

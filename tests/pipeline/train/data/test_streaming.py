@@ -1,4 +1,4 @@
-"""Streaming: each rank has its batches, each picture is read once an epoch, nothing hangs, damage is found."""
+"""Streaming: each rank has its batches, each image is read once an epoch, nothing hangs, damage is found."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_set(folder: Path, shards: int) -> Path:
-    """A set whose picture i begins with the token i; shards of up to five records of up to 14 pictures."""
+    """A set whose image i starts with the token i; shards of up to five records of up to 14 images."""
     folder.mkdir()
     random = np.random.default_rng(shards)
     entries, images = [], 0
@@ -86,7 +86,7 @@ def order_of(split: Split, ranks: int, augmentation: Augmentation | None = None,
 def reader(
     split: Split, rank: int, ranks: int, augmentation: Augmentation | None = None
 ) -> Iterator[Callable[[int, int], np.ndarray]]:
-    """The tokens of one rank's StreamedBatches.at; they must be what its order says."""
+    """The tokens of one rank's StreamedBatches.at; they must match its order."""
     order = order_of(split, ranks, augmentation)
     streamed = StreamedBatches(split, RESOLUTION, order, rank)
     yield lambda position, global_size: streamed.at(position, global_size).tokens
@@ -101,7 +101,7 @@ def expected(split: Split, order: StreamOrder, rank: int, position: int, global_
 
 
 def check_epochs(address: str, local: Path, ranks: int, epochs: int = 2) -> None:
-    """Every rank reads through some epochs in batches of two: each picture once an epoch, as the order says."""
+    """Every rank reads through some epochs in batches of two: each image once an epoch, in the given order."""
     split, on_disk = open_shard_set(address).split("train"), open_shard_set(local).split("train")
     share = -(-split.images // ranks)
     steps = -(-share * epochs // 2)
@@ -168,12 +168,12 @@ def test_every_position_can_be_resumed(sets: Path, server: Server) -> None:
                 assert np.array_equal(at(6 * later, 6), unbroken[later])
 
 
-def test_jumps_and_other_batch_sizes_give_the_same_pictures(server: Server) -> None:
+def test_jumps_and_other_batch_sizes_give_the_same_images(server: Server) -> None:
     split = open_shard_set(f"{server.url}/4").split("train")
     with reader(split, 0, 2, FLIP_AND_CROP) as at:
-        whole = at(0, 2 * split.images)
+        complete = at(0, 2 * split.images)
         for position, size in [(4, 8), (2, 4), (2 * split.images - 20, 16), (0, 2), (6, 60)]:
-            assert np.array_equal(at(position, size), whole[position // 2 : (position + size) // 2])
+            assert np.array_equal(at(position, size), complete[position // 2 : (position + size) // 2])
 
 
 def test_the_order_is_new_in_each_epoch_and_of_its_seed(server: Server) -> None:
@@ -254,7 +254,7 @@ def test_damage_is_named_by_shard_and_record(within: str, tmp_path: Path) -> Non
         split = open_shard_set(server.url).split("train")
         with (
             reader(split, 0, 1) as at,
-            pytest.raises(ValueError, match=rf"{server.url}/train-000001\.tar, record 1, is not what was written"),
+            pytest.raises(ValueError, match=rf"{server.url}/train-000001\.tar, record 1, is damaged"),
         ):
             for step in range(split.images):
                 at(step, 1)
@@ -326,10 +326,10 @@ def test_fingerprints_know_the_ranks_and_what_can_go_on(sets: Path) -> None:
     assert order.fingerprint(40) == order_of(split, 2).fingerprint(40)
     others = [order_of(split, 4), order_of(split, 2, seed=1), order_of(split, 2, FLIP_AND_CROP)]
     assert len({one.fingerprint(40) for one in [order, *others]}) == 4
-    assert "2 data-parallel ranks so far and is to 4 now" in (others[0].moved_from(order.fingerprint(40), 40) or "")
-    assert others[1].moved_from(order.fingerprint(40), 40) is None
-    assert order_of(split, 4, seed=1).moved_from(order.fingerprint(40), 40) is None
+    assert "2 data-parallel ranks before and to 4 now" in (others[0].resume_warning(order.fingerprint(40), 40) or "")
+    assert others[1].resume_warning(order.fingerprint(40), 40) is None
+    assert order_of(split, 4, seed=1).resume_warning(order.fingerprint(40), 40) is None
     by_index = ImageOrder(split.record_images, 0)
-    assert "is read by index now" in (by_index.moved_from(order.fingerprint(40), 40) or "")
-    assert "is streamed now" in (order.moved_from(by_index.fingerprint(40), 40) or "")
-    assert by_index.moved_from(ImageOrder(split.record_images, 1).fingerprint(40), 40) is None
+    assert "is read by index now" in (by_index.resume_warning(order.fingerprint(40), 40) or "")
+    assert "is streamed now" in (order.resume_warning(by_index.fingerprint(40), 40) or "")
+    assert by_index.resume_warning(ImageOrder(split.record_images, 1).fingerprint(40), 40) is None

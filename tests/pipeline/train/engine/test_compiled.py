@@ -1,4 +1,4 @@
-"""Compiled blocks: the same curve as plain torch, and checkpoints that go on without."""
+"""Compiled blocks: the same curve as plain torch, and checkpoints that resume without compiling."""
 
 import re
 import shutil
@@ -43,7 +43,7 @@ def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float]) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"objective__kind": "masked_color"}, {"model__block": "gpt2"}])
-def test_a_run_begun_compiled_goes_on_without(runner: Runner, settings: dict[str, object]) -> None:
+def test_a_run_started_compiled_resumes_without(runner: Runner, settings: dict[str, object]) -> None:
     settings = settings | {"optimizer__learning_rate": RATE}
     runner.check_trains("plain", 1, **settings)
     runner.check_trains("run", 1, **settings, compile=True, schedule__steps=40, checkpoint__every_steps=20)
@@ -52,7 +52,7 @@ def test_a_run_begun_compiled_goes_on_without(runner: Runner, settings: dict[str
     assert len(runner.losses("run")) == 45
 
 
-def test_without_a_compiler_it_is_said(runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_without_a_compiler_it_is_an_error(runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     finished = runner.train("run", compile=True)
     assert finished.codes == [2]
@@ -86,5 +86,5 @@ def test_the_compiler_looked_for_is_the_one_that_torch_takes(
     if missing is None:
         check_torch_compiles(torch.device(device))
         return
-    with pytest.raises(ValueError, match=f"and {re.escape(missing)} is not to be found on PATH"):
+    with pytest.raises(ValueError, match=f"and {re.escape(missing)} is not on PATH"):
         check_torch_compiles(torch.device(device))

@@ -20,7 +20,7 @@ from tests.pipeline.conftest import Runner
 from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE, RATE
 
 STEPS, IMAGES, HELD_OUT = 20, 8, 13
-"""Of a run, of a step, and of a validation: on two ranks one of them has a picture less."""
+"""Steps of a run, images of a step, and images of a validation: one of two ranks has one image less."""
 NORM_TOLERANCE = 1e-4
 """Relative."""
 TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
@@ -47,24 +47,24 @@ class Curve:
 
 
 class PlainModel:
-    """A model of the tests' size in torch alone. A masked one sees everything by an explicit mask; the embedding of a
-    hidden colour is made zero."""
+    """A model of the tests' size in torch alone. A masked one has an explicit mask that allows all positions; the
+    embedding of a masked color is zero."""
 
     def __init__(self, shards: Path, block: str, objective: str) -> None:
         self.model = build_model(gpt2_config(ModelConfig(layers=4, width=32, heads=2, resolution=8, block=block)))  # type: ignore[arg-type]
         initialize(self.model, seed=0)
         self.shards, self.masked = open_shard_set(shards), objective == "masked_color"
 
-    def picture_nats(self, split: Split, name: str, pictures: np.ndarray, places: np.ndarray) -> torch.Tensor:
-        """Mean nats of each picture's predicted colours: (B,)."""
-        colors = torch.from_numpy(split.gather(pictures)[0].astype(np.int64))  # (B, T)
+    def image_nats(self, split: Split, name: str, images: np.ndarray, places: np.ndarray) -> torch.Tensor:
+        """Mean nats of each image's predicted colors: (B,)."""
+        colors = torch.from_numpy(split.gather(images)[0].astype(np.int64))  # (B, T)
         if self.masked:
-            hidden = torch.from_numpy(Masks(seed=0, probability=0.15).draw(name, places, 64))
-            embedded = self.model.transformer.wte(colors) * ~hidden[..., None]
+            masked = torch.from_numpy(Masks(seed=0, probability=0.15).draw(name, places, 64))
+            embedded = self.model.transformer.wte(colors) * ~masked[..., None]
             mask = torch.zeros(len(colors), 1, 64, 64)
             logits = self.model(inputs_embeds=embedded, attention_mask=mask).logits[..., :512]
             nats = functional.cross_entropy(logits.transpose(1, 2), colors, reduction="none")
-            return (nats * hidden).sum(1) / hidden.sum(1)
+            return (nats * masked).sum(1) / masked.sum(1)
         inputs = torch.cat([torch.full((len(colors), 1), 512), colors[:, :-1]], dim=1)
         logits = self.model(inputs).logits[..., :512]
         return functional.cross_entropy(logits.transpose(1, 2), colors, reduction="none").mean(1)
@@ -79,7 +79,7 @@ class PlainModel:
             rate = learning_rate_at(step + 1, RATE, ScheduleConfig(steps=STEPS, warmup_steps=4))
             optimizer.param_groups[0]["lr"] = rate
             places = np.arange(step * IMAGES, (step + 1) * IMAGES)
-            loss = self.picture_nats(split, "train", order.at(places[0], IMAGES)[0], places).mean()
+            loss = self.image_nats(split, "train", order.at(places[0], IMAGES)[0], places).mean()
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -91,11 +91,11 @@ class PlainModel:
         return curve
 
     def validate(self) -> float:
-        """Over pictures spread evenly over the held-out ones."""
+        """Over images spread evenly over the held-out ones."""
         split = self.shards.split("valid")
         chosen = np.arange(HELD_OUT) * split.images // HELD_OUT
         with torch.no_grad():
-            return self.picture_nats(split, "valid", chosen, chosen).mean().item()
+            return self.image_nats(split, "valid", chosen, chosen).mean().item()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def arguments(runner: Runner, topology: str, block: str, objective: str, precisi
 
 
 def curve_of(runner: Runner, name: str) -> Curve:
-    """What metrics.jsonl says."""
+    """The curve in metrics.jsonl."""
     rows, keys = runner.rows(name), ("loss", "grad_norm", "valid_loss")
     return Curve(*([row[key] for row in rows if key in row] for key in keys))
 

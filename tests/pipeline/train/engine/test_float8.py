@@ -1,5 +1,5 @@
-"""precision fp8, emulated on CPU: products against a rounding by hand, curves beside bf16's, checkpoints that either
-precision goes on with."""
+"""precision fp8, emulated on CPU: products against manual rounding, curves next to bf16's, checkpoints that either
+precision resumes."""
 
 import json
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ def test_blocks_alone_are_converted_and_evaluation_is_as_in_bf16() -> None:
         ({"model": ModelConfig(layers=1, width=40, heads=2)}, "model.width is 40; with precision fp8 it must be"),
         (
             {"model": ModelConfig(size="s", resolution=6), "batch": BatchConfig(micro_size=2)},
-            "batch.micro_size is 2; with precision fp8 its images of 36 pixels must have a multiple of 16",
+            "batch.micro_size is 2; with precision fp8 micro_size x 36 pixels must be a multiple of 16",
         ),
     ],
 )
@@ -105,7 +105,7 @@ def test_what_it_cannot_be_combined_with(settings: dict[str, object], message: s
     ("name", "capability", "hip", "found"),
     [
         ("NVIDIA A100 80GB PCIe", (8, 0), None, "of compute capability 8.0"),
-        ("AMD Instinct MI250X", (9, 0), "6.4", "which is not NVIDIA's"),
+        ("AMD Instinct MI250X", (9, 0), "6.4", "which is not from NVIDIA"),
         ("NVIDIA L4", (8, 9), None, None),
         ("NVIDIA H100 80GB HBM3", (9, 0), None, None),
     ],
@@ -124,7 +124,7 @@ def test_accelerators_without_float8_are_named(
 
 
 STAGES = {"parallel__pipeline_stages": 2, "parallel__zero_stage": 1, "batch__micro_size": 2}
-ON_TWO_RANKS: list[tuple[str, dict[str, object]]] = [  # the run, and what it is told; a second time it goes on
+ON_TWO_RANKS: list[tuple[str, dict[str, object]]] = [  # the run and its options; the second time it resumes
     ("bf16", {"precision": "bf16"}),
     ("ZeRO-1", {"precision": "fp8", "batch__micro_size": 2}),
     ("ZeRO-2", {"precision": "fp8", "parallel__zero_stage": 2, "parallel__recompute": True}),
@@ -140,7 +140,7 @@ GONE_ON = ["fp8 to bf16", "bf16 to fp8"]
 
 @dataclass
 class Trained:
-    """The runs, and what their commands said."""
+    """The runs, and the output of their commands."""
 
     runner: Runner
     one: Finished

@@ -35,15 +35,15 @@ def test_offloaded_is_as_one_rank_and_resumes_bit_for_bit(
 ) -> None:
     common = {"optimizer__learning_rate": RATE, "batch__micro_size": 2, "schedule__decay": "constant"}
     runner.check_trains("one", 1, **common, schedule__steps=14)
-    runner.check_trains("whole", ranks, **common, **settings, schedule__steps=14)
-    assert runner.losses("whole") == pytest.approx(runner.losses("one"), abs=FP32_TOLERANCE)
+    runner.check_trains("uninterrupted", ranks, **common, **settings, schedule__steps=14)
+    assert runner.losses("uninterrupted") == pytest.approx(runner.losses("one"), abs=FP32_TOLERANCE)
     runner.check_trains("resumed", ranks, **common, **settings, schedule__steps=7)
     shutil.copytree(runner.folder / "resumed", runner.folder / "moved")
     runner.check_trains("resumed", ranks, **common, **settings, schedule__steps=14)
-    assert runner.losses("resumed") == runner.losses("whole")
+    assert runner.losses("resumed") == runner.losses("uninterrupted")
     plain = {"parallel__offload": "none", "parallel__zero_stage": 1, "parallel__pipeline_stages": 1}
     runner.check_trains("moved", 1, **common, **plain, parallel__tensor_parallel=1, schedule__steps=14)
-    assert runner.losses("moved") == pytest.approx(runner.losses("whole"), abs=FP32_TOLERANCE)
+    assert runner.losses("moved") == pytest.approx(runner.losses("uninterrupted"), abs=FP32_TOLERANCE)
 
 
 def has_libaio() -> bool:
@@ -60,26 +60,26 @@ def test_on_nvme_it_is_as_one_rank_and_resumes_bit_for_bit(runner: Runner, tmp_p
     disk = tmp_path / "nvme"
     disk.mkdir()
     in_memory = {"parallel__zero_stage": 3, "parallel__offload": what}
-    away = {**in_memory, "parallel__nvme_path": disk}
+    on_nvme = {**in_memory, "parallel__nvme_path": disk}
     runner.check_trains("one", 1, **common)
     runner.check_trains("memory", 2, **common, **in_memory)
-    runner.check_trains("whole", 2, **common, **away)
-    assert runner.losses("whole") == pytest.approx(runner.losses("one"), abs=FP32_TOLERANCE)
-    assert runner.losses("whole") == runner.losses("memory")
+    runner.check_trains("uninterrupted", 2, **common, **on_nvme)
+    assert runner.losses("uninterrupted") == pytest.approx(runner.losses("one"), abs=FP32_TOLERANCE)
+    assert runner.losses("uninterrupted") == runner.losses("memory")
     assert list(disk.iterdir()) == []
-    processes = start(2, *runner.arguments("killed", **common, **away), logs=tmp_path / "logs")
+    processes = start(2, *runner.arguments("killed", **common, **on_nvme), logs=tmp_path / "logs")
     wait_for_step(runner.folder / "killed", 6)
     assert sum(file.stat().st_size for file in disk.rglob("*") if file.is_file()) > 2_000_000
     os.killpg(processes[0].pid, signal.SIGKILL)
     for process in processes:
         process.wait()
     shutil.copytree(runner.folder / "killed", runner.folder / "moved")
-    runner.check_trains("killed", 2, **common, **away)
-    assert runner.losses("killed") == runner.losses("whole")
+    runner.check_trains("killed", 2, **common, **on_nvme)
+    assert runner.losses("killed") == runner.losses("uninterrupted")
     assert list(disk.iterdir()) == []  # what the killed ranks left is gone too
     plain = {"parallel__offload": "none", "parallel__zero_stage": 1, "parallel__nvme_path": "null"}
     runner.check_trains("moved", 1, **common, **plain)
-    assert runner.losses("moved") == pytest.approx(runner.losses("whole"), abs=FP32_TOLERANCE)
+    assert runner.losses("moved") == pytest.approx(runner.losses("uninterrupted"), abs=FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_on_nvme_it_is_as_one_rank_and_resumes_bit_for_bit(runner: Runner, tmp_p
         ),
         (
             {"parallel__zero_stage": 3, "parallel__nvme_path": "/nowhere"},
-            "parallel.nvme_path is /nowhere; it must be a folder on a disk of each node, and be writable.",
+            "parallel.nvme_path is /nowhere; it must be a writable folder on a local disk of each node.",
         ),
         (
             {"parallel__zero_stage": 0},
@@ -100,7 +100,7 @@ def test_on_nvme_it_is_as_one_rank_and_resumes_bit_for_bit(runner: Runner, tmp_p
         ({"parallel__offload": "parameters"}, "parallel.zero_stage is 1; with parallel.offload parameters it must be"),
     ],
 )
-def test_mistakes_are_said(runner: Runner, settings: dict[str, object], message: str) -> None:
+def test_invalid_input_is_an_error(runner: Runner, settings: dict[str, object], message: str) -> None:
     finished = runner.train("run", 1, **{"parallel__offload": "optimizer", **settings})
     assert finished.codes == [2]
     assert message in finished.output
@@ -110,7 +110,7 @@ def test_a_machine_without_compiler_is_told_so(runner: Runner, tmp_path: Path, m
     monkeypatch.setenv("PATH", str(tmp_path))
     finished = run(1, *runner.arguments("run", parallel__offload="optimizer"), logs=tmp_path / "logs")
     assert finished.codes == [2]
-    assert "parallel.offload is optimizer; DeepSpeed compiles the Adam it needs, and g++ is not" in finished.output
+    assert "parallel.offload is optimizer; DeepSpeed compiles its CPU Adam, and g++ is not" in finished.output
     assert not (runner.folder / "run").exists()
 
 

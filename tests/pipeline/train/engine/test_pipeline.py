@@ -35,7 +35,7 @@ def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float]) -> Non
 
 @pytest.mark.parametrize("block", ["igpt", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_four_stages_are_as_one_rank(runner: Runner, block: str) -> None:
-    """Losses, norms, validation and the drawn completions. 13 validation pictures leave a micro-batch half full."""
+    """Losses, norms, validation and the drawn completions. 13 validation images leave a micro-batch half full."""
     common = {"model__layers": 4, "model__block": block, "schedule__steps": 10, "samples__every_steps": 10}
     common |= {"batch__micro_size": 2, "validation__images": 13, "optimizer__learning_rate": RATE}
     runner.check_trains("one", 1, **common)
@@ -76,7 +76,7 @@ def test_killed_and_resumed_the_curve_is_bit_equal(runner: Runner) -> None:
         (2, {"batch__micro_size": 3}, "batch.global_size is 8; it must be a multiple of batch.micro_size"),
     ],
 )
-def test_mistakes_about_stages_are_said_before_the_group_starts(
+def test_invalid_stages_are_an_error_before_the_group_starts(
     runner: Runner, ranks: int, settings: dict[str, object], message: str
 ) -> None:
     finished = runner.train("run", ranks, **{**PP2, **settings})

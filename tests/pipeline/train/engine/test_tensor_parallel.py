@@ -74,7 +74,7 @@ def test_killed_and_resumed_the_curve_is_bit_equal(runner: Runner) -> None:
         (2, {"model__dropout": 0.1}, "model.dropout is 0.1; with parallel.tensor_parallel 2 it must be 0"),
     ],
 )
-def test_mistakes_are_said_before_the_group_starts(
+def test_invalid_input_is_an_error_before_the_group_starts(
     runner: Runner, ranks: int, settings: dict[str, object], message: str
 ) -> None:
     finished = runner.train("run", ranks, **{**TP2, **settings})

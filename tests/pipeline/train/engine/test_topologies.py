@@ -29,7 +29,7 @@ def train_plainly(
     sizes: Sequence[int] = (8,) * 40,
     decay: Literal["cosine", "constant"] = "cosine",
 ) -> list[float]:
-    """The losses of 40 steps of AdamW with clipping, written with torch alone; sizes: pictures of each step."""
+    """The losses of 40 steps of AdamW with clipping, written with torch alone; sizes: images of each step."""
     torch.set_num_threads(1)
     model = build_model(gpt2_config(ModelConfig(layers=2, width=32, heads=2, resolution=8)))
     initialize(model, seed=0)

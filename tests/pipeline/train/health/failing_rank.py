@@ -1,8 +1,8 @@
 """python -m tests.pipeline.train.health.failing_rank KIND RANK FIRST LAST -- train ...: a rank fails at some steps.
 
 KIND: nan (its gradient), spike (its gradient is a thousand times as large), hang (it stops reading), stuck (it holds
-Python's lock and does not return), slow (it reads 0.1 s), frozen (the process stops), diverge (one weight changes),
-unreadable (its shard), broken (it is no number), full (its disk).
+the GIL and does not return), slow (it reads 0.1 s), frozen (the process stops), diverge (one weight changes),
+unreadable (its shard), broken (a weight is NaN), full (its disk).
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What befalls one rank: steps without numbers, spikes, hangs, weights that differ; each ends as designed."""
+"""Failures of one rank: NaN or Inf, loss spikes, hangs, replicas that differ; each ends as designed."""
 
 import json
 import signal
@@ -48,8 +48,8 @@ def skipped(runner: Runner, name: str) -> list[dict[str, Any]]:
         pytest.param({"parallel__tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_a_gradient_that_is_no_number_is_not_applied(runner: Runner, settings: dict[str, Any]) -> None:
-    """From the very first step on; the run goes on as if the pictures of those steps had never been."""
+def test_a_step_with_a_nan_gradient_is_skipped(runner: Runner, settings: dict[str, Any]) -> None:
+    """From the first step on; the run continues as if the images of those steps did not exist."""
     finished = train_ill(runner, "run", "nan", rank=1, steps=(1, 3), checkpoint__every_steps=2, **settings)
     assert finished.codes == [0, 0], finished.output
     rows = [row for row in runner.rows("run") if "loss" in row]
@@ -60,22 +60,22 @@ def test_a_gradient_that_is_no_number_is_not_applied(runner: Runner, settings: d
     assert [row["step"] for row in skipped(runner, "run")] == [1, 2, 3]
 
 
-def test_the_pictures_of_a_skipped_step_are_named(runner: Runner, shards: Path) -> None:
+def test_the_images_of_a_skipped_step_are_named(runner: Runner, shards: Path) -> None:
     finished = train_ill(runner, "run", "nan", rank=0, steps=(6, 9), health__max_skipped=3)
     assert finished.codes == [1, 1]
     [message] = [line for line in "\n".join(finished.outputs).splitlines() if line.startswith("error:")]
-    assert "step 8 is not finite" in message
-    assert "the last of 3 skipped steps in a row" in message
+    assert "step 8 was skipped (NaN or Inf in loss or gradient" in message
+    assert "3 skipped steps in a row end the run" in message
     rows = skipped(runner, "run")
     assert [row["step"] for row in rows] == [6, 7, 8]
     split = open_shard_set(shards).split("train")
     wanted = ImageOrder(split.record_images, seed=0).at(5 * 8, 8)[0]
     tokens = split.gather(wanted)[0]
-    for words, picture in zip(rows[0]["pictures"], tokens, strict=True):
+    for words, image in zip(rows[0]["pictures"], tokens, strict=True):
         file, _, record, _, number = words.split()
         first = next(n for n, shard in enumerate(split.shards) if shard["file"] == file)
         found = split.record(int(split.shard_starts[first]) + int(record))[0][int(number)]
-        assert np.array_equal(found, picture)
+        assert np.array_equal(found, image)
     assert rows[0]["pictures"][0] in (runner.folder / "run" / "skipped.jsonl").read_text()
     assert json.loads((runner.folder / "run" / "run.json").read_text())["status"] == "failed"
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_counts_on(runner: Runner) -> None:
     assert finished.codes == [0, 0], finished.output
     finished = train_ill(runner, "run", "nan", 1, (5, 9), **common)
     assert finished.codes == [1, 1]
-    assert "step 7 is not finite" in finished.output
+    assert "step 7 was skipped (NaN or Inf in loss or gradient" in finished.output
 
 
 def saved(runner: Runner) -> list[str]:
@@ -101,18 +101,18 @@ def test_no_checkpoint_is_made_while_steps_are_skipped(runner: Runner) -> None:
     assert saved(runner) == ["step-00000009", "step-00000010", "step-00000015", "step-00000020"]
 
 
-def test_a_model_that_gives_no_numbers_is_not_saved(runner: Runner) -> None:
+def test_a_model_with_a_nan_loss_is_not_saved(runner: Runner) -> None:
     finished = train_ill(runner, "run", "broken", 0, (10, 10), ranks=1, checkpoint__every_steps=5)
     assert finished.codes == [1]
     assert (
-        "error: the model of step 10 is not finite (loss on the probe batch, by rank: [nan]) and was not saved"
+        "error: the loss of the probe batch at step 10 is NaN or Inf (by rank: [nan]); the step was not saved"
         in finished.output
     )
     assert saved(runner) == ["step-00000005"]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_rank_that_can_not_write_its_part_ends_the_run(runner: Runner, asynchronous: bool) -> None:
+def test_a_rank_that_can_not_write_its_file_ends_the_run(runner: Runner, asynchronous: bool) -> None:
     """Under asynchronous saving it fails in a thread, steps before anyone asks."""
     settings = {"checkpoint__every_steps": 5, "checkpoint__asynchronous": asynchronous}
     finished = train_ill(runner, "run", "full", 1, (8, 99), **settings)
@@ -124,13 +124,13 @@ def test_a_rank_that_can_not_write_its_part_ends_the_run(runner: Runner, asynchr
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_a_spike_is_said_and_skipped_if_so_wanted(runner: Runner, skip: bool) -> None:
+def test_a_loss_spike_is_logged_and_optionally_skipped(runner: Runner, skip: bool) -> None:
     settings = {"health__spike_window": 8, "health__skip_spikes": skip, "optimizer__clip_norm": 1}
     finished = train_ill(runner, "run", "spike", 1, (15, 15), **settings)
     assert finished.codes == [0, 0], finished.output
     [row] = skipped(runner, "run")
     assert (row["step"], row["reason"], row["applied"]) == (15, "a spike", not skip)
-    assert f"step 15 is a spike, {'skipped' if skip else 'applied all the same'}" in finished.output
+    assert f"step 15 {'skipped' if skip else 'applied'}: loss spike; its images are listed in" in finished.output
     assert [r["applied"] for r in runner.rows("run") if r.get("step") == 15] == [not skip]
 
 
@@ -149,8 +149,8 @@ def test_spikes_are_six_deviations_above_the_window() -> None:
     assert step_filter.accept(limit - 10, 1.0).apply
 
 
-def test_to_accept_a_step_changes_nothing() -> None:
-    """A step is asked about once a rank, and perhaps never: what was asked about, but not recorded, leaves no trace."""
+def test_accept_changes_no_state() -> None:
+    """`accept` is called once a rank, or not at all; only `record` changes the filter."""
     step_filter = StepFilter(HealthConfig(spike_window=2, max_skipped=1))
     for _ in range(3):
         assert step_filter.accept(float("nan"), 1.0) == (False, "not finite")
@@ -163,10 +163,13 @@ def test_to_accept_a_step_changes_nothing() -> None:
 
 
 def test_a_frozen_rank_is_named(runner: Runner) -> None:
-    """Its process is stopped: it can't say anything itself."""
+    """Its process is stopped: it can't report anything itself."""
     finished = train_ill(runner, "run", "frozen", 1, (5, 5), health__hang_minutes=0.2)
     assert finished.codes == [1, -9]
-    assert "rank 1 is silent (stopped, dead, or cut off), rank 0 hangs in training at step 5" in finished.output
+    assert (
+        "rank 1 does not respond (stopped, dead, or disconnected), rank 0 hangs in training at step 5"
+        in finished.output
+    )
     stacks = (runner.folder / "run/stacks/rank-00000.txt").read_text()
     assert "zero.py" in stacks
     assert json.loads((runner.folder / "run" / "run.json").read_text())["status"] == "failed"
@@ -188,7 +191,7 @@ def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_col
         monkeypatch.delenv(variable, raising=False)
     finished = train_ill(runner, "run", "stuck", 1, (5, 5), health__hang_minutes=0.2)
     assert finished.codes == [1, 1]
-    assert "rank 1 is silent" in finished.output
+    assert "rank 1 does not respond" in finished.output
     assert "read_counted" in finished.outputs[1]  # the stuck rank's own stack
     peer = (runner.folder / "run/stacks/rank-00000.txt").read_text()
     last = peer.partition("last collectives\n")[2].splitlines()[-1]
@@ -199,7 +202,7 @@ def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_col
 def test_ranks_are_grouped_by_where_they_are() -> None:
     words = describe({0: "training at step 7", 1: None, 2: "reading at step 7", 3: "training at step 7"})
     assert words == (
-        "rank 1 is silent (stopped, dead, or cut off), rank 2 hangs in reading at step 7, "
+        "rank 1 does not respond (stopped, dead, or disconnected), rank 2 hangs in reading at step 7, "
         "ranks 0, 3 hang in training at step 7"
     )
 
@@ -212,17 +215,17 @@ def test_ranks_are_grouped_by_where_they_are() -> None:
         pytest.param(4, {"parallel__pipeline_stages": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_a_copy_that_differs_ends_the_run_before_a_save(runner: Runner, ranks: int, settings: dict[str, Any]) -> None:
+def test_replicas_that_differ_end_the_run_before_a_save(runner: Runner, ranks: int, settings: dict[str, Any]) -> None:
     sizes = {"batch__global_size": 6, "batch__micro_size": 1, "validation__every_steps": 100}
     settings = {**settings, **sizes, "checkpoint__every_steps": 5, "health__replicas_every_steps": 100}
-    # The weight changes after the update of step 7, and stays: an update makes it anew from the fp32 ones only at 8.
+    # The weight changes after the update of step 7; from step 8 on, each update recomputes it from the fp32 weights.
     finished = train_ill(runner, "run", "diverge", 1, (7, 10), ranks=ranks, **settings)
     assert finished.codes == [1] * ranks, "\n".join(finished.outputs)
     assert "at step 10 the weights of ranks 1 differ from" in finished.output
     assert [path.name for path in sorted((runner.folder / "run/checkpoints").glob("step-*"))] == ["step-00000005"]
 
 
-def test_the_profiler_writes_a_trace_and_says_the_share_of_communication(runner: Runner) -> None:
+def test_the_profiler_writes_a_trace_and_logs_the_share_of_communication(runner: Runner) -> None:
     finished = runner.train("run", 2, batch__micro_size=2, profile__first_step=5, profile__steps=2)
     assert finished.codes == [0, 0], finished.output
     [line] = [line for line in finished.output.splitlines() if line.startswith("profile of steps 5 to 6")]
@@ -242,8 +245,8 @@ def test_a_file_in_the_run_asks_for_a_profile(runner: Runner) -> None:
     assert not (runner.folder / "run/PROFILE").exists()
 
 
-def test_a_rank_that_cannot_read_ends_all_with_its_sentence(runner: Runner) -> None:
-    """And the checkpoint that was being written when it happened is whole."""
+def test_a_rank_that_cannot_read_ends_all_with_its_error(runner: Runner) -> None:
+    """And the checkpoint that was being written when it happened is complete."""
     finished = train_ill(runner, "run", "unreadable", 1, (7, 7), checkpoint__every_steps=6)
     assert finished.codes == [2, 2], "\n".join(finished.outputs)
     assert "error: the shard: Input/output error" in finished.output or "Errno 5" in finished.output
@@ -255,7 +258,7 @@ def test_a_slow_rank_is_named(runner: Runner) -> None:
     """It waits 0.1 s for each batch: the others wait for it too, yet it is the one to be named."""
     finished = train_ill(runner, "run", "slow", 1, (1, 60), schedule__steps=60)
     assert finished.codes == [0, 0], finished.output
-    [line] = [line for line in finished.output.splitlines() if line.startswith("slow over the last 50 steps")]
+    [line] = [line for line in finished.output.splitlines() if line.startswith("slow ranks over the last 50 steps")]
     assert "rank 1 took" in line
     assert "rank 0 took" not in line
 
@@ -271,7 +274,7 @@ def test_rows_hold_the_largest_of_all_ranks(runner: Runner) -> None:
     assert all(a["memory_bytes"] <= b["memory_bytes"] for a, b in pairwise(rows))
 
 
-def test_a_mistake_in_the_configuration_is_said_once_a_node(runner: Runner) -> None:
+def test_invalid_input_is_reported_once_a_node(runner: Runner) -> None:
     finished = runner.train("run", 2, precision="fp16")
     assert finished.codes == [2, 2]
     assert "\n".join(finished.outputs).count("precision is 'fp16'") == 1

@@ -1,4 +1,4 @@
-"""From the command to the first step: where the time went is said, and garbage is collected again once all stands."""
+"""The start of a run: the phases are logged, and garbage collection is on again before the first step."""
 
 import re
 
@@ -7,25 +7,25 @@ import pytest
 from tests.launch import run
 from tests.pipeline.conftest import Runner
 
-TOLD = """
+SCRIPT = """
 import gc, sys
 from pipeline.__main__ import train
 from pipeline.train import loop
 run = loop.Trainer.run
-def told(trainer):
+def run_and_print(trainer):
     print("collecting:", gc.isenabled(), flush=True)
     return run(trainer)
-loop.Trainer.run = told
+loop.Trainer.run = run_and_print
 sys.exit(train(sys.argv[1:]))
 """
 
 
-def test_a_start_says_where_its_time_went_and_collects_garbage_from_the_first_step_on(runner: Runner) -> None:
+def test_a_start_logs_its_phases_and_collects_garbage_from_the_first_step_on(runner: Runner) -> None:
     settings = {"schedule__steps": 2, "schedule__warmup_steps": 0}
-    done = run(1, "-c", TOLD, *runner.arguments("run", **settings)[3:], logs=runner.folder / "logs", fresh=True)
+    done = run(1, "-c", SCRIPT, *runner.arguments("run", **settings)[3:], logs=runner.folder / "logs", fresh=True)
     assert done.codes == [0], done.output
     assert done.output.count("collecting: True") == 1
-    [(total, phases)] = re.findall(r"the first step ended ([\d.]+) s after the command began: (.*)", done.output)
+    [(total, phases)] = re.findall(r"the first step ended ([\d.]+) s after the command started \((.*)\)", done.output)
     names, seconds = zip(*(phase.rsplit(" ", 1) for phase in phases.split(", ")), strict=True)
     assert (names[0], names[-1]) == ("imports", "first step")
     assert float(total) == pytest.approx(sum(map(float, seconds)), abs=0.05 * (len(seconds) + 1))
