@@ -49,6 +49,7 @@ def test_a_damaged_value_is_recomputed(tmp_path: Path, caplog: pytest.LogCapture
         file.write_bytes(damaged)
         check(cache.get_or_compute("layer-1", lambda: value(4)), 4)
         assert f"{file} can't be read; its content is recomputed" in caplog.text
+        caplog.clear()
 
 
 def test_a_finished_task_leaves_nothing(tmp_path: Path) -> None:

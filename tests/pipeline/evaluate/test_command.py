@@ -251,7 +251,7 @@ def test_invalid_input_is_one_sentence(
         (["--tasks", "density,low_data", "--low_data.per_class", "[500]"], "low_data is set to use 500 per class, but"),
         (
             ["--tasks", "density,fine_tune", "--fine_tune.reflect_crop", "6"],
-            r"fine_tune\.reflect_crop is 6; images of",
+            r"fine_tune\.reflect_crop is 6; for images of",
         ),
         (
             ["--tasks", "density,knn", "--knn.k", "[999]"],
@@ -297,7 +297,7 @@ def test_another_palette_or_resolution_is_an_error_before_any_work(run: Callable
         run("--shards", str(repainted))
     small = {name: (tokens[:, :16], labels) for name, (tokens, labels) in splits.items()}
     shrunk = write_shard_set(tmp_path / "shrunk", small, random_palette(), resolution=4)
-    with pytest.raises(ValueError, match=r"model of 6x6 images but .*shrunk holds 4x4"):
+    with pytest.raises(ValueError, match=r"model of 6x6 pixels, but .*shrunk has 4x4"):
         run("--shards", str(shrunk))
     assert not (tmp_path / "results").exists()
 
@@ -333,7 +333,7 @@ def test_two_ranks_measure_what_one_measures(
         process = subprocess.run(words, env=one_thread, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
         features.append(np.load(file))
-    assert "2 ranks on cpu" in process.stdout
+    assert "2 ranks on cpu" in process.stderr
     np.testing.assert_array_equal(features[0], features[1])
     two = results_of(folders[1])
     assert sorted(two) == sorted(one)

@@ -1,6 +1,6 @@
 """Run by test_command.py under torchrun: FEATURES_FILE, then the arguments of `evaluate`.
 
-Ranks but the first are late to look for what was done before: others may be through by then.
+All ranks but the first check late for finished batches; the others may have finished by then.
 """
 
 import sys
@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import numpy as np
 
+from data_prep.common.logs import configure_logging
 from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.cache import CachedArray, TaskCache
 from pipeline.evaluate.command import evaluate
@@ -20,6 +21,7 @@ from pipeline.evaluate.options import Sizes
 from pipeline.model_folder.convert import load_model_folder
 
 if __name__ == "__main__":
+    configure_logging()
     file, model, _, shards, *_ = sys.argv[1:]
     accelerator = start_accelerator("fp32")
     evaluation = Evaluation(

@@ -225,6 +225,7 @@ def test_a_state_of_an_earlier_version_is_trained_again(
     for times in (1, 0):  # nothing is logged once it is trained
         train(evaluation, training_of(evaluation), PLAIN)
         assert caplog.text.count(message) == times
+        caplog.clear()
 
 
 def test_the_best_rate_is_taken(model_folder: Path, evaluation_of: Callable) -> None:

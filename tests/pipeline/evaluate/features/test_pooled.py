@@ -151,6 +151,7 @@ def test_a_damaged_cache_is_logged_and_recomputed(
         file.write_bytes(damaged)
         np.testing.assert_array_equal(pooled_features(evaluation, images), expected)
         assert f"{file} does not match its digest" in caplog.text
+        caplog.clear()
     file.with_suffix(".json").write_text("{")
     np.testing.assert_array_equal(pooled_features(evaluation, images), expected)
     assert "does not match its digest" in caplog.text
