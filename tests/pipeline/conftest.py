@@ -1,12 +1,15 @@
 """A small shard set, and small runs on it through the command line."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data_prep.common.files import locked
 from tests.launch import Finished, run
 
 torch.set_num_threads(1)  # a second thread costs more than it brings, and far more on a busy machine
@@ -65,16 +68,30 @@ class Runner:
         return [row["loss"] for row in rows]
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all workers of this pytest share: the first that needs it makes it, the others wait."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, complete = base / name, base / f"{name}.complete"
+    with locked(base / f"{name}.lock", name):
+        if not complete.exists():
+            folder.mkdir()
+            make(folder)
+            complete.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 small photographs at 8 x 8, 270 of them in train."""
-    path = tmp_path_factory.mktemp("data") / "shards"
-    options = ["--source.kind=photographs", "--source.train_per_class=30", "--source.test_per_class=4"]
-    finished = run(
-        1, "-m", "data_prep", "shards", *options, "--resolution=8", f"--out={path}", logs=path.parent / "logs"
-    )
-    assert finished.codes == [0], finished.output
-    return path
+    """300 small photographs at 8 x 8, 270 of them in train; tests only read them."""
+
+    def make(folder: Path) -> None:
+        options = ["--source.kind=photographs", "--source.train_per_class=30", "--source.test_per_class=4"]
+        out = f"--out={folder / 'shards'}"
+        finished = run(1, "-m", "data_prep", "shards", *options, "--resolution=8", out, logs=folder / "logs")
+        assert finished.codes == [0], finished.output
+
+    return made_once(tmp_path_factory, "data", make) / "shards"
 
 
 @pytest.fixture
@@ -89,8 +106,11 @@ def finished_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runn
 
     Its interpreters are fresh, so that runs which are compared with it show that forked programs train alike.
     """
-    runner = Runner(shards, tmp_path_factory.mktemp("reference"))
-    arguments = runner.arguments("reference", batch__micro_size=2, checkpoint__keep_last=3)
-    finished = run(2, *arguments, logs=runner.folder / "reference.logs", fresh=True)
-    assert finished.codes == [0, 0], "\n".join(finished.outputs)
-    return runner
+
+    def make(folder: Path) -> None:
+        runner = Runner(shards, folder)
+        arguments = runner.arguments("reference", batch__micro_size=2, checkpoint__keep_last=3)
+        finished = run(2, *arguments, logs=folder / "reference.logs", fresh=True)
+        assert finished.codes == [0, 0], "\n".join(finished.outputs)
+
+    return Runner(shards, made_once(tmp_path_factory, "reference", make))
