@@ -73,29 +73,29 @@ def test_without_a_complete_checkpoint_the_run_does_not_start_from_scratch(run_a
 
 
 @pytest.mark.parametrize(
-    ("state", "fingerprinted", "message"),
+    ("state", "with_checksums", "message"),
     [
-        ("weight", True, "was not restored as it was saved: weight of some parameter differs"),
-        ("exp_avg", True, "was not restored as it was saved: exp_avg of some parameter differs"),
+        ("weight", True, "was not restored correctly: the checksums of weight differ"),
+        ("exp_avg", True, "was not restored correctly: the checksums of exp_avg differ"),
         pytest.param(
             "exp_avg_sq",
             True,
             "was not restored correctly: the checksums of exp_avg_sq differ",
             marks=pytest.mark.slow,
         ),
-        ("weight", False, "the weights were not restored as they were"),
+        ("weight", False, "was not restored correctly: the loss of the probe batch is"),
     ],
 )
-def test_what_was_changed_and_signed_again_is_found(
-    run_at_30: Runner, state: str, fingerprinted: bool, message: str
+def test_a_forged_file_with_a_valid_digest_is_found(
+    run_at_30: Runner, state: str, with_checksums: bool, message: str
 ) -> None:
-    """By the checksums, and weights by the probe too."""
+    """The checksums find any change; the probe also finds changed weights."""
     folder = run_at_30.folder / "run/checkpoints/step-00000030"
     path, manifest = folder / "rank-00000.safetensors", json.loads((folder / "checkpoint.json").read_text())
     metadata = header(path)
     tensors = load_file(path)
     name = next(key for key in tensors if key.startswith("transformer.wte") and key.endswith(f".{state}"))
-    if fingerprinted:
+    if with_checksums:
         tensors[name][3] *= 1.01
     else:
         tensors[name] += 0.05 * torch.randn_like(tensors[name])

@@ -35,8 +35,8 @@ def test_the_fastest_alone_stays_of_the_candidates_and_what_takes_masks_stays():
         cuda.enable_cudnn_sdp(True)
 
 
-def test_the_words_begin_with_the_fastest():
-    assert describe({"A": 0.002, "B": 0.001}).startswith("B 1.00 ms, A 2.00 ms a block")
+def test_the_fastest_kernel_is_described_first():
+    assert describe({"A": 0.002, "B": 0.001}).startswith("B 1.00 ms, A 2.00 ms per block")
 
 
 def test_a_run_measures_once_for_a_shape(monkeypatch):

@@ -59,13 +59,13 @@ def in_float64(logits: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_joint_loss_is_colours_and_class_in_nats(weight: float, masked: bool) -> None:
+@pytest.mark.parametrize("partial", [False, True])
+def test_the_joint_loss_is_colors_and_class_in_nats(weight: float, partial: bool) -> None:
     random = torch.Generator().manual_seed(0)
     token_logits, class_logits = torch.randn(4, 6, 9, generator=random), 3 * torch.randn(4, 5, generator=random)
     targets, labels = torch.randint(9, (4, 6), generator=random), torch.tensor([0, 4, 2, 2])
     masked = np.ones((4, 6), bool)
-    if masked:
+    if partial:
         masked = np.random.default_rng(0).random((4, 6)) < 0.5
         masked[:, 0] = True
         targets = targets.masked_fill(torch.from_numpy(~masked), IGNORED)

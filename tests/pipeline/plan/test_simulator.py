@@ -306,7 +306,7 @@ def test_measured_blocks_are_taken_over_and_scaled_by_flops(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON file"),
+        ("{", "is not a readable JSON file"),
         ({"rows": [ROW]}, "has no `device`"),
         ({"device": "NVIDIA H100 80GB HBM3", "rows": []}, "has no `rows`"),
         ({"device": "NVIDIA H100 80GB HBM3", "rows": [{"width": 3}]}, "rows[0] has width; it must have backward_sec"),
