@@ -60,17 +60,27 @@ find_accelerators() {
   request_accelerators
 }
 
-# For a job: sets ACCELERATORS_PER_NODE to what SLURM granted, if it is empty. User error if the job was given none on
-# nodes that have some, unless --ntasks-per-node asked for ranks on CPUs.
+# For a job: sets ACCELERATORS_PER_NODE to what SLURM granted, if it is empty; the scripts' --exclusive is granted all
+# that a node has. User error if the job was given none on nodes that have some, unless --ntasks-per-node asked for CPU
+# ranks.
 find_granted_accelerators() {
-  local found=''
+  local granted=${SLURM_GPUS_ON_NODE:-0} listed=''
   [ -z "$ACCELERATORS_PER_NODE" ] || return 0
-  ACCELERATORS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
-  if [ "$ACCELERATORS_PER_NODE" -eq 0 ] && [ -z "${SLURM_NTASKS_PER_NODE:-}" ]; then
-    found=$(gpus_of_partition "${SLURM_JOB_PARTITION:-}")
+  ACCELERATORS_PER_NODE=0
+  if [ "$granted" -eq 0 ] && [ -z "${SLURM_NTASKS_PER_NODE:-}" ]; then
+    listed=$(gpus_of_partition "${SLURM_JOB_PARTITION:-}")
+    [ -z "$listed" ] ||
+      die "the nodes of the job have ${listed// / or } accelerators, and the job was given none: \`source $SITE_FILE\`" \
+        "before sbatch, or give sbatch --gpus-per-node; to train on CPUs, set ACCELERATORS_PER_NODE=0."
+  elif [ "$granted" -gt 0 ] && has_gpu_devices; then
+    ACCELERATORS_PER_NODE=$granted
+  elif [ "$granted" -gt 0 ]; then
+    echo "SLURM granted $granted accelerators a node, but this node has no device of a GPU: the ranks run on CPUs"
   fi
-  [ -z "$found" ] ||
-    die "the nodes of the job have ${found// / or } accelerators, and the job was given none: \`source $SITE_FILE\`" \
-      "before sbatch, or give sbatch --gpus-per-node; to train on CPUs, set ACCELERATORS_PER_NODE=0."
   request_accelerators
+}
+
+# Whether this node has the device files of NVIDIA's or AMD's driver.
+has_gpu_devices() {
+  compgen -G '/dev/nvidia[0-9]*' >/dev/null || [ -e /dev/kfd ]
 }

@@ -48,3 +48,11 @@ quoted() {
   done
   echo "${line[*]}"
 }
+
+# Prints its arguments, joined by "and".
+joined() {
+  local text=$1
+  shift
+  [ $# -eq 0 ] || printf -v text '%s' "$text" "${@/#/ and }"
+  echo "$text"
+}

@@ -78,28 +78,26 @@ dry_run() {
 # Sets TRAINING to the options of train: --config RECIPE; the run and the shard set that RUNS and SHARDS name, unless
 # the other arguments name them; the other arguments. User error if nothing names them.
 set_training_options() {
-  local recipe=$2 given=("${@:3}") missing=() options=() resolution set
+  local recipe=$2 given=("${@:3}") names=() things=() options=() resolution shard_set
   TRAINING=(--config "$recipe")
   if [ -n "$(value_of --run "${given[@]}")" ]; then
     : # the user's
   elif [ -n "$RUNS" ]; then
     TRAINING+=(--run "$RUNS/$(basename "$recipe" .yaml)")
   else
-    missing+=(RUNS) options+=(--run)
+    names+=(RUNS) things+=(runs) options+=(--run)
   fi
   if [[ " ${given[*]}" = *\ --@(config|data.shards|data.mixture)* ]]; then
     : # the user's
   elif [ -n "$SHARDS" ]; then
     resolution=$(value_of --model.resolution "${given[@]}")
-    set=$SHARDS/${resolution:-$(sed -n 's/^model:.* resolution: \([0-9]*\).*/\1/p' "$recipe")}
-    [ ! -e "$SHARDS/shards.json" ] || set=$SHARDS
-    TRAINING+=(--data.shards "$set")
+    shard_set=$SHARDS/${resolution:-$(sed -n 's/^model:.* resolution: \([0-9]*\).*/\1/p' "$recipe")}
+    [ ! -e "$SHARDS/shards.json" ] || shard_set=$SHARDS
+    TRAINING+=(--data.shards "$shard_set")
   else
-    missing+=(SHARDS) options+=(--data.shards)
+    names+=(SHARDS) things+=("shard sets") options+=(--data.shards)
   fi
-  if [ ${#missing[@]} -gt 0 ]; then
-    missing=("${missing[*]}") options=("${options[*]}")
-    die "set ${missing// / and } in $SITE_FILE to the folders of runs and shard sets, or give ${options// / and }."
-  fi
+  [ ${#names[@]} -eq 0 ] ||
+    die "set $(joined "${names[@]}") in $SITE_FILE to where your $(joined "${things[@]}") are, or give $(joined "${options[@]}")."
   TRAINING+=("${given[@]}")
 }

@@ -5,14 +5,16 @@
 STOPPING=''
 RANKS_PID=''
 
-# Prints how many ranks a node runs, from what SLURM granted to the job.
+# Prints how many ranks a node runs: as many as sbatch --ntasks-per-node says, or as accelerators were granted, or on
+# CPUs as sbatch --ntasks says.
 ranks_per_node() {
-  local each=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} nodes=$SLURM_JOB_NUM_NODES
+  local each=${SLURM_NTASKS_PER_NODE:-0} nodes=$SLURM_JOB_NUM_NODES
   if [ "$ACCELERATORS_PER_NODE" -gt 0 ] && [ "${SLURM_GPUS_ON_NODE:-0}" -eq 0 ]; then
     die "ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE, but the job was given none: \`source $SITE_FILE\`" \
       "before sbatch, or give sbatch --gpus-per-node=$ACCELERATORS_PER_NODE."
   fi
-  [ "$each" -gt 0 ] || each=$(((${SLURM_NTASKS:-$nodes} + nodes - 1) / nodes)) # sbatch --ntasks
+  [ "$each" -gt 0 ] || [ "$ACCELERATORS_PER_NODE" -eq 0 ] || each=$SLURM_GPUS_ON_NODE
+  [ "$each" -gt 0 ] || each=$(((${SLURM_NTASKS:-$nodes} + nodes - 1) / nodes))
   echo "$each"
 }
 
