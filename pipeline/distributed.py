@@ -55,7 +55,7 @@ def describe_ranks() -> Ranks:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise ValueError(f"{name} is {text!r}; the launcher must set it to a whole number.")
+        raise ValueError(f"{name} is {text!r}; the launcher must set it to an integer.")
     return int(text)
 
 

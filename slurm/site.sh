@@ -1,7 +1,7 @@
 # The settings of a site, and the one file to edit. Variables that are set before win over the defaults below.
 # `source slurm/site.sh` in the shell that submits: sbatch reads its SBATCH_ variables, which win over the #SBATCH lines
 # of the scripts; options on sbatch's command line win over both. Each job reads this file again on its nodes.
-# SITE_FILE=/path/to/other.sh names another file: it sets what differs, then sources this one.
+# SITE_FILE=/path/to/other.sh names another file: it sets variables, sources this one, then sets arrays and functions.
 # shellcheck shell=bash disable=SC2034
 
 # Where runs and shard sets are. `sbatch slurm/pretrain_xl.sh` trains the run $RUNS/igpt_xl (the recipe's name) on the

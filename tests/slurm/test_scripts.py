@@ -253,7 +253,7 @@ def test_a_job_uses_the_accelerators_that_slurm_granted(
             ["--modle.size=s"],
             "error: modle.size is not a known key; did you mean model.size? (see python -m pipeline train",
         ),
-        ({"SHARDS": "/none"}, [], "error: /none/8 does not exist; a shard set is a folder"),
+        ({"SHARDS": "/none"}, [], "error: /none/8 does not exist"),
         ({}, ["--model.resolution=16"], "error: model.resolution is 16; it must be 8, the resolution of the shard set"),
         (
             {"ACCELERATORS_PER_NODE": "3"},

@@ -216,7 +216,7 @@ def test_options_of_a_run_that_can_start_are_accepted(options: list[str], finish
             "modle.size is not a known key; did you mean model.size? (see python -m pipeline train",
         ),
         (["--data.shards=null"], "data.shards is not set"),
-        (["--data.shards=/nowhere"], "/nowhere does not exist; a shard set is a folder"),
+        (["--data.shards=/nowhere"], "/nowhere does not exist"),
         (["--data.shards=/tmp"], "/tmp has no shards.json"),
         (["--model.resolution=16"], "model.resolution is 16; it must be 8, the resolution of the shard set"),
         (["--run=/dev/null"], "--run is /dev/null, which is a file"),
@@ -228,6 +228,7 @@ def test_invalid_options_are_reported_in_one_sentence(invalid: list[str], messag
     assert (finished.returncode, finished.stdout) == (2, "")
     [line] = finished.stderr.splitlines()
     assert line.startswith(f"error: {message}")
+    assert "preflight --help" not in line, "the help of train lists the options"
 
 
 def test_a_shard_set_with_another_palette_than_the_runs_is_reported(finished_run: Runner, tmp_path: Path) -> None:
