@@ -19,6 +19,8 @@ from tests.pipeline.conftest import Runner, runner, shards
 
 __all__ = ["Cluster", "Training", "cluster", "job_scripts", "runner", "shards", "training", "uninterrupted"]
 SCRIPTS = ROOT / "slurm"
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "PREFLIGHT_SECONDS": "0"}
+"""Variables of a job, for scripts that run without SLURM."""
 CLUSTER_SCRIPTS = Path(__file__).parent / "cluster"
 NODES, ACCELERATORS = 8, 8
 NO_CLUSTER = 3
@@ -213,3 +215,35 @@ def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 def training(cluster: Cluster, runner: Runner, uninterrupted: list[float]) -> Training:
     """Not yet submitted."""
     return Training(cluster, runner, uninterrupted)
+
+
+def run_script(script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Starts a script as a shell does, without the variables RUNS and SHARDS of this environment."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RUNS", "SHARDS")} | variables
+    return subprocess.run([SCRIPTS / script, *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The submissions, a line each: an sbatch that only records its arguments is first in PATH."""
+    submitted, stub = tmp_path / "submitted.txt", tmp_path / "bin/sbatch"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\necho "$@" >>{submitted}\necho 7\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SITE_PYTHON", sys.executable)
+    return submitted
+
+
+@pytest.fixture
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The started programs, a line each: SLURM's clients and a Python that only record their arguments."""
+    started, folder = tmp_path / "started.txt", tmp_path / "stubs"
+    folder.mkdir()
+    for name in ("srun", "scontrol", "sinfo", "python", "sbatch", "container"):
+        stub = folder / name
+        stub.write_text(f'#!/bin/sh\necho {name} "$@" >>{started}\ncase "$*" in *--after*) echo done;; esac\n')
+        stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SITE_PYTHON", str(folder / "python"))
+    return started
