@@ -100,7 +100,7 @@ def _parameters(folder: Path, config: dict[str, Any]) -> int:
 def _what_it_is(config: dict[str, Any], parameters: int, record: TrainingRecord) -> str:
     side, colors = math.isqrt(config["n_positions"]), config["vocab_size"] - 1
     step = f", step {record.step:,}" if record.step is not None else ""
-    images = f" It was trained on {record.source}." if record.source else ""
+    data = f" Training data: {record.source}." if record.source else ""
     short = unfinished(record.step, record.planned_steps)
     block = "stock GPT-2 blocks" if config["model_type"] == "gpt2" else "the paper's block"
     task = "predicts masked pixels from all others" if _is_masked(config) else "predicts the next color"
@@ -109,7 +109,7 @@ def _what_it_is(config: dict[str, Any], parameters: int, record: TrainingRecord)
         f"A transformer that reads an image as a sequence of palette colors and {task}, as in "
         f"[Generative Pretraining from Pixels]({PAPER}) (Chen et al., 2020): {side}x{side} images, {colors} colors, "
         f"{config['n_layer']} layers of {block}, width {config['n_embd']}, {config['n_head']} heads, "
-        f"{parameters:,} parameters.{images}" + (f"\n\n**{short}**" if short else "")
+        f"{parameters:,} parameters.{data}" + (f"\n\n**{short}**" if short else "")
     )
 
 
@@ -140,7 +140,7 @@ def _training(record: TrainingRecord) -> str:
         "Precision": settings.get("precision"),
         "Last training loss": _last(rows, "loss"),
         "Last validation loss": _last(rows, "valid_loss"),
-        "Time in steps": _duration(rows),
+        "Training time (steps only)": _duration(rows),
         "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
         "Layout": _layout(settings),
         "Code": starts[-1]["code"] if starts else None,

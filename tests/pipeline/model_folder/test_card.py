@@ -52,11 +52,15 @@ def test_null_numbers_in_metrics(finite: bool, tmp_path: Path) -> None:
     (folder / "training/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "training/checkpoint.json").write_text(json.dumps({"step": 2, "images": 20}))
     write_card(folder, "model")
-    shown = dict(re.findall(r"^\| (Last .* loss|Time in steps) \| (.*) \|$", (folder / "README.md").read_text(), re.M))
+    shown = dict(
+        re.findall(
+            r"^\| (Last .* loss|Training time \(steps only\)) \| (.*) \|$", (folder / "README.md").read_text(), re.M
+        )
+    )
     expected = {
         "Last training loss": "2.5000 nats per token",
         "Last validation loss": "2.2500 nats per token",
-        "Time in steps": "5 seconds",
+        "Training time (steps only)": "5 seconds",
     }
     assert shown == (expected if finite else {})
 
