@@ -129,6 +129,10 @@ def _compilers() -> Finding:
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
     if missing:
         return Finding("note", f"{' and '.join(missing)} missing: parallel.offload and compile cannot be used")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no accelerator
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     nvme = "and libaio: parallel.nvme_path too" if AsyncIOBuilder().is_compatible() else "but no libaio for NVMe"

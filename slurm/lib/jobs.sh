@@ -74,7 +74,7 @@ show_submission() {
   echo "would be submitted, after \`source $SITE_FILE\`: sbatch $(quoted "$@")"
   echo "variables that sbatch reads: ${settings:-none}"
   if command -v sbatch >/dev/null; then
-    sbatch --test-only "$@" || die "SLURM does not accept the script (its answer is above); nothing was submitted."
+    sbatch --test-only "$@" || die "SLURM does not accept the script, or does not answer (its message is above); nothing was submitted."
   else
     echo "(sbatch is not installed here, so SLURM was not asked)"
   fi
