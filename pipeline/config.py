@@ -34,7 +34,7 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model: a size of the paper, or layers, width and heads; each of these that is set overrides the size's."""
+    """The model: a size of the paper; layers, width and heads override those of the size, each by itself."""
 
     size: Literal["s", "m", "l", "xl"] | None = None
     """A size of the paper: s 76M, m 455M, l 1.4B, xl 6.8B parameters; null to set layers, width and heads instead."""

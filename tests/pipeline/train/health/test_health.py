@@ -228,7 +228,7 @@ def test_replicas_that_differ_end_the_run_before_a_save(runner: Runner, ranks: i
 def test_the_profiler_writes_a_trace_and_logs_the_share_of_communication(runner: Runner) -> None:
     finished = runner.train("run", 2, batch__micro_size=2, profile__first_step=5, profile__steps=2)
     assert finished.codes == [0, 0], finished.output
-    [line] = [line for line in finished.output.splitlines() if line.startswith("profile of steps 5 to 6")]
+    [line] = [line for line in finished.output.splitlines() if "profile of steps 5 to 6: " in line]
     share = float(line.split(": ")[1].split("%")[0])
     assert 0 < share < 100
     traces = sorted(path.name for path in (runner.folder / "run/profile").iterdir())
@@ -258,7 +258,7 @@ def test_a_slow_rank_is_named(runner: Runner) -> None:
     """It waits 0.1 s for each batch: the others wait for it too, yet it is the one to be named."""
     finished = train_ill(runner, "run", "slow", 1, (1, 60), schedule__steps=60)
     assert finished.codes == [0, 0], finished.output
-    [line] = [line for line in finished.output.splitlines() if line.startswith("slow ranks over the last 50 steps")]
+    [line] = [line for line in finished.output.splitlines() if "slow ranks over the last 50 steps: " in line]
     assert "rank 1 took" in line
     assert "rank 0 took" not in line
 
@@ -266,7 +266,7 @@ def test_a_slow_rank_is_named(runner: Runner) -> None:
 def test_rows_hold_the_largest_of_all_ranks(runner: Runner) -> None:
     finished = runner.train("run", 2, batch__micro_size=2)
     assert finished.codes == [0, 0], finished.output
-    [line] = [line for line in finished.output.splitlines() if line.startswith("peak memory, MB, by rank: ")]
+    [line] = [line for line in finished.output.splitlines() if "peak memory, MB, by rank: " in line]
     peaks = [float(word.replace(",", "")) for word in line.split(": ")[1].split(", ")]
     assert len(peaks) == 2
     rows = [row for row in runner.rows("run") if "loss" in row]

@@ -9,6 +9,7 @@ from tests.pipeline.conftest import Runner
 
 SCRIPT = """
 import gc, sys
+from data_prep.common.logs import configure_logging
 from pipeline.__main__ import train
 from pipeline.train import loop
 run = loop.Trainer.run
@@ -16,6 +17,7 @@ def run_and_print(trainer):
     print("collecting:", gc.isenabled(), flush=True)
     return run(trainer)
 loop.Trainer.run = run_and_print
+configure_logging()
 sys.exit(train(sys.argv[1:]))
 """
 
