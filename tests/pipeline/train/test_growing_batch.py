@@ -45,7 +45,7 @@ def test_invalid_sizes_are_an_error(runner: Runner) -> None:
     finished = runner.train("run", 2, **{**GROWING, "batch__micro_size": 6})
     assert "batch.first_size is 4; it must be a multiple of batch.micro_size" in finished.output
     finished = runner.train("run", 1, **{**GROWING, "batch__warmup_steps": 0})
-    assert "batch.warmup_steps is 0 and batch.first_size is 4; a batch that grows needs both" in finished.output
+    assert "batch.first_size is 4; set both for a batch that grows, or neither" in finished.output
 
 
 @pytest.mark.parametrize(

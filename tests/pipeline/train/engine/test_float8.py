@@ -119,7 +119,7 @@ def test_accelerators_without_float8_are_named(
     if found is None:
         float8.check_device(torch.device("cuda", 0))
         return
-    with pytest.raises(ValueError, match=f"precision is fp8, and the device is {name}, {found}; it must be bf16 there"):
+    with pytest.raises(ValueError, match=f"precision is fp8, and the device is {name}, {found}; set it to bf16"):
         float8.check_device(torch.device("cuda", 0))
 
 
