@@ -18,6 +18,7 @@ from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.registry import TASKS
 from pipeline.evaluate.request import Command
 from pipeline.model_folder.files import model_digest
+from tests import launch
 from tests.pipeline.evaluate.tiny_sets import COLORS, random_images, random_palette, write_model, write_shard_set
 
 QUICK = [
@@ -325,16 +326,15 @@ def test_two_ranks_measure_what_one_measures(
     one = results_of(run(*options))
     folders = [tmp_path / "results", tmp_path / "two"]
     command = [str(model_folder), "--shards", str(shards_folder), "--out", str(folders[1]), *quick, *options]
-    features = []
-    for ranks in (1, 2):
-        file = tmp_path / f"features-{ranks}.npy"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-        words = [sys.executable, *launcher, str(TWO_RANKS), str(file), *command]
-        process = subprocess.run(words, env=one_thread, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        features.append(np.load(file))
+    files = [tmp_path / f"features-{ranks}.npy" for ranks in (1, 2)]
+    alone = launch.run(1, TWO_RANKS, files[0], *command, logs=tmp_path / "logs")
+    assert alone.codes == [0], alone.output
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [sys.executable, *launcher, str(TWO_RANKS), str(files[1]), *command]
+    process = subprocess.run(words, env=one_thread, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert "2 ranks on cpu" in process.stderr
-    np.testing.assert_array_equal(features[0], features[1])
+    np.testing.assert_array_equal(*map(np.load, files))
     two = results_of(folders[1])
     assert sorted(two) == sorted(one)
     for task, result in one.items():

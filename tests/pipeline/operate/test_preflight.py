@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from pipeline.operate.preflight.diagnosis import diagnose
 from pipeline.operate.preflight.node_checks import pair_checks
 from pipeline.operate.preflight.report import Report, read_line
-from tests.launch import ROOT, free_port
+from tests.launch import ROOT, Finished, free_port, run
 from tests.pipeline.conftest import Runner
 
 THREE = ["node1", "node2", "node3"]
@@ -196,16 +197,21 @@ def test_the_earlier_name_of_aggregate_is_accepted(options: list[str]) -> None:
     assert finished.stdout.startswith(("ok", "exclude")), finished.stderr
 
 
-def check_options(*options: str) -> subprocess.CompletedProcess[str]:
-    """Without --nodes, as on a login node."""
-    command = [sys.executable, "-m", "pipeline", "preflight", *options]
-    return subprocess.run(command, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+CheckOptions = Callable[..., Finished]
 
 
-def test_options_of_a_run_that_can_start_are_accepted(options: list[str], finished_run: Runner) -> None:
-    assert check_options(*options).returncode == 0
+@pytest.fixture
+def check_options(tmp_path: Path) -> CheckOptions:
+    """Runs the command without --nodes, as on a login node."""
+    return lambda *options: run(1, "-m", "pipeline", "preflight", *options, logs=tmp_path / "logs")
+
+
+def test_options_of_a_run_that_can_start_are_accepted(
+    options: list[str], finished_run: Runner, check_options: CheckOptions
+) -> None:
+    assert check_options(*options).codes == [0]
     arguments = finished_run.arguments("reference", batch__micro_size=2, checkpoint__keep_last=3)[3:]
-    assert check_options(*arguments).returncode == 0, "a run that exists"
+    assert check_options(*arguments).codes == [0], "a run that exists"
 
 
 @pytest.mark.parametrize(
@@ -223,23 +229,27 @@ def test_options_of_a_run_that_can_start_are_accepted(options: list[str], finish
     ],
     ids=["misspelt key", "no shard set", "missing folder", "another folder", "resolution", "run"],
 )
-def test_invalid_options_are_reported_in_one_sentence(invalid: list[str], message: str, options: list[str]) -> None:
+def test_invalid_options_are_reported_in_one_sentence(
+    invalid: list[str], message: str, options: list[str], check_options: CheckOptions
+) -> None:
     finished = check_options(*options, *invalid)
-    assert (finished.returncode, finished.stdout) == (2, "")
-    [line] = finished.stderr.splitlines()
+    assert finished.codes == [2]
+    [line] = finished.output.splitlines()
     assert line.startswith(f"error: {message}")
     assert "preflight --help" not in line, "the help of train lists the options"
 
 
-def test_a_shard_set_with_another_palette_than_the_runs_is_reported(finished_run: Runner, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
+def test_a_shard_set_with_another_palette_than_the_runs_is_reported(
+    finished_run: Runner, check_options: CheckOptions, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
     for name in ("config.yaml", "run.json"):
-        shutil.copy(finished_run.folder / "reference" / name, run)
-    record = json.loads((run / "run.json").read_text())
+        shutil.copy(finished_run.folder / "reference" / name, folder)
+    record = json.loads((folder / "run.json").read_text())
     record["shards"]["palette_sha256"] = "f" * 64
-    (run / "run.json").write_text(json.dumps(record))
-    finished = check_options("--run", str(run))
-    assert finished.returncode == 2
-    assert "has the palette" in finished.stderr
-    assert "was made with the palette ffffffffffff" in finished.stderr
+    (folder / "run.json").write_text(json.dumps(record))
+    finished = check_options("--run", folder)
+    assert finished.codes == [2]
+    assert "has the palette" in finished.output
+    assert "was made with the palette ffffffffffff" in finished.output

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data_prep.common.logs import configure_logging
 from pipeline.__main__ import train
 from pipeline.train import loop
 
+configure_logging()
 start_group = loop.start_group
 
 

@@ -12,16 +12,16 @@ from pipeline.train.engine import zero
 
 
 @pytest.mark.parametrize(
-    ("parallel", "recorded"),
+    ("parallel", "use_graph"),
     [({}, True), ({"zero_stage": 2}, True), ({"zero_stage": 3}, False), ({"tensor_parallel": 2}, False)],
 )
 def test_weights_that_ranks_share_are_not_recorded(
-    parallel: dict[str, Any], recorded: bool, monkeypatch: pytest.MonkeyPatch
+    parallel: dict[str, Any], use_graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bool] = []
+    seen: list[bool] = []
 
-    def decoder(model: None, positions: int, recorded: bool) -> Any:
-        asked.append(recorded)
+    def decoder(model: None, positions: int, use_graph: bool) -> Any:
+        seen.append(use_graph)
         return lambda so_far: torch.zeros(len(so_far), 3)
 
     monkeypatch.setattr(zero, "Decoder", decoder)
@@ -34,4 +34,4 @@ def test_weights_that_ranks_share_are_not_recorded(
     )
     drawn = zero.ZeroEngine.complete(engine, np.zeros((2, 4), np.uint16), samples=5, seed=0)
     assert drawn.shape == (2, 5, 4)
-    assert asked == [recorded]
+    assert seen == [use_graph]
