@@ -93,7 +93,7 @@ class PaletteConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """All options of a shard set. All but workers and max_skipped change the bytes of the result."""
+    """The options of a shard set. Only workers and max_skipped leave the bytes of the result unchanged."""
 
     source: SourceConfig
     """Where the images come from."""
@@ -108,7 +108,8 @@ class DataConfig:
     valid_fraction: float = 0.1
     """Share of the training images held out as `valid`, if the source has no validation split."""
     fold_valid: bool = False
-    """Train on the held-out images too, as the paper does for its final models; `valid` then measures the fit."""
+    """Keep the held-out images in `train` too, as the paper does for its final models; then `valid` contains training
+    images."""
     max_skipped: float = 0.01
     """Largest share of the images, and of the tars, that may be skipped because they are damaged. If more are damaged,
     the job fails."""

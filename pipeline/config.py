@@ -39,13 +39,13 @@ class ModelConfig:
     size: Literal["s", "m", "l", "xl"] | None = None
     """A size of the paper: s 76M, m 455M, l 1.4B, xl 6.8B parameters; null to set layers, width and heads instead."""
     layers: int | None = None
-    """Number of blocks; null takes the size's."""
+    """Number of transformer blocks; null: as in `size`."""
     width: int | None = None
-    """Width of the residual stream; null takes the size's."""
+    """Hidden size; null: as in `size`."""
     heads: int | None = None
-    """Attention heads of each block; must divide the width; null takes the size's."""
+    """Attention heads of each block; must divide `width`; null: as in `size`."""
     resolution: int = 32
-    """Pixels a side; a sequence has resolution * resolution tokens."""
+    """Width and height of the images in pixels; a sequence has resolution * resolution tokens."""
     block: Literal["igpt", "gpt2"] = "igpt"
     """igpt: the paper's block; gpt2: transformers' stock block."""
     dropout: float = 0.0
@@ -90,8 +90,8 @@ class DataConfig:
     """The training data."""
 
     shards: str | None = None
-    """Folder of a shard set (python -m data_prep shards), or its address: https://host/set, s3://bucket/set,
-    hf://datasets/owner/name/set, pipe:ssh store cat /sets/{}; from an address, train is streamed."""
+    """Folder of a shard set (python -m data_prep shards), or its URL: https://host/set, s3://bucket/set,
+    hf://datasets/owner/name/set, 'pipe:ssh HOST cat /sets/{}'. From a URL, `train` is streamed."""
     flip: bool = False
     """Mirror half of the training images, chosen at random by seed and position in the data order."""
     reflect_crop: int = 0
@@ -104,7 +104,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam as in the paper's appendix A.1, with decoupled weight decay on matrices only."""
+    """AdamW: Adam as in the paper's appendix A.1, with decoupled weight decay on the weight matrices only."""
 
     learning_rate: float = 0.003
     """Peak learning rate."""
@@ -124,7 +124,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are saved, and which are retained."""
+    """When checkpoints are saved, and which are kept."""
 
     every_steps: int = 5000
     """Steps between checkpoints; the last step is always saved."""
@@ -181,10 +181,11 @@ class HealthConfig:
     skip_spikes: bool = False
     """Skip the update of a loss spike; otherwise it is applied and logged."""
     replicas_every_steps: int = 1000
-    """Steps between comparisons of the weights that ranks replicate, which also precede each save; 0 for never."""
+    """Steps between comparisons of the weights that data-parallel ranks replicate; they are also compared before each
+    save. 0 for never, also not before saves."""
     hang_minutes: float = 20.0
-    """Minutes without progress in a step after which the run ends and writes its stacks; the first step, validation and
-    saves may take three times as long; 0 for never."""
+    """Minutes without progress in a step after which the run writes the stacks of all ranks and ends; the first step,
+    validation and saves may take three times as long; 0 for never."""
 
     def __post_init__(self) -> None:
         require_minimums(
@@ -194,12 +195,12 @@ class HealthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """A window of steps under torch's profiler; creating the file PROFILE in the run starts one too."""
+    """torch.profiler traces of some steps; `touch RUN/PROFILE` starts the profiler too."""
 
     first_step: int = 10
-    """The first step of the window."""
+    """First step to profile."""
     steps: int = 0
-    """Steps of the window; 0 for no window. A window started by the file has 3 steps then."""
+    """Number of steps to profile; 0 for none, and 3 if `touch RUN/PROFILE` starts the profiler."""
 
     def __post_init__(self) -> None:
         require_minimums("profile", self, first_step=1, steps=0)

@@ -11,9 +11,9 @@ class BatchConfig:
     """The batch. Gradient accumulation steps are global_size / (micro_size * data-parallel ranks)."""
 
     global_size: int = 128
-    """Images of an optimizer step, over all ranks."""
+    """Global batch size: images per optimizer step, over all ranks."""
     micro_size: int = 16
-    """Images of a forward pass on one rank."""
+    """Micro-batch size: images per forward pass and rank."""
     warmup_steps: int = 0
     """Steps over which the batch grows to global_size."""
     first_size: int | None = None

@@ -23,9 +23,12 @@ if ! declare -F site_prepare >/dev/null; then # a file that sets some variables 
   # shellcheck source=site.sh
   source "$SITE_FILE"
 fi
+if [ -z "${RUNS+set}" ] && [ "$ACCELERATORS_PER_NODE" = 0 ]; then
+  ACCELERATORS_PER_NODE='' # a complete site.sh of an earlier version, in which 0 stood for what SLURM grants
+fi
 [[ $ACCELERATORS_PER_NODE =~ ^[0-9]*$ ]] ||
   die "ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE; it must be a number, or empty to ask SLURM."
-# Names of earlier versions.
+# Earlier names of the variables.
 RUNS=${RUNS:-${SITE_RUNS:-}}
 SHARDS=${SHARDS:-${SITE_SHARDS:-}}
 MAX_FAILURES=${MAX_FAILURES:-${MAX_ACCIDENTS:-3}}

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Evaluates the checkpoints of a run; each job of the array evaluates one checkpoint on one task:
 #   sbatch --array=0-5 slurm/evaluate.sh --run RUN --shards SHARDS --out RESULTS [--tasks density,linear_probe] [options]
-# The options are those of python -m pipeline evaluate. RESULTS/step-<n> has the results of a checkpoint. The array
+# The options are those of python -m pipeline evaluate; without --tasks it runs density, linear_probe and completions.
+# RESULTS/step-<n> has the results of a checkpoint. The array
 # needs checkpoints x tasks jobs (`slurm/evaluate.sh --dry-run ...` counts them); further jobs do nothing.
 #SBATCH --job-name=evaluate
 #SBATCH --array=0-2
@@ -44,7 +45,7 @@ commands() {
 
 job() {
   local found evaluations
-  prepare_python
+  prepare_python jsonargparse numpy safetensors torch transformers yaml
   found=$(commands "${SLURM_GPUS_ON_NODE:-0}" "$@")
   mapfile -t evaluations <<<"$found"
   if [ "$SLURM_ARRAY_TASK_ID" -ge ${#evaluations[@]} ]; then
@@ -56,7 +57,7 @@ job() {
 
 dry_run() {
   local accelerators found
-  prepare_python
+  prepare_python jsonargparse numpy safetensors torch transformers yaml
   accelerators=$(value_of --gpus-per-node "${SITE_EVALUATE[@]}")
   [ -n "$accelerators" ] || find_accelerators
   accelerators=${accelerators:-$ACCELERATORS_PER_NODE}

@@ -3,8 +3,8 @@
 # array:
 #   sbatch --array=1-10 slurm/prepare_shards.sh --config configs/data/imagenet.yaml --source.path IMAGES \
 #       --palette.file palette.npy --out SHARDS
-# A part can be restarted. It needs no accelerator: if site.sh asks for some, give sbatch --gpus-per-node=0.
-# The unit of work is a shard of 8,192 images, or a source tar; more parts than units do nothing.
+# A part can be restarted. The jobs need no accelerator: if site.sh requests some, pass sbatch --gpus-per-node=0.
+# A work item is a shard of 8,192 images, or a source tar; parts beyond the number of work items have nothing to do.
 #SBATCH --job-name=prepare-shards
 #SBATCH --array=1-4
 #SBATCH --cpus-per-task=4
@@ -37,7 +37,7 @@ join_after() {
 
 job() {
   local part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1)) join
-  prepare_python
+  prepare_python jsonargparse numpy yaml
   mapfile -d '' -t join < <(join_after "$SLURM_ARRAY_JOB_ID" "$@")
   [ ${#join[@]} -gt 0 ] || exit 2
   if [ "$part" -eq 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
@@ -48,7 +48,7 @@ job() {
 
 dry_run() {
   local part parts join
-  prepare_python
+  prepare_python jsonargparse numpy yaml
   parts=$(sed -n 's/^#SBATCH --array=1-//p' "$0")
   mapfile -d '' -t join < <(join_after THE_ARRAY "$@")
   [ ${#join[@]} -gt 0 ] || exit 2

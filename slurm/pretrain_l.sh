@@ -1,9 +1,11 @@
 #!/bin/bash
-# Trains configs/igpt_l.yaml: sbatch [options of sbatch] slurm/pretrain_l.sh [options of python -m pipeline train] RUNS
-# and SHARDS in slurm/site.sh name the folders of runs and shard sets; --run RUN and --data.shards SHARDS name others.
+# Trains configs/igpt_l.yaml:
+#   sbatch [options of sbatch] slurm/pretrain_l.sh [options of python -m pipeline train]
+# RUNS and SHARDS in slurm/site.sh name the folders of runs and shard sets; --run RUN and --data.shards SHARDS name
+# others.
 # `slurm/pretrain_l.sh --dry-run` on the login node checks everything that can be checked there, and submits nothing.
 #SBATCH --job-name=igpt-l
-#SBATCH --nodes=4
+#SBATCH --nodes=2
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=72:00:00

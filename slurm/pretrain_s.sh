@@ -1,6 +1,8 @@
 #!/bin/bash
-# Trains configs/igpt_s.yaml: sbatch [options of sbatch] slurm/pretrain_s.sh [options of python -m pipeline train] RUNS
-# and SHARDS in slurm/site.sh name the folders of runs and shard sets; --run RUN and --data.shards SHARDS name others.
+# Trains configs/igpt_s.yaml:
+#   sbatch [options of sbatch] slurm/pretrain_s.sh [options of python -m pipeline train]
+# RUNS and SHARDS in slurm/site.sh name the folders of runs and shard sets; --run RUN and --data.shards SHARDS name
+# others.
 # `slurm/pretrain_s.sh --dry-run` on the login node checks everything that can be checked there, and submits nothing.
 #SBATCH --job-name=igpt-s
 #SBATCH --nodes=1

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains configs/igpt_xl.yaml: sbatch [options of sbatch] slurm/pretrain_xl.sh [options of python -m pipeline train]
+# Trains configs/igpt_xl.yaml:
+#   sbatch [options of sbatch] slurm/pretrain_xl.sh [options of python -m pipeline train]
 # RUNS and SHARDS in slurm/site.sh name the folders of runs and shard sets; --run RUN and --data.shards SHARDS name
 # others. `slurm/pretrain_xl.sh --dry-run` on the login node checks everything that can be checked there, and submits
 # nothing.

@@ -36,13 +36,13 @@ commands() {
 
 job() {
   local found
-  prepare_python
+  prepare_python jsonargparse numpy safetensors torch transformers yaml
   found=$(commands "$@")
   eval "$found"
 }
 
 dry_run() {
-  prepare_python
+  prepare_python jsonargparse numpy safetensors torch transformers yaml
   commands "$@"
   show_submission "${SITE_CPU[@]}" "$SCRIPTS/publish.sh" "$@"
 }

@@ -18,10 +18,10 @@ SHARDS=${SHARDS:-}
 # export SBATCH_TIMELIMIT=24:00:00
 
 # Accelerators of a node; each runs one rank. Empty: as many as SLURM lists for the partition (its GRES). 0: ranks run
-# on CPUs, as many on a node as sbatch --ntasks-per-node says.
+# on CPUs, as many on a node as sbatch --ntasks-per-node says, even where SLURM grants accelerators.
 ACCELERATORS_PER_NODE=${ACCELERATORS_PER_NODE:-}
 
-# Their kind, for the plan of a dry run (`python -m pipeline plan --help` lists the kinds).
+# The accelerator's name in `python -m pipeline plan --help`; used only by dry runs.
 ACCELERATOR=${ACCELERATOR:-h100-80gb}
 
 # sbatch's options for jobs that other jobs submit: evaluations, and jobs that need no accelerator (publish, join
@@ -38,7 +38,7 @@ site_prepare() {
   :
 }
 
-# Words before each rank's Python, to start it in a container: (apptainer exec --nv image.sif)
+# Prefix of each Python command, such as a container: (apptainer exec --nv image.sif)
 SITE_LAUNCH=()
 
 # Caches of remote shard sets, and of downloads from the hub.
@@ -55,8 +55,8 @@ SITE_LAUNCH=()
 # --dependency=afterany:JOB on the one before: each job resumes the run, and exits at once when the run is finished.
 SITE_REQUEUES=${SITE_REQUEUES:-true}
 
-# How often a job may be requeued, and how many failures (a killed rank, a lost node, a hang) in a row at the same step
-# end it; empty: 3.
+# How often a job may be requeued; and after how many consecutive failures (a killed rank, a lost node, a hang) at the
+# same step it fails (default 3).
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 MAX_FAILURES=${MAX_FAILURES:-}
 
@@ -72,7 +72,7 @@ EVALUATE=${EVALUATE:-}
 # empty: nowhere.
 PUBLISH=${PUBLISH:-}
 
-# Keep this last: it has sbatch ask for ACCELERATORS_PER_NODE.
+# Keep this last: it sets SBATCH_GPUS_PER_NODE, so that sbatch requests ACCELERATORS_PER_NODE GPUs.
 # shellcheck source=lib/accelerators.sh
-source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]:-$0}")}/lib/accelerators.sh"
+[ -n "${IN_JOB_SCRIPT:-}" ] || source "$(dirname "${BASH_SOURCE[0]:-$0}")/lib/accelerators.sh"
 request_accelerators

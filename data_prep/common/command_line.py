@@ -141,7 +141,8 @@ def dispatch(
     A command is a function, or "module:function" of the package, which is imported when the command is called.
     leave: called with the exit code. report: prints the error of invalid input.
     """
-    prog, arguments = f"python -m {package}", sys.argv[1:]
+    prog, (level, arguments) = f"python -m {package}", split_flags(sys.argv[1:])
+    configure_logging(level)
     width = max(map(len, commands))
     usage = f"usage: {prog} COMMAND [options]\n\n{description}\n\ncommands:\n" + "\n".join(
         f"  {name:<{width}}  {help_line}" for name, (help_line, _) in commands.items()
@@ -149,8 +150,7 @@ def dispatch(
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage + f"\n\n{prog} COMMAND --help lists a command's options.\n{FLAGS_HELP}")
         sys.exit(0 if arguments else USER_ERROR)
-    name, (level, rest) = arguments[0], split_flags(arguments[1:])
-    configure_logging(level)
+    name, rest = arguments[0], arguments[1:]
     if name not in commands:
         print_error(ValueError(f"{name!r} is not a command of {prog}; it must be one of {', '.join(commands)}."))
         sys.exit(USER_ERROR)

@@ -11,7 +11,7 @@ COLORS = {logging.DEBUG: "\033[2m", logging.WARNING: "\033[33m", logging.ERROR: 
 RESET = "\033[0m"
 TIME = "%Y-%m-%d %H:%M:%S"
 FLAGS = {"--quiet": logging.WARNING, "-v": logging.DEBUG, "--verbose": logging.DEBUG}
-FLAGS_HELP = "--quiet logs warnings only; -v, --verbose also logs details, and what DeepSpeed and transformers log."
+FLAGS_HELP = "--quiet logs warnings only; -v, --verbose also logs details and the messages of other packages."
 
 
 class Verbosity(NamedTuple):
@@ -28,12 +28,17 @@ def split_flags(arguments: Sequence[str]) -> Verbosity:
     return Verbosity(level, [argument for argument in arguments if argument not in FLAGS])
 
 
+def current_flags() -> list[str]:
+    """The flag that gives a command started by this one the same level; none for the default."""
+    level = logging.getLogger(OWN_LOGGERS[0]).getEffectiveLevel()
+    return [flag for flag, wanted in FLAGS.items() if wanted == level][:1]
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """Logs to standard error: this project from `level` on, other packages from WARNING on (INFO if `level` is DEBUG).
 
     A second call replaces the first.
     """
-    logging.raiseExceptions = False  # a console that was closed must not end a run
     handler = _StandardError()
     handler.setFormatter(_Formatter())
     root = logging.getLogger()
@@ -55,12 +60,18 @@ class _StandardError(logging.StreamHandler[TextIO]):
     def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stderr
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Prints the error, unless the console was closed or is full, which must not end a run."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
 
 class _Formatter(logging.Formatter):
     """`[2026-01-31 12:00:00 INFO] message`; with several ranks, `INFO rank 0`; colored on a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        place = f" rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        place = f" rank {rank}" if rank else ""
         text = f"[{self.formatTime(record, TIME)} {record.levelname}{place}] {record.getMessage()}"
         if record.exc_info:
             text += f"\n{self.formatException(record.exc_info)}"

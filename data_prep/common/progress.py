@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 @contextmanager
 def progress(label: str, total: int | None = None, unit: str = "images") -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`. Bar and lines go to standard error: standard output is for results."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
         from tqdm import tqdm
 
         with tqdm(total=total, desc=label, unit=f" {unit}", unit_scale=True) as bar:

@@ -13,13 +13,13 @@ class Command:
     """What to evaluate, and where to write the results."""
 
     shards: str
-    """The shard set to evaluate on: a folder or an address."""
+    """The shard set to evaluate on: a folder or a URL."""
     out: Path
     """The results folder."""
     tasks: str = ",".join(name for name, entry in TASKS.items() if entry.options is not None and not entry.long)
     """Comma-separated names of tasks, in the order in which they run. attentive_probe, fine_tune and distill train for
-    many epochs and are not in the default. A task that declares its options in its own file runs, and shows them in
-    --help, only if --tasks names it."""
+    many epochs and are not in the default. A task that you added runs only if --tasks names it; then
+    --help also shows its options."""
     seed: int = 0
     """Seed of everything random: the choice of images if their number is limited, order, masks, and samples."""
     precision: Literal["fp32", "bf16"] = "fp32"

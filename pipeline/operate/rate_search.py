@@ -19,6 +19,7 @@ import yaml
 from data_prep.common.command_line import value_of
 from data_prep.common.exit_codes import STOPPED
 from data_prep.common.files import write_json
+from data_prep.common.logs import current_flags
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
 from pipeline.command_line import parse_training
 from pipeline.config import TrainConfig, changed_keys, to_dict
@@ -149,7 +150,7 @@ def _final_loss(run: Path, rate: float, config: TrainConfig, launch: list[str], 
     _check_same(run, config)
     now = read_status(run)
     if (now.status, now.step) != ("finished", steps) and not now.diverged:
-        code = subprocess.run([*launch, *rest, "--run", str(run), RATE_KEY, f"{rate:g}"]).returncode
+        code = subprocess.run([*launch, *rest, *current_flags(), "--run", str(run), RATE_KEY, f"{rate:g}"]).returncode
         now = read_status(run)
         if not now.diverged and (code == STOPPED or now.status == "stopped"):
             raise Stopped(f"{run} was stopped")

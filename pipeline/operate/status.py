@@ -115,7 +115,8 @@ def status_command(arguments: list[str]) -> int:
     """Prints a run's state and progress. With --after, prints done, requeue or failed for a job script."""
     parser = new_parser("python -m pipeline status", "Prints a run's state and progress.")
     parser.add_argument("run", type=Path, help="The run's folder.")
-    parser.add_argument("--after", type=int | None, help="Exit code of its ranks: prints done, requeue or failed.")
+    after = "For job scripts: exit code of the ranks; prints done, requeue or failed instead."
+    parser.add_argument("--after", type=int | None, help=after)
     parser.add_argument("--restarts", type=int, default=0, help="How often its job was requeued.")
     parser.add_argument("--max_restarts", type=int, default=100, help="How often its job may be requeued.")
     parser.add_argument(

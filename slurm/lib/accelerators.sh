@@ -1,13 +1,18 @@
 # How many accelerators a node has: ACCELERATORS_PER_NODE, or what SLURM granted, or what it lists for the partition.
 # shellcheck shell=bash
 
-# Prints how many GPUs the nodes of a partition (empty: the default one) have by their GRES: 8; or 4 8 if nodes differ.
-# Prints nothing if they have none or SLURM does not answer.
+# Prints how many GPUs the nodes of a partition (empty: the default one) have by their GRES: 8; or 0 8 if nodes differ.
+# Prints nothing if SLURM does not answer. Other arguments are options of sinfo.
 gpus_of_partition() {
+  local lines partition=$1
+  shift
   command -v sinfo >/dev/null || return 0
-  timeout 10 sinfo --noheader ${1:+--partition="$1"} --format='%P %G' 2>/dev/null |
-    awk -v default_only="$((${#1} == 0))" '
-      default_only && $1 !~ /\*$/ { next }
+  lines=$(timeout 10 sinfo --noheader ${partition:+--partition="$partition"} --format='%P %G' "$@" 2>/dev/null) || {
+    echo "SLURM did not answer, so the accelerators of its nodes are unknown" >&2
+    return 0
+  }
+  awk -v default_only="$((${#partition} == 0))" '
+      NF < 2 || (default_only && $1 !~ /\*$/) { next }
       {
         gpus = 0
         gsub(/\([^)]*\)/, "", $2) # sockets, and (null)
@@ -17,21 +22,24 @@ gpus_of_partition() {
             fields = split(resources[i], field, ":") # gpu:8, gpu:h100:8
             gpus += field[fields] ~ /^[0-9]+$/ ? field[fields] : 1
           }
-        if (gpus) print gpus
-      }' | sort -nu | paste -sd' ' || true
+        print gpus
+      }' <<<"$lines" | sort -nu | paste -sd' '
 }
 
-# Has sbatch ask for a node's accelerators, in the shell that sources site.sh; a job script asks SLURM only where it
-# needs the number.
+# Sets SBATCH_GPUS_PER_NODE for the shell that sources site.sh. Job scripts do not query the partition here.
 request_accelerators() {
   local found=$ACCELERATORS_PER_NODE
+  if [ -n "${GPUS_FROM_SITE:-}" ] && [ "${SBATCH_GPUS_PER_NODE:-}" = "$GPUS_FROM_SITE" ]; then
+    unset SBATCH_GPUS_PER_NODE # from an earlier call; any other value is the user's
+  fi
+  [ -z "${SBATCH_GPUS_PER_NODE:-}" ] || return 0
   if [ -z "$found" ] && [ -z "${IN_JOB_SCRIPT:-}" ]; then
     found=$(gpus_of_partition "${SBATCH_PARTITION:-}")
   fi
   case $found in
     '' | 0) ;;
     *' '*) echo "site.sh: nodes have ${found// / or } accelerators; set ACCELERATORS_PER_NODE." >&2 ;;
-    *) export SBATCH_GPUS_PER_NODE=$found ;;
+    *) export SBATCH_GPUS_PER_NODE=$found GPUS_FROM_SITE=$found ;;
   esac
 }
 
@@ -46,7 +54,7 @@ find_accelerators() {
   fi
   found=$(gpus_of_partition "${SBATCH_PARTITION:-}")
   case $found in
-    '')
+    '' | 0)
       ACCELERATORS_SOURCE="SLURM lists no accelerators for $partition"
       ACCELERATORS_SOURCE+="; if nodes have some, set ACCELERATORS_PER_NODE in $SITE_FILE"
       ;;
@@ -60,27 +68,20 @@ find_accelerators() {
   request_accelerators
 }
 
-# For a job: sets ACCELERATORS_PER_NODE to what SLURM granted, if it is empty; the scripts' --exclusive is granted all
-# that a node has. User error if the job was given none on nodes that have some, unless --ntasks-per-node asked for CPU
-# ranks.
+# For a job: if ACCELERATORS_PER_NODE is empty, sets it to the GPUs that SLURM granted (with --exclusive, all of a
+# node). If it is 0, hides those from the ranks. User error if none were granted although the nodes have some, unless
+# --ntasks-per-node requests CPU ranks.
 find_granted_accelerators() {
-  local granted=${SLURM_GPUS_ON_NODE:-0} listed=''
-  [ -z "$ACCELERATORS_PER_NODE" ] || return 0
-  ACCELERATORS_PER_NODE=0
-  if [ "$granted" -eq 0 ] && [ -z "${SLURM_NTASKS_PER_NODE:-}" ]; then
-    listed=$(gpus_of_partition "${SLURM_JOB_PARTITION:-}")
-    [ -z "$listed" ] ||
-      die "the nodes of the job have ${listed// / or } accelerators, and the job was given none: \`source $SITE_FILE\`" \
-        "before sbatch, or give sbatch --gpus-per-node; to train on CPUs, set ACCELERATORS_PER_NODE=0."
-  elif [ "$granted" -gt 0 ] && has_gpu_devices; then
-    ACCELERATORS_PER_NODE=$granted
-  elif [ "$granted" -gt 0 ]; then
-    echo "SLURM granted $granted accelerators a node, but this node has no device of a GPU: the ranks run on CPUs"
+  local listed=''
+  if [ "$ACCELERATORS_PER_NODE" = 0 ]; then
+    export CUDA_VISIBLE_DEVICES='' ROCR_VISIBLE_DEVICES=''
+  elif [ -z "$ACCELERATORS_PER_NODE" ]; then
+    ACCELERATORS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
+    if [ "$ACCELERATORS_PER_NODE" -eq 0 ] && [ -z "${SLURM_NTASKS_PER_NODE:-}" ]; then
+      listed=$(gpus_of_partition "${SLURM_JOB_PARTITION:-}" --nodes="$SLURM_JOB_NODELIST")
+      [ -z "${listed#0}" ] ||
+        die "the nodes of the job have ${listed// / or } accelerators, and it was given none: \`source $SITE_FILE\`" \
+          "before sbatch, or give sbatch --gpus-per-node; to train on CPUs, set ACCELERATORS_PER_NODE=0."
+    fi
   fi
-  request_accelerators
-}
-
-# Whether this node has the device files of NVIDIA's or AMD's driver.
-has_gpu_devices() {
-  compgen -G '/dev/nvidia[0-9]*' >/dev/null || [ -e /dev/kfd ]
 }

@@ -1,7 +1,7 @@
 # Command lines: reading options, and passing lists of arguments on, NUL-separated (mapfile -d '').
 # shellcheck shell=bash
 
-# Ends the script as user error, with one sentence.
+# Prints an error and exits with 2, the code for invalid input ("user error" below).
 die() {
   echo "error: $*" >&2
   exit 2
@@ -48,6 +48,11 @@ quoted() {
   done
   echo "${line[*]}"
 }
+
+# Earlier names, for jobs that were queued before the functions were renamed: SLURM runs its own copy of their script.
+without() { without_options "$@"; }
+typed() { quoted "$@"; }
+listed() { print0 "$@"; }
 
 # Prints its arguments, joined by "and".
 joined() {

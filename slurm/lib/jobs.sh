@@ -1,9 +1,6 @@
 # What all job scripts share: running as a job or as a dry run, starting Python, submitting other jobs.
 # shellcheck shell=bash
 
-# Packages without which no command of the pipeline trains.
-PACKAGES='deepspeed jsonargparse numpy safetensors torch transformers yaml'
-
 # Calls the script's function `job`, or with --dry-run (its earlier name: --test) `dry_run`, with the other arguments.
 run_script() {
   local argument first dry=false others=()
@@ -31,7 +28,8 @@ run_python() {
   "${SITE_LAUNCH[@]}" "$PYTHON" "$@"
 }
 
-# Runs site_prepare. User error if the pipeline's Python then does not exist, does not start or lacks packages.
+# Runs site_prepare. User error if the pipeline's Python then does not exist, does not start or lacks a package that the
+# job imports, given as arguments.
 prepare_python() {
   local missing remedy="run \`make set-up\`, or set SITE_PYTHON in $SITE_FILE to a Python that has requirements.txt"
   site_prepare
@@ -39,7 +37,7 @@ prepare_python() {
     die "$PYTHON is not a program; $remedy."
   fi
   missing=$(run_python -c \
-    "from importlib.util import find_spec; print(*(name for name in '$PACKAGES'.split() if not find_spec(name)))") ||
+    'import sys; from importlib.util import find_spec; print(*(p for p in sys.argv[1:] if not find_spec(p)))' "$@") ||
     die "$(quoted "${SITE_LAUNCH[@]}" "$PYTHON") does not start (its message is above); $remedy."
   [ -z "$missing" ] || die "$PYTHON lacks the packages ${missing// /, }; $remedy."
 }
@@ -52,7 +50,7 @@ checkpoints_of() {
   echo "$found"
 }
 
-# Submits a job without this job's own variables, which the other would take for its own. Prints the job's number.
+# Submits a job, without the SLURM_ variables of this job in its environment. Prints the new job's id.
 submit_job() {
   local name number own=()
   for name in "${!SLURM_@}"; do
@@ -74,7 +72,8 @@ show_submission() {
   echo "would be submitted, after \`source $SITE_FILE\`: sbatch $(quoted "$@")"
   echo "variables that sbatch reads: ${settings:-none}"
   if command -v sbatch >/dev/null; then
-    sbatch --test-only "$@" || die "SLURM does not accept the script, or does not answer (its message is above); nothing was submitted."
+    sbatch --test-only "$@" ||
+      die "SLURM does not accept the script, or does not answer (its message is above); nothing was submitted."
   else
     echo "(sbatch is not installed here, so SLURM was not asked)"
   fi

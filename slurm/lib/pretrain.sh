@@ -12,6 +12,8 @@ source "$SCRIPTS/lib/requeue.sh"
 # shellcheck source=lib/followup.sh
 source "$SCRIPTS/lib/followup.sh"
 
+PACKAGES=(deepspeed jsonargparse numpy safetensors torch transformers yaml)
+
 # Trains with a recipe of configs/ until the run is finished, across any number of starts of this job.
 pretrain() {
   run_script --config "$REPOSITORY/configs/$1.yaml" "${@:2}"
@@ -30,7 +32,7 @@ job() {
   # Below 32768, where Linux assigns ports to any program. The health check uses the four ports that follow.
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 2500 * 5))
   export MASTER_ADDR MASTER_PORT
-  prepare_python
+  prepare_python "${PACKAGES[@]}"
   mkdir -p "$run/logs"
   echo "$(date +%FT%T) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks on $SLURM_JOB_NODELIST" |
     tee -a "$run/logs/jobs.txt"
@@ -61,7 +63,7 @@ dry_run() {
   local script nodes each planned
   set_training_options "$@"
   find_accelerators
-  prepare_python
+  prepare_python "${PACKAGES[@]}"
   script=$SCRIPTS/$(basename "$0")
   nodes=$(awk -F= '/^#SBATCH --nodes=/ {print $2}' "$script")
   each=$((ACCELERATORS_PER_NODE > 0 ? ACCELERATORS_PER_NODE : 1))
@@ -87,8 +89,8 @@ set_training_options() {
   else
     names+=(RUNS) things+=(runs) options+=(--run)
   fi
-  if [[ " ${given[*]}" = *\ --@(config|data.shards|data.mixture)* ]]; then
-    : # the user's
+  if [[ " ${given[*]}" = *\ --@(config|data.shards|data=|data\ )* ]] || grep -q '^data:.*shards' "$recipe"; then
+    : # the user's, or the recipe's
   elif [ -n "$SHARDS" ]; then
     resolution=$(value_of --model.resolution "${given[@]}")
     shard_set=$SHARDS/${resolution:-$(sed -n 's/^model:.* resolution: \([0-9]*\).*/\1/p' "$recipe")}
@@ -98,6 +100,7 @@ set_training_options() {
     names+=(SHARDS) things+=("shard sets") options+=(--data.shards)
   fi
   [ ${#names[@]} -eq 0 ] ||
-    die "set $(joined "${names[@]}") in $SITE_FILE to where your $(joined "${things[@]}") are, or give $(joined "${options[@]}")."
+    die "set $(joined "${names[@]}") in $SITE_FILE to where your $(joined "${things[@]}") are, or give" \
+      "$(joined "${options[@]}")."
   TRAINING+=("${given[@]}")
 }

@@ -5,21 +5,21 @@
 STOPPING=''
 RANKS_PID=''
 
-# Prints how many ranks a node runs: as many as sbatch --ntasks-per-node says, or as accelerators were granted, or on
-# CPUs as sbatch --ntasks says.
+# Prints how many ranks a node runs: as many as sbatch --ntasks-per-node says, or ACCELERATORS_PER_NODE, or on CPUs as
+# sbatch --ntasks says.
 ranks_per_node() {
   local each=${SLURM_NTASKS_PER_NODE:-0} nodes=$SLURM_JOB_NUM_NODES
-  if [ "$ACCELERATORS_PER_NODE" -gt 0 ] && [ "${SLURM_GPUS_ON_NODE:-0}" -eq 0 ]; then
-    die "ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE, but the job was given none: \`source $SITE_FILE\`" \
-      "before sbatch, or give sbatch --gpus-per-node=$ACCELERATORS_PER_NODE."
+  if [ "$ACCELERATORS_PER_NODE" -gt "${SLURM_GPUS_ON_NODE:-0}" ]; then
+    die "ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE, but the job was given ${SLURM_GPUS_ON_NODE:-none}:" \
+      "\`source $SITE_FILE\` before sbatch, or give sbatch --gpus-per-node=$ACCELERATORS_PER_NODE."
   fi
-  [ "$each" -gt 0 ] || [ "$ACCELERATORS_PER_NODE" -eq 0 ] || each=$SLURM_GPUS_ON_NODE
+  [ "$each" -gt 0 ] || each=$ACCELERATORS_PER_NODE
   [ "$each" -gt 0 ] || each=$(((${SLURM_NTASKS:-$nodes} + nodes - 1) / nodes))
   echo "$each"
 }
 
-# Replaces this process by the srun of one process a rank; start it in the background. Consecutive ranks are on the same
-# node, so that the stages of a pipeline are neighbors. srun kills the other ranks 30 s after the first one ended;
+# Replaces this shell by srun, which starts one process per rank; call it in the background. Consecutive ranks are on the
+# same node, so that the stages of a pipeline are neighbors. srun kills the other ranks 30 s after the first one ended;
 # earlier, the message and the exit code of a user error would be lost.
 run_ranks() {
   local ranks=$1 ranks_per_node=$2 logs=$3

@@ -1,4 +1,4 @@
-# After the ranks of a training job ended: the job is done, fails, or is requeued and resumes.
+# Decides what happens after the ranks of a training job ended: the job is done, fails, or is requeued.
 # shellcheck shell=bash
 
 # Prints what to do with a run, done, requeue or failed, after WHAT (the ranks, the health check) ended with CODE.

@@ -48,3 +48,13 @@ def test_a_recipe_fits_where_it_says(path: Path, tmp_path: Path) -> None:
     options = ["--config", path, "--accelerator", where[2], "--ranks", where[1]]
     finished = run(1, "-m", "pipeline", "plan", *options, logs=tmp_path)
     assert finished.codes == [0], finished.output
+
+
+@pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
+def test_the_batch_divides_by_the_ranks_of_its_job_script(size: str) -> None:
+    """On nodes of 8 accelerators."""
+    script = (ROOT / f"slurm/pretrain_{size}.sh").read_text()
+    nodes = re.search(r"^#SBATCH --nodes=(\d+)", script, re.MULTILINE)
+    config, _ = parse_training(["--config", f"configs/igpt_{size}.yaml", "--run", "RUN"])
+    assert nodes
+    assert config.batch.accumulation_steps(config.parallel.data_ranks(8 * int(nodes[1]))) >= 1

@@ -1,6 +1,7 @@
 """What is found before a job runs: its run and shard set, the accelerators of its nodes, errors in a dry run."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -61,9 +62,9 @@ def bash(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
         ("train* gpu:h100:8(S:0-1)", "8", "8"),
         ("train* gpu:a100:4(S:0),gpu:h100:4(S:0,1),nvme:2", "8", "8"),
         ("train* gpu", "1", "1"),
-        ("train* (null)", "", ""),
-        ("train* gpu:4\ntrain* gpu:h100:8\ntrain* (null)", "4 8", "4 8"),
-        ("cpu* (null)\ntrain gpu:8", "", "8"),
+        ("train* (null)", "0", "0"),
+        ("train* gpu:4\ntrain* gpu:h100:8\ntrain* (null)", "0 4 8", "0 4 8"),
+        ("cpu* (null)\ntrain gpu:8", "0", "8"),
         ("", "", ""),
     ],
 )
@@ -109,29 +110,65 @@ def test_a_job_on_nodes_with_accelerators_that_was_given_none_ends_with_one_sent
     options = ["--run", "/none", "--data.shards", "/none"]
     finished = run_script("pretrain_s.sh", *options, **JOB, SLURM_JOB_PARTITION="train")
     assert finished.returncode == 2
-    assert "the nodes of the job have 8 accelerators, and the job was given none: `source" in finished.stderr
+    assert "the nodes of the job have 8 accelerators, and it was given none: `source" in finished.stderr
     assert not stubs.exists()
 
 
 @pytest.mark.parametrize(
-    ("variables", "devices", "found"),
+    ("variables", "found", "hidden"),
     [
-        ({"SLURM_GPUS_ON_NODE": "8"}, "true", "8"),
-        ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "4"}, "true", "4"),
-        ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "0"}, "true", "0"),
-        ({"SLURM_GPUS_ON_NODE": "8"}, "false", "0"),
-        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_PARTITION": "train"}, "true", "0"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "8", False),
+        ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "4"}, "4", False),
+        ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "0"}, "0", True),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_PARTITION": "train"}, "0", False),
     ],
-    ids=["granted", "explicit", "CPUs", "no device files", "tasks"],
+    ids=["granted", "explicit", "CPUs", "tasks"],
 )
 def test_a_job_uses_the_accelerators_that_slurm_granted(
-    variables: dict[str, str], devices: str, found: str, stubs: Path
+    variables: dict[str, str], found: str, hidden: bool, stubs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (stubs.parent / "stubs/sinfo").write_text("#!/bin/sh\necho 'train gpu:8'\n")
-    source = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; has_gpu_devices() {{ {devices}; }}"
-    shown = bash(f"{source}; find_granted_accelerators; echo $ACCELERATORS_PER_NODE", **variables)
-    assert shown.stdout.splitlines()[-1] == found, shown.stderr
-    assert ("the ranks run on CPUs" in shown.stdout) == (devices == "false")
+    source = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; find_granted_accelerators"
+    shown = bash(f"{source}; echo $ACCELERATORS_PER_NODE ${{CUDA_VISIBLE_DEVICES-visible}}", **variables)
+    assert shown.stdout == f"{found}{'' if hidden else ' visible'}\n", shown.stderr
+
+
+EARLIER_SITE = """
+ACCELERATORS_PER_NODE=${ACCELERATORS_PER_NODE:-0}
+SITE_RUNS=/runs SITE_SHARDS=/sets SITE_PYTHON=${SITE_PYTHON:-} SITE_REQUEUES=true MAX_RESTARTS=1 MAX_FAILURES=''
+PREFLIGHT_SECONDS=0 MAX_EXCLUDED=4 EVALUATE='' PUBLISH='' ACCELERATOR=h100-80gb
+SITE_EVALUATE=() SITE_CPU=() SITE_LAUNCH=()
+site_prepare() { :; }
+"""
+"""What a complete site.sh set before it knew RUNS and SHARDS."""
+
+
+def test_in_an_earlier_site_file_no_number_of_accelerators_stands_for_those_granted(
+    stubs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site.sh").write_text(EARLIER_SITE.replace("/runs", str(tmp_path / "runs")))
+    finished = run_script("pretrain_s.sh", **JOB, SITE_FILE=str(tmp_path / "site.sh"), SLURM_GPUS_ON_NODE="8")
+    assert finished.returncode == 0, finished.stderr
+    assert "--ntasks=16 --ntasks-per-node=8" in stubs.read_text()
+    assert f"--run {tmp_path}/runs/igpt_s --data.shards /sets/32" in stubs.read_text()
+
+
+@pytest.mark.parametrize("own", ["--data.shards /mine", "--data {shards:\\ /mine}", "--data={shards: /mine}"])
+def test_shards_named_in_any_form_are_the_users(own: str, stubs: Path, tmp_path: Path) -> None:
+    finished = run_script("pretrain_s.sh", *shlex.split(own), **JOB, RUNS=str(tmp_path), SHARDS="/sets")
+    assert finished.returncode == 0, finished.stderr
+    assert "/sets" not in stubs.read_text()
+
+
+def test_the_users_own_request_of_accelerators_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho 'train* gpu:8'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    source = f"PATH={tmp_path}:$PATH; source {SCRIPTS}/site.sh"
+    kept = bash(f"{source}; echo $SBATCH_GPUS_PER_NODE", SBATCH_GPUS_PER_NODE="h100:4")
+    assert kept.stdout == "h100:4\n"
+    again = bash(f"{source}; ACCELERATORS_PER_NODE=0; {source}; echo ${{SBATCH_GPUS_PER_NODE-none}}")
+    assert again.stdout == "none\n", "what it set itself is withdrawn"
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,13 @@ def test_follow_up_jobs_are_submitted_once_for_each_destination(sbatch: Path, tm
     [
         ({"SLURM_NTASKS_PER_NODE": "2"}, "--nodes=2 --ntasks=4 --ntasks-per-node=2"),
         ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "8"}, "--nodes=2 --ntasks=16 --ntasks-per-node=8"),
+        ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "4"}, "--nodes=2 --ntasks=8 --ntasks-per-node=4"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "--nodes=2 --ntasks=16 --ntasks-per-node=8"),
         ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "0"}, "--nodes=2 --ntasks=2 --ntasks-per-node=1"),
         ({"SLURM_NTASKS": "3"}, "--nodes=2 --ntasks=4 --ntasks-per-node=2"),
         ({}, "--nodes=2 --ntasks=2 --ntasks-per-node=1"),
     ],
-    ids=["tasks per node", "accelerators", "CPUs", "tasks", "nodes alone"],
+    ids=["tasks per node", "accelerators", "fewer", "granted", "CPUs", "tasks", "nodes alone"],
 )
 def test_a_job_starts_a_process_a_rank_on_neighbors(
     granted: dict[str, str], nodes_and_ranks: str, stubs: Path, tmp_path: Path
@@ -218,3 +220,11 @@ def test_a_script_prints_what_it_would_submit(
     assert "SBATCH_ACCOUNT=vision" in shown
     [asked] = sbatch.read_text().splitlines()
     assert asked.startswith(f"--test-only {sbatch_options} "), "nothing is submitted"
+
+
+def test_functions_of_earlier_scripts_exist() -> None:
+    """SLURM keeps a copy of a queued job's script, which sources the present lib/."""
+    script = "mapfile -d '' -t rest < <(without '--a' --a 1 --b '2 3'); typed \"${rest[@]}\""
+    command = ["bash", "-c", f"source {SCRIPTS}/lib/arguments.sh; {script}"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.stdout == "--b '2 3'\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.common.logs import configure_logging, split_flags
+from data_prep.common.logs import configure_logging, current_flags, split_flags
 from tests.launch import ROOT
 
 LINE = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\w+(?: rank \d+)?)\] (.*)"
@@ -55,6 +55,21 @@ def test_several_ranks_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     assert ("WARNING rank 3", "deepspeed") in logged(logging.INFO, capsys)
+
+
+@pytest.mark.parametrize("size", ["4", "", "many"])
+def test_a_number_of_ranks_without_a_rank_is_ignored(
+    size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    assert ("WARNING", "deepspeed") in logged(logging.INFO, capsys)
+
+
+def test_a_command_started_by_another_has_the_same_level() -> None:
+    for level, flags in ((logging.INFO, []), (logging.WARNING, ["--quiet"]), (logging.DEBUG, ["-v"])):
+        configure_logging(level)
+        assert current_flags() == flags
 
 
 def test_a_terminal_has_colors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
