@@ -57,8 +57,9 @@ demo: $(SET_UP)
 test: $(SET_UP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-all: $(SET_UP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+# The slow tests run one after the other: some take most of the memory, others stop nodes of a SLURM.
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 bench: $(SET_UP)
 	$(BIN)/python -m tests.benchmarks $(PARTS)
