@@ -90,9 +90,11 @@ def _watch(reader: int, report: Callable[[], None]) -> None:
     """Runs in a thread, which notices a signal while the main thread is in a call. Ends when the pipe is closed."""
     if not os.read(reader, 1):
         return
+    poll = select.poll()  # select() refuses descriptors above 1023, which a process with many shards open has
+    poll.register(reader, select.POLLIN)
     deadline = time.monotonic() + GRACE_SECONDS
     while (left := deadline - time.monotonic()) > 0:
-        if select.select([reader], [], [], left)[0] and not os.read(reader, 1):
+        if poll.poll(1000 * left) and not os.read(reader, 1):
             return
     report()
     os._exit(STOPPED)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,15 @@ def test_a_blocked_process_ends_too(tmp_path: Path) -> None:
     """As who waits in a collective for a rank that has left."""
     finished = launch.run(1, "-c", DEAF, logs=tmp_path, seconds=120)
     assert (finished.codes, finished.output) == ([75], f"{MESSAGE}\n")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_process_may_have_many_files_open() -> None:
+    """The thread that watches for a blocked process must not end in an error."""
+    with ExitStack() as stack:
+        for _ in range(1100):
+            stack.callback(os.close, os.dup(0))
+        assert until_stopped(lambda: os.kill(os.getpid(), signal.SIGUSR1) or 0) == 75
 
 
 def test_signals_are_as_before_afterwards() -> None:
