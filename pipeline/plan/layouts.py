@@ -88,11 +88,11 @@ def fits(layout: Layout, cluster: Cluster) -> bool:
 
 def alternatives(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Iterator[Layout]:
     """All layouts of the same run whose sizes divide; with offloading only under ZeRO-3."""
-    powers = [2**power for power in range(11)]
+    divisors = [number for number in range(1, cluster.ranks + 1) if cluster.ranks % number == 0]
     choices: dict[str, Sequence[Any]] = {
         "zero_stage": (1, 2, 3),
-        "pipeline_stages": powers,
-        "tensor_parallel": [parts for parts in powers if parts <= cluster.ranks_per_node],
+        "pipeline_stages": divisors,
+        "tensor_parallel": [parts for parts in divisors if parts <= cluster.ranks_per_node],
         "micro_size": (1, 2, 4, 8, 16, 32),
         "recompute": (False, True),
         "offload": ("none", "optimizer"),

@@ -2,14 +2,14 @@
 # shellcheck shell=bash
 
 # Prints how many GPUs the nodes of a partition (empty: the default one) have by their GRES: 8; or 0 8 if nodes differ.
-# Prints nothing if SLURM does not answer. Other arguments are options of sinfo.
+# Prints nothing without SLURM, and "unknown" if it does not answer. Other arguments are options of sinfo.
 gpus_of_partition() {
   local lines partition=$1
   shift
   command -v sinfo >/dev/null || return 0
   lines=$(timeout 10 sinfo --noheader ${partition:+--partition="$partition"} --format='%P %G' "$@" 2>/dev/null) || {
-    echo "SLURM did not answer, so the accelerators of its nodes are unknown" >&2
-    return 0
+    echo unknown
+    return
   }
   awk -v default_only="$((${#partition} == 0))" '
       NF < 2 || (default_only && $1 !~ /\*$/) { next }
@@ -38,6 +38,7 @@ request_accelerators() {
   fi
   case $found in
     '' | 0) ;;
+    unknown) echo "site.sh: SLURM does not answer; set ACCELERATORS_PER_NODE, or source it again." >&2 ;;
     *' '*) echo "site.sh: nodes have ${found// / or } accelerators; set ACCELERATORS_PER_NODE." >&2 ;;
     *) export SBATCH_GPUS_PER_NODE=$found GPUS_FROM_SITE=$found ;;
   esac
@@ -54,6 +55,10 @@ find_accelerators() {
   fi
   found=$(gpus_of_partition "${SBATCH_PARTITION:-}")
   case $found in
+    unknown)
+      die "SLURM does not answer, so the accelerators of its nodes are unknown; set ACCELERATORS_PER_NODE in" \
+        "$SITE_FILE (0: ranks run on CPUs)."
+      ;;
     '' | 0)
       ACCELERATORS_SOURCE="SLURM lists no accelerators for $partition"
       ACCELERATORS_SOURCE+="; if nodes have some, set ACCELERATORS_PER_NODE in $SITE_FILE"
@@ -79,7 +84,7 @@ find_granted_accelerators() {
     ACCELERATORS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
     if [ "$ACCELERATORS_PER_NODE" -eq 0 ] && [ -z "${SLURM_NTASKS_PER_NODE:-}" ]; then
       listed=$(gpus_of_partition "${SLURM_JOB_PARTITION:-}" --nodes="$SLURM_JOB_NODELIST")
-      [ -z "${listed#0}" ] ||
+      [[ $listed = @(|0|unknown) ]] ||
         die "the nodes of the job have ${listed// / or } accelerators, and it was given none: \`source $SITE_FILE\`" \
           "before sbatch, or give sbatch --gpus-per-node; to train on CPUs, set ACCELERATORS_PER_NODE=0."
     fi

@@ -71,10 +71,11 @@ show_submission() {
   settings=$(env | grep '^SBATCH_' | sort | paste -sd' ' || true)
   echo "would be submitted, after \`source $SITE_FILE\`: sbatch $(quoted "$@")"
   echo "variables that sbatch reads: ${settings:-none}"
-  if command -v sbatch >/dev/null; then
-    sbatch --test-only "$@" ||
-      die "SLURM does not accept the script, or does not answer (its message is above); nothing was submitted."
-  else
+  if ! command -v sbatch >/dev/null; then
     echo "(sbatch is not installed here, so SLURM was not asked)"
+  elif ! sbatch --test-only "$@"; then
+    timeout 10 scontrol ping >/dev/null 2>&1 ||
+      die "SLURM does not answer here (its message is above); all else was checked. Repeat this where sinfo works."
+    die "SLURM does not accept the script (its message is above); nothing was submitted."
   fi
 }

@@ -70,6 +70,7 @@ dry_run() {
   run_python -m pipeline preflight --quiet "${TRAINING[@]}"
   echo "$nodes nodes of $each ranks (sbatch --nodes=N changes the nodes): $ACCELERATORS_SOURCE"
   mapfile -d '' -t planned < <(without_options "--run" "${TRAINING[@]}")
+  [ "$ACCELERATORS_PER_NODE" -gt 0 ] || ACCELERATOR=cpu
   run_python -m pipeline plan --accelerator "$ACCELERATOR" --ranks $((nodes * each)) --ranks_per_node "$each" "${planned[@]}"
   echo
   [ -z "$EVALUATE" ] || echo "then, for each saved checkpoint: slurm/evaluate.sh --tasks $EVALUATE"

@@ -134,6 +134,26 @@ def test_a_job_uses_the_accelerators_that_slurm_granted(
     assert shown.stdout == f"{found}{'' if hidden else ' visible'}\n", shown.stderr
 
 
+def test_a_slurm_that_does_not_answer_leaves_the_accelerators_unknown(sbatch: Path, tmp_path: Path) -> None:
+    (sbatch.parent / "bin/sinfo").write_text("#!/bin/sh\nexit 1\n")
+    (sbatch.parent / "bin/sinfo").chmod(0o755)
+    finished = run_script("pretrain_s.sh", "--dry-run", RUNS=str(tmp_path), SHARDS="/sets")
+    assert finished.returncode == 2
+    assert "SLURM does not answer, so the accelerators of its nodes are unknown; set ACC" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("answers", "sentence"), [("0", "SLURM does not accept the script"), ("1", "SLURM does not answer here")]
+)
+def test_a_refused_script_and_a_silent_slurm_differ(answers: str, sentence: str, tmp_path: Path) -> None:
+    for name, code in (("sbatch", "1"), ("scontrol", answers)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    shown = bash(f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; PATH={tmp_path}:$PATH; show_submission a_script")
+    assert shown.returncode == 2
+    assert sentence in shown.stderr
+
+
 EARLIER_SITE = """
 ACCELERATORS_PER_NODE=${ACCELERATORS_PER_NODE:-0}
 SITE_RUNS=/runs SITE_SHARDS=/sets SITE_PYTHON=${SITE_PYTHON:-} SITE_REQUEUES=true MAX_RESTARTS=1 MAX_FAILURES=''

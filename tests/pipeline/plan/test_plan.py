@@ -118,12 +118,18 @@ def test_more_of_anything_takes_more_memory() -> None:
     assert peak(zero_stage=1) > peak(zero_stage=1, pipeline_stages=4)
 
 
-def test_the_error_of_a_layout_that_does_not_divide_names_one_that_does(tmp_path: Path) -> None:
-    finished = plan(tmp_path, *XL, "--ranks", 256)
+@pytest.mark.parametrize("ranks", [256, 24])
+def test_the_error_of_a_layout_that_does_not_divide_names_one_that_does(ranks: int, tmp_path: Path) -> None:
+    """24: by stages or parts that are no power of two."""
+    finished = plan(tmp_path, *XL, "--ranks", ranks)
     assert finished.codes == [2]
-    advice = re.search(r"1 x 256 = 256\. The fastest layout that divides and fits is (.*)\.\n$", finished.output)
+    advice = re.search(
+        rf"1 x {ranks} = {ranks}\. The fastest layout that divides and fits is (.*)\.\n$", finished.output
+    )
     assert advice
-    assert plan(tmp_path, *XL, "--ranks", 256, *advice[1].split()).codes == [0]
+    chosen = plan(tmp_path, *XL, "--ranks", ranks, *advice[1].split())
+    assert chosen.codes == [0]
+    assert "none; those with the lowest peak" not in chosen.output
 
 
 def test_a_shard_set_of_another_resolution_is_an_error(tmp_path: Path, shards: Path) -> None:
