@@ -102,12 +102,15 @@ def runner(shards: Path, tmp_path: Path) -> Runner:
 
 @pytest.fixture(scope="session")
 def finished_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """A run named "reference", 40 steps on two ranks with ZeRO-1, checkpoints of 20, 30 and 40; tests only read it."""
+    """A run named "reference", 40 steps on two ranks with ZeRO-1, checkpoints of 20, 30 and 40; tests only read it.
+
+    Its interpreters are fresh, so that runs which are compared with it show that forked programs train alike.
+    """
 
     def make(folder: Path) -> None:
         runner = Runner(shards, folder)
         arguments = runner.arguments("reference", batch__micro_size=2, checkpoint__keep_last=3)
-        finished = run(2, *arguments, logs=folder / "reference.logs")
+        finished = run(2, *arguments, logs=folder / "reference.logs", fresh=True)
         assert finished.codes == [0, 0], "\n".join(finished.outputs)
 
     return Runner(shards, made_once(tmp_path_factory, "reference", make))

@@ -1,6 +1,7 @@
 """A tiny shard set, a tiny model folder, and an evaluation of one on the other."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,3 +100,9 @@ def evaluation_of(shards: ShardSet, tmp_path: Path) -> Callable[..., Evaluation]
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> dict[str, str]:
+    """The environment of a process started by a test."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}

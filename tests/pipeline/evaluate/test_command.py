@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
@@ -316,18 +318,22 @@ def test_two_ranks_measure_what_one_measures(
     quick: list[str],
     shards_folder: Path,
     model_folder: Path,
+    one_thread: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """Real processes, gloo between them: the same features, losses and accuracies, to the last bit."""
+    """Real processes under torchrun, gloo between them: the same features, losses and accuracies, to the last bit."""
     options = ["--batch_size", "20", "--train_images", "150"]
     one = results_of(run(*options))
     folders = [tmp_path / "results", tmp_path / "two"]
     command = [str(model_folder), "--shards", str(shards_folder), "--out", str(folders[1]), *quick, *options]
     files = [tmp_path / f"features-{ranks}.npy" for ranks in (1, 2)]
-    for ranks, file in zip((1, 2), files, strict=True):
-        finished = launch.run(ranks, TWO_RANKS, file, *command, logs=tmp_path / "logs")
-        assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
-    assert "2 ranks on cpu" in finished.output
+    alone = launch.run(1, TWO_RANKS, files[0], *command, logs=tmp_path / "logs")
+    assert alone.codes == [0], alone.output
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [sys.executable, *launcher, str(TWO_RANKS), str(files[1]), *command]
+    process = subprocess.run(words, env=one_thread, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "2 ranks on cpu" in process.stderr
     np.testing.assert_array_equal(*map(np.load, files))
     two = results_of(folders[1])
     assert sorted(two) == sorted(one)

@@ -1,4 +1,4 @@
-"""Run by test_command.py on one rank and on two: FEATURES_FILE, then the arguments of `evaluate`.
+"""Run by test_command.py under torchrun: FEATURES_FILE, then the arguments of `evaluate`.
 
 All ranks but the first check late for finished batches; the others may have finished by then.
 """

@@ -6,6 +6,7 @@ from tests.pipeline.evaluate.conftest import (  # noqa: F401
     masked_folder,
     model_folder,
     model_folders,
+    one_thread,
     separable,
     shards,
     shards_folder,
