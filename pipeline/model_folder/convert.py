@@ -35,7 +35,8 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from data_prep.common.files import atomic_folder, read_json, write_json
-from pipeline.model.gpt import build_model, fixed_settings
+from pipeline.model.gpt import build_model
+from pipeline.model.gpt_config import fixed_settings
 from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, may_replace
 from pipeline.model_folder.lazy_weights import Weights, fetching_model, stored_weights, write_weights
 

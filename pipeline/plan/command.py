@@ -100,7 +100,7 @@ def _accelerator(name: str) -> costs.Accelerator:
 
 
 def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
-    from pipeline.model.gpt import gpt2_config
+    from pipeline.model.gpt_config import gpt2_config
 
     shards = open_shard_set(config.data.shards) if config.data.shards else None
     if shards:

@@ -14,7 +14,7 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, from_first
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
-from pipeline.model.gpt import gpt2_config
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Masks
 from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.data.masking import MaskedBatches

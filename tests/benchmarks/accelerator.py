@@ -23,7 +23,8 @@ import torch
 from pipeline import costs
 from pipeline.config import ModelConfig
 from pipeline.model import attention, objectives
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.block_times import BlockTime, BlockTimes
 from pipeline.train.monitor.profiler import describe
 from tests.benchmarks import models

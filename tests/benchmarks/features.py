@@ -20,7 +20,8 @@ from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.context import Evaluation, ImageSubset, start_accelerator
 from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.options import Sizes
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model_folder.convert import load_model_folder, save_model_folder
 from tests.launch import run
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
-from pipeline.model.gpt import gpt2_config
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.memory import memory_of_rank
 from tests.launch import run
 

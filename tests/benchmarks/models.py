@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTFo
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Batch
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.deepspeed_config import new_optimizer

@@ -21,7 +21,7 @@ from transformers import GPT2Config
 
 from pipeline import costs
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
-from pipeline.model.gpt import gpt2_config
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.hardware import hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, work_of
 from pipeline.plan.simulator import StepTime, Work, simulate

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import costs
 from pipeline.config import ModelConfig
-from pipeline.model.gpt import BLOCKS, build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import BLOCKS, gpt2_config
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.command_line import parse_training
-from pipeline.model.gpt import build_model, gpt2_config
+from pipeline.model.gpt import build_model
+from pipeline.model.gpt_config import gpt2_config
 from tests.launch import ROOT, run
 
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "demo.yaml")

@@ -48,7 +48,8 @@ from pipeline.evaluate.metrics.classification import draw_confusion, valid_accur
 from pipeline.evaluate.options import DistillOptions
 from pipeline.evaluate.task import LabelledTask
 from pipeline.evaluate.tasks.fine_tune import FOLDER as TEACHER_FOLDER
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.objectives import softened_loss
 from pipeline.model_folder.classifier import HEAD_FACTS, LoadedClassifier, load_classifier
 from pipeline.model_folder.convert import LoadedModel

@@ -92,7 +92,7 @@ def _aggregate(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable
 def _needed_bytes(config: TrainConfig, run: Path) -> float:
     """Bytes of the checkpoints that will be written before the oldest is deleted."""
     from pipeline import costs
-    from pipeline.model.gpt import gpt2_config
+    from pipeline.model.gpt_config import gpt2_config
 
     one = costs.STATE_BYTES * costs.parameter_count(gpt2_config(config.model, objective=config.objective.kind))
     existing = len(list((run / "checkpoints").glob("step-*[0-9]")))

@@ -9,7 +9,8 @@ from data_prep.common.files import write_json
 from data_prep.palette.codec import palette_sha256, save_palette
 from data_prep.shards.format import FORMAT, VERSION, shard_name
 from pipeline.config import ModelConfig
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model_folder.convert import save_model_folder
 from tests.data_prep.small_data import write_shard
 

@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.config import ModelConfig
 from pipeline.model import objectives
-from pipeline.model.gpt import BLOCKS, build_model, gpt2_config, initial_value, initialize
+from pipeline.model.gpt import build_model, initial_value, initialize
+from pipeline.model.gpt_config import BLOCKS, gpt2_config
 
 COLORS = 16
 

@@ -6,7 +6,8 @@ import torch
 from pipeline.config import ModelConfig
 from pipeline.model import objectives
 from pipeline.model.decoding import Decoder
-from pipeline.model.gpt import BLOCKS, build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import BLOCKS, gpt2_config
 from pipeline.model.sampling import complete, draw
 
 COLORS, TOTAL = 16, 64

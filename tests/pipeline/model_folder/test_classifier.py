@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
 
 from pipeline.config import ModelConfig
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.objectives import joint_loss, next_color
 from pipeline.model_folder.classifier import Classifier, load_classifier, save_classifier
 

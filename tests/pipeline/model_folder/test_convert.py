@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from pipeline.config import ModelConfig
-from pipeline.model.gpt import BLOCKS, build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import BLOCKS, gpt2_config
 from pipeline.model.sampling import complete
 from pipeline.model_folder import convert as huggingface
 from pipeline.model_folder.convert import load_model_folder, save_model_folder

@@ -15,7 +15,8 @@ from data_prep.palette.codec import palette_sha256
 from pipeline.checkpoint import format as checkpoints
 from pipeline.checkpoint.format import CheckpointRecord
 from pipeline.config import ModelConfig
-from pipeline.model.gpt import build_model, gpt2_config
+from pipeline.model.gpt import build_model
+from pipeline.model.gpt_config import gpt2_config
 from tests.launch import ROOT
 
 LIMIT = 8e9

@@ -12,7 +12,8 @@ import torch
 
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
 from pipeline.model import objectives
-from pipeline.model.gpt import build_model, gpt2_config
+from pipeline.model.gpt import build_model
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.memory import memory_of_rank, saved_bytes
 from pipeline.train.engine import float8
 from tests.benchmarks.memory import CASES, config_of

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import costs
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
-from pipeline.model.gpt import gpt2_config
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.block_times import BlockTimes, estimated, measured, read_block_times
 from pipeline.plan.collectives import Group, all_reduce_seconds, gather_seconds
 from pipeline.plan.hardware import HARDWARE, Links, hardware_of

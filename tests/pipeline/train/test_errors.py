@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.command_line import parse_training
 from pipeline.config import changed_keys, to_dict
-from pipeline.model.gpt import gpt2_config
+from pipeline.model.gpt_config import gpt2_config
 from tests.pipeline.conftest import Runner
 
 Sentence = Callable[[list[str]], str]

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig, ScheduleConfig
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Masks
 from pipeline.model.objectives import masked_color
 from pipeline.model_folder.convert import load_model_folder

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.export import CheckpointWeights, export, find_checkpoint
 from pipeline.train.engine import float8

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig, ScheduleConfig
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.schedule import learning_rate_at
 from pipeline.train.data.batches import ImageOrder
 from tests.pipeline.conftest import Runner
