@@ -4,10 +4,11 @@ For the trial, two ranks train a tiny model on images that come with the package
 The run resumes on one rank, and a copy of it on two pipeline stages. Both must have the losses of an uninterrupted run.
 """
 
+import multiprocessing
 import os
 import platform
+import runpy
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import inf
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -28,6 +31,8 @@ TOLERANCE = 1e-5
 """Largest difference of a loss after the run resumed on another topology."""
 STEPS, SAVE_EVERY = 30, 10
 LAUNCH_SECONDS = 180
+PRELOADED = ["pipeline.train.loop", "pipeline.train.engine.zero", "pipeline.train.engine.pipeline"]
+"""Modules of the trial's ranks that take seconds to import."""
 MIN_SHARED_MEMORY = 1e9
 MIN_DISK = 20e9
 
@@ -224,16 +229,20 @@ def largest_difference(found: list[float | None], expected: list[float | None]) 
 
 
 class _Trial:
-    """Training processes in a temporary folder."""
+    """Training processes in a temporary folder, on the CPU: forks of one process that has imported all packages."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_"))}
+        self._environment = inherited | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        self._context = multiprocessing.get_context("forkserver")
 
     def prepare(self) -> None:
         """Writes a small shard set."""
         options = ["--source.kind=photographs", "--source.train_per_class=20", "--source.test_per_class=2"]
-        command = ["-m", "data_prep", "shards", *options, "--resolution=8", f"--out={self.folder / 'shards'}"]
-        self._check("preparing images", self._start([command]))
+        arguments = ["shards", *options, "--resolution=8", f"--out={self.folder / 'shards'}"]
+        self._start_server()
+        self._check("preparing images", self._start("data_prep", arguments, ranks=1))
 
     def finish(self, run: str, ranks: int, stages: int = 1) -> None:
         """Trains to the last step. Raises ValueError with the last line of a rank that fails."""
@@ -244,19 +253,19 @@ class _Trial:
         processes = self._train(run, ranks=2)
         end = time.monotonic() + LAUNCH_SECONDS
         while not list((self.folder / run / "checkpoints").glob("step-????????")):
-            if time.monotonic() > end or any(process.poll() is not None for process in processes):
+            if time.monotonic() > end or any(process.exitcode is not None for process in processes):
                 self._check("the run to be killed", processes)
                 raise ValueError("a run ended, or saved no checkpoint, before it could be killed.")
             time.sleep(0.005)
         for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
 
     def losses(self, run: str) -> list[float | None]:
         """The loss of every training step; None if it was NaN or Inf."""
         return [row["loss"] for row in read_rows(self.folder / run / METRICS_FILE) if "loss" in row]
 
-    def _train(self, run: str, ranks: int, stages: int = 1) -> list[subprocess.Popen[bytes]]:
+    def _train(self, run: str, ranks: int, stages: int = 1) -> list[BaseProcess]:
         keys = {
             "data.shards": self.folder / "shards",
             "model.layers": 2,
@@ -274,32 +283,58 @@ class _Trial:
             "samples.every_steps": 0,
         }
         options = [f"--{key}={value}" for key, value in keys.items()]
-        return self._start([["-m", "pipeline", "train", f"--run={self.folder / run}", *options]] * ranks)
+        return self._start("pipeline", ["train", f"--run={self.folder / run}", *options], ranks)
 
-    def _start(self, commands: list[list[str]]) -> list[subprocess.Popen[bytes]]:
+    def _start_server(self) -> None:
+        """Starts the process that is forked; libraries read some variables while they are imported."""
+        own = dict(os.environ)
+        self._context.set_forkserver_preload(PRELOADED)
+        try:
+            os.environ.clear()
+            os.environ.update(self._environment)
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(own)
+
+    def _start(self, package: str, arguments: list[str], ranks: int) -> list[BaseProcess]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_"))}
-        processes = []
-        for rank, command in enumerate(commands):
-            launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands))}
-            launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-            launch |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}
-            with (self.folder / f"rank-{rank}.log").open("wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *command], env=inherited | launch, stdout=log, stderr=subprocess.STDOUT
-                    )
-                )
+        processes: list[BaseProcess] = []
+        for rank in range(ranks):
+            launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | self._environment
+            process = self._context.Process(
+                target=_run_command, args=(package, arguments, launch, self.folder / f"rank-{rank}.log")
+            )
+            process.start()
+            processes.append(process)
         return processes
 
-    def _check(self, what: str, processes: list[subprocess.Popen[bytes]]) -> None:
+    def _check(self, what: str, processes: list[BaseProcess]) -> None:
+        end = time.monotonic() + LAUNCH_SECONDS
         try:
-            codes = [process.wait(LAUNCH_SECONDS) for process in processes]
+            for process in processes:
+                process.join(max(0.0, end - time.monotonic()))
         finally:
+            codes = [process.exitcode for process in processes]
             for process in processes:
                 process.kill()
+        if None in codes:
+            raise ValueError(f"{what} took more than {LAUNCH_SECONDS} s.")
         if any(codes):
-            lines = (self.folder / f"rank-{codes.index(max(codes))}.log").read_text().strip().splitlines()
+            rank = next(rank for rank, code in enumerate(codes) if code)
+            lines = (self.folder / f"rank-{rank}.log").read_text().strip().splitlines()
             raise ValueError(f"{what} ended with {codes}: {lines[-1] if lines else 'it printed nothing'}")
+
+
+def _run_command(package: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """In a new process: `python -m PACKAGE ARGUMENTS` in this environment, with its output in a log."""
+    with log.open("wb") as file:
+        for standard in (1, 2):
+            os.dup2(file.fileno(), standard)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [package, *arguments]
+    runpy.run_module(package, run_name="__main__", alter_sys=True)
