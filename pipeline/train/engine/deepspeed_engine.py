@@ -48,6 +48,7 @@ class DeepSpeedEngine(Engine):
         """Initializes DeepSpeed with the module and an optimizer of the named parameters."""
         optimizer = new_optimizer(self._config, parameters)
         self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm)
+        internals.import_muon_uncompiled()
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory tables and layers
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._timer = ForwardTimer(self._engine.module, self._ranks.device)

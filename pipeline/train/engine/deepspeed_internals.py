@@ -24,6 +24,22 @@ def skip_shared_memory_collective() -> None:
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def import_muon_uncompiled() -> None:
+    """Imports DeepSpeed's Muon optimizer, which no run uses, without torch.compile.
+
+    DeepSpeed imports it to check an optimizer's type, and its functions are decorated with torch.compile, which imports
+    Inductor: more than a second of each rank's start.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_function
+
+
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """A parameter's shape before ZeRO-3 partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
