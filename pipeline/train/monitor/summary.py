@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config
 
 from pipeline import costs
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, from_first
 from pipeline.model import attention
 from pipeline.train.data.streaming import GUARANTEES
 from pipeline.train.engine import float8
@@ -25,8 +25,11 @@ class Throughput:
 
     @classmethod
     def measure(cls, model_config: GPT2Config, precision: str, ranks: Ranks) -> "Throughput":
-        """With the accelerator's published peak; on other devices, measured with a matrix product."""
-        peak = costs.device_peak(ranks.device, precision)
+        """With the accelerator's published peak; on other devices, measured by rank 0 with a matrix product.
+
+        Every rank calls it.
+        """
+        peak = from_first(lambda: costs.device_peak(ranks.device, precision))
         flops = costs.flops_per_token(model_config)
         return cls(model_config.n_positions, flops, peak.flops * ranks.count, peak.source)
 
