@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +16,10 @@ T = TypeVar("T")
 
 SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """torchrun's variables, which DeepSpeed reads, and SLURM's; the batch script sets MASTER_ADDR and MASTER_PORT."""
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+"""Where Linux lists PCI devices, with the CPUs that are close to each."""
+MOST_THREADS = 8
+"""Threads of a rank beyond which distant CPUs are no better than few close ones: the GPU does the work."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ def describe_ranks() -> Ranks:
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
         for ours, slurms in SLURM_VARIABLES.items():
             os.environ[ours] = os.environ[slurms]
-    rank, count, local_rank = _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    rank, count = integer_variable("RANK", 0), integer_variable("WORLD_SIZE", 1)
+    local_rank = integer_variable("LOCAL_RANK", 0)
+    select_mig_instance(local_rank)
     if torch.cuda.is_available():
         # A task with one GPU of its own sees it as device 0, whatever its local rank.
         os.environ["LOCAL_RANK"] = str(local_rank % torch.cuda.device_count())
@@ -52,11 +59,57 @@ def describe_ranks() -> Ranks:
     return Ranks(rank, count, local_rank, device)
 
 
-def _number(name: str, default: int) -> int:
+def integer_variable(name: str, default: int) -> int:
+    """The value of an environment variable. Raises ValueError if it is not an integer of 0 or more."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise ValueError(f"{name} is {text!r}; the launcher must set it to an integer.")
+        raise ValueError(f"{name} is {text!r}; it must be set to an integer.")
     return int(text)
+
+
+def select_mig_instance(local_rank: int) -> int:
+    """Leaves this rank its own one of the MIG instances that CUDA_VISIBLE_DEVICES lists. Returns how many it lists.
+
+    CUDA shows a process only the first listed instance, so all ranks of a node would use the same one. Call it before
+    CUDA is initialized, which reads the variable. GPUs, listed by index or by UUID, are left to CUDA.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if not listed[0].startswith("MIG-"):
+        return 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = listed[local_rank % len(listed)]
+    return len(listed)
+
+
+def pci_address(device: torch.device) -> str:
+    """The address of a GPU as Linux and nvidia-smi write it, whatever CUDA_VISIBLE_DEVICES is: 0000:3b:00.0."""
+    found: Any = torch.cuda.get_device_properties(device)
+    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+
+
+def bind_to_close_cpus(device: torch.device) -> None:
+    """Keeps this process's threads on the CPUs close to its GPU: a copy across NUMA nodes takes about twice as long.
+
+    Under srun and torchrun alike, each rank does it itself, within the CPUs that its launcher left it.
+    """
+    if device.type != "cuda":
+        return
+    threads = torch.get_num_threads()
+    if cpus := close_cpus(pci_address(device), os.sched_getaffinity(0), min(threads, MOST_THREADS)):
+        for thread in Path("/proc/self/task").iterdir():  # some exist already, and new ones copy their parent's
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread.name), cpus)
+        torch.set_num_threads(min(threads, len(cpus)))
+
+
+def close_cpus(address: str, allowed: set[int], wanted: int) -> set[int]:
+    """Those of the allowed CPUs that are close to the PCI device; none if unknown, or if they are fewer than wanted."""
+    try:
+        ranges = (PCI_DEVICES / address / "local_cpulist").read_text().strip().split(",")
+    except OSError:  # a container may hide it
+        return set()
+    ends = [(int(first), int(last or first)) for first, _, last in (each.partition("-") for each in ranges if each)]
+    close = allowed & {cpu for first, last in ends for cpu in range(first, last + 1)}
+    return close if len(close) >= wanted else set()
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

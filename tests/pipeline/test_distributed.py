@@ -1,10 +1,15 @@
-"""What fails on one rank is raised on all, and marked so that it is printed once."""
+"""What fails on one rank is raised on all, and marked so that it is printed once; a rank's CPUs and MIG instance."""
 
+import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from pipeline.distributed import from_first
+from pipeline import distributed
+from pipeline.distributed import bind_to_close_cpus, close_cpus, describe_ranks, from_first
 from pipeline.rank_errors import is_on_all_ranks
 from tests.launch import run
 
@@ -77,3 +82,62 @@ def test_without_a_group_this_rank_is_the_first() -> None:
     with pytest.raises(OSError, match="no such disk") as raised:
         from_first(fail)
     assert is_on_all_ranks(raised.value)
+
+
+@pytest.fixture
+def pci_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that Linux has for a GPU at bus 0x3b."""
+    monkeypatch.setattr(distributed, "PCI_DEVICES", tmp_path)
+    (tmp_path / "0000:3b:00.0").mkdir()
+    return tmp_path / "0000:3b:00.0"
+
+
+@pytest.mark.parametrize(
+    ("listed", "wanted", "found"),
+    [
+        ("0-2,8-9,11\n", 2, {1, 2, 8, 9, 11}),
+        ("1-2,40\n", 2, {1, 2}),
+        ("1-2\n", 3, set()),
+        ("32-63\n", 1, set()),
+        ("\n", 1, set()),
+        (None, 1, set()),
+    ],
+    ids=["ranges", "within those allowed", "too few", "others were granted", "empty", "hidden"],
+)
+def test_close_cpus(listed: str | None, wanted: int, found: set[int], pci_device: Path) -> None:
+    if listed is not None:
+        (pci_device / "local_cpulist").write_text(listed)
+    assert close_cpus(pci_device.name, set(range(1, 32)), wanted) == found
+
+
+def test_all_threads_of_a_rank_keep_to_the_cpus_close_to_its_gpu(
+    pci_device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: address)
+    allowed, end = os.sched_getaffinity(0), threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        for cpus in ({min(allowed)}, allowed):  # the second restores what the first changed
+            (pci_device / "local_cpulist").write_text(",".join(map(str, cpus)))
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "sched_getaffinity", lambda _: allowed)
+                bind_to_close_cpus(torch.device("cuda", 0))
+            assert os.sched_getaffinity(0) == os.sched_getaffinity(thread.native_id or 0) == cpus
+    finally:
+        end.set()
+
+
+@pytest.mark.parametrize(
+    ("listed", "selected"),
+    [("MIG-a,MIG-b", "MIG-b"), ("MIG-a", "MIG-a"), ("GPU-a,GPU-b", "GPU-a,GPU-b"), ("0,1", "0,1"), ("", "")],
+)
+def test_each_rank_of_a_node_sees_its_own_mig_instance(
+    listed: str, selected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**ranks, "CUDA_VISIBLE_DEVICES": listed}.items():
+        monkeypatch.setenv(name, value)
+    describe_ranks()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == selected

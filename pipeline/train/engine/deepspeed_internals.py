@@ -40,6 +40,17 @@ def import_muon_uncompiled() -> None:
         compiler.compile = compile_function
 
 
+def read_free_memory_from_cuda() -> None:
+    """Makes DeepSpeed ask CUDA for the free memory of a device.
+
+    Where pynvml is installed, DeepSpeed asks that, and takes each entry of CUDA_VISIBLE_DEVICES for an index: ZeRO 1
+    and 2 would not start with UUIDs.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
+
+
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """A parameter's shape before ZeRO-3 partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

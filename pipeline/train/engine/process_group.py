@@ -9,11 +9,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import Ranks
-from pipeline.train.engine.deepspeed_internals import skip_shared_memory_collective
+from pipeline.distributed import Ranks, bind_to_close_cpus, integer_variable
+from pipeline.train.engine.deepspeed_internals import read_free_memory_from_cuda, skip_shared_memory_collective
+
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait at the rendezvous for missing ranks."""
+HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
+LONGEST_HEARTBEAT = 2_000_000
+"""Seconds, 23 days; torch converts them to milliseconds in 32 bits."""
 
 
 def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -28,20 +33,44 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
     os.environ.update(alone | {"MASTER_PORT": str(_free_port())} | dict(os.environ))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
-    from deepspeed.utils import logger
+    from deepspeed.utils import logger as deepspeeds_logger
 
-    logger.handlers.clear()  # its records go through this project's handler
-    logger.propagate = True
-    logger.setLevel(logging.getLogger().level)
+    deepspeeds_logger.handlers.clear()  # its records go through this project's handler
+    deepspeeds_logger.propagate = True
+    deepspeeds_logger.setLevel(logging.getLogger().level)
     skip_shared_memory_collective()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+        bind_to_close_cpus(ranks.device)
+        set_heartbeat_timeout(timeout, ranks)
+        read_free_memory_from_cuda()
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=START_TIMEOUT, verbose=False)
     dist.distributed_c10d._set_pg_timeout(timeout)
     # DeepSpeed creates groups without a timeout; NCCL's default of ten minutes is shorter than the watchdog's limit.
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+def set_heartbeat_timeout(timeout: timedelta, ranks: Ranks) -> None:
+    """Makes torch's NCCL monitor wait as long as a collective may; call it before the first group, which reads it.
+
+    The monitor aborts a process whose NCCL thread hangs in a call of CUDA, by default after 480 s: long before the
+    watchdog has reported which rank is behind. A user's own value is kept. Raises ValueError if it is not an integer.
+
+    torch's other variables keep their defaults. An error of NCCL, such as a lost rank, ends the process after a minute
+    (TORCH_NCCL_ASYNC_ERROR_HANDLING is 3, and 1 under torchrun, which also aborts the communicators): it is no hang,
+    and the lost rank has the cause in its log. A collective that takes too long ends it too, but only after `timeout`.
+    Both first write torch's flight recorder to a file (TORCH_NCCL_DUMP_ON_TIMEOUT). TORCH_NCCL_BLOCKING_WAIT stays off:
+    with it the host would wait for each collective.
+    """
+    needed = min(int(timeout.total_seconds()), LONGEST_HEARTBEAT)
+    os.environ.setdefault(HEARTBEAT, str(needed))
+    if integer_variable(HEARTBEAT, needed) < needed and ranks.is_first:
+        logger.warning(
+            f"{HEARTBEAT} is {os.environ[HEARTBEAT]}; torch may end a rank that hangs before the watchdog reports "
+            f"which rank is behind: unset it, or set it to {needed} or more"
+        )
 
 
 def _free_port() -> int:

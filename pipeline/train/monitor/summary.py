@@ -1,5 +1,6 @@
 """The derived quantities of a run, logged before the first step; and the throughput that every step reports."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
         "health": f"the run ends after {config.health.max_skipped} skipped steps in a row, or "
         f"{config.health.hang_minutes:g} minutes without progress; loss spikes beyond "
         f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and logged'}",
-        "threads": f"{torch.get_num_threads()} per rank",
+        "threads": f"{torch.get_num_threads()} per rank, on {len(os.sched_getaffinity(0))} CPUs",
     }
     if config.precision == "fp8":
         lines["float8"] = float8.describe(config, ranks.device)

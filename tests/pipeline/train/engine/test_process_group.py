@@ -1,0 +1,65 @@
+"""What a rank sets before its NCCL group starts; CUDA itself is replaced."""
+
+from pathlib import Path
+
+from tests.launch import run
+
+ONE_RANK = """
+import os
+from datetime import timedelta
+from types import SimpleNamespace
+import deepspeed, torch
+from deepspeed.accelerator import cuda_accelerator, real_accelerator
+from data_prep.common.logs import configure_logging
+from pipeline.distributed import Ranks
+from pipeline.train.engine.process_group import start_group
+
+configure_logging()
+HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
+os.environ["CUDA_VISIBLE_DEVICES"] = "GPU-8e3f,GPU-77ab"
+memory = SimpleNamespace(free=1)
+cuda_accelerator.pynvml = SimpleNamespace(
+    nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetMemoryInfo=lambda handle: memory
+)
+real_accelerator.ds_accelerator = cuda_accelerator.CUDA_Accelerator()
+torch.cuda.set_device = lambda device: None
+torch.cuda.current_device = lambda: 0
+torch.cuda.mem_get_info = lambda device: (1, 2)
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(pci_domain_id=0, pci_bus_id=0, pci_device_id=0)
+
+class Starts(Exception):
+    pass
+
+def init_distributed(**options):
+    raise Starts
+
+deepspeed.init_distributed = init_distributed
+for minutes, own in ((65, None), (525600, None), (65, "600"), (65, "7200"), (65, "never")):
+    os.environ.pop(HEARTBEAT, None)
+    if own:
+        os.environ[HEARTBEAT] = own
+    try:
+        start_group(Ranks(0, 1, 0, torch.device("cuda", 0)), timedelta(minutes=minutes))
+    except Starts:
+        print(minutes, own, os.environ.get(HEARTBEAT, "480"), flush=True)
+    except ValueError as error:
+        print(error, flush=True)
+print(real_accelerator.get_accelerator().available_memory(), "byte free")
+"""
+
+
+def test_nccls_monitor_waits_longer_than_the_watchdog_and_deepspeed_accepts_uuids(tmp_path: Path) -> None:
+    """65 minutes follow from the default of health.hang_minutes. torch takes milliseconds that fit into 32 bits."""
+    finished = run(1, "-c", ONE_RANK, logs=tmp_path)
+    *lines, memory = finished.output.splitlines()
+    warnings = [line for line in lines if "WARNING" in line]
+    assert [line for line in lines if line not in warnings] == [
+        "65 None 3900",
+        "525600 None 2000000",
+        "65 600 600",
+        "65 7200 7200",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC is 'never'; it must be set to an integer.",
+    ]
+    [warning] = warnings
+    assert "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC is 600; torch may end a rank that hangs before the watchdog" in warning
+    assert memory == "1 byte free"
