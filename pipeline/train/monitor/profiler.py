@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import ProfileConfig
@@ -15,10 +15,12 @@ logger = logging.getLogger(__name__)
 
 PROFILE_FOLDER = "profile"
 REQUEST_FILE = "PROFILE"
-COMMUNICATION = ("gloo:", "nccl:", "ncclDevKernel")
-"""Prefixes of the names of collectives: their records on the host, and NCCL's kernels."""
+COMMUNICATION = ("gloo:", "ncclDevKernel")
+"""Prefixes of the names of collectives: gloo's records on the host, and the kernels of NCCL."""
 LONGEST = 5
 """Number of longest operations to log."""
+NAME_LENGTH = 60
+"""Characters of an operation's name to log; names of kernels are C++ templates of any length."""
 
 
 class Profiler:
@@ -71,19 +73,20 @@ class Profiler:
 
 
 def describe(events: Any, seconds: float) -> str:
-    """The share of the window's time in communication, and in the longest operations."""
-    communication = {e.key: _seconds(e) for e in events if e.key.startswith(COMMUNICATION)}
-    computing = {e.key: _own_seconds(e) for e in events if e.key not in communication}
-    longest = sorted(computing, key=lambda key: -computing[key])[:LONGEST]
-    shares = ", ".join(f"{key} {computing[key] / seconds:.1%}" for key in longest)
-    return f"{sum(communication.values()) / seconds:.1%} in communication; longest: {shares}"
+    """The share of the window's time in communication, and in the longest operations.
+
+    events: those of `key_averages()`. On an accelerator only its kernels and copies count. Operations of the host, and
+    the spans that annotations such as nccl:all_reduce cover on the device, include the time of the same kernels.
+    """
+    kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    spent = {e.key: e.self_device_time_total for e in kernels} or {e.key: _host_microseconds(e) for e in events}
+    communication = sum(spent[key] for key in spent if key.startswith(COMMUNICATION))
+    longest = sorted((key for key in spent if not key.startswith(COMMUNICATION)), key=lambda key: -spent[key])
+    shares = ", ".join(f"{key[:NAME_LENGTH]} {spent[key] / 1e6 / seconds:.1%}" for key in longest[:LONGEST])
+    return f"{communication / 1e6 / seconds:.1%} in communication; longest: {shares}"
 
 
-def _seconds(event: Any) -> float:
-    """Seconds of a collective: of its kernel on an accelerator, or of its record on the host."""
-    return float(event.device_time_total or event.cpu_time_total) / 1e6
-
-
-def _own_seconds(event: Any) -> float:
-    own = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-    return float(own) / 1e6
+def _host_microseconds(event: Any) -> float:
+    """Of a collective's record, with all that it calls; of an operation, without the operations that it calls."""
+    is_collective = event.key.startswith(COMMUNICATION)
+    return float(event.cpu_time_total if is_collective else event.self_cpu_time_total)
