@@ -1,11 +1,13 @@
 """python -m pipeline COMMAND: trains, exports, evaluates and publishes models."""
 
 import gc
+import logging
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
-from data_prep.common.command_line import Command, dispatch
+from data_prep.common.command_line import TRACEBACK_VARIABLE, Command, dispatch
 from data_prep.common.exit_codes import FAILED
 from pipeline.rank_errors import local_rank, report_error, reported_once_per_node
 
@@ -18,27 +20,32 @@ def train(arguments: list[str]) -> int:
     with reported_once_per_node(local_rank()):
         config, run = parse_training(arguments)
     from pipeline.train.health.diverged import Diverged
+    from pipeline.train.health.out_of_memory import OutOfMemory
     from pipeline.train.loop import train as run_training
 
     try:
         return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments])
-    except Diverged as error:
+    except (Diverged, OutOfMemory) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
         report_error(error)
         return FAILED
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process.
+    """Ends the process: without the interpreter's shutdown if a process group was started.
 
-    After a process group was started, the interpreter's shutdown sometimes aborts in the group's threads, and a
-    finished rank would seem to have failed. All results are on disk by now, so the process exits without a shutdown.
+    The shutdown waits for all threads and destroys the group. After an error, NCCL's threads may wait for other ranks,
+    which in turn wait for this one; and even a finished rank sometimes aborts in the group's threads. Everything that a
+    later command reads is on disk by now: a checkpoint that is still being written stays incomplete.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(code)
+    for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
+        with suppress(OSError, ValueError):  # a console that was closed
+            flush()
+    os._exit(code)
 
 
 COMMANDS: dict[str, tuple[str, Command | str]] = {

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from data_prep.common.exit_codes import INTERRUPTED, USER_ERROR
+from data_prep.common.exit_codes import FAILED, INTERRUPTED, USER_ERROR
 from data_prep.common.invalid_options import invalid_option, name_missing_options
 from data_prep.common.logs import FLAGS_HELP, configure_logging, split_flags
 
@@ -139,7 +139,8 @@ def dispatch(
     """Runs `python -m package COMMAND arguments...`. `commands` maps a name to (one-line help, command).
 
     A command is a function, or "module:function" of the package, which is imported when the command is called.
-    leave: called with the exit code. report: prints the error of invalid input.
+    leave: called with the exit code; that of an unexpected error is 1, after its traceback. report: prints the error of
+    invalid input.
     """
     prog, (level, arguments) = f"python -m {package}", split_flags(sys.argv[1:])
     configure_logging(level)
@@ -155,4 +156,9 @@ def dispatch(
         print_error(ValueError(f"{name!r} is not a command of {prog}; it must be one of {', '.join(commands)}."))
         sys.exit(USER_ERROR)
     _, command = commands[name]
-    leave(_run(f"{package}.{command}" if isinstance(command, str) else command, rest, report))
+    try:
+        code = _run(f"{package}.{command}" if isinstance(command, str) else command, rest, report)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # the traceback; `leave` decides how the process ends
+        code = FAILED
+    leave(code)

@@ -10,7 +10,7 @@ from data_prep.shards.reader import open_shard_set
 from pipeline import costs
 from pipeline.config import TrainConfig, require_resolution
 from pipeline.plan.block_times import MEASURED_PRECISION, BlockTimes, read_block_times
-from pipeline.plan.hardware import hardware_of
+from pipeline.plan.hardware import CPU, hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
 from pipeline.value_checks import require_at_least, require_positive
 
@@ -18,7 +18,6 @@ DISK_BYTES_A_SECOND = 1e9
 HOST_COPY_BYTES_A_SECOND = 20e9
 PROPOSED = 6
 """Number of layouts to list."""
-CPU = costs.Accelerator("CPU", 1e12, float("inf"), "", "nominal values for a rank on CPU")
 
 
 def plan_command(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pipeline.costs import Accelerator
 
 GIGA = 1e9
+CPU = Accelerator("CPU", 1e12, float("inf"), "", "nominal values for a rank on CPU")
 NODE_SHARE, NETWORK_SHARE = 370 / 450, 47 / 50
 """The fraction of a link's rate that a collective reaches, inside a node and between nodes."""
 NODE_LATENCY = 5e-6

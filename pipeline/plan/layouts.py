@@ -63,11 +63,16 @@ class Layout:
         words += [f"offload {parallel.offload}" * (parallel.offload != "none")]
         return ", ".join(word for word in words if word)
 
-    def overrides(self) -> str:
-        """The options of the layout, to copy to a command line."""
+    def overrides(self, beyond: TrainConfig | None = None) -> str:
+        """The options of the layout, to copy to a command line; with `beyond`, only those that differ from it."""
         keys = ("zero_stage", "pipeline_stages", "tensor_parallel", "recompute", "offload")
-        words = [f"--parallel.{key} {str(getattr(self.config.parallel, key)).lower()}" for key in keys]
-        return " ".join([*words, f"--batch.micro_size {self.config.batch.micro_size}"])
+        own, other = (
+            {f"--parallel.{key}": getattr(config.parallel, key) for key in keys}
+            | {"--batch.micro_size": config.batch.micro_size}
+            for config in (self.config, beyond or self.config)
+        )
+        chosen = {option: value for option, value in own.items() if beyond is None or value != other[option]}
+        return " ".join(f"{option} {str(value).lower()}" for option, value in chosen.items())
 
 
 def lay_out(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Layout:

@@ -35,6 +35,7 @@ from pipeline.train.engine.base import StepResult
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.process_group import start_group
 from pipeline.train.health.diverged import Diverged
+from pipeline.train.health.out_of_memory import with_advice
 from pipeline.train.health.replicas import check_replicas
 from pipeline.train.health.step_filter import DESCRIPTIONS, StepFilter
 from pipeline.train.health.stop import StopRequests
@@ -55,7 +56,7 @@ SAMPLES_PER_IMAGE = 2
 def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     """Trains to the last step, or until asked to stop. Returns the exit code.
 
-    Raises ValueError or OSError for invalid input, Diverged if training can't continue.
+    Raises ValueError or OSError for invalid input, Diverged if training can't continue, OutOfMemory with advice.
     """
     start_clock = StartClock()
     start_clock.mark("imports")
@@ -91,7 +92,10 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         watchdog.end()
         return FINISHED if finished else STOPPED
     except BaseException as error:
-        folder.note_failure(error)
+        advice = with_advice(error, inputs)
+        folder.note_failure(advice or error)
+        if advice is not None:
+            raise advice from error
         raise
     finally:
         folder.close()

@@ -2,7 +2,8 @@
 
 KIND: nan (its gradient), spike (its gradient is a thousand times as large), hang (it stops reading), stuck (it holds
 the GIL and does not return), slow (it reads 0.1 s), frozen (the process stops), diverge (one weight changes),
-unreadable (its shard), broken (a weight is NaN), full (its disk).
+unreadable (its shard), broken (a weight is NaN), full (its disk), crash (its step raises, a thread waits for ever),
+memory (its step can't allocate).
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -46,6 +48,11 @@ def make_ill(kind: type) -> None:
     def counted(self: Any, *arguments: Any) -> Any:
         if ill() and KIND == "frozen":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if ill() and KIND == "crash":
+            threading.Thread(target=threading.Event().wait).start()
+            raise RuntimeError("NCCL error: unhandled system error")
+        if ill() and KIND == "memory":
+            torch.empty(1 << 60, dtype=torch.uint8)
         result = stepped(self, *arguments)
         if ill() and KIND == "diverge":
             with torch.no_grad():

@@ -254,6 +254,24 @@ def test_a_rank_that_cannot_read_ends_all_with_its_error(runner: Runner) -> None
     assert saved(runner) == ["step-00000006"]
 
 
+@pytest.mark.slow
+def test_a_rank_that_crashes_ends_at_once_with_its_traceback(runner: Runner) -> None:
+    finished = train_ill(runner, "run", "crash", 1, (7, 7))
+    assert finished.codes == [1, 1], "\n".join(finished.outputs)
+    assert "Traceback" in finished.outputs[1]
+    assert "RuntimeError: NCCL error: unhandled system error" in finished.outputs[1]
+
+
+def test_a_rank_out_of_memory_ends_the_run_with_advice(runner: Runner) -> None:
+    finished = train_ill(runner, "run", "memory", 1, (3, 3))
+    assert finished.codes == [1, 1], "\n".join(finished.outputs)
+    [sentence] = [line for line in finished.outputs[1].splitlines() if line.startswith("error: ")]
+    assert sentence.startswith("error: out of memory (1152921504606846976 bytes could not be allocated): by plan's")
+    assert "ZeRO-1, micro 2 needs 0.0" in sentence
+    assert sentence.endswith(" (on rank 1)")
+    assert "Traceback" not in finished.outputs[1]
+
+
 def test_a_slow_rank_is_named(runner: Runner) -> None:
     """It waits 0.1 s for each batch: the others wait for it too, yet it is the one to be named."""
     finished = train_ill(runner, "run", "slow", 1, (1, 60), schedule__steps=60)
