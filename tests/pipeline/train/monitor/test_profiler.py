@@ -1,4 +1,4 @@
-"""The summary of a profile of an accelerator, from events as torch's profiler makes them (torch/autograd/profiler.py).
+"""The summary of a profile of an accelerator, from events as torch's profiler makes them (torch.autograd.profiler).
 
 Each kernel is there three times: as itself, in the operation that started it, and in the annotation around it.
 """
