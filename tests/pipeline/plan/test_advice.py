@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.command_line import parse_training
-from pipeline.model.gpt import gpt2_config
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.advice import cluster_of, memory_advice, smaller_layout
 from pipeline.plan.layouts import lay_out
 from pipeline.train.health.out_of_memory import is_out_of_memory
