@@ -7,6 +7,8 @@ shopt -s inherit_errexit
 source "$SCRIPTS/lib/arguments.sh"
 # shellcheck source=lib/accelerators.sh
 source "$SCRIPTS/lib/accelerators.sh"
+# shellcheck source=lib/cpus.sh
+source "$SCRIPTS/lib/cpus.sh"
 # shellcheck source=lib/jobs.sh
 source "$SCRIPTS/lib/jobs.sh"
 

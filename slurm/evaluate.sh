@@ -44,9 +44,10 @@ commands() {
 }
 
 job() {
-  local found evaluations
+  local found evaluations accelerators=${SLURM_GPUS_ON_NODE:-0}
   prepare_python jsonargparse numpy safetensors torch transformers yaml
-  found=$(commands "${SLURM_GPUS_ON_NODE:-0}" "$@")
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cpus_per_rank $((accelerators > 0 ? accelerators : 1)))}
+  found=$(commands "$accelerators" "$@")
   mapfile -t evaluations <<<"$found"
   if [ "$SLURM_ARRAY_TASK_ID" -ge ${#evaluations[@]} ]; then
     echo "job $SLURM_ARRAY_TASK_ID of the array has nothing to do: there are ${#evaluations[@]} evaluations"

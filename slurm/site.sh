@@ -26,7 +26,7 @@ ACCELERATOR=${ACCELERATOR:-h100-80gb}
 
 # sbatch's options for jobs that other jobs submit: evaluations, and jobs that need no accelerator (publish, join
 # shards).
-SITE_EVALUATE=() # (--partition=small --gpus-per-node=1)
+SITE_EVALUATE=() # (--partition=small --gpus-per-node=4 --cpus-per-task=32): CPUs of all ranks together
 SITE_CPU=()      # (--partition=cpu --gpus-per-node=0)
 
 # The Python of the jobs. Empty: .venv of this checkout.
@@ -37,6 +37,10 @@ site_prepare() {
   # module load cuda/12.8
   :
 }
+
+# CPU threads of a rank. Without it: as many as sbatch --cpus-per-task says, or else the node's CPUs divided by its
+# ranks, at most 8.
+# export OMP_NUM_THREADS=8
 
 # Prefix of each Python command, such as a container: (apptainer exec --nv image.sif)
 SITE_LAUNCH=()

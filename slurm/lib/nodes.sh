@@ -31,10 +31,11 @@ check_nodes() {
 preflight() {
   set -- -m pipeline preflight --nodes "$1" --accelerators "$ACCELERATORS_PER_NODE" --seconds "$PREFLIGHT_SECONDS" "${@:2}"
   set +o pipefail # the result counts, not the exit code of srun
+  unset SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_CPUS_PER_GPU # a rank's; the check of a node has all its CPUs
   # The all-reduce between all nodes takes up to PREFLIGHT_SECONDS, and three between pairs up to half of that each.
   timeout --kill-after=10 $((4 * PREFLIGHT_SECONDS + 60)) srun --nodes="$SLURM_JOB_NUM_NODES" \
-    --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --wait=0 --kill-on-bad-exit=0 \
-    "${SITE_LAUNCH[@]}" "$PYTHON" "$@" </dev/null | run_python "$@" --aggregate
+    --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$(cpus_per_node)" --cpu-bind=none --wait=0 \
+    --kill-on-bad-exit=0 "${SITE_LAUNCH[@]}" "$PYTHON" "$@" </dev/null | run_python "$@" --aggregate
 }
 
 # Whether this job can exclude both of two nodes: its partition has enough others, and MAX_EXCLUDED allows it.

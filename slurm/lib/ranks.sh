@@ -5,6 +5,9 @@
 STOPPING=''
 RANKS_PID=''
 
+# Threads of a rank, if neither OMP_NUM_THREADS nor --cpus-per-task says how many: more seldom help.
+MOST_THREADS=8
+
 # Prints how many ranks a node runs: as many as sbatch --ntasks-per-node says, or ACCELERATORS_PER_NODE, or on CPUs as
 # sbatch --ntasks says.
 ranks_per_node() {
@@ -21,14 +24,18 @@ ranks_per_node() {
 # Replaces this shell by srun, which starts one process per rank; call it in the background. Consecutive ranks are on the
 # same node, so that the stages of a pipeline are neighbors. srun kills the other ranks 30 s after the first one ended;
 # earlier, the message and the exit code of a user error would be lost.
+# A rank gets the CPUs of --cpus-per-task, or an equal part of the node's: srun would give it one. It binds itself to
+# those close to its accelerator.
 run_ranks() {
-  local ranks=$1 ranks_per_node=$2 logs=$3
+  local ranks=$1 ranks_per_node=$2 logs=$3 cpus threads
   shift 3
-  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-  export OMP_NUM_THREADS=$SRUN_CPUS_PER_TASK
+  cpus=${SLURM_CPUS_PER_TASK:-$(cpus_per_rank "$ranks_per_node")}
+  threads=${SLURM_CPUS_PER_TASK:-$((cpus < MOST_THREADS ? cpus : MOST_THREADS))}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+  unset SLURM_CPUS_PER_GPU # srun accepts either this or --cpus-per-task
   exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$ranks" --ntasks-per-node="$ranks_per_node" \
-    --distribution=block:block --cpu-bind=none --wait=30 --open-mode=append --output="$logs/rank-%4t.txt" \
-    "${SITE_LAUNCH[@]}" "$PYTHON" "$@"
+    --distribution=block:block --cpus-per-task="$cpus" --cpu-bind=none --wait=30 --open-mode=append \
+    --output="$logs/rank-%4t.txt" "${SITE_LAUNCH[@]}" "$PYTHON" "$@"
 }
 
 # Waits for the ranks, also across signals. Returns their exit code.

@@ -60,6 +60,8 @@ def test_a_job_without_arguments_is_preempted_resumes_is_evaluated_and_published
     training = Training(cluster, runner, reference.losses("run"), "igpt_s")
     training.job = cluster.submit(str(scripts / "pretrain_s.sh"), options=("--nodes=2",))
     training.await_step(10)
+    ranks = cluster.client("scontrol", "--oneliner", "show", "step", f"{training.job}.1")
+    assert "CPUs=192 " in ranks, "a rank has all CPUs of its node"
     urgent = cluster.client(
         "sbatch", "--parsable", "--partition=urgent", f"--nodes={NODES}", "--exclusive", "--output=/dev/null",
         "--wrap=true",

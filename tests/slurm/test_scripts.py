@@ -68,6 +68,48 @@ def test_a_job_starts_a_process_a_rank_on_neighbors(
     assert ranks.endswith(f"-m pipeline {train} --model.layers 2"), "the site's paths, unless others are given"
 
 
+@pytest.mark.parametrize(
+    ("granted", "node", "cpus", "threads"),
+    [
+        ({"SLURM_JOB_CPUS_PER_NODE": "96(x2)", "SLURM_GPUS_ON_NODE": "8"}, 96, 12, 8),
+        ({"SLURM_JOB_CPUS_PER_NODE": "104,52(x3)", "SLURM_GPUS_ON_NODE": "4"}, 52, 12, 8),
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "2"}, 8, 4, 4),
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_GPUS_ON_NODE": "8"}, 8, 1, 1),
+        ({"SLURM_CPUS_ON_NODE": "96", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "11"}, 96, 11, 11),
+        ({"SLURM_CPUS_ON_NODE": "96", "SLURM_GPUS_ON_NODE": "8", "OMP_NUM_THREADS": "2"}, 96, 12, 2),
+        ({}, 1, 1, 1),
+    ],
+    ids=["equal parts", "complete cores of the smaller nodes", "few", "one each", "explicit", "own threads", "unknown"],
+)
+def test_the_ranks_of_a_node_share_its_cpus(
+    granted: dict[str, str], node: int, cpus: int, threads: int, stubs: Path
+) -> None:
+    """The health check, one process a node, gets all of them."""
+    srun = stubs.parent / "stubs/srun"
+    srun.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS $@" >>{stubs}\n')
+    job = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | JOB | granted
+    script = [SCRIPTS / "pretrain_s.sh", "--run", stubs.parent / "run", "--data.shards", "/none"]
+    subprocess.run(script, env=job, check=True)
+    [ranks] = [line.split() for line in stubs.read_text().splitlines() if "--distribution" in line]
+    assert ranks[0] == str(threads)
+    assert f"--cpus-per-task={cpus}" in ranks
+    checks = f"{SCRIPTS}/lib/nodes.sh; PREFLIGHT_SECONDS=9 ACCELERATORS_PER_NODE=0; preflight node1"
+    bash = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; source {checks}"
+    subprocess.run(["bash", "-c", bash], env=job, check=True)
+    [check] = [line.split() for line in stubs.read_text().splitlines() if "--kill-on-bad-exit=0" in line]
+    assert f"--cpus-per-task={node}" in check
+
+
+@pytest.mark.parametrize(("accelerators", "threads"), [("", "8"), ("1", "8"), ("4", "2")])
+def test_the_ranks_of_an_evaluation_share_its_cpus(accelerators: str, threads: str, stubs: Path, trained: Path) -> None:
+    (stubs.parent / "stubs/python").write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS $@" >>{stubs}\n')
+    job = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | JOB | ARRAY
+    granted = {"SLURM_GPUS_ON_NODE": accelerators, "SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_CPUS_PER_NODE": "8"}
+    script = [SCRIPTS / "evaluate.sh", "--run", trained, "--shards", "/none", "--out", "/none"]
+    subprocess.run(script, env=job | granted, check=True)
+    assert stubs.read_text().splitlines()[-1].split()[0] == threads
+
+
 ARRAY = {
     "SLURM_ARRAY_JOB_ID": "7",
     "SLURM_ARRAY_TASK_ID": "0",
