@@ -64,9 +64,9 @@ SITE_REQUEUES=${SITE_REQUEUES:-true}
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 MAX_FAILURES=${MAX_FAILURES:-}
 
-# Time limit, in seconds, of the all-reduce between a job's nodes before it trains; 0 skips the health checks. And how
-# many nodes a job may exclude.
-PREFLIGHT_SECONDS=${PREFLIGHT_SECONDS:-60}
+# Time limit, in seconds, of the all-reduce between a job's nodes before it trains, with the first import of torch on
+# every node; 0 skips the health checks. And how many nodes a job may exclude.
+PREFLIGHT_SECONDS=${PREFLIGHT_SECONDS:-180}
 MAX_EXCLUDED=${MAX_EXCLUDED:-4}
 
 # Evaluation tasks that a finished training job submits for each saved checkpoint (slurm/evaluate.sh); empty: none.

@@ -1,24 +1,29 @@
-"""`python -m pipeline.operate.preflight.all_reduce ...`: checks a node's accelerators, then joins an all-reduce.
+"""An all-reduce between nodes, and the check of their accelerators, as one node takes part in it.
 
-It is a process of its own, because neither a call into a hanging driver nor a waiting collective can be interrupted.
-It prints ACCELERATORS_OK once the accelerators are checked, ALL_REDUCE_OK after the all-reduce, and one sentence if
-either fails.
+Each accelerator has a process of its own, as in training, so that the all-reduce uses every network card that training
+will use; and because neither a call into a hanging driver nor a waiting collective can be interrupted.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 
-ACCELERATORS_OK, ALL_REDUCE_OK = "accelerators ok", "all-reduce ok"
-ELEMENTS = 1 << 20
-"""Elements of the summed vector: 4 MB."""
-FREE_MEMORY = 0.95
-"""An accelerator with a smaller fraction of its memory free is in use."""
-SIDE = 1024
-"""Rows and columns of the matrices that each accelerator multiplies."""
+ACCELERATOR_OK, ALL_REDUCE_OK = "accelerator ok", "all-reduce ok"
+"""What a process prints once its accelerator is checked, and after the all-reduce; one sentence if either fails."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an all-reduce ended on a node."""
+
+    succeeded: bool
+    """Whether all processes of the node had the right sum in time."""
+    accelerator_fault: str | None
+    """A sentence if an accelerator of the node is missing, in use or faulty."""
 
 
 @dataclass(frozen=True)
@@ -29,84 +34,54 @@ class AllReduceCheck:
     """The first node, where the ranks rendezvous."""
     port: int
     rank: int
+    """The node's number among those that take part."""
     count: int
-    """Nodes that take part; with 1 only the accelerators are checked."""
+    """Nodes that take part."""
     accelerators: int
-    """Accelerators that this node must have; with 0 the all-reduce runs on the CPU."""
+    """Accelerators that each node must have; with 0 a node takes part with one process on its CPU."""
     seconds: float
     """Time limit."""
 
-    def run(self) -> tuple[bool, list[str]]:
-        """Runs the check in a process of its own. Returns whether it succeeded in time, and the lines it printed."""
-        arguments = map(str, (self.address, self.port, self.rank, self.count, self.accelerators, self.seconds))
-        command = [sys.executable, "-m", "pipeline.operate.preflight.all_reduce", *arguments]
-        with tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(self.seconds)
-            process.kill()  # without waiting for its end: a process that hangs in a driver may never end
-            output.seek(0)
-            lines = output.read().splitlines()
-        return ALL_REDUCE_OK in lines, lines
+    @property
+    def processes(self) -> int:
+        """Processes of each node."""
+        return max(1, self.accelerators)
+
+    def run(self) -> Outcome:
+        """Runs this node's processes until all have ended, one has failed, or the time is over."""
+        fields = (self.address, self.port, self.rank, self.count, self.accelerators, self.seconds)
+        command = [sys.executable, "-m", "pipeline.operate.preflight.all_reduce_rank", *map(str, fields)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # they share the node's CPUs
+        with ExitStack() as files:
+            outputs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(self.processes)]
+            started = [
+                subprocess.Popen([*command, str(number)], stdout=output, stderr=subprocess.DEVNULL, env=environment)
+                for number, output in enumerate(outputs)
+            ]
+            codes = _await(started, self.seconds)
+            for output in outputs:
+                output.seek(0)
+            lines = [output.read().splitlines() for output in outputs]
+        succeeded = all(ALL_REDUCE_OK in printed for printed in lines)
+        return Outcome(succeeded, self._accelerator_fault(codes, lines) if self.accelerators else None)
+
+    def _accelerator_fault(self, codes: list[int | None], lines: list[list[str]]) -> str | None:
+        unchecked = [number for number, printed in enumerate(lines) if ACCELERATOR_OK not in printed]
+        for number in unchecked:
+            if codes[number] is not None:
+                return lines[number][-1] if lines[number] else f"the check of accelerator {number} crashed"
+        if unchecked and not any(codes):  # no other failure ended the checks before their time
+            return f"accelerator {', '.join(map(str, unchecked))} does not answer within {self.seconds:g} s"
+        return None
 
 
-def take_part(check: AllReduceCheck) -> None:
-    """The body of the process. Raises RuntimeError or ValueError with a sentence."""
-    if check.accelerators:
-        check_accelerators(check.accelerators)
-    print(ACCELERATORS_OK, flush=True)
-    if check.count > 1:
-        check_sum(check)
-    print(ALL_REDUCE_OK, flush=True)
-
-
-def check_accelerators(expected: int) -> None:
-    """Counts them, and has each multiply two matrices of small integers, whose product is exact in any precision.
-
-    Raises ValueError naming the accelerator that is missing, in use or wrong.
-    """
-    import torch
-
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found < expected:
-        raise ValueError(f"{found} of {expected} accelerators can be used")
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randint(-4, 5, (SIDE, SIDE), generator=generator).float() for _ in range(2))
-    product = left @ right
-    for number in range(found):
-        free, total = torch.cuda.mem_get_info(number)
-        if free < FREE_MEMORY * total:
-            raise ValueError(f"accelerator {number} is in use: {(total - free) / 1e9:.1f} of {total / 1e9:.0f} GB")
-        device = torch.device("cuda", number)
-        if not torch.equal((left.to(device) @ right.to(device)).cpu(), product):
-            raise ValueError(f"accelerator {number} computes a wrong matrix product")
-
-
-def check_sum(check: AllReduceCheck) -> None:
-    """An all-reduce over NCCL if the nodes have accelerators, else gloo. Raises ValueError if the sum is wrong."""
-    import torch
-    import torch.distributed as dist
-
-    device = torch.device("cuda", 0) if check.accelerators else torch.device("cpu")
-    timeout = timedelta(seconds=check.seconds)
-    store = dist.TCPStore(check.address, check.port, check.count, check.rank == 0, timeout)
-    backend = "nccl" if check.accelerators else "gloo"
-    dist.init_process_group(backend, store=store, rank=check.rank, world_size=check.count, timeout=timeout)
-    vector = torch.full((ELEMENTS,), float(check.rank + 1), device=device)
-    dist.all_reduce(vector)
-    expected = check.count * (check.count + 1) / 2
-    if not bool((vector == expected).all()):
-        raise ValueError(f"the sum over {check.count} nodes is wrong")
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    import os
-
-    address, *rest, limit = sys.argv[1:]
-    try:
-        take_part(AllReduceCheck(address, *map(int, rest), float(limit)))  # type: ignore[call-arg]
-    except Exception as error:
-        print(" ".join(str(error).split()), flush=True)
-        os._exit(1)
-    os._exit(0)  # at once: destroying the process group takes time, and nothing waits for it
+def _await(processes: list[subprocess.Popen[bytes]], seconds: float) -> list[int | None]:
+    """Waits for all to end or one to fail, kills the others, and returns the exit codes; None of those it killed."""
+    end = time.monotonic() + seconds
+    codes = [process.poll() for process in processes]
+    while None in codes and not any(codes) and time.monotonic() < end:
+        time.sleep(0.1)
+        codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()  # without waiting for its end: a process that hangs in a driver may never end
+    return codes

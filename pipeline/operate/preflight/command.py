@@ -38,7 +38,7 @@ def preflight_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--nodes", type=str, default=None, help="Names of the job's nodes, separated by commas.")
     parser.add_argument("--accelerators", type=int, default=0, help="Accelerators that each node must have.")
-    parser.add_argument("--seconds", type=float, default=60, help="Time limit of the all-reduce between all nodes.")
+    parser.add_argument("--seconds", type=float, default=180, help="Time limit of the all-reduce between all nodes.")
     parser.add_argument(*AGGREGATE, dest="aggregate", action="store_true", help="Read all reports on standard input.")
     try:
         parsed = parse_run(parser, arguments)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,11 @@ import numpy as np
 
 from data_prep.shards.format import record_crc32
 from data_prep.shards.reader import ShardSet, open_shard_set
-from pipeline.operate.preflight.all_reduce import ACCELERATORS_OK, AllReduceCheck
+from pipeline.operate.preflight.all_reduce import AllReduceCheck
 from pipeline.operate.preflight.report import Report
 
 RECORDS = 8
 """Records of each split that are read and compared with their checksums."""
-SMI_QUERY = ("nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader")
 
 
 def check_node(node: str, nodes: list[str], run: Path, shards: str | None, accelerators: int, seconds: float) -> Report:
@@ -27,12 +25,13 @@ def check_node(node: str, nodes: list[str], run: Path, shards: str | None, accel
     """
     began, report = time.monotonic(), Report(node)
     port, position, count = int(os.environ.get("MASTER_PORT", 29500)) + 1, nodes.index(node), len(nodes)
-    lines: list[str] = []
     if count > 1 or accelerators:
-        check = AllReduceCheck(nodes[0], port, position, count, accelerators, seconds)
-        report.all_reduce_ok, lines = check.run()
-    if accelerators:
-        _record_fault(report, "accelerators", lambda: _check_accelerators(lines, seconds))
+        outcome = AllReduceCheck(nodes[0], port, position, count, accelerators, seconds).run()
+        report.all_reduce_ok = outcome.succeeded
+        if outcome.accelerator_fault:
+            report.faults["accelerators"] = outcome.accelerator_fault
+        elif count == 1 and not outcome.succeeded:
+            report.faults["accelerators"] = f"the all-reduce between its accelerators fails within {seconds:g} s"
     _record_fault(report, "run", lambda: _check_run(report, run))
     if shards is not None:
         _record_fault(report, "shards", lambda: _check_shards(report, shards))
@@ -40,7 +39,7 @@ def check_node(node: str, nodes: list[str], run: Path, shards: str | None, accel
         for number, other, pair in pair_checks(nodes, node, port, accelerators, seconds / 2):
             start = began + seconds + (number - 1) * pair.seconds
             time.sleep(max(0.0, start - time.monotonic()))
-            report.pairs_ok[other], _ = pair.run()
+            report.pairs_ok[other] = pair.run().succeeded
     report.seconds = time.monotonic() - began
     return report
 
@@ -67,20 +66,8 @@ def pair_checks(
 def _record_fault(report: Report, kind: str, check: Callable[[], None]) -> None:
     try:
         check()
-    except (ValueError, OSError, subprocess.SubprocessError) as error:
+    except (ValueError, OSError) as error:
         report.faults[kind] = " ".join(str(error).split())
-
-
-def _check_accelerators(lines: list[str], seconds: float) -> None:
-    """lines: printed by the all-reduce's process. Raises ValueError with its sentence, or with memory errors."""
-    if ACCELERATORS_OK not in lines:
-        raise ValueError(lines[-1] if lines else f"the accelerators do not answer within {seconds:g} s")
-    if shutil.which(SMI_QUERY[0]) is None:
-        return
-    counted = subprocess.run(SMI_QUERY, capture_output=True, text=True, timeout=seconds, check=True).stdout
-    for index, errors in (line.split(", ", 1) for line in counted.splitlines() if ", " in line):
-        if errors.strip().isdecimal() and int(errors) > 0:
-            raise ValueError(f"accelerator {index} has {errors} uncorrected memory errors")
 
 
 def _check_run(report: Report, run: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.operate.preflight.all_reduce import AllReduceCheck
+from pipeline.operate.preflight.all_reduce_rank import memory_errors
 from pipeline.operate.preflight.diagnosis import diagnose
 from pipeline.operate.preflight.node_checks import pair_checks
 from pipeline.operate.preflight.report import Report, read_line
@@ -127,6 +129,70 @@ def test_each_pair_has_its_own_round_and_port(count: int) -> None:
             assert check.port == 100 + number
             ranks_of.setdefault((check.port, check.address), set()).add(check.rank)
     assert all(ranks == {0, 1} for ranks in ranks_of.values())
+
+
+TWO_NODES_OF_TWO = """
+import os, sys
+from pipeline.operate.preflight import all_reduce_rank as rank
+from pipeline.operate.preflight.all_reduce import AllReduceCheck
+
+number = int(os.environ["RANK"])
+os.environ["CUDA_VISIBLE_DEVICES"] = "MIG-a,MIG-b"
+rank.torch.cuda.is_available = lambda: True
+rank.torch.cuda.device_count = lambda: 1
+rank.torch.cuda.set_device = lambda device: None
+rank.check_accelerator = lambda device, number: print(device, os.environ["CUDA_VISIBLE_DEVICES"])
+check_sum = rank.check_sum
+rank.check_sum = lambda check, number, device: check_sum(check, number, rank.torch.device("cpu"))
+port = int(os.environ["MASTER_PORT"])
+rank.take_part(AllReduceCheck("127.0.0.1", port, number // 2, 2, 2, 60.0), number % 2)
+print("ranks", rank.dist.get_world_size())
+"""
+
+
+def test_each_accelerator_of_a_node_has_a_rank_of_the_all_reduce(tmp_path: Path) -> None:
+    """With a MIG instance each. CUDA is replaced; the all-reduce is gloo's."""
+    finished = run(4, "-c", TWO_NODES_OF_TWO, logs=tmp_path)
+    for rank, output in enumerate(finished.outputs):
+        instance = "MIG-b" if rank % 2 else "MIG-a"
+        lines = [line for line in output.splitlines() if "Gloo" not in line]
+        assert lines == [f"cuda:0 {instance}", "accelerator ok", "all-reduce ok", "ranks 4"]
+
+
+PASSES, WAITS = "echo accelerator ok; echo all-reduce ok", "echo accelerator ok; exec sleep 60"
+
+
+@pytest.mark.parametrize(
+    ("third", "others", "seconds", "fault"),
+    [
+        (PASSES, PASSES, 60.0, None),
+        ("echo accelerator ok; exit 1", WAITS, 60.0, None),
+        (WAITS, WAITS, 0.5, None),
+        ("echo accelerator 2 is in use; exit 1", WAITS, 60.0, "accelerator 2 is in use"),
+        ("exit 1", WAITS, 60.0, "the check of accelerator 2 crashed"),
+        ("exec sleep 60", WAITS, 0.5, "accelerator 2 does not answer within 0.5 s"),
+    ],
+    ids=["healthy", "a failing all-reduce", "a hanging one", "a fault", "a crash", "no answer"],
+)
+def test_one_accelerator_of_a_node_shows_in_its_outcome(
+    third: str, others: str, seconds: float, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The four processes are replaced."""
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nfor last; do :; done\nif [ "$last" = 2 ]; then {third}; else {others}; fi\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    outcome = AllReduceCheck("127.0.0.1", 1, 0, 1, 4, seconds).run()
+    assert (outcome.succeeded, outcome.accelerator_fault) == (third == PASSES, fault)
+
+
+def test_memory_errors_are_those_of_the_gpu_at_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another job may use a GPU with errors on the same node."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ncase "$*" in *--id=0000:3b:00.0) echo 2;; *) echo "[N/A]";; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert [memory_errors(f"0000:{bus}:00.0") for bus in ("3b", "3c")] == [2, 0]
 
 
 def check_nodes(nodes: list[str], options: list[str], environment: dict[str, str] | None = None) -> list[Report]:
