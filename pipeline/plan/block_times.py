@@ -19,6 +19,7 @@ from pipeline import costs
 from pipeline.config import TrainConfig
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.memory import saved_bytes
+from pipeline.plan.passes import ADAM, READ, SCALE
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -35,9 +36,8 @@ MEASURED_PRECISION = "bf16"
 """Precision of the measurements in every file."""
 MEASURED_COLORS = 512
 """Colors of the head that is measured in every file."""
-UPDATE_BYTES = 42.0
-"""Memory traffic of the optimizer for one parameter: gradient read for its norm, scaled and read again (16), fp32
-weight and two moments read and written (24), bf16 weight written (2)."""
+MEASURED_UPDATE_BYTES = READ + SCALE + ADAM
+"""Memory traffic for one parameter of the update that is measured in every file: norm, clipping, fused AdamW."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BlockTime:
     """Forward pass of the last norm, a head of 512 colors and the loss."""
     head_backward_seconds: float
     update_seconds_per_parameter: float
-    """The complete optimizer step, for one parameter."""
+    """Gradient norm, clipping and fused AdamW over one flat tensor, for one parameter."""
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -110,13 +110,13 @@ def _row(content: object, place: str) -> BlockTime:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a rank: a block's passes over a micro-batch, head and loss, and the optimizer for one parameter."""
+    """Seconds of a rank: a block's passes over a micro-batch, head and loss, and a byte of the traffic of passes.py."""
 
     forward: float
     backward: float
     head_forward: float
     head_backward: float
-    update: float
+    byte: float
 
 
 def measured(times: BlockTimes, config: TrainConfig, model: GPT2Config) -> Seconds:
@@ -135,7 +135,7 @@ def measured(times: BlockTimes, config: TrainConfig, model: GPT2Config) -> Secon
         row.backward_seconds * block,
         row.head_forward_seconds * head,
         row.head_backward_seconds * head,
-        row.update_seconds_per_parameter,
+        row.update_seconds_per_parameter / MEASURED_UPDATE_BYTES,
     )
 
 
@@ -161,9 +161,8 @@ def estimated(
         block += tokens * 12.0 * model.n_positions * model.n_embd * (1 / ATTENTION_RATE - 1) / parts / rate
         traffic = TRAFFIC_BYTES * (2 if config.precision == "fp32" else 1) * _traffic_fraction(config, model)
         block = max(block + tokens * model.n_embd * traffic / hardware.memory_bytes, LAUNCH_SECONDS)
-    update = UPDATE_BYTES / hardware.memory_bytes
-    backward = 1 - FORWARD_SHARE
-    return Seconds(block * FORWARD_SHARE, block * backward, head * FORWARD_SHARE, head * backward, update)
+    backward, byte = 1 - FORWARD_SHARE, 1 / hardware.memory_bytes
+    return Seconds(block * FORWARD_SHARE, block * backward, head * FORWARD_SHARE, head * backward, byte)
 
 
 def _traffic_fraction(config: TrainConfig, model: GPT2Config) -> float:

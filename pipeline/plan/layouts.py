@@ -13,6 +13,7 @@ from pipeline.config import TrainConfig
 from pipeline.plan.block_times import BlockTimes, estimated, measured
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.memory import Memory, memory_of_rank
+from pipeline.plan.passes import passes_of
 from pipeline.plan.simulator import StepTime, Work, simulate
 
 if TYPE_CHECKING:
@@ -116,12 +117,17 @@ def work_of(config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks
         seconds = measured(cluster.block_times, config, model)
     else:
         seconds = estimated(config, model, cluster.accelerator.bf16_flops, cluster.hardware, cluster.mfu)
-    parallel, width = config.parallel, 4 if config.precision == "fp32" else 2
+    parallel, width, passes = config.parallel, 4 if config.precision == "fp32" else 2, passes_of(config)
     outer = (model.vocab_size + model.n_positions + model.colors) * model.n_embd
     return Work(
         layers=model.n_layer,
         micro_batches=micro_batches,
-        **vars(seconds),
+        forward=seconds.forward,
+        backward=seconds.backward,
+        head_forward=seconds.head_forward,
+        head_backward=seconds.head_backward,
+        update=seconds.byte * (passes.owned + micro_batches * passes.micro_batch_owned),
+        update_replicated=seconds.byte * (passes.step + micro_batches * passes.micro_batch),
         block_parameters=(costs.parameter_count(model) - outer) / model.n_layer,
         outer_parameters=outer,
         stream_bytes=float(config.batch.micro_size * model.n_positions * model.n_embd * width),

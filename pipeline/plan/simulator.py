@@ -44,9 +44,11 @@ class Work:
     outer_parameters: float
     """Parameters of embeddings and head, which are on the first and the last stage."""
     update: float
-    """Seconds of the optimizer for one parameter."""
+    """Seconds in a step for one parameter whose optimizer state the rank owns: passes over gradients, optimizer."""
     stream_bytes: float
     """Bytes of the activations between two blocks, for a micro-batch."""
+    update_replicated: float = 0.0
+    """Seconds in a step for one parameter that the rank computes with: passes over all gradients."""
     weight_bytes: float = 2.0
     gradient_bytes: float = 4.0
     """Bytes of a parameter's gradient when it is sent."""
@@ -96,6 +98,7 @@ class StepTime:
     weights: float
     """Gathering the weights after the update."""
     update: float
+    """The optimizer, and DeepSpeed's passes over gradients and weights in all micro-batches (passes.py)."""
 
     @property
     def seconds(self) -> float:
@@ -132,7 +135,7 @@ def simulate(work: Work, links: Links) -> StepTime:
         gradients=waits,
         contention=slowed,
         weights=_in_buckets(gather_seconds, work.weight_bytes * held, held, work, links) if gathers else 0.0,
-        update=held / owners * work.update + host,
+        update=held * work.update_replicated + held / owners * work.update + host,
     )
 
 

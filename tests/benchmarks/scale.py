@@ -26,6 +26,9 @@ from pipeline.plan.hardware import hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, work_of
 from pipeline.plan.simulator import StepTime, Work, simulate
 
+UPDATE_BYTES = 42.0
+"""The memory traffic of these frameworks' updates for one parameter, without DeepSpeed's other passes: gradient read
+for its norm, scaled and read again (16), fp32 weight and two moments read and written (24), bf16 weight written (2)."""
 H100, A100, A100_40 = (costs.ACCELERATORS[name] for name in ("h100-80gb", "a100-80gb", "a100-40gb"))
 
 
@@ -105,7 +108,8 @@ class Published:
         hardware = hardware_of(self.accelerator)
         work = work_of(config, model, Cluster(self.accelerator, self.ranks, 8, hardware), data, self.micro_batches)
         outer = (shape.vocabulary * (1 if shape.tied else 2) + self.positions) * shape.width
-        work = replace(work, outer_parameters=outer, **settings)
+        update = UPDATE_BYTES / hardware.memory_bytes
+        work = replace(work, outer_parameters=outer, update=update, update_replicated=0.0, **settings)
         step = simulate(_as_in_nanotron(work) if self.source == "nanotron" else work, hardware.links)
         tokens = config.batch.global_size * self.positions
         return mfu(model, tokens, step.seconds, self.ranks, self.accelerator), step

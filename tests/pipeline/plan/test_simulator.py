@@ -290,7 +290,7 @@ def test_measured_blocks_are_taken_over_and_scaled_by_flops(tmp_path: Path) -> N
     model = gpt2_config(config.model)
     seconds = measured(times, config, model)
     assert vars(seconds) == pytest.approx(
-        {"forward": 0.004, "backward": 0.008, "head_forward": 0.0002, "head_backward": 0.0004, "update": 1e-11}
+        {"forward": 0.004, "backward": 0.008, "head_forward": 0.0002, "head_backward": 0.0004, "byte": 1e-11 / 40}
     )
     four = replace(config, batch=BatchConfig(global_size=256, micro_size=4))
     assert measured(times, four, model).forward == pytest.approx(4 * 0.004)
