@@ -12,6 +12,7 @@ from pipeline.config import TrainConfig, require_resolution
 from pipeline.plan.block_times import MEASURED_PRECISION, BlockTimes, read_block_times
 from pipeline.plan.hardware import CPU, hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
+from pipeline.plan.snapshot import snapshot_bytes
 from pipeline.value_checks import require_at_least, require_positive
 
 DISK_BYTES_A_SECOND = 1e9
@@ -160,7 +161,8 @@ def _model_facts(
     tokens = config.batch.global_size * model.n_positions
     hours = chosen.seconds * images / config.batch.global_size / 3600
     size = parameters * costs.STATE_BYTES
-    own = size / cluster.ranks
+    own, pinned = size / cluster.ranks, not cluster.on_cpu
+    kept = snapshot_bytes(config, model, cluster.ranks, pinned)
     epochs = f", {images / train_images:.1f} epochs of {train_images:,}" if train_images else ""
     return {
         "model": f"{parameters:,} parameters: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, "
@@ -173,8 +175,9 @@ def _model_facts(
         f"simulated, with blocks {_blocks(config, cluster)}",
         "speed": f"{tokens / chosen.seconds / cluster.ranks:,.0f} tokens/s per accelerator, "
         f"{tokens * per_token / chosen.seconds / cluster.ranks / peak:.1%} MFU of {peak / 1e12:g} TFLOP/s (dense bf16)",
-        "checkpoint": f"{size / 1e9:.1f} GB, {own / 1e9:.2f} GB from each rank, in its host memory until written; "
-        f"training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy (at 20 GB/s), or "
+        "checkpoint": f"{size / 1e9:.1f} GB, {own / 1e9:.2f} GB from each rank, which keeps {kept / 1e9:.2f} GB of "
+        f"{'pinned ' * pinned}host memory for it ({kept * min(cluster.ranks, cluster.ranks_per_node) / 1e9:.1f} GB a "
+        f"node); training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy (at 20 GB/s), or "
         f"{own / DISK_BYTES_A_SECOND:.1f} s for the disk if not asynchronous (at 1 GB/s)",
     }
 
