@@ -222,8 +222,9 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Precision of forward and backward passes; master weights and moments are always fp32. fp8: bf16, with the blocks'
     matrix products in float8; needs block igpt, ZeRO-1 or 2, and an accelerator with float8 products."""
-    compile: bool = False
-    """Compile each block with torch.compile (needs a C++ compiler on CPU, a C compiler on CUDA)."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile each block with torch.compile (needs a C++ compiler on CPU, a C compiler on CUDA); auto: on accelerators
+    that have a compiler."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)

@@ -50,7 +50,7 @@ def expected(hint: Any) -> str:
     """A description of the values of this type, to follow "it must be"."""
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
+        return "one of " * (len(arguments) > 1) + ", ".join(map(str, arguments))
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(expected(part) for part in arguments if part is not NoneType)
     if get_origin(hint) is tuple:

@@ -1,14 +1,11 @@
 """Chooses the engine of a configuration, and checks that this machine meets its requirements."""
 
-import os
-import shutil
-
 import torch
 from transformers import GPT2Config
 
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
-from pipeline.train.engine import float8, offload
+from pipeline.train.engine import compilation, float8, offload
 from pipeline.train.engine.base import Engine
 
 
@@ -30,19 +27,14 @@ def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks, in
 def check_machine(config: TrainConfig, device: torch.device) -> None:
     """Raises ValueError naming the key if this machine lacks a compiler, a disk or float8 products that are needed."""
     offload.check_compilers(config.parallel)
-    if config.compile:
+    if config.compile is True:
         check_torch_compiles(device)
     if config.precision == "fp8":
         float8.check_device(device)
 
 
 def check_torch_compiles(device: torch.device) -> None:
-    """Raises ValueError if torch.compile has no compiler: CXX or g++ on CPU; CC, gcc or clang on CUDA, for Triton."""
-    kind, variable, usual = ("C", "CC", ["gcc", "clang"]) if device.type == "cuda" else ("C++", "CXX", ["g++"])
-    named = os.environ.get(variable)
-    candidates = usual if named is None else [named]  # if the variable is set, torch and Triton try nothing else
-    if all(shutil.which(name) is None for name in candidates):
-        raise ValueError(
-            f"compile is true; torch.compile needs a {kind} compiler on this device, and {' or '.join(candidates)} is "
-            f"not on PATH; install it, name another in {variable}, or set compile to false."
-        )
+    """Raises ValueError if torch.compile has no compiler on this device."""
+    missing = compilation.missing_compiler(device)
+    if missing is not None:
+        raise ValueError(f"compile is true; {missing}.")

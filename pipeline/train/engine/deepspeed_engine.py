@@ -22,6 +22,7 @@ from pipeline.model.masks import Batch
 from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine import offload, snapshot
 from pipeline.train.engine.base import NOT_FINITE, Accept, Engine, StepDecision, StepResult, accept_finite
+from pipeline.train.engine.compilation import RecompileWatch, is_on
 from pipeline.train.engine.deepspeed_config import new_optimizer
 from pipeline.train.engine.forward_timer import ForwardTimer
 
@@ -41,6 +42,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
         self._config, self._model_config, self._ranks = config, model_config, ranks
         self.data_ranks = config.parallel.data_ranks(ranks.count)
+        self._recompile_watch = RecompileWatch() if is_on(config, ranks.device) and ranks.is_first else None
 
     def _start(
         self, module: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: dict[str, Any]
@@ -66,7 +68,10 @@ class DeepSpeedEngine(Engine):
             group["lr"] = learning_rate
         self._conditional_step.begin(accept)
         self._engine.set_train_batch_size(len(batch) * self.data_ranks)
-        return self._conditional_step.result(self._train(batch))
+        result = self._conditional_step.result(self._train(batch))
+        if self._recompile_watch is not None:
+            self._recompile_watch.check()
+        return result
 
     def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
         return snapshot.snapshot(self._engine.optimizer, self._model, self._coordinates, earlier)

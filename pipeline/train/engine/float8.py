@@ -18,6 +18,7 @@ from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
 
 from pipeline.config import TrainConfig
+from pipeline.train.engine import compilation
 
 # "tensorwise" uses one scale per tensor, "rowwise" one per row. torchao publishes both recipes' speedup over bf16 for
 # Llama 3 8B on eight H100: 25% with tensorwise, 10% with rowwise. torchao's own filter expects no speedup from rowwise
@@ -69,8 +70,8 @@ def describe(config: TrainConfig, device: torch.device) -> str:
     """How the products are computed, for the derived quantities."""
     if device.type == "cpu":
         how = "emulated in fp32 on this CPU, slower than bf16: for tests only"
-    elif config.compile:
+    elif compilation.is_on(config, device):
         how = "by kernels of this accelerator"
     else:
-        how = "by kernels of this accelerator; set compile: true, without it scaling costs more time than they save"
+        how = "by kernels of this accelerator; compile the run, or scaling costs more time than they save"
     return f"the blocks' matrix products in training, {RECIPE} scaling, {how}; evaluation in bf16"

@@ -19,8 +19,8 @@ from pipeline.distributed import Ranks
 from pipeline.model.gpt import build_model, initialize
 from pipeline.model.masks import Batch
 from pipeline.model.sampling import complete_halves_by
+from pipeline.train.engine import compilation, float8
 from pipeline.train.engine import deepspeed_internals as internals
-from pipeline.train.engine import float8
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
 
@@ -45,8 +45,9 @@ class BlockLayer(nn.Module):
         super().__init__()
         self.block, self.recompute = model.transformer.h[number], config.parallel.recompute
         self.to_empty(device=device)
-        if config.compile:
-            self.block.compile()
+        if compilation.is_on(config, device):
+            compilation.start_workers(device)
+            compilation.compile_block(self.block)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if self.recompute and self.training:
@@ -130,7 +131,8 @@ class PipelineEngine(DeepSpeedEngine):
         size = self._config.batch.micro_size
         count = -(-len(batch) // size)
         padded = batch[np.minimum(np.arange(count * size), len(batch) - 1)]
-        outputs = internals.evaluate_stages(self._engine, self._micro_batches(padded), count, output)
+        with compilation.eagerly():
+            outputs = internals.evaluate_stages(self._engine, self._micro_batches(padded), count, output)
         result = torch.empty(count * size, *shape, device=self._ranks.device)
         if self._engine.is_last_stage():
             result.copy_(torch.cat(outputs))

@@ -15,8 +15,8 @@ from pipeline.model.decoding import Decoder
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.masks import Batch
 from pipeline.model.sampling import complete_halves_by
+from pipeline.train.engine import compilation, float8, tensor_parallel
 from pipeline.train.engine import deepspeed_internals as internals
-from pipeline.train.engine import float8, tensor_parallel
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
 
@@ -40,11 +40,9 @@ class ZeroEngine(DeepSpeedEngine):
             float8.convert(model.transformer.h, ranks.device)
         if parallel.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if config.compile:
-            for block in model.transformer.h:  # compiling the model at once would lose its causal attention kernel
-                block.compile()
         if parallel.tensor_parallel > 1:
             tensor_parallel.prepare(model, parallel.tensor_parallel)
+        model.forward = compilation.trunk(model, config, ranks.device)
         self._start(model, model.named_parameters(), settings)
         self._model = self._engine.module
         self._loss = torch.zeros(1, device=ranks.device)
@@ -52,7 +50,7 @@ class ZeroEngine(DeepSpeedEngine):
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         self._engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), compilation.eagerly():
             nats = [self._forward(inputs, targets) for inputs, targets in self._micro_batches(batch)]
         return torch.cat(nats).double().cpu().numpy()
 
@@ -60,7 +58,7 @@ class ZeroEngine(DeepSpeedEngine):
         self._engine.eval()
         parallel, colors, device = self._config.parallel, self._model_config.colors, self._ranks.device
         owns_weights = parallel.zero_stage < 3 and parallel.tensor_parallel == 1
-        with torch.no_grad():
+        with torch.no_grad(), compilation.eagerly():
             decoder = Decoder(self._model, tokens.shape[1], use_graph=owns_weights)
             return complete_halves_by(decoder, tokens, colors=colors, samples=samples, seed=seed, device=device)
 
@@ -89,7 +87,7 @@ class ZeroEngine(DeepSpeedEngine):
 
     def _forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """fp32 (B,): mean nats of each image's predicted tokens."""
-        return self._image_nats(self._engine(input_ids=inputs).logits, targets)
+        return self._image_nats(self._engine(inputs), targets)
 
     def _loss_and_norm(self) -> tuple[float, float]:
         norm = internals.gradient_norm(self._engine) if self._own_norm is None else self._own_norm

@@ -10,7 +10,7 @@ from pipeline import costs
 from pipeline.distributed import Ranks, from_first
 from pipeline.model import attention
 from pipeline.train.data.streaming import GUARANTEES
-from pipeline.train.engine import float8
+from pipeline.train.engine import compilation, float8
 from pipeline.train.setup import Inputs
 
 
@@ -73,6 +73,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
         "health": f"the run ends after {config.health.max_skipped} skipped steps in a row, or "
         f"{config.health.hang_minutes:g} minutes without progress; loss spikes beyond "
         f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and logged'}",
+        "compile": compilation.describe(config, ranks.device),
         "threads": f"{torch.get_num_threads()} per rank, on {len(os.sched_getaffinity(0))} CPUs",
     }
     if config.precision == "fp8":

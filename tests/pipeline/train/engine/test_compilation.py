@@ -1,0 +1,136 @@
+"""What surrounds torch.compile: when it is used, its workers under signals, evaluation without it, recompilations."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.command_line import parse_training
+from pipeline.config import ModelConfig, TrainConfig
+from pipeline.train.engine import compilation
+from tests.launch import ROOT
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def config(compile: Any) -> TrainConfig:
+    return TrainConfig(model=ModelConfig(size="s"), compile=compile)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "device", "compiler", "on"),
+    [
+        ("auto", CUDA, True, True),
+        ("auto", CUDA, False, False),
+        ("auto", CPU, True, False),
+        (True, CPU, True, True),
+        (False, CUDA, True, False),
+    ],
+)
+def test_auto_compiles_on_accelerators_that_have_a_compiler(
+    chosen: Any, device: torch.device, compiler: bool, on: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if compiler:
+        (tmp_path / "gcc").touch(mode=0o755)
+    assert compilation.is_on(config(chosen), device) is on
+    described = compilation.describe(config(chosen), device)
+    assert described.startswith("each block" if on else "off")
+    assert ("gcc or clang is not on PATH" in described) is (device is CUDA and not compiler)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [([], "auto"), (["--compile", "true"], True), (["--compile=false"], False)]
+)
+def test_the_option_is_a_truth_value_or_auto(words: list[str], value: object, tmp_path: Path) -> None:
+    parsed, _ = parse_training(["--run", str(tmp_path / "run"), "--model.size", "s", *words])
+    assert parsed.compile == value and type(parsed.compile) is type(value)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.yaml").write_text("model: {size: s}\ncompile: true\n")  # as earlier versions wrote it
+    assert parse_training(["--run", str(tmp_path / "old")])[0].compile is True
+
+
+def test_another_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compile is 'always'; it must be true or false or auto"):
+        parse_training(["--run", str(tmp_path / "run"), "--model.size", "s", "--compile", "always"])
+
+
+def test_the_workers_outlive_signals_to_all_processes_of_a_job() -> None:
+    """In a process group of its own, whose leader ignores the signals, as a rank that only remembers them."""
+    finished = subprocess.run(
+        [sys.executable, "-c", SIGNALLED],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        process_group=0,
+    )
+    assert finished.stdout.split() == ["42", "42", "open"], finished.stderr
+
+
+SIGNALLED = """
+import os, signal, time, torch
+from torch._inductor.async_compile import AsyncCompile
+from pipeline.train.engine import compilation
+
+for number in compilation.STOP_SIGNALS:
+    signal.signal(number, lambda *_: None)
+compilation.start_workers(torch.device("cuda"))
+
+def compile_elsewhere():
+    return AsyncCompile.process_pool().submit(abs, -42).result(timeout=60)
+
+print(compile_elsewhere())
+for number in compilation.STOP_SIGNALS:
+    os.killpg(0, number)
+time.sleep(0.5)
+print(compile_elsewhere())
+print("closed" if signal.pthread_sigmask(signal.SIG_BLOCK, []) else "open")
+os._exit(0)
+"""
+
+
+def test_a_recompilation_is_reported_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    watch, double = compilation.RecompileWatch(), torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+    watch.check()
+    watch.count = 0  # of what other tests compiled
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        double(torch.zeros(2))
+        watch.check()
+        assert (watch.count, caplog.messages) == (0, [])
+        double(torch.zeros(3))
+        watch.check()
+        double(torch.zeros(4))
+        watch.check()
+    assert watch.count == 2
+    [message] = caplog.messages
+    assert "torch.compile compiled a block again" in message and "size mismatch" in message
+
+
+def test_what_runs_eagerly_compiles_nothing() -> None:
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append("compiled")
+        return graph
+
+    torch._dynamo.reset()
+    layer = nn.Linear(2, 2)
+    layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)  # type: ignore[method-assign]
+    with compilation.eagerly(), torch.no_grad():
+        layer(torch.zeros(1, 2))
+    assert seen == []
+    layer(torch.zeros(3, 2))
+    with compilation.eagerly(), torch.no_grad():
+        layer(torch.zeros(1, 2))
+    layer(torch.zeros(3, 2))
+    assert seen == ["compiled"]
