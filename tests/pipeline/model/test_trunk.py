@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 from pipeline.config import ModelConfig
-from pipeline.model.gpt import BLOCKS, build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import BLOCKS, gpt2_config
 from pipeline.model.trunk import Trunk, block_and_norm
 
 OBJECTIVES = ("next_color", "masked_color")

@@ -4,7 +4,7 @@ import pytest
 from safetensors import safe_open
 
 from pipeline.command_line import parse_training
-from pipeline.model.gpt import gpt2_config
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.snapshot import snapshot_bytes
 from tests.pipeline.conftest import Runner
 

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
 from pipeline.distributed import Ranks, describe_ranks
 from pipeline.model import objectives
-from pipeline.model.gpt import build_model, gpt2_config
+from pipeline.model.gpt import build_model
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Batch
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.process_group import start_group

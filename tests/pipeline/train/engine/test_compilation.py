@@ -1,9 +1,6 @@
 """What surrounds torch.compile: when it is used, its workers under signals, evaluation without it, recompilations."""
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from torch import nn
 from pipeline.command_line import parse_training
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.train.engine import compilation
-from tests.launch import ROOT
+from tests.launch import run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -62,23 +59,19 @@ def test_another_value_is_refused(tmp_path: Path) -> None:
         parse_training(["--run", str(tmp_path / "run"), "--model.size", "s", "--compile", "always"])
 
 
-def test_the_workers_outlive_signals_to_all_processes_of_a_job() -> None:
-    """In a process group of its own, whose leader ignores the signals, as a rank that only remembers them."""
-    finished = subprocess.run(
-        [sys.executable, "-c", SIGNALLED],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        process_group=0,
-    )
-    assert finished.stdout.split() == ["42", "42", "open"], finished.stderr
+def test_the_workers_outlive_signals_to_all_processes_of_a_job(tmp_path: Path) -> None:
+    """The program has a process group of its own, and only remembers the signals, as a rank does."""
+    finished = run(1, "-c", SIGNALLED, logs=tmp_path)
+    assert finished.output.split() == ["42", "42", "open"]
 
 
 SIGNALLED = """
 import os, signal, time, torch
+from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from pipeline.train.engine import compilation
+
+config.compile_threads = 2
 
 for number in compilation.STOP_SIGNALS:
     signal.signal(number, lambda *_: None)

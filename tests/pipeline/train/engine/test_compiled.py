@@ -24,6 +24,8 @@ def plain_losses(shards):
         (1, {}),
         pytest.param(1, {"parallel__recompute": True}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__zero_stage": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__zero_stage": 3}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__zero_stage": 3, "parallel__recompute": True}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__pipeline_stages": 2, "batch__micro_size": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
@@ -31,8 +33,12 @@ def plain_losses(shards):
 def test_fp32_losses_are_those_of_plain_torch(
     runner: Runner, plain_losses: list[float], ranks: int, settings: dict[str, object]
 ) -> None:
-    runner.check_trains("run", ranks, compile=True, optimizer__learning_rate=RATE, **settings)
+    finished = runner.train("run", ranks, compile=True, optimizer__learning_rate=RATE, **settings)
+    assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
     assert runner.losses("run") == pytest.approx(plain_losses, abs=FP32_TOLERANCE)
+    assert "compile   each block" in finished.output
+    for sign_of_trouble in ("compiled a block again", "torch._dynamo hit"):  # neither in steps, validation nor saves
+        assert sign_of_trouble not in finished.output
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 precision resumes."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, TrainConfig
 from pipeline.model.gpt import build_model, initialize
 from pipeline.model.gpt_config import gpt2_config
+from pipeline.model.trunk import block_and_norm
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.export import CheckpointWeights, export, find_checkpoint
 from pipeline.train.engine import float8
@@ -81,6 +85,29 @@ def test_blocks_alone_are_converted_and_evaluation_is_as_in_bf16() -> None:
         evaluated = [model.eval()(tokens).logits for model in models]
     assert torch.equal(*evaluated)
     assert not torch.equal(*trained)
+
+
+def test_a_block_for_an_accelerator_is_one_graph_with_one_kernel_a_product() -> None:
+    """On the meta device: what would be compiled, and no product of weights in bf16; attention has its own."""
+    with torch.device("meta"):
+        model = build_model(gpt2_config(ModelConfig(layers=2, width=32, heads=2, resolution=8))).bfloat16()
+    float8.convert(model.transformer.h, torch.device("cuda", 0))
+    kernels: list[Counter[str]] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> object:
+        kernels.append(Counter(str(node.target).removesuffix(".default") for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    block, norm = model.transformer.h[0], model.transformer.h[1].ln_1
+    states, normed = (torch.zeros(2, 64, 32, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2))
+    step = torch.compile(block_and_norm, backend=backend, fullgraph=True, dynamic=False)
+    sum(step(block, norm, states, normed)).sum().backward()
+    forward, backward = kernels
+    assert (forward["aten._scaled_mm"], backward["aten._scaled_mm"]) == (4, 8)
+    assert all(graph[product] == 0 for graph in kernels for product in ("aten.mm", "aten.addmm"))
+    assert all(graph["aten._local_scalar_dense"] == 0 for graph in kernels)
 
 
 @pytest.mark.parametrize(
