@@ -33,6 +33,8 @@ STEPS, SAVE_EVERY = 30, 10
 LAUNCH_SECONDS = 180
 PRELOADED = ["pipeline.train.loop", "pipeline.train.engine.zero", "pipeline.train.engine.pipeline"]
 """Modules of the trial's ranks that take seconds to import."""
+C_COMPILERS = ("gcc", "clang")
+"""Those that Triton looks for."""
 MIN_SHARED_MEMORY = 1e9
 MIN_DISK = 20e9
 
@@ -133,7 +135,9 @@ def _compilers() -> Finding:
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
     if missing:
-        return Finding("note", f"{' and '.join(missing)} missing: parallel.offload and compile cannot be used")
+        return Finding("note", f"{' and '.join(missing)} missing: parallel.offload cannot be used, nor compile on CPUs")
+    if not any(map(shutil.which, C_COMPILERS)):
+        return Finding("note", f"no {' or '.join(C_COMPILERS)}: runs on accelerators are not compiled, which is slower")
     import torch
 
     if not torch.cuda.is_available():

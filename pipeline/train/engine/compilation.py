@@ -14,11 +14,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from pipeline.config import TrainConfig
 from pipeline.model.trunk import Trunk
+from pipeline.train.health.stop import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-"""Requests to stop, which SLURM and terminals send to every process of a job."""
 
 eagerly = partial(torch.compiler.set_stance, "force_eager")
 """A context in which compiled functions run uncompiled. Forward passes outside of training use it: they would compile

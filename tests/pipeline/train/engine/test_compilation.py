@@ -70,10 +70,11 @@ import os, signal, time, torch
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from pipeline.train.engine import compilation
+from pipeline.train.health.stop import STOP_SIGNALS
 
 config.compile_threads = 2
 
-for number in compilation.STOP_SIGNALS:
+for number in STOP_SIGNALS:
     signal.signal(number, lambda *_: None)
 compilation.start_workers(torch.device("cuda"))
 
@@ -81,7 +82,7 @@ def compile_elsewhere():
     return AsyncCompile.process_pool().submit(abs, -42).result(timeout=60)
 
 print(compile_elsewhere())
-for number in compilation.STOP_SIGNALS:
+for number in STOP_SIGNALS:
     os.killpg(0, number)
 time.sleep(0.5)
 print(compile_elsewhere())
