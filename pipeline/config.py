@@ -212,6 +212,8 @@ class TrainConfig:
 
     seed: int = 0
     """Seeds the initial weights and the order of the images."""
+    deterministic: bool = False
+    """Use deterministic kernels only: a run on CUDA computes the same bits each time, more slowly. CPUs always do."""
     model: ModelConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -81,6 +81,7 @@ class RunFolder:
         if not isinstance(earlier, dict):
             raise ValueError(f"{path} is damaged: it has no keys and values; restore it from a copy.")
         earlier.setdefault("data", {}).setdefault("reflect_crop", 0)  # runs from before this key did not crop
+        earlier.setdefault("deterministic", False)  # nor were they asked to be deterministic
         return earlier
 
     def finished_steps(self) -> int:

@@ -1,18 +1,33 @@
-"""Chooses the kernel of scaled_dot_product_attention on CUDA: FlashAttention's or cuDNN's, whichever is faster at the
-run's own shape."""
+"""Chooses the kernel of attention, by time measured at the run's own shape: FlashAttention's or cuDNN's on CUDA,
+FlashAttention's or that of cpu_attention.py on CPU."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.benchmark import Timer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pipeline.model.cpu_attention import BlockedAttention, attend
+
+FLASH, CUDNN, BLOCKED = SDPBackend.FLASH_ATTENTION.name, SDPBackend.CUDNN_ATTENTION.name, "BLOCKED_ATTENTION"
 CANDIDATES = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+"""The kernels that are measured on CUDA."""
+WRONG_CUDNN = 91500
+"""The newest cuDNN whose attention is wrong at lengths that are not multiples of 128 (pytorch issue 169849)."""
 SECONDS_EACH = 0.1
 """Minimum seconds of measurement for each kernel."""
+CLEARLY_FASTER = 0.8
+"""BLOCKED is used if it takes less than this share of FlashAttention's time: noise must not change a run's bits."""
+BLOCKED_POSITIONS = 64
+"""Fewest positions at which BLOCKED is measured; with fewer, attention is a small part of a step."""
+CPU_IMAGES, CPU_TURNS = 4, (3, 20)
+"""On CPU: images measured at most, and how many turns of both kernels at least and at most."""
 
 
 @dataclass(frozen=True)
@@ -26,30 +41,95 @@ class AttentionShape:
     causal: bool
 
 
+def candidates(
+    shape: AttentionShape, device: str, cudnn_version: int | None, deterministic: bool = False
+) -> tuple[str, ...]:
+    """The names of the kernels to choose from, for attention in bf16 without dropout; none if there is no choice.
+
+    deterministic: excludes cuDNN, which has no deterministic backward pass.
+    """
+    if device == "cuda":
+        sound = cudnn_version is not None and cudnn_version > WRONG_CUDNN
+        return (FLASH, CUDNN) if sound and not deterministic else (FLASH,)
+    return (FLASH, BLOCKED) if device == "cpu" and shape.positions >= BLOCKED_POSITIONS else ()
+
+
+def measure_named(shape: AttentionShape, names: Sequence[str], device: torch.device) -> dict[str, float]:
+    """As `measure`, by names of `candidates`; seconds of the process's CPU time for those on CPU."""
+    if BLOCKED not in names:
+        return measure(shape, [SDPBackend.__members__[name] for name in names], device)
+    some = replace(shape, images=min(shape.images, CPU_IMAGES))
+    flash, blocked = _passes(some, device), _passes(some, device, blocked=True)
+    flash(), blocked()
+    seconds, turns, end = {FLASH: float("inf"), BLOCKED: float("inf")}, 0, time.process_time() + 2 * SECONDS_EACH
+    while turns < CPU_TURNS[0] or (turns < CPU_TURNS[1] and time.process_time() < end):
+        for name, run in ((FLASH, flash), (BLOCKED, blocked)):  # in turns: other work slows both
+            start = time.process_time()
+            run()
+            seconds[name] = min(seconds[name], time.process_time() - start)
+        turns += 1
+    return {name: second * shape.images / some.images for name, second in seconds.items()}
+
+
 def measure(shape: AttentionShape, kernels: Sequence[SDPBackend], device: torch.device) -> dict[str, float]:
-    """Seconds of a forward and backward pass in bf16, by kernel name; kernels that reject the shape are absent."""
-    size = (shape.images, shape.heads, shape.positions, shape.head_width)
-    operands = [torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    """Seconds of a forward and backward pass in bf16, by name; kernels that reject the shape are absent."""
     seconds = {}
     for kernel in kernels:
-        timer = Timer(
-            "attend(*operands, is_causal=causal).sum().backward()",
-            globals={"attend": scaled_dot_product_attention, "operands": operands, "causal": shape.causal},
-            num_threads=torch.get_num_threads(),
-        )
+        timer = Timer("run()", globals={"run": _passes(shape, device)}, num_threads=torch.get_num_threads())
         with suppress(RuntimeError), sdpa_kernel(kernel):  # "No available kernel"
             seconds[kernel.name] = timer.blocked_autorange(min_run_time=SECONDS_EACH).median
     return seconds
 
 
+def _passes(shape: AttentionShape, device: torch.device, blocked: bool = False) -> Callable[[], None]:
+    """A forward and backward pass over strided views of packed queries, keys and values, as a block passes them."""
+    width = shape.heads * shape.head_width
+    size = (shape.images, shape.positions, 3 * width)
+    packed = torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)  # (B, T, 3 * D)
+
+    def run() -> None:
+        packed.grad = None
+        queries, keys, values = (
+            part.unflatten(2, (shape.heads, shape.head_width)).transpose(1, 2) for part in packed.split(width, dim=2)
+        )  # (B, H, T, d)
+        if blocked:
+            mixed = BlockedAttention.apply(queries, keys, values, shape.head_width**-0.5, shape.causal)
+        else:
+            mixed = scaled_dot_product_attention(queries, keys, values, is_causal=shape.causal)
+        mixed.transpose(1, 2).contiguous().sum().backward()
+
+    return run
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """The name of the kernel to use: a function of the measurement alone, so that a resumed run uses the same."""
+    name = min(seconds, key=lambda name: seconds[name])
+    if name == BLOCKED and seconds[BLOCKED] > CLEARLY_FASTER * seconds.get(FLASH, float("inf")):
+        return FLASH
+    return name
+
+
 def use_fastest(seconds: dict[str, float]) -> None:
-    """Selects the fastest measured kernel on CUDA; other kernels remain available for attention with a mask."""
-    fastest = min(seconds, key=lambda name: seconds[name])
-    torch.backends.cuda.enable_flash_sdp(fastest == SDPBackend.FLASH_ATTENTION.name)
-    torch.backends.cuda.enable_cudnn_sdp(fastest == SDPBackend.CUDNN_ATTENTION.name)
+    """Selects the fastest measured kernel in this process; without a measurement, torch's own on CPU.
+
+    On CUDA FlashAttention stays the second choice, for shapes that cuDNN rejects. Other kernels remain available for
+    attention with a mask.
+    """
+    name = fastest(seconds) if seconds else FLASH
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend if name == BLOCKED else sdpa_attention_forward
+    if seconds and name != BLOCKED:
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_cudnn_sdp(name == CUDNN)
+        # Enabled kernels are tried in this order. torch's own has mem-efficient attention before cuDNN's, and on Hopper
+        # cuDNN's before FlashAttention from the first call on: a kernel that must not be used has to be disabled too.
+        first = list(dict.fromkeys([int(SDPBackend.__members__[name]), int(SDPBackend.FLASH_ATTENTION)]))
+        rest = [kernel for kernel in torch._C._get_sdp_priority_order() if kernel not in first]
+        torch._C._set_sdp_priority_order([*first, *rest])
 
 
 def describe(seconds: dict[str, float]) -> str:
-    """The measurement in one line, the fastest kernel first."""
-    words = [f"{name} {1000 * seconds[name]:.2f} ms" for name in sorted(seconds, key=lambda name: seconds[name])]
+    """The measurement in one line, the kernel in use first."""
+    used = fastest(seconds)
+    order = sorted(seconds, key=lambda name: (name != used, seconds[name]))
+    words = [f"{name} {1000 * seconds[name]:.2f} ms" for name in order]
     return f"{', '.join(words)} per block and micro-batch, forward and backward, as measured; the first is used"

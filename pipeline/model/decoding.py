@@ -56,14 +56,31 @@ class Decoder:
         """
         trunk = self._model.transformer
         states = trunk.wte(tokens) + trunk.wpe(positions)  # (B, N, D)
+        mask = None if end else self._mask(positions)
         for number, block in enumerate(trunk.h):
-            states = states + self._attend(number, block.attn, block.ln_1(states), positions, end)
+            states = states + self._attend(number, block.attn, block.ln_1(states), positions, end, mask)
             inner = block.mlp.act(self._product(block.mlp.c_fc)(block.ln_2(states)))  # (B, N, 4 * D)
             states = states + self._product(block.mlp.c_proj)(inner)
         return self._product(self._model.lm_head)(trunk.ln_f(states[:, -1]))[:, : self._model.config.colors]
 
+    def _mask(self, positions: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores of one new position, (1, P): 0 for those up to it, -inf for those after it.
+
+        Additive and in the cache's dtype: torch would convert a bool mask in every layer.
+        """
+        after = torch.arange(self._positions, device=positions.device) > positions  # (P,)
+        zeros = torch.zeros(self._positions, device=positions.device, dtype=self._caches[0].dtype)
+        # Not (P,): torch reads a mask's last two dimensions to choose a kernel.
+        return zeros.masked_fill_(after, float("-inf"))[None]
+
     def _attend(
-        self, number: int, attention: Any, normed: torch.Tensor, positions: torch.Tensor, end: int | None
+        self,
+        number: int,
+        attention: Any,
+        normed: torch.Tensor,
+        positions: torch.Tensor,
+        end: int | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         split = self._product(attention.c_attn)(normed).unflatten(-1, (3, -1, attention.head_dim))  # (B, N, 3, H, d)
         queries, keys_values = split[:, :, 0].transpose(1, 2), split[:, :, 1:].permute(2, 0, 3, 1, 4)
@@ -74,8 +91,6 @@ class Decoder:
         cache = self._caches[number]
         cache.index_copy_(3, positions, keys_values.to(cache.dtype))
         keys, values = cache[..., :end, :]
-        # Not (P,): torch reads a mask's last two dimensions to choose a kernel.
-        mask = None if end else (torch.arange(self._positions, device=positions.device) <= positions)[None]  # (1, P)
         with torch.autocast(split.device.type, enabled=False):  # it would round the complete cache at every position
             mixed = functional.scaled_dot_product_attention(
                 queries.to(cache.dtype),

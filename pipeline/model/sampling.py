@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.model.decoding import Decoder
+from pipeline.model.numerics import any_kernels
 from pipeline.model.seeding import torch_generator
 
 NextScores = Callable[[torch.Tensor], torch.Tensor]
@@ -85,9 +86,10 @@ def _drawn(
     thresholds = _thresholds(seed, first_image, images, total).to(prefix.device)  # (B, total)
     tokens = torch.full((images, total + 1), colors, dtype=torch.long, device=prefix.device)  # SOS, then the image
     tokens[:, 1 : given + 1] = prefix
-    for position in range(given, total):
-        scores = next_scores(tokens[:, : position + 1])  # (B, V)
-        tokens[:, position + 1] = draw(scores, thresholds[:, position], temperature)
+    with any_kernels():  # torch counts cumsum on CUDA as nondeterministic
+        for position in range(given, total):
+            scores = next_scores(tokens[:, : position + 1])  # (B, V)
+            tokens[:, position + 1] = draw(scores, thresholds[:, position], temperature)
     return tokens[:, 1:]
 
 

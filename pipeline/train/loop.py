@@ -45,7 +45,7 @@ from pipeline.train.monitor.profiler import Profiler
 from pipeline.train.monitor.startup import StartClock
 from pipeline.train.monitor.summary import Throughput, describe
 from pipeline.train.monitor.telemetry import StepClock, open_telemetry, peak_memory_bytes, peak_memory_table
-from pipeline.train.setup import Inputs, check_inputs, choose_attention, choose_reader
+from pipeline.train.setup import Inputs, check_inputs, choose_kernels, choose_reader
 from pipeline.train.validation import spread, validation_loss
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Trainer:
         torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
         checkpoint = newest_complete(folder.checkpoints, ranks)
         start_clock.mark("verifying checkpoints")
-        kernels = choose_attention(inputs, folder)
+        kernels = choose_kernels(inputs, folder)
         self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
         start_clock.mark("model and engine")
         order, self.batches = choose_reader(inputs, self.engine)

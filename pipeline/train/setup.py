@@ -1,4 +1,4 @@
-"""Checks a configuration before any process group starts; chooses the attention kernel and the data reader."""
+"""Checks a configuration before any process group starts; chooses kernels and the data reader."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Masks
+from pipeline.model.numerics import use_deterministic_kernels
 from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.data.masking import MaskedBatches
 from pipeline.train.data.stream_order import StreamOrder
@@ -73,14 +74,15 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     return Inputs(config, model_config, shards, ranks)
 
 
-def choose_attention(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
-    """On CUDA with bf16 or fp8, selects the fastest attention kernel on all ranks; returns seconds by kernel.
+def choose_kernels(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
+    """Deterministic kernels if configured; with bf16 or fp8, the fastest attention kernel: returns seconds by kernel.
 
-    Rank 0 measures. Empty on CPU and with fp32.
+    Call before CUDA computes. Rank 0 measures for all ranks. Empty if there is no choice: with fp32, and on CPU for few
+    positions and with dropout.
     """
     config, model, ranks = inputs.config, inputs.model_config, inputs.ranks
-    if ranks.device.type != "cuda" or config.precision == "fp32":
-        return {}
+    if config.deterministic:
+        use_deterministic_kernels()
     shape = attention.AttentionShape(
         images=config.batch.micro_size,
         heads=model.n_head // config.parallel.tensor_parallel,
@@ -88,23 +90,30 @@ def choose_attention(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
         head_width=model.n_embd // model.n_head,
         causal=getattr(model, "is_causal", True),
     )
-    seconds = from_first(lambda: attention_seconds(folder, shape, ranks.device))
-    if seconds:
-        attention.use_fastest(seconds)
+    kernels: tuple[str, ...] = ()
+    if config.precision != "fp32" and not (config.model.dropout and ranks.device.type == "cpu"):
+        cudnn = torch.backends.cudnn.version()
+        kernels = attention.candidates(shape, ranks.device.type, cudnn, config.deterministic)
+    seconds = from_first(lambda: attention_seconds(folder, shape, kernels, ranks.device)) if kernels else {}
+    attention.use_fastest(seconds)
     return seconds
 
 
-def attention_seconds(folder: RunFolder, shape: attention.AttentionShape, device: torch.device) -> dict[str, float]:
+def attention_seconds(
+    folder: RunFolder, shape: attention.AttentionShape, kernels: tuple[str, ...], device: torch.device
+) -> dict[str, float]:
     """Seconds by kernel: those recorded in run.json by an earlier start on the same device, else measured and recorded.
 
-    So a resumed run uses the same kernel and computes the same bits.
+    So a resumed run uses the same kernel. A recorded kernel that is no longer among `kernels` is excluded.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts: dict[str, Any] = {"device": name, "shape": asdict(shape)}
     known = folder.recall(ATTENTION) or {}
     if facts.items() <= known.items():
-        return dict(known["seconds"])
-    seconds = attention.measure(shape, attention.CANDIDATES, device)
+        recorded = {kernel: second for kernel, second in known["seconds"].items() if kernel in kernels}
+        if recorded:
+            return recorded
+    seconds = attention.measure_named(shape, kernels, device)
     folder.note("running", **{ATTENTION: facts | {"seconds": seconds}})
     return seconds
 

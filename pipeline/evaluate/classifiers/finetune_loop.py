@@ -4,8 +4,8 @@
     ranks       each rank takes its part of every global batch, and DistributedDataParallel averages the gradients;
                 one rank and several give the same numbers up to the rounding of sums
     restarts    the state is cached after each epoch; the same command resumes after the last complete epoch, and on
-                the same ranks gives bitwise the same result (on a GPU as far as its attention kernels are
-                deterministic)
+                the same ranks gives bitwise the same result (on CUDA up to the order of sums in the backward pass
+                of attention)
     end         training stops after the last epoch, or when validation has not improved for `patience` epochs; the
                 module then has the weights of the epoch that was best on validation
 

@@ -4,6 +4,8 @@ EfficientNet-Lite0 (4.7M parameters, trained on ImageNet) is installed with its 
 download at run time. Distances in its features are not FIDs, which need Inception. A user's network is a TorchScript
 file that takes uint8 (B, 3, H, W) in RGB and returns (B, F). If its forward method has an argument `return_features`,
 as the Inception file of StyleGAN2-ADA and EDM has, it is called with `return_features=True`.
+
+Features are computed in fp32 without TF32, so that distances on a GPU are those on a CPU up to rounding.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from data_prep.common.files import file_sha256
+from pipeline.model.numerics import without_tf32
 
 SIDE = 160
 """Side in pixels to which images are enlarged. The network was trained at 224, which takes twice as long and is no more
@@ -49,7 +52,7 @@ def _efficientnet_lite0(device: torch.device) -> FeatureNetwork:
     def features(images: torch.Tensor) -> torch.Tensor:
         enlarged = functional.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
         scaled = (enlarged.clamp(0, 255) - 127.0) / 128.0  # as the TensorFlow weights were trained
-        with torch.inference_mode():
+        with torch.inference_mode(), without_tf32():
             return network.extract_features(scaled).mean(dim=(2, 3))  # (B, 1280)
 
     return FeatureNetwork("EfficientNet-Lite0 (ImageNet), pooled last convolution, 1280 features", features)
@@ -65,7 +68,7 @@ def _torchscript(file: Path, device: torch.device) -> FeatureNetwork:
 
     def features(images: torch.Tensor) -> torch.Tensor:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), without_tf32():
                 found = network(images, **options)
         except torch.OutOfMemoryError:
             raise

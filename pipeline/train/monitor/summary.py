@@ -83,6 +83,8 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
             f"{parallel.pipeline_stages} stages, bubble {costs.bubble(parallel.pipeline_stages, accumulation):.1%} of "
             f"a step: (stages - 1) / (micro-batches + stages - 1)"
         )
+    if config.deterministic:
+        lines["deterministic"] = "torch's deterministic kernels only; cuDNN's attention is excluded"
     width = max(map(len, lines))
     summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]
     summary += [f"  attention: {attention.describe(kernels)}"] if kernels else []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import ModelConfig
 from pipeline.model import objectives
@@ -121,6 +122,24 @@ def test_the_pass_that_cuda_records_gives_the_scores_of_the_other(block):
             for _ in range(2):
                 found = recorded._pass(tokens[:, place : place + 1], torch.tensor([place]), None)
             torch.testing.assert_close(found, expected)
+
+
+def test_a_pass_makes_one_mask_for_all_layers():
+    made: list[str] = []
+
+    class Masks(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            made.extend(
+                str(function) for each in arguments if isinstance(each, torch.Tensor) and each.dtype == torch.bool
+            )
+            return function(*arguments, **(keywords or {}))
+
+    decoder, position = Decoder(wide_awake_model(), TOTAL), torch.tensor([10])
+    with torch.no_grad():
+        decoder(torch.full((4, 10), COLORS))
+        with Masks():
+            decoder._pass(torch.full((4, 1), COLORS), position, None)
+    assert len(made) == 1, made
 
 
 def test_nothing_to_draw():

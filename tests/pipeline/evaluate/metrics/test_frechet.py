@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import skimage.data
 import torch
 from scipy.linalg import sqrtm
 from scipy.stats import ortho_group
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import decode
@@ -83,6 +85,24 @@ def test_a_network_of_the_users(returns_features: bool, tmp_path: Path) -> None:
     expected = images.float().mean(dim=(2, 3))
     torch.testing.assert_close(network.features(images), expected)
     assert network.name.startswith("toy.pt (sha256 ")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_features_are_computed_without_tf32(own: bool, tmp_path: Path) -> None:
+    """Within the pass, of either network, and as before it afterwards: on CUDA torch's default is TF32."""
+    seen = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            if function in (torch.ops.aten.convolution.default, torch.ops.aten.mean.dim):
+                seen.add(torch.backends.cudnn.conv.fp32_precision)
+            return function(*arguments, **(keywords or {}))
+
+    network = feature_network(write_toy_network(tmp_path / "toy.pt", False) if own else None, CPU)
+    with Recorder():
+        network.features(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    assert seen == {"ieee"}
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def test_a_file_without_a_network_is_an_error(tmp_path: Path) -> None:
