@@ -1,9 +1,11 @@
-# make set-up     creates .venv with the pinned packages; the targets below do so first, except bench-accelerator
+# make set-up     creates .venv with the pinned packages; the targets below do so first, except check-accelerator
 # make demo       from images to an evaluated model, in five to ten minutes on two cores
 # make test       the tests; make test-all runs the slow ones too
 # make bench      speed against peers, as ratios; make bench PARTS="model starting" runs some parts
-# make bench-accelerator   the same on one accelerator, in nine minutes; needs no network, but the wheels that
-#                 make accelerator-wheels WHEELS_PYTHON=3.12 gathers on a machine that has one
+# make check-accelerator   tells in SECONDS=180 whether one accelerator computes what it should, then measures
+#                 speed with the seconds that are left; needs no network, but the wheels that make accelerator-wheels
+#                 WHEELS_PYTHON=3.12 gathers on a machine that has one; TOY=--toy tries it on a CPU
+# make bench-accelerator   speed only, in nine minutes
 # make soak       KILLS=50 SEED=0: kills runs at random moments, resumes them, and compares the losses
 # make lint       style and types
 
@@ -14,13 +16,17 @@ DEMO ?= out/demo
 RANKS ?= 2
 PARTS ?=
 WHEELS := out/accelerator-wheels
-WHEELS_PYTHON ?= 3.11
+WHEELS_PYTHON ?= 3.12
+SECONDS ?= 180
+OUT ?= out/accelerator
+CIFAR10_JPEG ?=
 KILLS ?= 50
 SEED ?= 0
 # Idle threads sleep instead of spinning: two ranks share two cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-all bench accelerator-wheels bench-accelerator soak lint set-up
+.PHONY: demo test test-all bench accelerator-wheels accelerator-data accelerator-packages check-accelerator \
+    bench-accelerator soak lint set-up
 .DELETE_ON_ERROR:
 
 set-up: $(SET_UP)
@@ -64,23 +70,42 @@ test-all: test
 bench: $(SET_UP)
 	$(BIN)/python -m tests.benchmarks $(PARTS)
 
-# The packages that the benchmark needs in addition to torch and transformers; deepspeed is published as source.
+# The packages that the script needs in addition to torch, transformers and tensorboard; deepspeed is published as source.
 accelerator-wheels: $(SET_UP)
+	rm -rf $(WHEELS)
 	mkdir -p $(WHEELS)
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEELS) \
 	    $$(grep ^deepspeed== requirements.txt)
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --dest $(WHEELS) \
-	    $$($(BIN)/python -m pip freeze | grep --extended-regexp --ignore-case \
-	    "^(annotated.types|einops|torchao|hjson|jsonargparse|msgpack|ninja|psutil|py.cpuinfo|pydantic|pydantic.core|typing.inspection)==")
+	    $$($(BIN)/python -m pip freeze | grep --extended-regexp --ignore-case "^($(CARRIED))==")
 
-# PYTHON must have torch with CUDA, and transformers: make bench-accelerator PYTHON=...
-bench-accelerator:
-	@$(PYTHON) -c "import torch, transformers" 2>/dev/null || \
-	    { echo "error: $(PYTHON) lacks torch or transformers; name one that has both: make bench-accelerator PYTHON=..."; exit 2; }
+CARRIED := annotated.types|docstring.parser|einops|torchao|hjson|jsonargparse|msgpack|ninja|psutil|py.cpuinfo|pydantic|$\
+    pydantic.core|typeshed.client|typing.extensions|typing.inspection
+
+# CIFAR10_JPEG: an archive of train/<class>/*.jpg. The first 32,768 images are packed, in 30 MB.
+accelerator-data: $(SET_UP)
+	@test -f "$(CIFAR10_JPEG)" || { echo "error: name an archive of CIFAR-10 as JPEG files: CIFAR10_JPEG=..."; exit 2; }
+	rm -rf out/cifar10-jpeg && mkdir -p out/cifar10-jpeg
+	tar --extract --file "$(CIFAR10_JPEG)" --directory out/cifar10-jpeg
+	$(BIN)/python -m data_prep shards --config configs/data/image_folder.yaml --source.path out/cifar10-jpeg \
+	    --out out/cifar10-jpeg-shards
+	$(BIN)/python -m tests.benchmarks.accelerator.pack out/cifar10-jpeg-shards out/accelerator-data/cifar10.tar.xz
+
+# PYTHON must have torch with CUDA, transformers and tensorboard: make check-accelerator PYTHON=...
+accelerator-packages:
+	@$(PYTHON) -c "from importlib.util import find_spec as f; exit(not all(map(f, ('torch', 'transformers', 'tensorboard'))))" || \
+	    { echo "error: $(PYTHON) lacks torch, transformers or tensorboard; name one that has them: PYTHON=..."; exit 2; }
 	@ls $(WHEELS)/*.whl >/dev/null 2>&1 || \
 	    { echo "error: $(WHEELS) contains no wheels; make accelerator-wheels gathers them."; exit 2; }
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target out/accelerator-packages $(WHEELS)/*.whl
-	PYTHONPATH=.:out/accelerator-packages $(PYTHON) -m tests.benchmarks.accelerator $(TOY)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target out/accelerator-packages $(WHEELS)/*.whl
+
+# At toy size the packages of .venv are used.
+check-accelerator bench-accelerator: $(if $(TOY),$(SET_UP),accelerator-packages)
+	PYTHONPATH=.:out/accelerator-packages $(if $(TOY),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.accelerator $(TOY) \
+	    --seconds $(SECONDS) --out $(OUT) $(ONLY)
+
+bench-accelerator: SECONDS := 540
+bench-accelerator: ONLY := --only speed
 
 soak: $(SET_UP)
 	$(BIN)/python -m tests.soak --kills $(KILLS) --seed $(SEED)

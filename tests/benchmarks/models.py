@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTForCausalImageModeling
 
+from pipeline.checkpoint.fragments import Fragment, FragmentReader
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
-from pipeline.model.gpt import build_model, initialize
-from pipeline.model.gpt_config import gpt2_config
+from pipeline.model.gpt import build_model, gpt2_config
 from pipeline.model.masks import Batch
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.deepspeed_config import new_optimizer
@@ -20,6 +20,14 @@ from tests.benchmarks.turns import best
 
 Step = Callable[[], object]
 COLORS = 512
+EAGER_BYTES = 12
+"""Of each element of the attention matrices that eager attention keeps: scores, softmax in fp32, and its bf16 copy."""
+LINEAR_BYTES = 60
+"""Of each element of a block's states that plain training keeps."""
+STATE_BYTES = 18
+"""Of each parameter: fp32 weight, gradient and moments, and autocast's bf16 copy."""
+USED_SHARE = 0.85
+"""Of the memory, what may be filled."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +69,50 @@ class Case:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
 
 
+class DrawnWeights(FragmentReader):
+    """Weights of about the initial size, drawn on the device: on the CPU the draw of size L takes many seconds.
+
+    It stands for a checkpoint, which an engine of any kind restores.
+    """
+
+    optimizer_step = 0.0  # type: ignore[assignment]
+
+    def __init__(self, config: GPT2Config) -> None:
+        with torch.device("meta"):
+            self.shapes = {name: tuple(value.shape) for name, value in build_model(config).named_parameters()}
+
+    def fill(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
+        if state != "weight" or wanted.name.endswith(".bias"):
+            target.zero_()
+        elif len(wanted.shape) == 1:  # of a norm
+            target.fill_(1.0)
+        else:
+            target.normal_(0.0, 0.02)
+
+
+def drawn_model(case: Case, config: GPT2Config | None = None) -> torch.nn.Module:
+    """The same weights in a model without an engine; config: another one than the case's."""
+    config = config or case.config
+    with torch.device(case.device):
+        model = build_model(config)
+    drawn = DrawnWeights(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            drawn.fill(value, Fragment(name, tuple(value.shape), 0, value.numel(), 0), "weight")
+    return model
+
+
 def our_step(case: Case, ranks: Ranks) -> Step:
     """A step through the engine, the update included; needs the process group."""
-    engine = build_engine(case.training(), case.config, ranks)
+    engine = build_engine(case.training(), case.config, ranks, initial=False)
+    engine.restore(DrawnWeights(case.config), 0)
     tokens = case.tokens()
     return lambda: engine.step(Batch(tokens), 1e-4)
 
 
 def plain_step(case: Case) -> Step:
     """The same model and optimizer in a loop of plain torch: what DeepSpeed costs shows against it."""
-    with torch.device(case.device):
-        model = build_model(case.config)
-    initialize(model, 0)
+    model = drawn_model(case)
     optimizer = new_optimizer(case.training(), model.named_parameters())
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
@@ -97,18 +137,31 @@ def gpt_step(case: Case) -> Step:
 
 def image_gpt_step(case: Case) -> Step:
     """Hugging Face's ImageGPT, dropout off, as a Trainer's loop trains it."""
-    model = image_gpt(case.config).train().to(case.device)
+    model = image_gpt(case).train()
     return _plain(case, model, _adam(model), _next_token(model))
 
 
-def image_gpt(config: GPT2Config) -> ImageGPTForCausalImageModeling:
+def image_gpt(case: Case) -> ImageGPTForCausalImageModeling:
     """Of the same size, with one position more for SOS."""
-    return ImageGPTForCausalImageModeling(
-        ImageGPTConfig(
-            n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, n_positions=config.n_positions + 1,
-            vocab_size=COLORS + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )
-    )  # fmt: skip
+    config = case.config
+    with torch.device(case.device):
+        return ImageGPTForCausalImageModeling(
+            ImageGPTConfig(
+                n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, n_positions=config.n_positions + 1,
+                vocab_size=COLORS + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            )
+        )  # fmt: skip
+
+
+def images_that_fit(case: Case, memory_bytes: float) -> int:
+    """The images that HF ImageGPT's eager attention has room for: the case's, halved until they fit."""
+    config, images = case.config, case.images
+    parameters = 12 * config.n_layer * config.n_embd**2
+    matrices = EAGER_BYTES * config.n_layer * config.n_head * config.n_positions**2
+    others = LINEAR_BYTES * config.n_layer * config.n_positions * config.n_embd
+    while images > 1 and images * (matrices + others) + STATE_BYTES * parameters > USED_SHARE * memory_bytes:
+        images //= 2
+    return images
 
 
 def _adam(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -148,11 +201,8 @@ def completions(case: Case) -> tuple[Step, Step]:
     from pipeline.model.sampling import complete
 
     dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16
-    with torch.device(case.device):
-        model = build_model(case.config)
-    initialize(model, 0)
-    model.to(dtype)
-    peer = image_gpt(case.config).to(case.device, dtype).eval()
+    model = drawn_model(case).to(dtype)
+    peer = image_gpt(case).to(dtype).eval()
     total = case.config.n_positions
     given = torch.randint(0, COLORS, (case.images, total // 2), device=case.device)
     start = torch.cat([torch.full_like(given[:, :1], COLORS), given], dim=1)
@@ -190,9 +240,7 @@ def features(case: Case) -> tuple[Step, Step]:
     """A batch's pooled features of all layers, and the forward pass alone."""
     from pipeline.evaluate.features.pooled import pooled_layers
 
-    with torch.device(case.device):
-        model = build_model(case.config).eval()
-    initialize(model, 0)
+    model = drawn_model(case).eval()
     inputs, _ = objectives.next_color(torch.from_numpy(case.tokens().astype(np.int64)).to(case.device), COLORS)
 
     def forward() -> None:

@@ -1,10 +1,12 @@
-"""The accelerator's benchmark, tried on this machine's CPU at toy size."""
+"""The accelerator's script: its mechanics with parts that go wrong, and all its parts at toy size on the CPU."""
 
-import json
 import re
 import subprocess
 import sys
+import time
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,51 +14,195 @@ import torch
 
 from pipeline.config import ModelConfig
 from pipeline.plan.block_times import read_block_times
-from tests.benchmarks.accelerator import PARTS, rates
+from tests.benchmarks import fake_parts, models
+from tests.benchmarks.accelerator import common
+from tests.benchmarks.accelerator.numbers import kernel_kind
+from tests.benchmarks.accelerator.pack import pack
+from tests.benchmarks.accelerator.parts import CHECKS, PARTS, Part
+from tests.benchmarks.accelerator.speed import fit, rates
+from tests.benchmarks.accelerator.step_profile import kind_of, shares
+from tests.benchmarks.accelerator.supervisor import Supervisor
 from tests.benchmarks.models import Case, Step
 from tests.launch import ROOT
 
-COMMAND = [sys.executable, "-m", "tests.benchmarks.accelerator"]
+LINE = re.compile(r"(?:ok  |FAIL)  (\S.*?)  +(\S.*?)  +(-|[<=>]+ \S.*?)  +\d+\.\d")
+SMALL = Case(ModelConfig(layers=1, width=8, heads=1, resolution=4), 8, "fp32", torch.device("cpu"))
+
+
+def supervise(parts: Sequence[Part], out: Path, seconds: float = 60.0) -> tuple[bool, list[str]]:
+    """Runs fake parts. Returns whether all are ok, and the lines."""
+    worker = [sys.executable, "-m", "tests.benchmarks.fake_parts"]
+    good = Supervisor(parts, worker, out, time.monotonic() + seconds).run()
+    return good, (out / "results.txt").read_text().splitlines()
+
+
+def fakes(*names: str) -> list[Part]:
+    return [fake_parts.PARTS[name] for name in names]
+
+
+def test_one_line_a_check_and_a_table_beside_them(tmp_path: Path) -> None:
+    good, lines = supervise(fakes("good"), tmp_path)
+    assert good
+    assert [LINE.fullmatch(line).groups() for line in lines[:-1]] == [  # type: ignore[union-attr]
+        ("good: error", "0.25", "<= 0.5"),
+        ("good: words", "as they are", "-"),
+    ]
+    assert lines[-1] == "2 ok, 0 FAIL"
+    assert (tmp_path / "tables.md").read_text() == "| a | table |\n"
+
+
+def test_what_raises_dies_hangs_or_loses_the_device_costs_its_own_line(tmp_path: Path) -> None:
+    names = ("wrong", "raises", "dies", "stuck", "loses_the_device", "good")
+    good, lines = supervise(fakes(*names), tmp_path)
+    assert not good
+    found = [line.split("  ")[0] + " " + LINE.fullmatch(line).group(1) for line in lines[:-1]]  # type: ignore[union-attr]
+    assert [" ".join(line.split()) for line in found] == [
+        *("FAIL wrong: sum", "FAIL wrong: loss"),
+        *("ok raises: before", "FAIL raises"),
+        *("ok dies: before", "FAIL dies"),
+        *("ok stuck: before", "FAIL stuck"),
+        *("ok loses_the_device: before", "FAIL loses_the_device"),
+        *("ok good: error", "ok good: words"),
+    ]
+    text = "\n".join(lines)
+    for reason in ("RuntimeError: no kernel", "ended with code 9", "took more than its 1 s", "illegal memory access"):
+        assert reason in text
+    log = (tmp_path / "worker.log").read_text()
+    assert "in stuck" in log  # its stack, though it held the GIL
+    assert lines[-1] == "6 ok, 6 FAIL"
+
+
+def test_it_ends_itself_when_the_time_is_over(tmp_path: Path) -> None:
+    optional = [Part("measured", "nowhere:at_all", 30.0, needs=20.0), Part("later", "nowhere:at_all", 30.0, needs=1.0)]
+    began = time.monotonic()
+    good, lines = supervise([optional[0], *fakes("slow", "good"), optional[1]], tmp_path, seconds=4.0)
+    assert time.monotonic() - began < 5.0
+    assert not good
+    text = "\n".join(lines)
+    assert re.search("FAIL  slow +the time was over", text)
+    assert re.search("FAIL  good +not run", text)
+    assert lines[-1] == "0 ok, 2 FAIL; not run for lack of time: measured, later"
 
 
 @pytest.mark.slow
-def test_every_part_gives_its_table_at_toy_size(tmp_path: Path) -> None:
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([*COMMAND, "--toy"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+def test_it_passes_at_toy_size(tmp_path: Path) -> None:
+    began = time.monotonic()
+    command = ["make", "--no-print-directory", "check-accelerator", "TOY=--toy", f"OUT={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"^## ([\w-]+),", done.stdout, re.MULTILINE) == list(PARTS)
-    assert "| colors that differ between cached, replayed completions and full passes | 0 of 128 |" in done.stdout
-    assert "| logits in fp32 from float64's | " in done.stdout
-    times = tmp_path / "out/accelerator/block_times.json"
-    assert len(read_block_times(str(times)).rows) == len(json.loads(times.read_text())["rows"]) == 4
+    assert time.monotonic() - began < 180
+    lines = (tmp_path / "results.txt").read_text().splitlines()
+    assert all(LINE.fullmatch(line) for line in lines[:-1])
+    for part in CHECKS:
+        assert any(part.name.split()[-1] in line or part.name in line for line in lines), part.name
+    if "not run" not in lines[-1]:
+        assert len(read_block_times(str(tmp_path / "block_times.json")).rows) == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
 def test_without_an_accelerator_it_says_so() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: torch sees no CUDA device; --toy tries the script on this one.\n",
-    )
+    command = [sys.executable, "-m", "tests.benchmarks.accelerator"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    message = "error: this machine has no CUDA device; --toy tries the script on a CPU.\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
-def test_what_does_not_fit_is_gone_before_half_of_it_is_tried() -> None:
+def test_every_part_names_a_function() -> None:
+    from pkgutil import resolve_name
+
+    assert all(callable(resolve_name(part.function)) for part in PARTS)
+    assert len({part.name for part in PARTS}) == len(PARTS)
+
+
+def test_what_does_not_fit_is_gone_before_half_of_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     class Engine:
         def __init__(self) -> None:
             self.own = self  # a cycle
 
     tried: list[tuple[int, weakref.ref[Engine]]] = []
+    resets: list[None] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(None))
 
     def make(case: Case) -> Step:
         assert all(engine() is None for _, engine in tried)
+        assert len(resets) == len(tried) + 1  # code that was compiled for the larger batch is gone too
         engine = Engine()
         tried.append((case.images, weakref.ref(engine)))
         if case.images > 2:
             raise torch.OutOfMemoryError("too large")
         return lambda: sum(range(10_000))
 
-    found = Case(ModelConfig(layers=1, width=8, heads=1), 8, "fp32", torch.device("cpu"))
+    found = SMALL
     for _ in range(2):  # the second time after one that fitted
         found, rate = rates(found, make)
         assert (found.images, rate > 0) == (2, True)
     assert [images for images, _ in tried] == [8, 4, 2, 2]
+
+
+def test_a_step_that_runs_out_of_memory_is_halved_too() -> None:
+    def make(case: Case) -> Step:
+        def step() -> None:
+            if case.images > 4:
+                raise torch.OutOfMemoryError("too large")
+
+        return step
+
+    assert fit(SMALL, make)[0].images == 4
+
+
+def test_weights_are_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.model.gpt.torch_generator", lambda name: pytest.fail("drawn on the CPU, by name"))
+    meta = models.drawn_model(replace(SMALL, device=torch.device("meta")))
+    assert all(parameter.is_meta for parameter in meta.parameters())
+    weights = dict(models.drawn_model(SMALL).named_parameters())
+    assert weights["transformer.h.0.ln_1.weight"].eq(1).all()
+    assert 0.01 < weights["transformer.h.0.attn.c_attn.weight"].std() < 0.03
+
+
+@pytest.mark.parametrize(("size", "images"), [("s", 16), ("m", 8), ("l", 2)])
+def test_hf_image_gpt_starts_at_a_batch_that_fits(size: str, images: int) -> None:
+    case = Case(ModelConfig(size=size), 64, "bf16", torch.device("cpu"))  # type: ignore[arg-type]
+    assert models.images_that_fit(case, 80e9) == images
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind", "part"),
+    [
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "FLASH_ATTENTION", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_128x128", "CUDNN_ATTENTION", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention)", "EFFICIENT_ATTENTION", "attention"),
+        ("aten::_scaled_dot_product_flash_attention", None, "attention"),
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", None, "matrix products"),
+        ("triton_red_fused_add_native_layer_norm_3", None, "Triton"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", None, "optimizer"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", None, "communication"),
+        ("Memcpy DtoH (Device -> Pinned)", None, "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4>", None, "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str | None, part: str) -> None:
+    assert (kernel_kind(kernel), kind_of(kernel)) == (kind, part)
+
+
+def test_kernels_that_overlap_leave_no_idle_time() -> None:
+    found = shares([("nvjet_a", 0.0, 4.0), ("flash", 1.0, 3.0), ("Memcpy", 5.0, 6.0)], wall=10.0)
+    assert (found["matrix products"], found["attention"], found["copies"], found["idle"]) == (4.0, 2.0, 1.0, 5.0)
+
+
+def test_a_part_of_a_shard_set_travels_as_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_prep.shards.reader import open_shard_set
+    from tests.benchmarks.accelerator import cifar
+
+    shards = common.write_shards(tmp_path / "shards", 20, 4)
+    pack(shards, tmp_path / "carried/set.tar.xz", images=10)
+    monkeypatch.setattr(cifar, "ARCHIVE", tmp_path / "carried/set.tar.xz")
+    opened = open_shard_set(cifar.unpacked(tmp_path / "there"))
+    opened.verify()
+    assert (opened.split("train").images, opened.split("valid").images) == (20, 20)
+
+
+@pytest.mark.parametrize(("options", "wanted"), [([], "3.12"), (["WHEELS_PYTHON=3.13"], "3.13")])
+def test_wheels_are_for_the_python_of_the_machine_at_hand(options: list[str], wanted: str) -> None:
+    command = ["make", "--dry-run", "accelerator-wheels", *options]
+    recipe = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    assert f"--python-version {wanted} " in recipe

@@ -1,0 +1,134 @@
+"""What is a process of its own in a run: preflight, a stop by SIGUSR1, and the watchdog's end of a hang."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.benchmarks.accelerator.common import CUDA, free_memory, write_shards
+from tests.benchmarks.accelerator.report import Row, equal, known
+
+STOPPED, ENDED_BY_WATCHDOG = 75, 1
+SECONDS = 75.0
+"""For one process, from its start."""
+HANG = """
+import sys, time, torch
+from pathlib import Path
+from pipeline.checkpoint.run_folder import RunFolder
+from pipeline.distributed import describe_ranks
+from pipeline.train.engine.process_group import start_group
+from pipeline.train.health.watchdog import Watchdog
+
+ranks = describe_ranks()
+start_group(ranks)
+watchdog = Watchdog(RunFolder(Path(sys.argv[1])), ranks, 0.02)
+watchdog.enter("training", 1)
+watchdog.enter("training", 2)
+if ranks.device.type == "cuda":
+    torch.cuda._sleep(10**11)  # about a minute
+    torch.cuda.synchronize()
+else:
+    time.sleep(60)
+"""
+"""A run that hangs in its second step, in a call into the driver on CUDA."""
+
+
+def train_options(folder: Path, shards: Path) -> list[str]:
+    """A run that would take hours, and saves when it is stopped."""
+    options = {
+        "run": folder,
+        "data.shards": shards,
+        "model.layers": 2,
+        "model.width": 64,
+        "model.heads": 2,
+        "model.resolution": 8,
+        "schedule.steps": 1_000_000,
+        "schedule.warmup_steps": 4,
+        "batch.global_size": 8,
+        "batch.micro_size": 4,
+        "checkpoint.every_steps": 500_000,
+        "samples.every_steps": 0,
+    }
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def check_preflight() -> Iterator[Row]:
+    """The check of a node before it trains: accelerators, the run's disk, the shard set."""
+    free_memory()  # this process's cached memory would be found in use
+    with tempfile.TemporaryDirectory() as folder:
+        run, log = Path(folder) / "run", Path(folder) / "preflight.log"
+        run.mkdir()
+        words = ["preflight", "--nodes", "here", "--accelerators", str(int(CUDA))]
+        words += train_options(run, write_shards(Path(folder) / "shards", 64, 8))
+        with log.open("w") as file:
+            environment = {**alone(), "SLURMD_NODENAME": "here"}
+            process = start(["-m", "pipeline", *words], environment, file)
+        code = process.wait(SECONDS)
+        text = log.read_text()
+    print(text, flush=True)
+    yield equal("preflight: exit code", code, 0)
+    report = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+    yield equal("preflight: faults", report["faults"], {})
+    yield equal("preflight: all-reduce", report["all_reduce_ok"], True)
+
+
+def check_stop_and_watchdog() -> Iterator[Row]:
+    """A run that SIGUSR1 stops and saves, then resumes; beside it a hanging one, which its watchdog ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, hanging = Path(folder) / "run", Path(folder) / "hanging"
+        hanging.mkdir()
+        options = train_options(run, write_shards(Path(folder) / "shards", 64, 8))
+        with Path(folder, "train.log").open("w") as file, Path(folder, "hang.log").open("w") as other:
+            hang = start(["-c", HANG, str(hanging)], alone(), other)
+            train = start(["-m", "pipeline", "train", *options], alone(), file)
+            yield from _check_stop(train, run)
+            steps = len(rows(run)) + 5
+            train = start(["-m", "pipeline", "train", *options, f"--schedule.steps={steps}"], alone(), file)
+            yield equal("USR1: exit code of the resumed run", train.wait(SECONDS), 0)
+            yield equal("USR1: steps of the resumed run", rows(run)[-1]["step"], steps)
+            yield equal("watchdog: exit code", hang.wait(SECONDS), ENDED_BY_WATCHDOG)
+        stacks = [path.read_text() for path in hanging.glob("stacks/rank-*.txt")]
+        yield equal("watchdog: stacks written", ["training at step 2" in text for text in stacks], [True])
+        print(Path(folder, "train.log").read_text(), Path(folder, "hang.log").read_text(), flush=True)
+
+
+def _check_stop(train: "subprocess.Popen[bytes]", run: Path) -> Iterator[Row]:
+    wait_for(lambda: len(rows(run)) >= 3, train)
+    yield known("USR1: losses", ", ".join(f"{row['loss']:.3f}" for row in rows(run)[:3]))
+    train.send_signal(signal.SIGUSR1)
+    yield equal("USR1: exit code", train.wait(SECONDS), STOPPED)
+    saved = [path.name for path in run.glob("checkpoints/step-*[0-9]")]
+    yield equal("USR1: checkpoint", saved, [f"step-{rows(run)[-1]['step']:08d}"])
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """The steps of a run so far."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in found if "loss" in row]
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    """Until the condition holds. Raises RuntimeError if the process ends before, or takes too long."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"the process did not come so far; its exit code is {process.poll()}")
+        time.sleep(0.1)
+
+
+def start(arguments: list[str], environment: dict[str, str], log: object) -> "subprocess.Popen[bytes]":
+    """Python with these arguments, in the supervisor's group, so that it ends with it."""
+    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)  # type: ignore[arg-type]
+
+
+def alone() -> dict[str, str]:
+    """The environment of a process of one rank: without what this process's own group has set."""
+    of_group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in of_group}
