@@ -171,7 +171,6 @@ def test_hf_image_gpt_starts_at_a_batch_that_fits(size: str, images: int) -> Non
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "FLASH_ATTENTION", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_128x128", "CUDNN_ATTENTION", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention)", "EFFICIENT_ATTENTION", "attention"),
-        ("aten::_scaled_dot_product_flash_attention", None, "attention"),
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", None, "matrix products"),
         ("triton_red_fused_add_native_layer_norm_3", None, "Triton"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", None, "optimizer"),

@@ -5,15 +5,27 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.benchmarks.accelerator.parts import CHECKS, PARTS, SPEED
 from tests.benchmarks.accelerator.supervisor import Supervisor, worker_command
 
 SECONDS = 180.0
+TOY_SHORTER = 5.0
+"""By how much shorter a measurement is at toy size."""
 OUT = Path("out/accelerator")
 HAS_CUDA = "import ctypes, sys; sys.exit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
 """A process of its own: a driver may hang. Importing torch would take seconds."""
+
+
+def has_cuda() -> bool:
+    """Whether the driver of an NVIDIA device starts."""
+    try:
+        done = subprocess.run([sys.executable, "-c", HAS_CUDA], stderr=subprocess.DEVNULL, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def main() -> int:
@@ -35,13 +47,18 @@ def main() -> int:
         if unknown:
             parser.error(f"--parts names {', '.join(unknown)}; the parts are {', '.join(p.name for p in PARTS)}.")
         parts = tuple(part for part in PARTS if part.name in names)
+    if options.toy:
+        os.environ["BENCHMARK_TOY"] = "1"  # for the worker
+    if os.environ.get("BENCHMARK_TOY") == "1":
+        parts = tuple(replace(part, needs=part.needs / TOY_SHORTER) for part in parts)
     if options.pipe is not None:
         from tests.benchmarks.accelerator.worker import main as run_worker
 
         run_worker(parts, options.end, options.pipe)
-    if options.toy:
-        os.environ["BENCHMARK_TOY"] = "1"
-    elif subprocess.run([sys.executable, "-c", HAS_CUDA], stderr=subprocess.DEVNULL, timeout=60).returncode:
+    if (
+        not options.toy
+        and subprocess.run([sys.executable, "-c", HAS_CUDA], stderr=subprocess.DEVNULL, timeout=60).returncode
+    ):
         print("error: this machine has no CUDA device; --toy tries the script on a CPU.", file=sys.stderr)
         return 2
     os.environ["BENCHMARK_OUT"] = str(options.out)

@@ -41,6 +41,8 @@ CHECKS = (
     Part("attention", f"{HERE}.numbers:check_attention", 60),
     Part("decoding", f"{HERE}.numbers:check_decoding", 45),
     Part("collectives", f"{HERE}.collectives:check_collectives", 45),
+    Part("preflight", f"{HERE}.processes:check_preflight", 60),
+    Part("processes", f"{HERE}.processes:start_processes", 10),
     _engine("zero-1 bf16"),
     _engine("zero-1 fp32", precision="fp32"),
     _engine("zero-1 bf16 compiled", 90, compiled=True),
@@ -49,8 +51,7 @@ CHECKS = (
     _engine("zero-0 bf16", zero_stage=0),
     _engine("zero-2 bf16", zero_stage=2),
     _engine("zero-3 bf16", zero_stage=3),
-    Part("preflight", f"{HERE}.processes:check_preflight", 60),
-    Part("stop and watchdog", f"{HERE}.processes:check_stop_and_watchdog", 90),
+    Part("stop and watchdog", f"{HERE}.processes:check_stop_and_watchdog", 120),
 )
 """What must be right: a few seconds each."""
 

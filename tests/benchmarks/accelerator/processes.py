@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tests.benchmarks.accelerator.common import CUDA, free_memory, write_shards
@@ -16,6 +19,7 @@ from tests.benchmarks.accelerator.report import Row, equal, known
 STOPPED, ENDED_BY_WATCHDOG = 75, 1
 SECONDS = 75.0
 """For one process, from its start."""
+HANGING = "hanging"
 HANG = """
 import sys, time, torch
 from pathlib import Path
@@ -77,24 +81,52 @@ def check_preflight() -> Iterator[Row]:
     yield equal("preflight: all-reduce", report["all_reduce_ok"], True)
 
 
+@dataclass
+class Processes:
+    """A run that will be stopped, and one that hangs; they start while the engines are checked."""
+
+    folder: Path
+    options: list[str]
+    train: "subprocess.Popen[bytes]"
+    hang: "subprocess.Popen[bytes]"
+
+
+@cache
+def processes() -> Processes:
+    """Starts both, once."""
+    folder = Path(tempfile.mkdtemp(prefix="check-accelerator-"))
+    (folder / HANGING).mkdir()
+    options = train_options(folder / "run", write_shards(folder / "shards", 64, 8))
+    with (folder / "train.log").open("w") as file:
+        train = start(["-m", "pipeline", "train", *options], alone(), file)
+    with (folder / "hang.log").open("w") as file:
+        hang = start(["-c", HANG, str(folder / HANGING)], alone(), file)
+    return Processes(folder, options, train, hang)
+
+
+def start_processes() -> Iterator[Row]:
+    """The start of what `check_stop_and_watchdog` follows."""
+    yield known("processes: started", f"{processes().train.pid} and {processes().hang.pid}")
+
+
 def check_stop_and_watchdog() -> Iterator[Row]:
     """A run that SIGUSR1 stops and saves, then resumes; beside it a hanging one, which its watchdog ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        run, hanging = Path(folder) / "run", Path(folder) / "hanging"
-        hanging.mkdir()
-        options = train_options(run, write_shards(Path(folder) / "shards", 64, 8))
-        with Path(folder, "train.log").open("w") as file, Path(folder, "hang.log").open("w") as other:
-            hang = start(["-c", HANG, str(hanging)], alone(), other)
-            train = start(["-m", "pipeline", "train", *options], alone(), file)
-            yield from _check_stop(train, run)
-            steps = len(rows(run)) + 5
-            train = start(["-m", "pipeline", "train", *options, f"--schedule.steps={steps}"], alone(), file)
-            yield equal("USR1: exit code of the resumed run", train.wait(SECONDS), 0)
-            yield equal("USR1: steps of the resumed run", rows(run)[-1]["step"], steps)
-            yield equal("watchdog: exit code", hang.wait(SECONDS), ENDED_BY_WATCHDOG)
-        stacks = [path.read_text() for path in hanging.glob("stacks/rank-*.txt")]
+    found = processes()
+    run = found.folder / "run"
+    try:
+        yield from _check_stop(found.train, run)
+        steps = len(rows(run)) + 5
+        with (found.folder / "resumed.log").open("w") as file:
+            train = start(["-m", "pipeline", "train", *found.options, f"--schedule.steps={steps}"], alone(), file)
+        yield equal("USR1: exit code of the resumed run", train.wait(SECONDS), 0)
+        yield equal("USR1: steps of the resumed run", rows(run)[-1]["step"], steps)
+        yield equal("watchdog: exit code", found.hang.wait(SECONDS), ENDED_BY_WATCHDOG)
+        stacks = [path.read_text() for path in found.folder.glob(f"{HANGING}/stacks/rank-*.txt")]
         yield equal("watchdog: stacks written", ["training at step 2" in text for text in stacks], [True])
-        print(Path(folder, "train.log").read_text(), Path(folder, "hang.log").read_text(), flush=True)
+    finally:
+        for log in sorted(found.folder.glob("*.log")):
+            print(f"-- {log.name}\n{log.read_text()}", flush=True)
+        shutil.rmtree(found.folder, ignore_errors=True)
 
 
 def _check_stop(train: "subprocess.Popen[bytes]", run: Path) -> Iterator[Row]:

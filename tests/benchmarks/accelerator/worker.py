@@ -84,6 +84,7 @@ def clear() -> None:
         torch._dynamo.reset()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def main(parts: Sequence[Part], end: float, pipe: int) -> None:
