@@ -6,7 +6,9 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,52 @@ def test_it_passes_at_toy_size(tmp_path: Path) -> None:
         assert any(part.name.split()[-1] in line or part.name in line for line in lines), part.name
     if "not run" not in lines[-1]:
         assert len(read_block_times(str(tmp_path / "block_times.json")).rows) == 4
+
+
+IMPORTS = """
+import sys
+from importlib.metadata import packages_distributions
+names = packages_distributions()  # before setuptools adds its own copies of some
+from torch.utils.tensorboard import SummaryWriter
+import pipeline.command_line, pipeline.operate.preflight.command, pipeline.train.loop, torchao.float8
+from pipeline.train.engine import pipeline, zero
+from tests.benchmarks.accelerator import block_times, cifar, collectives, engines, step_profile
+print(*sorted({name for module in sys.modules for name in names.get(module, ())}))
+"""
+BRING = ("torch", "transformers", "tensorboard", "accelerate", "scipy", "dill")
+"""What the accelerator's machine has, and what these import if it is there."""
+
+
+@pytest.mark.slow
+def test_the_wheels_are_all_that_is_missing_beside_torch_and_transformers() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, cwd=ROOT, check=True)
+    [carried] = re.findall(r"\^\((.+)\)==", recipe("accelerator-wheels"))
+    there = closure(BRING)
+    missing = [
+        name
+        for name in done.stdout.splitlines()[-1].split()
+        if re.sub("[-_.]+", "-", name).lower() not in there and not re.fullmatch(f"deepspeed|{carried}", name)
+    ]
+    assert not missing, missing
+
+
+def closure(names: Sequence[str]) -> set[str]:
+    """Packages, and all that they need."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = re.sub("[-_.]+", "-", left.pop()).lower()
+        if name not in found:
+            found.add(name)
+            with suppress(PackageNotFoundError):
+                left += [re.split(r"[^\w.-]", need)[0] for need in requires(name) or () if "extra ==" not in need]
+    return found
+
+
+def recipe(target: str, *options: str) -> str:
+    """The commands of a target of the Makefile."""
+    command = ["make", "--dry-run", target, *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
@@ -202,6 +250,4 @@ def test_a_part_of_a_shard_set_travels_as_an_archive(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(("options", "wanted"), [([], "3.12"), (["WHEELS_PYTHON=3.13"], "3.13")])
 def test_wheels_are_for_the_python_of_the_machine_at_hand(options: list[str], wanted: str) -> None:
-    command = ["make", "--dry-run", "accelerator-wheels", *options]
-    recipe = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
-    assert f"--python-version {wanted} " in recipe
+    assert f"--python-version {wanted} " in recipe("accelerator-wheels", *options)

@@ -36,7 +36,7 @@ def _engine(name: str, seconds: float = 45, **options: Any) -> Part:
 
 
 CHECKS = (
-    Part("machine", f"{HERE}.numbers:machine", 30),
+    Part("machine", f"{HERE}.numbers:machine", 90),  # imports torch from a cold disk
     Part("objectives", f"{HERE}.numbers:check_objectives", 45),
     Part("attention", f"{HERE}.numbers:check_attention", 60),
     Part("decoding", f"{HERE}.numbers:check_decoding", 45),
