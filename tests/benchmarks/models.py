@@ -12,7 +12,8 @@ from pipeline.checkpoint.fragments import Fragment, FragmentReader
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
-from pipeline.model.gpt import build_model, gpt2_config
+from pipeline.model.gpt import build_model
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Batch
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.deepspeed_config import new_optimizer

@@ -16,7 +16,8 @@ from pipeline.checkpoint.fragments import FragmentReader
 from pipeline.checkpoint.probe import PROBE_TOKENS
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from pipeline.model import objectives
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Batch
 from pipeline.train.engine.base import Engine
 from pipeline.train.engine.build import build_engine

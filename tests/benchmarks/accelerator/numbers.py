@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.config import ModelConfig
 from pipeline.model import attention, objectives
 from pipeline.model.decoding import Decoder
-from pipeline.model.gpt import build_model, gpt2_config, initialize
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.train.engine.build import check_torch_compiles
 from tests.benchmarks.accelerator.common import CUDA, DEVICE, TOY
 from tests.benchmarks.accelerator.report import Row, at_most, equal, known
