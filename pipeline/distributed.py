@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 """Where Linux lists PCI devices, with the CPUs that are close to each."""
 MOST_THREADS = 8
 """Threads of a rank beyond which distant CPUs are no better than few close ones: the GPU does the work."""
+_host_group: dist.ProcessGroup | None = None
+"""The group of `use_host_group`."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,19 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
+def use_host_group(group: dist.ProcessGroup) -> None:
+    """Makes the collectives below exchange small values from host to host in `group` (gloo, all ranks).
+
+    In the default group they would wait for all work of the accelerator. That group is used until this is called.
+    """
+    global _host_group
+    _host_group = group
+
+
+def all_reduce_max(values: list[float]) -> list[float]:
     """The maximum of each value over all ranks; for a flag, 1.0 if it is true on any rank."""
-    largest = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    largest = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_host_group)
     return largest.tolist()
 
 
@@ -140,7 +151,7 @@ def from_first(work: Callable[[], T]) -> T:
             failure = error
     if dist.is_initialized():
         outcome: list[Any] = [result, failure and _picklable(failure)]
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=_host_group)
         result, sent = outcome
         failure = failure or sent  # rank 0 raises the original error, with its traceback
     if failure is not None:
@@ -161,7 +172,7 @@ def _picklable(error: ValueError | OSError) -> ValueError | OSError:
 def gather(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank (a small picklable object)."""
     box: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=_host_group)
     return box
 
 
@@ -189,19 +200,30 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise reported_on_all_ranks(failure)
 
 
-def run_on_all_ranks(work: Callable[[], T], ranks: Ranks) -> T:
-    """Runs `work` on every rank and returns this rank's result. If it fails on any rank, every rank raises.
+@dataclass(frozen=True)
+class Attempt(Generic[T]):
+    """The result of work on this rank, or its error."""
 
-    A cheaper `raise_on_all_ranks` for every step: without an error it costs one small all-reduce.
-    """
-    result, failure = None, None
+    result: T | None = None
+    error: Exception | None = None
+
+    def value(self, failed: bool) -> T:
+        """The result; if the work `failed` on any rank, as the ranks have found out, every rank raises ValueError.
+
+        A cheaper `raise_on_all_ranks` for every step: ranks exchange their messages only after an error.
+        """
+        if failed:
+            with raise_on_all_ranks():
+                if isinstance(self.error, ValueError | OSError):
+                    raise self.error
+                if self.error is not None:
+                    raise ValueError(repr(self.error)) from self.error
+        return cast(T, self.result)
+
+
+def attempt(work: Callable[[], T]) -> Attempt[T]:
+    """Runs `work`; an error of any kind is kept, because the other ranks must not wait for this one."""
     try:
-        result = work()
-    except Exception as error:  # of any kind: the other ranks must not wait for this one
-        failure = error
-    [failed] = all_reduce_max([failure is not None], ranks.device)
-    if failed:
-        with raise_on_all_ranks():  # shares the message
-            if failure is not None:
-                raise failure if isinstance(failure, ValueError | OSError) else ValueError(repr(failure)) from failure
-    return cast(T, result)
+        return Attempt(work())
+    except Exception as error:
+        return Attempt(error=error)

@@ -76,6 +76,8 @@ class ParallelConfig:
     """Folder on a local NVMe disk of each node, to which ZeRO-3 offloads instead of to host memory; needs libaio."""
     recompute: bool = False
     """Activation checkpointing: recompute each block in the backward pass."""
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """Precision of gradients in messages between data-parallel ranks; bf16 halves them, and rounds each rank's sum."""
 
     def __post_init__(self) -> None:
         require_minimums("parallel", self, pipeline_stages=1, tensor_parallel=1)

@@ -18,12 +18,13 @@ from pipeline.checkpoint.metrics_log import SKIPPED_FILE, last_steps
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import (
+    Attempt,
     all_reduce_max,
+    attempt,
     describe_ranks,
     from_first,
     gather,
     raise_on_all_ranks,
-    run_on_all_ranks,
 )
 from pipeline.model.image_grid import completion_grid
 from pipeline.model.masks import Batch
@@ -41,10 +42,11 @@ from pipeline.train.health.step_filter import DESCRIPTIONS, StepFilter
 from pipeline.train.health.stop import StopRequests
 from pipeline.train.health.stragglers import SlowRanks
 from pipeline.train.health.watchdog import Watchdog, group_timeout
+from pipeline.train.monitor.peak_memory import peak_memory, peak_memory_table, use_expandable_segments
 from pipeline.train.monitor.profiler import Profiler
 from pipeline.train.monitor.startup import StartClock
 from pipeline.train.monitor.summary import Throughput, describe
-from pipeline.train.monitor.telemetry import StepClock, open_telemetry, peak_memory_bytes, peak_memory_table
+from pipeline.train.monitor.telemetry import StepClock, open_telemetry
 from pipeline.train.setup import Inputs, check_inputs, choose_kernels, choose_reader
 from pipeline.train.validation import spread, validation_loss
 
@@ -61,7 +63,9 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     start_clock = StartClock()
     start_clock.mark("imports")
     gc.freeze()  # DeepSpeed runs the garbage collector twenty times while it starts; imported modules are excluded
-    ranks, folder, stop = describe_ranks(), RunFolder(run), StopRequests(run)
+    use_expandable_segments()
+    ranks, folder = describe_ranks(), RunFolder(run)
+    stop = StopRequests(run, looks=ranks.is_first)
     with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
         folder.check(config, inputs.shards)
@@ -122,6 +126,8 @@ def finishing_saves(checkpoint_manager: CheckpointManager) -> Iterator[None]:
 class RankFlags(NamedTuple):
     """Values that the ranks all-reduce once a step, with max: a flag is 1 if it is set on any rank."""
 
+    read_failed: float
+    """Whether the images of the next step could not be read."""
     stopping: float
     telemetry_failed: float
     writing: float
@@ -131,6 +137,7 @@ class RankFlags(NamedTuple):
     data_wait: float
     """Seconds for which the slowest rank waited for data."""
     memory_bytes: float
+    reserved_bytes: float
 
 
 class Trainer:
@@ -165,21 +172,27 @@ class Trainer:
             logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels)}")
 
     def run(self) -> Progress:
-        """Trains until the last step or a request to stop. A step is recorded before it is saved."""
+        """Trains until the last step or a request to stop. A step is recorded before it is saved.
+
+        The host waits for the device only before a step's update (ConditionalStep). While the device computes the
+        update, the host reads the next batch, exchanges the flags and records the step.
+        """
         self.clock.start()
-        flags = self.sync_flags()
+        batch = self.read_batch(self.progress)
+        flags = self.sync_flags(batch)
         while self.progress.step < self.last_step and (self.save_pending or not flags.stopping):
             step = self.progress.step + 1
-            batch = self.read_batch(step)
-            result = self.train_step(step, batch, profile=bool(flags.profile))
+            result = self.train_step(step, batch.value(bool(flags.read_failed)), profile=bool(flags.profile))
+            done = Progress(step, self.progress.images + self.config.batch.size_at(step))
+            batch = self.read_batch(done)
             seconds, waited = self.clock.lap()
-            flags = self.sync_flags(waited)
+            flags = self.sync_flags(batch, waited)
             self.record(step, result, seconds, waited, flags)
             if flags.telemetry_failed:
                 self.telemetry.raise_failure()
             if not flags.writing:
                 self.checkpoint_manager.finish()
-            self.progress = Progress(step, self.progress.images + self.config.batch.size_at(step))
+            self.progress = done
             save_now = self.decide_to_save(flags)
             self.compare_replicas(save_now)
             with self.clock.paused():
@@ -190,30 +203,32 @@ class Trainer:
         self.close(flags)
         return self.progress
 
-    def sync_flags(self, data_wait: float = 0.0) -> RankFlags:
+    def sync_flags(self, batch: Attempt[Batch], data_wait: float = 0.0) -> RankFlags:
         """All-reduces the flags of all ranks; data_wait: seconds for which this rank waited for data."""
+        memory = peak_memory(self.ranks.device)
         own = RankFlags(
+            read_failed=batch.error is not None,
             stopping=self.stop.pending(),
             telemetry_failed=self.telemetry.failure is not None,
             writing=self.checkpoint_manager.writing(),
             save_overdue=self.checkpoint_manager.overdue(),
             profile=self.profiler.requested(),
             data_wait=data_wait,
-            memory_bytes=peak_memory_bytes(self.ranks.device),
+            memory_bytes=memory.used,
+            reserved_bytes=memory.reserved,
         )
-        return RankFlags(*all_reduce_max(list(own), self.ranks.device))
+        return RankFlags(*all_reduce_max(list(own)))
 
-    def read_batch(self, step: int) -> Batch:
-        """This rank's share of the step's images; if reading fails on any rank, every rank raises."""
-
-        def read() -> Batch:
-            self.watchdog.enter("reading", step)
-            size = self.config.batch.size_at(step)
-            batch = self.clock.wait_for(partial(self.batches.at, self.progress.images, size))
-            self.watchdog.enter("exchanging read errors", step)  # ranks that have read wait here for the others
-            return batch
-
-        return run_on_all_ranks(read, self.ranks)
+    def read_batch(self, done: Progress) -> Attempt[Batch]:
+        """This rank's share of the images of the step after `done`; of nothing, if that was the last step."""
+        step = done.step + 1
+        if step > self.last_step:
+            return Attempt()
+        self.watchdog.enter("reading", step)
+        size = self.config.batch.size_at(step)
+        batch = attempt(lambda: self.clock.wait_for(partial(self.batches.at, done.images, size)))
+        self.watchdog.enter("exchanging flags", max(done.step, self.first_step))  # here ranks wait for those that read
+        return batch
 
     def train_step(self, step: int, batch: Batch, profile: bool) -> StepResult:
         """Forward pass, backward pass, and the update unless the step filter skips it."""
@@ -240,6 +255,7 @@ class Trainer:
             **self.throughput.rates(size, seconds),
             "data_wait": flags.data_wait / seconds,
             "memory_bytes": flags.memory_bytes,
+            "reserved_bytes": flags.reserved_bytes,
         }
         self.telemetry.training_step(row)
         if step == self.first_step:
@@ -316,7 +332,7 @@ class Trainer:
         self.watchdog.enter("ending", self.progress.step)
         self.checkpoint_manager.finish()
         self.telemetry.log(self.profiler.close(self.progress.step))
-        self.telemetry.log(peak_memory_table(gather(peak_memory_bytes(self.ranks.device))))
+        self.telemetry.log(peak_memory_table(self.ranks.device, gather(peak_memory(self.ranks.device))))
         if flags.stopping:
             self.stop.acknowledge()
         self.batches.close()

@@ -60,11 +60,13 @@ expected = "FileNotFoundError", "[Errno 2] No such file or directory: '/nowhere/
 assert outcome(lambda: from_first(missing)) == expected
 assert outcome(lambda: guarded(1)) == ("ValueError", "rank 1 failed", True)
 assert outcome(lambda: guarded(None)) is None
-assert outcome(lambda: run_on_all_ranks(lambda: fail_on(None), ranks)) == ranks.rank
-kind, message, everywhere = outcome(lambda: run_on_all_ranks(lambda: fail_on(1, RuntimeError), ranks))
+assert outcome(lambda: attempt(lambda: fail_on(None)).value(failed=False)) == ranks.rank
+tried = attempt(lambda: fail_on(1, RuntimeError))
+[failed] = all_reduce_max([tried.error is not None])
+kind, message, everywhere = outcome(lambda: tried.value(bool(failed)))
 assert (kind, everywhere) == ("ValueError", True) and "rank 1 failed" in message
 assert first_message(None if ranks.rank == 0 else "of 1") == "of 1"
-assert all_reduce_max([float(ranks.rank), -float(ranks.rank)], ranks.device) == [1.0, 0.0]
+assert all_reduce_max([float(ranks.rank), -float(ranks.rank)]) == [1.0, 0.0]
 """
 
 

@@ -26,7 +26,7 @@ def build_engine(config: TrainConfig, model_config: GPT2Config, ranks: Ranks, in
 
 def check_machine(config: TrainConfig, device: torch.device) -> None:
     """Raises ValueError naming the key if this machine lacks a compiler, a disk or float8 products that are needed."""
-    offload.check_compilers(config.parallel)
+    offload.check_compilers(config.parallel, device)
     if config.compile is True:
         check_torch_compiles(device)
     if config.precision == "fp8":

@@ -23,11 +23,12 @@ from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine import offload, snapshot
 from pipeline.train.engine.base import NOT_FINITE, Accept, Engine, StepDecision, StepResult, accept_finite
 from pipeline.train.engine.compilation import RecompileWatch, is_on
-from pipeline.train.engine.deepspeed_config import new_optimizer
+from pipeline.train.engine.deepspeed_config import clips_in_update, new_optimizer
 from pipeline.train.engine.forward_timer import ForwardTimer
 
 CHECKSUM_ELEMENTS = 1 << 24
 """Elements summed at a time."""
+CLIP_EPSILON = 1e-6
 
 
 class DeepSpeedEngine(Engine):
@@ -49,15 +50,22 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         """Initializes DeepSpeed with the module and an optimizer of the named parameters."""
         optimizer = new_optimizer(self._config, parameters)
-        self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm)
+        clip_norm = self._config.optimizer.clip_norm if clips_in_update(self._config) else 0.0
+        self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm, clip_norm)
         internals.import_muon_uncompiled()
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory tables and layers
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        internals.stop_timers(self._engine)
+        internals.remove_repeated_passes(self._engine)
+        internals.reduce_without_waiting(self._engine.optimizer)
         self._timer = ForwardTimer(self._engine.module, self._ranks.device)
 
     @abstractmethod
-    def _train(self, batch: Batch) -> float:
-        """Runs forward and backward passes and the optimizer step: mean nats per token over the global batch."""
+    def _train(self, batch: Batch) -> torch.Tensor:
+        """Runs forward and backward passes and the optimizer step: mean nats per token over the global batch (1,).
+
+        The host need not wait for it.
+        """
 
     @abstractmethod
     def _loss_and_norm(self) -> tuple[float, float]:
@@ -105,12 +113,19 @@ class DeepSpeedEngine(Engine):
 class ConditionalStep:
     """Replaces the optimizer's `step`: applies the update only if `accept` decides so from loss and gradient norm.
 
-    This is where a step is skipped.
+    This is where a step is skipped, and the only place of a step where the host waits for loss and gradient norm: the
+    decision must be known before the update, so that no non-finite step is ever applied.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, observe: Callable[[], tuple[float, float]]) -> None:
-        """observe: returns the loss and gradient norm of the step, once all gradients are computed."""
-        self._optimizer, self._observe, self._update = optimizer, observe, optimizer.step
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, observe: Callable[[], tuple[float, float]], clip_norm: float = 0.0
+    ) -> None:
+        """observe: returns the loss and gradient norm of the step, once all gradients are computed.
+
+        clip_norm: the norm to which the fused update itself clips, without another pass over the gradients; 0: it
+        doesn't clip, because DeepSpeed has clipped the gradients, or because nothing is clipped.
+        """
+        self._optimizer, self._observe, self._update, self._clip_norm = optimizer, observe, optimizer.step, clip_norm
         self._accept: Accept | None = None
         self._decision: StepDecision | None = None
         self._seen = (nan, nan)
@@ -120,19 +135,31 @@ class ConditionalStep:
         """Call before each step. Before the first call every update is applied, for DeepSpeed's setup."""
         self._accept, self._decision, self._seen = accept, None, (nan, nan)
 
-    def result(self, loss: float) -> StepResult:
-        """The result of the last step. If DeepSpeed itself rejected a non-finite gradient, it never called `step`."""
-        norm = self._seen[1]
+    def result(self, loss: torch.Tensor) -> StepResult:
+        """The result of the last step. If DeepSpeed itself rejected a non-finite gradient, it never called `step`.
+
+        loss: one element; read only in that case, because reading it waits for the update.
+        """
         apply, reason = self._decision or StepDecision(False, NOT_FINITE)
-        return StepResult(loss, norm if norm >= 0 else nan, apply, reason)
+        seen, norm = self._seen if self._decision else (loss.item(), nan)
+        return StepResult(seen, norm if norm >= 0 else nan, apply, reason)
 
     def _step(self) -> None:
         """DeepSpeed calls this once for each parameter group; the first call decides."""
         if self._accept is not None and self._decision is None:
             self._seen = self._observe()
             self._decision = self._accept(*self._seen)
+            self._clip(self._seen[1])
         if self._decision is None or self._decision.apply:
             self._update()
+
+    def _clip(self, norm: float) -> None:
+        """Makes the fused update divide gradients by the excess of their norm, with DeepSpeed's epsilon."""
+        excess = (norm + CLIP_EPSILON) / self._clip_norm if self._clip_norm else 0.0
+        scale = None
+        if excess > 1:
+            scale = torch.tensor(excess, dtype=torch.float32).to(self._optimizer.param_groups[0]["params"][0].device)
+        self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -18,10 +18,63 @@ Output = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def skip_shared_memory_collective() -> None:
-    """Disables an optional optimization of DeepSpeed that needs a C++ compiler when the process group starts."""
+    """Disables an optional optimization of DeepSpeed on CPU that needs a C++ compiler when the process group starts.
+
+    The first access to `__compatible_ops__` would try the compilers of all ops; no other part of DeepSpeed reads it.
+    """
     from deepspeed import ops
 
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ops.__dict__.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def stop_timers(engine: Any) -> None:
+    """Replaces DeepSpeed's timers: the pipeline engine's records two CUDA events a step and never deletes them."""
+    from deepspeed.utils.timer import NoopTimer
+
+    engine.timers = NoopTimer()
+
+
+def remove_repeated_passes(engine: Any) -> None:
+    """Removes passes over all gradients that change nothing: 12 bytes a parameter and step in bf16 with ZeRO-1.
+
+    There the gradients are one flat fp32 tensor per parameter group (BF16_Optimizer). DeepSpeed copies it to itself
+    after an all-reduce, also on one rank, and sets it to zero twice.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    reduce_and_copy, optimizer = engine.allreduce_and_copy, engine.optimizer
+
+    def all_reduce_in_place(bucket: list[torch.Tensor], group: Any, ranks: float | None = None) -> None:
+        size = dist.get_world_size(group)
+        if len(bucket) == 1 and bucket[0].dtype == engine.communication_data_type and size > 1:
+            dist.all_reduce(bucket[0], group=group)
+            bucket[0].mul_(1 / (ranks or size))
+        elif size > 1:
+            reduce_and_copy(bucket, group, ranks)
+
+    engine.allreduce_and_copy = all_reduce_in_place
+    if isinstance(optimizer, BF16_Optimizer):  # its `step` has cleared the fp32 gradients
+        optimizer.zero_grad = lambda set_to_none=True: optimizer.clear_lp_grads(set_to_none)
+
+
+def reduce_without_waiting(optimizer: Any) -> None:
+    """Makes a ZeRO-1 or 2 optimizer reduce gradients to their owners without waiting for the device before each.
+
+    DeepSpeed waits there in order to free gradients that were reduced before, which it only collects without
+    contiguous_gradients; its all-reduce of a bucket, in the same stream and into the same buffers, does not wait.
+    """
+    if not getattr(optimizer, "overlap_comm", False) or not getattr(optimizer, "contiguous_gradients", False):
+        return
+    reduce_and_copy = optimizer.allreduce_and_copy
+
+    def in_current_stream(*arguments: Any, **options: Any) -> None:
+        optimizer.overlap_comm = False  # the caller has made the reduction's stream the current one
+        try:
+            reduce_and_copy(*arguments, **options)
+        finally:
+            optimizer.overlap_comm = True
+
+    optimizer.allreduce_and_copy = in_current_stream
 
 
 def import_muon_uncompiled() -> None:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from pipeline.config import ParallelConfig
 
 FOLDER = "image-gpt-rank-"
@@ -48,8 +50,8 @@ def clear_own_folder() -> None:
         _own_folder = None
 
 
-def check_compilers(parallel: ParallelConfig) -> None:
-    """Raises ValueError if offloading can't compile its extensions here, or can't use its folder."""
+def check_compilers(parallel: ParallelConfig, device: torch.device) -> None:
+    """Raises ValueError if offloading can't compile its extensions here for `device`, or can't use its folder."""
     what = parallel.offload
     if what == "none":
         return
@@ -61,16 +63,22 @@ def check_compilers(parallel: ParallelConfig) -> None:
             f"install it, or set parallel.offload to none."
         )
     if parallel.nvme_path is not None:
-        _check_nvme(Path(parallel.nvme_path))
+        _check_nvme(Path(parallel.nvme_path), device)
 
 
-def _check_nvme(folder: Path) -> None:
+def _check_nvme(folder: Path, device: torch.device) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"parallel.nvme_path is {folder}; it must be a writable folder on a local disk of each node.")
     if not _takes_direct_writes(folder):
         raise ValueError(
             f"parallel.nvme_path is {folder}, whose file system has no direct writes (O_DIRECT), like a tmpfs; "
             f"name a folder on a local disk, or set it to null to offload to host memory."
+        )
+    if device.type == "cuda" and lacks_cuda_toolkit():
+        raise ValueError(
+            f"parallel.nvme_path is {folder}; DeepSpeed compiles its reader and writer with the CUDA toolkit, which is "
+            f"not found; install it or load its module and set CUDA_HOME to its folder, or set parallel.nvme_path to "
+            f"null to offload to host memory."
         )
     if not has_libaio():
         raise ValueError(
@@ -85,6 +93,14 @@ def has_libaio() -> bool:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     return bool(AsyncIOBuilder().is_compatible())
+
+
+def lacks_cuda_toolkit() -> bool:
+    """Whether torch's compiler of extensions finds no CUDA, which DeepSpeed's JIT build requires; ROCm has its own."""
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    return torch.version.hip is None and (home is None or not Path(home).is_dir())
 
 
 def _takes_direct_writes(folder: Path) -> bool:

@@ -114,8 +114,8 @@ class PipelineEngine(DeepSpeedEngine):
         """The parameters of this stage's layers, with their names in the complete model."""
         return [(name, parameter) for name, parameter in self._model.named_parameters() if not parameter.is_meta]
 
-    def _train(self, batch: Batch) -> float:
-        return float(self._engine.train_batch(self._micro_batches(batch)))
+    def _train(self, batch: Batch) -> torch.Tensor:
+        return self._engine.train_batch(self._micro_batches(batch))
 
     def _loss_and_norm(self) -> tuple[float, float]:
         return internals.mean_loss_of_stages(self._engine), internals.gradient_norm(self._engine)

@@ -4,12 +4,14 @@ import logging
 import os
 import socket
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import Ranks, bind_to_close_cpus, integer_variable
+from pipeline.distributed import Ranks, bind_to_close_cpus, integer_variable, use_host_group
 from pipeline.train.engine.deepspeed_internals import read_free_memory_from_cuda, skip_shared_memory_collective
 
 logger = logging.getLogger(__name__)
@@ -19,10 +21,13 @@ START_TIMEOUT = timedelta(minutes=10)
 HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 LONGEST_HEARTBEAT = 2_000_000
 """Seconds, 23 days; torch converts them to milliseconds in 32 bits."""
+LOCAL_NAMES = ("localhost", "127.0.0.1")
+SOME_ADDRESS = "192.0.2.1"
+"""An address of the Internet that nobody has (RFC 5737)."""
 
 
 def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Starts DeepSpeed's process group: NCCL on CUDA, gloo on CPU. Neither needs a compiler.
+    """Starts DeepSpeed's process group, NCCL on CUDA, gloo on CPU, and a group of the hosts. None needs a compiler.
 
     timeout: of a collective, in this group and in the groups that DeepSpeed creates. It must be longer than the
     watchdog's limit, so that the watchdog reports the missing ranks first.
@@ -38,18 +43,49 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
     deepspeeds_logger.handlers.clear()  # its records go through this project's handler
     deepspeeds_logger.propagate = True
     deepspeeds_logger.setLevel(logging.getLogger().level)
-    skip_shared_memory_collective()
+    if ranks.device.type == "cpu":
+        skip_shared_memory_collective()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
         bind_to_close_cpus(ranks.device)
         set_heartbeat_timeout(timeout, ranks)
         read_free_memory_from_cuda()
+    choose_gloo_interface(os.environ["MASTER_ADDR"])
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=START_TIMEOUT, verbose=False)
     dist.distributed_c10d._set_pg_timeout(timeout)
     # DeepSpeed creates groups without a timeout; NCCL's default of ten minutes is shorter than the watchdog's limit.
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    start_host_group(timeout)
+
+
+def start_host_group(timeout: timedelta) -> None:
+    """Starts the gloo group in which the hosts exchange flags, errors and other small values."""
+    use_host_group(dist.new_group(backend="gloo", timeout=timeout))
+
+
+def choose_gloo_interface(master: str) -> None:
+    """Sets gloo's network interface to that which leads to rank 0, unless a user has set one.
+
+    gloo would take the address of this machine's own name, which many distributions map to 127.0.1.1: other machines
+    can't reach that. On rank 0 `master` may be that name; then the default route decides.
+    """
+    for target in () if master in LOCAL_NAMES else (master, SOME_ADDRESS):
+        if interface := interface_towards(target):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            return
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface that leads to another machine; None without a route, or if it is this machine alone."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((host, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if not own.startswith("127.") and any(address.address == own for address in addresses):
+                return name
+    return None
 
 
 def set_heartbeat_timeout(timeout: timedelta, ranks: Ranks) -> None:

@@ -70,7 +70,7 @@ class ZeroEngine(DeepSpeedEngine):
             held.setdefault(self.work if name in self._coordinates.parts else REPLICATED, []).append(parameter)
         return {name: weights_checksum(parameters) for name, parameters in held.items()}
 
-    def _train(self, batch: Batch) -> float:
+    def _train(self, batch: Batch) -> torch.Tensor:
         self._engine.train()
         internals.restart_accumulation(self._engine)
         count = len(batch) // self._config.batch.micro_size
@@ -83,7 +83,7 @@ class ZeroEngine(DeepSpeedEngine):
                 self._loss = mean_over_ranks(total / count)  # read with the norm: one synchronization a step
                 self._own_norm = self._clip() if self._config.parallel.zero_stage == 0 else None
             self._engine.step()
-        return self._loss.item()
+        return self._loss
 
     def _forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """fp32 (B,): mean nats of each image's predicted tokens."""

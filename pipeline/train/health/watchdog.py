@@ -21,7 +21,7 @@ from pipeline.distributed import Ranks
 STACKS = "stacks"
 SLOW_PHASE_FACTOR = 3
 """How many times the limit the first step (it compiles and connects) and phases other than a step may take."""
-STEP_PHASES = ("reading", "exchanging read errors", "training")
+STEP_PHASES = ("reading", "exchanging flags", "training")
 """Phases of a step; other phases, and the first step, may take SLOW_PHASE_FACTOR times as long."""
 GRACE_SECONDS = 5.0
 """Seconds between writing this rank's stacks and reading those of the other ranks."""

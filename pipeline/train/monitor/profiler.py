@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import ProfileConfig
 from pipeline.distributed import Ranks
+from pipeline.train.health.stop import RequestFile
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +29,20 @@ class Profiler:
 
     def __init__(self, run: Path, config: ProfileConfig, ranks: Ranks) -> None:
         self._run, self._config, self._ranks = run, config, ranks
+        self._request = RequestFile(run / REQUEST_FILE, looks=ranks.is_first)
         self._window: profile | None = None
         self._left, self._first, self._began = 0, 0, 0.0
 
     def requested(self) -> bool:
-        """Whether this rank sees the file PROFILE; the loop all-reduces the answer."""
-        return self._window is None and (self._run / REQUEST_FILE).exists()
+        """Whether rank 0 sees the file PROFILE; the loop all-reduces the answer."""
+        return self._window is None and self._request.found()
 
     def before(self, step: int, requested: bool) -> None:
         """Starts the window before a step, if it is due or requested on any rank."""
         if self._window is not None or not (requested or (self._config.steps and step == self._config.first_step)):
             return
-        if requested and self._ranks.is_first:
-            (self._run / REQUEST_FILE).unlink(missing_ok=True)
+        if requested:
+            self._request.delete()
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._ranks.device.type == "cuda" else [])]
         self._window = profile(activities=kinds)
         self._left, self._first, self._began = self._config.steps or 3, step, time.perf_counter()

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
-import torch
 
 from data_prep.common.files import atomic_write
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, drop_rows_after, to_line
@@ -155,18 +153,6 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: allocated on the accelerator, or resident on the host."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_memory_table(bytes_of_ranks: list[int]) -> str:
-    """The peak memory of every rank, in one line."""
-    return "peak memory, MB, by rank: " + ", ".join(f"{size / 1e6:,.0f}" for size in bytes_of_ranks)
-
-
 class StepClock:
     """Times each step, and how long the loop waited for data in it."""
 
@@ -181,14 +167,15 @@ class StepClock:
         """Runs `read` and counts its time as waiting for data."""
         start = time.perf_counter()
         result = read()
-        self._waited = time.perf_counter() - start
+        self._waited += time.perf_counter() - start
         return result
 
     def lap(self) -> tuple[float, float]:
         """Seconds since the last lap, and seconds of these spent waiting for data."""
         now = time.perf_counter()
-        seconds, self._start = now - self._start, now
-        return seconds, self._waited
+        seconds, waited = now - self._start, self._waited
+        self._start, self._waited = now, 0.0
+        return seconds, waited
 
     @contextmanager
     def paused(self) -> Iterator[None]:

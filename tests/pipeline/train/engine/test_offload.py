@@ -7,7 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
+from pipeline.config import ParallelConfig
+from pipeline.train.engine import offload
 from tests.launch import run, start
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.engine.test_topologies import FP32_TOLERANCE, RATE
@@ -122,3 +126,37 @@ def test_a_machine_without_libaio_is_told_so(runner: Runner, tmp_path: Path, mon
     assert finished.codes == [2]
     assert f"parallel.nvme_path is {tmp_path}; DeepSpeed reads and writes it through libaio" in finished.output
     assert not (runner.folder / "run").exists()
+
+
+@pytest.mark.parametrize("home", [None, "/nowhere"])
+def test_nvme_on_cuda_needs_the_toolkit(home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+    monkeypatch.setattr(shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(offload, "has_libaio", lambda: True)
+    monkeypatch.setattr(offload, "_takes_direct_writes", lambda folder: True)
+    parallel = ParallelConfig(zero_stage=3, offload="optimizer", nvme_path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^parallel.nvme_path is /.*CUDA toolkit.*set CUDA_HOME to its folder"):
+        offload.check_compilers(parallel, torch.device("cuda"))
+    offload.check_compilers(parallel, torch.device("cpu"))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    offload.check_compilers(parallel, torch.device("cuda"))
+
+
+ONE_OP = """
+import subprocess
+from pipeline.distributed import describe_ranks
+from pipeline.train.engine import process_group
+probed = []
+subprocess.Popen.__init__, start = lambda *a, **k: probed.append(a[1]) or start(*a, **k), subprocess.Popen.__init__
+from deepspeed.ops.op_builder import builder
+builder.probe_is_compatible = lambda op: probed.append(op)
+import deepspeed.ops
+process_group.start_group(describe_ranks())
+assert not probed, probed
+assert deepspeed.ops.__compatible_ops__ == {"deepspeed_shm_comm": False}
+"""
+
+
+def test_no_compiler_is_tried_at_the_start(tmp_path: Path) -> None:
+    finished = run(1, "-c", ONE_OP, logs=tmp_path)
+    assert finished.codes == [0], finished.output

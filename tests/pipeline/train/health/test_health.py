@@ -15,7 +15,7 @@ from pipeline.train.data.batches import ImageOrder
 from pipeline.train.engine.base import StepResult
 from pipeline.train.health.step_filter import StepFilter
 from pipeline.train.health.watchdog import describe
-from tests.launch import SECONDS, Finished, finish, start
+from tests.launch import SECONDS, Finished, finish, run, start
 from tests.pipeline.conftest import Runner
 
 
@@ -296,3 +296,25 @@ def test_invalid_input_is_reported_once_a_node(runner: Runner) -> None:
     finished = runner.train("run", 2, precision="fp16")
     assert finished.codes == [2, 2]
     assert "\n".join(finished.outputs).count("precision is 'fp16'") == 1
+
+
+COUNTED = """
+import runpy
+import torch, torch.distributed as dist
+reduce = dist.all_reduce
+
+def reported(values, *arguments, **options):
+    if values.dtype == torch.float64:
+        print("flags are exchanged", flush=True)
+    return reduce(values, *arguments, **options)
+
+dist.all_reduce = reported
+runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_flags_are_exchanged_once_a_step(runner: Runner) -> None:
+    arguments = runner.arguments("run", schedule__steps=5, validation__every_steps=0)
+    finished = run(1, "-c", COUNTED, *arguments[2:], logs=runner.folder / "logs")
+    assert finished.codes == [0], finished.output
+    assert finished.output.count("flags are exchanged") == 6  # and once before the first step
