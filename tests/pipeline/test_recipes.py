@@ -9,6 +9,7 @@ import torch
 from pipeline.command_line import parse_training
 from pipeline.model.gpt import build_model
 from pipeline.model.gpt_config import gpt2_config
+from tests.benchmarks import recipe_scale
 from tests.launch import ROOT, run
 
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "demo.yaml")
@@ -27,7 +28,7 @@ def test_all_sizes_are_there() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_a_lab_record(path: Path) -> None:
     text = header(path)
-    for word in ("Model", "Schedule", "Cost", "Expect", "Fits", "Command"):
+    for word in ("Model", "Schedule", "Cost", "Expect", "Fits", "Scale", "Command"):
         assert re.search(rf"^# {word} ", text, re.MULTILINE), word
     assert f"configs/{path.name}" in text
     assert "Chen et al., ICML 2020" in text
@@ -49,6 +50,41 @@ def test_a_recipe_fits_where_it_says(path: Path, tmp_path: Path) -> None:
     options = ["--config", path, "--accelerator", where[2], "--ranks", where[1]]
     finished = run(1, "-m", "pipeline", "plan", *options, logs=tmp_path)
     assert finished.codes == [0], finished.output
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_asks_for_no_more_accelerators_than_it_uses_well(path: Path) -> None:
+    """In `Fits`, in the job script on nodes of 8, and in the page's table."""
+    most = most_accelerators(path)
+    where = re.search(r"^# Fits +(\d+) x", header(path), re.MULTILINE)
+    assert where
+    assert int(where[1]) <= most
+    script = ROOT / f"slurm/pretrain_{path.stem.removeprefix('igpt_')}.sh"
+    if script.exists():
+        nodes = re.search(r"^#SBATCH --nodes=(\d+)", script.read_text(), re.MULTILINE)
+        assert nodes
+        assert 8 * int(nodes[1]) <= most
+    if path.stem in recipe_scale.RECIPES:
+        row = re.search(rf"^\| \[{path.stem}\].* (\d+) \|$", (ROOT / "configs/README.md").read_text(), re.MULTILINE)
+        assert row
+        assert int(row[1]) == most
+
+
+def most_accelerators(path: Path) -> int:
+    """The number in the header's line `Scale`."""
+    scale = re.search(r"^# Scale +up to (\d+) H100s", header(path), re.MULTILINE)
+    assert scale
+    return int(scale[1])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=() if name == "igpt_l" else pytest.mark.slow) for name in recipe_scale.RECIPES],
+)
+def test_the_number_of_accelerators_that_a_recipe_uses_well_is_planned(recipe: str) -> None:
+    most = most_accelerators(ROOT / f"configs/{recipe}.yaml")
+    days_on = {number: recipe_scale.days(recipe, number) for number in recipe_scale.NUMBERS if number <= 2 * most}
+    assert recipe_scale.used_well(days_on) == most
 
 
 @pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
