@@ -100,9 +100,9 @@ def model_rates(_: Path) -> Iterator[str]:
     yield HEAD
     for case in (fp32, bf16):
         what = f"training step, 3.5M parameters, {case.precision}, ZeRO-1"
-        yield _row(what, case, models.our_step(case, ranks), "the same in plain torch", models.plain_step(case))
+        yield _row(what, case, models.OurStep(case, ranks), "the same in plain torch", models.plain_step(case))
     what = "training step, 3.5M parameters, bf16, compiled blocks"
-    step = models.our_step(compiled, ranks)
+    step = models.OurStep(compiled, ranks)
     yield _row(what, compiled, step, "GPT-2, compiled blocks", models.gpt_step(compiled))
     by_trainer = models.image_gpt_step(replace(compiled, compiled=False))
     yield _row(what, compiled, step, "HF ImageGPT, as Trainer does", by_trainer)

@@ -1,7 +1,10 @@
 """What is done with a model, by us and by peers: training steps, completions, features; on CPU and accelerators."""
 
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,12 +106,23 @@ def drawn_model(case: Case, config: GPT2Config | None = None) -> torch.nn.Module
     return model
 
 
-def our_step(case: Case, ranks: Ranks) -> Step:
+class OurStep:
     """A step through the engine, the update included; needs the process group."""
-    engine = build_engine(case.training(), case.config, ranks, initial=False)
-    engine.restore(DrawnWeights(case.config), 0)
-    tokens = case.tokens()
-    return lambda: engine.step(Batch(tokens), 1e-4)
+
+    def __init__(self, case: Case, ranks: Ranks, learning_rate: float = 1e-4) -> None:
+        self._engine: Any = build_engine(case.training(), case.config, ranks, initial=False)
+        self._engine.restore(DrawnWeights(case.config), 0)
+        self._batch, self._learning_rate = Batch(case.tokens()), learning_rate
+
+    def __call__(self) -> float:
+        """The loss before the update."""
+        return self._engine.step(self._batch, self._learning_rate).loss
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks on gradients, which keep its engine's memory even when nothing else does."""
+        with redirect_stdout(StringIO()):
+            self._engine._engine.destroy()
+        self._engine.close()
 
 
 def plain_step(case: Case) -> Step:

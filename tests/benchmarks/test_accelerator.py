@@ -71,6 +71,7 @@ def test_what_raises_dies_hangs_or_loses_the_device_costs_its_own_line(tmp_path:
         assert reason in text
     log = (tmp_path / "worker.log").read_text()
     assert "in stuck" in log  # its stack, though it held the GIL
+    assert len(set(re.findall(r"process (\d+)", log))) == 4  # one for all parts, and one after each that ended it
     assert lines[-1] == "6 ok, 6 FAIL"
 
 
@@ -187,15 +188,22 @@ def test_what_does_not_fit_is_gone_before_half_of_it_is_tried(monkeypatch: pytes
     assert [images for images, _ in tried] == [8, 4, 2, 2]
 
 
-def test_a_step_that_runs_out_of_memory_is_halved_too() -> None:
-    def make(case: Case) -> Step:
-        def step() -> None:
-            if case.images > 4:
+def test_a_step_that_runs_out_of_memory_is_closed_and_halved_too() -> None:
+    closed: list[int] = []
+
+    class Step:
+        def __init__(self, case: Case) -> None:
+            self.images = case.images
+
+        def __call__(self) -> None:
+            if self.images > 4:
                 raise torch.OutOfMemoryError("too large")
 
-        return step
+        def close(self) -> None:
+            closed.append(self.images)
 
-    assert fit(SMALL, make)[0].images == 4
+    case, step = fit(SMALL, Step)
+    assert (case.images, step.images, closed) == (4, 4, [8])  # type: ignore[attr-defined]
 
 
 def test_weights_are_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,6 @@ import torch
 
 from pipeline import costs
 from pipeline.model import attention
-from pipeline.model.masks import Batch
-from pipeline.train.engine.build import build_engine
 from tests.benchmarks import models
 from tests.benchmarks.accelerator.common import (
     CUDA,
@@ -45,14 +43,24 @@ def fit(case: Case, make: Callable[[Case], Step]) -> tuple[Case, Step]:
 
 
 def _started(step: Step) -> Step:
-    step()
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        close(step)
+        raise
     return step
+
+
+def close(step: Step) -> None:
+    """Frees what a step holds beside the memory that Python frees."""
+    getattr(step, "close", lambda: None)()
 
 
 def rates(case: Case, make: Callable[[Case], Step]) -> tuple[Case, float]:
     """Images a second of a step."""
     case, step = fit(case, make)
     [rate] = best(case.images, step, turns=TURNS)
+    close(step)
     return case, rate
 
 
@@ -79,7 +87,7 @@ def title(size: str) -> str:
 
 def ours(case: Case) -> Step:
     """Through the engine."""
-    return models.our_step(case, start_alone())
+    return models.OurStep(case, start_alone())
 
 
 def peers(size: str) -> Iterator[Row | str]:
@@ -134,10 +142,11 @@ def float8_l() -> Iterator[Row | str]:
 
 def loss_curve(case: Case, steps: int) -> list[float]:
     """The losses of some steps on one batch."""
-    engine = build_engine(case.training(), case.config, start_alone(), initial=False)
     torch.manual_seed(0)
-    engine.restore(models.DrawnWeights(case.config), 0)
-    return [engine.step(Batch(case.tokens()), 1e-3).loss for _ in range(steps)]
+    step = models.OurStep(case, start_alone(), learning_rate=1e-3)
+    losses = [step() for _ in range(steps)]
+    step.close()
+    return losses
 
 
 def sampling() -> Iterator[Row | str]:

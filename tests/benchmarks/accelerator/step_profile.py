@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.model import attention
 from tests.benchmarks.accelerator.common import CUDA, OUT, case_of, start_alone, synchronize, use_fastest_attention
 from tests.benchmarks.accelerator.report import Row, known
-from tests.benchmarks.accelerator.speed import STEPS, fit, ours, rate_row
+from tests.benchmarks.accelerator.speed import STEPS, close, fit, ours, rate_row
 
 MEASURED = 8
 """Steps, the last of which is profiled."""
@@ -48,6 +48,7 @@ def train_l() -> Iterator[Row | str]:
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
     with profile(activities=kinds) as window:
         wall = _seconds(step)
+    close(step)
     by = "self_device_time_total" if CUDA else "self_cpu_time_total"
     (OUT / "profile.txt").write_text(window.key_averages().table(sort_by=by, row_limit=80, max_name_column_width=120))
     yield "\n| a step of iGPT-L | ms | share |\n|---|---|---|"

@@ -43,7 +43,7 @@ def work(parts: Sequence[Part], end: float, pipe: TextIO) -> int:
 
 def _run(part: Part, send: Any) -> bool:
     """Sends what a part yields, and a failed row for what it raises."""
-    print(f"\n== {part.name}", file=sys.stderr, flush=True)
+    print(f"\n== {part.name}, process {os.getpid()}", file=sys.stderr, flush=True)
     since = time.monotonic()
     try:
         for found in part.run():
