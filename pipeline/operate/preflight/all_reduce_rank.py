@@ -87,7 +87,12 @@ def check_sum(check: AllReduceCheck, number: int, device: torch.device) -> None:
     dist.all_reduce(vector)
     if not bool((vector == ranks * (ranks + 1) / 2).all()):
         raise ValueError(f"the sum over {ranks} ranks is wrong")
-    dist.barrier()
+    # A process that ends takes what NCCL's threads still have to send with it, so all wait until all have the sum; and
+    # rank 0, which holds the store, until all know that.
+    for word in ("summed", "leaves"):
+        store.set(f"{word} {rank}", "")
+        if word == "summed" or rank == 0:
+            store.wait([f"{word} {other}" for other in range(ranks)], timeout)
 
 
 if __name__ == "__main__":
