@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any
 
@@ -18,7 +18,9 @@ from pipeline.model import objectives
 from pipeline.model.gpt import build_model
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Batch
+from pipeline.model.trunk import Trunk
 from pipeline.train.engine.build import build_engine
+from pipeline.train.engine.compilation import compiled
 from pipeline.train.engine.deepspeed_config import new_optimizer
 from tests.benchmarks.turns import best
 
@@ -130,11 +132,13 @@ def plain_step(case: Case) -> Step:
     model = drawn_model(case)
     optimizer = new_optimizer(case.training(), model.named_parameters())
 
+    forward = Trunk(model, compiled if case.compiled else None)
+
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         inputs, targets = objectives.next_color(tokens, COLORS)
-        return objectives.image_loss(model(inputs).logits, targets, COLORS).mean()
+        return objectives.image_loss(forward(inputs), targets, COLORS).mean()
 
-    return _plain(case, model, optimizer, loss)
+    return _plain(replace(case, compiled=False), model, optimizer, loss)
 
 
 def gpt_step(case: Case) -> Step:

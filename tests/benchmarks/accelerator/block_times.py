@@ -7,7 +7,9 @@ from dataclasses import asdict
 import torch
 
 from pipeline.model import objectives
+from pipeline.model.trunk import block_and_norm
 from pipeline.plan.block_times import BlockTime, BlockTimes
+from pipeline.train.engine.compilation import compiled
 from tests.benchmarks import models
 from tests.benchmarks.accelerator.common import (
     CUDA,
@@ -49,13 +51,11 @@ def _block_time(case: Case) -> BlockTime:
     config.n_layer = 1
     model = models.drawn_model(case, config).bfloat16()
     block, head = model.transformer.h[0], torch.nn.Sequential(model.transformer.ln_f, model.lm_head)
-    if case.compiled:
-        block.compile()
-    states = torch.randn(
-        case.images, config.n_positions, config.n_embd, device=DEVICE, dtype=torch.bfloat16, requires_grad=True
-    )
+    run = compiled(block_and_norm) if case.compiled else block_and_norm
+    size = (case.images, config.n_positions, config.n_embd)
+    states, normed = (torch.randn(size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     targets = torch.from_numpy(case.tokens().astype("int64")).to(DEVICE)
-    forward, both = _passes(lambda: block(states).sum())
+    forward, both = _passes(lambda: sum(part.sum() for part in run(block, block.ln_1, states, normed)))
     head_forward, head_both = _passes(lambda: objectives.image_loss(head(states), targets, models.COLORS).mean())
     weights = torch.randn(1 << (16 if TOY else 27), device=DEVICE, requires_grad=True)
     weights.grad = torch.randn_like(weights)

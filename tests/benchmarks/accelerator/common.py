@@ -68,11 +68,16 @@ def attention_shape(case: Case) -> attention.AttentionShape:
     return attention.AttentionShape(case.images, config.n_head, config.n_positions, width, causal=True)
 
 
+def attention_seconds(shape: attention.AttentionShape) -> dict[str, float]:
+    """Seconds by kernel of those that a run would choose from."""
+    names = attention.candidates(shape, DEVICE.type, torch.backends.cudnn.version())
+    return attention.measure_named(shape, names, DEVICE) if names else {}
+
+
 def use_fastest_attention(case: Case) -> dict[str, float]:
     """As a run of ours does; the peers of the process have it too. Returns seconds by kernel."""
-    seconds = attention.measure(attention_shape(case), attention.CANDIDATES, DEVICE) if CUDA else {}
-    if seconds:
-        attention.use_fastest(seconds)
+    seconds = attention_seconds(attention_shape(case))
+    attention.use_fastest(seconds)
     return seconds
 
 

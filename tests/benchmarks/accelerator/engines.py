@@ -32,10 +32,8 @@ LOSS = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 5e-2}
 """Nats per token by which a step's loss may differ from that of plain torch in fp32."""
 REPEATED = {"fp32": 1e-5, "bf16": 2e-3, "fp8": 5e-3}
 """Nats per token by which a repeated step's loss may differ: some kernels add in any order."""
-HOST_WAITS = 10
-"""Host waits of a step: loss, norm, and DeepSpeed's own reads. One more in every layer would exceed it."""
-GRAPHS = 8
-"""Compiled versions of a function at which torch falls back to eager."""
+HOST_WAITS = 4
+"""Host waits of a step, for its loss and norm; DeepSpeed splits some reads. One in every pass would exceed it."""
 WAITING = "synchronizing CUDA operation"
 """Part of torch's warning in sync debug mode."""
 
@@ -83,6 +81,9 @@ def check_engine(
 ) -> Iterator[Row]:
     """All that a run does with an engine; see the module."""
     name = f"engine zero-{zero_stage} {precision}{' compiled' * compiled}{' recompute' * recompute}"
+    if TOY and zero_stage == 3 and compiled:
+        yield known(name, "not at toy size")  # a CPU takes half a minute to compile it
+        return
     compiled = compiled or (precision == "fp8" and not TOY)  # what a CPU emulates takes a minute to compile
     engine = build_engine(training(precision, zero_stage, compiled, recompute), gpt2_config(MODEL), start_alone())
     batch = Batch(tokens())
@@ -97,7 +98,7 @@ def check_engine(
     yield from _check_evaluation(name, engine, batch, precision)
     yield from _check_restoration(name, engine, batch, precision)
     if compiled:
-        yield at_most(f"{name}: graphs after evaluation and probe", compiled_graphs() - graphs, GRAPHS - 1)
+        yield equal(f"{name}: recompiles in evaluation, probe and later", compiled_graphs() - graphs, 0)
     if CUDA or not compiled:  # on a CPU, waits are counted by a mode that compiled code does not see
         waits, where = host_waits(lambda: engine.step(batch, LEARNING_RATE))
         print(f"{name}: host waits: {where}", flush=True)

@@ -19,7 +19,7 @@ from pipeline.model.decoding import Decoder
 from pipeline.model.gpt import build_model, initialize
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.train.engine.build import check_torch_compiles
-from tests.benchmarks.accelerator.common import CUDA, DEVICE, TOY
+from tests.benchmarks.accelerator.common import CUDA, DEVICE, TOY, attention_seconds
 from tests.benchmarks.accelerator.report import Row, at_most, equal, known
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "torchao", "numpy", "safetensors", "nvidia-nccl-cu13")
@@ -97,22 +97,21 @@ def check_attention() -> Iterator[Row]:
     """Which kernel runs after each choice, and its numbers at lengths that 128 divides and does not divide."""
     restore = sdpa_settings()
     images, long, odd = (2, 64, 50) if TOY else (4, 1024, 200)
-    names = [kernel.name for kernel in attention.CANDIDATES]
     for head_width in (64, 96, 128):
         config = ModelConfig(layers=1, width=2 * head_width if TOY else 8 * head_width, heads=2 if TOY else 8)
         module = random_model(config).transformer.h[0].attn.bfloat16()
         shape = attention.AttentionShape(images, config.shape.heads, long, head_width, causal=True)
-        seconds = attention.measure(shape, attention.CANDIDATES, DEVICE) if CUDA else {}
+        seconds = attention_seconds(shape)
         yield known(f"attention: {head_width} wide, ms", _milliseconds(seconds))
-        for name in [name for name in names if name in seconds] or ["as it is"]:
-            if CUDA:
-                attention.use_fastest({other: 1.0 if other == name else 2.0 for other in seconds})
+        for name in seconds:
+            attention.use_fastest({other: 1.0 if other == name else 2.0 for other in seconds})
             for length in (long, odd):
                 states = torch.randn(images, length, config.shape.width, device=DEVICE, dtype=torch.bfloat16)
                 label = f"attention: {head_width} wide, {length} long, {name}"
                 used = used_kernels(lambda states=states, module=module: _passes(module, states))
                 yield equal(f"{label}: kernel", used, name) if CUDA else known(f"{label}: kernel", used)
                 yield at_most(f"{label}, from fp64's", _error(module, states), ATTENTION)
+    attention.use_fastest({})
     restore()
 
 

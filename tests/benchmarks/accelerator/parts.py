@@ -51,6 +51,7 @@ CHECKS = (
     _engine("zero-0 bf16", zero_stage=0),
     _engine("zero-2 bf16", zero_stage=2),
     _engine("zero-3 bf16", zero_stage=3),
+    _engine("zero-3 bf16 compiled", 90, zero_stage=3, compiled=True),
     Part("stop and watchdog", f"{HERE}.processes:check_stop_and_watchdog", 120),
 )
 """What must be right: a few seconds each."""
