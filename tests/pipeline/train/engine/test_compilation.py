@@ -59,6 +59,7 @@ def test_another_value_is_refused(tmp_path: Path) -> None:
         parse_training(["--run", str(tmp_path / "run"), "--model.size", "s", "--compile", "always"])
 
 
+@pytest.mark.slow  # starts interpreters of torch's own
 def test_the_workers_outlive_signals_to_all_processes_of_a_job(tmp_path: Path) -> None:
     """The program has a process group of its own, and only remembers the signals, as a rank does."""
     finished = run(1, "-c", SIGNALLED, logs=tmp_path)

@@ -20,7 +20,7 @@ from collections import Counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.config import *
 from pipeline.distributed import describe_ranks
-from pipeline.model.gpt import gpt2_config
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Batch
 from pipeline.train.engine.process_group import start_group
 from pipeline.train.engine.pipeline import PipelineEngine
