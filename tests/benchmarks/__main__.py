@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +20,7 @@ from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.train.data.batches import ImageOrder, TrainingBatches
-from tests.benchmarks import data, features, memory, models, saving, scale, starting
+from tests.benchmarks import cpu_steps, data, features, memory, models, saving, scale, starting
 from tests.benchmarks.models import Case
 from tests.benchmarks.turns import HEAD, Row, best
 from tests.launch import run
@@ -96,16 +95,10 @@ def model_rates(_: Path) -> Iterator[str]:
     small = ModelConfig(layers=4, width=256, heads=4, resolution=16)
     fp32 = Case(small, 8, "fp32", CPU)
     bf16 = Case(small, 8, "bf16", CPU)
-    compiled = Case(small, 8, "bf16", CPU, compiled=True)
     yield HEAD
     for case in (fp32, bf16):
         what = f"training step, 3.5M parameters, {case.precision}, ZeRO-1"
         yield _row(what, case, models.OurStep(case, ranks), "the same in plain torch", models.plain_step(case))
-    what = "training step, 3.5M parameters, bf16, compiled blocks"
-    step = models.OurStep(compiled, ranks)
-    yield _row(what, compiled, step, "GPT-2, compiled blocks", models.gpt_step(compiled))
-    by_trainer = models.image_gpt_step(replace(compiled, compiled=False))
-    yield _row(what, compiled, step, "HF ImageGPT, as Trainer does", by_trainer)
     case = Case(ModelConfig(layers=8, width=256, heads=4, resolution=16), 8, "fp32", CPU)
     step, forward = models.features(case)
     yield _row("features of all layers, 6.6M parameters", case, step, "the forward pass alone", forward)
@@ -113,7 +106,8 @@ def model_rates(_: Path) -> Iterator[str]:
     ours, theirs = best(case.images, drawing, generating)
     yield Row("completions, 8 of 16x16 at once", "images/s", ours, "HF ImageGPT.generate", theirs).line()
     floor = case.images / (models.read_seconds(case) * case.config.n_positions / 2)
-    yield f"\nMemory reads alone would allow {floor:.4g} completions/s; ours reach {ours / floor:.0%} of that."
+    yield f"\nMemory reads alone would allow {floor:.4g} completions/s; ours reach {ours / floor:.0%} of that.\n"
+    yield from cpu_steps.table(ranks)
 
 
 def _row(what: str, case: Case, step: models.Step, peer: str, peer_step: models.Step) -> str:
