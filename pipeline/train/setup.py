@@ -104,7 +104,8 @@ def attention_seconds(
 ) -> dict[str, float]:
     """Seconds by kernel: those recorded in run.json by an earlier start on the same device, else measured and recorded.
 
-    So a resumed run uses the same kernel. A recorded kernel that is no longer among `kernels` is excluded.
+    So a resumed run uses the same kernel. A recorded kernel that is no longer among `kernels` is excluded. Empty for a
+    run on CPU that was started without a measurement, by an earlier version or in fp32: it continues with torch's.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts: dict[str, Any] = {"device": name, "shape": asdict(shape)}
@@ -113,6 +114,8 @@ def attention_seconds(
         recorded = {kernel: second for kernel, second in known["seconds"].items() if kernel in kernels}
         if recorded:
             return recorded
+    if not known and device.type == "cpu" and len(folder.recall("starts") or []) > 1:
+        return {}
     seconds = attention.measure_named(shape, kernels, device)
     folder.note("running", **{ATTENTION: facts | {"seconds": seconds}})
     return seconds

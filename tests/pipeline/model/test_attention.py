@@ -163,7 +163,7 @@ class Folder:
         return json.loads(self.record).get(key)
 
     def note(self, status, **facts):
-        self.record = json.dumps(facts)
+        self.record = json.dumps(json.loads(self.record) | facts)
 
 
 def test_a_run_measures_once_for_a_shape(monkeypatch):
@@ -181,3 +181,26 @@ def test_both_kernels_of_a_cpu_are_measured_and_recorded():
     seconds = attention_seconds(folder, shape, candidates(shape, "cpu", None), CPU)
     assert seconds.keys() == {FLASH, BLOCKED}
     assert attention_seconds(folder, shape, candidates(shape, "cpu", None), CPU) == seconds
+
+
+def test_a_run_that_an_earlier_version_started_on_a_cpu_keeps_its_kernel():
+    """It recorded nothing, and used torch's."""
+    folder = Folder()
+    folder.note("running", starts=[{}, {}])
+    assert attention_seconds(folder, SHAPE, (FLASH, BLOCKED), CPU) == {}
+    folder.note("running", starts=[{}])
+    assert attention_seconds(folder, SHAPE, (FLASH, BLOCKED), CPU).keys() == {FLASH, BLOCKED}
+
+
+@pytest.mark.slow
+def test_blocks_are_one_graph_when_compiled():
+    """Forward and backward, without a break, and the same numbers."""
+    shape = replace(SHAPE, positions=ROWS + 8)
+    module = SimpleNamespace(is_causal=True)
+    packed, views = packed_views(shape)
+    compiled = torch.compile(lambda *operands: attend(module, *operands, None)[0], backend="aot_eager", fullgraph=True)
+    gradients = [
+        torch.autograd.grad(run(*views).sum(), packed)[0]
+        for run in (compiled, lambda *each: attend(module, *each, None)[0])
+    ]
+    assert torch.equal(*gradients)
