@@ -49,9 +49,13 @@ def candidates(
     deterministic: excludes cuDNN, which has no deterministic backward pass.
     """
     if device == "cuda":
-        sound = cudnn_version is not None and cudnn_version > WRONG_CUDNN
-        return (FLASH, CUDNN) if sound and not deterministic else (FLASH,)
+        return (FLASH, CUDNN) if cudnn_is_right(cudnn_version) and not deterministic else (FLASH,)
     return (FLASH, BLOCKED) if device == "cpu" and shape.positions >= BLOCKED_POSITIONS else ()
+
+
+def cudnn_is_right(version: int | None) -> bool:
+    """Whether the attention of this version of cuDNN may be used."""
+    return version is not None and version > WRONG_CUDNN
 
 
 def measure_named(shape: AttentionShape, names: Sequence[str], device: torch.device) -> dict[str, float]:
@@ -72,9 +76,12 @@ def measure_named(shape: AttentionShape, names: Sequence[str], device: torch.dev
 
 
 def measure(shape: AttentionShape, kernels: Sequence[SDPBackend], device: torch.device) -> dict[str, float]:
-    """Seconds of a forward and backward pass in bf16, by name; kernels that reject the shape are absent."""
+    """Seconds of a forward and backward pass in bf16, by name; kernels that reject the shape, and a wrong cuDNN, are
+    absent."""
     seconds = {}
     for kernel in kernels:
+        if kernel == SDPBackend.CUDNN_ATTENTION and not cudnn_is_right(torch.backends.cudnn.version()):
+            continue
         timer = Timer("run()", globals={"run": _passes(shape, device)}, num_threads=torch.get_num_threads())
         with suppress(RuntimeError), sdpa_kernel(kernel):  # "No available kernel"
             seconds[kernel.name] = timer.blocked_autorange(min_run_time=SECONDS_EACH).median
