@@ -132,6 +132,8 @@ def work_of(config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks
         outer_parameters=outer,
         stream_bytes=float(config.batch.micro_size * model.n_positions * model.n_embd * width),
         weight_bytes=width,
+        gradient_bytes=2 if parallel.communication == "bf16" else 4,
+        sums_everywhere=parallel.zero_stage == 1 and config.precision != "fp32" and parallel.offload == "none",
         recompute=parallel.recompute,
         zero_stage=parallel.zero_stage,
         stages=parallel.pipeline_stages,

@@ -21,6 +21,8 @@ FIND_NON_FINITE = 2 * READ
 """Minimum and maximum (has_inf_or_nan of runtime/utils)."""
 ADAM = 7 * 4
 """torch's fused AdamW: reads gradient, weight and two moments, writes all but the gradient."""
+SCALED = 4
+"""The gradient, which the fused AdamW writes too if it clips it."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +39,19 @@ class Passes:
     """Of each parameter that it owns, once a step."""
 
 
-def _bf16_optimizer() -> Passes:
+def _bf16_optimizer(bf16_messages: bool) -> Passes:
     """ZeRO-1 with bf16 and fp8, also with pipeline stages: every pass but the update is over all gradients, in fp32."""
-    add_up = CAST + ADD  # BF16_Optimizer._update_hp_grad
-    clear = CLEAR_BF16 + ADD_BF16  # backward_prologue, then autograd adds; the first micro-batch finds no gradient
-    reduce = COPY + SCALE + COPY  # DeepSpeedEngine.allreduce_and_copy: concatenated, averaged, copied back
-    norm_and_clip = READ + SCALE  # get_global_norm_of_tensors, clip_tensors_by_global_norm (if the norm is too large)
-    cleared = 2 * CLEAR  # clear_hp_grads in `step`, and again in `zero_grad`
-    return Passes(add_up + clear, 0, reduce + norm_and_clip + cleared - clear, ADAM + CAST)
+    add_up = CAST + ADD  # BF16_Optimizer._update_hp_grad, as soon as autograd has computed a gradient
+    reduce = CAST + SCALE_BF16 + CAST if bf16_messages else SCALE  # remove_repeated_passes: averaged in place
+    return Passes(add_up, 0, reduce + READ + CLEAR, ADAM + SCALED + CAST)  # the norm; clear_hp_grads
 
 
-def _zero_optimizer(stage: int, fp32: bool) -> Passes:
+def _zero_optimizer(stage: int, fp32: bool, bf16_messages: bool) -> Passes:
     """DeepSpeedZeroOptimizer (ZeRO-2, and ZeRO-1 with fp32) and its counterpart of ZeRO-3.
 
     Reduced gradients are averaged in their bucket; a rank then sums, scans and updates what it owns.
     """
-    update = NORM_FP64 + SCALE + ADAM  # scaled_global_norm, unscale_and_clip_grads, _optimizer_step
+    update = NORM_FP64 + ADAM + (SCALE if stage == 3 else SCALED)  # scaled_global_norm, _optimizer_step
     if stage == 3:  # concatenated partitions; the first micro-batch copies a gradient where others add one
         bucket = COPY + COPY + SCALE if fp32 else COPY_BF16 + SCALE_BF16 + CAST + COPY
         return Passes(bucket, COPY + ADD, 0, COPY + update + (COPY if fp32 else CAST) - (ADD - COPY))
@@ -60,23 +59,25 @@ def _zero_optimizer(stage: int, fp32: bool) -> Passes:
         bucket = COPY + COPY + SCALE + COPY
         last = COPY + update + COPY
         return Passes(ADD, 0, bucket - ADD, last) if stage == 1 else Passes(bucket, ADD, 0, last - ADD)
-    # average_tensor: copied to the bucket, divided, concatenated, cast for the message and back
-    bucket = COPY_BF16 + SCALE_BF16 + COPY_BF16 + 2 * CAST
-    return Passes(bucket, CAST + ADD, 0, CLEAR + update + FIND_NON_FINITE + CAST)
+    # average_tensor: copied to the bucket, divided, concatenated, cast for an fp32 message; copied back by the owner
+    bucket = COPY_BF16 + SCALE_BF16 + COPY_BF16 + (0 if bf16_messages else CAST)
+    back = COPY_BF16 if bf16_messages else CAST
+    return Passes(bucket, back + CAST + ADD, 0, CLEAR + update + FIND_NON_FINITE + CAST)
 
 
 def _without_zero(fp32: bool) -> Passes:
     """ZeRO-0: torch's own optimizer; with bf16, autocast casts weights and gradients in each micro-batch."""
     reduce = COPY + SCALE + COPY
     norm_and_clip = READ + SCALE
-    return Passes(ADD + (0 if fp32 else 2 * CAST), 0, reduce + 2 * norm_and_clip + ADAM - ADD, 0)
+    return Passes(ADD + (0 if fp32 else 2 * CAST), 0, reduce + norm_and_clip + ADAM - ADD, 0)
 
 
 def passes_of(config: TrainConfig) -> Passes:
     """The passes of a run's layout; those of several ranks, and a gradient that is clipped."""
     stage, fp32 = config.parallel.zero_stage, config.precision == "fp32"
+    bf16_messages = config.parallel.communication == "bf16"
     if stage == 0:
         return _without_zero(fp32)
     if stage == 1 and not fp32 and config.parallel.offload == "none":
-        return _bf16_optimizer()
-    return _zero_optimizer(max(stage, 1 if fp32 else 2), fp32)
+        return _bf16_optimizer(bf16_messages)
+    return _zero_optimizer(max(stage, 1 if fp32 else 2), fp32, bf16_messages)

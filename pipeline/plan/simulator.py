@@ -60,7 +60,8 @@ class Work:
     ranks_per_node: int = 8
     offloads: bool = False
     sums_everywhere: bool = True
-    """Whether ZeRO-1 and 2 all-reduce gradients, as DeepSpeed does, instead of reduce-scattering them."""
+    """Whether ZeRO-1 and 2 all-reduce gradients, as DeepSpeed's BF16_Optimizer does, instead of reducing them to their
+    owners."""
     gathers: int = 2
     """How many times ZeRO-3 gathers a block's weights for a micro-batch."""
 

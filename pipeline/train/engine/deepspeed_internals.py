@@ -35,25 +35,32 @@ def stop_timers(engine: Any) -> None:
 
 
 def remove_repeated_passes(engine: Any) -> None:
-    """Removes passes over all gradients that change nothing: 12 bytes a parameter and step in bf16 with ZeRO-1.
+    """Removes passes over all gradients that change nothing.
 
-    There the gradients are one flat fp32 tensor per parameter group (BF16_Optimizer). DeepSpeed copies it to itself
-    after an all-reduce, also on one rank, and sets it to zero twice.
+    With one data-parallel rank nothing is reduced. In bf16 with ZeRO-1 (BF16_Optimizer) the gradients are one flat fp32
+    tensor per parameter group, which is reduced in place, and cleared once: DeepSpeed concatenates these tensors,
+    copies the sum back and clears it twice, 28 bytes a parameter and step.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     reduce_and_copy, optimizer = engine.allreduce_and_copy, engine.optimizer
+    is_flat = isinstance(optimizer, BF16_Optimizer)
 
-    def all_reduce_in_place(bucket: list[torch.Tensor], group: Any, ranks: float | None = None) -> None:
-        size = dist.get_world_size(group)
-        if len(bucket) == 1 and bucket[0].dtype == engine.communication_data_type and size > 1:
-            dist.all_reduce(bucket[0], group=group)
-            bucket[0].mul_(1 / (ranks or size))
-        elif size > 1:
+    def reduce(bucket: list[torch.Tensor], group: Any, ranks: float | None = None) -> None:
+        if dist.get_world_size(group) == 1:
+            return
+        if not is_flat:
             reduce_and_copy(bucket, group, ranks)
+            return
+        for gradients in bucket:
+            message = gradients.to(engine.communication_data_type)  # the same tensor if it has this type
+            dist.all_reduce(message, group=group)
+            message.mul_(1 / (ranks or dist.get_world_size(group)))
+            if message is not gradients:
+                gradients.copy_(message)
 
-    engine.allreduce_and_copy = all_reduce_in_place
-    if isinstance(optimizer, BF16_Optimizer):  # its `step` has cleared the fp32 gradients
+    engine.allreduce_and_copy = reduce
+    if is_flat:  # its `step` has cleared the gradients in fp32
         optimizer.zero_grad = lambda set_to_none=True: optimizer.clear_lp_grads(set_to_none)
 
 

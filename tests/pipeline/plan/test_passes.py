@@ -11,7 +11,10 @@ from tests.launch import run
 from tests.pipeline.plan.traffic import MICRO_BATCHES, SHAPE
 
 CASES: dict[str, list[dict[str, object]]] = {
-    "bf16": [{"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)],
+    "bf16": [
+        *({"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)),
+        *({"zero_stage": stage, "precision": "bf16", "communication": "bf16"} for stage in (1, 2)),
+    ],
     "others": [{"zero_stage": stage, "precision": "fp32"} for stage in (0, 1, 2, 3)],
 }
 RANKS = 2
@@ -26,9 +29,9 @@ def test_the_bytes_of_a_step_are_those_of_an_engine(kind: str, tmp_path: Path) -
     assert counted == [pytest.approx(planned_bytes(**case), rel=0.02) for case in cases]  # type: ignore[arg-type]
 
 
-def planned_bytes(zero_stage: int, precision: str) -> float:
+def planned_bytes(precision: str, **options: object) -> float:
     """For one parameter, of which each rank owns its share."""
-    parallel = ParallelConfig(zero_stage=zero_stage)  # type: ignore[arg-type]
+    parallel = ParallelConfig(**options)  # type: ignore[arg-type]
     batch = BatchConfig(global_size=RANKS * MICRO_BATCHES, micro_size=1)
     passes = passes_of(TrainConfig(model=SHAPE, batch=batch, parallel=parallel, precision=precision))  # type: ignore[arg-type]
     owned = passes.owned + MICRO_BATCHES * passes.micro_batch_owned
