@@ -314,7 +314,7 @@ runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
 
 
 def test_flags_are_exchanged_once_a_step(runner: Runner) -> None:
-    arguments = runner.arguments("run", schedule__steps=5, validation__every_steps=0)
+    arguments = runner.arguments("run", schedule__steps=5)
     finished = run(1, "-c", COUNTED, *arguments[2:], logs=runner.folder / "logs")
     assert finished.codes == [0], finished.output
     assert finished.output.count("flags are exchanged") == 6  # and once before the first step
