@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeline.model.cpu_attention import BlockedAttention, attend
+from pipeline.model.cpu_attention import ROWS, BlockedAttention, attend
 
 FLASH, CUDNN, BLOCKED = SDPBackend.FLASH_ATTENTION.name, SDPBackend.CUDNN_ATTENTION.name, "BLOCKED_ATTENTION"
 CANDIDATES = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
@@ -24,8 +24,8 @@ SECONDS_EACH = 0.1
 """Minimum seconds of measurement for each kernel."""
 CLEARLY_FASTER = 0.8
 """BLOCKED is used if it takes less than this share of FlashAttention's time: noise must not change a run's bits."""
-BLOCKED_POSITIONS = 64
-"""Fewest positions at which BLOCKED is measured; with fewer, attention is a small part of a step."""
+BLOCKED_POSITIONS = 2 * ROWS
+"""Fewest positions at which BLOCKED is measured: with one block of queries it computes the whole matrix."""
 CPU_IMAGES, CPU_TURNS = 4, (3, 20)
 """On CPU: images measured at most, and how many turns of both kernels at least and at most."""
 

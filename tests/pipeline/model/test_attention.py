@@ -73,7 +73,7 @@ def test_views_of_packed_tensors_are_measured_as_the_model_passes_them(monkeypat
         (1024, "cuda", 91501, True, (FLASH,)),
         (1024, "cuda", None, False, (FLASH,)),
         (1024, "cpu", None, True, (FLASH, BLOCKED)),
-        (36, "cpu", None, False, ()),
+        (255, "cpu", None, False, ()),
     ],
 )
 def test_candidates(positions, device, cudnn, deterministic, expected):
@@ -177,7 +177,7 @@ def test_a_run_measures_once_for_a_shape(monkeypatch):
 
 
 def test_both_kernels_of_a_cpu_are_measured_and_recorded():
-    folder, shape = Folder(), replace(SHAPE, images=8)
+    folder, shape = Folder(), replace(SHAPE, images=8, positions=2 * ROWS)
     seconds = attention_seconds(folder, shape, candidates(shape, "cpu", None), CPU)
     assert seconds.keys() == {FLASH, BLOCKED}
     assert attention_seconds(folder, shape, candidates(shape, "cpu", None), CPU) == seconds
