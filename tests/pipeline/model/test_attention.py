@@ -11,9 +11,12 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pipeline.config import ModelConfig
 from pipeline.model import attention
 from pipeline.model.attention import AttentionShape, candidates, describe, fastest, measure, use_fastest
 from pipeline.model.cpu_attention import ROWS, BlockedAttention, attend
+from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt_config import gpt2_config
 from pipeline.train.setup import attention_seconds
 
 SHAPE = AttentionShape(images=1, heads=2, positions=64, head_width=16, causal=True)
@@ -130,6 +133,22 @@ def test_blocks_compute_attention(positions: int, causal: bool) -> None:
     ours = results(attend(module, *views, None, scaling=24**-0.5)[0], packed)
     for number, reference in enumerate(expected):
         assert (ours[number] - reference).norm() < 2.5 * (flash[number] - reference).norm()
+
+
+@pytest.mark.usefixtures("_settings")
+@pytest.mark.parametrize("objective", ["next_color", "masked_color"])
+def test_a_model_computes_with_the_selected_kernel(objective: str) -> None:
+    """Causal or not as its objective asks, in bf16 as near to fp32 as with FlashAttention."""
+    config = gpt2_config(ModelConfig(layers=2, width=32, heads=2, resolution=16), 512, objective)
+    model, tokens = build_model(config), torch.arange(512).view(2, 256)
+    initialize(model, 0)
+    with torch.no_grad():
+        exact, errors = model.transformer(tokens)[0], []
+        model.bfloat16()
+        for seconds in ({}, {FLASH: 2.0, BLOCKED: 1.0}):
+            use_fastest(seconds)
+            errors.append((model.transformer(tokens)[0].float() - exact).norm() / exact.norm())
+    assert errors[0] != errors[1] and max(errors) < 0.02
 
 
 def test_what_the_blocks_do_not_compute_is_as_before(monkeypatch):
