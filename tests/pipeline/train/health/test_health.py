@@ -303,10 +303,10 @@ import runpy
 import torch, torch.distributed as dist
 reduce = dist.all_reduce
 
-def reported(values, *arguments, **options):
-    if values.dtype == torch.float64:
+def reported(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+    if tensor.dtype == torch.float64 and op == dist.ReduceOp.MAX:
         print("flags are exchanged", flush=True)
-    return reduce(values, *arguments, **options)
+    return reduce(tensor, op, group, async_op)
 
 dist.all_reduce = reported
 runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
