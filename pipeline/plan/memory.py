@@ -16,8 +16,10 @@ from pipeline.config import TrainConfig
 if TYPE_CHECKING:
     from transformers import GPT2Config
 
-REDUCE_BUCKET = 500_000_000
-"""Elements of DeepSpeed's default bucket of gradients under ZeRO-2 and 3."""
+REDUCE_BUCKET = 200_000_000
+"""Elements of a bucket of gradients under ZeRO-2 and 3 (deepspeed_config.py)."""
+GATHER_BUCKET = 500_000_000
+"""Elements of weights that ZeRO-1 and 2 gather at a time: DeepSpeed's default (allgather_bucket_size)."""
 LIVE_PARAMETERS = 1_000_000_000
 """Maximum number of elements of gathered weights under ZeRO-3, by default."""
 FIXED_BYTES = {"cpu": 64e6, "accelerator": 2e9}
@@ -153,13 +155,13 @@ def _state(config: TrainConfig, held: float, ranks: int, on_cpu: bool) -> State:
         return _stage_3(always, held, ranks, width, on_cpu)
     if stage == 1 and not fp32 and not offloaded:  # DeepSpeed's BF16_Optimizer
         always["gradients"] = 4 * held
-        sent = {"gradients as they are sent": 4 * min(held, REDUCE_BUCKET)}
-        return always, {"bf16 gradients": 2 * held}, {"bf16 gradients": 2 * held} | sent
+        # Each gradient in bf16 is added to those in fp32 and freed at once; these are sent in place, or as bf16.
+        return always, {}, {"gradients as they are sent": 2 * held if config.parallel.communication == "bf16" else 0.0}
     bucket = min(held, REDUCE_BUCKET) if on_cpu else REDUCE_BUCKET
     backward = {
         "gradients": width * (held if stage == 1 else min(held, REDUCE_BUCKET)),
-        # On an accelerator one bucket is filled while the other is sent.
-        "buckets": width * bucket * (1 if on_cpu else 2) + (0 if fp32 else 4 * min(held, REDUCE_BUCKET)),
+        # On an accelerator one bucket is filled while the other is sent, in fp32 to one owner after the other.
+        "buckets": width * bucket * (1 if on_cpu else 2) + (0 if fp32 else 4 * min(held, REDUCE_BUCKET) / ranks),
         "own gradients": 0.0 if fp32 else 4 * held / ranks,
     }
     return always, backward, {"own gradients": 8 * held / ranks}

@@ -4,9 +4,9 @@ Stages run DeepSpeed's 1F1B schedule (deepspeed/runtime/pipe/schedule.py, TrainS
 is in a forward pass and one in a backward pass. Between passes they synchronize, and both wait until gradients and
 activations are sent (deepspeed/runtime/pipe/p2p.py sends on the computing stream).
 
-The communication of ZeRO follows DeepSpeed 0.19.8 with the settings of deepspeed_config.py. Gradients are sent as fp32.
-ZeRO-0 and 1 all-reduce them after the last backward pass. ZeRO-2 all-reduces them bucket by bucket during every
-backward pass (all-reduce by its default use_multi_rank_bucket_allreduce). ZeRO-3 gathers the weights of a block while
+The communication of ZeRO follows DeepSpeed 0.19.8 with the settings of deepspeed_config.py. ZeRO-0 and 1 all-reduce
+gradients after the last backward pass. ZeRO-2 reduces them to their owners, bucket by bucket, during every backward
+pass; these messages take as long as a reduce-scatter. ZeRO-3 gathers the weights of a block while
 the block before it computes, in the forward and in the backward pass, and scatters its gradients. ZeRO-1 and 2 gather
 the weights after the update.
 
@@ -20,7 +20,7 @@ from math import ceil
 
 from pipeline.plan.collectives import Group, all_reduce_seconds, gather_seconds, send_seconds
 from pipeline.plan.hardware import HOST_BYTES, Links
-from pipeline.plan.memory import REDUCE_BUCKET, blocks_of_stage
+from pipeline.plan.memory import GATHER_BUCKET, REDUCE_BUCKET, blocks_of_stage
 
 CONTENTION = 0.14
 """The fraction of its rate that computing loses during communication, whose kernels occupy multiprocessors. Fitted to
@@ -126,7 +126,7 @@ def simulate(work: Work, links: Links) -> StepTime:
     held = max(map(work.held, range(work.stages)))
     owners = work.data if work.zero_stage else 1
     host = 16 * held / owners / HOST_BYTES if work.offloads else 0.0
-    gathers = work.zero_stage in (1, 2)
+    gathers, gathered = work.zero_stage in (1, 2), ceil(held / GATHER_BUCKET)
     return StepTime(
         computing=computing,
         bubble=bubble,
@@ -135,7 +135,7 @@ def simulate(work: Work, links: Links) -> StepTime:
         tensor_messages=tensor - free,
         gradients=waits,
         contention=slowed,
-        weights=_in_buckets(gather_seconds, work.weight_bytes * held, held, work, links) if gathers else 0.0,
+        weights=_in_buckets(gather_seconds, work.weight_bytes * held, gathered, work, links) if gathers else 0.0,
         update=held * work.update_replicated + held / owners * work.update + host,
     )
 
@@ -209,10 +209,11 @@ def _gradient_seconds(work: Work, passes: list[Pass], links: Links) -> tuple[flo
         return _stage_3_seconds(work, links)
     held = max(map(work.held, range(work.stages)))
     summed = work.sums_everywhere or work.zero_stage == 0
-    once = _in_buckets(all_reduce_seconds if summed else gather_seconds, work.gradient_bytes * held, held, work, links)
+    buckets = ceil(held / REDUCE_BUCKET)
+    collective, messages = (all_reduce_seconds, 1) if summed else (gather_seconds, buckets)
+    once = _in_buckets(collective, work.gradient_bytes * held, messages, work, links)
     if work.zero_stage < 2:
         return once, 0.0
-    buckets = ceil(held / REDUCE_BUCKET)
     backward = Stream()
     for _ in range(buckets):
         backward.compute(passes[0][1] / buckets)
@@ -226,9 +227,8 @@ def _gradient_seconds(work: Work, passes: list[Pass], links: Links) -> tuple[flo
 Collective = Callable[[float, Group, Links], float]
 
 
-def _in_buckets(collective: Collective, size: float, parameters: float, work: Work, links: Links) -> float:
-    """Seconds to communicate `size` bytes of `parameters`, in DeepSpeed's buckets of 500M elements."""
-    buckets = ceil(parameters / REDUCE_BUCKET)
+def _in_buckets(collective: Collective, size: float, buckets: int, work: Work, links: Links) -> float:
+    """Seconds to communicate `size` bytes in equal buckets."""
     return buckets * collective(size / buckets, work.data_group, links)
 
 

@@ -15,7 +15,7 @@ from pipeline.plan.layouts import Cluster, alternatives, fits
 H100 = costs.ACCELERATORS["h100-80gb"]
 NUMBERS = (8, 16, 32, 64, 128)
 RECIPES = ("igpt_s", "igpt_m", "igpt_l", "igpt_l_48", "igpt_xl")
-WELL_USED = 1.15
+WELL_USED = 1.125
 """A number of accelerators is used well if a run costs at most this many times the fewest accelerator-hours."""
 
 
