@@ -1,4 +1,5 @@
-# make set-up     creates .venv with the pinned packages; the targets below do so first, except check-accelerator
+# make set-up     creates .venv with the pinned packages; the targets below do so first, except check- and
+#                 bench-accelerator
 # make demo       from images to an evaluated model, in five to ten minutes on two cores
 # make test       the tests; make test-all runs the slow ones too
 # make bench      speed against peers, as ratios; make bench PARTS="model starting" runs some parts

@@ -19,6 +19,9 @@ def train(arguments: list[str]) -> int:
 
     with reported_once_per_node(local_rank()):
         config, run = parse_training(arguments)
+    from pipeline.distributed import select_mig_instance
+
+    select_mig_instance(local_rank())  # before torchao, whose import makes CUDA read the variable
     from pipeline.train.health.diverged import Diverged
     from pipeline.train.health.out_of_memory import OutOfMemory
     from pipeline.train.loop import train as run_training

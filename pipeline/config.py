@@ -213,7 +213,7 @@ class TrainConfig:
     seed: int = 0
     """Seeds the initial weights and the order of the images."""
     deterministic: bool = False
-    """Use deterministic kernels only: a run on CUDA computes the same bits each time, more slowly. CPUs always do."""
+    """Use deterministic kernels only: the same command computes the same bits each time, more slowly on CUDA."""
     model: ModelConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -19,7 +19,7 @@ SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 """Where Linux lists PCI devices, with the CPUs that are close to each."""
 MOST_THREADS = 8
-"""Threads of a rank beyond which distant CPUs are no better than few close ones: the GPU does the work."""
+"""A rank on a GPU has no use for more CPUs than this: if so many are close, it keeps to those."""
 _host_group: dist.ProcessGroup | None = None
 """The group of `use_host_group`."""
 
@@ -65,7 +65,7 @@ def integer_variable(name: str, default: int) -> int:
     """The value of an environment variable. Raises ValueError if it is not an integer of 0 or more."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise ValueError(f"{name} is {text!r}; it must be set to an integer.")
+        raise ValueError(f"{name} is {text!r}; it must be an integer of 0 or more.")
     return int(text)
 
 
@@ -208,7 +208,7 @@ class Attempt(Generic[T]):
     error: Exception | None = None
 
     def value(self, failed: bool) -> T:
-        """The result; if the work `failed` on any rank, as the ranks have found out, every rank raises ValueError.
+        """The result. failed: whether the work failed on any rank, as all know; then every rank raises ValueError.
 
         A cheaper `raise_on_all_ranks` for every step: ranks exchange their messages only after an error.
         """

@@ -26,7 +26,7 @@ ACCELERATOR=${ACCELERATOR:-h100-80gb}
 
 # sbatch's options for jobs that other jobs submit: evaluations, and jobs that need no accelerator (publish, join
 # shards).
-SITE_EVALUATE=() # (--partition=small --gpus-per-node=4 --cpus-per-task=32): CPUs of all ranks together
+SITE_EVALUATE=() # (--partition=small --gpus-per-node=4 --cpus-per-task=32); the ranks share these CPUs
 SITE_CPU=()      # (--partition=cpu --gpus-per-node=0)
 
 # The Python of the jobs. Empty: .venv of this checkout.

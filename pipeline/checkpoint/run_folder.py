@@ -82,6 +82,7 @@ class RunFolder:
             raise ValueError(f"{path} is damaged: it has no keys and values; restore it from a copy.")
         earlier.setdefault("data", {}).setdefault("reflect_crop", 0)  # runs from before this key did not crop
         earlier.setdefault("deterministic", False)  # nor were they asked to be deterministic
+        earlier.setdefault("parallel", {}).setdefault("communication", "fp32")  # bf16 was not offered
         return earlier
 
     def finished_steps(self) -> int:

@@ -16,8 +16,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pipeline.model.cpu_attention import ROWS, BlockedAttention, attend
 
 FLASH, CUDNN, BLOCKED = SDPBackend.FLASH_ATTENTION.name, SDPBackend.CUDNN_ATTENTION.name, "BLOCKED_ATTENTION"
-CANDIDATES = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-"""The kernels that are measured on CUDA."""
 WRONG_CUDNN = 91500
 """The newest cuDNN whose attention is wrong at lengths that are not multiples of 128 (pytorch issue 169849)."""
 SECONDS_EACH = 0.1
@@ -46,11 +44,11 @@ def candidates(
 ) -> tuple[str, ...]:
     """The names of the kernels to choose from, for attention in bf16 without dropout; none if there is no choice.
 
-    deterministic: excludes cuDNN, which has no deterministic backward pass.
+    deterministic: excludes cuDNN, which has no deterministic backward pass, and on CPU a choice by time.
     """
     if device == "cuda":
         return (FLASH, CUDNN) if cudnn_is_right(cudnn_version) and not deterministic else (FLASH,)
-    return (FLASH, BLOCKED) if device == "cpu" and shape.positions >= BLOCKED_POSITIONS else ()
+    return (FLASH, BLOCKED) if device == "cpu" and not deterministic and shape.positions >= BLOCKED_POSITIONS else ()
 
 
 def cudnn_is_right(version: int | None) -> bool:

@@ -13,7 +13,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ROWS = 128
-"""Queries of a block. Fewer compute less behind the diagonal, in smaller products."""
+"""Queries in a block. Smaller blocks compute fewer masked scores, but in smaller matrix products."""
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -25,6 +25,7 @@ from typing import Literal
 
 from data_prep.common.command_line import new_parser, parse
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
+from pipeline.compilers import missing_compiler
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 TOLERANCE = 1e-5
@@ -33,8 +34,6 @@ STEPS, SAVE_EVERY = 30, 10
 LAUNCH_SECONDS = 180
 PRELOADED = ["pipeline.train.loop", "pipeline.train.engine.zero", "pipeline.train.engine.pipeline"]
 """Modules of the trial's ranks that take seconds to import."""
-C_COMPILERS = ("gcc", "clang")
-"""Those that Triton looks for."""
 MIN_SHARED_MEMORY = 1e9
 MIN_DISK = 20e9
 
@@ -134,12 +133,16 @@ def _accelerators() -> Finding:
 def _compilers() -> Finding:
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
+    notes = []
     if missing:
-        return Finding("note", f"{' and '.join(missing)} missing: parallel.offload cannot be used, nor compile on CPUs")
-    if not any(map(shutil.which, C_COMPILERS)):
-        return Finding("note", f"no {' or '.join(C_COMPILERS)}: runs on accelerators are not compiled, which is slower")
+        notes.append(f"{' and '.join(missing)} missing: parallel.offload cannot be used, nor compile on CPUs")
     import torch
 
+    reason = missing_compiler("cuda") if torch.cuda.is_available() else None
+    if reason:
+        notes.append(f"runs on accelerators are not compiled, which is slower: {reason}")
+    if notes:
+        return Finding("note", "; ".join(notes))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no accelerator
     from deepspeed.ops.op_builder import AsyncIOBuilder

@@ -24,12 +24,14 @@ TABLE = "a100-80gb"
 def cluster_of(device_name: str | None, memory_bytes: float, ranks: int) -> Cluster:
     """The cluster of a run, as it knows it.
 
-    device_name: that of torch.cuda.get_device_name(), None for a CPU. memory_bytes: as the driver reports it, used for
-    an accelerator without an entry in costs.ACCELERATORS.
+    device_name: that of torch.cuda.get_device_name(), None for a CPU. memory_bytes: as the driver reports it; 0 if
+    unknown.
     """
     known = CPU if device_name is None else costs.find_accelerator(device_name)
     similar = known or costs.ACCELERATORS[TABLE]
     named = known or replace(similar, name=str(device_name), memory_bytes=memory_bytes)
+    if device_name is not None and memory_bytes:  # a MIG instance has a part of the memory of the GPU it is named after
+        named = replace(named, memory_bytes=min(named.memory_bytes, memory_bytes))
     return Cluster(named, ranks, RANKS_PER_NODE, hardware_of(similar))
 
 

@@ -53,8 +53,14 @@ def _zero_optimizer(stage: int, fp32: bool, bf16_messages: bool) -> Passes:
     """
     update = NORM_FP64 + ADAM + (SCALE if stage == 3 else SCALED)  # scaled_global_norm, _optimizer_step
     if stage == 3:  # concatenated partitions; the first micro-batch copies a gradient where others add one
-        bucket = COPY + COPY + SCALE if fp32 else COPY_BF16 + SCALE_BF16 + CAST + COPY
-        return Passes(bucket, COPY + ADD, 0, COPY + update + (COPY if fp32 else CAST) - (ADD - COPY))
+        if fp32:
+            bucket = COPY + COPY + SCALE
+        elif bf16_messages:
+            bucket = COPY_BF16 + SCALE_BF16 + COPY_BF16
+        else:
+            bucket = COPY_BF16 + SCALE_BF16 + CAST + COPY
+        copy = COPY_BF16 + CAST if bf16_messages and not fp32 else COPY
+        return Passes(bucket, copy + ADD, 0, COPY + update + (COPY if fp32 else CAST) - (ADD - COPY))
     if fp32:
         bucket = COPY + COPY + SCALE + COPY
         last = COPY + update + COPY

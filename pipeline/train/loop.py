@@ -34,7 +34,7 @@ from pipeline.train.checkpointing import CheckpointManager, Progress, newest_com
 from pipeline.train.data.verify import verify_shards
 from pipeline.train.engine.base import StepResult
 from pipeline.train.engine.build import build_engine
-from pipeline.train.engine.process_group import start_group
+from pipeline.train.engine.process_group import set_heartbeat_timeout, start_group
 from pipeline.train.health.diverged import Diverged
 from pipeline.train.health.out_of_memory import with_advice
 from pipeline.train.health.replicas import check_replicas
@@ -65,10 +65,12 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     gc.freeze()  # DeepSpeed runs the garbage collector twenty times while it starts; imported modules are excluded
     use_expandable_segments()
     ranks, folder = describe_ranks(), RunFolder(run)
-    stop = StopRequests(run, looks=ranks.is_first)
+    stop = StopRequests(run, checks_file=ranks.is_first)
     with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
         folder.check(config, inputs.shards)
+        if ranks.device.type == "cuda":
+            set_heartbeat_timeout(group_timeout(config.health.hang_minutes), ranks)
     if folder.finished_steps() >= config.schedule.steps:
         print_finished(folder, config)
         return FINISHED
@@ -220,7 +222,7 @@ class Trainer:
         return RankFlags(*all_reduce_max(list(own)))
 
     def read_batch(self, done: Progress) -> Attempt[Batch]:
-        """This rank's share of the images of the step after `done`; of nothing, if that was the last step."""
+        """This rank's share of the images of the step after `done`; an empty attempt after the last step."""
         step = done.step + 1
         if step > self.last_step:
             return Attempt()

@@ -1,14 +1,17 @@
 """What fails on one rank is raised on all, and marked so that it is printed once; a rank's CPUs and MIG instance."""
 
+import gc
 import os
+import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline import distributed
+from pipeline.__main__ import train
 from pipeline.distributed import bind_to_close_cpus, close_cpus, describe_ranks, from_first
 from pipeline.rank_errors import is_on_all_ranks
 from tests.launch import run
@@ -143,3 +146,23 @@ def test_each_rank_of_a_node_sees_its_own_mig_instance(
         monkeypatch.setenv(name, value)
     describe_ranks()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == selected
+
+
+def test_training_selects_it_before_a_module_makes_cuda_read_the_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The modules are replaced; the import of some asks CUDA for its devices."""
+    seen = []
+
+    class Module(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            return type(name, (Exception,), {}) if name[0].isupper() else lambda *_: 0
+
+    for name in ("train.loop", "train.health.out_of_memory", "train.health.diverged"):
+        monkeypatch.setitem(sys.modules, f"pipeline.{name}", Module(name))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train(["--run", str(tmp_path), "--model.size", "s"]) == 0
+    gc.enable()  # the loop does
+    assert set(seen) == {"MIG-b"}

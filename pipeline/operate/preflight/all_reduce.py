@@ -24,6 +24,8 @@ class Outcome:
     """Whether all processes of the node had the right sum in time."""
     accelerator_fault: str | None
     """A sentence if an accelerator of the node is missing, in use or faulty."""
+    message: str | None = None
+    """What a process that failed printed last: the error of NCCL, gloo or an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class AllReduceCheck:
                 output.seek(0)
             lines = [output.read().splitlines() for output in outputs]
         succeeded = all(ALL_REDUCE_OK in printed for printed in lines)
-        return Outcome(succeeded, self._accelerator_fault(codes, lines) if self.accelerators else None)
+        message = next((printed[-1] for code, printed in zip(codes, lines, strict=True) if code and printed), None)
+        return Outcome(succeeded, self._accelerator_fault(codes, lines) if self.accelerators else None, message)
 
     def _accelerator_fault(self, codes: list[int | None], lines: list[list[str]]) -> str | None:
         unchecked = [number for number, printed in enumerate(lines) if ACCELERATOR_OK not in printed]

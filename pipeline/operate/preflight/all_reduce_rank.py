@@ -87,12 +87,12 @@ def check_sum(check: AllReduceCheck, number: int, device: torch.device) -> None:
     dist.all_reduce(vector)
     if not bool((vector == ranks * (ranks + 1) / 2).all()):
         raise ValueError(f"the sum over {ranks} ranks is wrong")
-    # A process that ends takes what NCCL's threads still have to send with it, so all wait until all have the sum; and
-    # rank 0, which holds the store, until all know that.
-    for word in ("summed", "leaves"):
-        store.set(f"{word} {rank}", "")
-        if word == "summed" or rank == 0:
-            store.wait([f"{word} {other}" for other in range(ranks)], timeout)
+    # A process that exits while another still receives from it breaks that one's all-reduce: each waits until all have
+    # the sum. Rank 0 holds the store, so it also waits until no other rank needs it.
+    for stage in ("summed", "done"):
+        store.set(f"{stage} {rank}", "")
+        if stage == "summed" or rank == 0:
+            store.wait([f"{stage} {other}" for other in range(ranks)], timeout)
 
 
 if __name__ == "__main__":

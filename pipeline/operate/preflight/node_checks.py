@@ -31,7 +31,8 @@ def check_node(node: str, nodes: list[str], run: Path, shards: str | None, accel
         if outcome.accelerator_fault:
             report.faults["accelerators"] = outcome.accelerator_fault
         elif count == 1 and not outcome.succeeded:
-            report.faults["accelerators"] = f"the all-reduce between its accelerators fails within {seconds:g} s"
+            reason = outcome.message or f"it took more than {seconds:g} s"
+            report.faults["accelerators"] = f"the all-reduce between its accelerators failed: {reason}"
     _record_fault(report, "run", lambda: _check_run(report, run))
     if shards is not None:
         _record_fault(report, "shards", lambda: _check_shards(report, shards))

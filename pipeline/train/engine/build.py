@@ -3,9 +3,10 @@
 import torch
 from transformers import GPT2Config
 
+from pipeline.compilers import missing_compiler
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
-from pipeline.train.engine import compilation, float8, offload
+from pipeline.train.engine import float8, offload
 from pipeline.train.engine.base import Engine
 
 
@@ -35,6 +36,6 @@ def check_machine(config: TrainConfig, device: torch.device) -> None:
 
 def check_torch_compiles(device: torch.device) -> None:
     """Raises ValueError if torch.compile has no compiler on this device."""
-    missing = compilation.missing_compiler(device)
+    missing = missing_compiler(device.type)
     if missing is not None:
         raise ValueError(f"compile is true; {missing}.")

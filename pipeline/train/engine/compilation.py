@@ -1,8 +1,6 @@
 """torch.compile in the engines: when it is used, what is compiled, and what must not disturb it."""
 
 import logging
-import os
-import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +10,7 @@ import torch
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from pipeline.compilers import missing_compiler
 from pipeline.config import TrainConfig
 from pipeline.model.trunk import Trunk
 from pipeline.train.health.stop import STOP_SIGNALS
@@ -26,21 +25,8 @@ again without gradients, and a save must not wait for a compiler."""
 def is_on(config: TrainConfig, device: torch.device) -> bool:
     """Whether a run compiles on this device; `auto` does on accelerators that have a compiler."""
     if config.compile == "auto":
-        return device.type != "cpu" and missing_compiler(device) is None
+        return device.type != "cpu" and missing_compiler(device.type) is None
     return config.compile
-
-
-def missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile lacks here, or None: CXX or g++ on CPU; CC, gcc or clang on CUDA, for Triton."""
-    kind, variable, usual = ("C", "CC", ["gcc", "clang"]) if device.type == "cuda" else ("C++", "CXX", ["g++"])
-    named = os.environ.get(variable)
-    candidates = usual if named is None else [named]  # if the variable is set, torch and Triton try nothing else
-    if any(shutil.which(name) for name in candidates):
-        return None
-    return (
-        f"torch.compile needs a {kind} compiler on this device, and {' or '.join(candidates)} is not on PATH; install "
-        f"it, name another in {variable}, or set compile to false"
-    )
 
 
 def describe(config: TrainConfig, device: torch.device) -> str:
@@ -48,7 +34,7 @@ def describe(config: TrainConfig, device: torch.device) -> str:
     if is_on(config, device):
         return "each block, by torch.compile, in the first step"
     if config.compile == "auto" and device.type != "cpu":
-        return f"off, which is slower: {missing_compiler(device)}"
+        return f"off, which is slower: {missing_compiler(device.type)}"
     return "off"
 
 

@@ -70,7 +70,8 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 def _overlaps(parallel: ParallelConfig, ranks: Ranks) -> bool:
     """Whether gradients are reduced during the backward pass; DeepSpeed's pipeline can't.
 
-    With it the host waits for the device after each pass, for nothing on a single data-parallel rank.
+    Overlap makes the host wait for the device after each backward pass; a single data-parallel rank has nothing to
+    reduce.
     """
     return ranks.device.type == "cuda" and parallel.pipeline_stages == 1 and parallel.data_ranks(ranks.count) > 1
 

@@ -43,7 +43,8 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
         self._config, self._model_config, self._ranks = config, model_config, ranks
         self.data_ranks = config.parallel.data_ranks(ranks.count)
-        self._recompile_watch = RecompileWatch() if is_on(config, ranks.device) and ranks.is_first else None
+        watches = ranks.is_first or config.parallel.pipeline_stages > 1  # stages compile different blocks
+        self._recompile_watch = RecompileWatch() if watches and is_on(config, ranks.device) else None
 
     def _start(
         self, module: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: dict[str, Any]

@@ -73,5 +73,5 @@ def describe(config: TrainConfig, device: torch.device) -> str:
     elif compilation.is_on(config, device):
         how = "by kernels of this accelerator"
     else:
-        how = "by kernels of this accelerator; compile the run, or scaling costs more time than they save"
+        how = "by kernels of this accelerator; without compilation, scaling takes longer than they save"
     return f"the blocks' matrix products in training, {RECIPE} scaling, {how}; evaluation in bf16"

@@ -46,7 +46,6 @@ class BlockLayer(nn.Module):
         self.block, self.recompute = model.transformer.h[number], config.parallel.recompute
         self.to_empty(device=device)
         if compilation.is_on(config, device):
-            compilation.start_workers(device)
             compilation.compile_block(self.block)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -76,6 +75,8 @@ class PipelineEngine(DeepSpeedEngine):
             self._model = build_model(model_config)
         if config.precision == "fp8":
             float8.convert(self._model.transformer.h, ranks.device)
+        if compilation.is_on(config, ranks.device):
+            compilation.start_workers(ranks.device)
         with redirect_stdout(StringIO()):  # DeepSpeed prints its layers and seeds
             module = PipelineModule(
                 _layers(self._model, config, ranks.device),

@@ -22,8 +22,8 @@ HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 LONGEST_HEARTBEAT = 2_000_000
 """Seconds, 23 days; torch converts them to milliseconds in 32 bits."""
 LOCAL_NAMES = ("localhost", "127.0.0.1")
-SOME_ADDRESS = "192.0.2.1"
-"""An address of the Internet that nobody has (RFC 5737)."""
+DOCUMENTATION_ADDRESS = "192.0.2.1"
+"""An address that is never assigned (RFC 5737): the route to it is the default route."""
 
 
 def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -48,7 +48,6 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
         bind_to_close_cpus(ranks.device)
-        set_heartbeat_timeout(timeout, ranks)
         read_free_memory_from_cuda()
     choose_gloo_interface(os.environ["MASTER_ADDR"])
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
@@ -61,8 +60,10 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
 
 
 def start_host_group(timeout: timedelta) -> None:
-    """Starts the gloo group in which the hosts exchange flags, errors and other small values."""
-    use_host_group(dist.new_group(backend="gloo", timeout=timeout))
+    """Starts the gloo group in which the hosts exchange flags, errors and other small values; it connects them all."""
+    group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+    use_host_group(group)
 
 
 def choose_gloo_interface(master: str) -> None:
@@ -71,7 +72,7 @@ def choose_gloo_interface(master: str) -> None:
     gloo would take the address of this machine's own name, which many distributions map to 127.0.1.1: other machines
     can't reach that. On rank 0 `master` may be that name; then the default route decides.
     """
-    for target in () if master in LOCAL_NAMES else (master, SOME_ADDRESS):
+    for target in () if master in LOCAL_NAMES else (master, DOCUMENTATION_ADDRESS):
         if interface := interface_towards(target):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             return
@@ -89,7 +90,7 @@ def interface_towards(host: str) -> str | None:
 
 
 def set_heartbeat_timeout(timeout: timedelta, ranks: Ranks) -> None:
-    """Makes torch's NCCL monitor wait as long as a collective may; call it before the first group, which reads it.
+    """Makes torch's NCCL monitor wait as long as a collective may; call it on CUDA before `start_group`.
 
     The monitor aborts a process whose NCCL thread hangs in a call of CUDA, by default after 480 s: long before the
     watchdog has reported which rank is behind. A user's own value is kept. Raises ValueError if it is not an integer.

@@ -7,8 +7,8 @@ import torch
 from pipeline.plan.advice import cluster_of, memory_advice
 from pipeline.train.setup import Inputs
 
-MESSAGES = ("out of memory", "can't allocate memory")
-"""How CUDA, NCCL and torch's allocator of host memory report it in a RuntimeError."""
+MESSAGES = ("out of memory", "can't allocate memory", "status_alloc_failed")
+"""How CUDA, NCCL, cuBLAS, cuDNN and torch's allocator of host memory report it in a RuntimeError."""
 WANTED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 

@@ -9,40 +9,40 @@ STOP_FILE = "STOP"
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-LOOK_SECONDS = 1.0
-"""Seconds between two looks for a file: on a network file system each may take longer than a step's flags."""
+CHECK_SECONDS = 1.0
+"""Seconds between two checks for a file: on a network file system one may take longer than a step's flags."""
 
 
 class RequestFile:
     """A file in the run by which a user asks for something."""
 
-    def __init__(self, path: Path, looks: bool) -> None:
-        """looks: False on ranks that leave it to another to look."""
-        self._path, self._looks, self._next = path, looks, 0.0
+    def __init__(self, path: Path, checks: bool) -> None:
+        """checks: False on ranks that leave the check to rank 0."""
+        self._path, self._checks, self._next = path, checks, 0.0
 
     def found(self) -> bool:
-        """Whether the file is there; False between two looks."""
+        """Whether the file was there when last due to be checked; False between checks."""
         now = time.monotonic()
-        if not self._looks or now < self._next:
+        if not self._checks or now < self._next:
             return False
-        self._next = now + LOOK_SECONDS
+        self._next = now + CHECK_SECONDS
         return self._path.exists()
 
     def delete(self) -> None:
-        """Deletes the file, if it is there and this rank looks for it."""
-        if self._looks:
+        """Deletes the file, if it is there and this rank checks for it."""
+        if self._checks:
             self._path.unlink(missing_ok=True)
 
 
 class StopRequests:
-    """Records signals (USR1, TERM, INT) and looks for the STOP file in the run; the loop asks at step boundaries.
+    """Records signals (USR1, TERM, INT) and checks for the STOP file in the run; the loop asks at step boundaries.
 
     A second Ctrl-C interrupts at once.
     """
 
-    def __init__(self, run: Path, looks: bool = True) -> None:
-        """looks: whether this rank looks for the file."""
-        self._file = RequestFile(run / STOP_FILE, looks)
+    def __init__(self, run: Path, checks_file: bool = True) -> None:
+        """checks_file: whether this rank checks for the file."""
+        self._file = RequestFile(run / STOP_FILE, checks_file)
         self._signalled = self._found = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)

@@ -12,8 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from data_prep.common.command_line import print_error
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.distributed import Ranks
@@ -119,12 +117,12 @@ def write_collectives(file: TextIO) -> None:
     """
     from torch._C import _distributed_c10d as recorder
 
-    # NCCL's groups have a recorder of their own.
-    dump = getattr(recorder, "_dump_nccl_trace_json" if torch.cuda.is_available() else "_dump_fr_trace_json", None)
-    if dump is None:
-        return
+    entries = []
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # NCCL's groups have a recorder of their own
+        if dump := getattr(recorder, name, None):
+            entries += json.loads(dump()).get("entries", [])
     file.write("\nlast collectives\n")
-    for entry in json.loads(dump()).get("entries", [])[-COLLECTIVES:]:
+    for entry in sorted(entries, key=lambda entry: entry.get("time_created_ns", 0))[-COLLECTIVES:]:
         state = "done" if entry.get("retired") else entry.get("state")
         group = " ".join(entry.get("process_group", []))
         sizes = entry.get("input_sizes")

@@ -29,7 +29,7 @@ class Profiler:
 
     def __init__(self, run: Path, config: ProfileConfig, ranks: Ranks) -> None:
         self._run, self._config, self._ranks = run, config, ranks
-        self._request = RequestFile(run / REQUEST_FILE, looks=ranks.is_first)
+        self._request = RequestFile(run / REQUEST_FILE, checks=ranks.is_first)
         self._window: profile | None = None
         self._left, self._first, self._began = 0, 0, 0.0
 

@@ -50,7 +50,7 @@ def heads_of(packed: torch.Tensor, shape: AttentionShape) -> tuple[torch.Tensor,
 
 
 def test_measures_what_runs_and_leaves_out_what_does_not():
-    kernels = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    kernels = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     found = measure(SHAPE, kernels, CPU)
     assert found.keys() == {FLASH, "MATH"}
     assert all(seconds > 0 for seconds in found.values())
@@ -75,7 +75,8 @@ def test_views_of_packed_tensors_are_measured_as_the_model_passes_them(monkeypat
         (1024, "cuda", 91500, False, (FLASH,)),  # wrong at lengths that 128 does not divide
         (1024, "cuda", 91501, True, (FLASH,)),
         (1024, "cuda", None, False, (FLASH,)),
-        (1024, "cpu", None, True, (FLASH, BLOCKED)),
+        (1024, "cpu", None, False, (FLASH, BLOCKED)),
+        (1024, "cpu", None, True, ()),
         (255, "cpu", None, False, ()),
     ],
 )

@@ -166,11 +166,11 @@ PASSES, WAITS = "echo accelerator ok; echo all-reduce ok", "echo accelerator ok;
     ("third", "others", "seconds", "fault"),
     [
         (PASSES, PASSES, 60.0, None),
-        ("echo accelerator ok; exit 1", WAITS, 60.0, None),
-        (WAITS, WAITS, 0.5, None),
+        ("echo accelerator ok; echo NCCL error; exit 1", WAITS, 60.0, None),
+        (WAITS, WAITS, 3.0, None),
         ("echo accelerator 2 is in use; exit 1", WAITS, 60.0, "accelerator 2 is in use"),
         ("exit 1", WAITS, 60.0, "the check of accelerator 2 crashed"),
-        ("exec sleep 60", WAITS, 0.5, "accelerator 2 does not answer within 0.5 s"),
+        ("exec sleep 60", WAITS, 3.0, "accelerator 2 does not answer within 3 s"),
     ],
     ids=["healthy", "a failing all-reduce", "a hanging one", "a fault", "a crash", "no answer"],
 )
@@ -184,6 +184,7 @@ def test_one_accelerator_of_a_node_shows_in_its_outcome(
     monkeypatch.setattr(sys, "executable", str(program))
     outcome = AllReduceCheck("127.0.0.1", 1, 0, 1, 4, seconds).run()
     assert (outcome.succeeded, outcome.accelerator_fault) == (third == PASSES, fault)
+    assert outcome.message == ("NCCL error" if "NCCL" in third else fault if "in use" in third else None)
 
 
 def test_memory_errors_are_those_of_the_gpu_at_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ def test_without_a_smaller_layout_more_ranks_are_advised() -> None:
 
 def test_an_unknown_accelerator_has_the_memory_that_its_driver_reports() -> None:
     assert "of NVIDIA Next's 20 GB per rank" in advice("s", 2, "NVIDIA Next", 20e9)
+    assert "of NVIDIA H100 SXM's 10 GB per rank" in advice("s", 2, f"{H100} MIG 1g.10gb", 10e9)
     assert "needs 11.60 GB per rank" in advice("s", 2, None), "the memory of a CPU's rank is not known"
 
 
@@ -55,6 +56,7 @@ def test_the_advised_layout_is_clearly_smaller_and_as_fast_as_possible() -> None
         ),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("NCCL error: unhandled cuda error, Cuda failure 'out of memory'"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("Connection closed by peer"), False),
         (ValueError("out of memory"), False),
     ],

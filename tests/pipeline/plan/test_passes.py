@@ -13,7 +13,7 @@ from tests.pipeline.plan.traffic import MICRO_BATCHES, SHAPE
 CASES: dict[str, list[dict[str, object]]] = {
     "bf16": [
         *({"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)),
-        *({"zero_stage": stage, "precision": "bf16", "communication": "bf16"} for stage in (1, 2)),
+        *({"zero_stage": stage, "precision": "bf16", "communication": "bf16"} for stage in (1, 2, 3)),
     ],
     "others": [{"zero_stage": stage, "precision": "fp32"} for stage in (0, 1, 2, 3)],
 }

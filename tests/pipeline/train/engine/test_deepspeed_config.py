@@ -41,7 +41,7 @@ APPLIES: dict[str, Callable[[TrainConfig, Ranks], bool]] = {
     ),
     "ZeRO-3, and offload": lambda c, r: c.parallel.zero_stage == 3 or c.parallel.offload != "none",
     "on CUDA: several data-parallel ranks, no pipeline": lambda c, r: overlaps(c, r),
-    "on a CPU, one data-parallel rank, and pipelines": lambda c, r: not overlaps(c, r),
+    "on a CPU, or with one data-parallel rank, or with a pipeline": lambda c, r: not overlaps(c, r),
     "without offload": lambda c, r: c.parallel.offload == "none",
     "offload": lambda c, r: c.parallel.offload != "none",
     "offload to host memory": lambda c, r: c.parallel.offload != "none" and c.parallel.nvme_path is None,

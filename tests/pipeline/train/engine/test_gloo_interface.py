@@ -12,7 +12,7 @@ from pipeline.train.engine import process_group
 
 def test_gloo_uses_the_interface_towards_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses = {"lo": "127.0.0.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"}
-    routes = {"node-1": "10.1.0.7", "myself": "127.0.1.1", process_group.SOME_ADDRESS: "10.0.0.7"}
+    routes = {"node-1": "10.1.0.7", "myself": "127.0.1.1", process_group.DOCUMENTATION_ADDRESS: "10.0.0.7"}
 
     class Probe:
         def __init__(self, *arguments: object) -> None:

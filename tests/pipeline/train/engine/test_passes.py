@@ -39,7 +39,7 @@ ranks, model = describe_ranks(), gpt2_config(config.model)
 start_group(ranks)
 import torch.distributed as dist
 from pipeline import distributed
-assert dist.get_backend(distributed._host_group) == "gloo"
+assert distributed._host_group is not None and dist.get_backend(distributed._host_group) == "gloo"
 batch = Batch(np.arange(4 * 16, dtype=np.uint16).reshape(4, 16))
 engine = ZeroEngine(config, model, ranks, True)
 engine.step(batch, 1e-3)

@@ -301,10 +301,12 @@ def test_invalid_input_is_reported_once_a_node(runner: Runner) -> None:
 COUNTED = """
 import runpy
 import torch, torch.distributed as dist
+from pipeline import distributed
 reduce = dist.all_reduce
 
 def reported(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
     if tensor.dtype == torch.float64 and op == dist.ReduceOp.MAX:
+        assert group is not None and group is distributed._host_group
         print("flags are exchanged", flush=True)
     return reduce(tensor, op, group, async_op)
 

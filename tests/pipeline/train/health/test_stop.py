@@ -21,7 +21,7 @@ def test_a_file_is_looked_for_once_a_second_by_one_rank(monkeypatch: pytest.Monk
     now = [100.0]
     monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
     path: object = Watched()
-    first, other = stop.RequestFile(path, looks=True), stop.RequestFile(path, looks=False)  # type: ignore[arg-type]
+    first, other = stop.RequestFile(path, checks=True), stop.RequestFile(path, checks=False)  # type: ignore[arg-type]
     found = []
     for _ in range(10):
         found.append(first.found())
@@ -34,7 +34,7 @@ def test_a_file_is_looked_for_once_a_second_by_one_rank(monkeypatch: pytest.Monk
 def test_the_rank_that_looks_deletes_the_file(tmp_path: Path) -> None:
     path = tmp_path / "STOP"
     path.touch()
-    stop.RequestFile(path, looks=False).delete()
+    stop.RequestFile(path, checks=False).delete()
     assert path.exists()
-    stop.RequestFile(path, looks=True).delete()
+    stop.RequestFile(path, checks=True).delete()
     assert not path.exists()
