@@ -1,5 +1,6 @@
 """The accelerator's script: its mechanics with parts that go wrong, and all its parts at toy size on the CPU."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from pipeline.config import ModelConfig
 from pipeline.plan.block_times import read_block_times
 from tests.benchmarks import fake_parts, models
-from tests.benchmarks.accelerator import common
+from tests.benchmarks.accelerator import common, processes
 from tests.benchmarks.accelerator.numbers import kernel_kind
 from tests.benchmarks.accelerator.pack import pack
 from tests.benchmarks.accelerator.parts import CHECKS, PARTS, Part
@@ -154,6 +155,26 @@ def test_without_an_accelerator_it_says_so() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     message = "error: this machine has no CUDA device; --toy tries the script on a CPU.\n"
     assert (done.returncode, done.stderr) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("after", "seconds", "message"),
+    [("exit(3)", 60.0, "the process ended with code 3 before that"), ("time.sleep(60)", 0.2, "took more than 0.2 s")],
+)
+def test_a_process_that_does_not_come_so_far_is_ended_and_its_log_printed(
+    after: str, seconds: float, message: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    log, code = tmp_path / "log", f"import time; print('said', flush=True); {after}"
+    with (
+        pytest.raises(RuntimeError, match=message),
+        processes.running(["-c", code], dict(os.environ), log) as process,
+    ):
+        processes.wait_for(lambda: "said" in log.read_text(), process)
+        monkeypatch.setattr(processes, "SECONDS", seconds)
+        processes.wait_for(lambda: False, process)
+    assert process.returncode is not None
+    assert capsys.readouterr().out == "-- log\nsaid\n\n"
 
 
 def test_every_part_names_a_function() -> None:

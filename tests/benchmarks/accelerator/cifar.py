@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.benchmarks.accelerator.common import CUDA, OUT, TOY, free_memory, write_shards
 from tests.benchmarks.accelerator.processes import SECONDS as START_SECONDS
-from tests.benchmarks.accelerator.processes import STOPPED, alone, rows, start, wait_for
+from tests.benchmarks.accelerator.processes import STOPPED, alone, rows, running, wait_for
 from tests.benchmarks.accelerator.report import Row, at_most, equal, known
 
 ARCHIVE = Path("out/accelerator-data/cifar10.tar.xz")
@@ -56,16 +56,14 @@ def train_cifar() -> Iterator[Row | str]:
         shards = unpacked(Path(folder) / "shards") if carried else made_up(Path(folder) / "shards")
         run, log = Path(folder) / "run", Path(folder) / "log"
         options = OPTIONS | (TOY_OPTIONS if TOY else {}) | {"run": run, "data.shards": shards}
+        words = [f"--{key}={value}" for key, value in options.items()]
         began = time.monotonic()
-        with log.open("w") as file:
-            words = [f"--{key}={value}" for key, value in options.items()]
-            train = start(["-m", "pipeline", "train", *words], alone(), file)
+        with running(["-m", "pipeline", "train", *words], alone(), log) as train:
             wait_for(lambda: len(rows(run)) >= 1, train)
             yield known("cifar: s to the first step", time.monotonic() - began)
             time.sleep(SECONDS)
             train.send_signal(signal.SIGUSR1)
             code = train.wait(START_SECONDS)
-        print(log.read_text(), flush=True)
         (OUT / "cifar_metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
         yield equal("cifar: exit code", code, STOPPED)
         yield from _curve("CIFAR-10 (JPEG copy)" if carried else "made-up images", run)

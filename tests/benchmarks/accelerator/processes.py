@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,8 @@ from tests.benchmarks.accelerator.report import Row, equal, known
 STOPPED, ENDED_BY_WATCHDOG = 75, 1
 SECONDS = 75.0
 """For one process, from its start."""
+GRACE = 10.0
+"""Seconds in which a killed process ends."""
 HANGING = "hanging"
 HANG = """
 import sys, time, torch
@@ -69,12 +71,9 @@ def check_preflight() -> Iterator[Row]:
         run.mkdir()
         words = ["preflight", "--nodes", "here", "--accelerators", str(int(CUDA))]
         words += train_options(run, write_shards(Path(folder) / "shards", 64, 8))
-        with log.open("w") as file:
-            environment = {**alone(), "SLURMD_NODENAME": "here"}
-            process = start(["-m", "pipeline", *words], environment, file)
-        code = process.wait(SECONDS)
+        with running(["-m", "pipeline", *words], {**alone(), "SLURMD_NODENAME": "here"}, log) as process:
+            code = process.wait(SECONDS)
         text = log.read_text()
-    print(text, flush=True)
     yield equal("preflight: exit code", code, 0)
     report = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
     yield equal("preflight: faults", report["faults"], {})
@@ -89,19 +88,21 @@ class Processes:
     options: list[str]
     train: "subprocess.Popen[bytes]"
     hang: "subprocess.Popen[bytes]"
+    end: ExitStack
+    """Ends both and removes the folder."""
 
 
 @cache
 def processes() -> Processes:
     """Starts both, once."""
-    folder = Path(tempfile.mkdtemp(prefix="check-accelerator-"))
-    (folder / HANGING).mkdir()
-    options = train_options(folder / "run", write_shards(folder / "shards", 64, 8))
-    with (folder / "train.log").open("w") as file:
-        train = start(["-m", "pipeline", "train", *options], alone(), file)
-    with (folder / "hang.log").open("w") as file:
-        hang = start(["-c", HANG, str(folder / HANGING)], alone(), file)
-    return Processes(folder, options, train, hang)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        (folder / HANGING).mkdir()
+        options = train_options(folder / "run", write_shards(folder / "shards", 64, 8))
+        words = ["-m", "pipeline", "train", *options]
+        train = stack.enter_context(running(words, alone(), folder / "train.log"))
+        hang = stack.enter_context(running(["-c", HANG, str(folder / HANGING)], alone(), folder / "hang.log"))
+        return Processes(folder, options, train, hang, stack.pop_all())
 
 
 def start_processes() -> Iterator[Row]:
@@ -113,20 +114,16 @@ def check_stop_and_watchdog() -> Iterator[Row]:
     """A run that SIGUSR1 stops and saves, then resumes; beside it a hanging one, which its watchdog ends."""
     found = processes()
     run = found.folder / "run"
-    try:
+    with found.end:
         yield from _check_stop(found.train, run)
         steps = len(rows(run)) + 5
-        with (found.folder / "resumed.log").open("w") as file:
-            train = start(["-m", "pipeline", "train", *found.options, f"--schedule.steps={steps}"], alone(), file)
-        yield equal("USR1: exit code of the resumed run", train.wait(SECONDS), 0)
+        words = ["-m", "pipeline", "train", *found.options, f"--schedule.steps={steps}"]
+        with running(words, alone(), found.folder / "resumed.log") as train:
+            yield equal("USR1: exit code of the resumed run", train.wait(SECONDS), 0)
         yield equal("USR1: steps of the resumed run", rows(run)[-1]["step"], steps)
         yield equal("watchdog: exit code", found.hang.wait(SECONDS), ENDED_BY_WATCHDOG)
         stacks = [path.read_text() for path in found.folder.glob(f"{HANGING}/stacks/rank-*.txt")]
         yield equal("watchdog: stacks written", ["training at step 2" in text for text in stacks], [True])
-    finally:
-        for log in sorted(found.folder.glob("*.log")):
-            print(f"-- {log.name}\n{log.read_text()}", flush=True)
-        shutil.rmtree(found.folder, ignore_errors=True)
 
 
 def _check_stop(train: "subprocess.Popen[bytes]", run: Path) -> Iterator[Row]:
@@ -150,14 +147,28 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") 
     """Until the condition holds. Raises RuntimeError if the process ends before, or takes too long."""
     end = time.monotonic() + SECONDS
     while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            raise RuntimeError(f"the process did not come so far; its exit code is {process.poll()}")
+        if process.poll() is not None:
+            raise RuntimeError(f"the process ended with code {process.returncode} before that")
+        if time.monotonic() > end:
+            raise RuntimeError(f"the process took more than {SECONDS:g} s")
         time.sleep(0.1)
 
 
-def start(arguments: list[str], environment: dict[str, str], log: object) -> "subprocess.Popen[bytes]":
-    """Python with these arguments, in the supervisor's group, so that it ends with it."""
-    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)  # type: ignore[arg-type]
+@contextmanager
+def running(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Python with these arguments; kills it at the end if it still runs, and prints its log.
+
+    It is in the supervisor's group, so that it ends with it too.
+    """
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=file, stderr=file)
+    try:
+        yield process
+    finally:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # a driver may never let go
+            process.wait(GRACE)
+        print(f"-- {log.name}\n{log.read_text()}", flush=True)
 
 
 def alone() -> dict[str, str]:
