@@ -102,7 +102,7 @@ accelerator-packages:
 
 # At toy size the packages of .venv are used.
 check-accelerator bench-accelerator: $(if $(TOY),$(SET_UP),accelerator-packages)
-	PYTHONPATH=.:out/accelerator-packages $(if $(TOY),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.accelerator $(TOY) \
+	PYTHONPATH=.$(if $(TOY),,:out/accelerator-packages) $(if $(TOY),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.accelerator $(TOY) \
 	    --seconds $(SECONDS) --out $(OUT) $(ONLY)
 
 bench-accelerator: SECONDS := 540
