@@ -17,8 +17,8 @@ from tests.benchmarks.accelerator.speed import STEPS, close, fit, ours, rate_row
 MEASURED = 8
 """Steps, the last of which is profiled."""
 KINDS = (
+    ("Triton", ("triton",)),  # first: their names contain those of the operators that they fuse
     ("attention", ("flash", "fmha", "sdpa")),
-    ("Triton", ("triton",)),
     ("communication", ("nccl",)),
     ("optimizer", ("multi_tensor_apply", "adam")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
