@@ -97,22 +97,24 @@ def check_attention() -> Iterator[Row]:
     """Which kernel runs after each choice, and its numbers at lengths that 128 divides and does not divide."""
     restore = sdpa_settings()
     images, long, odd = (2, 64, 50) if TOY else (4, 1024, 200)
-    for head_width in (64, 96, 128):
-        config = ModelConfig(layers=1, width=2 * head_width if TOY else 8 * head_width, heads=2 if TOY else 8)
-        module = random_model(config).transformer.h[0].attn.bfloat16()
-        shape = attention.AttentionShape(images, config.shape.heads, long, head_width, causal=True)
-        seconds = attention_seconds(shape)
-        yield known(f"attention: {head_width} wide, ms", _milliseconds(seconds))
-        for name in seconds:
-            attention.use_fastest({other: 1.0 if other == name else 2.0 for other in seconds})
-            for length in (long, odd):
-                states = torch.randn(images, length, config.shape.width, device=DEVICE, dtype=torch.bfloat16)
-                label = f"attention: {head_width} wide, {length} long, {name}"
-                used = used_kernels(lambda states=states, module=module: _passes(module, states))
-                yield equal(f"{label}: kernel", used, name) if CUDA else known(f"{label}: kernel", used)
-                yield at_most(f"{label}, from fp64's", _error(module, states), ATTENTION)
-    attention.use_fastest({})
-    restore()
+    try:
+        for head_width in (64, 96, 128):
+            config = ModelConfig(layers=1, width=2 * head_width if TOY else 8 * head_width, heads=2 if TOY else 8)
+            module = random_model(config).transformer.h[0].attn.bfloat16()
+            shape = attention.AttentionShape(images, config.shape.heads, long, head_width, causal=True)
+            seconds = attention_seconds(shape)
+            yield known(f"attention: {head_width} wide, ms", _milliseconds(seconds))
+            for name in seconds:
+                attention.use_fastest({other: 1.0 if other == name else 2.0 for other in seconds})
+                for length in (long, odd):
+                    states = torch.randn(images, length, config.shape.width, device=DEVICE, dtype=torch.bfloat16)
+                    label = f"attention: {head_width} wide, {length} long, {name}"
+                    used = used_kernels(lambda states=states, module=module: _passes(module, states))
+                    yield equal(f"{label}: kernel", used, name) if CUDA else known(f"{label}: kernel", used)
+                    yield at_most(f"{label}, from fp64's", _error(module, states), ATTENTION)
+    finally:
+        attention.use_fastest({})
+        restore()
 
 
 def sdpa_settings() -> Callable[[], None]:
@@ -171,6 +173,8 @@ def used_kernels(run: Callable[[], object]) -> str:
 
 def kernel_kind(name: str) -> str | None:
     """The kind of an attention kernel of CUDA by its name; None for other kernels."""
+    if name.startswith("triton"):
+        return None  # named after the operators that it fuses
     if not any(word in name for word in ("flash", "fmha", "sdpa")):
         return None
     return next((kind for part, kind in KERNELS if part in name), None)
