@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.config import ModelConfig
+from pipeline.model.attention import CUDNN, FLASH
 from pipeline.plan.block_times import read_block_times
 from tests.benchmarks import fake_parts, models
-from tests.benchmarks.accelerator import common, processes
+from tests.benchmarks.accelerator import __main__ as script
+from tests.benchmarks.accelerator import common, engines, numbers, processes
 from tests.benchmarks.accelerator.numbers import kernel_kind
 from tests.benchmarks.accelerator.pack import pack
 from tests.benchmarks.accelerator.parts import CHECKS, PARTS, Part
@@ -157,6 +161,13 @@ def test_without_an_accelerator_it_says_so() -> None:
     assert (done.returncode, done.stderr) == (2, message)
 
 
+def test_a_driver_that_hangs_is_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "HAS_CUDA", "import time; time.sleep(60)")
+    monkeypatch.setattr(script, "DRIVER_SECONDS", 0.1, raising=False)
+    monkeypatch.setattr(sys, "argv", ["accelerator"])
+    assert script.main() == 2
+
+
 @pytest.mark.parametrize(
     ("after", "seconds", "message"),
     [("exit(3)", 60.0, "the process ended with code 3 before that"), ("time.sleep(60)", 0.2, "took more than 0.2 s")],
@@ -250,6 +261,7 @@ def test_hf_image_gpt_starts_at_a_batch_that_fits(size: str, images: int) -> Non
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention)", "EFFICIENT_ATTENTION", "attention"),
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", None, "matrix products"),
         ("triton_red_fused_add_native_layer_norm_3", None, "Triton"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_view_5", None, "Triton"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", None, "optimizer"),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", None, "communication"),
         ("Memcpy DtoH (Device -> Pinned)", None, "copies"),
@@ -258,6 +270,27 @@ def test_hf_image_gpt_starts_at_a_batch_that_fits(size: str, images: int) -> Non
 )
 def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str | None, part: str) -> None:
     assert (kernel_kind(kernel), kind_of(kernel)) == (kind, part)
+
+
+def test_attention_that_raises_leaves_torchs_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbers, "TOY", True)
+    monkeypatch.setattr(numbers, "attention_seconds", lambda case: {CUDNN: 1.0, FLASH: 2.0})
+    monkeypatch.setattr(numbers, "used_kernels", lambda run: 1 / 0)
+    before = numbers.sdpa_order(), torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(ZeroDivisionError):
+        list(numbers.check_attention())
+    assert (numbers.sdpa_order(), torch.backends.cuda.cudnn_sdp_enabled()) == before
+
+
+def test_graphs_that_were_compiled_before_an_engine_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    engine = SimpleNamespace(step=lambda batch, learning_rate: SimpleNamespace(loss=1.0))
+    for name, made in {"start_alone": None, "build_engine": engine, "reference": [1.0] * engines.STEPS}.items():
+        monkeypatch.setattr(engines, name, lambda *_, made=made: made)
+    monkeypatch.setitem(counters["stats"], "unique_graphs", 7)
+    [_, graphs] = islice(engines.check_engine(compiled=True), 2)
+    assert (graphs.good, graphs.value) == (False, "0")
 
 
 def test_kernels_that_overlap_leave_no_idle_time() -> None:
@@ -280,3 +313,8 @@ def test_a_part_of_a_shard_set_travels_as_an_archive(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(("options", "wanted"), [([], "3.12"), (["WHEELS_PYTHON=3.13"], "3.13")])
 def test_wheels_are_for_the_python_of_the_machine_at_hand(options: list[str], wanted: str) -> None:
     assert f"--python-version {wanted} " in recipe("accelerator-wheels", *options)
+
+
+def test_toy_sizes_use_the_packages_of_the_environment_alone() -> None:
+    assert "accelerator-packages" not in recipe("check-accelerator", "TOY=--toy")
+    assert "PYTHONPATH=.:out/accelerator-packages " in recipe("check-accelerator")
