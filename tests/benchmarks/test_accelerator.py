@@ -24,7 +24,7 @@ from tests.benchmarks import fake_parts, models
 from tests.benchmarks.accelerator import __main__ as script
 from tests.benchmarks.accelerator import common, engines, numbers, processes
 from tests.benchmarks.accelerator.numbers import kernel_kind
-from tests.benchmarks.accelerator.pack import pack
+from tests.benchmarks.accelerator.pack import first_shards, pack
 from tests.benchmarks.accelerator.parts import CHECKS, PARTS, Part
 from tests.benchmarks.accelerator.speed import fit, rates
 from tests.benchmarks.accelerator.step_profile import kind_of, shares
@@ -80,11 +80,17 @@ def test_what_raises_dies_hangs_or_loses_the_device_costs_its_own_line(tmp_path:
     assert lines[-1] == "6 ok, 6 FAIL"
 
 
+def test_a_measurement_without_the_seconds_that_it_needs_is_named_and_not_begun(tmp_path: Path) -> None:
+    good, lines = supervise(fakes("measured", "good"), tmp_path)
+    assert good
+    assert lines[-1] == "2 ok, 0 FAIL; not run for lack of time: measured"
+    assert re.findall(r"== (\w+),", (tmp_path / "worker.log").read_text()) == ["good"]
+
+
 def test_it_ends_itself_when_the_time_is_over(tmp_path: Path) -> None:
-    optional = [Part("measured", "nowhere:at_all", 30.0, needs=20.0), Part("later", "nowhere:at_all", 30.0, needs=1.0)]
     began = time.monotonic()
-    good, lines = supervise([optional[0], *fakes("slow", "good"), optional[1]], tmp_path, seconds=4.0)
-    assert time.monotonic() - began < 5.0
+    good, lines = supervise(fakes("measured", "slow", "good", "later"), tmp_path, seconds=12.0)
+    assert time.monotonic() - began < 13.0
     assert not good
     text = "\n".join(lines)
     assert re.search("FAIL  slow +the time was over", text)
@@ -117,15 +123,15 @@ from pipeline.train.engine import pipeline, zero
 from tests.benchmarks.accelerator import block_times, cifar, collectives, engines, step_profile
 print(*sorted({name for module in sys.modules for name in names.get(module, ())}))
 """
-BRING = ("torch", "transformers", "tensorboard", "accelerate", "scipy", "dill")
-"""What the accelerator's machine has, and what these import if it is there."""
+PRESENT = ("torch", "transformers", "tensorboard", "accelerate", "scipy", "dill")
+"""Packages of the accelerator's machine; the last three are optional ones that the first three import."""
 
 
 @pytest.mark.slow
 def test_the_wheels_are_all_that_is_missing_beside_torch_and_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, cwd=ROOT, check=True)
     [carried] = re.findall(r"\^\((.+)\)==", recipe("accelerator-wheels"))
-    there = closure(BRING)
+    there = closure(PRESENT)
     missing = [
         name
         for name in done.stdout.splitlines()[-1].split()
@@ -308,6 +314,12 @@ def test_a_part_of_a_shard_set_travels_as_an_archive(tmp_path: Path, monkeypatch
     opened = open_shard_set(cifar.unpacked(tmp_path / "there"))
     opened.verify()
     assert (opened.split("train").images, opened.split("valid").images) == (20, 20)
+
+
+@pytest.mark.parametrize(("images", "taken"), [(1, 1), (20, 1), (30, 2), (100, 3)])
+def test_as_many_shards_travel_as_have_the_images(images: int, taken: int) -> None:
+    shards: list[dict[str, object]] = [{"file": f"train-{number}", "images": 20} for number in range(3)]
+    assert first_shards(shards, images) == shards[:taken]
 
 
 @pytest.mark.parametrize(("options", "wanted"), [([], "3.12"), (["WHEELS_PYTHON=3.13"], "3.13")])
