@@ -119,20 +119,20 @@ def check_stop_and_watchdog() -> Iterator[Row]:
         steps = len(rows(run)) + 5
         words = ["-m", "pipeline", "train", *found.options, f"--schedule.steps={steps}"]
         with running(words, alone(), found.folder / "resumed.log") as train:
-            yield equal("USR1: exit code of the resumed run", train.wait(SECONDS), 0)
-        yield equal("USR1: steps of the resumed run", rows(run)[-1]["step"], steps)
-        yield equal("watchdog: exit code", found.hang.wait(SECONDS), ENDED_BY_WATCHDOG)
+            yield equal("stop and watchdog: exit code of the resumed run", train.wait(SECONDS), 0)
+        yield equal("stop and watchdog: steps of the resumed run", rows(run)[-1]["step"], steps)
+        yield equal("stop and watchdog: exit code of the hanging run", found.hang.wait(SECONDS), ENDED_BY_WATCHDOG)
         stacks = [path.read_text() for path in found.folder.glob(f"{HANGING}/stacks/rank-*.txt")]
-        yield equal("watchdog: stacks written", ["training at step 2" in text for text in stacks], [True])
+        yield equal("stop and watchdog: stacks written", ["training at step 2" in text for text in stacks], [True])
 
 
 def _check_stop(train: "subprocess.Popen[bytes]", run: Path) -> Iterator[Row]:
     wait_for(lambda: len(rows(run)) >= 3, train)
-    yield known("USR1: losses", ", ".join(f"{row['loss']:.3f}" for row in rows(run)[:3]))
+    yield known("stop and watchdog: losses", ", ".join(f"{row['loss']:.3f}" for row in rows(run)[:3]))
     train.send_signal(signal.SIGUSR1)
-    yield equal("USR1: exit code", train.wait(SECONDS), STOPPED)
+    yield equal("stop and watchdog: exit code after SIGUSR1", train.wait(SECONDS), STOPPED)
     saved = [path.name for path in run.glob("checkpoints/step-*[0-9]")]
-    yield equal("USR1: checkpoint", saved, [f"step-{rows(run)[-1]['step']:08d}"])
+    yield equal("stop and watchdog: checkpoint", saved, [f"step-{rows(run)[-1]['step']:08d}"])
 
 
 def rows(run: Path) -> list[dict[str, float]]:
