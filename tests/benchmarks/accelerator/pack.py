@@ -4,7 +4,6 @@ The archive is half as large as the set: a token takes 16 bits of a shard and ha
 """
 
 import argparse
-import json
 import sys
 import tarfile
 import tempfile
@@ -30,7 +29,7 @@ def first_shards(shards: list[dict[str, object]], images: int) -> list[dict[str,
 
 def pack(shards: Path, archive: Path, images: int) -> None:
     """Writes a set of the first `images` or more of train, and of all of valid's first shard."""
-    manifest = json.loads(json.dumps(read_json(shards / MANIFEST)))
+    manifest = read_json(shards / MANIFEST)
     splits = {}
     for name, wanted in (("train", images), ("valid", 1)):
         taken = first_shards(manifest["splits"][name]["shards"], wanted)

@@ -33,11 +33,6 @@ def at_most(name: str, value: float, limit: float) -> Row:
     return Row(bool(value <= limit), name, f"{value:.3g}", f"<= {limit:g}")
 
 
-def at_least(name: str, value: float, limit: float) -> Row:
-    """Good if the value is not below the limit; NaN is not good."""
-    return Row(bool(value >= limit), name, f"{value:.3g}", f">= {limit:g}")
-
-
 def equal(name: str, value: object, wanted: object) -> Row:
     """Good if both are equal."""
     return Row(bool(value == wanted), name, str(value), f"== {wanted}")
