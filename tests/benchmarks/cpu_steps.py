@@ -30,7 +30,7 @@ def table(ranks: Ranks) -> Iterator[str]:
             torch._dynamo.reset()
             case = Case(ModelConfig(layers=4, width=256, heads=4, resolution=resolution), images, precision, CPU)
             compiled = replace(case, compiled=True)
-            seconds = measured_attention(case)
+            seconds = models.attention_seconds(case)
             steps = [with_attention(models.OurStep(each, ranks), seconds) for each in (case, compiled)]
             peers = [models.image_gpt_step(case), models.gpt_step(compiled)]
             ours, fast, trainer, gpt = best(images, *steps, *peers, turns=TURNS)
@@ -38,15 +38,6 @@ def table(ranks: Ranks) -> Iterator[str]:
             ratios = " | ".join(f"{ratio:.2f}" for ratio in (ours / trainer, fast / trainer, fast / gpt))
             kernel = attention.fastest(seconds) if seconds else attention.FLASH
             yield f"| T = {resolution**2}, {images} images, {precision} | {rates} | {ratios} | {kernel} |"
-
-
-def measured_attention(case: Case) -> dict[str, float]:
-    """Seconds of the attention kernels that a run of this case would choose from."""
-    config = case.config
-    width = config.n_embd // config.n_head
-    shape = attention.AttentionShape(case.images, config.n_head, config.n_positions, width, causal=True)
-    names = attention.candidates(shape, "cpu", None) if case.precision != "fp32" else ()
-    return attention.measure_named(shape, names, CPU) if names else {}
 
 
 def with_attention(step: Step, seconds: dict[str, float]) -> Step:

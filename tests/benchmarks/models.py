@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTFo
 from pipeline.checkpoint.fragments import Fragment, FragmentReader
 from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from pipeline.distributed import Ranks
-from pipeline.model import objectives
+from pipeline.model import attention, objectives
 from pipeline.model.gpt import build_model
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Batch
@@ -73,6 +73,17 @@ class Case:
     def autocast(self) -> torch.autocast:
         """What the peers compute under."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
+
+
+def attention_seconds(case: Case) -> dict[str, float]:
+    """Seconds of the attention kernels that a run of this case would choose from; empty if there is no choice."""
+    config = case.config
+    width = config.n_embd // config.n_head
+    shape = attention.AttentionShape(case.images, config.n_head, config.n_positions, width, causal=True)
+    names: tuple[str, ...] = ()
+    if case.precision != "fp32":
+        names = attention.candidates(shape, case.device.type, torch.backends.cudnn.version())
+    return attention.measure_named(shape, names, case.device) if names else {}
 
 
 class DrawnWeights(FragmentReader):

@@ -16,7 +16,7 @@ from data_prep.shards.writer import open_shard
 from pipeline.config import ModelConfig
 from pipeline.distributed import Ranks, describe_ranks
 from pipeline.model import attention
-from tests.benchmarks.models import COLORS, Case
+from tests.benchmarks.models import COLORS, Case, attention_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
@@ -61,22 +61,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def attention_shape(case: Case) -> attention.AttentionShape:
-    """Of one block."""
-    config = case.config
-    width = config.n_embd // config.n_head
-    return attention.AttentionShape(case.images, config.n_head, config.n_positions, width, causal=True)
-
-
-def attention_seconds(shape: attention.AttentionShape) -> dict[str, float]:
-    """Seconds by kernel of those that a run would choose from."""
-    names = attention.candidates(shape, DEVICE.type, torch.backends.cudnn.version())
-    return attention.measure_named(shape, names, DEVICE) if names else {}
-
-
 def use_fastest_attention(case: Case) -> dict[str, float]:
     """As a run of ours does; the peers of the process have it too. Returns seconds by kernel."""
-    seconds = attention_seconds(attention_shape(case))
+    seconds = attention_seconds(case)
     attention.use_fastest(seconds)
     return seconds
 

@@ -19,8 +19,9 @@ from pipeline.model.decoding import Decoder
 from pipeline.model.gpt import build_model, initialize
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.train.engine.build import check_torch_compiles
-from tests.benchmarks.accelerator.common import CUDA, DEVICE, TOY, attention_seconds
+from tests.benchmarks.accelerator.common import CUDA, DEVICE, TOY
 from tests.benchmarks.accelerator.report import Row, at_most, equal, known
+from tests.benchmarks.models import Case, attention_seconds
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "torchao", "numpy", "safetensors", "nvidia-nccl-cu13")
 SMALL = ModelConfig(layers=2 if TOY else 4, width=32 if TOY else 128, heads=2, resolution=8)
@@ -96,17 +97,16 @@ def _gradient(model: nn.Module) -> torch.Tensor:
 def check_attention() -> Iterator[Row]:
     """Which kernel runs after each choice, and its numbers at lengths that 128 divides and does not divide."""
     restore = sdpa_settings()
-    images, long, odd = (2, 64, 50) if TOY else (4, 1024, 200)
+    images, heads, resolution, odd = (2, 2, 8, 50) if TOY else (4, 8, 32, 200)
     try:
         for head_width in (64, 96, 128):
-            config = ModelConfig(layers=1, width=2 * head_width if TOY else 8 * head_width, heads=2 if TOY else 8)
+            config = ModelConfig(layers=1, width=heads * head_width, heads=heads, resolution=resolution)
             module = random_model(config).transformer.h[0].attn.bfloat16()
-            shape = attention.AttentionShape(images, config.shape.heads, long, head_width, causal=True)
-            seconds = attention_seconds(shape)
+            seconds = attention_seconds(Case(config, images, "bf16", DEVICE))
             yield known(f"attention: {head_width} wide, ms", _milliseconds(seconds))
             for name in seconds:
                 attention.use_fastest({other: 1.0 if other == name else 2.0 for other in seconds})
-                for length in (long, odd):
+                for length in (resolution**2, odd):
                     states = torch.randn(images, length, config.shape.width, device=DEVICE, dtype=torch.bfloat16)
                     label = f"attention: {head_width} wide, {length} long, {name}"
                     used = used_kernels(lambda states=states, module=module: _passes(module, states))

@@ -17,8 +17,6 @@ from tests.benchmarks.accelerator.common import (
     DEVICE,
     TOY,
     TURNS,
-    attention_seconds,
-    attention_shape,
     case_of,
     free_memory,
     start_alone,
@@ -175,8 +173,8 @@ def attention_times() -> Iterator[Row | str]:
     """FlashAttention's and cuDNN's at the shapes of the sizes."""
     yield "\n| attention, forward and backward | ms, the faster first |\n|---|---|"
     for size in ("s", "m", "l", "xl"):
-        shape = attention_shape(case_of(size))
-        seconds = attention_seconds(shape)
+        case = case_of(size)
+        seconds = models.attention_seconds(case)
         text = attention.describe(seconds) if seconds else "no choice"
-        yield f"| {shape} | {text} |"
+        yield f"| {title(size)}, {case.images} images | {text} |"
         yield known(f"attention times: {size}", text)
