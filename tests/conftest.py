@@ -1,5 +1,6 @@
 """Programs that tests start are forked from a process that has the large packages imported."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,17 @@ def fork_server() -> Iterator[None]:
     yield
     launch.fork_server.close()
     launch.fork_server = None
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Restores the variables that a test's own process sets: with others, later programs would not be forked."""
+    before = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    yield
+    for key in set(os.environ) - set(before):
+        if not key.startswith("PYTEST_"):
+            del os.environ[key]
+    os.environ.update(before)
 
 
 @pytest.fixture

@@ -27,8 +27,6 @@ PRELOADED = [
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 """What libraries read while they are imported."""
 OF_A_RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
-SET_BY_TRAINING = {"PYTORCH_ALLOC_CONF", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR"}
-"""What `train` sets in its own process, which is a test's if the test calls it as a function."""
 GROUP_SECONDS = 10.0
 
 
@@ -96,9 +94,8 @@ class Program:
 
 
 def _read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without pytest's own variables, and those that a rank is given or that training sets."""
-    ignored = OF_A_RANK | SET_BY_TRAINING
-    return {key: value for key, value in environment.items() if key not in ignored and not key.startswith("PYTEST_")}
+    """Without pytest's own variables, and those that a rank is given."""
+    return {key: value for key, value in environment.items() if key not in OF_A_RANK and not key.startswith("PYTEST_")}
 
 
 @contextmanager

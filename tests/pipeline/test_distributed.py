@@ -1,6 +1,7 @@
 """What fails on one rank is raised on all, and marked so that it is printed once; a rank's CPUs and MIG instance."""
 
 import gc
+import importlib
 import os
 import sys
 import threading
@@ -11,7 +12,6 @@ import pytest
 import torch
 
 from pipeline import distributed
-from pipeline.__main__ import train
 from pipeline.distributed import bind_to_close_cpus, close_cpus, describe_ranks, from_first
 from pipeline.rank_errors import is_on_all_ranks
 from tests.launch import run
@@ -163,6 +163,8 @@ def test_training_selects_it_before_a_module_makes_cuda_read_the_variable(
         monkeypatch.setitem(sys.modules, f"pipeline.{name}", Module(name))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    train = importlib.import_module("pipeline.__main__").train
     assert train(["--run", str(tmp_path), "--model.size", "s"]) == 0
     gc.enable()  # the loop does
+    del sys.modules["pipeline.__main__"]  # or runpy warns when other tests run it
     assert set(seen) == {"MIG-b"}

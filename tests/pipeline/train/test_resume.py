@@ -53,11 +53,25 @@ def test_killed_at_random_moments_the_joined_curve_is_bit_equal(
     assert valid[0] == valid[1]
 
 
+UNHURRIED = """
+import runpy, time
+from pipeline.train.loop import Trainer
+read = Trainer.read_batch
+
+def read_slowly(trainer, done):
+    time.sleep(0.05)  # the STOP file is checked for once a second, which may be the whole run
+    return read(trainer, done)
+
+Trainer.read_batch = read_slowly
+runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.parametrize("ask", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGUSR1", "STOP file"])
 def test_a_request_to_stop_saves_and_asks_for_a_requeue(runner: Runner, finished_run: Runner, ask: str) -> None:
     logs, path = runner.folder / "logs", runner.folder / "run"
     long = {**SAME, "checkpoint__every_steps": 1000}
-    processes = start(2, *runner.arguments("run", **long), logs=logs)
+    processes = start(2, "-c", UNHURRIED, *runner.arguments("run", **long)[2:], logs=logs)
     wait_for_step(path, 5)
     if ask == "STOP file":
         (path / "STOP").touch()
