@@ -111,6 +111,7 @@ def test_it_passes_at_toy_size(tmp_path: Path) -> None:
     assert {part.name for part in CHECKS} <= ran
     if "not run" not in lines[-1]:
         assert len(read_block_times(str(tmp_path / "block_times.json")).rows) == 4
+        assert "ZeroStage3" not in (tmp_path / "profile.txt").read_text(), "the engines before left their products"
 
 
 IMPORTS = """
