@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,13 @@ def train_through_kills(runner: Runner, name: str, kills: int, seed: int, **over
     for _ in range(kills):
         processes = start(2, *runner.arguments(name, **overrides), logs=logs)
         if moments.random() < 0.2:
-            time.sleep(moments.uniform(0.5, 4))
+            time.sleep(moments.uniform(0.2, 1.5))
         else:
             target = min(target + moments.randint(1, 5), 39)
             wait_for_step(runner.folder / name, target)
             time.sleep(moments.uniform(0, 0.05))
-        os.killpg(processes[0].pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended
+            os.killpg(processes[0].pid, signal.SIGKILL)
         for process in processes:
             process.wait()
     return runner.train(name, 2, **overrides)
