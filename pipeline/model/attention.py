@@ -42,7 +42,7 @@ class AttentionShape:
 def candidates(
     shape: AttentionShape, device: str, cudnn_version: int | None, deterministic: bool = False
 ) -> tuple[str, ...]:
-    """The names of the kernels to choose from, for attention in bf16 without dropout; none if there is no choice.
+    """The kernels to measure for attention in bf16 without dropout, by name; none if only one can be used.
 
     deterministic: excludes cuDNN, which has no deterministic backward pass, and on CPU a choice by time.
     """

@@ -77,7 +77,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Takes the place of transformers' sdpa_attention_forward: mixed values (B, T, H, d), and no weights.
 
-    What the blocks do not compute goes on to scaled_dot_product_attention: other devices and dtypes, masks, dropout,
+    Passes everything else to scaled_dot_product_attention: other devices and dtypes, masks, dropout,
     and queries of fewer positions than keys.
     """
     ours = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape == key.shape

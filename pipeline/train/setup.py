@@ -77,8 +77,8 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
 def choose_kernels(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
     """Deterministic kernels if configured; with bf16 or fp8, the fastest attention kernel: returns seconds by kernel.
 
-    Call before CUDA computes. Rank 0 measures for all ranks. Empty if there is no choice: with fp32, and on CPU for few
-    positions and with dropout.
+    Call before CUDA computes. Rank 0 measures for all ranks. Empty if only one kernel can be used: with fp32, and on
+    CPU for few positions and with dropout.
     """
     config, model, ranks = inputs.config, inputs.model_config, inputs.ranks
     if config.deterministic:
