@@ -97,7 +97,7 @@ def set_heartbeat_timeout(timeout: timedelta, ranks: Ranks) -> None:
 
     torch's other variables keep their defaults. An error of NCCL, such as a lost rank, ends the process after a minute
     (TORCH_NCCL_ASYNC_ERROR_HANDLING is 3, and 1 under torchrun, which also aborts the communicators): that is not a
-    hang, and the lost rank has the cause in its log. A collective that takes too long ends it too, but only after `timeout`.
+    hang, and the lost rank has the cause in its log. A collective that takes too long ends it too, after `timeout`.
     Both first write torch's flight recorder to a file (TORCH_NCCL_DUMP_ON_TIMEOUT). TORCH_NCCL_BLOCKING_WAIT stays off:
     with it the host would wait for each collective.
     """
