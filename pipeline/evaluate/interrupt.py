@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ GRACE_SECONDS = 5.0
 blocked in a collective that another rank has already left."""
 SIGNAL_SPREAD_SECONDS = 2.0
 """Within this time the signal reaches all ranks."""
+RETRY_SECONDS = 0.01
+"""Python drops an exception that is raised in a destructor or in a weak reference's callback; so long after that,
+another is raised."""
 MESSAGE = "asked to stop: what was computed is cached, and the same command resumes from there."
 
 
@@ -57,7 +61,7 @@ def _wait_for_signal_on_error(work: Callable[[], int]) -> int:
 
 @contextmanager
 def _listening(report: Callable[[], None]) -> Iterator[None]:
-    """Context in which the first signal raises Stopped; if the process still runs GRACE_SECONDS later, it exits."""
+    """Context in which a signal raises Stopped once; if the process still runs GRACE_SECONDS later, it exits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -69,15 +73,26 @@ def _listening(report: Callable[[], None]) -> Iterator[None]:
             stopping = True
             raise Stopped
 
+    def retry(unraisable: "sys.UnraisableHookArgs") -> None:
+        nonlocal stopping
+        if unraisable.exc_type is not Stopped:
+            former_hook(unraisable)
+            return
+        stopping = False
+        signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
+
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    former = {number: signal.signal(number, stop) for number in SIGNALS}
+    former = {number: signal.signal(number, stop) for number in (*SIGNALS, signal.SIGALRM)}
+    former_hook, sys.unraisablehook = sys.unraisablehook, retry
     former_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader, report), daemon=True)
     watcher.start()
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = former_hook
         signal.set_wakeup_fd(former_descriptor)
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -81,6 +81,24 @@ def test_a_process_may_have_many_files_open() -> None:
         assert until_stopped(lambda: os.kill(os.getpid(), signal.SIGUSR1) or 0) == 75
 
 
+class StopsWhenFreed:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_request_that_comes_while_an_object_is_freed_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python prints and drops an exception that is raised there."""
+
+    def work() -> int:
+        StopsWhenFreed()
+        time.sleep(3)
+        return 0
+
+    assert until_stopped(work) == 75
+    assert capsys.readouterr().err == ""
+
+
 def test_signals_are_as_before_afterwards() -> None:
     before = [signal.getsignal(number) for number in interrupt.SIGNALS]
     assert until_stopped(lambda: 3) == 3
