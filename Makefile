@@ -19,7 +19,7 @@ PARTS ?=
 WHEELS := out/accelerator-wheels
 WHEELS_PYTHON ?= 3.12
 SECONDS ?= 180
-OUT ?= out/accelerator
+OUT ?= out/accelerator$(if $(TOY),-toy)
 CIFAR10_JPEG ?=
 KILLS ?= 50
 SEED ?= 0
@@ -92,13 +92,17 @@ accelerator-data: $(SET_UP)
 	    --out out/cifar10-jpeg-shards
 	$(BIN)/python -m tests.benchmarks.accelerator.pack out/cifar10-jpeg-shards out/accelerator-data/cifar10.tar.xz
 
+# Whether PYTHON has these packages.
+imports = $(PYTHON) -c "import sys; from importlib.util import find_spec; exit(not all(map(find_spec, sys.argv[1:])))" $(1)
+
 # PYTHON must have torch with CUDA, transformers and tensorboard: make check-accelerator PYTHON=...
 accelerator-packages:
-	@$(PYTHON) -c "from importlib.util import find_spec as f; exit(not all(map(f, ('torch', 'transformers', 'tensorboard'))))" || \
+	@$(call imports,torch transformers tensorboard) || \
 	    { echo "error: $(PYTHON) lacks torch, transformers or tensorboard; name one that has them: PYTHON=..."; exit 2; }
-	@ls $(WHEELS)/*.whl >/dev/null 2>&1 || \
-	    { echo "error: $(WHEELS) contains no wheels; make accelerator-wheels gathers them."; exit 2; }
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target out/accelerator-packages $(WHEELS)/*.whl
+	rm -rf out/accelerator-packages
+	@$(call imports,deepspeed jsonargparse torchao) || { ls $(WHEELS)/*.whl >/dev/null 2>&1 || \
+	    { echo "error: $(WHEELS) contains no wheels; make accelerator-wheels gathers them."; exit 2; }; \
+	    $(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target out/accelerator-packages $(WHEELS)/*.whl; }
 
 # At toy size the packages of .venv are used.
 check-accelerator bench-accelerator: $(if $(TOY),$(SET_UP),accelerator-packages)

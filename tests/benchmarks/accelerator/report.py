@@ -1,4 +1,4 @@
-"""The lines of a check: ok|FAIL, name, value, limit and seconds, separated by two spaces or more."""
+"""The lines of a check: ok|FAIL|info, name, value, limit and seconds, separated by two spaces or more."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,7 +18,8 @@ class Row(NamedTuple):
 
     def line(self, seconds: float) -> str:
         """The row as one line; seconds: those it took."""
-        fields = ("ok" if self.good else "FAIL", self.name, *map(one_line, (self.value, self.limit)))
+        state = "FAIL" if not self.good else "info" if self.limit == "-" else "ok"
+        fields = (state, self.name, *map(one_line, (self.value, self.limit)))
         cells = [text.ljust(width) for text, width in zip(fields, WIDTHS, strict=True)]
         return "  ".join([*cells, f"{seconds:.1f}"])
 

@@ -62,7 +62,7 @@ class Supervisor:
     def skip(self, part: Part) -> None:
         """A check that did not run has failed; a measurement that did not run is named in the last line."""
         if part.required:
-            self.add(failed(part.name, "not run"), 0.0)
+            self.add(failed(part.name, "not run for lack of time"), 0.0)
         else:
             self.not_run.append(part.name)
 
