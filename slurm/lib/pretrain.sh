@@ -22,6 +22,8 @@ pretrain() {
 # The job. Its first arguments are --config RECIPE.
 job() {
   local run nodes ranks_per_node ranks since code=0 action followed_log
+  [ -z "$(value_of --nodes "$@")" ] ||
+    die "--nodes is an option of sbatch: give it before the script, sbatch --nodes=N $(basename "$0")."
   set_training_options "$@"
   run=$(value_of --run "${TRAINING[@]}")
   find_granted_accelerators
@@ -58,16 +60,21 @@ job() {
   esac
 }
 
-# Checks the options, prints the plan, and SLURM's answer to the script. Submits nothing.
+# Checks the options, prints the plan, and SLURM's answer to the script. Submits nothing. --nodes stands for sbatch's.
 dry_run() {
-  local script nodes each planned
-  set_training_options "$@"
+  local script nodes each given planned of_sbatch=()
+  nodes=$(value_of --nodes "$@")
+  [[ $nodes =~ ^([1-9][0-9]*)?$ ]] || die "--nodes is $nodes; it must be a number of nodes."
+  mapfile -d '' -t given < <(without_options "--nodes" "$@")
+  set_training_options "${given[@]}"
   find_accelerators
   prepare_python "${PACKAGES[@]}"
   script=$SCRIPTS/$(basename "$0")
-  nodes=$(awk -F= '/^#SBATCH --nodes=/ {print $2}' "$script")
+  [ -z "$nodes" ] || of_sbatch=(--nodes="$nodes")
+  nodes=${nodes:-$(awk -F= '/^#SBATCH --nodes=/ {print $2}' "$script")}
   each=$((ACCELERATORS_PER_NODE > 0 ? ACCELERATORS_PER_NODE : 1))
   run_python -m pipeline preflight --quiet "${TRAINING[@]}"
+  echo "run $(value_of --run "${TRAINING[@]}")${SHARD_SET:+, shard set $SHARD_SET}"
   echo "$nodes nodes of $each ranks (sbatch --nodes=N changes the nodes): $ACCELERATORS_SOURCE"
   mapfile -d '' -t planned < <(without_options "--run" "${TRAINING[@]}")
   [ "$ACCELERATORS_PER_NODE" -gt 0 ] || ACCELERATOR=cpu
@@ -75,13 +82,15 @@ dry_run() {
   echo
   [ -z "$EVALUATE" ] || echo "then, for each saved checkpoint: slurm/evaluate.sh --tasks $EVALUATE"
   [ -z "$PUBLISH" ] || echo "then: slurm/publish.sh --to $PUBLISH"
-  show_submission "$script" "${@:3}" # without the recipe
+  show_submission "${of_sbatch[@]}" "$script" "${given[@]:2}" # without the recipe
 }
 
 # Sets TRAINING to the options of train: --config RECIPE; the run and the shard set that RUNS and SHARDS name, unless
-# the other arguments name them; the other arguments. User error if nothing names them.
+# the other arguments name them; the other arguments. Sets SHARD_SET to the shard set if it can be known here. User
+# error if nothing names them.
 set_training_options() {
-  local recipe=$2 given=("${@:3}") names=() things=() options=() resolution shard_set
+  local recipe=$2 given=("${@:3}") names=() things=() options=() resolution
+  SHARD_SET=$(value_of --data.shards "${given[@]}")
   TRAINING=(--config "$recipe")
   if [ -n "$(value_of --run "${given[@]}")" ]; then
     : # the user's
@@ -94,9 +103,9 @@ set_training_options() {
     : # the user's, or the recipe's
   elif [ -n "$SHARDS" ]; then
     resolution=$(value_of --model.resolution "${given[@]}")
-    shard_set=$SHARDS/${resolution:-$(sed -n 's/^model:.* resolution: \([0-9]*\).*/\1/p' "$recipe")}
-    [ ! -e "$SHARDS/shards.json" ] || shard_set=$SHARDS
-    TRAINING+=(--data.shards "$shard_set")
+    SHARD_SET=$SHARDS/${resolution:-$(sed -n 's/^model:.* resolution: \([0-9]*\).*/\1/p' "$recipe")}
+    [ ! -e "$SHARDS/shards.json" ] || SHARD_SET=$SHARDS
+    TRAINING+=(--data.shards "$SHARD_SET")
   else
     names+=(SHARDS) things+=("shard sets") options+=(--data.shards)
   fi
