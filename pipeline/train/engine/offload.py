@@ -8,7 +8,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -18,6 +20,9 @@ from pipeline.config import ParallelConfig
 
 FOLDER = "image-gpt-rank-"
 LOCK = "lock"
+EXTENSIONS = ("cpu_adam", "async_io")
+LOCK_MINUTES = 15.0
+"""Compiling one extension takes less."""
 _own_folder: tuple[Path, TextIO] | None = None
 """This process's folder on NVMe, and its lock."""
 
@@ -62,8 +67,24 @@ def check_compilers(parallel: ParallelConfig, device: torch.device) -> None:
             f"parallel.offload is {what}; DeepSpeed compiles its CPU Adam, and {' and '.join(missing)} is not on PATH; "
             f"install it, or set parallel.offload to none."
         )
+    _check_locks()
     if parallel.nvme_path is not None:
         _check_nvme(Path(parallel.nvme_path), device)
+
+
+def _check_locks() -> None:
+    """Raises ValueError if a killed process has left its lock: torch waits without a limit until that is deleted."""
+    from torch.utils import cpp_extension
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in chain.from_iterable(root.glob(f"{where}{name}/lock") for name in EXTENSIONS for where in ("", "*/")):
+        with suppress(FileNotFoundError):  # compiled meanwhile
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+            if minutes > LOCK_MINUTES:
+                raise ValueError(
+                    f"{lock} was created {minutes:.0f} minutes ago by a process that compiles an extension of "
+                    f"DeepSpeed and seems to have been killed; every start would wait for it. Delete the file."
+                )
 
 
 def _check_nvme(folder: Path, device: torch.device) -> None:

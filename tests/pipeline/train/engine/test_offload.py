@@ -119,6 +119,21 @@ def test_a_machine_without_compiler_is_told_so(runner: Runner, tmp_path: Path, m
 
 
 @needs_compiler
+@pytest.mark.parametrize("folder", ["cpu_adam", "py311_cpu/cpu_adam"])
+def test_a_lock_that_a_killed_process_has_left_is_named(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock, parallel = tmp_path / folder / "lock", ParallelConfig(offload="optimizer")
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    offload.check_compilers(parallel, torch.device("cpu"))  # another process may just compile
+    os.utime(lock, (0, 0))
+    with pytest.raises(ValueError, match=f"^{lock} was created .* minutes ago by .* Delete the file.$"):
+        offload.check_compilers(parallel, torch.device("cpu"))
+
+
+@needs_compiler
 def test_a_machine_without_libaio_is_told_so(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDFLAGS", "-l_no_such_library")  # which is how a program that needs libaio fails without it
     settings = {"parallel__offload": "optimizer", "parallel__zero_stage": 3, "parallel__nvme_path": tmp_path}
