@@ -83,6 +83,8 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
             f"{parallel.pipeline_stages} stages, bubble {costs.bubble(parallel.pipeline_stages, accumulation):.1%} of "
             f"a step: (stages - 1) / (micro-batches + stages - 1)"
         )
+    if parallel.communication != "fp32":
+        lines["messages"] = f"gradients are summed over the data-parallel ranks in {parallel.communication}"
     if config.deterministic:
         lines["deterministic"] = "torch's deterministic kernels only; cuDNN's attention is excluded"
     width = max(map(len, lines))

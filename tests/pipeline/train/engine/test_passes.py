@@ -131,7 +131,9 @@ def test_a_step_that_is_not_applied_changes_nothing() -> None:
 )
 def test_gradients_in_bf16_messages_stay_near(runner: Runner, settings: dict[str, object]) -> None:
     common = {**settings, "optimizer__learning_rate": RATE, "schedule__decay": "constant", "schedule__steps": 12}
-    runner.check_trains("run", 2, **common, parallel__communication="bf16")
+    finished = runner.train("run", 2, **common, parallel__communication="bf16")
+    assert finished.codes == [0, 0], finished.output
+    assert "gradients are summed over the data-parallel ranks in bf16" in finished.output
     losses, plain = runner.losses("run"), train_plainly(runner.shards, sizes=[8] * 12, decay="constant")
     assert losses == pytest.approx(plain, abs=BF16_TOLERANCE)
     assert losses != pytest.approx(plain, abs=FP32_TOLERANCE / 10)
