@@ -7,8 +7,7 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from data_prep.common.command_line import TRACEBACK_VARIABLE, Command, dispatch
-from data_prep.common.exit_codes import FAILED
+from data_prep.common.command_line import Command, dispatch
 from pipeline.rank_errors import local_rank, report_error, reported_once_per_node
 
 
@@ -22,17 +21,9 @@ def train(arguments: list[str]) -> int:
     from pipeline.distributed import select_mig_instance
 
     select_mig_instance(local_rank())  # before torchao, whose import makes CUDA read the variable
-    from pipeline.train.health.diverged import Diverged
-    from pipeline.train.health.out_of_memory import OutOfMemory
     from pipeline.train.loop import train as run_training
 
-    try:
-        return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments])
-    except (Diverged, OutOfMemory) as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        report_error(error)
-        return FAILED
+    return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments])
 
 
 def leave(code: int) -> NoReturn:

@@ -49,10 +49,7 @@ def describe_ranks() -> Ranks:
             os.environ[ours] = os.environ[slurms]
     rank, count = integer_variable("RANK", 0), integer_variable("WORLD_SIZE", 1)
     local_rank = integer_variable("LOCAL_RANK", 0)
-    select_mig_instance(local_rank)
-    if torch.cuda.is_available():
-        # A task with one GPU of its own sees it as device 0, whatever its local rank.
-        os.environ["LOCAL_RANK"] = str(local_rank % torch.cuda.device_count())
+    select_device(local_rank)
     if count > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
@@ -67,6 +64,14 @@ def integer_variable(name: str, default: int) -> int:
     if not text.isdecimal():
         raise ValueError(f"{name} is {text!r}; it must be an integer of 0 or more.")
     return int(text)
+
+
+def select_device(local_rank: int) -> None:
+    """Sets LOCAL_RANK, which DeepSpeed and accelerate read, to the number of the GPU that this rank uses."""
+    select_mig_instance(local_rank)
+    if torch.cuda.is_available():
+        # A task with one GPU of its own sees it as device 0, whatever its local rank.
+        os.environ["LOCAL_RANK"] = str(local_rank % torch.cuda.device_count())
 
 
 def select_mig_instance(local_rank: int) -> int:

@@ -29,7 +29,8 @@ LAYERS = (
     ("pipeline.command_line", "pipeline.training_set"),
     ("pipeline.config",),
     ("pipeline.layout", "pipeline.schedule"),
-    ("pipeline.compilers", "pipeline.costs", "pipeline.hub", "pipeline.rank_errors", "pipeline.value_checks"),
+    ("pipeline.compilers", "pipeline.costs", "pipeline.hub", "pipeline.memory_errors"),
+    ("pipeline.rank_errors", "pipeline.value_checks"),
     ("data_prep",),
     ("data_prep.common",),
 )

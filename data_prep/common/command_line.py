@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from data_prep.common.exit_codes import FAILED, INTERRUPTED, USER_ERROR
+from data_prep.common.exit_codes import FAILED, INTERRUPTED, USER_ERROR, Failed
 from data_prep.common.invalid_options import invalid_option, name_missing_options
 from data_prep.common.logs import FLAGS_HELP, configure_logging, split_flags
 
@@ -107,17 +107,17 @@ def print_error(error: BaseException, where: str = "") -> None:
 def _run(command: Command | str, arguments: list[str], report: Callable[[BaseException], None]) -> int:
     """Runs a command, given as a function or as "module:function", and returns its exit code.
 
-    Invalid input (ValueError, OSError) is reported in one sentence and gives exit code 2. With IGPT_TRACEBACK=1 it is
-    raised instead, with its traceback.
+    Invalid input (ValueError, OSError) is reported in one sentence and gives exit code 2, Failed likewise 1. With
+    IGPT_TRACEBACK=1 they are raised instead, with their traceback.
     """
     try:
         function: Command = resolve_name(command) if isinstance(command, str) else command
         return function(arguments) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Failed) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         report(error)
-        return USER_ERROR
+        return FAILED if isinstance(error, Failed) else USER_ERROR
     except KeyboardInterrupt:
         logger.warning("interrupted; run the same command to resume from what is complete.")
         return INTERRUPTED

@@ -17,7 +17,7 @@ from data_prep.common.progress import progress
 from data_prep.common.seeding import generator
 from data_prep.palette.codec import palette_sha256
 from data_prep.shards.reader import ShardSet, Split
-from pipeline.distributed import bind_to_close_cpus
+from pipeline.distributed import bind_to_close_cpus, integer_variable, select_device
 from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.options import Sizes, Weights
 from pipeline.model import objectives
@@ -160,6 +160,7 @@ class Evaluation:
 
 def start_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
     """The device and the ranks, from torchrun's environment variables; a single rank without them."""
+    select_device(integer_variable("LOCAL_RANK", 0))
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",

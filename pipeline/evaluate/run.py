@@ -17,6 +17,7 @@ from pipeline.evaluate.context import Evaluation, load_matching, start_accelerat
 from pipeline.evaluate.registry import TASKS, task_class
 from pipeline.evaluate.request import Request
 from pipeline.evaluate.task import Task
+from pipeline.memory_errors import with_batch_size_advice
 from pipeline.model.gpt import initialize
 from pipeline.model_folder.resolve import model_folder
 from pipeline.results.provenance import ModelFacts, model_facts, untrained
@@ -125,7 +126,8 @@ class Job:
             )
             return False
         cache = TaskCache.of_task(self.evaluation.results, self.name, inputs["inputs_digest"])
-        result = self.task.measure(replace(self.evaluation, cache=cache))
+        with with_batch_size_advice(self.name, self.evaluation.sizes.batch_size):
+            result = self.task.measure(replace(self.evaluation, cache=cache))
         seconds = round(time.monotonic() - start, 1)
         content = self._content(self._provenance(inputs, seconds), result)
         from_first(lambda: write_json(self.path, content))

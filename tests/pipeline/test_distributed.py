@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline import distributed
-from pipeline.distributed import bind_to_close_cpus, close_cpus, describe_ranks, from_first
+from pipeline.distributed import bind_to_close_cpus, close_cpus, describe_ranks, from_first, select_device
 from pipeline.rank_errors import is_on_all_ranks
 from tests.launch import run
 
@@ -146,21 +146,23 @@ def test_each_rank_of_a_node_sees_its_own_mig_instance(
         monkeypatch.setenv(name, value)
     describe_ranks()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == selected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    select_device(1)  # as evaluate does
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == selected
 
 
 def test_training_selects_it_before_a_module_makes_cuda_read_the_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The modules are replaced; the import of some asks CUDA for its devices."""
+    """The module is replaced; its import asks CUDA for its devices."""
     seen = []
 
     class Module(ModuleType):
         def __getattr__(self, name: str) -> object:
             seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-            return type(name, (Exception,), {}) if name[0].isupper() else lambda *_: 0
+            return lambda *_: 0
 
-    for name in ("train.loop", "train.health.out_of_memory", "train.health.diverged"):
-        monkeypatch.setitem(sys.modules, f"pipeline.{name}", Module(name))
+    monkeypatch.setitem(sys.modules, "pipeline.train.loop", Module("loop"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
     monkeypatch.setenv("LOCAL_RANK", "1")
     train = importlib.import_module("pipeline.__main__").train

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.common.exit_codes import Failed
 from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.registry import TASKS
@@ -141,6 +142,21 @@ def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
     folder = run("--tasks", "density,knn,linear_probe,completions")
     assert json.loads((folder / "results.json").read_text())["not_run"] == []
     assert "not run yet" not in (folder / "report.html").read_text()
+
+
+def test_a_task_that_runs_out_of_memory_ends_in_one_sentence(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> dict:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr("pipeline.evaluate.tasks.knn.KNN.measure", too_large)
+    message = (
+        "out of memory in knn (2.00 GiB could not be allocated): each rank computes 16 images at once; "
+        "set --batch_size lower."
+    )
+    with pytest.raises(Failed, match=f"^{re.escape(message)}$"):
+        run("--tasks", "knn", "--batch_size", "16")
 
 
 def test_a_classifier_whose_folder_was_deleted_is_trained_again_by_overwrite(

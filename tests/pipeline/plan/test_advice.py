@@ -3,10 +3,10 @@
 import pytest
 
 from pipeline.command_line import parse_training
+from pipeline.memory_errors import is_out_of_memory
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.advice import cluster_of, memory_advice, smaller_layout
 from pipeline.plan.layouts import lay_out
-from pipeline.train.health.out_of_memory import is_out_of_memory
 
 H100 = "NVIDIA H100 80GB HBM3"
 
