@@ -26,6 +26,7 @@ def plain_losses(shards):
         pytest.param(2, {"parallel__zero_stage": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__zero_stage": 3}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__zero_stage": 3, "parallel__recompute": True}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__zero_stage": 3, "parallel__offload": "parameters"}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__pipeline_stages": 2, "batch__micro_size": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
