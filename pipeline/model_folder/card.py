@@ -132,6 +132,7 @@ def _training(record: TrainingRecord) -> str:
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
         "Steps": f"{record.step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else ""),
+        "Weights": _averaged(record.averaged_steps),
         "Images seen": f"{checkpoint['images']:,}",
         "Batch": _chosen(settings, "batch", "global_size"),
         "Optimizer": _optimizer(settings),
@@ -152,6 +153,10 @@ def _training(record: TrainingRecord) -> str:
 
 def _short(digest: str | None) -> str | None:
     return f"sha256 {digest[:12]}" if digest else None
+
+
+def _averaged(steps: list[int]) -> str | None:
+    return f"the mean of those at steps {', '.join(f'{step:,}' for step in steps)}" if steps else None
 
 
 def _chosen(settings: dict[str, Any], section: str, key: str) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,21 @@ def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
     return checkpoint
 
 
-def export(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the model folder atomically, after checks of the logits and, if the shard set is available, the probe."""
+def find_checkpoints(source: Path, steps: Sequence[int]) -> list[Checkpoint]:
+    """The checkpoints of two or more steps of a run, oldest first. Raises ValueError if one is missing or damaged."""
+    if not (source / CHECKPOINTS_FOLDER).is_dir():
+        raise ValueError(f"--average takes the checkpoints of a run, but {source} is not a run with checkpoints.")
+    if len(set(steps)) < 2 or len(set(steps)) < len(steps):
+        listed = ",".join(map(str, steps))
+        raise ValueError(f"--average is {listed}; it must be two or more steps, each once, such as 1000,2000,3000.")
+    return [find_checkpoint(source, step) for step in sorted(steps)]
+
+
+def export(checkpoint: Checkpoint, folder: Path, earlier: Sequence[Checkpoint] = ()) -> None:
+    """Writes the model folder atomically, after checks of the logits and, if the shard set is available, the probe.
+
+    earlier: checkpoints of the same run; with them the model has the mean of all weights.
+    """
     run = checkpoint.folder.parent.parent
     record = checkpoint.record
     palette = load_palette(run / PALETTE_FILE, GPT2Config.from_dict(record.model).colors, key="the run's palette")
@@ -70,18 +83,20 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
             f"{run / PALETTE_FILE} has the palette {palette_sha256(palette)[:12]}, but {checkpoint.folder} was trained "
             f"with {record.palette_sha256[:12]}; restore the run's palette."
         )
-    weights = CheckpointWeights(checkpoint)
+    weights = AveragedWeights([*earlier, checkpoint]) if earlier else CheckpointWeights(checkpoint)
     model = fetching_model(weights.config, weights)
     if is_masked(model.config):
         model.config.mask_probability = _run_config(run)["objective"]["mask_probability"]
-    _check_probe(model, record, run)
+    loss = _recomputed_probe_loss(model, record, run)
+    if loss is not None:
+        _check_probe_loss(loss, [*earlier, checkpoint])
     save_model_folder(
         model,
         model.config,
         palette,
         folder,
         weights=weights,
-        add_files=lambda temporary: _add_record(temporary, checkpoint, folder.resolve().name),
+        add_files=lambda temporary: _add_record(temporary, [*earlier, checkpoint], folder.resolve().name),
     )
 
 
@@ -110,20 +125,52 @@ class CheckpointWeights(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
+class AveragedWeights(Mapping[str, torch.Tensor]):
+    """The mean of the weights of several checkpoints, in fp64, rounded to fp32: one parameter in memory at a time."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Raises ValueError if their models differ."""
+        self._each = [CheckpointWeights(checkpoint) for checkpoint in checkpoints]
+        self.config = self._each[-1].config
+        for checkpoint in checkpoints:
+            if checkpoint.record.model != checkpoints[-1].record.model:
+                raise ValueError(f"{checkpoint.folder} has another model than {checkpoints[-1].folder}.")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        total = self._each[0][name].double()
+        for weights in self._each[1:]:
+            total += weights[name]
+        return (total / len(self._each)).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._each[0])
+
+    def __len__(self) -> int:
+        return len(self._each[0])
+
+
 @torch.no_grad()
-def _check_probe(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) -> None:
-    """Recomputes the loss of the probe batch and compares it with the stored loss, if the shard set is available."""
+def _recomputed_probe_loss(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) -> float | None:
+    """The loss of the probe batch, in nats per token; None, which is logged, if the shard set is not available."""
     shards_path = read_json(run / RECORD_FILE)["shards"]["path"]
     try:
         shards = open_shard_set(shards_path)
     except (ValueError, OSError):
         logger.warning(f"the shard set {shards_path} is not available, so the loss of the probe batch was not checked")
-        return
+        return None
     if shards.digest != record.shards_digest:
         logger.warning(f"{shards_path} is now another shard set, so the loss of the probe batch was not checked")
-        return
-    loss = _probe_loss(model, shards, run, record.probe_tokens)
-    if not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:
+        return None
+    return _probe_loss(model, shards, run, record.probe_tokens)
+
+
+def _check_probe_loss(loss: float, checkpoints: Sequence[Checkpoint]) -> None:
+    """Compares the loss of the exported weights with the stored one; an average's is logged beside all stored ones."""
+    record, run = checkpoints[-1].record, checkpoints[-1].folder.parent.parent
+    if len(checkpoints) > 1:
+        each = ", ".join(f"{one.record.probe_loss:.5f} at step {one.record.step:,}" for one in checkpoints)
+        logger.info(f"loss of the probe batch, nats per token: {each}; {loss:.5f} with the average of their weights")
+    elif not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:
         raise ValueError(
             f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
             f"step {record.step} was saved; the checkpoint does not have the trained weights."
@@ -146,8 +193,9 @@ def _run_config(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / CONFIG_FILE).read_text())
 
 
-def _add_record(temporary: Path, checkpoint: Checkpoint, name: str) -> None:
+def _add_record(temporary: Path, checkpoints: Sequence[Checkpoint], name: str) -> None:
     """Adds the training record: the run's record, configuration, metrics and events, and the card of `name`."""
+    checkpoint = checkpoints[-1]
     run = checkpoint.folder.parent.parent
     training = temporary / TRAINING_FOLDER
     training.mkdir()
@@ -156,5 +204,8 @@ def _add_record(temporary: Path, checkpoint: Checkpoint, name: str) -> None:
     with (training / METRICS_FILE).open("w") as rows:
         rows.writelines(lines_until(run / METRICS_FILE, checkpoint.record.step))
     copy_events(run / TENSORBOARD_FOLDER, training / TENSORBOARD_FOLDER, checkpoint.record.step)
-    write_json(training / CHECKPOINT_FILE, {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS})
+    facts = {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS}
+    if len(checkpoints) > 1:
+        facts["averaged_steps"] = [one.record.step for one in checkpoints]
+    write_json(training / CHECKPOINT_FILE, facts)
     write_card(temporary, name)

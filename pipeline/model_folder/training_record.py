@@ -36,6 +36,11 @@ class TrainingRecord:
         return self.checkpoint.get("step")
 
     @property
+    def averaged_steps(self) -> list[int]:
+        """The steps whose weights were averaged; empty if the weights are those of one checkpoint."""
+        return self.checkpoint.get("averaged_steps", [])
+
+    @property
     def planned_steps(self) -> int | None:
         """schedule.steps."""
         return (self.settings.get("schedule") or {}).get("steps")

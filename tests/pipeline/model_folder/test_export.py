@@ -1,6 +1,7 @@
 """A run's checkpoint as a Hugging Face folder: the same weights from any topology, read by transformers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, ImageGPTForCausalImageModeling
 
 from data_prep.shards.reader import open_shard_set
+from pipeline.checkpoint.format import open_checkpoint
 from pipeline.model.gpt import build_model
 from pipeline.model_folder import lazy_weights
+from pipeline.model_folder.command import export_command
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.export import CheckpointWeights, export, find_checkpoint
 from pipeline.model_folder.resolve import model_folder
@@ -65,6 +68,42 @@ def test_an_older_step_and_the_checkpoint_itself(finished_run: Runner, tmp_path:
     assert first == second
     with pytest.raises(ValueError, match=r"--step is 7, .*of this step; it has 20, 30, 40"):
         find_checkpoint(source, 7)
+
+
+def test_the_average_of_checkpoints_is_numpys_mean(finished_run: Runner, tmp_path: Path) -> None:
+    source, steps = finished_run.folder / "reference", (20, 30, 40)
+    for step in steps:
+        export(find_checkpoint(source, step), tmp_path / str(step))
+    each = [load_file(tmp_path / str(step) / "model.safetensors") for step in steps]
+    finished = run(
+        1, "-m", "pipeline", "export", source, "--average", "40,20,30", "--out", tmp_path / "average", logs=tmp_path
+    )
+    assert finished.codes == [0], finished.output
+    average = load_file(tmp_path / "average/model.safetensors")
+    assert average.keys() == each[0].keys()
+    for name, found in average.items():
+        stacked = np.stack([weights[name].numpy() for weights in each])
+        assert np.array_equal(found.numpy(), stacked.mean(axis=0, dtype=np.float64).astype(np.float32)), name
+    losses = [open_checkpoint(source / f"checkpoints/step-{step:08d}").record.probe_loss for step in steps]
+    assert f"{losses[0]:.5f} at step 20, {losses[1]:.5f} at step 30, {losses[2]:.5f} at step 40; " in finished.output
+    assert json.loads((tmp_path / "average/training/checkpoint.json").read_text())["averaged_steps"] == [20, 30, 40]
+    assert "| Weights | the mean of those at steps 20, 30, 40 |" in (tmp_path / "average/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--average", "20,x"], "--average is '20,x'; it must be steps separated by commas, such as 1000,2000,3000."),
+        (["--average", "20"], "--average is 20; it must be two or more steps, each once, such as 1000,2000,3000."),
+        (["--average", "20,20"], "--average is 20,20; it must be two or more steps, each once, such as"),
+        (["--average", "20,25"], "has no checkpoint of this step; it has 20, 30, 40."),
+        (["--average", "20,30", "--step", "20"], "--step and --average both name checkpoints; give one of them."),
+    ],
+)
+def test_steps_that_can_not_be_averaged(options: list[str], message: str, finished_run: Runner, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export_command([str(finished_run.folder / "reference"), "--out", str(tmp_path / "model"), *options])
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_stock_block_exports_to_gpt2(runner: Runner, tmp_path: Path) -> None:
