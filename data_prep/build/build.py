@@ -6,6 +6,7 @@ workers or parts, or on interruptions. A restart reuses the complete units (data
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from data_prep.palette.codec import load_palette, lookup_table, palette_sha256, 
 from data_prep.palette.fit import fit
 from data_prep.shards.format import MANIFEST, PALETTE, shard_name
 from data_prep.shards.writer import ShardWriter, open_shard
-from data_prep.sources.base import Source
+from data_prep.sources.base import UNLABELLED, Source
 from data_prep.sources.open import open_source
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,9 @@ def _write_stream(state: tuple[Job, UnfinishedSet], unit: Unit) -> dict[str, Any
 def _write_unit(job: Job, unfinished: UnfinishedSet, unit: Unit, outcomes: Iterable[Outcome]) -> dict[str, Any]:
     """Writes the shards of a unit, one for each split that has images in it; then saves and returns the result."""
     errors: dict[str, int] = {}
-    source_images, largest_label, has_samples = 0, -1, False
+    unlabelled: Counter[str] = Counter()
+    numbers: set[int] = set()
+    source_images, has_samples = 0, False
     skips: list[Skip] = []
     with ExitStack() as open_shards:
         writers: dict[str, ShardWriter] = {}
@@ -201,12 +204,17 @@ def _write_unit(job: Job, unfinished: UnfinishedSet, unit: Unit, outcomes: Itera
             if not len(outcome.labels):
                 continue
             job.source.check_labels(outcome.split, outcome.labels)
-            largest_label = max(largest_label, int(outcome.labels.max()))
+            numbers.update(np.unique(outcome.labels).tolist())
+            unlabelled[outcome.split] += int((outcome.labels == UNLABELLED).sum())
             if outcome.split not in writers:
                 path = unfinished.out / shard_name(outcome.split, unit.number)
                 writers[outcome.split] = open_shards.enter_context(open_shard(path))
             writers[outcome.split].add((outcome.tokens, outcome.labels))
-    shards = {split: writer.entry | {"squared_error": errors[split]} for split, writer in writers.items()}
-    result = {"shards": shards, "pictures": source_images, "skips": skips, "largest_label": largest_label}
+    shards = {
+        split: writer.entry | {"squared_error": errors[split], "unlabelled": unlabelled[split]}
+        for split, writer in writers.items()
+    }
+    labels = sorted(numbers - {UNLABELLED})
+    result = {"shards": shards, "pictures": source_images, "skips": skips, "labels": labels}
     unfinished.save_result(unit, result | {"palette_sha256": palette_sha256(job.palette)})
     return result

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 PREVIEW = "pictures.png"
 MAX_LISTED_PARTS = 10
 """Missing parts that an error message lists."""
-RESULT_ONLY_KEYS = ("squared_error",)
+RESULT_ONLY_KEYS = ("squared_error", "unlabelled")
 """Keys of a shard's entry in a unit's result that do not go into the manifest."""
 
 
@@ -54,7 +54,7 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
     _draw(unfinished, manifest, out)
     write_skips(out / SKIPPED, limit.skips)
     write_json(out / MANIFEST, manifest)
-    _report(out, manifest, limit.images, len(limit.skips), unfinished.timings())
+    _report(out, manifest, results, limit, unfinished.timings())
     unfinished.remove()
 
 
@@ -95,10 +95,7 @@ def _manifest(
             f"{out / PALETTE} has sha256 {palette_sha256(palette)}, but the parts were encoded with "
             f"{', '.join(sorted(encoded_with))}; restore that palette, or prepare the set again."
         )
-    labels = 1 + max(result["largest_label"] for result in results.values())
-    classes = plan["classes"] or [str(number) for number in range(labels)]
-    if labels > len(classes):
-        raise ValueError(f"an image has the label {labels - 1}, but the source names {len(classes)} classes.")
+    classes = plan["classes"] or [str(number) for number in range(1 + max(_labels(results), default=-1))]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -112,6 +109,11 @@ def _manifest(
         "skipped": counts_by_reason(skips),
         "splits": _splits(results, config["resolution"]),
     }
+
+
+def _labels(results: dict[Unit, dict[str, Any]]) -> set[int]:
+    """The labels that occur."""
+    return {label for result in results.values() for label in result["labels"]}
 
 
 def _splits(results: dict[Unit, dict[str, Any]], resolution: int) -> dict[str, Any]:
@@ -143,9 +145,14 @@ def _draw(unfinished: UnfinishedSet, manifest: dict[str, Any], out: Path) -> Non
 
 
 def _report(
-    out: Path, manifest: dict[str, Any], source_images: int, skipped: int, timings: list[tuple[float, int]]
+    out: Path,
+    manifest: dict[str, Any],
+    results: dict[Unit, dict[str, Any]],
+    limit: SkipLimit,
+    timings: list[tuple[float, int]],
 ) -> None:
     splits, palette = manifest["splits"], manifest["palette"]
+    source_images, skipped = limit.images, len(limit.skips)
     images = sum(split["images"] for split in splits.values())
     size = sum(shard["bytes"] for split in splits.values() for shard in split["shards"])
     seconds, timed = sum(seconds for seconds, _ in timings), sum(count for _, count in timings)
@@ -160,9 +167,18 @@ def _report(
         lines.append(f"  {split:5} skipped: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}")
     for name, split in splits.items():
         error = split["palette_mean_squared_error"]
-        lines.append(f"  {name:5} {split['images']:>10,} images; mean squared color error {error:.2f} per channel")
-    lines.append(f"  {len(manifest['classes'])} classes; {palette['colors']} colors, sha256 {palette['sha256']}")
+        unlabelled = sum(result["shards"].get(name, {}).get("unlabelled", 0) for result in results.values())
+        without = f", {unlabelled:,} unlabelled" if unlabelled else ""
+        lines.append(
+            f"  {name:5} {split['images']:>10,} images{without}; mean squared color error {error:.2f} per channel"
+        )
+    labels, classes = len(_labels(results)), len(manifest["classes"])
+    of_classes = f"{classes:,} classes" if labels == classes else f"{labels:,} of {classes:,} classes have images"
+    lines.append(f"  {of_classes}; {palette['colors']} colors, sha256 {palette['sha256']}")
     lines.append(f"  {out / PREVIEW} shows some images next to their source")
     logger.info("\n".join(lines))
+    if not labels:
+        read_from = f" (labels are read from {manifest['source']['label']})" if "label" in manifest["source"] else ""
+        logger.warning(f"{out} has no labels{read_from}: classifiers can't be trained or tested on it")
     if "valid" not in splits and (manifest["config"]["valid_fraction"] or "valid" in manifest["skipped"]):
         logger.warning(f"{out} has no images in valid: training can't validate on it, and probes can't select a layer")

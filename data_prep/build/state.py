@@ -106,8 +106,9 @@ class UnfinishedSet:
         write_json(self._result_file(unit), result)
 
     def load_result(self, unit: Unit) -> dict[str, Any] | None:
-        """The result of a unit; None if it isn't complete."""
-        return read_json(self._result_file(unit)) if self._result_file(unit).is_file() else None
+        """The result of a unit; None if it isn't complete, or if an older version wrote it."""
+        result = read_json(self._result_file(unit)) if self._result_file(unit).is_file() else {}
+        return result if "labels" in result else None
 
     def reusable_result(self, unit: Unit, palette_sha256: str) -> dict[str, Any] | None:
         """The result of a unit that was prepared with this palette, if its shards are unchanged since."""

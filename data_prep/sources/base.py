@@ -15,6 +15,8 @@ import numpy as np
 from data_prep.images.decode import BadImage, Decode
 
 UNLABELLED = -1
+MAX_CLASSES = 1_000_000
+"""Labels are below it. Larger numbers are identifiers, and the manifest has a name for each number of a class."""
 MAX_BYTES = 1 << 30
 """Larger files are rejected: 16 bits for each of three colors of the largest number of pixels that is decoded."""
 
@@ -75,7 +77,7 @@ class Source:
 
     def check_labels(self, split: str, labels: np.ndarray) -> None:
         """Raises ValueError if one of a split's labels (n,) is neither UNLABELLED nor the number of a class."""
-        last = (len(self.classes) or 1 << 31) - 1
+        last = (len(self.classes) or MAX_CLASSES) - 1
         wrong = labels[(labels < UNLABELLED) | (labels > last)]
         if len(wrong):
             raise ValueError(

@@ -1,6 +1,8 @@
 """Hugging Face datasets: a hub name, a `save_to_disk` folder, or a folder that `load_dataset` understands."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,22 @@ import numpy as np
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import UNLABELLED, Encoded, Images, ImageStream, Source, fingerprint
+from data_prep.sources.hf_columns import Features, has_label_type, image_column, label_column
+from data_prep.sources.hf_files import class_names, end_reading, local_tables, refuse_damaged
+from data_prep.sources.hf_labels import (
+    LabelColumn,
+    RowLabels,
+    SplitLabels,
+    declared_names,
+    number_labels,
+    read_labels,
+)
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 """Split: the names in a dataset that are taken for it."""
+LISTED = 20
+"""Subsets that an error message lists."""
+GENERIC = "An error occurred while generating the dataset"
 
 
 class TableImages(Images):
@@ -31,8 +46,9 @@ class TableImages(Images):
 class StreamImages:
     """One file of a streamed split."""
 
-    def __init__(self, stream: Any, image_column: str, label_column: str | None, name: str) -> None:
-        self.stream, self.image_column, self.label_column, self.name = stream, image_column, label_column, name
+    def __init__(self, stream: Any, image_column: str, labels: RowLabels | None, files: list[str], name: str) -> None:
+        """files: those of the split that are on this machine, to name one that is damaged."""
+        self.stream, self.image_column, self.labels, self.files, self.name = stream, image_column, labels, files, name
 
     def __iter__(self) -> Iterator[Encoded | BadImage]:
         rows = iter(self.stream)
@@ -43,78 +59,197 @@ class StreamImages:
             except StopIteration:
                 return
             except Exception as error:  # the network, or a damaged file
-                raise ValueError(f"{name} can't be read ({_first_line(error)}); run the command again.") from error
+                end_reading(error)
+                refuse_damaged(self.files, completely=True)
+                raise ValueError(f"{name} can't be read ({_cause(error)}); run the command again.") from error
+            label = UNLABELLED if self.labels is None else self.labels.number(row)
             try:
-                yield Encoded(name, _content(row[self.image_column], name), _label(row, self.label_column))
+                yield Encoded(name, _content(row[self.image_column], name), label)
             except BadImage as bad:
                 yield bad
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a dataset, reduced to the columns of images and labels."""
+
+    name: str
+    data: Any
+    """A datasets.Dataset or IterableDataset."""
+    files: list[str]
+    """Its parquet and arrow files on this machine."""
+    labelled: bool
+    """Whether it has the column of labels."""
+    names: list[str] | None
+    """The classes that the numbers in the column of labels stand for; None if they are not declared."""
 
 
 def open_source(config: SourceConfig) -> Source:
     """Opens the splits and finds the columns. Raises ValueError naming the path, split or column that is invalid."""
     assert config.path is not None
-    found = _load(config)
+    builder, found, files = _load(config)
     if "train" not in found:
         raise ValueError(f"source.path {config.path!r} has only the splits {', '.join(found)}; it must have train.")
     features = _features(found["train"], config.path)
-    image_column = _image_column(features, config)
-    label_column = _label_column(features, config)
-    splits: dict[str, Images] = {}
-    streams: dict[str, list[ImageStream]] = {}
+    images = image_column(features, config)
+    labels = label_column(features, config)
+    if builder is not None and config.streaming and hasattr(builder.config, "columns"):
+        builder.config.columns = [images] if labels is None else [images, labels]
+        found = builder.as_streaming_dataset()  # again: parquet files are then read without their other columns
+    parts = []
     for split, names in SPLITS.items():
-        data = next((found[name] for name in names if name in found), None)
-        if data is None:
-            continue
-        name = f"{config.path} {split}"
-        data = _undecoded(data, image_column)
-        if _is_stream(data):
-            streams[split] = _streams(data, image_column, label_column, name)
-        elif len(data) == 0:
-            raise ValueError(f"source.path {config.path!r} has no images in split {split}; it must have some.")
+        name = next((name for name in names if name in found), None)
+        if name is not None:
+            parts.append(_split(split, found[name], local_tables(files.get(name, [])), images, labels, config.path))
+    column = None if labels is None else LabelColumn(labels, config.path)
+    if _is_stream(parts[0].data):
+        return _streamed(config.path, parts, images, column)
+    return _in_tables(config.path, parts, images, column)
+
+
+def _split(split: str, data: Any, files: list[str], images: str, labels: str | None, path: str) -> Split:
+    """Only the columns of images and labels are read: another one may be large, damaged, or need other packages."""
+    features = _features(data, path)
+    if images not in features:
+        raise ValueError(f"source.path {path!r} has no column {images!r} in {split}; each split must have one.")
+    names = None
+    if labels in features:
+        if not has_label_type(features[labels]):
+            raise ValueError(f"source.label_column {labels!r} of {path!r} has another type in {split} than in train.")
+        names = class_names(files, labels) or declared_names(features[labels])
+    data = data.select_columns([column for column in (images, labels) if column in features])
+    return Split(split, _undecoded(data, images), files, labels in features, names)
+
+
+def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn | None) -> Source:
+    """The source of splits with random access."""
+    classes: list[str] = []
+    found: dict[str, SplitLabels] = {}
+    numbers: dict[str, np.ndarray] = {}
+    for part in parts:
+        if len(part.data) == 0:
+            raise ValueError(f"source.path {path!r} has no images in split {part.name}; it must have some.")
+        if column is not None and part.labelled:
+            found[part.name] = read_labels(part.data, column, part.names, part.name)
         else:
-            splits[split] = TableImages(data, image_column, _labels(data, label_column), name)
-    classes = list(getattr(features[label_column], "names", [])) if label_column else []
-    if not classes and label_column and not streams:
-        classes = [str(number) for number in range(1 + max(int(found.labels.max()) for found in splits.values()))]
+            found[part.name] = SplitLabels([], np.full(len(part.data), UNLABELLED))
+    if column is not None:
+        # The classes of a folder of images are those that occur in train; the folders of all splits are declared.
+        of_folders = parts[0].data.info.builder_name == "imagefolder"
+        classes, numbers = number_labels(found, column, None if of_folders else parts[0].names)
+    splits: dict[str, Images] = {}
+    for part in parts:
+        labels = numbers.get(part.name, found[part.name].indices)
+        splits[part.name] = TableImages(part.data, images, labels, f"{path} {part.name}")
     sizes = [f"{split} {len(images)}" for split, images in splits.items()]
-    return Source(
-        Path(config.path).name,
-        classes,
-        splits,
-        streams,
-        fingerprint([*sizes, *(f"{split} {len(found)}" for split, found in streams.items()), *classes]),
-    )
+    return Source(Path(path).name, classes, splits, {}, fingerprint([*sizes, *classes]))
 
 
-def _streams(data: Any, image_column: str, label_column: str | None, name: str) -> list[ImageStream]:
+def _streamed(path: str, parts: list[Split], images: str, column: LabelColumn | None) -> Source:
+    """The source of splits that are streamed, whose classes must be known before a label is read."""
+    classes = parts[0].names or []
+    streams: dict[str, list[ImageStream]] = {}
+    for part in parts:
+        labels = None
+        if column is not None and part.labelled:
+            _refuse_strings(part, column)
+            positions = column.positions(part.names or [], classes, part.name)
+            labels = RowLabels(column, part.name, part.names, positions)
+        streams[part.name] = _streams(part, images, labels, f"{path} {part.name}")
+    sizes = [f"{split} {len(found)}" for split, found in streams.items()]
+    return Source(Path(path).name, classes, {}, streams, fingerprint([*sizes, *classes]))
+
+
+def _refuse_strings(part: Split, column: LabelColumn) -> None:
+    if part.names is None and "string" in _features(part.data, column.path)[column.name].dtype:
+        raise ValueError(
+            f"source.label_column {column.name!r} of {column.path!r} has strings, whose classes are unknown until all "
+            f"are read; set source.streaming false, or name a column of type ClassLabel, bool or integer."
+        )
+
+
+def _streams(part: Split, images: str, labels: RowLabels | None, name: str) -> list[ImageStream]:
     """One stream for each file of a streamed split."""
-    files = [data.shard(data.num_shards, number) for number in range(data.num_shards)]
+    shards = [part.data.shard(part.data.num_shards, number) for number in range(part.data.num_shards)]
     return [
-        StreamImages(file, image_column, label_column, f"{name}, file {number}" if len(files) > 1 else name)
-        for number, file in enumerate(files)
+        StreamImages(shard, images, labels, part.files, f"{name}, file {number}" if len(shards) > 1 else name)
+        for number, shard in enumerate(shards)
     ]
 
 
-def _load(config: SourceConfig) -> dict[str, Any]:
-    """The splits by the dataset's own names. A `save_to_disk` folder is local and never streamed."""
+def _load(config: SourceConfig) -> tuple[Any, dict[str, Any], dict[str, list[str]]]:
+    """The builder, and the splits and their files by the dataset's own names.
+
+    A `save_to_disk` folder has no builder; it is local and never streamed.
+
+    Raises ValueError naming the path, the subsets that exist, or the file that is damaged.
+    """
     import datasets
 
     assert config.path is not None
     folder = Path(config.path)
+    builder = None
+    files: dict[str, list[str]] = {}
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        tables = [str(file) for file in sorted(folder.rglob("*.arrow"))]
+        load = partial(datasets.load_from_disk, config.path)
+    else:
+        builder = _builder(config)
+        files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
+        tables = local_tables(file for names in files.values() for file in names)
+        load = partial(_built, builder, config.streaming)
+    refuse_damaged(tables)
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            data = datasets.load_from_disk(config.path)
-        else:
-            data = datasets.load_dataset(config.path, config.subset, streaming=config.streaming)
-    except Exception as error:  # the hub, the network and the builders have many kinds of exceptions
-        raise ValueError(
-            f"source.path {config.path!r} can't be loaded as a Hugging Face dataset ({_first_line(error)})."
-        ) from error
-    return dict(data) if isinstance(data, dict) else {str(data.split or "train"): data}
+        data = load()
+    except Exception as error:  # the network and the builders have many kinds of exceptions
+        end_reading(error)
+        refuse_damaged(tables, completely=True)
+        raise _not_loaded(config, error) from error
+    return builder, (dict(data) if isinstance(data, dict) else {str(data.split or "train"): data}), files
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _builder(config: SourceConfig) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(config.path, config.subset)
+    except Exception as error:  # the hub and the network have many kinds of exceptions
+        if isinstance(error, ValueError):
+            _refuse_subset(config)
+        raise _not_loaded(config, error) from error
+
+
+def _built(builder: Any, streaming: bool) -> Any:
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _not_loaded(config: SourceConfig, error: Exception) -> ValueError:
+    return ValueError(f"source.path {config.path!r} can't be loaded as a Hugging Face dataset ({_cause(error)}).")
+
+
+def _refuse_subset(config: SourceConfig) -> None:
+    """Raises ValueError with the names of the subsets, if there are any and `source.subset` is none of them."""
+    import datasets
+
+    try:
+        names = datasets.get_dataset_config_names(config.path)
+    except Exception:  # it can't be loaded for another reason
+        return
+    if names and config.subset not in names and (len(names) > 1 or config.subset is not None):
+        value = "not set" if config.subset is None else repr(config.subset)
+        listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+        raise ValueError(f"source.subset is {value}; in {config.path!r} it must be one of {listed}.")
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost error that tells more than that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith(GENERIC)), type(error).__name__).rstrip(".")
 
 
 def _is_stream(data: Any) -> bool:
@@ -123,51 +258,13 @@ def _is_stream(data: Any) -> bool:
     return isinstance(data, datasets.IterableDataset)
 
 
-def _features(data: Any, path: str) -> dict[str, Any]:
+def _features(data: Any, path: str) -> Features:
     features = data.features
     if features is None and _is_stream(data):
         features = data._resolve_features().features
     if not features:
         raise ValueError(f"source.path {path!r} has no information about its columns; it must have a column of images.")
     return dict(features)
-
-
-def _image_column(features: dict[str, Any], config: SourceConfig) -> str:
-    fitting = [name for name, feature in features.items() if _is_image(feature)]
-    return _choose("image_column", config.image_column, fitting, features, config)
-
-
-def _label_column(features: dict[str, Any], config: SourceConfig) -> str | None:
-    """The column of type ClassLabel, else an integer column named label; None if there is neither."""
-    import datasets
-
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    integers = [
-        name for name, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
-    ]
-    if config.label_column is not None:
-        return _choose("label_column", config.label_column, [*classes, *integers], features, config)
-    fitting = classes or [name for name in integers if name == "label"]
-    return _choose("label_column", None, fitting, features, config) if fitting else None
-
-
-def _is_image(feature: Any) -> bool:
-    """Whether it is an Image, or the same in parquet files without type information."""
-    import datasets
-
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
-
-
-def _choose(option: str, wanted: str | None, fitting: list[str], features: dict[str, Any], config: SourceConfig) -> str:
-    if wanted is not None:
-        if wanted not in fitting:
-            choice = ", ".join(fitting) or f"a column of the right type, and none of {', '.join(features)} has it"
-            raise ValueError(f"source.{option} is {wanted!r}; in {config.path!r} it must be {choice}.")
-        return wanted
-    if len(fitting) != 1:
-        what = f"several columns: {', '.join(fitting)}" if fitting else f"none of the columns {', '.join(features)}"
-        raise ValueError(f"source.{option} is not set, and the types in {config.path!r} fit {what}; name a column.")
-    return fitting[0]
 
 
 def _undecoded(data: Any, column: str) -> Any:
@@ -191,14 +288,3 @@ def _content(value: dict[str, Any] | None, name: str) -> bytes:
             return file.read()
     except OSError as error:
         raise BadImage(name, "unreadable", str(error)) from error
-
-
-def _labels(table: Any, column: str | None) -> np.ndarray:
-    if column is None:
-        return np.full(len(table), UNLABELLED)
-    values = table.select_columns([column]).with_format("arrow")[:].column(column).cast("int64")
-    return np.maximum(values.fill_null(UNLABELLED).to_numpy(), UNLABELLED)
-
-
-def _label(row: dict[str, Any], column: str | None) -> int:
-    return UNLABELLED if column is None or row[column] is None else max(int(row[column]), UNLABELLED)

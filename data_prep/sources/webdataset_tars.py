@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadImage
 from data_prep.shards.remote import is_remote, open_remote
-from data_prep.sources.base import UNLABELLED, Encoded, ImageStream, Source, fingerprint
+from data_prep.sources.base import MAX_CLASSES, UNLABELLED, Encoded, ImageStream, Source, fingerprint
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
 
@@ -31,7 +31,6 @@ KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 """webdataset's own expression (base_plus_ext). It is copied since importing webdataset imports torch in each worker."""
 LABEL_LIMIT = 1 << 24
 """Largest size of a .cls or .json that is read, in bytes."""
-LARGEST_LABEL = (1 << 31) - 1
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -209,8 +208,10 @@ def _label(text: bytes | None, column: str | None) -> int:
         value: Any = text.decode(errors="backslashreplace").strip()
     else:
         value = _column(text, column)
-    if not re.fullmatch(r"[0-9]{1,10}", str(value)) or int(value) > LARGEST_LABEL:
-        raise ValueError(f"its label is {_printable(repr(value))[:60]}, not an integer from 0 on")
+    if not re.fullmatch(r"[0-9]{1,10}", str(value)) or int(value) >= MAX_CLASSES:
+        where = "" if column is None else f" in the field {column!r}"
+        shown = _printable(repr(value))[:60]
+        raise ValueError(f"its label is {shown}{where}, not an integer from 0 to {MAX_CLASSES - 1:,}")
     return int(value)
 
 

@@ -1,0 +1,100 @@
+"""The parquet and arrow files of a Hugging Face dataset on this machine, one by one.
+
+`datasets` takes the types of the first file for all of them, and its errors do not name the damaged file.
+"""
+
+import gc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from traceback import clear_frames
+from typing import Any
+
+SUFFIXES = (".parquet", ".arrow")
+
+
+def local_tables(files: Iterable[str]) -> list[str]:
+    """Those of the files that are read here."""
+    return [file for file in files if file.endswith(SUFFIXES) and Path(file).is_file()]
+
+
+def class_names(files: list[str], column: str) -> list[str] | None:
+    """The names of the classes in a column, as the files of one split declare them; None if they do not.
+
+    Raises ValueError if two files number the classes differently.
+    """
+    import datasets
+
+    first, names = "", None
+    for file in files:
+        feature = datasets.Features.from_arrow_schema(_checked(file, _schema)).get(column)
+        here = getattr(feature, "names", None)
+        if first and here != names:
+            raise ValueError(
+                f"{file} has other classes in the column {column!r} than {first} ({_listed(here)}, not "
+                f"{_listed(names)}); the files of a split must have the same classes in the same order."
+            )
+        first, names = file, here
+    return names
+
+
+def refuse_damaged(files: list[str], completely: bool = False) -> None:
+    """Raises ValueError naming the first file whose types, or whose complete contents, can't be read."""
+    for file in files:
+        _checked(file, _read if completely else _schema)
+
+
+def _checked(file: str, read: Callable[[str], Any]) -> Any:
+    import pyarrow as pa
+
+    try:
+        return read(file)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{file} is damaged ({cause}); download or write it again.") from error
+
+
+def end_reading(error: BaseException) -> None:
+    """Frees what the frames of an error of `datasets` hold.
+
+    pyarrow's threads may still be reading a Python file there; if the process ends meanwhile, they abort it.
+    """
+    outer: BaseException | None = error
+    while outer is not None:
+        clear_frames(outer.__traceback__)
+        outer = outer.__cause__ or outer.__context__
+    gc.collect()
+
+
+def _schema(file: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.endswith(".parquet"):
+        return pq.read_schema(file, memory_map=True)
+    with pa.memory_map(file) as source:
+        return _open_arrow(source).schema
+
+
+def _read(file: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.endswith(".parquet"):
+        with pq.ParquetFile(file, memory_map=True) as table:
+            for batch in table.iter_batches(use_threads=False):
+                batch.validate(full=True)
+        return
+    with pa.memory_map(file) as source:
+        for batch in _open_arrow(source):
+            batch.validate(full=True)
+
+
+def _open_arrow(source: Any) -> Any:
+    """A stream, as `datasets` writes it."""
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(source)
+
+
+def _listed(names: list[str] | None) -> str:
+    return ", ".join(names) if names else "none"
