@@ -22,8 +22,8 @@ class SourceConfig:
     image_column: str | None = None
     """hf_dataset: the column of images; default: found by its type."""
     label_column: str | None = None
-    """hf_dataset: the column of classes; default: found by its type or name. webdataset: the field of each image's .json that
-    is its class; default: the .cls file."""
+    """hf_dataset: the column of classes; default: found by its type or name. webdataset: the field of each image's
+    .json that is its class; default: the .cls file."""
     streaming: bool = False
     """hf_dataset: stream the images, without storing a copy of the dataset."""
     unlabelled: bool = False

@@ -1,5 +1,6 @@
 """Hugging Face datasets: a hub name, a `save_to_disk` folder, or a folder that `load_dataset` understands."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from data_prep.config import SourceConfig
 from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import UNLABELLED, Encoded, Images, ImageStream, Source, fingerprint
 from data_prep.sources.hf_columns import Features, has_label_type, image_column, label_column
-from data_prep.sources.hf_files import class_names, end_reading, local_tables, refuse_damaged
+from data_prep.sources.hf_files import class_names, end_reading, local_tables, refuse_damaged, refuse_other_columns
 from data_prep.sources.hf_labels import (
     LabelColumn,
     RowLabels,
@@ -191,6 +192,11 @@ def _load(config: SourceConfig) -> tuple[Any, dict[str, Any], dict[str, list[str
     builder = None
     files: dict[str, list[str]] = {}
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if config.subset is not None:
+            raise ValueError(
+                f"source.subset is {config.subset!r}, but {config.path!r} is a folder of save_to_disk, which has no "
+                f"subsets; remove source.subset."
+            )
         tables = [str(file) for file in sorted(folder.rglob("*.arrow"))]
         load = partial(datasets.load_from_disk, config.path)
     else:
@@ -199,11 +205,13 @@ def _load(config: SourceConfig) -> tuple[Any, dict[str, Any], dict[str, list[str
         tables = local_tables(file for names in files.values() for file in names)
         load = partial(_built, builder, config.streaming)
     refuse_damaged(tables)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it logs errors that it raises
     try:
         data = load()
     except Exception as error:  # the network and the builders have many kinds of exceptions
         end_reading(error)
         refuse_damaged(tables, completely=True)
+        refuse_other_columns(tables)
         raise _not_loaded(config, error) from error
     return builder, (dict(data) if isinstance(data, dict) else {str(data.split or "train"): data}), files
 
@@ -245,11 +253,13 @@ def _refuse_subset(config: SourceConfig) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the innermost error that tells more than that something failed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The first line of an error, or of its cause if it only states that something failed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith(GENERIC)), type(error).__name__).rstrip(".")
+    if lines and lines[0].startswith(GENERIC):
+        if len(lines) == 1 and error.__cause__ is not None:
+            return _cause(error.__cause__)
+        return " ".join(lines[1:4])  # what differs between files, and in which
+    return (lines or [type(error).__name__])[0].rstrip(".")
 
 
 def _is_stream(data: Any) -> bool:

@@ -20,14 +20,16 @@ def local_tables(files: Iterable[str]) -> list[str]:
 def class_names(files: list[str], column: str) -> list[str] | None:
     """The names of the classes in a column, as the files of one split declare them; None if they do not.
 
-    Raises ValueError if two files number the classes differently.
+    Raises ValueError if a file lacks the column, or if two files number the classes differently.
     """
     import datasets
 
     first, names = "", None
     for file in files:
-        feature = datasets.Features.from_arrow_schema(_checked(file, _schema)).get(column)
-        here = getattr(feature, "names", None)
+        features = datasets.Features.from_arrow_schema(_checked(file, _schema))
+        if column not in features:
+            raise ValueError(f"{file} has no column {column!r}; all files of the dataset must have the same columns.")
+        here = getattr(features[column], "names", None)
         if first and here != names:
             raise ValueError(
                 f"{file} has other classes in the column {column!r} than {first} ({_listed(here)}, not "
@@ -41,6 +43,17 @@ def refuse_damaged(files: list[str], completely: bool = False) -> None:
     """Raises ValueError naming the first file whose types, or whose complete contents, can't be read."""
     for file in files:
         _checked(file, _read if completely else _schema)
+
+
+def refuse_other_columns(files: list[str]) -> None:
+    """Raises ValueError naming the first file whose columns differ from those of the first."""
+    columns = {file: sorted(_checked(file, _schema).names) for file in files}
+    for file in files:
+        if columns[file] != columns[files[0]]:
+            raise ValueError(
+                f"{file} has the columns {', '.join(columns[file])}, but {files[0]} has "
+                f"{', '.join(columns[files[0]])}; all files of a dataset must have the same columns."
+            )
 
 
 def _checked(file: str, read: Callable[[str], Any]) -> Any:

@@ -38,9 +38,10 @@ class LabelColumn:
         for name in names:
             if name not in numbers:
                 known = ", ".join(classes[:LISTED]) + (" ..." if len(classes) > LISTED else "")
+                right = f"it must be one of {known}" if classes else "train has no labels"
                 raise ValueError(
                     f"source.label_column {self.name!r} of {self.path!r} has the class {name!r} in {split}, which "
-                    f"train lacks; it must be one of {known or 'no class, as train has no labels'}."
+                    f"train lacks; {right}."
                 )
         return [numbers[name] for name in names]
 

@@ -257,3 +257,18 @@ def test_the_subsets_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"source\.subset is 'tiny'; in .* it must be one of small, large\."):
         opened(tmp_path / "set", subset="tiny")
     assert labels_of(opened(tmp_path / "set", subset="small")) == [0, 1]
+
+
+def test_a_saved_folder_has_no_subsets(tmp_path: Path) -> None:
+    path = write_saved(tmp_path / "set", train=table([0, 1], ClassLabel(names=["cat", "dog"])))
+    with pytest.raises(ValueError, match=r"source\.subset is 'small', but .* has no subsets; remove source\.subset\."):
+        opened(path, subset="small")
+
+
+def test_files_with_other_columns_are_named(tmp_path: Path) -> None:
+    labels = table([0, 1], ClassLabel(names=["cat", "dog"]))
+    path = write_parquet(tmp_path / "set", train=labels, test=labels.rename_column("label", "class"))
+    with pytest.raises(ValueError, match=r"test\.parquet has the columns class, image, but .* label; all files"):
+        opened(path)
+    with pytest.raises(ValueError, match=r"test\.parquet has no column 'label'; all files"):
+        opened(path, streaming=True)
