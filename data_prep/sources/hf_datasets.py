@@ -14,7 +14,14 @@ from data_prep.config import SourceConfig
 from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import UNLABELLED, Encoded, Images, ImageStream, Source, fingerprint
 from data_prep.sources.hf_columns import Features, has_label_type, image_column, label_column
-from data_prep.sources.hf_files import class_names, end_reading, local_tables, refuse_damaged, refuse_other_columns
+from data_prep.sources.hf_files import (
+    class_names,
+    distinct_values,
+    end_reading,
+    local_tables,
+    refuse_damaged,
+    refuse_other_columns,
+)
 from data_prep.sources.hf_labels import (
     LabelColumn,
     RowLabels,
@@ -28,6 +35,8 @@ SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": 
 """Split: the names in a dataset that are taken for it."""
 LISTED = 20
 """Subsets that an error message lists."""
+TABLES = ("parquet", "arrow")
+"""Builders of `datasets` whose files have the columns."""
 GENERIC = "An error occurred while generating the dataset"
 
 
@@ -131,7 +140,8 @@ def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn |
         if len(part.data) == 0:
             raise ValueError(f"source.path {path!r} has no images in split {part.name}; it must have some.")
         if column is not None and part.labelled:
-            found[part.name] = read_labels(part.data, column, part.names, part.name)
+            cells = part.data.select_columns([column.name]).with_format("arrow")[:].column(column.name)
+            found[part.name] = read_labels(cells, column, part.names, part.name)
         else:
             found[part.name] = SplitLabels([], np.full(len(part.data), UNLABELLED))
     if column is not None:
@@ -147,15 +157,24 @@ def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn |
 
 
 def _streamed(path: str, parts: list[Split], images: str, column: LabelColumn | None) -> Source:
-    """The source of splits that are streamed, whose classes must be known before a label is read."""
-    classes = parts[0].names or []
+    """The source of splits that are streamed.
+
+    Classes that are not declared are read from the column of labels of the files on this machine; from elsewhere,
+    integers are taken for the numbers of classes.
+    """
+    classes: list[str] = []
     streams: dict[str, list[ImageStream]] = {}
     for part in parts:
         labels = None
         if column is not None and part.labelled:
-            _refuse_strings(part, column)
-            positions = column.positions(part.names or [], classes, part.name)
-            labels = RowLabels(column, part.name, part.names, positions)
+            values: dict[Any, str] = dict(enumerate(part.names or []))
+            if part.names is None and part.files:
+                values = column.distinct(distinct_values(part.files, column.name), part.name)
+            elif part.names is None:
+                _refuse_strings(part, column)
+            classes = classes or list(values.values())  # those of train, the first split
+            positions = column.positions(list(values.values()), classes, part.name)
+            labels = RowLabels(column, part.name, dict(zip(values, positions, strict=True)) if values else None)
         streams[part.name] = _streams(part, images, labels, f"{path} {part.name}")
     sizes = [f"{split} {len(found)}" for split, found in streams.items()]
     return Source(Path(path).name, classes, {}, streams, fingerprint([*sizes, *classes]))
@@ -201,7 +220,8 @@ def _load(config: SourceConfig) -> tuple[Any, dict[str, Any], dict[str, list[str
         load = partial(datasets.load_from_disk, config.path)
     else:
         builder = _builder(config)
-        files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
+        if builder.info.builder_name in TABLES:
+            files = {str(split): list(map(str, names)) for split, names in builder.config.data_files.items()}
         tables = local_tables(file for names in files.values() for file in names)
         load = partial(_built, builder, config.streaming)
     refuse_damaged(tables)

@@ -5,6 +5,7 @@
 
 import gc
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -37,6 +38,22 @@ def class_names(files: list[str], column: str) -> list[str] | None:
             )
         first, names = file, here
     return names
+
+
+def distinct_values(files: list[str], column: str) -> set[Any]:
+    """The values in a column of all files. Raises ValueError naming a file that is damaged."""
+    return {value for file in files for value in _checked(file, partial(_distinct, column=column))}
+
+
+def _distinct(file: str, column: str) -> list[Any]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if file.endswith(".parquet"):
+        return pc.unique(pq.read_table(file, columns=[column], memory_map=True, use_threads=False)[column]).to_pylist()
+    with pa.memory_map(file) as source:
+        return pc.unique(_open_arrow(source).read_all()[column]).to_pylist()
 
 
 def refuse_damaged(files: list[str], completely: bool = False) -> None:

@@ -4,6 +4,7 @@ The classes are those of train: the names of a ClassLabel, or the strings or int
 other splits are matched by name, as each split may number its classes in its own way.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,14 @@ class LabelColumn:
             )
         return value
 
+    def distinct(self, values: Iterable[Any], split: str) -> dict[Any, str]:
+        """The names of strings or integers, sorted, without those of unlabelled images."""
+        labels = {value for value in values if value is not None and value not in ("", UNLABELLED)}
+        for value in labels:
+            if not isinstance(value, str):
+                self.check_integer(value, split)
+        return {value: str(value) for value in sorted(labels, key=lambda value: (isinstance(value, str), value))}
+
     def positions(self, names: list[str], classes: list[str], split: str) -> list[int]:
         """The number of each name among the classes of train. Raises ValueError for a name that train lacks."""
         numbers = {name: number for number, name in enumerate(classes)}
@@ -56,30 +65,27 @@ class SplitLabels:
     """The labels of one split."""
 
     values: list[Any]
-    """The distinct names or integers."""
+    """The distinct names or integers, sorted."""
     indices: np.ndarray
     """int64 (N,): the index of each image's label in `values`, -1 for none."""
 
 
-def read_labels(table: Any, column: LabelColumn, names: list[str] | None, split: str) -> SplitLabels:
-    """The labels that occur in a datasets.Dataset; `names` are those that its numbers stand for.
+def read_labels(cells: Any, column: LabelColumn, names: list[str] | None, split: str) -> SplitLabels:
+    """The labels that occur in a column, a pyarrow.ChunkedArray; `names` are those that its numbers stand for.
 
     Raises ValueError for an integer that is not the number of a class.
     """
     import pyarrow.compute as pc
 
-    cells = table.select_columns([column.name]).with_format("arrow")[:].column(column.name)
     found = pc.unique(cells).drop_null()
     indices = pc.index_in(cells, value_set=found).fill_null(-1).to_numpy().astype(np.int64)
     values = found.to_pylist()
     if names is not None:
         values = [names[number] if number >= 0 else "" for number in _checked(values, names, column, split)]
-    elif values and not isinstance(values[0], str):
-        values = ["" if column.check_integer(value, split) == UNLABELLED else value for value in values]
-    labelled = [number for number, value in enumerate(values) if value != ""]
-    compact = np.full(len(values) + 1, -1)  # the last element is that of index -1
-    compact[labelled] = np.arange(len(labelled))
-    return SplitLabels([values[number] for number in labelled], compact[indices])
+    kept = list(column.distinct(values, split))
+    numbers = {value: number for number, value in enumerate(kept)}
+    sorted_indices = np.array([*(numbers.get(value, -1) for value in values), -1])  # the last is that of index -1
+    return SplitLabels(kept, sorted_indices[indices])
 
 
 def _checked(values: list[Any], names: list[str], column: LabelColumn, split: str) -> list[int]:
@@ -100,7 +106,7 @@ def number_labels(
     names: all classes of train, if they are declared; else the classes are those that occur in train. Raises ValueError
     for a label that train lacks, or if there are too many classes.
     """
-    classes = names if names is not None else [str(value) for value in sorted(found["train"].values)]
+    classes = names if names is not None else [str(value) for value in found["train"].values]
     if len(classes) > MAX_CLASSES:
         raise ValueError(
             f"source.label_column {column.name!r} of {column.path!r} has {len(classes):,} different values; a dataset "
@@ -119,17 +125,19 @@ class RowLabels:
 
     column: LabelColumn
     split: str
-    names: list[str] | None
-    """The names that the numbers of this split stand for; None for plain integers."""
-    positions: list[int]
-    """The number of each name among the classes of train."""
+    numbers: dict[Any, int] | None
+    """The class of each value of the column; None for integers that are the numbers of classes."""
 
     def number(self, row: dict[str, Any]) -> int:
-        """The class of a row, UNLABELLED for none."""
+        """The class of a row, UNLABELLED for none. Raises ValueError for a value that is no class."""
         value = row[self.column.name]
-        if value is None:
+        if value is None or value in ("", UNLABELLED):
             return UNLABELLED
-        if self.names is None:
-            return self.column.check_integer(int(value), self.split)
-        (number,) = _checked([int(value)], self.names, self.column, self.split)
-        return self.positions[number] if number >= 0 else UNLABELLED
+        if self.numbers is None:
+            return self.column.check_integer(value, self.split)
+        if value not in self.numbers:
+            raise ValueError(
+                f"source.label_column {self.column.name!r} of {self.column.path!r} has the value {value!r} in "
+                f"{self.split}; it must be the number of one of its {len(self.numbers)} classes, or {UNLABELLED}."
+            )
+        return self.numbers[value]

@@ -126,8 +126,10 @@ def test_a_split_without_the_label_column_is_unlabelled(tmp_path: Path) -> None:
 def test_columns_that_are_taken_for_labels(
     tmp_path: Path, name: str, labels: list[Any], kind: Any, classes: list[str], expected: list[int]
 ) -> None:
-    source = opened(write_plain(tmp_path / "set", labels, kind, name))
-    assert (source.classes, labels_of(source)) == (classes, expected)
+    path = write_plain(tmp_path / "set", labels, kind, name)
+    for streaming in (False, True):
+        source = opened(path, streaming=streaming)
+        assert (source.classes, labels_of(source)) == (classes, expected)
 
 
 def test_other_columns_are_listed_and_the_images_unlabelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,8 +147,17 @@ def test_a_named_column_of_strings(tmp_path: Path) -> None:
     path = write_plain(tmp_path / "set", ["b", "a"], name="species")
     source = opened(path, label_column="species")
     assert (source.classes, labels_of(source)) == (["a", "b"], [1, 0])
-    with pytest.raises(ValueError, match=r"source\.label_column 'species' .* strings, .*; set source\.streaming false"):
-        opened(path, label_column="species", streaming=True)
+
+
+def test_strings_of_other_files_are_not_streamed(tmp_path: Path) -> None:
+    """Their classes would be known only at the end."""
+    (tmp_path / "set/train").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / f"set/train/{name}.png").write_bytes(png(0))
+    (tmp_path / "set/train/metadata.csv").write_text("file_name,label\na.png,dog\nb.png,cat\n")
+    assert labels_of(opened(tmp_path / "set")) == [1, 0]
+    with pytest.raises(ValueError, match=r"source\.label_column 'label' .* strings, .*; set source\.streaming false"):
+        opened(tmp_path / "set", streaming=True)
 
 
 @pytest.mark.parametrize("value", [MAX_CLASSES, 20_000_001, 1_700_000_000, 2**32, 2**63, -7])
@@ -157,11 +168,16 @@ def test_numbers_that_are_no_classes_are_refused(tmp_path: Path, value: int) -> 
             labels_of(opened(path, streaming=streaming))
 
 
-def test_of_integers_the_classes_are_those_that_occur(tmp_path: Path) -> None:
-    train, test = table([900, 3, 900, None], datasets.Value("int64")), table([3], datasets.Value("int64"))
-    source = opened(write_saved(tmp_path / "set", train=train, test=test))
+@pytest.mark.parametrize("streaming", [False, True])
+def test_of_integers_the_classes_are_those_that_occur(tmp_path: Path, streaming: bool) -> None:
+    integer = datasets.Value("int64")
+    path = write_parquet(tmp_path / "set", train=table([900, 3, 900, None], integer), test=table([3], integer))
+    source = opened(path, streaming=streaming)
     assert source.classes == ["3", "900"]
     assert (labels_of(source), labels_of(source, "test")) == ([1, 0, 1, -1], [0])
+    table([3, 7], integer).to_parquet(path / "test.parquet")
+    with pytest.raises(ValueError, match="has the class '7' in test, which train lacks; it must be one of 3, 900"):
+        opened(path, streaming=streaming)
 
 
 def test_a_label_beyond_the_declared_classes_is_refused(tmp_path: Path) -> None:
