@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ LISTED = 20
 """Subsets that an error message lists."""
 TABLES = ("parquet", "arrow")
 """Builders of `datasets` whose files have the columns."""
+FOLDERS = "imagefolder"
+"""The builder that takes the folders of images for classes."""
 GENERIC = "An error occurred while generating the dataset"
 
 
@@ -92,6 +94,8 @@ class Split:
     """Whether it has the column of labels."""
     names: list[str] | None
     """The classes that the numbers in the column of labels stand for; None if they are not declared."""
+    folders: set[str]
+    """Those of the classes that have a folder in this split, in a folder of images, which declares those of all."""
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -110,7 +114,7 @@ def open_source(config: SourceConfig) -> Source:
     for split, names in SPLITS.items():
         name = next((name for name in names if name in found), None)
         if name is not None:
-            parts.append(_split(split, found[name], local_tables(files.get(name, [])), images, labels, config.path))
+            parts.append(_split(split, found[name], files.get(name, []), images, labels, config.path))
     column = None if labels is None else LabelColumn(labels, config.path)
     if _is_stream(parts[0].data):
         return _streamed(config.path, parts, images, column)
@@ -122,13 +126,16 @@ def _split(split: str, data: Any, files: list[str], images: str, labels: str | N
     features = _features(data, path)
     if images not in features:
         raise ValueError(f"source.path {path!r} has no column {images!r} in {split}; each split must have one.")
+    of_folders = data.info.builder_name == FOLDERS
+    tables = [] if of_folders else local_tables(files)
     names = None
     if labels in features:
         if not has_label_type(features[labels]):
             raise ValueError(f"source.label_column {labels!r} of {path!r} has another type in {split} than in train.")
-        names = class_names(files, labels) or declared_names(features[labels])
+        names = class_names(tables, labels) or declared_names(features[labels])
+    folders = {PurePath(file).parent.name for file in files} & set(names or []) if of_folders else set()
     data = data.select_columns([column for column in (images, labels) if column in features])
-    return Split(split, _undecoded(data, images), files, labels in features, names)
+    return Split(split, _undecoded(data, images), tables, labels in features, names, folders)
 
 
 def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn | None) -> Source:
@@ -146,7 +153,7 @@ def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn |
             found[part.name] = SplitLabels([], np.full(len(part.data), UNLABELLED))
     if column is not None:
         # The classes of a folder of images are those that occur in train; the folders of all splits are declared.
-        of_folders = parts[0].data.info.builder_name == "imagefolder"
+        of_folders = parts[0].data.info.builder_name == FOLDERS
         classes, numbers = number_labels(found, column, None if of_folders else parts[0].names)
     splits: dict[str, Images] = {}
     for part in parts:
@@ -167,7 +174,8 @@ def _streamed(path: str, parts: list[Split], images: str, column: LabelColumn | 
     for part in parts:
         labels = None
         if column is not None and part.labelled:
-            values: dict[Any, str] = dict(enumerate(part.names or []))
+            declared = enumerate(part.names or [])
+            values: dict[Any, str] = {n: name for n, name in declared if not part.folders or name in part.folders}
             if part.names is None and part.files:
                 values = column.distinct(distinct_values(part.files, column.name), part.name)
             elif part.names is None:
@@ -220,7 +228,7 @@ def _load(config: SourceConfig) -> tuple[Any, dict[str, Any], dict[str, list[str
         load = partial(datasets.load_from_disk, config.path)
     else:
         builder = _builder(config)
-        if builder.info.builder_name in TABLES:
+        if builder.info.builder_name in (*TABLES, FOLDERS):
             files = {str(split): list(map(str, names)) for split, names in builder.config.data_files.items()}
         tables = local_tables(file for names in files.values() for file in names)
         load = partial(_built, builder, config.streaming)

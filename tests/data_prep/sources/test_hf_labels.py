@@ -204,12 +204,14 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     assert labels_of(opened(write_saved(tmp_path / "set", train=vehicles))) == [0, 1]
 
 
-def test_a_folder_of_test_that_train_lacks_is_refused(tmp_path: Path) -> None:
-    for name in ("train/cat", "train/dog", "test/cat", "test/eel"):
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("train", [("train/cat", "train/dog"), ("train/images",)])
+def test_a_folder_of_test_that_train_lacks_is_refused(tmp_path: Path, train: tuple[str, ...], streaming: bool) -> None:
+    for name in (*train, "test/eel"):
         (tmp_path / "set" / name).mkdir(parents=True)
         (tmp_path / "set" / name / "a.png").write_bytes(png(0))
     with pytest.raises(ValueError, match="has the class 'eel' in test, which train lacks"):
-        opened(tmp_path / "set")
+        opened(tmp_path / "set", streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
