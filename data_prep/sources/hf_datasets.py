@@ -230,6 +230,7 @@ def _load(config: SourceConfig) -> tuple[Any, dict[str, Any], dict[str, list[str
         builder = _builder(config)
         if builder.info.builder_name in (*TABLES, FOLDERS):
             files = {str(split): list(map(str, names)) for split, names in builder.config.data_files.items()}
+            _refuse_shared(files)
         tables = local_tables(file for names in files.values() for file in names)
         load = partial(_built, builder, config.streaming)
     refuse_damaged(tables)
@@ -253,6 +254,18 @@ def _builder(config: SourceConfig) -> Any:
         if isinstance(error, ValueError):
             _refuse_subset(config)
         raise _not_loaded(config, error) from error
+
+
+def _refuse_shared(files: dict[str, list[str]]) -> None:
+    """Raises ValueError for a file in two splits: `datasets` takes test/train/a.jpg, say, for both."""
+    splits: dict[str, str] = {}
+    for split in (name for names in SPLITS.values() for name in names if name in files):
+        for file in files[split]:
+            if splits.setdefault(file, split) != split:
+                raise ValueError(
+                    f"{file} would be in {splits[file]} and in {split}, as its path has the names of both; rename its "
+                    f"folder, or read images in folders with source.kind image_folder."
+                )
 
 
 def _built(builder: Any, streaming: bool) -> Any:

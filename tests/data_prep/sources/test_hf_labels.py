@@ -204,6 +204,14 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     assert labels_of(opened(write_saved(tmp_path / "set", train=vehicles))) == [0, 1]
 
 
+def test_a_file_that_would_be_in_two_splits_is_refused(tmp_path: Path) -> None:
+    for name in ("train/car", "train/train", "test/car", "test/train"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "a.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match=r"test/train/a\.png would be in train and in test, .* rename its folder"):
+        opened(tmp_path / "set")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("train", [("train/cat", "train/dog"), ("train/images",)])
 def test_a_folder_of_test_that_train_lacks_is_refused(tmp_path: Path, train: tuple[str, ...], streaming: bool) -> None:
