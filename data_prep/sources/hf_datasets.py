@@ -40,6 +40,7 @@ TABLES = ("parquet", "arrow")
 FOLDERS = "imagefolder"
 """The builder that takes the folders of images for classes."""
 GENERIC = "An error occurred while generating the dataset"
+"""The beginning of errors of `datasets` that have the cause further down, or in another error."""
 
 
 class TableImages(Images):
@@ -229,7 +230,7 @@ def _load(config: SourceConfig) -> tuple[Any, dict[str, Any], dict[str, list[str
     else:
         builder = _builder(config)
         if builder.info.builder_name in (*TABLES, FOLDERS):
-            files = {str(split): list(map(str, names)) for split, names in builder.config.data_files.items()}
+            files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
             _refuse_shared(files)
         tables = local_tables(file for names in files.values() for file in names)
         load = partial(_built, builder, config.streaming)
@@ -299,7 +300,7 @@ def _cause(error: BaseException) -> str:
     if lines and lines[0].startswith(GENERIC):
         if len(lines) == 1 and error.__cause__ is not None:
             return _cause(error.__cause__)
-        return " ".join(lines[1:4])  # what differs between files, and in which
+        return " ".join(lines[1:4]) or GENERIC  # what differs between files, and in which
     return (lines or [type(error).__name__])[0].rstrip(".")
 
 

@@ -11,6 +11,8 @@ from traceback import clear_frames
 from typing import Any
 
 SUFFIXES = (".parquet", ".arrow")
+LISTED = 10
+"""Classes that an error message lists."""
 
 
 def local_tables(files: Iterable[str]) -> list[str]:
@@ -25,15 +27,18 @@ def class_names(files: list[str], column: str) -> list[str] | None:
     """
     import datasets
 
-    first, names = "", None
+    first = ""
+    names: list[str] | None = None
     for file in files:
         features = datasets.Features.from_arrow_schema(_checked(file, _schema))
         if column not in features:
             raise ValueError(f"{file} has no column {column!r}; all files of the dataset must have the same columns.")
         here = getattr(features[column], "names", None)
-        if first and here != names:
+        if here is None:
+            continue
+        if names is not None and here != names:
             raise ValueError(
-                f"{file} has other classes in the column {column!r} than {first} ({_listed(here)}, not "
+                f"{file} has other classes in the column {column!r} than {first} ({_listed(here)}; not "
                 f"{_listed(names)}); the files of a split must have the same classes in the same order."
             )
         first, names = file, here
@@ -126,5 +131,5 @@ def _open_arrow(source: Any) -> Any:
     return pa.ipc.open_stream(source)
 
 
-def _listed(names: list[str] | None) -> str:
-    return ", ".join(names) if names else "none"
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (" ..." if len(names) > LISTED else "")
