@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.common.contents import described
 from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import Images, Names
+from data_prep.sources.tar_stream import BEHIND_END, is_padding
 
 BLOCK = 512
 """A tar's headers and contents start at multiples of this many bytes."""
@@ -52,20 +54,31 @@ def tar_members(file: RandomAccessFile, inside: Member | None = None) -> Iterato
     """The regular files of an uncompressed tar: of the entire file, or of a tar that is itself a member of it.
 
     Only headers are read. Raises ValueError naming the tar and the offset where it is damaged or truncated;
-    `tarfile` would take either for the end. Names are truncated to 100 characters.
+    `tarfile` would take either for the end. Tars that were concatenated are read to the last. Names are truncated to
+    100 characters.
     """
     name = file.name if inside is None else f"{file.name}/{inside.name}"
     start, end = (0, file.size) if inside is None else (inside.offset, inside.offset + inside.size)
     offset = start
+    zeros, padding = None, False  # where the last blocks of zeros began, and whether something else followed them
     while True:
         header = file.read(offset, min(BLOCK, max(0, end - offset)))
-        if header == bytes(BLOCK):
+        if not header and zeros is not None:
             return
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            what = "is truncated" if len(header) < BLOCK else "is damaged, or not an uncompressed tar,"
-            raise ValueError(f"{name} {what} at byte {offset - start} ({error}); download it again.") from error
+            if header == bytes(BLOCK):
+                zeros = offset - start if zeros is None else zeros
+            elif is_padding(zeros, offset - start, len(header) < BLOCK):
+                padding = True
+            else:
+                raise ValueError(_damage(name, header, offset - start, str(error))) from error
+            offset += BLOCK
+            continue
+        if padding:
+            raise ValueError(f"{name} is damaged at byte {offset - start} ({BEHIND_END}); download it again.")
+        zeros = None
         content = offset + BLOCK
         if member.size < 0:
             raise ValueError(f"{name} is damaged at byte {offset - start} (size {member.size}); download it again.")
@@ -74,6 +87,15 @@ def tar_members(file: RandomAccessFile, inside: Member | None = None) -> Iterato
         if member.isreg():
             yield Member(member.name, content, member.size)
         offset = content + -(-member.size // BLOCK) * BLOCK
+
+
+def _damage(name: str, header: bytes, offset: int, error: str) -> str:
+    """A sentence on bytes that are no header."""
+    known = described(header) if offset == 0 else None
+    if known is not None:
+        return f"{name} is {known}; it must be an uncompressed tar."
+    what = "is truncated" if len(header) < BLOCK else "is damaged, or not an uncompressed tar,"
+    return f"{name} {what} at byte {offset} ({error}); download it again."
 
 
 class TarImages(Images):

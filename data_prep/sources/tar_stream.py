@@ -1,6 +1,7 @@
 """Reads an untrusted tar as a stream; every kind of damage is an error.
 
-Python's tarfile takes many kinds of damage for the end of the tar, and trusts every size in a header.
+Python's tarfile takes many kinds of damage for the end of the tar, ends at the first block of zeros, and trusts every
+size in a header. Here a tar ends where its file ends: tars that were concatenated with `cat` are read to the last.
 """
 
 import bz2
@@ -10,6 +11,8 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
+
+from data_prep.common.contents import described
 
 MEMBER_LIMIT = 1 << 30
 """Largest size of a member, in bytes."""
@@ -22,10 +25,30 @@ EXTENDED_HEADERS = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
+BEHIND_END = "there are other bytes behind its end-of-archive blocks"
 
 
 class DamagedTar(Exception):
     """The bytes are not a complete tar."""
+
+
+def is_padding(end: int | None, offset: int, truncated: bool) -> bool:
+    """Whether bytes at `offset` that are no header may follow the end of a tar.
+
+    They may fill the record in which the tar ended, as some writers fill the last 10,240 bytes with what was in their
+    memory, or be too few for a header. end: the offset of the end-of-archive blocks.
+    """
+    return end is not None and (truncated or offset // tarfile.RECORDSIZE == end // tarfile.RECORDSIZE)
+
+
+class Archive(tarfile.TarFile):
+    """Reads on after blocks of zeros, and remembers them."""
+
+    ignore_zeros = True
+    end: int | None = None
+    """The offset of the first of the blocks of zeros before the current position; None after a member."""
+    noise = False
+    """Whether there was something else than zeros or a member after `end`."""
 
 
 class Header(tarfile.TarInfo):
@@ -33,17 +56,30 @@ class Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "Header":
+        archive = cast(Archive, tarfile_)
+        end = archive.end
         try:
-            return cast(Header, super().fromtarfile(tarfile_))
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros: the end
+            header = cast(Header, super().fromtarfile(archive))
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros
+            archive.end = archive.offset if end is None else end
             raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            if end is not None:
+                raise
             # GNU tar, bsdtar, Python, Go and webdataset all end a tar with blocks of zeros. They are missing if the
             # writer was killed, or if a copy broke off between two members, so images may be missing too.
-            what = "it has no end-of-archive blocks" if tarfile_.offset else "it is empty"
+            what = "it has no end-of-archive blocks" if archive.offset else "it is empty"
             raise DamagedTar(what) from error
         except tarfile.HeaderError as error:
-            raise DamagedTar(str(error)) from error
+            truncated = isinstance(error, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
+            if not is_padding(end, archive.offset, truncated):
+                raise DamagedTar(str(error) if end is None else BEHIND_END) from error
+            archive.noise = True
+            raise tarfile.EOFHeaderError("padding") from error  # type: ignore[attr-defined]
+        if archive.noise:
+            raise DamagedTar(BEHIND_END)
+        archive.end = None
+        return header
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
@@ -62,7 +98,7 @@ class Tar:
 
     def __init__(self, file: BinaryIO) -> None:
         self._bytes = TarBytes(file)
-        self._tar: tarfile.TarFile | None = None
+        self._tar: Archive | None = None
         self.offset = 0
         """The offset of the current member's header; in a compressed tar, its offset after decompression."""
 
@@ -71,14 +107,24 @@ class Tar:
             if self._tar is None:
                 # Not "r|*": of a gzip file with several streams (pigz, bgzip) it reads only the first, and it does
                 # not verify the checksum.
-                self._tar = tarfile.open(fileobj=self._bytes.decompressed(), mode="r|", tarinfo=Header)  # noqa: SIM115
+                self._tar = Archive.open(fileobj=self._bytes.decompressed(), mode="r|", tarinfo=Header)
             else:
                 self.offset = self._tar.offset
-            member = self._tar.next()
+            member = self._next_header(self._tar)
             self._tar.members.clear()  # type: ignore[attr-defined]  # else all headers stay in memory
             if member is not None:
                 cast(Header, member).check_size(MEMBER_LIMIT)  # an extended header may have changed the size
+            elif self._bytes.read(1):  # such as an uncompressed tar after a compressed one
+                raise DamagedTar("there are other bytes behind its compressed data")
             return member
+
+    def _next_header(self, tar: Archive) -> tarfile.TarInfo | None:
+        try:
+            return tar.next()
+        except gzip.BadGzipFile as error:
+            if tar.end is None or not str(error).startswith("Not a gzipped file"):
+                raise
+            return None  # like gzip, ignores a few bytes behind the compressed data
 
     def content(self, member: tarfile.TarInfo, limit: int) -> bytes:
         """The member's bytes, at most `limit`."""
@@ -95,6 +141,8 @@ class Tar:
         except Exception as error:  # tarfile and the decompressors may raise any exception on damaged files
             if self._bytes.error is not None:
                 raise self._bytes.error from None
+            if self._tar is None and (what := described(self._bytes.start)):
+                raise DamagedTar(f"{error}; it is {what}") from error
             if isinstance(error, DamagedTar | MemoryError):
                 raise
             raise DamagedTar(str(error) or type(error).__name__) from error
@@ -106,6 +154,8 @@ class TarBytes:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._ahead = b""
+        self.start = b""
+        """The first bytes, once `decompressed` was called."""
         self.error: Exception | None = None
 
     def read(self, size: int) -> bytes:
@@ -118,7 +168,7 @@ class TarBytes:
 
     def decompressed(self) -> Any:
         """The decompressed bytes; compression is detected from the content, not from the name."""
-        self._ahead = self.read(10)
+        self.start = self._ahead = self.read(tarfile.BLOCKSIZE)
         if self._ahead.startswith(b"\x1f\x8b\x08"):
             return gzip.GzipFile(fileobj=cast(BinaryIO, self))
         if self._ahead.startswith(b"BZh") and self._ahead[4:10] == b"1AY&SY":

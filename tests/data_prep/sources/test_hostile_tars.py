@@ -108,11 +108,21 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 
 HTML = b"<!DOCTYPE html><html><head><title>403 Forbidden</title></head><body>" + b"<p>No.</p>" * 200 + b"</body></html>"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
 NESTED = header("././@LongLink", 10, tarfile.GNUTYPE_LONGNAME) + b"name".ljust(BLOCK, b"\0")
 
 HOSTILE = {
     # name: (bytes, images before the damage, the byte of the damage or None, what is said of it)
     "a bit of a header": (changed(place("3.cls") + 5, b"\xff"), 3, place("3.cls"), "bad checksum"),
+    "a page of zeros": (changed(place("1.jpg"), bytes(4096)), 1, None, "behind its end-of-archive blocks"),
+    "noise behind the end": (COMPLETE + b"noise" * 4000, 5, None, "behind its end-of-archive blocks"),
+    "a member behind noise": (COMPLETE[:-ENDS] + b"x".ljust(ENDS) + COMPLETE, 5, None, "behind its end-of"),
+    "a second tar, cut": (COMPLETE + COMPLETE[: place("1.jpg") + BLOCK], 6, None, "unexpected end of data"),
+    "gzip, then a tar": (gzip.compress(COMPLETE) + COMPLETE, 5, None, "behind its compressed data"),
+    "bzip2, then a tar": (bz2.compress(COMPLETE) + COMPLETE, 5, None, "behind its compressed data"),
+    "xz, then a tar": (lzma.compress(COMPLETE) + COMPLETE, 5, None, "behind its compressed data"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + np.random.default_rng(5).bytes(5000), 0, 0, "it is compressed with zstd"),
+    "a pointer of Git LFS": (LFS, 0, 0, "it is a pointer of Git LFS, not the file itself (run `git lfs pull`)"),
     "a bit of the first header": (changed(5, b"\xff"), 0, 0, "bad checksum"),
     "a block lost": (COMPLETE[: place("3.jpg") + BLOCK] + COMPLETE[place("3.jpg") + 2 * BLOCK :], None, None, ""),
     "a page of a file system lost": (changed(place("2.cls"), b"\xe5" * 4096), 2, place("2.cls"), "invalid header"),
@@ -123,7 +133,7 @@ HOSTILE = {
     "cut between members": (COMPLETE[: end("3.jpg")], 4, end("3.jpg"), "no end-of-archive blocks"),
     "no mark of the end": (COMPLETE[: end("4.jpg")], 5, end("4.jpg"), "no end-of-archive blocks"),
     "nothing": (b"", 0, 0, "it is empty"),
-    "an error page": (HTML, 0, 0, ""),
+    "an error page": (HTML, 0, 0, "it is an HTML page"),
     "a short error page": (HTML[:200], 0, 0, "truncated header"),
     "noise": (np.random.default_rng(9).bytes(100_000), 0, 0, ""),
     "a zip file": (b"PK\3\4" + bytes(2000), 0, 0, ""),
@@ -185,7 +195,7 @@ def test_images_before_the_damage_are_read_and_its_offset_is_reported(case: str,
         assert last.name.endswith(f"0.tar at byte {byte}")
     if images is not None:
         assert [(item.content, item.label) for item in before] == list(
-            zip(IMAGE_EXTENSIONS, range(images), strict=False)
+            zip(2 * IMAGE_EXTENSIONS, [*range(5), *range(5)][:images], strict=False)
         )
 
 
@@ -227,6 +237,7 @@ def test_a_changed_byte_in_gzip_is_detected(read: Callable[..., Outcome]) -> Non
         lzma.compress(COMPLETE),
         tar_bytes(MEMBERS, tarfile.GNU_FORMAT),
         tar_bytes(MEMBERS, tarfile.PAX_FORMAT),
+        COMPLETE + b"\n",
         COMPLETE[:-ENDS] + b"noise after the mark of the end".ljust(ENDS),
     ],
 )
@@ -235,6 +246,31 @@ def test_complete_tars_of_every_kind(content: bytes, read: Callable[..., Outcome
         zip(IMAGE_EXTENSIONS, range(5), strict=True)
     )
     assert len(read(content)) == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        COMPLETE + COMPLETE,
+        COMPLETE[: end("4.jpg")] + bytes(ENDS) + COMPLETE,  # without the padding of the last record
+        COMPLETE[: end("4.jpg")] + bytes(BLOCK) + COMPLETE,
+        COMPLETE + bytes(196 * BLOCK) + COMPLETE,
+        COMPLETE + tar_bytes([]) + COMPLETE,
+        tar_bytes(MEMBERS, tarfile.PAX_FORMAT) + tar_bytes(MEMBERS, tarfile.GNU_FORMAT),
+        gzip.compress(COMPLETE) + gzip.compress(COMPLETE),
+        gzip.compress(COMPLETE + COMPLETE),
+        bz2.compress(COMPLETE) + bz2.compress(COMPLETE),
+        lzma.compress(COMPLETE) + lzma.compress(COMPLETE),
+    ],
+)
+def test_concatenated_tars_are_read_to_the_last(content: bytes, read: Callable[..., Outcome]) -> None:
+    """As `cat a.tar b.tar` makes them; tarfile reads the second only with ignore_zeros."""
+    with tarfile.open(fileobj=io.BytesIO(content), ignore_zeros=True) as tar:
+        files = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    assert len(files) == 20
+    expected = [file for name, file in files if name.endswith(".jpg")]
+    assert [item.content for item in read(content) if isinstance(item, Encoded)] == expected
+    assert len(read(content)) == 10
 
 
 def test_a_tar_without_members_has_no_images(read: Callable[..., Outcome]) -> None:

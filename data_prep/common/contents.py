@@ -1,0 +1,19 @@
+"""Recognizes files that are often found in place of an image, a tar or a manifest."""
+
+STARTS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself (run `git lfs pull`)",
+    b"/annex/objects/": "a pointer of git-annex, not the file itself (run `git annex get`)",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd (decompress it with `zstd -d`)",
+    b"\x04\x22\x4d\x18": "compressed with lz4 (decompress it with `lz4 -d`)",
+    b"PK\x03\x04": "a ZIP archive",
+    b"<!doctype html": "an HTML page, such as that of a login or an error",
+    b"<html": "an HTML page, such as that of a login or an error",
+    b"<?xml": "an XML document, such as the error of an object store",
+}
+"""First bytes of a file, in lower case, and what it is."""
+
+
+def described(content: bytes) -> str | None:
+    """What a file with these first bytes is, to follow "it is"; None if it is none of the known kinds."""
+    start = content[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((what for magic, what in STARTS.items() if start.startswith(magic.lower())), None)
