@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from data_prep.common.exit_codes import FAILED, INTERRUPTED, USER_ERROR, Failed
 from data_prep.common.invalid_options import invalid_option, name_missing_options
-from data_prep.common.logs import FLAGS_HELP, configure_logging, split_flags
+from data_prep.common.logs import FLAGS_HELP, configure_logging, open_closed_streams, split_flags
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ def dispatch(
     leave: called with the exit code; that of an unexpected error is 1, after its traceback. report: prints the error of
     invalid input.
     """
+    open_closed_streams()
     prog, (level, arguments) = f"python -m {package}", split_flags(sys.argv[1:])
     configure_logging(level)
     width = max(map(len, commands))

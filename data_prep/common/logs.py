@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, TextIO
 
 OWN_LOGGERS = ("data_prep", "pipeline")
@@ -12,6 +13,19 @@ RESET = "\033[0m"
 TIME = "%Y-%m-%d %H:%M:%S"
 FLAGS = {"--quiet": logging.WARNING, "-v": logging.DEBUG, "--verbose": logging.DEBUG}
 FLAGS_HELP = "--quiet logs warnings only; -v, --verbose also logs details and the messages of other packages."
+
+
+def open_closed_streams() -> None:
+    """Connects standard input, output and error to /dev/null where the caller closed them (`2>&-`).
+
+    Else the next file that is opened would get the number of the closed one, and messages would be written into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  (for the life of the process)
 
 
 class Verbosity(NamedTuple):

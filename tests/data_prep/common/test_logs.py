@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.common.logs import configure_logging, current_flags, split_flags
+from data_prep.shards.reader import open_shard_set
 from tests.launch import ROOT
 
 LINE = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\w+(?: rank \d+)?)\] (.*)"
@@ -110,6 +112,28 @@ def test_a_command_logs_to_standard_error(tmp_path: Path) -> None:
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
-def test_a_console_that_is_full_does_not_end_a_command(tmp_path: Path) -> None:
-    assert shards(tmp_path, redirect=" 2>/dev/full").returncode == 0
-    assert (tmp_path / "set/shards.json").is_file()
+@pytest.mark.parametrize("redirect", [" 2>/dev/full", " <&- >&- 2>&-"])
+def test_a_console_that_is_full_or_closed_does_not_end_a_command(tmp_path: Path, redirect: str) -> None:
+    assert shards(tmp_path, redirect=redirect).returncode == 0
+    open_shard_set(tmp_path / "set").verify()
+
+
+@pytest.mark.parametrize("package", ["data_prep", "pipeline"])
+def test_closed_streams_are_opened_at_the_start(package: str) -> None:
+    shell = f"{sys.executable} -m {package} --help"
+    closed = subprocess.run(["bash", "-c", f"{shell} >&-"], cwd=ROOT, capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    unknown = subprocess.run(["bash", "-c", f"{shell.replace('--help', 'nothing')} <&- 2>&-"], cwd=ROOT)
+    assert unknown.returncode == 2
+
+
+def test_a_file_does_not_take_the_place_of_a_closed_stream(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from data_prep.common.logs import open_closed_streams; open_closed_streams(); "
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); file.write('content'); "
+        "print('out'); print('err', file=sys.stderr);"
+        " os.system('echo from a child; echo error >&2; cat')"
+    )
+    shell = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", shell], cwd=ROOT).returncode == 0
+    assert (tmp_path / "file").read_text() == "content"
