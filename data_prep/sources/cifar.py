@@ -107,7 +107,7 @@ def _layout(contents: dict[str, bytes], kind: str, path: Path) -> Layout:
 
 def _class_names(content: bytes, layout: Layout, name: str) -> list[str]:
     if layout.label_bytes:
-        names = content.decode("ascii", "replace").split()
+        names = content.decode("utf-8-sig", "replace").split()
     else:
         names = [str(word, "ascii", "replace") for word in _unpickle(content, name).get(layout.names_key, [])]
     if len(names) != layout.classes:

@@ -74,7 +74,7 @@ class _Instances:
         if not file.is_file():
             raise ValueError(f"{file} is missing; extract annotations_trainval{file.stem[-4:]}.zip there.")
         try:
-            with file.open(encoding="utf-8") as text:
+            with file.open(encoding="utf-8-sig") as text:
                 for part, entry in iter_list_entries(text):
                     self._add(part, entry)
         except (ValueError, RecursionError) as error:
@@ -86,7 +86,7 @@ class _Instances:
 
     def _add(self, part: str, entry: dict[str, Any]) -> None:
         if part == "images":
-            self._names[index(entry["id"])] = str(entry["file_name"])
+            self._names[index(entry["id"])] = str(entry["file_name"]).lstrip("/")
         elif part == "categories":
             self.categories[index(entry["id"])] = str(entry["name"])
         elif part == "annotations" and not entry["iscrowd"]:

@@ -114,7 +114,7 @@ def _read_meta(content: bytes) -> tuple[dict[int, str], dict[str, str]]:
 def _read_truth(content: bytes, numbers: dict[int, str]) -> dict[str, str]:
     """The wnids of the validation images; line n is for image n."""
     truth = {}
-    for line, word in enumerate(content.decode("ascii", "replace").split(), 1):
+    for line, word in enumerate(content.decode("utf-8-sig", "replace").split(), 1):
         if not word.isdecimal() or int(word) not in numbers:
             raise ValueError(f"{DEVKIT}/{TRUTH} has {word!r} in line {line}; it must be an ILSVRC2012_ID of {META}.")
         truth[VAL_NAME.format(line)] = numbers[int(word)]
@@ -123,14 +123,14 @@ def _read_truth(content: bytes, numbers: dict[int, str]) -> dict[str, str]:
 
 def _read_mapping(file: Path) -> dict[str, str]:
     """Lines "n01440764 tench, Tinca tinca"."""
-    lines = (line.partition(" ") for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
+    lines = (line.partition(" ") for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines())
     return {wnid: words.strip() for wnid, _, words in lines if wnid}
 
 
 def _read_solution(file: Path) -> dict[str, str]:
     """Rows "ILSVRC2012_val_00048981,n03995372 85 1 499 272 ": an image, then class and box of each of its objects."""
     solved = {}
-    with file.open(encoding="utf-8", errors="replace", newline="") as text:
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
         for row in csv.DictReader(text):
             name, boxes = row.get("ImageId"), (row.get("PredictionString") or "").split()
             if not name or not boxes:

@@ -47,9 +47,12 @@ def _find_list(root: Path, name: str) -> Path:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines that are not empty. There are millions, so they are read again each time they are needed."""
-    with file.open(encoding="utf-8", errors="surrogateescape") as lines:
-        yield from (stripped for line in lines if (stripped := line.strip()))
+    """The lines that are not empty. There are millions, so they are read again each time they are needed.
+
+    A byte order mark, and a slash or "./" before a path, as other lists of Places have, are dropped.
+    """
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        yield from (stripped for line in lines if (stripped := line.strip().removeprefix(".").lstrip("/")))
 
 
 def _names(file: Path) -> Iterator[str]:

@@ -55,7 +55,7 @@ def open_source(config: SourceConfig) -> Source:
     missing = ", ".join(name for name in wanted if name not in files)
     if missing:
         raise ValueError(f"source.path {path} has no {missing}; it must be stl10_binary.tar.gz or its folder.")
-    classes = files[NAMES_FILE].read(0, files[NAMES_FILE].size).decode("utf-8", "replace").split()
+    classes = files[NAMES_FILE].read(0, files[NAMES_FILE].size).decode("utf-8-sig", "replace").split()
     if not classes:
         raise ValueError(f"{files[NAMES_FILE].name} has no class names; download it again.")
     image_files = {split: [files[name]] for split, (name, _) in LABELLED.items()}
