@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from data_prep.shards.addresses import hide_secrets
 from data_prep.sources.registry import SOURCES, kinds_with
 
 MAX_COLORS = 65_535  # tokens are uint16, and a model needs one more index for its start token
@@ -131,8 +132,9 @@ class DataConfig:
             raise ValueError(f"workers is {self.workers}; it must be 0 (one per core) or more.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options that change the bytes of the result, in plain types."""
+        """The options that change the bytes of the result, in plain types, without the secrets of a URL."""
         values = asdict(self)
+        values["source"]["path"] = hide_secrets(self.source.path) if self.source.path else self.source.path
         del values["workers"], values["max_skipped"]
         return values
 

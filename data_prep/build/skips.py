@@ -24,6 +24,38 @@ def skip(split: str, bad: BadImage) -> Skip:
 
 
 @dataclass
+class SkipCount:
+    """Skips, counted by reason. Its text names the first."""
+
+    first: Skip | None = None
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, one: Skip) -> None:
+        self.first = self.first or one
+        self.reasons[one["reason"]] += 1
+
+    def merge(self, later: "SkipCount") -> None:
+        self.first = self.first or later.first
+        self.reasons += later.reasons
+
+    def __str__(self) -> str:
+        """ "the first is NAME: REASON (DETAIL)", and the counts if there are several reasons; "" without skips."""
+        if self.first is None:
+            return ""
+        detail = f" ({self.first['detail']})" if self.first["detail"] else ""
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
+        by_reason = f"; by reason: {counts}" if len(self.reasons) > 1 else ""
+        return f"the first is {self.first['name']}: {self.first['reason']}{detail}{by_reason}"
+
+
+def count_skips(skips: Iterable[Skip]) -> SkipCount:
+    count = SkipCount()
+    for one in skips:
+        count.add(one)
+    return count
+
+
+@dataclass
 class SkipLimit:
     """Counts source images and skips. Raises TooManySkips when the skips exceed the share."""
 
@@ -61,12 +93,10 @@ class SkipLimit:
                 raise TooManySkips(self._sentence(found, f"{count:,} {what}"), self.skips)
 
     def _sentence(self, found: list[Skip], of: str) -> str:
-        first = found[0]
-        detail = f" ({first['detail']})" if first["detail"] else ""
         so_far = "so far " if self.images_planned is not None and self.images < self.images_planned else ""
         return (
-            f"{so_far}{len(found):,} of {of} can't be used, more than max_skipped {self.share:g} allows; the first is "
-            f"{first['name']}: {first['reason']}{detail}; repair or remove them, or raise --max_skipped"
+            f"{so_far}{len(found):,} of {of} can't be used, more than max_skipped {self.share:g} allows; "
+            f"{count_skips(found)}; repair or remove them, or raise --max_skipped"
         )
 
 

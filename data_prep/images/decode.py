@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from data_prep.common.contents import described
+
 if TYPE_CHECKING:
     import PIL.Image
 
@@ -173,7 +175,9 @@ def _by_pillow(content: bytes, name: str) -> np.ndarray:
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UnidentifiedImageError as error:
         reason = _unidentified_reason(content)
-        detail = f"none of {', '.join(FORMATS)}" if reason == "not a picture" else "its header can't be read"
+        known = described(content)
+        unknown = f"it is {known}" if known else f"none of {', '.join(FORMATS)}"
+        detail = unknown if reason == "not a picture" else "its header can't be read"
         raise BadImage(name, reason, detail) from error
     except Image.DecompressionBombError as error:
         raise BadImage(name, "too large", str(error)) from error

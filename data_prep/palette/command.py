@@ -40,9 +40,9 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
     if part.count > 1:
         described = {"config": config.to_dict(), "source": {"fingerprint": source.fingerprint}, "parts": part.count}
         share_plan(_folder(out) / PLAN, _folder(out), described)
-    histogram = count_chunks(source, plan, part.of(fit_chunks(plan)), worker_count(config.workers))
+    histogram, skipped = count_chunks(source, plan, part.of(fit_chunks(plan)), worker_count(config.workers))
     if part.count == 1:
-        _save(out, fit_histogram(histogram, config))
+        _save(out, fit_histogram(histogram, config, skipped))
         return
     _save_histogram(_histogram_file(out, part), histogram)
     logger.info(

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.common.files import file_sha256, parse_json, read_json
 from data_prep.palette.codec import load_palette, palette_sha256, parse_palette
+from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.format import (
     CACHE_VARIABLE,
     FORMAT,
@@ -123,7 +124,9 @@ class ShardSet:
 
     def __init__(self, path: Path | str, manifest: dict[str, Any], palette: np.ndarray) -> None:
         """path: the folder, or the URL."""
-        self.path, self.manifest, self.palette = path, manifest, palette
+        self.path = hide_secrets(path) if isinstance(path, str) else path
+        """For messages; a URL is without its secrets."""
+        self.manifest, self.palette = manifest, palette
         self.digest: str = manifest_digest(manifest)
         self.name: str = manifest["source"]["name"]
         self.classes: list[str] = manifest["classes"]
@@ -132,6 +135,7 @@ class ShardSet:
         self.palette_sha256: str = manifest["palette"]["sha256"]
         self.splits: list[str] = list(manifest["splits"])
         self.address = path if isinstance(path, str) else None
+        """The URL with its secrets, if the set is remote."""
 
     def split(self, name: str) -> Split:
         """Raises ValueError naming the existing splits."""
@@ -143,21 +147,33 @@ class ShardSet:
         folder = self.path if isinstance(self.path, Path) else cache_folder(self.digest)
         return Split(name, folder, self.manifest["splits"][name]["shards"], self.resolution**2, self.address)
 
-    def verify(self, splits: Iterable[str] | None = None, advance: Callable[[int], None] = lambda images: None) -> None:
+    @property
+    def images_in_train(self) -> dict[str, int]:
+        """By split, `train` excepted: how many of its images are also in train; empty if they were not counted."""
+        splits = self.manifest["splits"].items()
+        return {name: split["images_in_train"] for name, split in splits if "images_in_train" in split}
+
+    def verify(
+        self,
+        splits: Iterable[str] | None = None,
+        advance: Callable[[int], None] = lambda images: None,
+        record: Callable[[str, np.ndarray], None] = lambda split, tokens: None,
+    ) -> None:
         """Reads some splits (default: all) and compares them with the manifest.
 
         Compared are the digest of each shard, the offset, type, shape and checksum of each record, and the range of all
-        tokens and labels. `advance` is called with the number of images of each shard read. Raises ValueError naming
-        the first file that differs.
+        tokens and labels. `advance` is called with the number of images of each shard read, `record` with the split and
+        tokens of each record. Raises ValueError naming the first file that differs.
         """
         for name in self.splits if splits is None else splits:
             split = self.split(name)
             for shard in split.shards:
                 with split.temporary_copy(shard) as path:
-                    self._verify_file(path, split, shard)
+                    for tokens in self._verified_tokens(path, split, shard):
+                        record(name, tokens)
                 advance(shard["images"])
 
-    def _verify_file(self, path: Path, split: Split, shard: dict[str, Any]) -> None:
+    def _verified_tokens(self, path: Path, split: Split, shard: dict[str, Any]) -> Iterator[np.ndarray]:
         if file_sha256(path) != shard["sha256"]:
             raise ValueError(f"{path} does not have the sha256 in {MANIFEST}; it was changed or damaged.")
         expected = zip(*(shard[key] for key in RECORD_KEYS), strict=True)
@@ -180,6 +196,7 @@ class ShardSet:
                 raise ValueError(f"{record} has a label outside -1 to {len(self.classes) - 1}.")
             if record_crc32(pixels, labels) != crc32:
                 raise ValueError(f"{record} does not have the checksum in {MANIFEST}.")
+            yield pixels
         if next(found, None) is not None:
             raise ValueError(f"{path} contains more records than {MANIFEST} lists.")
 
@@ -230,7 +247,7 @@ def _read_manifest(path: Path | str) -> tuple[Any, str]:
     """The manifest, and its name for messages."""
     if isinstance(path, str):
         where = address_of(path, MANIFEST)
-        return parse_json(read_remote(where), where), where
+        return parse_json(read_remote(where), hide_secrets(where)), hide_secrets(where)
     if not path.is_dir():
         found = "is not a folder" if path.exists() else "does not exist"
         raise ValueError(f"{path} {found}; it must be a folder written by `python -m data_prep shards`.")
@@ -245,8 +262,9 @@ def _read_palette(location: Path | str, manifest: dict[str, Any]) -> np.ndarray:
         name = str(location / PALETTE)
         palette = load_palette(location / PALETTE, colors, key="the palette")
     else:
-        name = address_of(location, PALETTE)
-        palette = parse_palette(read_remote(name), name, colors)
+        address = address_of(location, PALETTE)
+        name = hide_secrets(address)
+        palette = parse_palette(read_remote(address), name, colors)
     found = palette_sha256(palette)
     if found != expected:
         raise ValueError(f"{name} has sha256 {found}, but {MANIFEST} has {expected}; it is another set's palette.")

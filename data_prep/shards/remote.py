@@ -15,6 +15,8 @@ import re
 import select
 import shlex
 import signal
+import socket
+import ssl
 import subprocess
 import urllib.error
 import urllib.request
@@ -24,6 +26,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from data_prep.common.files import atomic_write
 from data_prep.common.retry import backoff, retry
+from data_prep.shards.addresses import hide_secrets, split_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ STORE_BLOCK = 1 << 23
 """Bytes of one request to an object store."""
 RETRIED_CODES = (408, 425, 429)
 """HTTP codes that are retried, besides all from 500 on."""
+AUTHORIZATION = "Authorization"
 PIPE = "pipe:"
 CONNECTION_ERRORS = (OSError, http.client.HTTPException)
 """Errors that are retried."""
@@ -74,9 +78,9 @@ def address_of(base: str, file: str) -> str:
 def open_remote(address: str, start: int = 0, size: int | None = None) -> BinaryIO:
     """Opens a file for reading from byte `start`. `size` is the size of the complete file; default: requested.
 
-    Raises ValueError naming the URL, here or at the first read, if the file does not exist, access is denied or a
-    package is missing. Reading raises OSError naming the URL, the byte reached and the last error after ATTEMPTS
-    consecutive attempts without a byte.
+    Raises ValueError naming the URL, here or at the first read, if the file does not exist, access is denied, the URL
+    or the server's certificate is invalid, or a package is missing. Reading raises OSError naming the URL, the byte
+    reached and the last error after ATTEMPTS consecutive attempts without a byte.
     """
     return cast(BinaryIO, io.BufferedReader(RemoteFile(address, start, size), BUFFER))
 
@@ -97,7 +101,9 @@ def download(address: str, path: Path, size: int, sha256: str) -> None:
             found = _copy(address, temporary, size)
             if found == sha256:
                 return
-        raise ValueError(f"{address} has sha256 {found}, but must have {sha256}; it was changed or damaged.")
+        raise ValueError(
+            f"{hide_secrets(address)} has sha256 {found}, but must have {sha256}; it was changed or damaged."
+        )
 
 
 def _copy(address: str, path: Path, size: int) -> str:
@@ -116,6 +122,8 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, address: str, start: int = 0, size: int | None = None) -> None:
         super().__init__()
         self.address, self.position, self.size = address, start, size
+        self.shown = hide_secrets(address)
+        """The address in messages."""
         self._connection: Connection | None = None
 
     def readable(self) -> bool:
@@ -146,7 +154,7 @@ class RemoteFile(io.RawIOBase):
         if self.size is None:
             self.size = size
             if size is not None and self.position > size:
-                raise ValueError(f"{self.address} has {size} bytes, so byte {self.position} can't be read.")
+                raise ValueError(f"{self.shown} has {size} bytes, so byte {self.position} can't be read.")
         elif size is not None and size != self.size:
             raise OSError(f"it has {size} bytes, but must have {self.size}")
 
@@ -159,13 +167,13 @@ class RemoteFile(io.RawIOBase):
     def _pause_after(self, error: Exception, failures: int) -> float:
         """Seconds before the next attempt; raises OSError if it was the last attempt."""
         self._disconnect()
-        reason = str(error) or type(error).__name__
+        reason = hide_secrets(str(error)) or type(error).__name__
         if failures == ATTEMPTS:
             position = f"byte {self.position}" + ("" if self.size is None else f" of {self.size}")
             what = f"broke off at {position}" if self.position or self.size else "can't be reached or read"
-            raise OSError(f"{self.address} {what}, {ATTEMPTS} attempts failed: {reason}") from error
+            raise OSError(f"{self.shown} {what}, {ATTEMPTS} attempts failed: {reason}") from error
         if failures == LOGGED_AFTER:
-            logger.warning(f"{self.address}: {reason}; retrying for half a minute")
+            logger.warning(f"{self.shown}: {reason}; retrying for half a minute")
         return backoff(failures, FIRST_PAUSE, factor=4)
 
     def close(self) -> None:
@@ -247,23 +255,45 @@ class Command:
         self._process.wait()
 
 
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Sends the credentials of a URL also to where the same server redirects, but to no other server."""
+
+    def redirect_request(
+        self, request: urllib.request.Request, file: Any, code: int, reason: str, headers: Any, url: str
+    ) -> urllib.request.Request | None:
+        clean, authorization = split_credentials(url)
+        new = super().redirect_request(request, file, code, reason, headers, clean)
+        if new is not None and (new.type, new.host) == (request.type, request.host):
+            authorization = authorization or request.get_header(AUTHORIZATION)
+        if new is not None and authorization is not None:
+            new.add_unredirected_header(AUTHORIZATION, authorization)
+        return new
+
+
 def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
+    url, authorization = split_credentials(address)
     # A range is requested for byte 0 too: its response has the complete size, even if its own length is wrong.
+    headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity", "User-Agent": "data_prep"}
+    request = urllib.request.Request(url, headers=headers)
+    if authorization is not None:
+        request.add_unredirected_header(AUTHORIZATION, authorization)
+    shown = hide_secrets(address)
     try:
-        request = urllib.request.Request(
-            address, headers={"Range": f"bytes={start}-", "Accept-Encoding": "identity", "User-Agent": "data_prep"}
-        )
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+        answer = urllib.request.build_opener(Redirects).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         size = _size_of_range(error.headers)
         error.close()
         if error.code == 416 and size is not None:
             return io.BytesIO(), size
         if error.code < 500 and error.code not in RETRIED_CODES:
-            raise ValueError(f"{address} can't be read: HTTP {error.code} {error.reason}.") from error
+            raise ValueError(f"{shown} can't be read: HTTP {error.code} {error.reason}.") from error
+        raise
+    except urllib.error.URLError as error:
+        if _is_hopeless(error.reason):
+            raise ValueError(f"{shown} can't be read: {error.reason}.") from error
         raise
     except http.client.InvalidURL as error:
-        raise ValueError(f"{address} is not a valid URL: {error}.") from error
+        raise ValueError(f"{shown} is not a valid URL: {error}.") from error
     if answer.status == 206:
         first = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
         if not first or int(first[1]) != start:
@@ -272,6 +302,12 @@ def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
         return answer, _size_of_range(answer.headers)
     length = answer.headers.get("Content-Length", "")
     return _skip_to(answer, start), int(length) if length.isdecimal() else None
+
+
+def _is_hopeless(reason: Any) -> bool:
+    """Whether a request that failed for this reason would fail again: an unknown host, a wrong certificate."""
+    unknown = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
+    return unknown or isinstance(reason, ssl.SSLCertVerificationError | str)
 
 
 def _size_of_range(headers: Any) -> int | None:
@@ -285,13 +321,14 @@ def _open_store(address: str, start: int) -> tuple[Connection, int | None]:
     try:
         store, path = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:  # a missing back-end, an unknown scheme
-        raise ValueError(f"{address} can't be read: {' '.join(str(error).split())}.") from error
+        reason = hide_secrets(" ".join(str(error).split()))
+        raise ValueError(f"{hide_secrets(address)} can't be read: {reason}.") from error
     try:
         file = store.open(path, "rb", block_size=STORE_BLOCK)
         file.seek(start)
         return StoreFile(file), file.size
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"{address} can't be read: {type(error).__name__}.") from error
+        raise ValueError(f"{hide_secrets(address)} can't be read: {type(error).__name__}.") from error
     except OSError:
         raise
     except Exception as error:  # back-ends have exceptions of their own

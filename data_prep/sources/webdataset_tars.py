@@ -7,24 +7,33 @@ No member is written to disk, so absolute names, `..` and links are harmless.
 """
 
 import json
+import logging
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadImage
+from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.remote import is_remote, open_remote
 from data_prep.sources.base import MAX_CLASSES, UNLABELLED, Encoded, ImageStream, Source, fingerprint
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
 
+logger = logging.getLogger(__name__)
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 """Extensions of images. If several members have one key, the first extension counts; others may be masks."""
 TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)")
-SPLIT_WORD = re.compile(r"(?<![a-z])(train|valid|val|validation|test)(?![a-z])")
+UNREADABLE_TAR_NAME = re.compile(r"[^.].*\.(tar\.(zst|zstd|lz4|lzma|lz|br|Z)|tzst|zip|7z)")
+"""Names of archives that have images too, but that can't be read."""
+TRAIN_WORDS = ("train", "training")
+SPLIT_WORDS = (*TRAIN_WORDS, "valid", "val", "validation", "dev", "test", "testing", "eval", "evaluation")
+"""The words by which the file names of published sets tell the splits apart, as the package datasets knows them."""
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
 META_NAME = re.compile(r"__[^/]*__($|/)")
 """Members with metadata of the tar; webdataset ignores them."""
 KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -43,7 +52,7 @@ def open_source(config: SourceConfig) -> Source:
     if not is_remote(config.path) and path.is_dir():
         tars, name = _tars_of_folder(path), path.resolve().name
     else:
-        tars, name = {"train": _expanded(config.path)}, _name(config.path)
+        tars, name = {"train": _expanded(config.path)}, _name(hide_secrets(config.path))
     streams: dict[str, list[ImageStream]] = {
         split: [
             Tars(found[first : first + config.tars_per_shard], config.label_column)
@@ -53,7 +62,7 @@ def open_source(config: SourceConfig) -> Source:
     }
     label = ".cls, where there is one" if config.label_column is None else f"{config.label_column!r} of the .json"
     facts = {"tars": {split: len(found) for split, found in tars.items()}, "label": label}
-    parts = (f"{split}/{_identity(tar)}" for split, found in tars.items() for tar in found)
+    parts = (f"{split}/{identity}" for split, found in tars.items() for identity in _identities(found))
     return Source(name, [], {}, streams, fingerprint(parts), facts=facts)
 
 
@@ -61,24 +70,51 @@ def _tars_of_folder(root: Path) -> dict[str, list[str]]:
     """The tars of each split: those in train/ and so on, or all in `root` as train."""
     folders = {split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLITS.items()}
     found = {split: _tars_in(present[0]) for split, present in folders.items() if present}
+    for split, present in folders.items():
+        if len(present) > 1:
+            raise ValueError(f"source.path {root} has {present[0].name}/ and {present[1].name}/ for {split}; keep one.")
     if found:
+        beside = next((file.name for file in sorted(root.iterdir()) if TAR_NAME.fullmatch(file.name)), None)
+        if beside is not None:
+            raise ValueError(
+                f"source.path {root} has {beside} beside folders of splits; move it into one of them, or elsewhere."
+            )
         if "train" not in found:
             raise ValueError(
                 f"source.path {root} has a folder {next(iter(found))}/ but no train/; it must have train/."
             )
         return found
     tars = _tars_in(root)
-    splits = sorted({word for tar in tars for word in SPLIT_WORD.findall(Path(tar).name.lower())})
-    if len(splits) > 1:
-        raise ValueError(
-            f"source.path {root} has tars of {' and '.join(splits)} in one folder, and all would become train; move "
-            "them into folders train/, valid/ and test/, or select the training tars with braces, {00..99}.tar."
-        )
-    return {"train": tars}
+    marked = _split_words(tars)
+    if set(marked) <= {None, *TRAIN_WORDS}:
+        return {"train": tars}
+    examples = ", ".join(sorted({Path(tar).name for tar in marked.values()}))
+    raise ValueError(
+        f"source.path {root} has tars of {_listed(marked)} in one folder, and all would become train ({examples}); "
+        f"move them into folders train/, valid/ and test/, or select the training tars with braces, {{00..99}}.tar."
+    )
+
+
+def _listed(words: Iterable[str | None]) -> str:
+    *others, last = sorted(word or "no named split" for word in words)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _split_words(tars: list[str]) -> dict[str | None, str]:
+    """The words for a split in the names of tars, and a tar for each; None stands for the names without one."""
+    words = ((SPLIT_WORD.findall(Path(tar).name.lower()) or [None], tar) for tar in reversed(tars))
+    return {word: tar for found, tar in words for word in found}
 
 
 def _tars_in(folder: Path) -> list[str]:
-    tars = sorted(str(file) for file in folder.iterdir() if TAR_NAME.fullmatch(file.name) and file.is_file())
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    unreadable = next((file for file in files if UNREADABLE_TAR_NAME.fullmatch(file.name)), None)
+    if unreadable is not None:
+        raise ValueError(
+            f"{unreadable} can't be read; the archives of a folder must be tars, uncompressed or compressed with gzip, "
+            f"bzip2 or xz: decompress it, or read it with a command, such as 'pipe:zstd -dc {unreadable}'."
+        )
+    tars = [str(file) for file in files if TAR_NAME.fullmatch(file.name)]
     if not tars:
         raise ValueError(f"{folder} has no tars; it must contain tars such as 00000.tar, or a folder train/ of tars.")
     return tars
@@ -88,18 +124,22 @@ def _expanded(pattern: str) -> list[str]:
     """The paths or URLs that an expression with braces expands to."""
     from braceexpand import braceexpand
 
+    shown = hide_secrets(pattern)
     try:
         addresses = list(braceexpand(pattern))
     except ValueError as error:
-        raise ValueError(f"source.path {pattern} has unbalanced braces; they must be like {{00..99}}.") from error
+        raise ValueError(f"source.path {shown} has unbalanced braces; they must be like {{00..99}}.") from error
     for address in addresses:
         if not is_remote(address) and not Path(address).is_file():
             missing = pattern if pattern == address else f"{pattern}: {address}"
             raise ValueError(f"source.path {missing} does not exist; it must be a folder of tars, or tars in braces.")
         if is_remote(address) and address.endswith("/"):
             raise ValueError(
-                f"source.path {pattern} is a folder; remote tars must be listed with braces, {{00000..00099}}.tar."
+                f"source.path {shown} is a folder; remote tars must be listed with braces, {{00000..00099}}.tar."
             )
+    words = set(_split_words(addresses))
+    if len(addresses) > 1 and not words <= {None, *TRAIN_WORDS}:
+        logger.warning(f"source.path {shown} selects tars of {_listed(words)}; all of them become train")
     return addresses
 
 
@@ -109,8 +149,13 @@ def _name(pattern: str) -> str:
     return next((part for part in reversed(parts[:-1]) if part.strip(".")), "webdataset")
 
 
-def _identity(tar: str) -> str:
-    return tar if is_remote(tar) else f"{Path(tar).name} {Path(tar).stat().st_size}"
+def _identities(tars: list[str]) -> list[str]:
+    """What tells the tars of a split apart, for the fingerprint: not the query strings, unless nothing else does.
+
+    So an interrupted preparation resumes with newly signed URLs.
+    """
+    names = [hide_secrets(tar) if is_remote(tar) else f"{Path(tar).name} {Path(tar).stat().st_size}" for tar in tars]
+    return names if len(set(names)) == len(names) or not is_remote(tars[0]) else tars
 
 
 class Tars:
@@ -118,7 +163,7 @@ class Tars:
 
     def __init__(self, addresses: list[str], label_column: str | None) -> None:
         self.addresses, self.label_column = addresses, label_column
-        first, last = addresses[0], addresses[-1]
+        first, last = hide_secrets(addresses[0]), hide_secrets(addresses[-1])
         self.name = first if first == last else f"{first} to {last}"
 
     def __iter__(self) -> Iterator[Encoded | BadImage]:
@@ -133,7 +178,7 @@ class Tars:
 
 def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadImage]:
     """The images of one tar, with one image in memory at a time; see `Tars`."""
-    labels = "cls" if label_column is None else "json"
+    labels, shown = "cls" if label_column is None else "json", hide_secrets(address)
     sample: Sample | None = None
     expects_label = label_column is not None
     with open_remote(address) as file:
@@ -146,8 +191,8 @@ def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadIm
                 if sample is None or key != sample.key or extension in sample.extensions:
                     if sample:
                         expects_label = expects_label or sample.label is not None
-                        yield sample.outcome(label_column)
-                    sample = Sample(key, address)
+                        yield from sample.outcomes(label_column)
+                    sample = Sample(key, shown)
                 sample.extensions.append(extension)
                 if extension in IMAGE_EXTENSIONS[: sample.rank]:
                     sample.content, sample.name = tar.content(member, MEMBER_LIMIT), member.name
@@ -155,12 +200,12 @@ def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadIm
                 elif extension == labels:
                     sample.label = tar.content(member, LABEL_LIMIT)
             if sample:
-                yield sample.outcome(label_column)
+                yield from sample.outcomes(label_column)
         except DamagedTar as damage:
             # If images have labels, an image whose label is lost must not become an unlabelled image.
             if sample and sample.content is not None and (sample.label is not None or not expects_label):
-                yield sample.outcome(label_column)
-            yield BadImage(f"{address} at byte {tar.offset}", "damaged tar", str(damage))
+                yield from sample.outcomes(label_column)
+            yield BadImage(f"{shown} at byte {tar.offset}", "damaged tar", str(damage))
 
 
 def key_and_extension(member: tarfile.TarInfo) -> tuple[str | None, str]:
@@ -179,7 +224,8 @@ class Sample:
     """The members with one key that are used."""
 
     key: str
-    address: str
+    shown: str
+    """The address of the tar, for messages."""
     extensions: list[str] = field(default_factory=list)
     name: str = ""
     rank: int = len(IMAGE_EXTENSIONS)
@@ -188,16 +234,23 @@ class Sample:
     label: bytes | None = None
     """The content of the .cls, or of the .json if it has the labels."""
 
-    def outcome(self, label_column: str | None) -> Encoded | BadImage:
-        """The image with its label, or the reason why it can't be used."""
-        name = _printable(f"{self.name or self.key} in {self.address}")
+    def outcomes(self, label_column: str | None) -> Iterator[Encoded | BadImage]:
+        """The image with its label, or the reason why it can't be used.
+
+        Dots in the names of several images give them one key, such as www of www.site_1.jpg: each of them is counted.
+        """
         if self.content is None:
             present = _printable(", ".join(f".{extension}" for extension in self.extensions[:5]))
-            return BadImage(name, "not a picture", f"it has {present}, but no .jpg, .png or the like")
+            detail = f"it has {present}, but no .jpg, .png or the like"
+            images = [extension for extension in self.extensions if extension.split(".")[-1] in IMAGE_EXTENSIONS]
+            for name in [f"{self.key}.{extension}" for extension in images] or [self.key]:
+                yield BadImage(_printable(f"{name} in {self.shown}"), "not a picture", detail)
+            return
+        name = _printable(f"{self.name} in {self.shown}")
         try:
-            return Encoded(name, self.content, _label(self.label, label_column))
+            yield Encoded(name, self.content, _label(self.label, label_column))
         except ValueError as error:
-            return BadImage(name, "damaged", str(error))
+            yield BadImage(name, "damaged", str(error))
 
 
 def _label(text: bytes | None, column: str | None) -> int:
@@ -205,7 +258,7 @@ def _label(text: bytes | None, column: str | None) -> int:
     if column is None:
         if text is None:
             return UNLABELLED
-        value: Any = text.decode(errors="backslashreplace").strip()
+        value: Any = text.decode("utf-8-sig", errors="backslashreplace").strip()
     else:
         value = _column(text, column)
     if not re.fullmatch(r"[0-9]{1,10}", str(value)) or int(value) >= MAX_CLASSES:

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from data_prep.common.files import atomic_write, read_json, write_json
+from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.format import committed
 from pipeline.config import TrainConfig, changed_keys, to_dict
@@ -130,7 +131,7 @@ class RunFolder:
             np.save(file, shards.palette)
         start = {
             "time": _now(),
-            "command": command,
+            "command": [hide_secrets(word) for word in command],
             "ranks": ranks,
             "code": code_version(),
             "packages": {name: version(name) for name in PACKAGES},
@@ -146,7 +147,7 @@ class RunFolder:
         self._record["starts"] = [*self._record.get("starts", []), start]
         self.note("running")
         for key, (old, new) in changes.items():
-            logger.warning(f"changed since the last start: {key} was {old} and is now {new}")
+            logger.warning(hide_secrets(f"changed since the last start: {key} was {old} and is now {new}"))
 
     def note(self, status: Status, **facts: Any) -> None:
         """Writes the status, and other facts about the run, to run.json."""

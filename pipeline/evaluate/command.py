@@ -9,6 +9,7 @@ import yaml
 
 from data_prep.common.command_line import new_parser, parse, value_of
 from data_prep.common.exit_codes import FINISHED
+from data_prep.shards.addresses import hide_secrets
 from pipeline.evaluate.interrupt import until_stopped
 from pipeline.evaluate.options import Sizes
 from pipeline.evaluate.registry import TASKS, options_type
@@ -60,7 +61,7 @@ def _parse(arguments: list[str]) -> Request:
     command = Command(**{name: values[name] for name in Command.__dataclass_fields__})
     sizes = Sizes(**{name: values[name] for name in Sizes.__dataclass_fields__})
     options = {name: values[name] for name in _chosen_tasks(command.tasks)}
-    command_line = shlex.join(["python", "-m", "pipeline", "evaluate", *arguments])
+    command_line = hide_secrets(shlex.join(["python", "-m", "pipeline", "evaluate", *arguments]))
     return Request(values.model, command, sizes, options, command_line)
 
 

@@ -1,7 +1,6 @@
 """Exports a run's checkpoint as a Hugging Face model folder; parameters are read one by one from its fragments."""
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from data_prep.common.files import read_json, write_json
 from data_prep.palette.codec import load_palette, palette_sha256
+from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, committed, open_checkpoint, step_folder, step_of
 from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, lines_until
@@ -153,13 +153,14 @@ class AveragedWeights(Mapping[str, torch.Tensor]):
 def _recomputed_probe_loss(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) -> float | None:
     """The loss of the probe batch, in nats per token; None, which is logged, if the shard set is not available."""
     shards_path = read_json(run / RECORD_FILE)["shards"]["path"]
+    shown = hide_secrets(shards_path)
     try:
         shards = open_shard_set(shards_path)
     except (ValueError, OSError):
-        logger.warning(f"the shard set {shards_path} is not available, so the loss of the probe batch was not checked")
+        logger.warning(f"the shard set {shown} is not available, so the loss of the probe batch was not checked")
         return None
     if shards.digest != record.shards_digest:
-        logger.warning(f"{shards_path} is now another shard set, so the loss of the probe batch was not checked")
+        logger.warning(f"{shown} is now another shard set, so the loss of the probe batch was not checked")
         return None
     return _probe_loss(model, shards, run, record.probe_tokens)
 
@@ -200,7 +201,7 @@ def _add_record(temporary: Path, checkpoints: Sequence[Checkpoint], name: str) -
     training = temporary / TRAINING_FOLDER
     training.mkdir()
     for file in (CONFIG_FILE, RECORD_FILE):
-        shutil.copyfile(run / file, training / file)
+        (training / file).write_text(hide_secrets((run / file).read_text()))
     with (training / METRICS_FILE).open("w") as rows:
         rows.writelines(lines_until(run / METRICS_FILE, checkpoint.record.step))
     copy_events(run / TENSORBOARD_FOLDER, training / TENSORBOARD_FOLDER, checkpoint.record.step)

@@ -204,13 +204,17 @@ def test_keys_are_those_of_webdataset(name: str) -> None:
     assert (key, extension or None) == base_plus_ext(name)
 
 
-def read_members(folder: Path, *members: tuple[str, bytes], **options: Any) -> list[tuple[str, Any]]:
-    """(bytes, label) of each image and (reason, detail) of each skip."""
+def items_of(folder: Path, *members: tuple[str, bytes], **options: Any) -> list[Encoded | BadImage]:
     path = folder / "one.tar"
     path.write_bytes(tar_bytes(members))
+    return items(opened(path, **options))
+
+
+def read_members(folder: Path, *members: tuple[str, bytes], **options: Any) -> list[tuple[str, Any]]:
+    """(bytes, label) of each image and (reason, detail) of each skip."""
     return [
         (item.reason, item.detail) if isinstance(item, BadImage) else (item.content.decode(), item.label)
-        for item in items(opened(path, **options))
+        for item in items_of(folder, *members, **options)
     ]
 
 
@@ -241,6 +245,20 @@ def test_keys_without_an_image_are_counted(tmp_path: Path) -> None:
         ("B", -1),
         ("not a picture", "it has .v2.jpg, but no .jpg, .png or the like"),
     ]
+
+
+def test_each_image_with_dots_in_its_name_is_counted(tmp_path: Path) -> None:
+    """www.site_0.jpg and www.site_1.jpg have one key, www."""
+    members = [(f"www.site_{n}.{end}", b"1") for n in range(5) for end in ("jpg", "cls")]
+    found = items_of(tmp_path, *members, ("a.jpg", b"A"))
+    assert [item.name.partition(" in ")[0] for item in found] == [*(f"www.site_{n}.jpg" for n in range(5)), "a.jpg"]
+    assert {item.detail for item in found if isinstance(item, BadImage)} == {
+        "it has .site_0.jpg, .site_0.cls, .site_1.jpg, .site_1.cls, .site_2.jpg, but no .jpg, .png or the like"
+    }
+
+
+def test_a_class_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert read_members(tmp_path, ("a.jpg", b"A"), ("a.cls", b"\xef\xbb\xbf3\r\n")) == [("A", 3)]
 
 
 @pytest.mark.parametrize("text", ["cat", "-1", "1.0", "", "1 2", "\xff", "1" * 5000, "1000000", "1_0", "٣"])
@@ -319,6 +337,66 @@ def test_tars_of_several_splits_in_one_folder_are_an_error(tmp_path: Path, small
     with pytest.raises(ValueError, match=r"has tars of train and val in one folder"):
         opened(tmp_path)
     assert len(images(opened(tmp_path / "imagenet-train-{000000..000000}.tar"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["training_0aa1", "test_66c2"], "test and training in one folder .* \\(test_66c2.tar, training_0aa1.tar\\)"),
+        (["cc3m-00000", "cc3m-val-00000"], "no named split and val in one folder"),
+        (["a.train.0", "a.DEV.0"], "dev and train"),
+        (["shard-evaluation-0", "shard-0"], "evaluation and no named split"),
+        (["testing1", "testing2"], "has tars of testing in one folder"),
+        (["train_val_0", "test_0"], "test, train and val"),
+    ],
+)
+def test_words_for_splits_in_names_are_known(tmp_path: Path, names: list[str], found: str) -> None:
+    for name in names:
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes([]))
+    with pytest.raises(ValueError, match=found):
+        opened(tmp_path)
+
+
+def test_words_that_only_look_like_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [
+        "latest-0",
+        "contest_1",
+        "strain0",
+        "devil",
+        "medieval-2",
+        "interval3",
+        "trained-4",
+        "training-5",
+        "train6",
+    ]
+    for name in [*names, "val-0"]:
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes([]))
+    assert len(opened(f"{tmp_path}/{{{','.join(names)}}}.tar").streams["train"]) == 9 and not caplog.records
+    assert len(opened(f"{tmp_path}/{{val-0,train6}}.tar").streams["train"]) == 2
+    assert "selects tars of train and val; all of them become train" in caplog.text
+    (tmp_path / "val-0.tar").unlink()
+    assert len(opened(tmp_path).streams["train"]) == 9
+
+
+def test_archives_that_can_not_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(tar_bytes([]))
+    (tmp_path / "00001.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    (tmp_path / "00000.tar.idx").touch()
+    with pytest.raises(ValueError, match=r"/00001.tar.zst can't be read; .* decompress it"):
+        opened(tmp_path)
+
+
+def test_tars_beside_folders_and_two_folders_of_a_split(tmp_path: Path) -> None:
+    for name in ("train/0.tar", "val/0.tar", "1.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(tar_bytes([]))
+    with pytest.raises(ValueError, match=r"has 1.tar beside folders of splits; move it"):
+        opened(tmp_path)
+    (tmp_path / "1.tar").unlink()
+    assert set(opened(tmp_path).streams) == {"train", "valid"}
+    (tmp_path / "validation").mkdir()
+    with pytest.raises(ValueError, match="has val/ and validation/ for valid; keep one"):
+        opened(tmp_path)
 
 
 def test_a_source_needs_a_training_split(tmp_path: Path, small: Small) -> None:
