@@ -71,14 +71,20 @@ def verify(arguments: list[str]) -> None:
     parser.add_argument("shards", type=str, help="folder or URL of the shard set")
     options = parse(parser, arguments)
     from data_prep.common.progress import progress
+    from data_prep.shards.overlap import Overlap, token_digests
     from data_prep.shards.reader import open_shard_set
 
-    shard_set = open_shard_set(options.shards)
+    shard_set, overlap = open_shard_set(options.shards), Overlap()
     sizes = {name: shard_set.split(name).images for name in shard_set.splits}
+    train_last = sorted(sizes, key=lambda name: name == "train")
     with progress("verify", sum(sizes.values()), "images") as advance:
-        shard_set.verify(advance=advance)
+        shard_set.verify(train_last, advance, lambda name, tokens: overlap.add(name, token_digests(tokens)))
     counts = ", ".join(f"{name} {images:,}" for name, images in sizes.items())
-    logger.info(f"{options.shards}: matches its manifest ({counts} images; digest {shard_set.digest})")
+    logger.info(f"{shard_set.path}: matches its manifest ({counts} images; digest {shard_set.digest})")
+    for name, images in overlap.counts().items():
+        logger.info(
+            f"{shard_set.path}: {images:,} of {sizes[name]:,} images of {name} are also in train (equal tokens)"
+        )
 
 
 def show(arguments: list[str]) -> None:

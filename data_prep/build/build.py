@@ -30,6 +30,7 @@ from data_prep.config import DataConfig
 from data_prep.palette.codec import load_palette, lookup_table, palette_sha256, save_palette
 from data_prep.palette.fit import fit
 from data_prep.shards.format import MANIFEST, PALETTE, shard_name
+from data_prep.shards.overlap import token_digests
 from data_prep.shards.writer import ShardWriter, open_shard
 from data_prep.sources.base import UNLABELLED, Source
 from data_prep.sources.open import open_source
@@ -190,6 +191,7 @@ def _write_unit(job: Job, unfinished: UnfinishedSet, unit: Unit, outcomes: Itera
     errors: dict[str, int] = {}
     unlabelled: Counter[str] = Counter()
     numbers: set[int] = set()
+    digests: dict[str, list[np.ndarray]] = {}
     source_images, has_samples = 0, False
     skips: list[Skip] = []
     with ExitStack() as open_shards:
@@ -210,11 +212,13 @@ def _write_unit(job: Job, unfinished: UnfinishedSet, unit: Unit, outcomes: Itera
                 path = unfinished.out / shard_name(outcome.split, unit.number)
                 writers[outcome.split] = open_shards.enter_context(open_shard(path))
             writers[outcome.split].add((outcome.tokens, outcome.labels))
+            digests.setdefault(outcome.split, []).append(token_digests(outcome.tokens))
     shards = {
         split: writer.entry | {"squared_error": errors[split], "unlabelled": unlabelled[split]}
         for split, writer in writers.items()
     }
     labels = sorted(numbers - {UNLABELLED})
     result = {"shards": shards, "pictures": source_images, "skips": skips, "labels": labels}
-    unfinished.save_result(unit, result | {"palette_sha256": palette_sha256(job.palette)})
+    joined = {split: np.concatenate(parts) for split, parts in digests.items()}
+    unfinished.save_result(unit, result | {"palette_sha256": palette_sha256(job.palette)}, joined)
     return result

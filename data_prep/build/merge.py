@@ -6,12 +6,13 @@ from typing import Any
 
 from data_prep.build.parts import Part
 from data_prep.build.plan import Unit, all_units
-from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, counts_by_reason, write_skips
+from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, count_skips, counts_by_reason, write_skips
 from data_prep.build.state import UnfinishedSet
 from data_prep.common.files import write_json
 from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.preview import draw_result
 from data_prep.shards.format import FORMAT, MANIFEST, PALETTE, VERSION
+from data_prep.shards.overlap import Overlap
 from data_prep.shards.reader import open_shard_set
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def _manifest(
         "classes": classes,
         "palette": {"file": PALETTE, "colors": len(palette), "sha256": palette_sha256(palette)},
         "skipped": counts_by_reason(skips),
-        "splits": _splits(results, config["resolution"]),
+        "splits": _splits(results, config["resolution"], skips, _images_in_train(results, UnfinishedSet(out))),
     }
 
 
@@ -116,8 +117,20 @@ def _labels(results: dict[Unit, dict[str, Any]]) -> set[int]:
     return {label for result in results.values() for label in result["labels"]}
 
 
-def _splits(results: dict[Unit, dict[str, Any]], resolution: int) -> dict[str, Any]:
-    """By split: the shards in order, the number of images, and the error of the palette colors."""
+def _images_in_train(results: dict[Unit, dict[str, Any]], unfinished: UnfinishedSet) -> dict[str, int]:
+    """By split, `train` excepted: the number of images that are also in train."""
+    overlap = Overlap()
+    for split in ("valid", "test", "train"):
+        for unit, result in results.items():
+            if split in result["shards"]:
+                overlap.add(split, unfinished.load_digests(unit, split))
+    return overlap.counts()
+
+
+def _splits(
+    results: dict[Unit, dict[str, Any]], resolution: int, skips: list[Skip], images_in_train: dict[str, int]
+) -> dict[str, Any]:
+    """By split: the shards in order, the numbers of images, and the error of the palette colors."""
     splits: dict[str, Any] = {}
     for split in ("train", "valid", "test"):
         entries = [result["shards"][split] for result in results.values() if split in result["shards"]]
@@ -127,13 +140,15 @@ def _splits(results: dict[Unit, dict[str, Any]], resolution: int) -> dict[str, A
         error = sum(entry["squared_error"] for entry in entries)
         splits[split] = {
             "images": images,
+            **({"images_in_train": images_in_train[split]} if split in images_in_train else {}),
             "palette_mean_squared_error": error / (3 * resolution**2 * images),
             "shards": [
                 {key: value for key, value in entry.items() if key not in RESULT_ONLY_KEYS} for entry in entries
             ],
         }
     if "train" not in splits:
-        raise ValueError("no training image can be used; the shard set would be empty.")
+        found = str(count_skips(one for one in skips if one["split"] == "train")) or "the source has none"
+        raise ValueError(f"no training image can be used, so the shard set would be empty; {found}.")
     return splits
 
 
@@ -169,9 +184,9 @@ def _report(
         error = split["palette_mean_squared_error"]
         unlabelled = sum(result["shards"].get(name, {}).get("unlabelled", 0) for result in results.values())
         without = f", {unlabelled:,} unlabelled" if unlabelled else ""
-        lines.append(
-            f"  {name:5} {split['images']:>10,} images{without}; mean squared color error {error:.2f} per channel"
-        )
+        in_train = f"; {split['images_in_train']:,} of them also in train" if name != "train" else ""
+        error_text = f"mean squared color error {error:.2f} per channel"
+        lines.append(f"  {name:5} {split['images']:>10,} images{without}; {error_text}{in_train}")
     labels, classes = len(_labels(results)), len(manifest["classes"])
     of_classes = f"{classes:,} classes" if labels == classes else f"{labels:,} of {classes:,} classes have images"
     lines.append(f"  {of_classes}; {palette['colors']} colors, sha256 {palette['sha256']}")
@@ -180,5 +195,11 @@ def _report(
     if not labels:
         read_from = f" (labels are read from {manifest['source']['label']})" if "label" in manifest["source"] else ""
         logger.warning(f"{out} has no labels{read_from}: classifiers can't be trained or tested on it")
+    for name, split in splits.items():
+        if split.get("images_in_train") and not (name == "valid" and manifest["config"]["fold_valid"]):
+            logger.warning(
+                f"{out}: {split['images_in_train']:,} of {split['images']:,} images of {name} are also in train (equal "
+                f"tokens), so a measurement on {name} is not only on unseen images"
+            )
     if "valid" not in splits and (manifest["config"]["valid_fraction"] or "valid" in manifest["skipped"]):
         logger.warning(f"{out} has no images in valid: training can't validate on it, and probes can't select a layer")

@@ -2,6 +2,7 @@
 
 OUT/unfinished/plan.json                  what is being prepared; the same for all parts
 OUT/unfinished/train-000000.json          the result of a complete unit: manifest entries of its shards, and skips
+OUT/unfinished/train-000000.npz           digests of its images
 OUT/unfinished/part-00001-of-00007.json   a part that was started; its duration, once it is complete
 OUT/unfinished/samples.npz                the first images, for the preview of the result
 """
@@ -100,15 +101,23 @@ class UnfinishedSet:
     def _part_file(self, part: Part) -> Path:
         return self.folder / f"part-{part.name}.json"
 
-    def save_result(self, unit: Unit, result: dict[str, Any]) -> None:
-        """Records that a unit is complete."""
+    def save_result(self, unit: Unit, result: dict[str, Any], digests: dict[str, np.ndarray]) -> None:
+        """Records that a unit is complete. digests: of its images uint64 (n,), by split."""
         self._check_started()
+        with atomic_write(self._digests_file(unit)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **digests)
         write_json(self._result_file(unit), result)
 
     def load_result(self, unit: Unit) -> dict[str, Any] | None:
         """The result of a unit; None if it isn't complete, or if an older version wrote it."""
-        result = read_json(self._result_file(unit)) if self._result_file(unit).is_file() else {}
+        complete = self._result_file(unit).is_file() and self._digests_file(unit).is_file()
+        result = read_json(self._result_file(unit)) if complete else {}
         return result if "labels" in result else None
+
+    def load_digests(self, unit: Unit, split: str) -> np.ndarray:
+        """The digests of a complete unit's images in a split that it has: uint64 (n,)."""
+        with np.load(self._digests_file(unit), allow_pickle=False) as arrays:
+            return arrays[split]
 
     def reusable_result(self, unit: Unit, palette_sha256: str) -> dict[str, Any] | None:
         """The result of a unit that was prepared with this palette, if its shards are unchanged since."""
@@ -142,6 +151,9 @@ class UnfinishedSet:
 
     def _result_file(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.json"
+
+    def _digests_file(self, unit: Unit) -> Path:
+        return self.folder / f"{unit.name}.npz"
 
 
 def share_plan(file: Path, out: Path, plan: dict[str, Any]) -> None:

@@ -79,6 +79,7 @@ def write_results(
             "colors": shards.colors,
             "classes": list(shards.classes),
             "images": {name: split["images"] for name, split in shards.manifest["splits"].items()},
+            "images_in_train": shards.images_in_train,
         },
         "not_run": list(not_run),
         "tasks": measured.tasks,

@@ -143,6 +143,23 @@ def test_more_unreadable_images_than_allowed(
     fails([*options, "--workers", workers], "1 of 60 images", "max_skipped 0.01", f"{victim}: {reason}")
 
 
+def test_why_no_image_can_be_used(folder: Path, options: list[str], tmp_path: Path, fails: Run, shards: Path) -> None:
+    files = sorted(folder.glob("train/*/*.png"))
+    for file in files:
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    for file in files[10:13]:
+        file.write_bytes(b"")
+    reason = "not a picture (it is a pointer of Git LFS, not the file itself (run `git lfs pull`)); by reason: "
+    options = [*options, "--valid_fraction", "0"]
+    fails(options, f"{folder} has no usable training image; the first is", reason, "45 not a picture, 3 empty.")
+    with_palette = [*options, "--palette.file", shards / "palette.npy"]
+    fails(
+        with_palette, "48 of 60 images can't be used", reason, "45 not a picture, 3 empty; repair", out=tmp_path / "b"
+    )
+    message = "no training image can be used, so the shard set would be empty; the first is"
+    fails([*with_palette, "--max_skipped", "1"], message, "45 not a picture, 3 empty.", out=tmp_path / "c")
+
+
 def test_an_image_that_is_deleted(
     folder: Path, options: list[str], fails: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

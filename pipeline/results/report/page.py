@@ -92,10 +92,18 @@ def _header(facts: ModelFacts, shards: ShardSet) -> dict[str, str]:
         "Images seen in training": _count(facts.images_seen),
         "Trained on": facts.source or "not recorded",
         "Measured on": f"{shards.name}, {len(shards.classes)} classes",
+        "Images also in train": _in_train(shards),
         "Shard set": shards.digest[:12],
         "Palette": facts.palette_sha256[:12],
         "Model": facts.digest[:12],
     }
+
+
+def _in_train(shards: ShardSet) -> str:
+    """The held-out images with the tokens of a training image."""
+    images = {name: shards.manifest["splits"][name]["images"] for name in shards.images_in_train}
+    counts = [f"{number:,} of {images[name]:,} of {name}" for name, number in shards.images_in_train.items()]
+    return ", ".join(counts) + " (equal tokens)" if counts else "not counted"
 
 
 def _count(number: int | None) -> str:
