@@ -105,7 +105,7 @@ class UnfinishedSet:
         """Records that a unit is complete. digests: of its images uint64 (n,), by split."""
         self._check_started()
         with atomic_write(self._digests_file(unit)) as temporary, temporary.open("wb") as file:
-            np.savez(file, **digests)
+            np.savez(file, **digests)  # type: ignore[arg-type]  # as keyword arguments
         write_json(self._result_file(unit), result)
 
     def load_result(self, unit: Unit) -> dict[str, Any] | None:

@@ -1,5 +1,8 @@
 """Recognizes files that are often found in place of an image, a tar or a manifest."""
 
+from pathlib import Path
+
+READ_BYTES = 512
 STARTS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself (run `git lfs pull`)",
     b"/annex/objects/": "a pointer of git-annex, not the file itself (run `git annex get`)",
@@ -13,7 +16,16 @@ STARTS = {
 """First bytes of a file, in lower case, and what it is."""
 
 
+def described_file(path: Path) -> str | None:
+    """`described` for a file; None also if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return described(file.read(READ_BYTES))
+    except OSError:
+        return None
+
+
 def described(content: bytes) -> str | None:
     """What a file with these first bytes is, to follow "it is"; None if it is none of the known kinds."""
-    start = content[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    start = content[:READ_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return next((what for magic, what in STARTS.items() if start.startswith(magic.lower())), None)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from data_prep.common.contents import described
+
 logger = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -118,6 +120,8 @@ def parse_json(content: bytes, name: str) -> Any:
     try:
         return json.loads(content)
     except ValueError as error:
+        if known := described(content):
+            raise ValueError(f"{name} is {known}; it must be JSON.") from error
         raise ValueError(f"{name} is not readable as JSON ({error}); it was damaged after it was written.") from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.common.contents import described
 from data_prep.common.files import atomic_write
 from data_prep.common.seeding import generator
 
@@ -48,7 +49,8 @@ def parse_palette(content: bytes, name: str, colors: int) -> np.ndarray:
     try:
         palette = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{name} is not a valid .npy file ({error}); it must be a palette.npy.") from error
+        what = f"it is {known}" if (known := described(content)) else error
+        raise ValueError(f"{name} is not a valid .npy file ({what}); it must be a palette.npy.") from error
     found = f"{palette.dtype} {palette.shape}" if isinstance(palette, np.ndarray) else "an archive"
     if not isinstance(palette, np.ndarray) or palette.dtype != np.float32 or palette.shape != (colors, 3):
         raise ValueError(

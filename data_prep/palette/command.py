@@ -45,6 +45,8 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
         _save(out, fit_histogram(histogram, config, skipped))
         return
     _save_histogram(_histogram_file(out, part), histogram)
+    if skipped.reasons and not histogram.any():
+        logger.warning(f"{out}: part {part.number} has no usable training image; {skipped}")
     logger.info(
         f"{out}: part {part.number} of {part.count} is complete; after the last: python -m data_prep join {out}"
     )

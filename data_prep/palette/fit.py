@@ -63,7 +63,7 @@ def count_chunks(source: Source, plan: Plan, chunks: Sequence[Chunk], workers: i
             histogram[codes] += counts
             skipped.merge(of_chunk)
             advance(int(counts.sum()) // plan.config.resolution**2)
-    if skipped.reasons:
+    if skipped.reasons and histogram.any():
         logger.info(f"palette: {skipped.reasons.total():,} images can't be used, {skipped}; `shards` lists them")
     return histogram, skipped
 
@@ -120,6 +120,7 @@ def _stream_views(source: Source, plan: Plan, chunk: Chunk, skipped: SkipCount) 
 
 
 def _first_views(found: Iterator[list[View] | BadImage], skipped: SkipCount) -> Iterator[np.ndarray]:
+    """The first training view of each usable image; the others are counted in `skipped`."""
     for views in found:
         if isinstance(views, BadImage):
             skipped.add(skip("train", views))

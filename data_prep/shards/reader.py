@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common.contents import described_file
 from data_prep.common.files import file_sha256, parse_json, read_json
 from data_prep.palette.codec import load_palette, palette_sha256, parse_palette
 from data_prep.shards.addresses import hide_secrets
@@ -292,6 +293,8 @@ def _check_files(path: Path, manifest: dict[str, Any]) -> None:
             if not file.is_file():
                 raise ValueError(f"{file} is missing; copy the shard set again, or delete and prepare it again.")
             if file.stat().st_size != shard["bytes"]:
+                if known := described_file(file):
+                    raise ValueError(f"{file} is {known}; it must be a tar of {shard['bytes']:,} bytes.")
                 size = file.stat().st_size
                 raise ValueError(
                     f"{file} has {size} bytes, but {MANIFEST} has {shard['bytes']}; it was truncated or changed."

@@ -188,7 +188,7 @@ def _open(address: str, start: int) -> tuple[Connection, int | None]:
     """
     if address.startswith(PIPE):
         return _skip_to(Command(address.removeprefix(PIPE)), start), None
-    if address.startswith(("http://", "https://")):
+    if re.match("https?://", address, re.IGNORECASE):
         return _open_http(address, start)
     if is_remote(address):
         return _open_store(address, start)
@@ -292,7 +292,7 @@ def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
         if _is_hopeless(error.reason):
             raise ValueError(f"{shown} can't be read: {error.reason}.") from error
         raise
-    except http.client.InvalidURL as error:
+    except (http.client.InvalidURL, UnicodeError) as error:  # UnicodeError: a host name
         raise ValueError(f"{shown} is not a valid URL: {error}.") from error
     if answer.status == 206:
         first = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))

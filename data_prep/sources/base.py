@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_prep.common.contents import described_file
 from data_prep.images.decode import BadImage, Decode
 
 UNLABELLED = -1
@@ -147,7 +148,8 @@ def open_archive(path: Path, name: str) -> Iterator[tarfile.TarFile]:
         with tarfile.open(path) as tar:
             yield tar
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{name} is not a readable tar archive ({error}); download it again.") from error
+        what = f"it is {known}" if (known := described_file(path)) else error
+        raise ValueError(f"{name} is not a readable tar archive ({what}); download it again.") from error
 
 
 def fingerprint(parts: Iterable[Any]) -> str:

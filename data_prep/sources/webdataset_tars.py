@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 """Extensions of images. If several members have one key, the first extension counts; others may be masks."""
 TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)")
-UNREADABLE_TAR_NAME = re.compile(r"[^.].*\.(tar\.(zst|zstd|lz4|lzma|lz|br|Z)|tzst|zip|7z)")
-"""Names of archives that have images too, but that can't be read."""
+UNREADABLE_TAR_NAME = re.compile(r"[^.].*\.(tar\.(zst|zstd|lz4|lzma|lz|br|Z)|tzst)")
+"""Names of tars whose compression can't be read."""
 TRAIN_WORDS = ("train", "training")
 SPLIT_WORDS = (*TRAIN_WORDS, "valid", "val", "validation", "dev", "test", "testing", "eval", "evaluation")
 """The words by which the file names of published sets tell the splits apart, as the package datasets knows them."""
@@ -76,9 +76,7 @@ def _tars_of_folder(root: Path) -> dict[str, list[str]]:
     if found:
         beside = next((file.name for file in sorted(root.iterdir()) if TAR_NAME.fullmatch(file.name)), None)
         if beside is not None:
-            raise ValueError(
-                f"source.path {root} has {beside} beside folders of splits; move it into one of them, or elsewhere."
-            )
+            logger.warning(f"source.path {root} has {beside} beside folders of splits; it is not read")
         if "train" not in found:
             raise ValueError(
                 f"source.path {root} has a folder {next(iter(found))}/ but no train/; it must have train/."
@@ -111,8 +109,7 @@ def _tars_in(folder: Path) -> list[str]:
     unreadable = next((file for file in files if UNREADABLE_TAR_NAME.fullmatch(file.name)), None)
     if unreadable is not None:
         raise ValueError(
-            f"{unreadable} can't be read; the archives of a folder must be tars, uncompressed or compressed with gzip, "
-            f"bzip2 or xz: decompress it, or read it with a command, such as 'pipe:zstd -dc {unreadable}'."
+            f"{unreadable} can't be read; tars must be uncompressed or compressed with gzip, bzip2 or xz: decompress it, or read it with a command, such as 'pipe:zstd -dc {unreadable}'."
         )
     tars = [str(file) for file in files if TAR_NAME.fullmatch(file.name)]
     if not tars:

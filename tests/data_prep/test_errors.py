@@ -160,6 +160,27 @@ def test_why_no_image_can_be_used(folder: Path, options: list[str], tmp_path: Pa
     fails([*with_palette, "--max_skipped", "1"], message, "45 not a picture, 3 empty.", out=tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("shards.json", b"<!DOCTYPE html><title>Log in</title>", "shards.json is an HTML page"),
+        (
+            "palette.npy",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "palette.npy is not a valid .npy file (it is a",
+        ),
+        (
+            "train-000000.tar",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "train-000000.tar is a pointer of Git LFS",
+        ),
+    ],
+)
+def test_other_files_in_place_of_a_shard_sets(file: str, content: bytes, words: str, shards: Path, run: Run) -> None:
+    (shards / file).write_bytes(content)
+    assert_one_sentence(run("verify", shards), words)
+
+
 def test_an_image_that_is_deleted(
     folder: Path, options: list[str], fails: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +215,8 @@ def test_truncated_palette(shards: Path, tmp_path: Path, options: list[str], fai
 
 
 def test_not_an_archive(tmp_path: Path, fails: Run, write_cifar: Callable[[str, str], Path]) -> None:
+    (tmp_path / "page.tar.gz").write_text("<html><body>Sign in</body></html>")
+    fails(["--source.kind", "cifar10", "--source.path", tmp_path / "page.tar.gz"], "(it is an HTML page, such as that")
     (tmp_path / "text.tar.gz").write_text("this is no archive")
     fails(["--source.kind", "cifar10", "--source.path", tmp_path / "text.tar.gz"], "text.tar.gz", "not a readable tar")
     archive = archive_of(write_cifar("cifar10", "python"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.format import LABELS_DTYPE, MANIFEST, PIXELS_DTYPE, TAR_BLOCK, record_crc32
 from data_prep.shards.reader import Split
 from data_prep.shards.remote import address_of, open_remote
@@ -148,8 +149,8 @@ def _stream_once(split: Split, first: int, stop: int) -> Generator[np.ndarray, N
             tokens = _tokens(pixels, labels, split.positions, shard, record)
             if tokens is None:
                 raise DamagedRecord(
-                    f"{address}, record {record}, is damaged (its checksum differs from {MANIFEST}); restore the file "
-                    f"from a copy."
+                    f"{hide_secrets(address)}, record {record}, is damaged (its checksum differs from {MANIFEST}); "
+                    f"restore the file from a copy."
                 )
             yield tokens
 

@@ -115,6 +115,7 @@ def test_every_path_is_sent_in_ascii(path: str, sent: str) -> None:
             "http://host:port/x?SECRET",
         ),
         "http://nobody.invalid/a.tar?sig=SECRET",
+        "http://me:SECRET@host..name/a.tar",
     ],
 )
 def test_hopeless_addresses_are_not_retried(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +124,7 @@ def test_hopeless_addresses_are_not_retried(address: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(remote.socket, "getaddrinfo", unknown)
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"is not a valid URL; it must be|Name or service not known") as caught:
+    with pytest.raises(ValueError, match=r"is not a valid URL|Name or service not known") as caught:
         read_remote(address)
     assert "SEC" not in str(caught.value)
     assert time.monotonic() - started < 50
