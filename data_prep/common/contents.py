@@ -3,6 +3,7 @@
 from pathlib import Path
 
 READ_BYTES = 512
+TEXT_BYTES = 60
 STARTS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself (run `git lfs pull`)",
     b"/annex/objects/": "a pointer of git-annex, not the file itself (run `git annex get`)",
@@ -29,3 +30,12 @@ def described(content: bytes) -> str | None:
     """What a file with these first bytes is, to follow "it is"; None if it is none of the known kinds."""
     start = content[:READ_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return next((what for magic, what in STARTS.items() if start.startswith(magic.lower())), None)
+
+
+def described_data(content: bytes) -> str | None:
+    """`described` for a file that must not be text: names the first words of a text, such as an error message."""
+    text = content[:TEXT_BYTES].decode(errors="ignore")
+    is_text = len(text.encode()) > len(content[:TEXT_BYTES]) - 4 and all(
+        one.isprintable() or one.isspace() for one in text
+    )
+    return described(content) or (f"text that begins with {text!r}" if text and is_text else None)

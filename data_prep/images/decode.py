@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from data_prep.common.contents import described
+from data_prep.common.contents import described_data
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -175,7 +175,7 @@ def _by_pillow(content: bytes, name: str) -> np.ndarray:
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UnidentifiedImageError as error:
         reason = _unidentified_reason(content)
-        known = described(content)
+        known = described_data(content)
         unknown = f"it is {known}" if known else f"none of {', '.join(FORMATS)}"
         detail = unknown if reason == "not a picture" else "its header can't be read"
         raise BadImage(name, reason, detail) from error

@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.common.contents import described
 from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import Images, Names
-from data_prep.sources.tar_stream import BEHIND_END, is_padding
+from data_prep.sources.tar_stream import BEHIND_END, is_padding, may_follow
 
 BLOCK = 512
 """A tar's headers and contents start at multiples of this many bytes."""
@@ -60,7 +60,7 @@ def tar_members(file: RandomAccessFile, inside: Member | None = None) -> Iterato
     name = file.name if inside is None else f"{file.name}/{inside.name}"
     start, end = (0, file.size) if inside is None else (inside.offset, inside.offset + inside.size)
     offset = start
-    zeros, padding = None, False  # where the last blocks of zeros began, and whether something else followed them
+    begin, zeros, padding = 0, None, False  # of the current tar: start, end-of-archive blocks, other bytes after them
     while True:
         header = file.read(offset, min(BLOCK, max(0, end - offset)))
         if not header and zeros is not None:
@@ -76,9 +76,10 @@ def tar_members(file: RandomAccessFile, inside: Member | None = None) -> Iterato
                 raise ValueError(_damage(name, header, offset - start, str(error))) from error
             offset += BLOCK
             continue
-        if padding:
+        if padding or (zeros is not None and not may_follow(begin, zeros, offset - start)):
             raise ValueError(f"{name} is damaged at byte {offset - start} ({BEHIND_END}); download it again.")
-        zeros = None
+        if zeros is not None:
+            begin, zeros = offset - start, None
         content = offset + BLOCK
         if member.size < 0:
             raise ValueError(f"{name} is damaged at byte {offset - start} (size {member.size}); download it again.")

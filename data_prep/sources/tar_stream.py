@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from data_prep.common.contents import described
+from data_prep.common.contents import described_data
 
 MEMBER_LIMIT = 1 << 30
 """Largest size of a member, in bytes."""
@@ -41,10 +41,20 @@ def is_padding(end: int | None, offset: int, truncated: bool) -> bool:
     return end is not None and (truncated or offset // tarfile.RECORDSIZE == end // tarfile.RECORDSIZE)
 
 
+def may_follow(begin: int, end: int, offset: int) -> bool:
+    """Whether a tar may begin at `offset` after one from `begin` to the end-of-archive blocks at `end`.
+
+    Else the blocks of zeros are rather a hole in a tar, such as a page that a file system lost.
+    """
+    return offset - end <= 2 * tarfile.BLOCKSIZE or (offset - begin) % tarfile.RECORDSIZE == 0
+
+
 class Archive(tarfile.TarFile):
     """Reads on after blocks of zeros, and remembers them."""
 
     ignore_zeros = True
+    begin = 0
+    """The offset of the first header: of the current tar, if several were concatenated."""
     end: int | None = None
     """The offset of the first of the blocks of zeros before the current position; None after a member."""
     noise = False
@@ -57,28 +67,29 @@ class Header(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "Header":
         archive = cast(Archive, tarfile_)
-        end = archive.end
+        offset, end = archive.offset, archive.end
         try:
             header = cast(Header, super().fromtarfile(archive))
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros
-            archive.end = archive.offset if end is None else end
+            archive.end = offset if end is None else end
             raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             if end is not None:
                 raise
             # GNU tar, bsdtar, Python, Go and webdataset all end a tar with blocks of zeros. They are missing if the
             # writer was killed, or if a copy broke off between two members, so images may be missing too.
-            what = "it has no end-of-archive blocks" if archive.offset else "it is empty"
+            what = "it has no end-of-archive blocks" if offset else "it is empty"
             raise DamagedTar(what) from error
         except tarfile.HeaderError as error:
             truncated = isinstance(error, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
-            if not is_padding(end, archive.offset, truncated):
+            if not is_padding(end, offset, truncated):
                 raise DamagedTar(str(error) if end is None else BEHIND_END) from error
             archive.noise = True
             raise tarfile.EOFHeaderError("padding") from error  # type: ignore[attr-defined]
-        if archive.noise:
+        if archive.noise or (end is not None and not may_follow(archive.begin, end, offset)):
             raise DamagedTar(BEHIND_END)
-        archive.end = None
+        if end is not None:
+            archive.begin, archive.end = offset, None
         return header
 
     @classmethod
@@ -141,7 +152,7 @@ class Tar:
         except Exception as error:  # tarfile and the decompressors may raise any exception on damaged files
             if self._bytes.error is not None:
                 raise self._bytes.error from None
-            if self._tar is None and (what := described(self._bytes.start)):
+            if self._tar is None and (what := described_data(self._bytes.start)):
                 raise DamagedTar(f"{error}; it is {what}") from error
             if isinstance(error, DamagedTar | MemoryError):
                 raise

@@ -109,7 +109,8 @@ def _tars_in(folder: Path) -> list[str]:
     unreadable = next((file for file in files if UNREADABLE_TAR_NAME.fullmatch(file.name)), None)
     if unreadable is not None:
         raise ValueError(
-            f"{unreadable} can't be read; tars must be uncompressed or compressed with gzip, bzip2 or xz: decompress it, or read it with a command, such as 'pipe:zstd -dc {unreadable}'."
+            f"{unreadable} can't be read; tars must be uncompressed or compressed with gzip, bzip2 or xz: decompress "
+            f"it, or read it with a command, such as 'pipe:zstd -dc {unreadable}'."
         )
     tars = [str(file) for file in files if TAR_NAME.fullmatch(file.name)]
     if not tars:

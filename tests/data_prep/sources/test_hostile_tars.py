@@ -115,6 +115,8 @@ HOSTILE = {
     # name: (bytes, images before the damage, the byte of the damage or None, what is said of it)
     "a bit of a header": (changed(place("3.cls") + 5, b"\xff"), 3, place("3.cls"), "bad checksum"),
     "a page of zeros": (changed(place("1.jpg"), bytes(4096)), 1, None, "behind its end-of-archive blocks"),
+    "a page of zeros, then a header": (changed(place("1.cls"), bytes(3584)), 1, None, "behind its end-of-archive"),
+    "an error message": (b'{"error": "Invalid username"}', 0, 0, 'text that begins with \'{"error": "Invalid'),
     "noise behind the end": (COMPLETE + b"noise" * 4000, 5, None, "behind its end-of-archive blocks"),
     "a member behind noise": (COMPLETE[:-ENDS] + b"x".ljust(ENDS) + COMPLETE, 5, None, "behind its end-of"),
     "a second tar, cut": (COMPLETE + COMPLETE[: place("1.jpg") + BLOCK], 6, None, "unexpected end of data"),
@@ -254,7 +256,8 @@ def test_complete_tars_of_every_kind(content: bytes, read: Callable[..., Outcome
         COMPLETE + COMPLETE,
         COMPLETE[: end("4.jpg")] + bytes(ENDS) + COMPLETE,  # without the padding of the last record
         COMPLETE[: end("4.jpg")] + bytes(BLOCK) + COMPLETE,
-        COMPLETE + bytes(196 * BLOCK) + COMPLETE,
+        COMPLETE + bytes(200 * BLOCK) + COMPLETE,
+        COMPLETE[: end("4.jpg")] + bytes(ENDS) + COMPLETE + tar_bytes([]),
         COMPLETE + tar_bytes([]) + COMPLETE,
         tar_bytes(MEMBERS, tarfile.PAX_FORMAT) + tar_bytes(MEMBERS, tarfile.GNU_FORMAT),
         gzip.compress(COMPLETE) + gzip.compress(COMPLETE),

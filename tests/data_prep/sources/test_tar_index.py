@@ -18,7 +18,7 @@ def members(path: Path, content: bytes) -> list[Member]:
 
 
 @pytest.mark.parametrize(
-    "content", [ONE, ONE + ONE, ONE[: 9 * 512 + 1024] + ONE, ONE + bytes(98 * 512) + ONE, ONE + b"\n"]
+    "content", [ONE, ONE + ONE, ONE[: 9 * 512 + 1024] + ONE, ONE + bytes(100 * 512) + ONE, ONE + b"\n"]
 )
 def test_concatenated_tars_are_read_to_the_last(tmp_path: Path, content: bytes) -> None:
     found = members(tmp_path / "a.tar", content)
@@ -40,6 +40,7 @@ def test_tars_inside_a_tar_may_be_concatenated_too(tmp_path: Path) -> None:
     [
         (ONE + b"x" * 20_000, "is damaged, or not an uncompressed tar, at byte 10240"),
         (ONE[:512] + bytes(512) + b"x" * 20_000, "at byte 10240"),
+        (ONE[:512] + bytes(2560) + ONE[3072:], "is damaged at byte 3072 .*behind its end-of-archive blocks"),
         (ONE[:-1024] + b"x" * 1024 + ONE, "is damaged at byte 10240 .*behind its end-of-archive blocks"),
         (ONE[:512], "is truncated at byte 512"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a.tar is a pointer of Git LFS"),

@@ -124,28 +124,6 @@ def test_the_report_needs_no_other_file(out: Path) -> None:
     assert "--run &lt;RUN&gt;" in text
 
 
-def test_images_that_are_also_in_train_are_in_the_head(trained_model: Path, shards: ShardSet, tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    facts = model_facts(trained_model, load_model_folder(trained_model))
-    splits = shards.manifest["splits"]
-    found = {"valid": 0, "test": 3}
-    counted = {
-        name: split | ({"images_in_train": found[name]} if name in found else {}) for name, split in splits.items()
-    }
-    older = {name: {key: split[key] for key in split if key != "images_in_train"} for name, split in splits.items()}
-    valid, test = (f"{splits[name]['images']:,}" for name in found)
-    for manifest, words in (
-        (counted, f"0 of {valid} of valid, 3 of {test} of test (equal tokens)"),
-        (older, "not counted"),
-    ):
-        page = write_report(
-            tmp_path / "results", facts, ShardSet("x", shards.manifest | {"splits": manifest}, shards.palette)
-        )
-        assert f"<dt>Images also in train</dt><dd>{words}</dd>" in page.read_text()
-        results = json.loads((tmp_path / "results/results.json").read_text())
-        assert results["dataset"]["images_in_train"] == (found if manifest is counted else {})
-
-
 @pytest.mark.parametrize(("planned", "stated"), [(125, True), (59, False)])
 def test_an_unfinished_training_is_stated_in_the_head(
     planned: int, stated: bool, trained_model: Path, shards: ShardSet, tmp_path: Path
