@@ -118,22 +118,25 @@ def test_a_console_that_is_full_or_closed_does_not_end_a_command(tmp_path: Path,
     open_shard_set(tmp_path / "set").verify()
 
 
-@pytest.mark.parametrize("package", ["data_prep", "pipeline"])
-def test_closed_streams_are_opened_at_the_start(package: str) -> None:
-    shell = f"{sys.executable} -m {package} --help"
-    closed = subprocess.run(["bash", "-c", f"{shell} >&-"], cwd=ROOT, capture_output=True, text=True)
-    assert (closed.returncode, closed.stderr) == (0, "")
-    unknown = subprocess.run(["bash", "-c", f"{shell.replace('--help', 'nothing')} <&- 2>&-"], cwd=ROOT)
-    assert unknown.returncode == 2
-
-
 def test_a_file_does_not_take_the_place_of_a_closed_stream(tmp_path: Path) -> None:
-    script = (
-        "import os, sys; from data_prep.common.logs import open_closed_streams; open_closed_streams(); "
-        f"file = open({str(tmp_path / 'file')!r}, 'w'); file.write('content'); "
-        "print('out'); print('err', file=sys.stderr);"
-        " os.system('echo from a child; echo error >&2; cat')"
-    )
+    """In `dispatch`, which runs the commands of both packages."""
+    script = f"""
+import logging, os, sys
+from data_prep.common.command_line import dispatch
+
+def command(arguments):
+    with open(os.devnull) as first, open(os.devnull) as second, open({str(tmp_path / "file")!r}, "w") as file:
+        file.write("content")
+        file.flush()
+        os.write(2, b"from a library in C")
+        print("out")
+        print("err", file=sys.stderr)
+        logging.getLogger("pipeline").warning("warning")
+        os.system("echo from a child; echo error >&2; cat")
+
+sys.argv[1:] = ["command"]
+dispatch("package", "", {{"command": ("", command)}})
+"""
     shell = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", shell], cwd=ROOT).returncode == 0
     assert (tmp_path / "file").read_text() == "content"
