@@ -1,6 +1,8 @@
 """Image files to RGB: simplejpeg where its result equals Pillow's, Pillow for everything else."""
 
 import io
+import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,22 +12,35 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from data_prep.common.contents import described_data
+from data_prep.images.png_chunks import without_metadata
+from data_prep.images.samples import UnsupportedSamples, check_supported, tiff_description, to_rgb
 
 if TYPE_CHECKING:
     import PIL.Image
 
-Reason = Literal["not a picture", "truncated", "damaged", "too large", "empty", "unreadable", "damaged tar"]
-"""Why something was skipped. unreadable: its bytes could not be read; damaged tar: all after this position is lost."""
+Reason = Literal[
+    "not a picture", "unsupported", "truncated", "damaged", "too large", "empty", "unreadable", "damaged tar"
+]
+"""Why something was skipped. unsupported: a form of a known format that can't be decoded; unreadable: its bytes could
+not be read; damaged tar: all after this position is lost."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 """Formats that Pillow may open. Excluded: formats without a signature, since random bytes can pass for them, and EPS,
 which Pillow passes to Ghostscript to execute."""
 JPEG_MAGIC = b"\xff\xd8\xff"
-END_MARKS = {JPEG_MAGIC: b"\xff\xd9", b"\x89PNG\r\n": b"IEND", b"GIF8": b";"}
+JPEG_END = b"\xff\xd9"
+END_MARKS = {JPEG_MAGIC: JPEG_END, b"\x89PNG\r\n": b"IEND", b"GIF8": b";"}
 """First bytes of a file: what a complete file has at its end."""
 END_MARK_WINDOW = 64
 """The mark may be this many bytes before the end of the file, since some writers append a few."""
 TIFF_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
+TIFF_MAGIC = (*TIFF_ORDERS, b"II+\0", b"MM\0+")
+"""With those of TIFFs that may have more than 4 GB."""
+UNSUPPORTED = re.compile(
+    r"unknown pixel mode|samples per pixel|cannot handle [1-9]\d*-|[Uu]nsupported|not yet supported"
+    r"|string index out of range|^\d+$"  # a TIFF of separate planes that are not colors; its unknown compression
+)
+"""Matches Pillow's messages about a form of a known format that it can't decode."""
 MAX_PIXELS = 178_956_970
 """Pillow rejects larger images as decompression bombs."""
 MAX_SCANNED = 16 * MAX_PIXELS
@@ -37,11 +52,16 @@ SMALL_JPEG = 4_096
 START_OF_SCAN, APP1, PROGRESSIVE = 0xDA, 0xE1, (0xC2, 0xCA)
 """JPEG markers. PROGRESSIVE: of progressive frames with Huffman coding and with arithmetic coding."""
 SCAN = bytes([0xFF, START_OF_SCAN])
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+"""A JPEG's markers, except those that restart a scan; within a scan, a byte 0xFF is followed by 0."""
 SMALLEST_SCAN = 10
 """Bytes of a scan that has only a header."""
 EXIF_MAGIC = b"Exif\0\0"
 XMP_ORIENTATION = b"tiff:Orientation"
 ORIENTATION = 0x0112
+
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what it logs of a file is in the reason of the skip
 
 
 class BadImage(ValueError):
@@ -64,8 +84,7 @@ class Decoder:
     """Decodes images; an instance is a `Decode`.
 
     The EXIF orientation is applied, then Pillow's `convert("RGB")`: CMYK, palettes and gray become RGB, transparency is
-    dropped, and only the first frame is used. 16-bit gray keeps its upper eight bits, where Pillow would clip all but
-    the darkest grays to white.
+    dropped, and only the first frame is used. Samples of other types than 8 bits are scaled by samples.py.
     """
 
     smallest_side: int = 0
@@ -108,9 +127,22 @@ class Decoder:
 
 
 def _check_scans(content: bytes, name: str, height: int, width: int) -> None:
-    scans = content.count(SCAN)
-    if scans * height * width > MAX_SCANNED and any(marker in PROGRESSIVE for marker, _ in jpeg_segments(content)):
+    if content.count(SCAN) * height * width <= MAX_SCANNED:  # at most: it also finds them in metadata
+        return
+    if not any(marker in PROGRESSIVE for marker, _ in jpeg_segments(content)):
+        return
+    scans = _count_scans(content)
+    if scans * height * width > MAX_SCANNED:
         raise BadImage(name, "too large", f"{scans:,} scans of {width}x{height} pixels")
+
+
+def _count_scans(content: bytes) -> int:
+    """The scans of a JPEG up to its end mark, without those of previews within its metadata."""
+    scans, position = 0, 2
+    while (found := MARKER.search(content, position)) and found[0] != JPEG_END:
+        scans += found[0] == SCAN
+        position = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
+    return scans
 
 
 def jpeg_segments(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -163,39 +195,79 @@ def _open_image(content: bytes) -> Iterator["PIL.Image.Image"]:
 
 
 def _by_pillow(content: bytes, name: str) -> np.ndarray:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with _open_image(content) as image:
-            image.load()
-            with suppress(Exception):  # an image with a damaged Exif block is still usable
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        reason = _unidentified_reason(content)
-        known = described_data(content)
-        unknown = f"it is {known}" if known else f"none of {', '.join(FORMATS)}"
-        detail = unknown if reason == "not a picture" else "its header can't be read"
-        raise BadImage(name, reason, detail) from error
-    except Image.DecompressionBombError as error:
-        raise BadImage(name, "too large", str(error)) from error
-    except MemoryError as error:
-        raise BadImage(name, "too large", "it does not fit in memory") from error
+        return _pillow_pixels(content)
     except Exception as error:  # Pillow's plugins may raise any exception on damaged files
-        detail = str(error) or type(error).__name__
-        if "Decompressed data too large" in detail:  # a text or a color profile within a PNG
-            raise BadImage(name, "too large", detail) from error
-        reported = any(word in detail for word in ("truncated", "Truncated", "EOF", "not enough image data"))
-        raise BadImage(name, "truncated" if reported or _is_truncated(content) else "damaged", detail) from error
+        bad = _bad_image(content, name, error)
+    for pixels_alone in without_metadata(content):
+        with suppress(Exception):
+            return _pillow_pixels(pixels_alone)
+    raise bad
+
+
+def _pillow_pixels(content: bytes) -> np.ndarray:
+    from PIL import ImageOps
+
+    with _open_image(content) as image:
+        check_supported(image)
+        image.load()
+        with suppress(Exception):  # an image with a damaged Exif block is still usable
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+def _bad_image(content: bytes, name: str, error: Exception) -> BadImage:
+    """The reason for an exception of Pillow's."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, Image.DecompressionBombError):
+        return BadImage(name, "too large", str(error))
+    if isinstance(error, MemoryError):
+        return BadImage(name, "too large", "it does not fit in memory")
+    if isinstance(error, UnsupportedSamples):
+        return BadImage(name, "unsupported", str(error))
+    if isinstance(error, UnidentifiedImageError):
+        return _unidentified(content, name)
+    detail = str(error) or type(error).__name__
+    if UNSUPPORTED.search(detail):
+        return BadImage(name, "unsupported", detail)
+    reported = any(word in detail for word in ("truncated", "Truncated", "EOF", "not enough image data"))
+    return BadImage(name, "truncated" if reported or _is_truncated(content) else "damaged", detail)
+
+
+def _unidentified(content: bytes, name: str) -> BadImage:
+    """The reason for a file that none of Pillow's plugins opened."""
+    with warnings.catch_warnings(action="ignore"):
+        message = _plugin_message(content)
+        if UNSUPPORTED.search(message):
+            with suppress(Exception):
+                message = tiff_description(content) if content.startswith(TIFF_MAGIC) else message
+            return BadImage(name, "unsupported", message)
+    reason = _unidentified_reason(content)
+    known = described_data(content)
+    unknown = f"it is {known}" if known else f"none of {', '.join(FORMATS)}"
+    detail = unknown if reason == "not a picture" else "its header can't be read"
+    return BadImage(name, reason, detail)
+
+
+def _plugin_message(content: bytes) -> str:
+    """What the plugin for the format of a file says of it: `Image.open` drops that message."""
+    from PIL import Image
+
+    for factory, accepts in (Image.OPEN[name] for name in FORMATS if name in Image.OPEN):
+        if accepts is not None and accepts(content[:16]) is True:
+            try:
+                factory(io.BytesIO(content), "").close()
+            except Exception as error:
+                return str(error)
+    return ""
 
 
 def _unidentified_reason(content: bytes) -> Reason:
     """The reason for a file in which Pillow recognizes none of the formats."""
     if _is_truncated(content):
         return "truncated"
-    known = content.startswith((*END_MARKS, *TIFF_ORDERS)) or _is_webp(content) or _is_iso_media(content)
+    known = content.startswith((*END_MARKS, *TIFF_MAGIC)) or _is_webp(content) or _is_iso_media(content)
     return "damaged" if known else "not a picture"
 
 

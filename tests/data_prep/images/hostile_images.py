@@ -8,12 +8,13 @@ from PIL import Image
 
 from tests.data_prep.images.encoded_images import by_pillow, chunk, encoded, oriented, png
 
-AS_PILLOW, BY_UPPER_BITS = "as Pillow", "by its upper bits"
-"""The expected result for a file that is not skipped."""
+AS_PILLOW, BY_UPPER_BITS, WITHOUT_METADATA = "as Pillow", "by its upper bits", "as Pillow, without its metadata"
+READ = (AS_PILLOW, BY_UPPER_BITS, WITHOUT_METADATA)
+"""The expected results for files that are not skipped."""
 
 
 def corpus(image: Image.Image) -> dict[str, tuple[bytes, str]]:
-    """File name: content, and the expected result: AS_PILLOW, BY_UPPER_BITS or the reason for a skip."""
+    """File name: content, and the expected result: one of READ or the reason for a skip."""
     jpeg, png_, gif = encoded(image, "JPEG"), encoded(image, "PNG"), encoded(image, "GIF")
     webp, tiff, bmp = encoded(image, "WEBP"), encoded(image, "TIFF"), encoded(image, "BMP")
     return (
@@ -153,15 +154,23 @@ def oversized(png_: bytes) -> dict[str, tuple[bytes, str]]:
         + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0)
         + b",\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;",
         "bmp_bomb.bmp": b"BM" + struct.pack("<IIIIiiHHIIIIII", 70, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0),
-        "text_bomb.png": png_[:33] + chunk(b"zTXt", b"a\0\0" + zeros) + png_[33:],
-        "international_text_bomb.png": png_[:33] + chunk(b"iTXt", b"a\0\1\0\0\0" + zeros) + png_[33:],
-        "profile_bomb.png": png_[:33] + chunk(b"iCCP", b"a\0\0" + zeros) + png_[33:],
         "scans.jpg": many_scans[:last] + 2000 * many_scans[last:-2] + many_scans[-2:],
     }
-    return {name: (content, "too large") for name, content in files.items()} | {
-        # within the limit of pixels, with next to none behind the header
-        "png_13000.png": (png(13_000, 13_000, b"0"), "truncated"),
+    metadata = {  # the limit is on pixels
+        "text_bomb.png": png_[:33] + chunk(b"zTXt", b"a\0\0" + zeros) + png_[33:],
+        "text_bomb_behind.png": png_[:-12] + chunk(b"zTXt", b"a\0\0" + zeros) + png_[-12:],
+        "international_text_bomb.png": png_[:33] + chunk(b"iTXt", b"a\0\1\0\0\0" + zeros) + png_[33:],
+        "profile_bomb.png": png_[:33] + chunk(b"iCCP", b"a\0\0" + zeros) + png_[33:],
     }
+    found = {name: (content, "too large") for name, content in files.items()}
+    return (
+        found
+        | {name: (content, WITHOUT_METADATA) for name, content in metadata.items()}
+        | {
+            # within the limit of pixels, with next to none behind the header
+            "png_13000.png": (png(13_000, 13_000, b"0"), "truncated"),
+        }
+    )
 
 
 def damaged(jpeg: bytes, png_: bytes, webp: bytes, image: Image.Image) -> dict[str, tuple[bytes, str]]:
