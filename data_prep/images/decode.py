@@ -271,6 +271,14 @@ def _unidentified_reason(content: bytes) -> Reason:
     return "damaged" if known else "not a picture"
 
 
+def is_image(start: bytes) -> bool:
+    """Whether the first 16 bytes of a file show that it is an image, whatever its name.
+
+    TIFF is excluded, since cameras' raw files are TIFFs, and so are formats whose signature a text may begin with.
+    """
+    return start.startswith(tuple(END_MARKS)) or _is_webp(start) or _is_iso_media(start)
+
+
 def _is_truncated(content: bytes) -> bool:
     """Whether the end of an undecodable file is missing, by the lengths and end marks of its format."""
     for magic, mark in END_MARKS.items():

@@ -11,10 +11,15 @@ ORIENTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
 def without_metadata(content: bytes) -> Iterator[bytes]:
-    """A PNG with its pixels and its orientation only; then with its pixels only. Nothing for other formats."""
-    if content.startswith(SIGNATURE):
-        yield SIGNATURE + b"".join(chunk for kind, chunk in _chunks(content) if kind in PIXELS or _orients(kind, chunk))
-        yield SIGNATURE + b"".join(chunk for kind, chunk in _chunks(content) if kind in PIXELS)
+    """A PNG with its pixels and its orientation only; then with its pixels only. Nothing where that changes nothing."""
+    if not content.startswith(SIGNATURE):
+        return
+    kept = [(kind, chunk) for kind, chunk in _chunks(content) if kind in PIXELS or _orients(kind, chunk)]
+    for wanted in (kept, [(kind, chunk) for kind, chunk in kept if kind in PIXELS]):
+        shorter = SIGNATURE + b"".join(chunk for _, chunk in wanted)
+        if len(shorter) < len(content):
+            yield shorter
+            content = shorter
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:

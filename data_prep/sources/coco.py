@@ -8,6 +8,7 @@ validation set becomes the split `test`: the official test images were published
 """
 
 import json
+import logging
 import os
 import re
 from array import array
@@ -20,6 +21,9 @@ import numpy as np
 
 from data_prep.config import SourceConfig
 from data_prep.sources.base import UNLABELLED, ImageFiles, Images, Source, fingerprint
+from data_prep.sources.folders import listed
+
+logger = logging.getLogger(__name__)
 
 YEARS = ("2017", "2014")
 SPLITS = {"train": "train", "test": "val"}
@@ -45,6 +49,8 @@ def open_source(config: SourceConfig) -> Source:
     for split, official in SPLITS.items():
         folder = root / f"{official}{year}"
         if split != "train" and not folder.is_dir():
+            if (root / f"{folder.name}.zip").is_file():
+                raise ValueError(f"{root} has {folder.name}.zip, but no {folder.name}/; extract it, or remove it.")
             continue
         instances = _Instances(root / "annotations" / f"instances_{official}{year}.json")
         if categories and instances.categories != categories:
@@ -121,6 +127,9 @@ def _check_presence(folder: Path, names: list[str], file: Path) -> None:
             f"{folder} is missing {len(missing)} of the {len(names)} images that {file.name} lists, the first is "
             f"{missing[0]}; extract {folder.name}.zip again."
         )
+    extra = sorted(existing.difference(names))
+    if extra:
+        logger.info(f"{folder}: passed over {len(extra):,} files that {file.name} does not list ({listed(extra)})")
 
 
 def iter_list_entries(file: TextIO) -> Iterator[tuple[str, Any]]:

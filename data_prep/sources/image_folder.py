@@ -1,29 +1,44 @@
 """A folder of images: `train/<class>/*`, optionally `valid/<class>/*` and `test/<class>/*`."""
 
-import os
+import logging
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from data_prep.config import SourceConfig
 from data_prep.sources.base import ImageFiles, Images, Source, fingerprint
+from data_prep.sources.folders import (
+    PassedOver,
+    entries_of,
+    entry_kind,
+    images_below,
+    listed,
+    loose_images,
+    refuse_loose_images,
+    refuse_unextracted,
+    unextracted,
+)
+
+logger = logging.getLogger(__name__)
 
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 """Split: the names of folders that are taken for it."""
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Lists the images. Raises ValueError for a missing folder or split, no images, or an unknown class."""
+    """Lists the images.
+
+    Raises ValueError for a missing or ambiguous folder or split, no images, images without a class, archives that are
+    not extracted, or an unknown class.
+    """
     assert config.path is not None
     root = Path(config.path)
     if not root.is_dir():
         raise ValueError(f"source.path {root} is not a folder; it must be a folder with train/<class>/*.")
-    folders = {split: _find(root, names) for split, names in SPLITS.items()}
+    folders = {split: _find(root, split) for split in SPLITS}
     if folders["train"] is None:
         raise ValueError(f"source.path {root} has no folder train/; it must contain train/<class>/*.")
-    classes = _subfolders(folders["train"])
+    classes = _class_folders(folders["train"], PassedOver())
     if not classes:
         raise ValueError(f"{folders['train']} has no class folders; images must be in train/<class>/.")
     splits: dict[str, Images] = {
@@ -33,61 +48,43 @@ def open_source(config: SourceConfig) -> Source:
     return Source(root.resolve().name, classes, splits, {}, fingerprint(names))
 
 
-def _find(root: Path, names: tuple[str, ...]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def _find(root: Path, split: str) -> Path | None:
+    """The folder of a split, in any case. Raises ValueError if there are two, or only an archive of it."""
+    found = sorted(path for path in root.iterdir() if path.name.lower() in SPLITS[split] and path.is_dir())
+    if len(found) > 1:
+        names = " and ".join(f"{path.name}/" for path in found)
+        raise ValueError(f"source.path {root} has {names} for the split {split}; rename or remove all but one.")
+    archives = [archive for archive, folder in unextracted(root) if folder.lower() in SPLITS[split]]
+    if archives and not found:
+        raise ValueError(f"source.path {root} has {archives[0]}, but no folder {split}/; extract it, or remove it.")
+    return found[0] if found else None
 
 
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(
-            entry.name for entry in entries if _entry_kind(entry) == "folder" and not entry.name.startswith(".")
-        )
+def _class_folders(folder: Path, passed: PassedOver) -> list[str]:
+    return [entry.name for entry in entries_of(folder, passed) if entry_kind(entry) == "folder"]
 
 
 def _list_split(folder: Path, classes: list[str]) -> ImageFiles:
+    passed = PassedOver()
     names: list[str] = []
     labels: list[int] = []
-    above = frozenset([folder.resolve(), *folder.resolve().parents])
-    for name in _subfolders(folder):
+    empty: list[str] = []
+    entries = entries_of(folder, passed)
+    refuse_unextracted(folder)
+    refuse_loose_images(folder, loose_images(entries, passed))
+    for name in (entry.name for entry in entries if entry_kind(entry) == "folder"):
         if name not in classes:
             raise ValueError(f"{folder / name} is a class that is not in train/; rename or remove it.")
-        found = _images_below(folder, name, above)
+        found = images_below(folder, name, passed)
         names += found
         labels += [classes.index(name)] * len(found)
+        empty += [] if found else [name]
     if not names:
-        raise ValueError(f"{folder} has no images; they must be in <class>/ and end in .jpg, .png or the like.")
+        found_instead = f"; passed over {passed}" if str(passed) else ""
+        raise ValueError(
+            f"{folder} has no images; they must be in <class>/ and end in .jpg, .png or the like{found_instead}."
+        )
+    passed.log(folder)
+    if empty:
+        logger.warning(f"{folder} has no images in {len(empty):,} of its class folders: {listed(empty)}")
     return ImageFiles(str(folder), names, np.array(labels))
-
-
-def _images_below(folder: Path, name: str, above: frozenset[Path]) -> list[str]:
-    """Sorted paths of the images in `folder/name` and below, relative to `folder`.
-
-    Links are followed, except into a folder that contains them (`above`). A broken link counts as an unreadable
-    image; FIFOs, sockets and devices are ignored.
-    """
-    here = (folder / name).resolve()
-    if here in above:
-        return []
-    found: list[str] = []
-    with os.scandir(folder / name) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            kind = _entry_kind(entry)
-            if kind == "folder":
-                found += _images_below(folder, f"{name}/{entry.name}", above | {here})
-            elif kind != "other" and os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122
-                found.append(f"{name}/{entry.name}")
-    return sorted(found)
-
-
-def _entry_kind(entry: os.DirEntry[str]) -> Literal["folder", "file", "broken link", "other"]:
-    """The kind of an entry; for a link, the kind of its target."""
-    try:
-        if entry.is_dir():
-            return "folder"
-        if entry.is_file():
-            return "file"
-        return "broken link" if entry.is_symlink() and not os.path.exists(entry.path) else "other"  # noqa: PTH110
-    except OSError:  # a cycle of links
-        return "broken link"

@@ -20,13 +20,13 @@ import numpy as np
 
 from data_prep.config import SourceConfig
 from data_prep.sources.base import ImageFiles, Names, Source, fingerprint
+from data_prep.sources.folders import PassedOver, entry_kind, has_image_ending, listed, refuse_loose_images
 from data_prep.sources.imagenet_classes import Classes, read_classes
 from data_prep.sources.tar_index import Member, RandomAccessFile, TarImages, open_random_access, tar_members
 
 KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC"
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 WNID = re.compile(r"n\d{8}")
-SUFFIX = ".jpeg"
 INDEX_THREADS = 16
 """Threads that read the headers of the class tars: on a network file system, each of a million reads has latency."""
 
@@ -65,7 +65,10 @@ def _open_train(parent: Path) -> tuple[ImageFiles | TarImages, list[str]]:
             raise ValueError(
                 f"{parent / 'train'} has no folders named by WordNet ids; it must contain n01440764/*.JPEG and so on."
             )
-        return _in_class_folders(parent / "train", wnids), wnids
+        refuse_loose_images(parent / "train", _images_in(parent / "train", PassedOver()))
+        train = _in_class_folders(parent / "train", wnids)
+        _refuse_unextracted(parent / "train", train)
+        return train, wnids
     if not (parent / TRAIN_TAR).is_file():
         raise ValueError(f"source.path {parent} has neither the folder train/ nor {TRAIN_TAR}; add one of them.")
     file = open_random_access(parent / TRAIN_TAR)
@@ -91,8 +94,11 @@ def _open_val(parent: Path, root: Path, wnids: list[str], classes: Classes) -> I
         found = _class_folders(folder)
         if found:
             _refuse_unknown(found, wnids, folder)
+            refuse_loose_images(folder, _images_in(folder, PassedOver()))
             return _in_class_folders(folder, wnids)
-        flat = _images_in(folder)
+        passed = PassedOver()
+        flat = _images_in(folder, passed)
+        passed.log(folder)
         return ImageFiles(str(folder), flat, _flat_labels(flat, wnids, classes, folder, root))
     if not (parent / VAL_TAR).is_file():
         return None
@@ -127,12 +133,30 @@ def _class_folders(folder: Path) -> list[str]:
 def _in_class_folders(folder: Path, wnids: list[str]) -> ImageFiles:
     """The images of folder/<wnid>/, class by class."""
     names_by_class = []
+    passed = PassedOver()
     for wnid in wnids:
-        names = _images_in(folder / wnid) if (folder / wnid).is_dir() else []
+        names = _images_in(folder / wnid, passed, f"{wnid}/") if (folder / wnid).is_dir() else []
         if not names:
             raise ValueError(f"{folder / wnid} has no .JPEG images; extract or copy that class again.")
         names_by_class.append(Names(names))
+    passed.log(folder)
     return ImageFiles(str(folder), _below(wnids, names_by_class), _ranks(names_by_class))
+
+
+def _refuse_unextracted(folder: Path, images: ImageFiles) -> None:
+    """Raises ValueError for a class archive beside the class folders that has images that were not extracted."""
+    tars = sorted(path for path in folder.glob("n*.tar") if WNID.fullmatch(path.stem))
+    if not tars:
+        return
+    extracted = set(images.names)
+    for tar in tars:
+        names, _, _ = _list_tar(open_random_access(tar))
+        missing = [name for name in names if f"{tar.stem}/{name}" not in extracted]
+        if missing:
+            raise ValueError(
+                f"{folder} has the class archive {tar.name}, and {len(missing):,} of its {len(names):,} images are not "
+                f"in {tar.stem}/ ({listed(missing)}); extract it there, then remove it."
+            )
 
 
 def _below(wnids: list[str], names_by_class: list[Names]) -> Iterator[str]:
@@ -144,9 +168,14 @@ def _ranks(names_by_class: list[Names]) -> np.ndarray:
     return np.repeat(np.arange(len(names_by_class)), [len(names) for names in names_by_class])
 
 
-def _images_in(folder: Path) -> list[str]:
+def _images_in(folder: Path, passed: PassedOver, below: str = "") -> list[str]:
+    """The sorted names of a folder's images. Other files are counted, with their paths `below` the split's folder."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_image(entry.name))
+        found = list(entries)
+    for entry in found:
+        if not _is_image(entry.name) and entry_kind(entry) == "file":
+            passed.add_file(f"{below}{entry.name}")
+    return sorted(entry.name for entry in found if _is_image(entry.name))
 
 
 def _list_tar(file: RandomAccessFile, inside: Member | None = None) -> TarListing:
@@ -158,4 +187,4 @@ def _list_tar(file: RandomAccessFile, inside: Member | None = None) -> TarListin
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIX) and not name.startswith(".")
+    return has_image_ending(name) and not name.startswith(".")

@@ -25,7 +25,10 @@ from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"),
+    *("jfif", "jpe", "avif", "jp2", "j2k", "pgm", "pnm"),
+)
 """Extensions of images. If several members have one key, the first extension counts; others may be masks."""
 TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)")
 UNREADABLE_TAR_NAME = re.compile(r"[^.].*\.(tar\.(zst|zstd|lz4|lzma|lz|br|Z)|tzst)")
