@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from data_prep.common.contents import described_data
-from data_prep.images.png_chunks import without_metadata
+from data_prep.images.metadata import APP1, START_OF_SCAN, jpeg_segments, without_metadata
 from data_prep.images.samples import UnsupportedSamples, check_supported, tiff_description, to_rgb
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ SCALES = (8, 4, 2)
 """Factors by which a JPEG's sides may be divided during decoding. libjpeg-turbo has others, but they are slower."""
 SMALL_JPEG = 4_096
 """Up to this many bytes, a search in a JPEG is faster than iterating over its segments."""
-START_OF_SCAN, APP1, PROGRESSIVE = 0xDA, 0xE1, (0xC2, 0xCA)
-"""JPEG markers. PROGRESSIVE: of progressive frames with Huffman coding and with arithmetic coding."""
+PROGRESSIVE = (0xC2, 0xCA)
+"""JPEG markers of progressive frames, with Huffman coding and with arithmetic coding."""
 SCAN = bytes([0xFF, START_OF_SCAN])
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 """A JPEG's markers, except those that restart a scan; within a scan, a byte 0xFF is followed by 0."""
@@ -59,7 +59,6 @@ SMALLEST_SCAN = 10
 EXIF_MAGIC = b"Exif\0\0"
 XMP_ORIENTATION = b"tiff:Orientation"
 ORIENTATION = 0x0112
-
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what it logs of a file is in the reason of the skip
 
@@ -129,7 +128,7 @@ class Decoder:
 def _check_scans(content: bytes, name: str, height: int, width: int) -> None:
     if content.count(SCAN) * height * width <= MAX_SCANNED:  # at most: it also finds them in metadata
         return
-    if not any(marker in PROGRESSIVE for marker, _ in jpeg_segments(content)):
+    if not any(marker in PROGRESSIVE for marker, _, _ in jpeg_segments(content)):
         return
     scans = _count_scans(content)
     if scans * height * width > MAX_SCANNED:
@@ -145,26 +144,11 @@ def _count_scans(content: bytes) -> int:
     return scans
 
 
-def jpeg_segments(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of a JPEG's complete segments before its first scan."""
-    position = 2
-    while position + 4 <= len(content) and content[position] == 0xFF:
-        marker = content[position + 1]
-        if marker == 0xFF:  # markers may be padded
-            position += 1
-            continue
-        end = position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-        if marker == START_OF_SCAN or end > len(content):
-            return
-        yield marker, content[position + 4 : end]
-        position = end
-
-
 def jpeg_orientation(content: bytes) -> int:
     """The orientation, 1 to 8, from a JPEG's Exif or XMP segment; 1 if neither has it."""
     if len(content) <= SMALL_JPEG and EXIF_MAGIC not in content and XMP_ORIENTATION not in content:
         return 1
-    segments = (segment for marker, segment in jpeg_segments(content) if marker == APP1)
+    segments = (content[start + 4 : end] for marker, start, end in jpeg_segments(content) if marker == APP1)
     if not any(segment.startswith(EXIF_MAGIC) or XMP_ORIENTATION in segment for segment in segments):
         return 1
     with suppress(Exception), _open_image(content) as image:  # an image with a damaged Exif block is still usable

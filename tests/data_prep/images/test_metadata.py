@@ -1,0 +1,81 @@
+"""Metadata, damaged or large, never keeps the pixels of an image from being read, and its orientation is applied."""
+
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.images.decode import BadImage, Decoder
+from tests.data_prep.images.encoded_images import by_pillow, chunk, encoded, oriented
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+PNG = encoded(Image.fromarray(PIXELS), "PNG")
+LARGE = zlib.compress(bytes(1_500_000))
+EXIF = oriented(6).tobytes()
+TURNED = np.rot90(PIXELS, -1)
+
+
+def with_chunks(before: bytes, after: bytes = b"") -> bytes:
+    """The PNG with chunks ahead of its pixels and behind them."""
+    return PNG[:33] + before + PNG[33:-12] + after + PNG[-12:]
+
+
+def wrong_checksum(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+LARGE_TEXT, LARGE_PROFILE = chunk(b"zTXt", b"history\0\0" + LARGE), chunk(b"iCCP", b"lut\0\0" + LARGE)
+RAW_PROFILE = f"\nexif\n{len(EXIF):8}\n{EXIF.hex()}\n".encode()
+PLAIN = {
+    "text": with_chunks(LARGE_TEXT),
+    "text behind the pixels": with_chunks(b"", LARGE_TEXT),
+    "international text": with_chunks(chunk(b"iTXt", b"history\0\1\0\0\0" + LARGE)),
+    "profile": with_chunks(LARGE_PROFILE),
+    "many texts": with_chunks(66 * chunk(b"tEXt", b"a\0" + bytes(1_000_000))),
+    "checksum of a text": with_chunks(wrong_checksum(chunk(b"tEXt", b"a\0b"))),
+    "short resolution": with_chunks(chunk(b"pHYs", b"\0")),
+    "unknown compression": with_chunks(chunk(b"zTXt", b"a\0\7b")),
+    "damaged Exif": with_chunks(LARGE_PROFILE + wrong_checksum(chunk(b"eXIf", EXIF[6:]))),
+}
+
+
+@pytest.mark.parametrize("form", PLAIN)
+def test_a_png_is_read_whatever_its_metadata(form: str) -> None:
+    assert (Decoder()(PLAIN[form], "x") == PIXELS).all()
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [
+        chunk(b"eXIf", EXIF[6:]),
+        chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta tiff:Orientation="6"/>'),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_PROFILE)),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE) + chunk(b"eXIf", EXIF[6:]),
+    ],
+    ids=["Exif", "XMP", "raw profile", "large XMP"],
+)
+def test_its_orientation_is_applied(orientation: bytes) -> None:
+    assert (Decoder()(with_chunks(orientation + LARGE_PROFILE), "x") == TURNED).all()
+
+
+def test_damaged_pixels_are_still_damaged() -> None:
+    text = with_chunks(LARGE_TEXT)
+    for content, reason in ((text[:-500], "truncated"), (text[:29] + bytes(4) + text[33:], "damaged")):
+        with pytest.raises(BadImage) as caught:
+            Decoder()(content, "x")
+        assert caught.value.reason == reason
+
+
+def test_a_jpeg_that_pillow_reads_is_read_whatever_its_metadata() -> None:
+    inks = encoded(Image.fromarray(PIXELS).convert("CMYK"), "JPEG", exif=oriented(6))
+    short_profile = b"\xff\xe2\0\x0eICC_PROFILE\0"
+    assert (Decoder()(inks[:2] + short_profile + inks[2:], "x") == by_pillow(inks)).all()
+
+
+def test_scans_are_not_counted_in_metadata_or_behind_the_image() -> None:
+    content = encoded(Image.new("RGB", (4000, 4000), (90, 120, 30)), "JPEG", progressive=True)
+    scans = 300 * b"\xff\xda"
+    preview = b"\xff\xef" + (len(scans) + 2).to_bytes(2, "big") + scans
+    for one in (content[:2] + preview + content[2:], content + scans):
+        assert Decoder()(one, "x").shape == (4000, 4000, 3)
