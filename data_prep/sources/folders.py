@@ -162,7 +162,7 @@ def refuse_loose_images(folder: Path, images: list[str]) -> None:
     """Raises ValueError for images beside class folders: they have no class, or the sorting was interrupted."""
     if images:
         raise ValueError(
-            f"{folder} has {len(images):,} images outside its class folders ({listed(images)}); move each into the "
+            f"{folder} has images outside its class folders: {len(images):,} ({listed(images)}); move each into the "
             f"folder of its class, or remove them."
         )
 
@@ -183,9 +183,10 @@ def refuse_unextracted(folder: Path) -> None:
     """Raises ValueError for an archive in a split's folder that its class may still be in."""
     archives = list(unextracted(folder))
     if archives:
+        names = listed([name for name, _ in archives])
         raise ValueError(
-            f"{folder} has {len(archives):,} archives that are not extracted ({listed([name for name, _ in archives])})"
-            f"; extract each into the folder of its class, such as {archives[0][1]}/, or remove them."
+            f"{folder} has archives that are not extracted: {len(archives):,} ({names}); extract each into the folder "
+            f"of its class, such as {archives[0][1]}/, or remove them."
         )
 
 
