@@ -46,6 +46,8 @@ MAX_LEVELS = 100
 SHOWN = 3
 """Names that a message lists."""
 
+Kind = Literal["folder", "file", "broken link", "other"]
+
 
 @dataclass
 class PassedOver:
@@ -98,8 +100,8 @@ def entries_of(folder: Path, passed: PassedOver) -> list[os.DirEntry[str]]:
         found = sorted(entries, key=lambda entry: entry.name)
     visible = []
     for entry in found:
-        is_hidden, is_folder = entry.name.startswith("."), entry_kind(entry) == "folder"
-        if is_folder and (is_hidden or entry.name.lower() in SYSTEM_FOLDERS):
+        is_hidden = entry.name.startswith(".")
+        if (is_hidden or entry.name.lower() in SYSTEM_FOLDERS) and entry_kind(entry) == "folder":
             passed.folders[entry.name] += 1
         elif is_hidden:
             passed.add_file(entry.name)
@@ -130,12 +132,12 @@ def images_below(folder: Path, name: str, passed: PassedOver) -> list[str]:
             continue
         seen.add(identity)
         for entry in entries_of(folder / here, passed):
-            path = f"{here}/{entry.name}"
-            if entry_kind(entry) == "folder":
+            path, kind = f"{here}/{entry.name}", entry_kind(entry)
+            if kind == "folder":
                 (links if entry.is_symlink() else folders).append(path)
-            elif _is_image(entry):
+            elif _is_image(entry, kind):
                 found.append(path)
-            elif entry_kind(entry) == "file":
+            elif kind == "file":
                 passed.add_file(path)
     return sorted(found)
 
@@ -149,11 +151,10 @@ def loose_images(entries: list[os.DirEntry[str]], passed: PassedOver) -> list[st
     """The names of the images among the entries of a split's folder; other files are counted."""
     images = []
     for entry in entries:
-        if entry_kind(entry) == "folder":
-            continue
-        if _is_image(entry):
+        kind = entry_kind(entry)
+        if _is_image(entry, kind):
             images.append(entry.name)
-        elif entry_kind(entry) == "file":
+        elif kind == "file":
             passed.add_file(entry.name)
     return images
 
@@ -198,9 +199,9 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122  (a Path costs more, and there may be millions)
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
+def _is_image(entry: os.DirEntry[str], kind: Kind) -> bool:
     """Whether a file, or a broken link, is to be read as an image."""
-    kind, ending = entry_kind(entry), _ending(entry.name)
+    ending = _ending(entry.name)
     if ending in SUFFIXES:
         return kind in ("file", "broken link")
     if ending in NOT_IMAGES or kind != "file":
@@ -212,7 +213,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def entry_kind(entry: os.DirEntry[str]) -> Literal["folder", "file", "broken link", "other"]:
+def entry_kind(entry: os.DirEntry[str]) -> Kind:
     """The kind of an entry; for a link, the kind of its target."""
     try:
         if entry.is_dir():

@@ -1,6 +1,7 @@
 """Miniatures of COCO in its official layouts, compared with the layouts' own files, and prepared by the command."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,13 +55,17 @@ def test_coco(tmp_path: Path, windows: list[np.ndarray], year: str, monkeypatch:
     assert "largest object" in source.facts["labels"]
 
 
-def test_coco_without_validation_images_and_with_others(coco: Path, windows: list[np.ndarray]) -> None:
+def test_coco_without_validation_images_and_with_others(
+    coco: Path, windows: list[np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
     expected = coco_split(coco, "train2017")
     shutil.rmtree(coco / "val2017")
     layouts.write(coco / "train2017/000000999999.jpg", layouts.jpeg(windows[30]))  # is not listed
-    source = opened("coco", coco)
+    with caplog.at_level(logging.INFO):
+        source = opened("coco", coco)
     assert list(source.splits) == ["train"]
     assert found(source, "train") == expected
+    assert "passed over 1 files that instances_train2017.json does not list (000000999999.jpg)" in caplog.text
 
 
 def test_a_changed_label_changes_cocos_fingerprint(coco: Path) -> None:
@@ -78,6 +83,9 @@ def damage_coco(root: Path, how: str) -> None:
             shutil.rmtree(root / "train2017")
         case "no annotations":
             file.unlink()
+        case "not extracted":
+            shutil.rmtree(root / "val2017")
+            (root / "val2017.zip").touch()
         case "cut off":
             file.write_text(file.read_text()[:-40])
         case "garbage":
@@ -107,6 +115,7 @@ def damage_coco(root: Path, how: str) -> None:
     [
         ("no train", r"coco has no folder train2017 \(or train2014\)"),
         ("no annotations", "instances_train2017.json is missing; extract annotations_trainval2017.zip"),
+        ("not extracted", "coco has val2017.zip, but no val2017/; extract it, or remove it"),
         ("cut off", r"instances_train2017.json is not readable as JSON \(.* at character \d+\)"),
         ("garbage", r"instances_train2017.json is not readable as JSON \(.* at character \d+\)"),
         ("not an object", r"instances_train2017.json is not readable as JSON \('\[' instead of '{' at character 0\)"),

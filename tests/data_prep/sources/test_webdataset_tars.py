@@ -79,7 +79,7 @@ def write_classes(path: Path, small: Small, part: slice, kind: str = "png") -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     with wds.TarWriter(str(path)) as writer:
         for index in range(60)[part]:
-            image = encode_image(small[0][index], kind)
+            image = encode_image(small[0][index], {"jfif": "jpeg", "jp2": "jpeg2000"}.get(kind, kind))
             writer.write({"__key__": f"sample{index:06d}", kind: image, "cls": int(small[1][index])})
 
 
@@ -112,7 +112,7 @@ def test_without_a_label_column_its_images_are_unlabelled(img2dataset: Path) -> 
     assert [item.label for item in images(opened(img2dataset))] == [-1] * 60
 
 
-@pytest.mark.parametrize("kind", ["png", "webp", "bmp", "ppm", "gif", "tiff"])
+@pytest.mark.parametrize("kind", ["png", "webp", "bmp", "ppm", "gif", "tiff", "avif", "jfif", "jp2"])
 def test_classes_of_webdataset(tmp_path: Path, small: Small, kind: str) -> None:
     write_classes(tmp_path / "set/000000.tar", small, slice(0, 12), kind)
     found = images(opened(tmp_path / "set"))
