@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from data_prep.common.contents import described_data
-from data_prep.images.metadata import APP1, START_OF_SCAN, jpeg_segments, without_metadata
+from data_prep.images.metadata import APP1, ORIENTATION, START_OF_SCAN, TIFF_ORDERS, jpeg_segments, without_metadata
 from data_prep.images.samples import UnsupportedSamples, check_supported, tiff_description, to_rgb
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ END_MARKS = {JPEG_MAGIC: JPEG_END, b"\x89PNG\r\n": b"IEND", b"GIF8": b";"}
 """First bytes of a file: what a complete file has at its end."""
 END_MARK_WINDOW = 64
 """The mark may be this many bytes before the end of the file, since some writers append a few."""
-TIFF_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
 TIFF_MAGIC = (*TIFF_ORDERS, b"II+\0", b"MM\0+")
 """With those of TIFFs that may have more than 4 GB."""
 UNSUPPORTED = re.compile(
@@ -58,7 +57,6 @@ SMALLEST_SCAN = 10
 """Bytes of a scan that has only a header."""
 EXIF_MAGIC = b"Exif\0\0"
 XMP_ORIENTATION = b"tiff:Orientation"
-ORIENTATION = 0x0112
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what it logs of a file is in the reason of the skip
 

@@ -1,7 +1,8 @@
-"""PNGs and JPEGs without their metadata, for files whose texts or profiles keep Pillow from reading the pixels."""
+"""PNGs, JPEGs and TIFFs without metadata, for files whose texts or profiles keep Pillow from reading the pixels."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -13,28 +14,54 @@ START_OF_SCAN, APP1 = 0xDA, 0xE1
 """Markers of a JPEG. APP1: Exif, which may have its orientation."""
 JPEG_METADATA = {*range(0xE2, 0xEE), 0xEF, 0xFE}
 """Markers of applications and comments. Excluded: APP0, APP1, and Adobe's APP14, which states how colors are stored."""
+TIFF_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
+_RANGES = (range(256, 260), range(277, 280), range(292, 294), range(320, 326), range(512, 522), range(529, 533))
+PIXEL_TAGS = {262, 266, 273, 284, 317, 338, 339, 347}.union(*_RANGES)
+"""The tags of a TIFF that its pixels depend on: sizes, samples, colors, strips, tiles, and options of compressions."""
+ORIENTATION = 274
 
 
 def without_metadata(content: bytes) -> Iterator[bytes]:
     """The file with its pixels and its orientation only, in up to two forms, the second with less of the orientation.
 
-    Nothing for files that are neither a PNG nor a JPEG, or that have no metadata.
+    Nothing for files of other formats, or that have no metadata.
     """
+    forms: Iterable[bytes] = ()
     if content.startswith(SIGNATURE):
-        chunks = [(kind, chunk) for kind, chunk in _chunks(content) if kind in PIXELS or _orients(kind, chunk)]
-        exif_only = [chunk for kind, chunk in chunks if kind in (*PIXELS, b"eXIf")]  # Pillow limits the texts' sizes
-        forms = [SIGNATURE + b"".join(kept) for kept in ([chunk for _, chunk in chunks], exif_only)]
+        forms = _forms_of_png(content)
     elif content.startswith(JPEG_START):
-        segments = list(jpeg_segments(content))
-        end = segments[-1][2] if segments else len(JPEG_START)
-        kept = [content[start:end] for marker, start, end in segments if marker not in JPEG_METADATA]
-        forms = [JPEG_START + b"".join(kept) + content[end:]]
-    else:
-        return
+        forms = [_jpeg_without_metadata(content)]
+    elif content.startswith(tuple(TIFF_ORDERS)):
+        forms = [_tiff_with_tags(content, tags) for tags in ({*PIXEL_TAGS, ORIENTATION}, PIXEL_TAGS)]
     for form in forms:
-        if len(form) < len(content):
+        if form != content:
             yield form
             content = form
+
+
+def _forms_of_png(content: bytes) -> Iterator[bytes]:
+    chunks = [(kind, chunk) for kind, chunk in _chunks(content) if kind in PIXELS or _orients(kind, chunk)]
+    yield SIGNATURE + b"".join(chunk for _, chunk in chunks)
+    # Pillow limits the sizes of texts.
+    yield SIGNATURE + b"".join(chunk for kind, chunk in chunks if kind in (*PIXELS, b"eXIf"))
+
+
+def _jpeg_without_metadata(content: bytes) -> bytes:
+    segments = list(jpeg_segments(content))
+    end = segments[-1][2] if segments else len(JPEG_START)
+    kept = (content[start:stop] for marker, start, stop in segments if marker not in JPEG_METADATA)
+    return JPEG_START + b"".join(kept) + content[end:]
+
+
+def _tiff_with_tags(content: bytes, wanted: set[int]) -> bytes:
+    """The TIFF with these tags of its first directory alone."""
+    order = TIFF_ORDERS[content[:4]]
+    first = int.from_bytes(content[4:8], order) + 2
+    end = first + 12 * int.from_bytes(content[first - 2 : first], order)
+    entries = [content[start : start + 12] for start in range(first, end, 12)]
+    kept = [entry for entry in entries if int.from_bytes(entry[:2], order) in wanted]
+    directory = len(kept).to_bytes(2, order) + b"".join(kept) + bytes(4)
+    return content[: first - 2] + directory.ljust(end + 2 - first, b"\0") + content[end:]
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -1,5 +1,6 @@
 """Metadata, damaged or large, never keeps the pixels of an image from being read, and its orientation is applied."""
 
+import struct
 import zlib
 
 import numpy as np
@@ -71,6 +72,18 @@ def test_a_jpeg_that_pillow_reads_is_read_whatever_its_metadata() -> None:
     inks = encoded(Image.fromarray(PIXELS).convert("CMYK"), "JPEG", exif=oriented(6))
     short_profile = b"\xff\xe2\0\x0eICC_PROFILE\0"
     assert (Decoder()(inks[:2] + short_profile + inks[2:], "x") == by_pillow(inks)).all()
+
+
+@pytest.mark.parametrize("tag", [270, 274, 282, 34675])
+@pytest.mark.parametrize("field", [(77, 1, 0), (2, 1_000_000, 0), (4, 50, 0xFFFFFFFF)])
+def test_a_tiff_is_read_whatever_its_other_tags(tag: int, field: tuple[int, int, int]) -> None:
+    """A field has a type, a count and an offset."""
+    options = {"description": 99 * "d", "dpi": (300, 300), "icc_profile": bytes(300), "exif": oriented(1)}
+    content = encoded(Image.fromarray(PIXELS), "TIFF", **options)
+    entries = range(struct.unpack_from("<I", content, 4)[0] + 2, len(content) - 12, 12)
+    place = next(entry for entry in entries if struct.unpack_from("<H", content, entry) == (tag,))
+    damaged = content[:place] + struct.pack("<HHII", tag, *field) + content[place + 12 :]
+    assert (Decoder()(damaged, "x") == PIXELS).all()
 
 
 def test_scans_are_not_counted_in_metadata_or_behind_the_image() -> None:
