@@ -14,23 +14,9 @@ from data_prep.images.decode import is_image
 logger = logging.getLogger(__name__)
 
 SUFFIXES = {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".pfm",
-        ".jp2",
-        ".j2k",
-        ".jpf",
-        ".jpx",
-        ".j2c",
-        ".jpc",
-        ".avif",
-        ".avifs",
-        ".ico",
-    ),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ico"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    *(".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc", ".avif", ".avifs"),
 }
 """Endings of the formats that are decoded. A file with another ending is an image if its first bytes are an image's."""
 NOT_IMAGES = {".txt", ".json", ".xml", ".csv", ".yaml", ".yml", ".caption", ".npy", ".npz", ".mat", ".pt"}
@@ -120,7 +106,7 @@ def images_below(folder: Path, name: str, passed: PassedOver) -> list[str]:
     top = folder.resolve()
     seen = {_identity(above) for above in (top, *top.parents)}
     found: list[str] = []
-    folders, links = [name], []
+    folders, links = [name], list[str]()
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
         if here.count("/") > MAX_LEVELS:
@@ -189,6 +175,11 @@ def refuse_unextracted(folder: Path) -> None:
             f"{folder} has archives that are not extracted: {len(archives):,} ({names}); extract each into the folder "
             f"of its class, such as {archives[0][1]}/, or remove them."
         )
+
+
+def in_system_folder(name: str) -> bool:
+    """Whether a path in an archive leads through a system folder."""
+    return not SYSTEM_FOLDERS.isdisjoint(name.lower().split("/")[:-1])
 
 
 def has_image_ending(name: str) -> bool:

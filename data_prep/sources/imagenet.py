@@ -20,7 +20,14 @@ import numpy as np
 
 from data_prep.config import SourceConfig
 from data_prep.sources.base import ImageFiles, Names, Source, fingerprint
-from data_prep.sources.folders import PassedOver, entry_kind, has_image_ending, listed, refuse_loose_images
+from data_prep.sources.folders import (
+    PassedOver,
+    entry_kind,
+    has_image_ending,
+    in_system_folder,
+    listed,
+    refuse_loose_images,
+)
 from data_prep.sources.imagenet_classes import Classes, read_classes
 from data_prep.sources.tar_index import Member, RandomAccessFile, TarImages, open_random_access, tar_members
 
@@ -180,7 +187,8 @@ def _images_in(folder: Path, passed: PassedOver, below: str = "") -> list[str]:
 
 def _list_tar(file: RandomAccessFile, inside: Member | None = None) -> TarListing:
     """The images of a tar, sorted by name, as in a listing of its extracted folder."""
-    members = {PurePosixPath(member.name).name: member for member in tar_members(file, inside)}
+    found = (member for member in tar_members(file, inside) if not in_system_folder(member.name))
+    members = {PurePosixPath(member.name).name: member for member in found}
     names = sorted(name for name in members if _is_image(name))
     offsets = np.array([members[name].offset for name in names], np.int64)
     return Names(names), offsets, np.array([members[name].size for name in names], np.int64)

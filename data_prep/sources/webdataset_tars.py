@@ -20,6 +20,7 @@ from data_prep.images.decode import BadImage
 from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.remote import is_remote, open_remote
 from data_prep.sources.base import MAX_CLASSES, UNLABELLED, Encoded, ImageStream, Source, fingerprint
+from data_prep.sources.folders import in_system_folder
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
 
@@ -213,9 +214,12 @@ def key_and_extension(member: tarfile.TarInfo) -> tuple[str | None, str]:
     """The key by which webdataset groups members, and the extension. The key is None for members to ignore.
 
     Hidden files are ignored, such as `dir/._a.jpg`, which macOS adds for each file; webdataset takes `dir/` as key.
+    System folders are ignored too, such as `@eaDir/a.jpg/thumbnail.jpg`.
     """
     parts = KEY_AND_EXTENSION.fullmatch(member.name)
     if not member.isreg() or parts is None or parts[1].endswith("/") or META_NAME.match(member.name):
+        return None, ""
+    if in_system_folder(member.name):
         return None, ""
     return parts[1], parts[2].lower()
 

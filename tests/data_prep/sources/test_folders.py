@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ def test_system_folders_are_passed_over_and_counted(
     assert source.classes == ["cat", "dog"]
     assert {split: len(images) for split, images in source.splits.items()} == {"train": 4, "test": 1}
     assert f"{pictures / parent.partition('/')[0]}: passed over system folders: 1 ({system})" in caplog.text
+
+
+def test_system_folders_in_tars_are_ignored(tmp_path: Path) -> None:
+    """Made of folders on a file server; also in ImageNet's tars of classes."""
+    for name in ("n01440764/a.JPEG", "n01440764/b.JPEG", f"n01440764/@eaDir/{THUMBNAIL}"):
+        write(tmp_path / "classes" / name, image("JPEG"))
+    inner = layouts.tar_of(tmp_path / "classes/n01440764", tmp_path / "n01440764.tar")
+    (tmp_path / "outer").mkdir()
+    with tarfile.open(tmp_path / "outer/ILSVRC2012_img_train.tar", "w") as tar:
+        tar.add(inner, inner.name)
+    images = opened("imagenet", tmp_path / "outer").splits["train"]
+    assert list(images.names) == ["n01440764/a.JPEG", "n01440764/b.JPEG"]  # type: ignore[attr-defined]
+    (stream,) = opened("webdataset", inner).streams["train"]
+    assert sorted(item.name.partition(" ")[0] for item in stream) == ["a.JPEG", "b.JPEG"]
 
 
 def test_what_is_not_an_image_is_counted(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
