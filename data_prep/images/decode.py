@@ -191,7 +191,7 @@ def _pillow_pixels(content: bytes) -> np.ndarray:
     from PIL import ImageOps
 
     with _open_image(content) as image:
-        check_supported(image)
+        check_supported(image, content)
         image.load()
         with suppress(Exception):  # an image with a damaged Exif block is still usable
             ImageOps.exif_transpose(image, in_place=True)
@@ -222,9 +222,9 @@ def _unidentified(content: bytes, name: str) -> BadImage:
     with warnings.catch_warnings(action="ignore"):
         message = _plugin_message(content)
         if UNSUPPORTED.search(message):
-            with suppress(Exception):
+            with suppress(Exception):  # the directory of a TIFF may be damaged
                 message = tiff_description(content) if content.startswith(TIFF_MAGIC) else message
-            return BadImage(name, "unsupported", message)
+                return BadImage(name, "unsupported", message)
     reason = _unidentified_reason(content)
     known = described_data(content)
     unknown = f"it is {known}" if known else f"none of {', '.join(FORMATS)}"

@@ -1,7 +1,7 @@
 """PNGs, JPEGs and TIFFs without metadata, for files whose texts or profiles keep Pillow from reading the pixels."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Literal
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -54,14 +54,35 @@ def _jpeg_without_metadata(content: bytes) -> bytes:
 
 
 def _tiff_with_tags(content: bytes, wanted: set[int]) -> bytes:
-    """The TIFF with these tags of its first directory alone."""
-    order = TIFF_ORDERS[content[:4]]
-    first = int.from_bytes(content[4:8], order) + 2
-    end = first + 12 * int.from_bytes(content[first - 2 : first], order)
-    entries = [content[start : start + 12] for start in range(first, end, 12)]
-    kept = [entry for entry in entries if int.from_bytes(entry[:2], order) in wanted]
+    """The TIFF with these tags of its first directory alone; unchanged if that is cut off."""
+    order, start, fields = _tiff_directory(content)
+    if start + 12 * len(fields) > len(content):
+        return content
+    kept = [field for tag, field in fields if tag in wanted]
     directory = len(kept).to_bytes(2, order) + b"".join(kept) + bytes(4)
-    return content[: first - 2] + directory.ljust(end + 2 - first, b"\0") + content[end:]
+    end = start + 12 * len(fields)
+    return content[: start - 2] + directory.ljust(end + 2 - start, b"\0") + content[end:]
+
+
+def lost_tags(content: bytes, known: Container[int]) -> bool:
+    """Whether Pillow did not take all tags of a TIFF that its pixels depend on: it stops at the first damaged tag.
+
+    known: the tags that it took. It takes none without values.
+    """
+    if not content.startswith(tuple(TIFF_ORDERS)):
+        return False
+    _, start, fields = _tiff_directory(content)
+    cut_off = start + 12 * len(fields) > len(content)
+    return cut_off or any(tag in PIXEL_TAGS and tag not in known and any(field[4:8]) for tag, field in fields)
+
+
+def _tiff_directory(content: bytes) -> tuple[Literal["little", "big"], int, list[tuple[int, bytes]]]:
+    """The byte order of a TIFF, where the fields of its first directory start, and (tag, field) of each."""
+    order = TIFF_ORDERS[content[:4]]
+    start = int.from_bytes(content[4:8], order) + 2
+    end = start + 12 * int.from_bytes(content[start - 2 : start], order)
+    fields = [content[place : place + 12] for place in range(start, end, 12)]
+    return order, start, [(int.from_bytes(field[:2], order), field) for field in fields]
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:

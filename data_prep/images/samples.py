@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.images.metadata import lost_tags
+
 if TYPE_CHECKING:
     import PIL.Image
 
@@ -13,6 +15,7 @@ BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, TYPE = 258, 259, 262, 277, 284,
 WHITE_IS_ZERO, SEPARATE = 0, 2
 """Values of PHOTOMETRIC and of PLANES."""
 SIGNED = 2
+LOST = "its directory is truncated or damaged"
 TYPES = {1: "unsigned", SIGNED: "signed", 3: "float", 5: "complex", 6: "complex"}
 """Values of TYPE. A file without the tag has unsigned samples."""
 
@@ -21,9 +24,14 @@ class UnsupportedSamples(ValueError):
     """Samples that can't become 8 bits by the rule."""
 
 
-def check_supported(image: "PIL.Image.Image") -> None:
-    """Raises UnsupportedSamples for an opened TIFF that Pillow would decode to other values than it has."""
+def check_supported(image: "PIL.Image.Image", content: bytes) -> None:
+    """Checks an opened image that Pillow might decode to other values than it has.
+
+    Raises UnsupportedSamples, or OSError for a TIFF whose directory is damaged.
+    """
     tags = _tags(image)
+    if tags and lost_tags(content, tags):
+        raise OSError(LOST)
     stored, mode = image.info.get("compression") == "raw", image.mode
     if stored and tags.get(PLANES) == SEPARATE and max(tags.get(BITS, (1,))) > 8:
         raise UnsupportedSamples(f"{_description(tags)}, in separate planes")
@@ -74,6 +82,8 @@ def tiff_description(content: bytes) -> str:
     file = io.BytesIO(content)
     file.seek(tags.next)
     tags.load(file)
+    if lost_tags(content, tags):
+        raise OSError(LOST)
     return _description(tags)
 
 

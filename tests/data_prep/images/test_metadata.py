@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_prep.images.decode import BadImage, Decoder
-from tests.data_prep.images.encoded_images import by_pillow, chunk, encoded, oriented
+from tests.data_prep.images.encoded_images import by_pillow, chunk, encoded, oriented, tiff
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 PNG = encoded(Image.fromarray(PIXELS), "PNG")
@@ -78,12 +78,27 @@ def test_a_jpeg_that_pillow_reads_is_read_whatever_its_metadata() -> None:
 @pytest.mark.parametrize("field", [(77, 1, 0), (2, 1_000_000, 0), (4, 50, 0xFFFFFFFF)])
 def test_a_tiff_is_read_whatever_its_other_tags(tag: int, field: tuple[int, int, int]) -> None:
     """A field has a type, a count and an offset."""
-    options = {"description": 99 * "d", "dpi": (300, 300), "icc_profile": bytes(300), "exif": oriented(1)}
+    options = {"description": 99 * "d", "dpi": (300, 300), "icc_profile": bytes(300)}
+    # Pillow forgets the tags behind a damaged one, such as 317, the predictor.
+    options |= {"compression": "tiff_adobe_deflate", "tiffinfo": {274: 1, 317: 2}}
     content = encoded(Image.fromarray(PIXELS), "TIFF", **options)
     entries = range(struct.unpack_from("<I", content, 4)[0] + 2, len(content) - 12, 12)
     place = next(entry for entry in entries if struct.unpack_from("<H", content, entry) == (tag,))
     damaged = content[:place] + struct.pack("<HHII", tag, *field) + content[place + 12 :]
     assert (Decoder()(damaged, "x") == PIXELS).all()
+
+
+@pytest.mark.parametrize(("kind", "values"), [(2, "<i2"), (3, "<f4")])
+def test_a_tiff_without_its_last_tags_is_truncated(kind: int, values: str) -> None:
+    """Without the type of its samples it would be read to other values."""
+    samples = (PIXELS[:16, :16, 0] / (1 if kind == 2 else 255)).astype(values)
+    content = tiff(samples, 8 * samples.itemsize, kind=kind)
+    directory = struct.unpack_from("<I", content, 4)[0]
+    for end in range(directory, len(content) - 4):
+        with pytest.raises(BadImage) as caught:
+            Decoder()(content[:end], "x")
+        assert caught.value.reason in ("truncated", "damaged")
+    assert (Decoder()(content, "x")[:, :, 0] == PIXELS[:16, :16, 0]).all()
 
 
 def test_scans_are_not_counted_in_metadata_or_behind_the_image() -> None:
