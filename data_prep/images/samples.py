@@ -1,4 +1,4 @@
-"""Samples of every type to 8 bits. data_prep/README.md has the rule ("Sample formats")."""
+"""Samples of every type to 8 bits. data_prep/README.md has the rule ("Image files")."""
 
 import io
 from typing import TYPE_CHECKING, Any

@@ -177,12 +177,14 @@ def _ranks(names_by_class: list[Names]) -> np.ndarray:
 
 def _images_in(folder: Path, passed: PassedOver, below: str = "") -> list[str]:
     """The sorted names of a folder's images. Other files are counted, with their paths `below` the split's folder."""
+    images = []
     with os.scandir(folder) as entries:
-        found = list(entries)
-    for entry in found:
-        if not _is_image(entry.name) and entry_kind(entry) == "file":
-            passed.add_file(f"{below}{entry.name}")
-    return sorted(entry.name for entry in found if _is_image(entry.name))
+        for entry in entries:
+            if _is_image(entry.name):
+                images.append(entry.name)
+            elif entry_kind(entry) == "file":
+                passed.add_file(f"{below}{entry.name}")
+    return sorted(images)
 
 
 def _list_tar(file: RandomAccessFile, inside: Member | None = None) -> TarListing:
