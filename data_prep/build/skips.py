@@ -1,12 +1,11 @@
 """Images and tars that could not be used: counted by reason, listed by name, and limited by max_skipped."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.common.files import atomic_write
+from data_prep.common.files import atomic_write, to_json
 from data_prep.images.decode import BadImage
 
 SKIPPED = "skipped.jsonl"
@@ -122,4 +121,4 @@ def write_skips(path: Path, skips: list[Skip]) -> None:
         path.unlink(missing_ok=True)
         return
     with atomic_write(path) as temporary, temporary.open("w") as file:
-        file.writelines(json.dumps(one) + "\n" for one in skips)
+        file.writelines(to_json(one) + "\n" for one in skips)

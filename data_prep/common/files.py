@@ -104,10 +104,19 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON. NaN and Inf become null, because JSON has neither, and other programs refuse them."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        return json.dumps(finite, indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically; NaN and Inf become null."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(to_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -116,9 +125,12 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes, name: str) -> Any:
-    """The value in a JSON file's content. Raises ValueError with the file's name if it is not JSON."""
+    """The value in a JSON file's content. Raises ValueError with the file's name if it is not JSON.
+
+    NaN and Infinity, which earlier versions wrote, are read as None.
+    """
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=lambda _: None)
     except ValueError as error:
         if known := described(content):
             raise ValueError(f"{name} is {known}; it must be JSON.") from error

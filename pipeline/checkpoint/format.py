@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data_prep.common.files import file_sha256, flush_to_disk, json_digest, read_json
+from data_prep.common.files import file_sha256, flush_to_disk, json_digest, read_json, to_json
 from pipeline.checkpoint.fragments import FragmentReader
 from pipeline.config import CheckpointConfig
 
@@ -135,8 +135,8 @@ def write_rank(
 def commit(folder: Path, record: CheckpointRecord) -> Path:
     """Writes the manifest and renames the folder; from then on the checkpoint is complete. One rank calls it."""
     manifest = folder / MANIFEST
-    content = json.loads(json.dumps(asdict(record)))
-    manifest.write_text(json.dumps(content | {"sha256": json_digest(content)}, indent=2) + "\n")
+    content = json.loads(to_json(asdict(record)))
+    manifest.write_text(to_json(content | {"sha256": json_digest(content)}, indent=2) + "\n")
     flush_to_disk(manifest)
     flush_to_disk(folder)
     final = step_folder(folder.parent, record.step)

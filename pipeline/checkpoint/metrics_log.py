@@ -7,11 +7,10 @@ import json
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.files import atomic_write
+from data_prep.common.files import atomic_write, to_json
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
@@ -21,9 +20,8 @@ Row = dict[str, Any]
 
 
 def to_line(row: Row) -> str:
-    """The row as a line of the file; NaN and Inf become null, because JSON has neither."""
-    finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
-    return json.dumps(finite) + "\n"
+    """The row as a line of the file; NaN and Inf become null, in its lists and objects too."""
+    return to_json(row) + "\n"
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.exit_codes import USER_ERROR
-from data_prep.common.files import read_json
+from data_prep.common.files import read_json, to_json
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _record_failure(run: Path, now: RunStatus, code: int) -> list[int]:
     with paths[-1].open("a") as file:
         if earlier and not earlier.endswith("\n"):
             file.write("\n")
-        file.write(json.dumps({"time": time.time(), "step": now.step, "code": code, "error": now.error}) + "\n")
+        file.write(to_json({"time": time.time(), "step": now.step, "code": code, "error": now.error}) + "\n")
     steps = []
     for line in earlier.splitlines():
         with suppress(ValueError):

@@ -4,6 +4,8 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
+from data_prep.common.files import to_json
+
 
 @dataclass
 class Report:
@@ -24,7 +26,7 @@ class Report:
 
     def line(self) -> str:
         """The line of JSON for standard output."""
-        return json.dumps(asdict(self))
+        return to_json(asdict(self))
 
 
 def read_line(line: str) -> Report | None:

@@ -1,12 +1,14 @@
 """The parts of data_prep/common that the rest of the repository uses."""
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from data_prep.common.files import atomic_folder, atomic_write, json_digest
+from data_prep.common.files import atomic_folder, atomic_write, json_digest, read_json, to_json, write_json
 from data_prep.common.retry import backoff, retry
 
 
@@ -69,3 +71,15 @@ def test_a_failed_write_leaves_the_old_contents(tmp_path: Path) -> None:
             raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == (tmp_path / "folder/file").read_text() == "first"
+
+
+def test_json_has_no_nan_and_is_read_from_earlier_versions(tmp_path: Path) -> None:
+    value = {"loss": math.nan, "rows": [{"worst": -math.inf, "step": 3}], "name": "NaN"}
+    without = {"loss": None, "rows": [{"worst": None, "step": 3}], "name": "NaN"}
+    write_json(tmp_path / "new.json", value)
+    assert "Infinity" not in (tmp_path / "new.json").read_text()
+    assert json.loads(to_json(value)) == read_json(tmp_path / "new.json") == without
+    (tmp_path / "old.json").write_text(json.dumps(value))  # writes NaN and -Infinity
+    assert read_json(tmp_path / "old.json") == without
+    with pytest.raises(TypeError):
+        to_json({"path": tmp_path})

@@ -60,3 +60,12 @@ def test_last_steps_count_those_that_were_applied(run: Path) -> None:
 def test_numbers_that_an_earlier_version_wrote_as_nan_are_null(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text('{"step": 2, "loss": NaN, "grad_norm": -Infinity, "applied": false}\n')
     assert list(read_rows(tmp_path / METRICS_FILE)) == [NULLS[1]]
+
+
+def test_nan_within_lists_and_objects_is_null_too(tmp_path: Path) -> None:
+    row = {"step": 5, "valid_loss_by_set": {"a": nan, "b": 2.0}, "probe_accuracy_by_layer": [0.5, -inf]}
+    line = to_line(row)
+    assert "NaN" not in line and "Infinity" not in line
+    (tmp_path / METRICS_FILE).write_text(line)
+    [found] = read_rows(tmp_path / METRICS_FILE)
+    assert found == {"step": 5, "valid_loss_by_set": {"a": None, "b": 2.0}, "probe_accuracy_by_layer": [0.5, None]}
