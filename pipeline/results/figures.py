@@ -1,5 +1,7 @@
 """The common style of all figures: matplotlib without a display, one size, one set of colors."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ from data_prep.common.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 ACCENT = "#1f5fa8"
 BASELINES = ("#c2571a", "#777777", "#3b8a4e")
@@ -32,6 +36,15 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a PNG atomically."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
+
+
+def draw_or_log(draw: Callable[[dict[str, Any], Path], None], result: dict[str, Any], path: Path) -> None:
+    """Draws a result. An error is logged with its traceback: a figure must not cost a measurement."""
+    try:
+        draw(result, path)
+    except Exception:
+        path.unlink(missing_ok=True)  # one of an earlier result
+        logger.warning(f"{path} can't be drawn; the numbers are complete", exc_info=True)
 
 
 def label_line(axes: "Axes", height: float, words: str, color: str) -> None:

@@ -75,10 +75,10 @@ def train_classifier(
 
 
 def test_classifier(
-    evaluation: Evaluation, classifier: nn.Module, images: ImageSubset, label: str
+    evaluation: Evaluation, classifier: nn.Module, images: ImageSubset, classes: np.ndarray, label: str
 ) -> tuple[dict[str, Any], np.ndarray]:
     """`test_scores` of a classifier, and the class that it predicts for each image under the first mask, int (N,)."""
-    return test_scores(evaluation, images, partial(predict_classes, evaluation, classifier, images, label))
+    return test_scores(evaluation, images, classes, partial(predict_classes, evaluation, classifier, images, label))
 
 
 def write_classifier(

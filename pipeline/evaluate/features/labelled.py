@@ -130,29 +130,37 @@ def _labelled_images(evaluation: Evaluation, task: str, splits: Collection[str])
     return images
 
 
-def images_by_class(evaluation: Evaluation, images: ImageSubset) -> list[int]:
-    """The number of images of each class, in the order of the shard set's classes."""
-    return np.bincount(images.labels, minlength=len(evaluation.shards.classes)).tolist()
+def occurring_classes(images: dict[str, ImageSubset]) -> np.ndarray:
+    """The labels that occur in any of the splits, ascending, int (C,).
+
+    Results list these only: labels may have gaps, and a table over all numbers up to the largest label may be huge.
+    """
+    return np.unique(np.concatenate([chosen.labels for chosen in images.values()]))
+
+
+def images_by_class(images: ImageSubset, classes: np.ndarray) -> list[int]:
+    """The number of images of each of these classes."""
+    return np.bincount(np.searchsorted(classes, images.labels), minlength=len(classes)).tolist()
 
 
 def absent_classes(evaluation: Evaluation, images: dict[str, ImageSubset]) -> dict[str, list[str]]:
     """By split, the names of the classes of which it has no image although another split has some."""
-    counts = {name: np.array(images_by_class(evaluation, chosen)) for name, chosen in images.items()}  # (C,) each
-    known = np.sum(list(counts.values()), axis=0) > 0
-    names = evaluation.shards.classes
-    return {split: [names[n] for n in np.flatnonzero(known & (count == 0))] for split, count in counts.items()}
+    names, classes = evaluation.shards.classes, occurring_classes(images)
+    return {split: [names[label] for label in np.setdiff1d(classes, chosen.labels)] for split, chosen in images.items()}
 
 
 def description(evaluation: Evaluation, images: dict[str, ImageSubset]) -> dict[str, Any]:
     """What a result records about its images: see the docstring of linear_probe.py."""
-    train, test = images["train"].labels, images["test"].labels
+    train, test, classes = images["train"].labels, images["test"].labels, occurring_classes(images)
+    labels, counts = np.unique(train, return_counts=True)
     return {
-        "classes": len(np.unique(train)),
-        "class_names": evaluation.shards.classes,
+        "classes": len(labels),
+        "class_names": [evaluation.shards.classes[label] for label in classes],
+        "class_labels": classes.tolist(),
         **{f"{name}_images": len(chosen) for name, chosen in images.items()},
-        "images_by_class": {name: images_by_class(evaluation, chosen) for name, chosen in images.items()},
+        "images_by_class": {name: images_by_class(chosen, classes) for name, chosen in images.items()},
         "absent_classes": absent_classes(evaluation, images),
-        "majority_class_test_accuracy": float((test == np.bincount(train).argmax()).mean()),
+        "majority_class_test_accuracy": float((test == labels[counts.argmax()]).mean()),
     }
 
 

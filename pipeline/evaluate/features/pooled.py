@@ -53,7 +53,7 @@ def pooled_features(evaluation: Evaluation, images: ImageSubset, draw: int = 0) 
     draw: which pixels are masked, for a masked model. The file (4 * (L+1) * N * D bytes) is in `evaluation.features`,
     which must be on a file system that all ranks share. Its name has a digest of the model, the images and everything
     else that the features depend on. Each rank computes and writes its own batches; the values do not depend on the
-    number of ranks.
+    number of ranks. Raises ValueError if features are NaN or Inf.
     """
     config, facts = evaluation.model.config, _facts(evaluation, images, draw)
 
@@ -63,7 +63,13 @@ def pooled_features(evaluation: Evaluation, images: ImageSubset, draw: int = 0) 
             for rows, tokens in evaluation.batches(images, f"features of {images.split.name}", done):
                 inputs, _ = evaluation.inputs_and_targets(tokens, images.indices[rows], draw)  # (B, T)
                 model.transformer(inputs)
-                write(rows.start, torch.stack(pooled).cpu().numpy())
+                features = torch.stack(pooled)  # (L+1, B, D)
+                if not torch.isfinite(features).all():
+                    raise ValueError(
+                        f"the model's features are NaN or Inf on images of {images.split.name}; evaluate another "
+                        f"checkpoint, or in fp32 if --precision is bf16."
+                    )
+                write(rows.start, features.cpu().numpy())
 
     name = f"{images.split.name}-{json_digest(facts)[:16]}"
     return TaskCache(evaluation.features).array(name, (config.n_layer + 1, len(images), config.n_embd), facts, fill)

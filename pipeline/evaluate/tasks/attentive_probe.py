@@ -36,11 +36,12 @@ from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Training, all_diverged, train
 from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.features.attentive_pooling import Probes, standardisation, token_features
-from pipeline.evaluate.features.labelled import description, labelled_splits
+from pipeline.evaluate.features.labelled import description, labelled_splits, occurring_classes
 from pipeline.evaluate.metrics.classification import accuracy_text, draw_confusion, predict, test_scores
 from pipeline.evaluate.options import AttentiveProbeOptions
 from pipeline.evaluate.task import LabelledTask
 from pipeline.model.objectives import class_loss
+from pipeline.results.figures import draw_or_log
 
 FIGURE = "attentive_probe.png"
 DEFAULT_DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
@@ -83,7 +84,7 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
 
             return predict(evaluation, images["test"], "attentive_probe, test", logits)
 
-        scores, _ = test_scores(evaluation, images["test"], predict_under)
+        scores, _ = test_scores(evaluation, images["test"], occurring_classes(images), predict_under)
         result = {
             **description(evaluation, images),
             "layers": layers,
@@ -99,7 +100,7 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             **scores,
             "figure": FIGURE,
         }
-        from_first(lambda: draw_confusion(result, evaluation.results / FIGURE))
+        from_first(lambda: draw_or_log(draw_confusion, result, evaluation.results / FIGURE))
         return result
 
     @classmethod

@@ -101,9 +101,14 @@ class Completions(Task[CompletionsOptions]):
         caption = (
             f"The first column is the half that the model received, the last column the original; between them are "
             f"{result['samples']} samples at temperature {result['temperature']:g}, seed {result['seed']}. The images "
-            f"are random images of {result['split']}; no sample was selected."
+            f"are random images of {result['split']}, of different classes as far as possible; no sample was selected."
         )
-        shown = figure(folder / FIGURE, "completions of half images", caption)
+        count = len(result["images"])
+        alternative = (
+            f"Grid of {count} {'row' if count == 1 else 'rows'}, one per image of {result['split']}: the given upper "
+            f"half, {result['samples']} completions drawn by the model, the original."
+        )
+        shown = figure(folder / FIGURE, alternative, caption)
         distance = result["distance"]
         if distance is None:
             return shown
@@ -115,7 +120,11 @@ class Completions(Task[CompletionsOptions]):
         completions, rows = rows[0], sorted(rows, key=lambda row: float(row[1]))
         return (
             shown
-            + table(["Fréchet distance to other images of the split", "d²"], rows, ours=[rows.index(completions)])
+            + table(
+                ["Fréchet distance to other images of the split", "d² (lower is better)"],
+                rows,
+                ours=[rows.index(completions)],
+            )
             + note(
                 f"{distance['images']:,} images, completed once each, against {distance['images']:,} other images of "
                 f"{result['split']}; features of {distance['network']}. Distances depend on the number of images and "

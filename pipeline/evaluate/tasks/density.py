@@ -3,8 +3,8 @@
 A masked model predicts only masked pixels, given all others. Its loss is not a density of the image and can be compared
 only with the loss of other masked models. Each draw masks other pixels; every image has the same weight.
 
-JSON: `split`, `images`, `masked`, `draws`, `nats_per_color`, `bits_per_color`, `nats_standard_error` (over images),
-`nats_by_position` (H lists of W numbers, rows from the top), for a masked model `nats_by_draw`, and
+JSON: `split`, `images`, `masked`, `draws`, `nats_per_color`, `bits_per_color`, `nats_standard_error` (over images; None
+for one), `nats_by_position` (H lists of W numbers, rows from the top), for a masked model `nats_by_draw`, and
 `<baseline>_nats_per_color`. Baselines from weak to strong, whose counts come from the entire train split:
 
     uniform        all V colors equally likely: ln V
@@ -31,10 +31,11 @@ from pipeline.evaluate.options import DensityOptions
 from pipeline.evaluate.task import Task
 from pipeline.evaluate.work_sharing import map_parts
 from pipeline.model.objectives import IGNORED, per_token_loss
-from pipeline.results.figures import new_figure, save_figure
+from pipeline.results.figures import draw_or_log, new_figure, save_figure
 from pipeline.results.headline import Headline
 from pipeline.results.published import NATS
 from pipeline.results.report.html import figure, note, table
+from pipeline.results.text import number
 
 FIGURE = "density.png"
 IMAGES_AT_ONCE = 4096
@@ -65,12 +66,21 @@ class Density(Task[DensityOptions]):
             evaluation.images(name)
 
     def measure(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Measures the mean loss of the model and of the baselines, and draws a heat map of the loss by position."""
+        """Measures the mean loss of the model and of the baselines, and draws a heat map of the loss by position.
+
+        Raises ValueError if a loss is NaN or Inf.
+        """
         images = evaluation.images(self.options.split)
         draws = self.options.draws if evaluation.masked else 1
         scored = [score(evaluation, images, draw) for draw in range(draws)]
         losses = np.mean([of_draw["losses"] for of_draw in scored], axis=0)  # (N,)
+        if lost := int((~np.isfinite(losses)).sum()):
+            raise ValueError(
+                f"density: the model's loss is NaN or Inf for {lost:,} of {len(losses):,} images of "
+                f"{self.options.split}; evaluate another checkpoint, or in fp32 if --precision is bf16."
+            )
         nats, side = float(losses.mean()), evaluation.shards.resolution
+        error = float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else None
         result = {
             "split": self.options.split,
             "images": len(images),
@@ -78,7 +88,7 @@ class Density(Task[DensityOptions]):
             "draws": draws,
             "nats_per_color": nats,
             "bits_per_color": nats / math.log(2),
-            "nats_standard_error": float(losses.std() / math.sqrt(len(losses))),
+            "nats_standard_error": error,
             "nats_by_position": nats_by_position(scored, side),
         }
         if evaluation.masked:
@@ -87,7 +97,7 @@ class Density(Task[DensityOptions]):
             lambda: evaluation.cache.get_or_compute("baselines", lambda: baseline_losses(evaluation, images))
         )
         result |= {f"{name}_nats_per_color": loss for name, loss in baselines.items()}
-        from_first(lambda: draw_heat_map(result, evaluation.results / FIGURE))
+        from_first(lambda: draw_or_log(draw_heat_map, result, evaluation.results / FIGURE))
         return result
 
     @classmethod
@@ -95,9 +105,9 @@ class Density(Task[DensityOptions]):
         what = "masked pixel" if result["masked"] else "color"
         return (
             f"{result['nats_per_color']:.4f} nats, {result['bits_per_color']:.4f} bits per {what} on "
-            f"{result['split']}; uniform {result['uniform_nats_per_color']:.4f}, color frequencies "
-            f"{result['unigram_nats_per_color']:.4f}, previous color {result['bigram_nats_per_color']:.4f}, "
-            f"left x above {result['left_times_above_nats_per_color']:.4f}"
+            f"{result['images']:,} images of {result['split']}; uniform {result['uniform_nats_per_color']:.4f}, color "
+            f"frequencies {result['unigram_nats_per_color']:.4f}, previous color "
+            f"{result['bigram_nats_per_color']:.4f}, left x above {result['left_times_above_nats_per_color']:.4f}"
         )
 
     @classmethod
@@ -106,7 +116,8 @@ class Density(Task[DensityOptions]):
         nats = result["nats_per_color"]
         if result["masked"]:
             return [Headline("Nats per masked pixel", nats, "nats", detail=f"{result['draws']} masks per image")]
-        return [Headline("Nats per color", nats, "nats", detail=result["split"], measure=NATS)]
+        measure = NATS if result["split"] == "test" else ""
+        return [Headline("Nats per color", nats, "nats", detail=result["split"], measure=measure)]
 
     @classmethod
     def section(cls, result: dict[str, Any], folder: Path) -> str:
@@ -116,15 +127,16 @@ class Density(Task[DensityOptions]):
         nats = {"model": result["nats_per_color"]} | {key: result[f"{key}_nats_per_color"] for key in BASELINES}
         rows = sorted([(NAMES[key], value) for key, value in nats.items()], key=lambda row: row[1])
         shown = table(
-            ["Predictor", f"nats per {what}", f"bits per {what}"],
+            ["Predictor (lower is better)", f"nats per {what}", f"bits per {what}"],
             [[name, f"{value:.4f}", f"{value / math.log(2):.4f}"] for name, value in rows],
-            ours=[number for number, (name, _) in enumerate(rows) if name == NAMES["model"]],
+            ours=[place for place, (name, _) in enumerate(rows) if name == NAMES["model"]],
         )
         masks = f", each under {result['draws']} masks" if result["masked"] else ""
+        error, images = result["nats_standard_error"], result["images"]
+        spread = f", standard error {error:.4f} nats" if error == error and images > 1 else ""
         explained = note(
-            f"Mean over {result['images']:,} images of {result['split']}{masks}, standard error "
-            f"{result['nats_standard_error']:.4f} nats; lower is better. The baselines' counts come "
-            "from the entire train split."
+            f"Mean over {images:,} {'image' if images == 1 else 'images'} of {result['split']}{masks}{spread}. The "
+            "baselines' counts come from the entire train split."
             + (
                 " A masked model sees all other pixels, so its nats can't be compared with the baselines."
                 if masks
@@ -133,7 +145,12 @@ class Density(Task[DensityOptions]):
         )
         causal = "the first pixels of the image and of each row have the fewest pixels before and above them."
         why = "a masked pixel at the border has fewer neighbors." if masks else causal
-        return shown + explained + figure(folder / FIGURE, "nats by position", f"Mean nats at each position: {why}")
+        heat = np.asarray(result["nats_by_position"], float)
+        alternative = (
+            f"Heat map of the mean nats at the {heat.shape[0]} by {heat.shape[1]} positions of the image: "
+            f"{number(float(heat[0, 0]))} at the first pixel, {number(float(np.nanmedian(heat)))} in the median."
+        )
+        return shown + explained + figure(folder / FIGURE, alternative, f"Mean nats at each position: {why}")
 
 
 def score(evaluation: Evaluation, images: ImageSubset, draw: int) -> Sums:

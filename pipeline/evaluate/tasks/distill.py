@@ -20,9 +20,9 @@ The result has these keys, in addition to `labelled.description`:
 
     split, unlabelled_images, labelled_images, class_names, temperature, images_per_training (at most)
     teacher, student, labels_alone    for each: layers, width, heads, parameters, valid_accuracy, test_accuracy,
-                                      test_standard_error, test_accuracy_by_class, confusion (for masked models
-                                      also by vote); for the students also learning_rate, best_epoch and trials, as in
-                                      fine_tune
+                                      and the other scores of `classification.test_scores`; for the students also
+                                      learning_rate, best_epoch and trials, as in fine_tune
+    top_confusions                    of the student
     agreement                         fraction of the test images for which student and teacher predict the same class
     classifier                        a folder in the results: the distilled student
     figure                            the student's confusion matrix
@@ -43,7 +43,7 @@ from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.finetune_loop import Batch, Losses
 from pipeline.evaluate.classifiers.full_model import label_loss, test_classifier, train_classifier, write_classifier
 from pipeline.evaluate.context import Evaluation, ImageSubset, check_match, choose_images, load_matching
-from pipeline.evaluate.features.labelled import description, labelled_splits
+from pipeline.evaluate.features.labelled import description, labelled_splits, occurring_classes
 from pipeline.evaluate.metrics.classification import draw_confusion, valid_accuracy
 from pipeline.evaluate.options import DistillOptions
 from pipeline.evaluate.task import LabelledTask
@@ -55,6 +55,7 @@ from pipeline.model_folder.classifier import HEAD_FACTS, LoadedClassifier, load_
 from pipeline.model_folder.convert import LoadedModel
 from pipeline.model_folder.files import model_digest
 from pipeline.model_folder.resolve import model_folder
+from pipeline.results.figures import draw_or_log
 
 FOLDER = "distilled"
 FIGURE = "distill.png"
@@ -106,8 +107,10 @@ class Distill(LabelledTask[DistillOptions]):
 
         valid = float(valid_accuracy(teaching, teacher.classifier, images["valid"])[0])
         scores, predicted = {}, {}
-        test, validation = images["test"], {"valid_accuracy": valid}
-        scores["teacher"], predicted["teacher"] = _described(teaching, teacher.classifier, "teacher", test, validation)
+        validation: dict[str, Any] = {"valid_accuracy": valid}
+        scores["teacher"], predicted["teacher"] = _described(
+            teaching, teacher.classifier, "teacher", images, validation
+        )
         for name, losses, train_images in (
             ("student", distillation_loss(teaching, teacher.classifier, learning, options.temperature), unlabelled),
             ("labels_alone", label_loss(learning), images["train"]),
@@ -116,7 +119,7 @@ class Distill(LabelledTask[DistillOptions]):
                 learning, options, f"{options.TASK}-{name}", losses, train_images, images["valid"],
                 cosine=True, images_per_epoch=len(unlabelled),
             )  # fmt: skip
-            scores[name], predicted[name] = _described(learning, classifier, name, test, validation)
+            scores[name], predicted[name] = _described(learning, classifier, name, images, validation)
             if name == "student":
                 facts = {"teacher": teacher.facts, "temperature": options.temperature}
                 from_first(partial(write_classifier, learning, classifier, FOLDER, options.TASK, facts))
@@ -129,12 +132,13 @@ class Distill(LabelledTask[DistillOptions]):
             "temperature": options.temperature,
             "teacher_folder": str(_teacher_folder(evaluation.results, options)),
             **scores,
+            "top_confusions": scores["student"]["top_confusions"],
             "agreement": float((predicted["student"] == predicted["teacher"]).mean()),
             "classifier": FOLDER,
             "figure": FIGURE,
         }
         shown = scores["student"] | {"class_names": result["class_names"]}
-        from_first(lambda: draw_confusion(shown, evaluation.results / FIGURE))
+        from_first(lambda: draw_or_log(draw_confusion, shown, evaluation.results / FIGURE))
         return result
 
     @classmethod
@@ -240,11 +244,16 @@ def distillation_loss(teaching: Evaluation, teacher: nn.Module, learning: Evalua
 
 
 def _described(
-    evaluation: Evaluation, classifier: nn.Module, name: str, test: ImageSubset, validation: dict[str, Any]
+    evaluation: Evaluation,
+    classifier: nn.Module,
+    name: str,
+    images: dict[str, ImageSubset],
+    validation: dict[str, Any],
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The result of one of the three classifiers, and the class that it predicts for each test image, int (N,)."""
     config = evaluation.model.config
-    scores, predicted = test_classifier(evaluation, classifier, test, f"distill, test of {name}")
+    classes = occurring_classes(images)
+    scores, predicted = test_classifier(evaluation, classifier, images["test"], classes, f"distill, test of {name}")
     shape = {
         "layers": config.n_layer,
         "width": config.n_embd,

@@ -27,11 +27,12 @@ from typing import Any
 from pipeline.distributed import from_first
 from pipeline.evaluate.classifiers.full_model import label_loss, test_classifier, train_classifier, write_classifier
 from pipeline.evaluate.context import Evaluation
-from pipeline.evaluate.features.labelled import description, labelled_splits
+from pipeline.evaluate.features.labelled import description, labelled_splits, occurring_classes
 from pipeline.evaluate.metrics.classification import accuracy_text, draw_confusion
 from pipeline.evaluate.options import FineTuneOptions
 from pipeline.evaluate.task import LabelledTask
 from pipeline.model_folder.classifier import Classifier
+from pipeline.results.figures import draw_or_log
 from pipeline.results.published import FINE_TUNING
 
 FOLDER = "fine_tuned"
@@ -61,7 +62,8 @@ class FineTune(LabelledTask[FineTuneOptions]):
             evaluation, options, options.TASK, losses, images["train"], images["valid"],
             generative=options.generative_weight > 0,
         )  # fmt: skip
-        scores, _ = test_classifier(evaluation, classifier, images["test"], "fine_tune, test")
+        classes = occurring_classes(images)
+        scores, _ = test_classifier(evaluation, classifier, images["test"], classes, "fine_tune, test")
         result = {
             **description(evaluation, images),
             "generative_weight": options.generative_weight,
@@ -74,7 +76,7 @@ class FineTune(LabelledTask[FineTuneOptions]):
         return result
 
     def _write(self, evaluation: Evaluation, classifier: Classifier, result: dict[str, Any]) -> None:
-        draw_confusion(result, evaluation.results / FIGURE)
+        draw_or_log(draw_confusion, result, evaluation.results / FIGURE)
         facts = {key: result[key] for key in ("train_images", "learning_rate", "best_epoch", "valid_accuracy")}
         facts["model_digest"] = evaluation.model_digest
         write_classifier(evaluation, classifier, FOLDER, self.options.TASK, facts)

@@ -11,10 +11,11 @@ once. Raw pixels and color histograms, each with its own best k, give baselines.
     valid_accuracy_by_layer_and_k     rows are layers 0..L, columns as `k`
     valid_accuracy_by_layer           at the best k
     best_layer, best_k
-    test_accuracy, test_standard_error, test_accuracy_by_class (None for a class without test images)
+    test_accuracy, test_accuracy_interval, test_standard_error, test_accuracy_by_class, test_mean_per_class_accuracy
     masks, test_accuracy_by_mask, ensembled_test_accuracy      masked models only: see mask_ensemble.py
     raw_pixel_{valid_accuracy,test_accuracy,best_k}, color_histogram_{...}
-    classes, class_names, {train,valid,test}_images, images_by_class, absent_classes, majority_class_test_accuracy
+    classes, class_names, class_labels, {train,valid,test}_images, images_by_class, absent_classes,
+    majority_class_test_accuracy; as in linear_probe.py
 """
 
 from collections.abc import Collection, Iterator
@@ -36,12 +37,13 @@ from pipeline.evaluate.features.labelled import (
     known_features,
     labelled_splits,
     layer_name,
+    occurring_classes,
 )
 from pipeline.evaluate.metrics.mask_ensemble import features_per_mask, score
 from pipeline.evaluate.options import KnnOptions
 from pipeline.evaluate.task import LabelledTask
 from pipeline.evaluate.work_sharing import map_over_ranks
-from pipeline.results.figures import draw_by_layer
+from pipeline.results.figures import draw_by_layer, draw_or_log
 
 FIGURE = "knn.png"
 QUERIES_AT_ONCE = 1024
@@ -84,7 +86,8 @@ class KNN(LabelledTask[KnnOptions]):
 
         def on_test() -> dict[str, Any]:
             chosen = layer_name(layer)
-            scores = score(evaluation, test[chosen], lambda queries: vote(chosen, [numbers[best]], queries)[0])
+            classes = occurring_classes(images)
+            scores = score(evaluation, test[chosen], lambda queries: vote(chosen, [numbers[best]], queries)[0], classes)
             for name in BASELINES:
                 accuracies = found[name]["valid_accuracy"]
                 k = numbers[int(np.argmax(accuracies))]
@@ -104,16 +107,16 @@ class KNN(LabelledTask[KnnOptions]):
             "best_k": numbers[best],
             **from_first(lambda: evaluation.cache.get_or_compute("test", on_test)),
         }
-        from_first(lambda: draw_by_layer(result, evaluation.results / FIGURE))
+        from_first(lambda: draw_or_log(draw_by_layer, result, evaluation.results / FIGURE))
         return result
 
     @classmethod
     def summary(cls, result: dict[str, Any]) -> str:
         voted = f", {result['ensembled_test_accuracy']:.1%} by vote" if "ensembled_test_accuracy" in result else ""
         return (
-            f"test accuracy {result['test_accuracy']:.1%}{voted} with {result['best_k']} neighbors at layer "
-            f"{result['best_layer']}, best on validation; raw pixels {result['raw_pixel_test_accuracy']:.1%}, "
-            f"color histogram {result['color_histogram_test_accuracy']:.1%}"
+            f"test accuracy {result['test_accuracy']:.1%}{voted} of {result['test_images']:,} images with "
+            f"{result['best_k']} neighbors at layer {result['best_layer']}, best on validation; raw pixels "
+            f"{result['raw_pixel_test_accuracy']:.1%}, color histogram {result['color_histogram_test_accuracy']:.1%}"
         )
 
     def _numbers(self, evaluation: Evaluation, images: int) -> list[int]:

@@ -13,13 +13,15 @@ the accuracy of the vote over five masks are reported (mask_ensemble.py); traini
     solver                            lbfgs or sgd
     valid_accuracy_by_layer           layers 0..L
     best_layer, best_l2 or best_rate, best_layer_converged
-    test_accuracy, test_standard_error (binomial), test_accuracy_by_class (None for a class without test images)
+    test_accuracy, test_accuracy_interval (95%, Wilson), test_standard_error (binomial); both None for one image
+    test_accuracy_by_class (None for a class without test images), test_mean_per_class_accuracy
     test_accuracy_by_seed, test_accuracy_deviation (n - 1)    sgd with 2 or more seeds; other test values are means
     masks, test_accuracy_by_mask, ensembled_test_accuracy     masked models only
     concatenated                      {layers, features, l2 or rate, converged, valid_accuracy, and test_... as above}
     raw_pixel_{valid_accuracy,test_accuracy}, color_histogram_{...}
-    classes (in train), class_names, {train,valid,test}_images, images_by_class {split: [count, ...]},
-    absent_classes {split: [name, ...]}, majority_class_test_accuracy
+    classes (in train); class_names and class_labels of those that occur in a split, and in the same order
+    images_by_class {split: [count, ...]}; {train,valid,test}_images, absent_classes {split: [name, ...]},
+    majority_class_test_accuracy
 """
 
 from collections.abc import Mapping
@@ -39,12 +41,13 @@ from pipeline.evaluate.features.labelled import (
     known_features,
     labelled_splits,
     layer_name,
+    occurring_classes,
 )
 from pipeline.evaluate.metrics.mask_ensemble import features_per_mask, score
 from pipeline.evaluate.options import LinearProbeOptions
 from pipeline.evaluate.task import LabelledTask
 from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
-from pipeline.results.figures import draw_by_layer
+from pipeline.results.figures import draw_by_layer, draw_or_log
 from pipeline.results.published import PROBE
 
 FIGURE = "linear_probe.png"
@@ -97,12 +100,12 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
                 map_over_ranks(evaluation, "other seeds", repeats)
             items |= repeats
 
-        tested = _on_test(evaluation, images["test"], items, [*chosen, *BASELINES], layers)
+        tested = _on_test(evaluation, images, items, [*chosen, *BASELINES], layers)
         result = description(evaluation, images) | {"valid_accuracy_by_layer": accuracies, "best_layer": best}
         result |= self._chosen_probes(chosen, layers, found, tested)
         if layers:
             result[CONCATENATED]["features"] = train[CONCATENATED].features[:1].shape[1]
-        from_first(lambda: draw_by_layer(result, evaluation.results / FIGURE))
+        from_first(lambda: draw_or_log(draw_by_layer, result, evaluation.results / FIGURE))
         return result
 
     def _chosen_probes(
@@ -139,7 +142,8 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
             several = result[CONCATENATED]
             more = f"{several['test_accuracy']:.1%} from {len(several['layers'])} concatenated layers, "
         return (
-            f"test accuracy {result['test_accuracy']:.1%}{deviation}{voted} at layer {result['best_layer']}, best on "
+            f"test accuracy {result['test_accuracy']:.1%}{deviation}{voted} of {result['test_images']:,} images at "
+            f"layer {result['best_layer']}, best on "
             f"validation ({layers[0]:.1%} at the first layer, {max(layers):.1%} at the best); "
             f"{more}raw pixels {result['raw_pixel_test_accuracy']:.1%}, "
             f"color histogram {result['color_histogram_test_accuracy']:.1%}"
@@ -148,7 +152,7 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
 
 def _on_test(
     evaluation: Evaluation,
-    images: ImageSubset,
+    images: dict[str, ImageSubset],
     items: Mapping[str, WorkItem],
     names: list[str],
     layers: list[int],
@@ -157,7 +161,7 @@ def _on_test(
 
     layers: the layers to concatenate; empty for none.
     """
-    test = features_per_mask(evaluation, images)
+    test, classes = features_per_mask(evaluation, images["test"]), occurring_classes(images)
     if layers:
         by_mask = zip(*(test[layer_name(layer)] for layer in layers), strict=True)
         test[CONCATENATED] = [concatenated(of_mask) for of_mask in by_mask]
@@ -165,7 +169,7 @@ def _on_test(
     def scores(name: str) -> dict[str, Any]:
         trained = [name, *(other for other in items if other.startswith(f"{name}-again-"))]
         probes = [LinearClassifier.of(evaluation.cache.get_or_compute(each, items[each])) for each in trained]
-        return over_seeds([score(evaluation, test[name], probe.predict) for probe in probes])
+        return over_seeds([score(evaluation, test[name], probe.predict, classes) for probe in probes])
 
     def compute() -> dict[str, Any]:
         return {name: scores(name) for name in names}

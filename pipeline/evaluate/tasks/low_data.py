@@ -21,8 +21,8 @@ setting was set explicitly, it is an error.
     left_out              a list of {name, reason}
     choice                how layer and strength were chosen, as text
     labels_for_choice     number of labels that the choice used in addition to the setting's
-    classes, class_names, {train,test}_images, images_by_class, absent_classes, majority_class_test_accuracy;
-    valid_images if `choose_on` is valid
+    classes, class_names, class_labels, {train,test}_images, images_by_class, absent_classes,
+    majority_class_test_accuracy, as in linear_probe.py; valid_images if `choose_on` is valid
 """
 
 import warnings
@@ -45,7 +45,7 @@ from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.options import LowDataOptions
 from pipeline.evaluate.task import Task
 from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
-from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
+from pipeline.results.figures import ACCENT, BASELINES, draw_or_log, label_line, new_figure, save_figure
 from pipeline.results.published import LOW_DATA
 
 FIGURE = "low_data.png"
@@ -97,7 +97,7 @@ class LowData(Task[LowDataOptions]):
             "choice": self._choice(),
             "labels_for_choice": len(images["valid"]) if options.choose_on == "valid" else 0,
         }
-        from_first(lambda: draw(result, evaluation.results / FIGURE))
+        from_first(lambda: draw_or_log(draw, result, evaluation.results / FIGURE))
         return result
 
     @classmethod
@@ -107,7 +107,7 @@ class LowData(Task[LowDataOptions]):
             deviation = setting["test_accuracy_deviation"]
             spread = "" if deviation is None else f" +- {100 * deviation:.1f}"
             parts.append(f"{100 * setting['test_accuracy']:.1f}{spread}% with {setting['name']}")
-        return f"test accuracy {', '.join(parts)}; {result['choice']}"
+        return f"test accuracy {', '.join(parts)}, of {result['test_images']:,} images; {result['choice']}"
 
     def _settings(
         self, evaluation: Evaluation, images: dict[str, ImageSubset]
