@@ -1,6 +1,7 @@
 """Runs evaluation tasks on one model, one after the other, and writes each result and the report."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +10,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.files import json_digest, read_json, write_json
+from data_prep.common.files import json_digest, read_json, to_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.distributed import from_first
 from pipeline.evaluate.cache import TaskCache, clear_unfinished
@@ -21,25 +22,33 @@ from pipeline.memory_errors import with_batch_size_advice
 from pipeline.model.gpt import initialize
 from pipeline.model_folder.resolve import model_folder
 from pipeline.results.provenance import ModelFacts, model_facts, untrained
-from pipeline.results.report.page import write_report
+from pipeline.results.report.page import REPORT, write_report
+from pipeline.results.task_files import FORMAT, VERSION, is_later, version_of
+
+logger = logging.getLogger(__name__)
 
 FEATURES = ".features"
 
 
 def run(request: Request, shards: ShardSet) -> None:
-    """Runs the tasks that have no results for the same inputs yet. Raises ValueError for invalid input."""
+    """Runs the tasks that have no results for the same inputs yet.
+
+    Raises ValueError for invalid input, and after the last task OSError if the report could not be written.
+    """
     evaluation, facts = _start(request, shards)
     evaluation.log(_describe(facts, evaluation))
     jobs = _fitting_jobs(request, evaluation, facts)
     missing = from_first(lambda: [job.name for job in jobs if not job.is_measured()])
     from_first(lambda: _check(jobs, missing))
-    page = None
+    page: Path | str = ""
     for number, job in enumerate(jobs):
         ran = job.run()
         following = jobs[number + 1 :]
         if ran or not following:  # after each task, so that a stopped command leaves a report of the finished ones
             not_run = {other.name: other.task.title for other in following if other.name in missing}
             page = from_first(partial(_report, evaluation, facts, request.command.random_weights, not_run))
+    if not isinstance(page, Path):
+        raise OSError(f"{request.command.out / REPORT} could not be written ({page}); all results are in their JSON.")
     evaluation.log(f"report: {page}")
     evaluation.accelerator.end_training()
 
@@ -125,6 +134,8 @@ class Job:
                 f"{self.name}: already measured with these inputs, skipped ({self._how_to_overwrite()})"
             )
             return False
+        if self.path.is_file() and not _read(self.path):
+            self.evaluation.log(f"{self.name}: {self.path} is damaged; the task runs again")
         cache = TaskCache.of_task(self.evaluation.results, self.name, inputs["inputs_digest"])
         with with_batch_size_advice(self.name, self.evaluation.sizes.batch_size):
             result = self.task.measure(replace(self.evaluation, cache=cache))
@@ -138,6 +149,8 @@ class Job:
     def _provenance(self, inputs: dict[str, Any], seconds: float) -> dict[str, Any]:
         shards = self.evaluation.shards
         return {
+            "format": FORMAT,
+            "version": VERSION,
             "task": self.name,
             "checkpoint_step": self.facts.checkpoint_step,
             "model_digest": self.facts.digest,
@@ -160,7 +173,7 @@ class Job:
         shown = _shown(self.task, result)
         if taken := next((key for key in result if key in provenance | shown), None):
             raise ValueError(f"{self.name} has {taken!r} in its result, a key that evaluate writes; rename it.")
-        return json.loads(json.dumps(provenance | result | shown), parse_constant=lambda _: None)
+        return json.loads(to_json(provenance | result | shown))
 
     def _is_measured_with(self, inputs: dict[str, Any]) -> bool:
         measured = _read(self.path).get("inputs_digest")
@@ -175,8 +188,11 @@ class Job:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON of a task; empty if there is none."""
-    result = read_json(path) if path.is_file() else None
+    """The JSON of a task; empty if there is none, or if it is damaged."""
+    try:
+        result = read_json(path) if path.is_file() else None
+    except ValueError:
+        return {}
     return result if isinstance(result, dict) else {}
 
 
@@ -200,8 +216,13 @@ def _fitting_jobs(request: Request, evaluation: Evaluation, facts: ModelFacts) -
 
 
 def _check(jobs: list[Job], missing: list[str]) -> None:
-    """Raises the ValueError of the first task whose options do not fit."""
+    """Raises the ValueError of the first task whose options do not fit, or that would replace a later version's."""
     for number, job in enumerate(jobs):
+        if is_later(_read(job.path)) and not job.request.command.overwrite:
+            raise ValueError(
+                f"{job.path} was written by a later version of this program (version {version_of(_read(job.path))} of "
+                f"its format, this one has {VERSION}); give another --out, or --overwrite."
+            )
         job.task.check(job.evaluation, [earlier.name for earlier in jobs[:number] if earlier.name in missing])
 
 
@@ -211,9 +232,16 @@ def _shown(task: Task[Any], result: dict[str, Any]) -> dict[str, Any]:
     return {"title": task.title, "summary": task.summary(result), "headlines": headlines}
 
 
-def _report(evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: Mapping[str, str]) -> Path:
+def _report(
+    evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: Mapping[str, str]
+) -> Path | str:
+    """Writes the report; returns its path, or what went wrong: the tasks that follow must still be measured."""
     sections = {name: _section(name) for name in TASKS}
-    return write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run, sections=sections)
+    try:
+        return write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run, sections=sections)
+    except Exception as error:
+        logger.exception(f"{evaluation.results / REPORT} could not be written")
+        return " ".join(str(error).split()) or type(error).__name__
 
 
 def _section(name: str) -> Callable[[dict[str, Any], Path], str]:

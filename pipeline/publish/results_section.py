@@ -1,5 +1,7 @@
 """The results in a model card: tables, figures, and the hub's model-index."""
 
+import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +9,18 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from data_prep.common.files import read_json
 from pipeline.model_folder.card import HUB_DATASETS
+from pipeline.model_folder.training_record import read_training_record
+from pipeline.results.claims import training_images_sentence, where_baselines_win
 from pipeline.results.curve import CURVE
-from pipeline.results.headline import headlines_of
-from pipeline.results.published import compared_with_published
-from pipeline.results.schema import RANDOM_WEIGHTS, Results, read_results
+from pipeline.results.headline import Results, headlines_of, measured_split
+from pipeline.results.numbers import legend, numbers_table
+from pipeline.results.published import LOWER_IS_BETTER, compared_with_published, our_rows
+from pipeline.results.schema import RANDOM_WEIGHTS, read_results
+from pipeline.results.task_files import read_task_files
+
+logger = logging.getLogger(__name__)
 
 RESULTS = Path("results")
 """The subfolder of a published model with its results."""
@@ -24,12 +33,23 @@ METRICS = {
 
 
 def card_sections(folder: Path) -> list[str]:
-    """The sections about results in the card of a published model: training curve, results, published numbers."""
+    """The sections about results in the card of a published model: training curve, results, published numbers.
+
+    Results that can't be read are logged, and the card names them.
+    """
     results, random_weights = (read_results(folder / path) for path in (RESULTS, RESULTS / RANDOM_WEIGHTS))
+    unreadable = read_task_files(folder / RESULTS)[1]
+    for name, reason in unreadable.items():
+        logger.warning(f"{name} {reason}; the card leaves it out")
     figures = sorted(file.name for file in (folder / RESULTS).glob("*.png"))
     curve = _figure(CURVE) if CURVE in figures else ""
     shown = [name for name in figures if name != CURVE]
-    return [curve, _results_section(results, random_weights, shown), _published_section(results)]
+    side, record = math.isqrt(read_json(folder / "config.json")["n_positions"]), read_training_record(folder)
+    trained_on, started_from = record.checkpoint.get("shards_digest"), (record.settings.get("start") or {}).get("path")
+    about = training_images_sentence(results, trained_on, started_from)
+    lead = f"Images of {side}x{side} pixels. {about}" if results else ""
+    left_out = [f"{name} {reason}" for name, reason in unreadable.items()]
+    return [curve, _results_section(results, random_weights, shown, lead, left_out), _published_section(results)]
 
 
 def eval_results(results: Results) -> list[EvalResult]:
@@ -39,7 +59,7 @@ def eval_results(results: Results) -> list[EvalResult]:
             task_type="image-classification" if key == "test_accuracy" else "unconditional-image-generation",
             dataset_type=HUB_DATASETS.get(result["dataset"], _slug(result["dataset"])),
             dataset_name=result["dataset"],
-            dataset_split=result.get("split", "test"),
+            dataset_split=measured_split(result),
             metric_type="accuracy" if key == "test_accuracy" else key,
             metric_name=f"{name}: {METRICS[key]}",
             metric_value=value,
@@ -52,7 +72,7 @@ def eval_results(results: Results) -> list[EvalResult]:
 def _numbers(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """(name, key, value) of the numbers in a task's JSON, nested objects included."""
     for key in METRICS:
-        if isinstance(result.get(key), float):
+        if isinstance(result.get(key), float) and math.isfinite(result[key]):
             yield name, key, result[key]
     for key, value in result.items():
         for part in value if isinstance(value, list) else [value]:
@@ -64,28 +84,40 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "images"
 
 
-def _results_section(results: Results, random_weights: Results, figures: list[str]) -> str:
-    """A table of all headlines, with a column for initial weights if measured, and the figures."""
-    untrained = {row.name: row.text for result in random_weights.values() for row in headlines_of(result)}
-    rows = [
-        [result["dataset"], row.name, row.detail, row.text, untrained.get(row.name, "")]
-        for result in results.values()
-        for row in headlines_of(result)
+def _results_section(
+    results: Results, random_weights: Results, figures: list[str], lead: str, left_out: list[str]
+) -> str:
+    """A table of all headlines with the baselines beside them, where a baseline wins, and the figures.
+
+    lead: what was measured. left_out: results that can't be read, with the reasons.
+    """
+    datasets = [result["dataset"] for result in results.values() for _ in headlines_of(result)]
+    numbers = numbers_table(results, random_weights)
+    rows = [[dataset, *row] for dataset, row in zip(datasets, numbers.rows, strict=True)]
+    wins = where_baselines_win(results, random_weights)
+    parts = [
+        lead,
+        _table(["Dataset", *numbers.head], rows),
+        f"**Where a baseline wins.** {' '.join(wins)}" if wins else "",
+        legend(numbers) if rows else "",
+        f"Left out, because they can't be read: {'; '.join(left_out)}." if left_out else "",
+        *map(_figure, figures),
     ]
-    head = ["Dataset", "Measure", "Chosen", "This model", "Random weights"]
-    filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
-    table = _table([head[place] for place in filled], [[row[place] for place in filled] for row in rows])
-    parts = [part for part in (table, *map(_figure, figures)) if part]
-    return "\n\n".join(["## Results", *parts]) if parts else ""
+    shown = [part for part in parts if part]
+    return "\n\n".join(["## Results", *shown]) if shown else ""
 
 
 def _published_section(results: Results) -> str:
     """Tables of published numbers, by measure, each starting with the measured result."""
     parts = []
     for measure, (ours, theirs) in compared_with_published(results).items():
-        rows = [[result["dataset"], f"**this model: {row.name}**", row.text, "measured"] for result, row in ours]
+        rows = [
+            [result["dataset"], f"**{name}**" if is_model else name, number, "measured"]
+            for result, name, number, is_model in our_rows(ours)
+        ]
         rows += [list(row[1:]) for row in theirs]
-        parts += [f"**{measure}**", _table(["Dataset", "System", "Value", "Source"], rows)]
+        better = "lower" if measure in LOWER_IS_BETTER else "higher"
+        parts += [f"**{measure}** ({better} is better)", _table(["Dataset", "System", "Value", "Source"], rows)]
     if not parts:
         return ""
     scale = (

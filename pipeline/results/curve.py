@@ -53,6 +53,25 @@ def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, pat
     save_figure(figure, path)
 
 
+def describe_curve(rows: list[Row], density: dict[str, Any] | None) -> tuple[str, str]:
+    """The alternative text and the caption of the figure."""
+    losses, validation = _with(rows, "loss"), _with(rows, "valid_loss")
+    alternative = (
+        f"Line chart of the loss over the images seen: from {losses[0]['loss']:.3f} to {losses[-1]['loss']:.3f} nats "
+        f"per color in training after {losses[-1]['images']:,} images"
+    )
+    caption = "Loss on the training split (mean and range of consecutive steps)"
+    if validation:
+        alternative += f", {validation[-1]['valid_loss']:.3f} on the validation split"
+        caption += " and on the validation split"
+    lines = (
+        f"Below a dashed line the model is better than this baseline, as measured on {density['split']}."
+        if density
+        else "The dashed line is the loss of a uniform guess."
+    )
+    return f"{alternative}.", f"{caption}; lower is better. {lines}"
+
+
 def summarized(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Images seen, and minimum, mean and maximum loss, for at most CURVE_POINTS groups of consecutive steps.
 

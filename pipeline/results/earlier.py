@@ -29,7 +29,8 @@ def _headlines(result: dict[str, Any], title: str) -> list[Headline]:
         masks = f"{result['draws']} masks per image"
         return [Headline("Nats per masked pixel", result["nats_per_color"], "nats", detail=masks)]
     if result["task"] == "density":
-        return [Headline("Nats per color", result["nats_per_color"], "nats", detail=result["split"], measure=NATS)]
+        measure = NATS if result["split"] == "test" else ""
+        return [Headline("Nats per color", result["nats_per_color"], "nats", detail=result["split"], measure=measure)]
     if result["task"] == "completions":
         distance = result["distance"]
         bounds = distance and f"floor {distance['originals']:.3f}, shuffled {distance['shuffled_lower_halves']:.3f}"

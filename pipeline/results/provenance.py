@@ -12,6 +12,9 @@ from pipeline.model_folder.training_record import read_training_record
 if TYPE_CHECKING:
     from pipeline.model_folder.convert import LoadedModel
 
+INITIAL_WEIGHTS = "nothing: initial weights"
+"""The `source` of a model with initial weights."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -31,6 +34,8 @@ class ModelFacts:
     images_seen: int | None
     shards_digest: str | None
     source: str | None
+    started_from: str | None
+    """The model whose weights the training started from (start.path), if it did."""
     metrics: Path | None
     training_commands: tuple[str, ...]
 
@@ -54,6 +59,7 @@ def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
         images_seen=record.checkpoint.get("images"),
         shards_digest=record.checkpoint.get("shards_digest"),
         source=record.source,
+        started_from=(record.settings.get("start") or {}).get("path"),
         metrics=record.metrics,
         training_commands=tuple(dict.fromkeys(" ".join(start["command"]) for start in record.run.get("starts", []))),
     )
@@ -63,4 +69,4 @@ def untrained(facts: ModelFacts, seed: int) -> ModelFacts:
     """The facts of the same model with initial weights drawn from `seed`."""
     digest = json_digest([facts.digest, "initial weights", seed])
     return replace(facts, digest=digest, checkpoint_step=None, planned_steps=None, images_seen=None,
-                   source="nothing: initial weights", metrics=None, training_commands=())  # fmt: skip
+                   source=INITIAL_WEIGHTS, started_from=None, metrics=None, training_commands=())  # fmt: skip

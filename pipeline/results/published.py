@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from pipeline.results.headline import Headline, headlines_of
+from pipeline.results.claims import ACCURACY_BASELINES, COUNT_BASELINES, value_of
+from pipeline.results.headline import Headline, headlines_of, measured_split
+from pipeline.results.text import percent
 
 PAPER = "Chen et al., ICML 2020"
 CODE = "github.com/openai/image-gpt"
@@ -24,6 +26,8 @@ NATS = "Test loss, nats per color"
 PROBE = "Linear probe, test accuracy"
 FINE_TUNING = "Fine-tuned, test accuracy"
 LOW_DATA = "With 4 / 25 / 400 labels a class, test accuracy"
+LOWER_IS_BETTER = (NATS,)
+"""Of the other measures, higher numbers are better."""
 RELATED = "Related systems on ImageNet, top-1 (each by its own protocol)"
 
 PUBLISHED = (
@@ -75,14 +79,36 @@ def compared_with_published(
 ) -> dict[str, tuple[list[tuple[dict[str, Any], Headline]], list[Published]]]:
     """By published measure: our results with their headlines, and the published rows.
 
-    Only measures with a result of ours are included, followed by the related systems; empty if there are none.
+    Only measures with a result of ours are included, followed by the related systems; empty if there are none. A
+    headline that was measured in another way than the published numbers is left out, whatever measure it names.
     """
     ours: dict[str, list[tuple[dict[str, Any], Headline]]] = {}
     for result in results.values():
         for headline in headlines_of(result):
-            ours.setdefault(headline.measure, []).append((result, headline))
+            if measured_split(result) == "test" and (headline.measure != LOW_DATA or _is_per_class(headline)):
+                ours.setdefault(headline.measure, []).append((result, headline))
     measures = [measure for measure in dict.fromkeys(row.measure for row in PUBLISHED) if measure in ours]
     return {
         measure: (ours.get(measure, []), [row for row in PUBLISHED if row.measure == measure])
         for measure in (measures and [*measures, RELATED])
     }
+
+
+def our_rows(ours: list[tuple[dict[str, Any], Headline]]) -> list[tuple[dict[str, Any], str, str, bool]]:
+    """(result, name, number, whether it is the model's) of our rows beside the published numbers: the model's
+    headlines, and after each task's the baselines that were measured with it."""
+    rows = []
+    for number, (result, headline) in enumerate(ours):
+        rows.append((result, f"this model: {headline.name}", headline.text, True))
+        if number + 1 == len(ours) or ours[number + 1][0] is not result:
+            accuracy = headline.unit == "accuracy"
+            keys = ACCURACY_BASELINES if accuracy else COUNT_BASELINES
+            found = {name: value_of(result, key) for name, key in keys.items()}
+            baselines = [(name, value) for name, value in found.items() if value is not None]
+            rows += [(result, name.lower(), percent(v) if accuracy else f"{v:.4f}", False) for name, v in baselines]
+    return rows
+
+
+def _is_per_class(headline: Headline) -> bool:
+    """Whether a headline of few labels is of one of the published settings: 4, 25 or 400 labels per class."""
+    return headline.name.endswith((" 4 per class", " 25 per class", " 400 per class"))

@@ -16,26 +16,24 @@
 The file is written atomically after each task.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.files import read_json, write_json
+from data_prep.common.files import write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.metrics_log import read_rows
 from pipeline.results.curve import valid_loss_at
-from pipeline.results.earlier import with_headlines
+from pipeline.results.headline import Results
 from pipeline.results.provenance import ModelFacts, untrained
 from pipeline.results.published import PUBLISHED
+from pipeline.results.task_files import read_task_files
 
 RESULTS = "results.json"
 RANDOM_WEIGHTS = "random_weights"
 """The subfolder of a results folder with the results of initial weights."""
 FORMAT, VERSION = "image-gpt-results", 1
-
-Results = dict[str, dict[str, Any]]
-"""Task name to the content of its JSON."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +44,24 @@ class Measured:
     random_weights: Results
     others: list[str]
     """Names of files with results of another model or shard set."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Names of files that can't be read, such as a later version's, with the reasons."""
 
 
 def read_results(folder: Path) -> Results:
-    """The content of each task's JSON in a folder, by task; other files are skipped."""
-    return {result["task"]: result for _, result in _task_files(folder)}
+    """The content of each task's JSON in a folder, by task; files that can't be read and other files are skipped."""
+    return {result["task"]: result for result in read_task_files(folder)[0].values()}
 
 
 def read_measured(folder: Path, random_weights: Path, facts: ModelFacts, shards: ShardSet) -> Measured:
     """The results in a folder, and in another folder, which may be absent, the results with initial weights."""
-    tasks, others = _read(folder, lambda result: result["model_digest"] == facts.digest, shards)
-    untrained_tasks, _ = _read(
-        random_weights, lambda result: result["model_digest"] == untrained(facts, result["seed"]).digest, shards
-    )
-    return Measured(tasks, untrained_tasks, others)
+    tasks, others, unreadable = _read(folder, lambda result: result["model_digest"] == facts.digest, shards)
+
+    def is_untrained(result: dict[str, Any]) -> bool:
+        return result["model_digest"] == untrained(facts, result.get("seed", 0)).digest
+
+    untrained_tasks, _, also = _read(random_weights, is_untrained, shards)
+    return Measured(tasks, untrained_tasks, others, unreadable | {f"{random_weights.name}/{k}": also[k] for k in also})
 
 
 def write_results(
@@ -98,22 +100,16 @@ def commands(facts: ModelFacts, measured: Measured) -> list[str]:
     return list(dict.fromkeys([*facts.training_commands, *evaluation]))
 
 
-def _read(folder: Path, is_of_model: Callable[[dict[str, Any]], bool], shards: ShardSet) -> tuple[Results, list[str]]:
-    """The results of the model on the shard set by task, and the names of files with other results."""
-    files = dict(_task_files(folder))
+def _read(
+    folder: Path, is_of_model: Callable[[dict[str, Any]], bool], shards: ShardSet
+) -> tuple[Results, list[str], dict[str, str]]:
+    """The results of the model on the shard set by task, the names of files with other results, and the names of
+    files that can't be read with the reasons."""
+    files, unreadable = read_task_files(folder)
     matching = {
         path: result
         for path, result in files.items()
         if result["dataset_digest"] == shards.digest and is_of_model(result)
     }
-    return {result["task"]: result for result in matching.values()}, [
-        path.name for path in files if path not in matching
-    ]
-
-
-def _task_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The path and content of each task's JSON, with headlines; other JSON files are skipped."""
-    for path in sorted(folder.glob("*.json")):
-        result = read_json(path)
-        if isinstance(result, dict) and "inputs_digest" in result:
-            yield path, with_headlines(result)
+    others = [path.name for path in files if path not in matching]
+    return {result["task"]: result for result in matching.values()}, others, unreadable

@@ -6,11 +6,14 @@ from typing import Any
 MISSING = "–"
 
 
-def percent(fraction: float | None, error: float | None = None) -> str:
-    """0.8475 as "84.8 %", followed by the error if there is one."""
+def percent(fraction: float | None, error: float | None = None, interval: tuple[float, float] | None = None) -> str:
+    """0.8475 as "84.8 %", followed by the error if there is one, else by the interval: "84.8 % (82.4–86.9)"."""
     if fraction is None:
         return MISSING
-    return f"{100 * fraction:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
+    text = f"{100 * fraction:.1f} %"
+    if error is not None:
+        return f"{text} ± {100 * error:.1f}"
+    return text if interval is None else f"{text} ({'–'.join(f'{100 * bound:.1f}' for bound in interval)})"
 
 
 def number(value: Any) -> str:

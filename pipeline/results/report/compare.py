@@ -6,9 +6,11 @@ checkpoints have it, because it then uses the same images and precision for all.
 logged at the checkpoint's step. The default accuracy is on the validation split, since the comparison is used to choose
 a checkpoint.
 
-Writes compare.html, compare.png and compare.json: `task`, `accuracy` (valid or test), `loss` (density or run), and
-`models`, each with `name` and `points`: step, images_seen, parameters, valid_loss (nats per color), valid_accuracy,
-test_accuracy, best_layer.
+A results.json that can't be read, such as a later version's, is left out, and the page names it.
+
+Writes compare.html, compare.png and compare.json: `format`, `version`, `task`, `accuracy` (valid or test), `loss`
+(density or run), and `models`, each with `name` and `points`: step, images_seen, parameters, valid_loss (nats per
+color), valid_accuracy, test_accuracy, best_layer.
 """
 
 import logging
@@ -21,12 +23,13 @@ from data_prep.common.command_line import new_parser, parse
 from data_prep.common.files import read_json, write_json
 from pipeline.results.figures import ACCENT, BASELINES, new_figure, save_figure
 from pipeline.results.report.html import write_page
-from pipeline.results.schema import FORMAT, RESULTS
+from pipeline.results.schema import FORMAT, RESULTS, VERSION
 from pipeline.results.text import MISSING, percent, words
 
 logger = logging.getLogger(__name__)
 
 PAGE, FIGURE, NUMBERS = "compare.html", "compare.png", "compare.json"
+COMPARISON_FORMAT, COMPARISON_VERSION = "image-gpt-comparison", 1
 LOSSES = {
     "density": "the density task on the validation split",
     "run": "logged by the runs at the checkpoint's step",
@@ -79,9 +82,11 @@ def compare_command(arguments: list[str]) -> int:
     command = Command(**{name: values[name] for name in Command.__dataclass_fields__})
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(f"--out is {command.out}, which is a file; it must be a folder.")
-    measured = {name: read_checkpoints(path, command.task) for name, path in _named(values["results"]).items()}
+    excluded: list[str] = []
+    named = _named(values["results"])
+    measured = {name: read_checkpoints(path, command.task, excluded) for name, path in named.items()}
     lines, loss = lines_of(measured, command.task)
-    write_comparison(lines, loss, command)
+    write_comparison(lines, loss, command, _images(measured, command.task), excluded)
     logger.info(f"comparison: {command.out / PAGE}")
     return os.EX_OK
 
@@ -96,8 +101,11 @@ def _named(paths: list[Path]) -> dict[str, Path]:
     return dict(zip(names, paths, strict=True))
 
 
-def read_checkpoints(folder: Path, task: str) -> list[dict[str, Any]]:
-    """The results.json of each checkpoint that has results of `task`. Raises ValueError if there is none."""
+def read_checkpoints(folder: Path, task: str, excluded: list[str]) -> list[dict[str, Any]]:
+    """The results.json of each checkpoint that has results of `task`. Raises ValueError if there is none.
+
+    Those that can't be read are logged and added to `excluded`, with the reasons.
+    """
     files = sorted(folder.glob(f"step-*/{RESULTS}")) or [folder / RESULTS]
     found = []
     for file in files:
@@ -106,15 +114,47 @@ def read_checkpoints(folder: Path, task: str) -> list[dict[str, Any]]:
         results = read_json(file)
         if not isinstance(results, dict) or results.get("format") != FORMAT:
             raise ValueError(f"{file} was not written by `python -m pipeline evaluate`; give a folder that it wrote.")
-        if task in results["tasks"]:
+        reason = _why_unreadable(results, task)
+        if reason is None:
             found.append(results | {"file": file})
         else:
-            logger.warning(f"{file.parent} has no results of {task} yet; it is excluded")
+            logger.warning(f"{file.parent} {reason}; it is excluded")
+            excluded.append(f"{folder.name}/{file.parent.name} {reason}")
     if not found:
         raise ValueError(
             f"{folder} has no checkpoint with results of {task}; evaluate with --tasks {task}, or set another --task."
         )
     return sorted(found, key=lambda results: results["model"]["checkpoint_step"] or 0)
+
+
+def _why_unreadable(results: dict[str, Any], task: str) -> str | None:
+    """Why the results of a checkpoint can't be compared; None if they can."""
+    version = results.get("version", 0)
+    if not isinstance(version, int) or version > VERSION:
+        return f"has results of a later version ({version}; this program reads up to {VERSION})"
+    try:
+        if task not in results["tasks"]:
+            return f"has no results of {task} yet"
+        for name in {task, "density"} & results["tasks"].keys():
+            _conditions(results["tasks"][name])
+        assert isinstance(results["dataset"]["digest"], str)
+        _point(results, task, 0.0)
+        for kind in LOSSES:
+            _loss(results, kind)
+    except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        return f"has results of another version ({error!r})"
+    return None
+
+
+def _images(measured: dict[str, list[dict[str, Any]]], task: str) -> str:
+    """A sentence with the numbers of images that the accuracies are of; "" if a result does not record them."""
+    every = [results["tasks"][task] for checkpoints in measured.values() for results in checkpoints]
+    counts = [
+        f"{every[0][f'{split}_images']:,} {name} images"
+        for split, name in SPLITS.items()
+        if len({result.get(f"{split}_images") for result in every}) == 1 and f"{split}_images" in every[0]
+    ]
+    return f" Measured on {' and '.join(counts)}." if counts else ""
 
 
 def lines_of(measured: dict[str, list[dict[str, Any]]], task: str) -> tuple[list[Line], str]:
@@ -133,7 +173,8 @@ def lines_of(measured: dict[str, list[dict[str, Any]]], task: str) -> tuple[list
         )
     _check_comparable(every, [task, "density"] if loss == "density" else [task])
     lines = [
-        Line(name, [_point(results, task, loss) for results in checkpoints]) for name, checkpoints in measured.items()
+        Line(name, [_point(results, task, _loss(results, loss)) for results in checkpoints])
+        for name, checkpoints in measured.items()
     ]
     return lines, loss
 
@@ -168,19 +209,21 @@ def _loss(results: dict[str, Any], kind: str) -> float | None:
     return density["nats_per_color"] if density is not None and density["split"] == "valid" else None
 
 
-def _point(results: dict[str, Any], task: str, loss: str) -> Point:
+def _point(results: dict[str, Any], task: str, valid_loss: float | None) -> Point:
     model, result = results["model"], results["tasks"][task]
     valid, best = result.get("valid_accuracy"), result.get("best_layer")
     if valid is None and best is not None:
         valid = result["valid_accuracy_by_layer"][best]
-    valid_loss = _loss(results, loss)
     assert valid_loss is not None
     step, seen, parameters = (model[key] for key in ("checkpoint_step", "images_seen", "parameters"))
     return Point(step, seen, parameters, valid_loss, valid, result.get("test_accuracy"), best)
 
 
-def write_comparison(lines: list[Line], loss: str, command: Command) -> None:
-    """Writes the figure, the page, and last the numbers. Raises ValueError if the task has no such accuracy."""
+def write_comparison(lines: list[Line], loss: str, command: Command, images: str, excluded: list[str]) -> None:
+    """Writes the figure, the page, and last the numbers. Raises ValueError if the task has no such accuracy.
+
+    images: a sentence about the numbers of images. excluded: the results that were left out, with the reasons.
+    """
     key = f"{command.accuracy}_accuracy"
     if any(getattr(point, key) is None for line in lines for point in line.points):
         raise ValueError(f"--task is {command.task}, whose results have no {words(key)}; choose a classification task.")
@@ -207,10 +250,25 @@ def write_comparison(lines: list[Line], loss: str, command: Command) -> None:
         plot=command.out / FIGURE,
         rows=rows,
         loss=LOSSES[loss],
+        alternative=_alternative(lines, command),
+        images=images,
+        excluded=excluded,
     )
     models = [{"name": line.name, "points": [asdict(point) for point in line.points]} for line in lines]
-    content = {"task": command.task, "accuracy": command.accuracy, "loss": loss, "models": models}
+    content = {"format": COMPARISON_FORMAT, "version": COMPARISON_VERSION}
+    content |= {"task": command.task, "accuracy": command.accuracy, "loss": loss, "models": models}
     write_json(command.out / NUMBERS, content)
+
+
+def _alternative(lines: list[Line], command: Command) -> str:
+    """The alternative text of the figure: both ends of each line."""
+    parts = []
+    for line in lines:
+        ends = [line.points[0], line.points[-1]] if len(line.points) > 1 else line.points
+        accuracies = [percent(getattr(point, f"{command.accuracy}_accuracy")) for point in ends]
+        losses = [f"{point.valid_loss:.3f}" for point in ends]
+        parts.append(f"{line.name}: {' to '.join(accuracies)} at a loss of {' to '.join(losses)}")
+    return f"Line chart of {SPLITS[command.accuracy]} accuracy against validation loss. {'; '.join(parts)}."
 
 
 SPLITS = {"valid": "validation", "test": "test"}

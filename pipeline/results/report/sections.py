@@ -8,8 +8,9 @@ from pipeline.results.report.html import render
 from pipeline.results.text import number, percent, words
 
 PROVENANCE = (
-    "task", "checkpoint_step", "model_digest", "weights", "dataset", "dataset_digest", "palette_sha256", "seed",
-    "command", "options", "inputs_digest", "seconds", "title", "summary", "headlines",
+    "format", "version", "task", "checkpoint_step", "model_digest", "weights", "dataset", "dataset_digest",
+    "palette_sha256", "seed", "command", "options", "inputs_digest", "seconds", "title", "summary", "headlines",
+    "confusion",
 )  # fmt: skip
 """Keys that the list of numbers excludes."""
 SHORT_LIST = 12
@@ -23,20 +24,21 @@ def generic_section(result: dict[str, Any], folder: Path) -> str:
     numbers = {key: value for key, value in result.items() if key not in PROVENANCE}
     return render(
         "generic_section.html",
+        title=result.get("title") or words(result["task"]).capitalize(),
         summary=result.get("summary"),
         figures=sorted(folder.glob(f"{result['task']}*.png")),
-        tables=[_table_of(value) for value in numbers.values() if is_table(value)],
+        tables=[_table_of(key, value) for key, value in numbers.items() if is_table(value)],
         numbers=[[words(key), value] for key, value in _flat(numbers) if value],
     )
 
 
-def _table_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table of a list of objects: one column for each plain value, text first."""
+def _table_of(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table of a list of objects with its name: one column for each plain value, text first."""
     keys = [key for key, value in rows[0].items() if not isinstance(value, (dict, list))]
     text = [key for key in keys if isinstance(rows[0][key], str)]
     keys = text + [key for key in keys if key not in text]
     shown = [[_shown(key, row.get(key)) for key in keys] for row in rows]
-    return {"head": [words(key) for key in keys], "rows": shown, "text": len(text)}
+    return {"name": words(name), "head": [words(key) for key in keys], "rows": shown, "text": len(text)}
 
 
 def _shown(key: str, value: Any) -> str:

@@ -76,14 +76,72 @@ def test_numbers_of_numpy_and_nan(measure: Callable[..., Path]) -> None:
     assert '<td>Odd: few</td><td></td><td class="number">–</td>' in (out / "report.html").read_text().replace("\n", "")
 
 
-def test_a_model_without_finite_weights_has_a_report(measure: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight", [float("nan"), 3e38])
+@pytest.mark.parametrize("task", ["density", "knn"])
+def test_a_model_that_computes_nan_is_refused(
+    weight: float, task: str, measure: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A NaN weight, or finite ones whose activations overflow: no number is written."""
     model = write_model(tmp_path / "lost", "igpt")
     weights = load_file(model / "model.safetensors")
-    weights["transformer.wte.weight"] *= float("nan")
+    weights["transformer.wte.weight"][:] = weight
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    out = measure(model=model, task="density")
-    assert strict(out / "results.json")["tasks"]["density"]["nats_per_color"] is None
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        measure(model=model, task=task)
+    assert not (tmp_path / "results" / f"{task}.json").exists()
+
+
+def test_a_figure_that_fails_costs_no_number(
+    measure: Callable[..., Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.evaluate.tasks.density.new_figure", lambda *_: 1 / 0)
+    out = measure(task="density")
+    assert strict(out / "density.json")["nats_per_color"] > 0
+    assert "density.png can't be drawn; the numbers are complete" in caplog.text
     assert "<h2>Density</h2>" in (out / "report.html").read_text()
+
+
+def test_a_section_that_fails_is_shown_in_the_general_form(
+    measure: Callable[..., Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(result: dict[str, Any], folder: Path) -> str:
+        raise KeyError("of another version")
+
+    monkeypatch.setattr(Odd, "section", fails)
+    page = (measure({"test_accuracy": 0.5, "depth": 7}) / "report.html").read_text()
+    assert "<td>depth</td>" in page
+    assert "the section of odd in report.html can't be written as usual" in caplog.text
+
+
+def test_a_report_that_fails_costs_no_measurement(
+    measure: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tasks that follow are measured; the command fails at its end."""
+
+    def fails(*_arguments: object, **_options: object) -> Path:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("pipeline.evaluate.run.write_report", fails)
+    with pytest.raises(OSError, match=r"report\.html could not be written \('a bug'\); all results are in their JSON"):
+        measure({"test_accuracy": 0.5}, task="odd,density")
+    assert all((tmp_path / "results" / f"{task}.json").is_file() for task in ("odd", "density"))
+
+
+def test_a_later_versions_result_is_not_replaced(measure: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results/odd.json"
+    path.write_text('{"format": "image-gpt-result", "version": 2}')
+    with pytest.raises(ValueError, match=r"odd\.json was written by a later version of this program \(version 2 of its"):
+        measure({"test_accuracy": 0.5})
+    assert json.loads(path.read_text())["version"] == 2
+
+
+def test_a_damaged_result_is_measured_again(measure: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    path = measure({"test_accuracy": 0.5}) / "odd.json"
+    path.write_text(path.read_text()[:-100])
+    found = strict(measure({"test_accuracy": 0.25}) / "odd.json")
+    assert (found["test_accuracy"], found["version"]) == (0.25, 1)
+    assert "odd.json is damaged; the task runs again" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["task", "seed", "options", "inputs_digest", "title"])

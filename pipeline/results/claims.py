@@ -1,0 +1,114 @@
+"""Sentences of the report and the card that follow from the results: on which images, and where a baseline wins."""
+
+from typing import Any
+
+from pipeline.results.headline import Headline, Results, headlines_of, measured_split
+from pipeline.results.text import percent
+
+ACCURACY_BASELINES = {
+    "Raw pixels": "raw_pixel_test_accuracy",
+    "Color histogram": "color_histogram_test_accuracy",
+    "Most common class": "majority_class_test_accuracy",
+}
+"""Baselines that do not use the model, and their keys in the probes' JSON."""
+COUNT_BASELINES = {
+    "Uniform colors": "uniform_nats_per_color",
+    "Color frequencies": "unigram_nats_per_color",
+    "Previous color": "bigram_nats_per_color",
+    "Two neighboring colors": "left_times_above_nats_per_color",
+}
+"""Baselines of density, from weak to strong, and their keys in its JSON."""
+
+
+def value_of(result: dict[str, Any], key: str) -> float | None:
+    """A number in a task's JSON; None if it has none under this key."""
+    value = result.get(key)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def training_images_sentence(
+    results: Results, trained_on: str | None, started_from: str | None, *, trained: bool = True
+) -> str:
+    """Whether the model was trained on the images that were measured, as far as the records tell.
+
+    trained_on: digest of the shard set of the training, None if unknown. started_from: the model that the training
+    started from, if any. trained: False for initial weights. "" if there are no results.
+    """
+    if not results:
+        return ""
+    if not trained:
+        return "Its weights are initial weights: it was not trained."
+    measured_on = {result["dataset_digest"] for result in results.values()}
+    splits = dict.fromkeys(measured_split(result) for result in results.values())
+    if started_from is not None:
+        return (
+            "Its training started from another model's weights, and it is not recorded here which images that model "
+            "was trained on: some of the measured images may be among them."
+        )
+    if trained_on is None:
+        return (
+            "The model does not record the images that it was trained on: some of the measured images may be among "
+            "them."
+        )
+    if measured_on != {trained_on}:
+        return (
+            "It was trained on another shard set than it was measured on: whether some images are in both was not "
+            "checked."
+        )
+    others = [split for split in splits if split != "train"]
+    if not others:
+        return "The numbers were measured on train, the images that it was trained on."
+    held_out = f"The numbers were measured on the {_splits(others)} of its shard set, which it was not trained on"
+    seen = [result["title"] for result in results.values() if measured_split(result) == "train"]
+    return held_out + (f", except {' and '.join(seen)}: on train, the images that it was trained on." if seen else ".")
+
+
+def _splits(names: list[str]) -> str:
+    return f"{'split' if len(names) == 1 else 'splits'} {' and '.join(names)}"
+
+
+def where_baselines_win(results: Results, random_weights: Results) -> list[str]:
+    """A sentence for each number of the model that a baseline reaches or beats."""
+    sentences = []
+    for task, result in results.items():
+        untrained = {row.name: row for row in headlines_of(random_weights[task])} if task in random_weights else {}
+        for row in headlines_of(result):
+            if row.value is None:
+                continue
+            better = _better_baselines(row, result)
+            random = untrained.get(row.name)
+            if random is not None and random.value is not None and _wins(random.value, row.value, row.unit):
+                better.append(f"initial weights ({random.text})")
+            if better:
+                verb = "does" if len(better) == 1 else "do"
+                sentences.append(f"{row.name}: {_listed(better)} {verb} at least as well as this model ({row.text}).")
+    return sentences
+
+
+def _better_baselines(row: Headline, result: dict[str, Any]) -> list[str]:
+    """The baselines that reach or beat a headline, with their numbers."""
+    if row.unit == "accuracy":
+        values = {name: value_of(result, key) for name, key in ACCURACY_BASELINES.items()}
+        texts = {name: percent(value) for name, value in values.items()}
+    elif row.unit == "nats" and not result.get("masked"):
+        values = {name: value_of(result, key) for name, key in COUNT_BASELINES.items()}
+        texts = {name: f"{value:.4f}" for name, value in values.items() if value is not None}
+    elif row.unit == "distance" and isinstance(result.get("distance"), dict):
+        values = {"originals with shuffled lower halves": value_of(result["distance"], "shuffled_lower_halves")}
+        texts = {name: f"{value:.3f}" for name, value in values.items() if value is not None}
+    else:
+        return []
+    assert row.value is not None
+    return [
+        f"{name[0].lower()}{name[1:]} ({texts[name]})"
+        for name, value in values.items()
+        if value is not None and _wins(value, row.value, row.unit)
+    ]
+
+
+def _wins(baseline: float, model: float, unit: str) -> bool:
+    return baseline >= model if unit == "accuracy" else baseline <= model
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
