@@ -13,7 +13,7 @@ from data_prep.common.files import read_json
 from pipeline.model_folder.card import HUB_DATASETS
 from pipeline.model_folder.training_record import read_training_record
 from pipeline.results.claims import training_images_sentence, where_baselines_win
-from pipeline.results.curve import CURVE
+from pipeline.results.curve import CURVE, describe_curve, has_losses
 from pipeline.results.headline import Results, headlines_of, measured_split
 from pipeline.results.numbers import legend, numbers_table
 from pipeline.results.published import LOWER_IS_BETTER, compared_with_published, our_rows
@@ -42,14 +42,20 @@ def card_sections(folder: Path) -> list[str]:
     for name, reason in unreadable.items():
         logger.warning(f"{name} {reason}; the card leaves it out")
     figures = sorted(file.name for file in (folder / RESULTS).glob("*.png"))
-    curve = _figure(CURVE) if CURVE in figures else ""
-    shown = [name for name in figures if name != CURVE]
-    side, record = math.isqrt(read_json(folder / "config.json")["n_positions"]), read_training_record(folder)
+    record = read_training_record(folder)
+    rows = record.rows if CURVE in figures else []
+    described = describe_curve(rows, results.get("density"))[0] if has_losses(rows) else "training"
+    curve = _figure(CURVE, described) if CURVE in figures else ""
+    alternatives = {
+        f"{task}.png": f"{result['title']}: {result.get('summary', '')}" for task, result in results.items()
+    }
+    shown = [_figure(name, alternatives.get(name, "")) for name in figures if name != CURVE]
+    side = math.isqrt(read_json(folder / "config.json")["n_positions"])
     trained_on, started_from = record.checkpoint.get("shards_digest"), (record.settings.get("start") or {}).get("path")
     about = training_images_sentence(results, trained_on, started_from)
     lead = f"Images of {side}x{side} pixels. {about}" if results else ""
     left_out = [f"{name} {reason}" for name, reason in unreadable.items()]
-    return [curve, _results_section(results, random_weights, shown, lead, left_out), _published_section(results)]
+    return [curve, _results_section(results, random_weights, shown, lead, left_out), _published_section(results, side)]
 
 
 def eval_results(results: Results) -> list[EvalResult]:
@@ -89,7 +95,7 @@ def _results_section(
 ) -> str:
     """A table of all headlines with the baselines beside them, where a baseline wins, and the figures.
 
-    lead: what was measured. left_out: results that can't be read, with the reasons.
+    figures: in Markdown. lead: what was measured. left_out: results that can't be read, with the reasons.
     """
     datasets = [result["dataset"] for result in results.values() for _ in headlines_of(result)]
     numbers = numbers_table(results, random_weights)
@@ -98,17 +104,17 @@ def _results_section(
     parts = [
         lead,
         _table(["Dataset", *numbers.head], rows),
-        f"**Where a baseline wins.** {' '.join(wins)}" if wins else "",
+        "\n".join(["**Where a baseline wins**\n", *(f"- {sentence}" for sentence in wins)]) if wins else "",
         legend(numbers) if rows else "",
         f"Left out, because they can't be read: {'; '.join(left_out)}." if left_out else "",
-        *map(_figure, figures),
+        *figures,
     ]
     shown = [part for part in parts if part]
     return "\n\n".join(["## Results", *shown]) if shown else ""
 
 
-def _published_section(results: Results) -> str:
-    """Tables of published numbers, by measure, each starting with the measured result."""
+def _published_section(results: Results, side: int) -> str:
+    """Tables of published numbers, by measure, each starting with the measured result. side: of the model's images."""
     parts = []
     for measure, (ours, theirs) in compared_with_published(results).items():
         rows = [
@@ -121,8 +127,8 @@ def _published_section(results: Results) -> str:
     if not parts:
         return ""
     scale = (
-        "Numbers are comparable only on the same dataset, and losses only with the same palette; the others are for "
-        "orientation. Published probes use features learned on ImageNet."
+        f"This model was measured at {side}x{side}. Numbers are comparable only on the same dataset, and losses only "
+        "with the same palette; the others are for orientation. Published probes use features learned on ImageNet."
     )
     return "\n\n".join(["### Published numbers", *parts, scale])
 
@@ -134,5 +140,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _figure(name: str) -> str:
-    return f"![{name.removesuffix('.png').replace('_', ' ')}]({RESULTS / name})"
+def _figure(name: str, alternative: str) -> str:
+    """A figure with its alternative text; the name of the file if there is none."""
+    text = " ".join(re.sub(r"[][\n]", " ", alternative).split()) or name.removesuffix(".png").replace("_", " ")
+    return f"![{text}]({RESULTS / name})"

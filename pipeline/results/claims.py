@@ -81,7 +81,7 @@ def where_baselines_win(results: Results, random_weights: Results) -> list[str]:
                 better.append(f"initial weights ({random.text})")
             if better:
                 verb = "does" if len(better) == 1 else "do"
-                sentences.append(f"{row.name}: {_listed(better)} {verb} at least as well as this model ({row.text}).")
+                sentences.append(f"{row.name}: {_listed(better)} {verb} at least as well as this model, {row.text}.")
     return sentences
 
 
@@ -89,7 +89,7 @@ def _better_baselines(row: Headline, result: dict[str, Any]) -> list[str]:
     """The baselines that reach or beat a headline, with their numbers."""
     if row.unit == "accuracy":
         values = {name: value_of(result, key) for name, key in ACCURACY_BASELINES.items()}
-        texts = {name: percent(value) for name, value in values.items()}
+        texts = {name: percent(value) for name, value in values.items() if value is not None}
     elif row.unit == "nats" and not result.get("masked"):
         values = {name: value_of(result, key) for name, key in COUNT_BASELINES.items()}
         texts = {name: f"{value:.4f}" for name, value in values.items() if value is not None}
@@ -100,7 +100,7 @@ def _better_baselines(row: Headline, result: dict[str, Any]) -> list[str]:
         return []
     assert row.value is not None
     return [
-        f"{name[0].lower()}{name[1:]} ({texts[name]})"
+        f"{name.lower()} ({texts[name]})"
         for name, value in values.items()
         if value is not None and _wins(value, row.value, row.unit)
     ]

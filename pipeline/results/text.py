@@ -28,3 +28,8 @@ def number(value: Any) -> str:
 def words(key: str) -> str:
     """A JSON key as words: best_layer as "best layer"."""
     return key.replace("_", " ")
+
+
+def image_count(count: int) -> str:
+    """1 as "1 image", 1000 as "1,000 images"."""
+    return f"{count:,} {'image' if count == 1 else 'images'}"

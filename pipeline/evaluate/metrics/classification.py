@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.evaluate.context import Evaluation, ImageSubset
 from pipeline.evaluate.metrics.mask_ensemble import MASKS, score_predictions
 from pipeline.results.figures import new_figure, save_figure
+from pipeline.results.text import image_count
 
 CLASSES_SHOWN = 30
 """With more classes, the figure has only those that are confused most: their names can be read."""
@@ -111,7 +112,7 @@ def confusions(labels: np.ndarray, predicted: np.ndarray, classes: np.ndarray, n
 
 def accuracy_text(result: dict[str, Any]) -> str:
     """The accuracy on the test images, for a summary."""
-    text = f"test accuracy {result['test_accuracy']:.1%} of {result['test_images']:,} images"
+    text = f"test accuracy {result['test_accuracy']:.1%} of {image_count(result['test_images'])}"
     voted = result.get("ensembled_test_accuracy")
     return text if voted is None else f"{text} ({voted:.1%} by vote over {result['masks']} masks)"
 

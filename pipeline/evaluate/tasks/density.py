@@ -35,7 +35,7 @@ from pipeline.results.figures import draw_or_log, new_figure, save_figure
 from pipeline.results.headline import Headline
 from pipeline.results.published import NATS
 from pipeline.results.report.html import figure, note, table
-from pipeline.results.text import number
+from pipeline.results.text import image_count, number
 
 FIGURE = "density.png"
 IMAGES_AT_ONCE = 4096
@@ -105,7 +105,7 @@ class Density(Task[DensityOptions]):
         what = "masked pixel" if result["masked"] else "color"
         return (
             f"{result['nats_per_color']:.4f} nats, {result['bits_per_color']:.4f} bits per {what} on "
-            f"{result['images']:,} images of {result['split']}; uniform {result['uniform_nats_per_color']:.4f}, color "
+            f"{image_count(result['images'])} of {result['split']}; uniform {result['uniform_nats_per_color']:.4f}, color "
             f"frequencies {result['unigram_nats_per_color']:.4f}, previous color "
             f"{result['bigram_nats_per_color']:.4f}, left x above {result['left_times_above_nats_per_color']:.4f}"
         )
@@ -135,7 +135,7 @@ class Density(Task[DensityOptions]):
         error, images = result["nats_standard_error"], result["images"]
         spread = f", standard error {error:.4f} nats" if error == error and images > 1 else ""
         explained = note(
-            f"Mean over {images:,} {'image' if images == 1 else 'images'} of {result['split']}{masks}{spread}. The "
+            f"Mean over {image_count(images)} of {result['split']}{masks}{spread}. The "
             "baselines' counts come from the entire train split."
             + (
                 " A masked model sees all other pixels, so its nats can't be compared with the baselines."
@@ -199,7 +199,7 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
     shown = axes.imshow(np.asarray(result["nats_by_position"], float), cmap="viridis", interpolation="nearest")
     figure.colorbar(shown, ax=axes, label="nats per masked pixel" if result["masked"] else "nats per color")
-    axes.set(xlabel="column", ylabel="row (read from the top, left to right)")
+    axes.set(xlabel="column", ylabel="row, from the top")
     save_figure(figure, path)
 
 

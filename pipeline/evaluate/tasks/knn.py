@@ -44,6 +44,7 @@ from pipeline.evaluate.options import KnnOptions
 from pipeline.evaluate.task import LabelledTask
 from pipeline.evaluate.work_sharing import map_over_ranks
 from pipeline.results.figures import draw_by_layer, draw_or_log
+from pipeline.results.text import image_count
 
 FIGURE = "knn.png"
 QUERIES_AT_ONCE = 1024
@@ -114,7 +115,7 @@ class KNN(LabelledTask[KnnOptions]):
     def summary(cls, result: dict[str, Any]) -> str:
         voted = f", {result['ensembled_test_accuracy']:.1%} by vote" if "ensembled_test_accuracy" in result else ""
         return (
-            f"test accuracy {result['test_accuracy']:.1%}{voted} of {result['test_images']:,} images with "
+            f"test accuracy {result['test_accuracy']:.1%}{voted} of {image_count(result['test_images'])} with "
             f"{result['best_k']} neighbors at layer {result['best_layer']}, best on validation; raw pixels "
             f"{result['raw_pixel_test_accuracy']:.1%}, color histogram {result['color_histogram_test_accuracy']:.1%}"
         )

@@ -49,6 +49,7 @@ from pipeline.evaluate.task import LabelledTask
 from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
 from pipeline.results.figures import draw_by_layer, draw_or_log
 from pipeline.results.published import PROBE
+from pipeline.results.text import image_count
 
 FIGURE = "linear_probe.png"
 CONCATENATED = "concatenated"
@@ -142,7 +143,7 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
             several = result[CONCATENATED]
             more = f"{several['test_accuracy']:.1%} from {len(several['layers'])} concatenated layers, "
         return (
-            f"test accuracy {result['test_accuracy']:.1%}{deviation}{voted} of {result['test_images']:,} images at "
+            f"test accuracy {result['test_accuracy']:.1%}{deviation}{voted} of {image_count(result['test_images'])} at "
             f"layer {result['best_layer']}, best on "
             f"validation ({layers[0]:.1%} at the first layer, {max(layers):.1%} at the best); "
             f"{more}raw pixels {result['raw_pixel_test_accuracy']:.1%}, "

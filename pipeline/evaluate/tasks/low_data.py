@@ -47,6 +47,7 @@ from pipeline.evaluate.task import Task
 from pipeline.evaluate.work_sharing import WorkItem, map_over_ranks
 from pipeline.results.figures import ACCENT, BASELINES, draw_or_log, label_line, new_figure, save_figure
 from pipeline.results.published import LOW_DATA
+from pipeline.results.text import image_count
 
 FIGURE = "low_data.png"
 PER_CLASS = (4, 25, 400)
@@ -107,7 +108,7 @@ class LowData(Task[LowDataOptions]):
             deviation = setting["test_accuracy_deviation"]
             spread = "" if deviation is None else f" +- {100 * deviation:.1f}"
             parts.append(f"{100 * setting['test_accuracy']:.1f}{spread}% with {setting['name']}")
-        return f"test accuracy {', '.join(parts)}, of {result['test_images']:,} images; {result['choice']}"
+        return f"test accuracy {', '.join(parts)}, of {image_count(result['test_images'])}; {result['choice']}"
 
     def _settings(
         self, evaluation: Evaluation, images: dict[str, ImageSubset]

@@ -122,7 +122,8 @@ def read_checkpoints(folder: Path, task: str, excluded: list[str]) -> list[dict[
             excluded.append(f"{folder.name}/{file.parent.name} {reason}")
     if not found:
         raise ValueError(
-            f"{folder} has no checkpoint with results of {task}; evaluate with --tasks {task}, or set another --task."
+            f"{folder} has no checkpoint with results of {task} that can be read; evaluate with --tasks {task}, or set "
+            f"another --task."
         )
     return sorted(found, key=lambda results: results["model"]["checkpoint_step"] or 0)
 

@@ -84,7 +84,7 @@ def test_a_model_that_computes_nan_is_refused(
     """A NaN weight, or finite ones whose activations overflow: no number is written."""
     model = write_model(tmp_path / "lost", "igpt")
     weights = load_file(model / "model.safetensors")
-    weights["transformer.wte.weight"][:] = weight
+    weights["transformer.ln_f.weight"][:] = weight
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="NaN or Inf"):
         measure(model=model, task=task)
@@ -131,7 +131,9 @@ def test_a_later_versions_result_is_not_replaced(measure: Callable[..., Path], t
     (tmp_path / "results").mkdir()
     path = tmp_path / "results/odd.json"
     path.write_text('{"format": "image-gpt-result", "version": 2}')
-    with pytest.raises(ValueError, match=r"odd\.json was written by a later version of this program \(version 2 of its"):
+    with pytest.raises(
+        ValueError, match=r"odd\.json was written by a later version of this program \(version 2 of its"
+    ):
         measure({"test_accuracy": 0.5})
     assert json.loads(path.read_text())["version"] == 2
 

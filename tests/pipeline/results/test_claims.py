@@ -51,14 +51,14 @@ def test_the_table_has_the_baselines_and_n_beside_each_number() -> None:
 def test_baselines_that_reach_the_model_are_named() -> None:
     results = {"linear_probe": PROBED, "density": density(2.9)}
     assert where_baselines_win(results, {}) == [
-        "Linear probe: color histogram (88.0 %) does at least as well as this model (84.8 % (82.4–86.9)).",
-        "Nats per color: previous color (2.9000) and two neighboring colors (2.5000) do at least as well as this model "
-        "(2.9000).",
+        "Linear probe: color histogram (88.0 %) does at least as well as this model, 84.8 % (82.4–86.9).",
+        "Nats per color: previous color (2.9000) and two neighboring colors (2.5000) do at least as well as this "
+        "model, 2.9000.",
     ]
     better = {"density": density(2.0)}
     assert where_baselines_win(better, {}) == []
     assert where_baselines_win(better, better) == [
-        "Nats per color: initial weights (2.0000) does at least as well as this model (2.0000)."
+        "Nats per color: initial weights (2.0000) does at least as well as this model, 2.0000."
     ]
     assert where_baselines_win({"density": density(9.0, masked=True, draws=5)}, {}) == []  # another quantity
     assert where_baselines_win({"density": density(None)}, {"density": density(None)}) == []
@@ -81,7 +81,7 @@ def test_one_image_is_shown_without_an_error() -> None:
         ({}, ("ours", None), ""),
         ([density(2.0)], ("ours", None),
          "The numbers were measured on the split test of its shard set, which it was not trained on."),
-        ([PROBED, density(2.0, "valid")], ("ours", None), "on the splits test and valid of its shard set, which it was"),
+        ([PROBED, density(2.0, "valid")], ("ours", None), "on the splits test and valid of its shard set, which it"),
         ([PROBED, density(2.0, "train")], ("ours", None),
          "which it was not trained on, except Density: on train, the images that it was trained on."),
         ([density(2.0, "train")], ("ours", None), "measured on train, the images that it was trained on."),

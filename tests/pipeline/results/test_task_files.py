@@ -34,7 +34,10 @@ def without(*keys: str) -> dict[str, Any]:
         (CURRENT | {"task": 3}, "has no task"),
         (CURRENT | {"headlines": [{"title": "of another shape"}]}, "has other keys than this program knows (TypeError"),
         (CURRENT | {"headlines": [{"name": "N", "value": "high", "unit": "nats"}]}, "has other keys than this program"),
-        (KNOWN | {"task": "density", "inputs_digest": "c"}, "has other keys than this program knows (KeyError('masked'"),
+        (
+            KNOWN | {"task": "density", "inputs_digest": "c"},
+            "has other keys than this program knows (KeyError('masked'",
+        ),
         (KNOWN | {"task": "completions", "inputs_digest": "c"}, "has other keys than this program knows (KeyError"),
     ],
 )

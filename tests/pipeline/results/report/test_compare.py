@@ -95,6 +95,32 @@ def test_a_checkpoint_without_results_is_excluded(
     assert "step-00000002 has no results of linear_probe yet; it is excluded" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda results: results.update(version=2), "has results of a later version (2; this program reads up to 1)"),
+        (lambda results: results["model"].pop("parameters"), "has results of another version (KeyError('parameters'))"),
+        (lambda results: results["tasks"]["density"].pop("options"), "has results of another version (KeyError("),
+        (lambda results: results.pop("tasks"), "has results of another version (KeyError('tasks'))"),
+    ],
+)
+def test_results_of_other_versions_are_excluded_and_named(
+    change: Change, reason: str, checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    checkpoint("model", 1, 3.0)
+    folder = checkpoint("model", 2, 2.0, change)
+    comparison = compare(folder)
+    assert losses(comparison) == {"model": [(1, 3.0)]}
+    assert (comparison["format"], comparison["version"]) == ("image-gpt-comparison", 1)
+    assert f"step-00000002 {reason}" in caplog.text
+    page = (tmp_path / "compared/compare.html").read_text()
+    assert "Left out: model/step-00000002 has results of" in page
+    assert "Measured on 110 validation images and 127 test images." in page
+    only = checkpoint("other", 1, 3.0, change)
+    with pytest.raises(ValueError, match="other has no checkpoint with results of linear_probe that can be read"):
+        compare(only)
+
+
 def test_results_of_one_model_are_a_point(checkpoint: Callable[..., Path]) -> None:
     folders = [checkpoint(model, 7, loss) / "step-00000007" for model, loss in (("one", 3.0), ("two", 2.0))]
     assert list(losses(compare(*folders))) == [str(folder) for folder in folders]  # their own names are alike
@@ -141,7 +167,7 @@ def test_missing_losses_and_folders(checkpoint: Callable[..., Path], tmp_path: P
         compare(folder)
     with pytest.raises(ValueError, match=r"nothing has no results\.json and no step-"):
         compare(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="has no checkpoint with results of knn; evaluate with --tasks knn"):
+    with pytest.raises(ValueError, match=r"has no checkpoint with results of knn.*; evaluate with --tasks knn"):
         compare(folder, "--task", "knn")
     checkpoint("other", 1, 3.0)
     with pytest.raises(ValueError, match="is given twice"):

@@ -43,9 +43,11 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.open: list[str] = []
         self.headings: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
         self.addresses += [value or "" for key, value in attributes if key in ("src", "href")]
         if tag not in ("meta", "img"):
             self.open.append(tag)
@@ -122,6 +124,65 @@ def test_the_report_needs_no_other_file(out: Path) -> None:
         assert shown in text
     assert "dots &amp; lines" in text
     assert "--run &lt;RUN&gt;" in text
+
+
+def test_the_page_can_be_read_by_everyone(out: Path) -> None:
+    """With a screen reader, in the dark, on a telephone."""
+    text = (out / "report.html").read_text()
+    tags = Page(text).tags
+    assert [tag for tag, _ in tags].count("main") == 1
+    assert {attributes.get("scope") for tag, attributes in tags if tag == "th"} == {"col", "rowgroup"}
+    alternatives = [attributes["alt"] or "" for tag, attributes in tags if tag == "img"]
+    assert len(set(alternatives)) == len(alternatives) == 6
+    density = json.loads((out / "density.json").read_text())
+    probe = json.loads((out / "linear_probe.json").read_text())
+    for words in (
+        "over the images seen: from 3.200 to",
+        "2.250 on the validation split",
+        f"Figure of Linear probe: test accuracy {probe['test_accuracy']:.1%}",
+        f"{density['nats_by_position'][0][0]:.4g} at the first pixel",
+        "Grid of 3 rows, one per image of test: the given upper half, 2 completions",
+    ):
+        assert any(words in alternative for alternative in alternatives), words
+    assert "@media (prefers-color-scheme: dark)" in text
+    assert "overflow-wrap: anywhere" not in re.sub(r"pre {[^}]*}", "", text)
+
+
+def test_the_head_and_the_notes_follow_from_the_results(out: Path) -> None:
+    text = (out / "report.html").read_text()
+    assert "It was trained on another shard set than it was measured on" in text  # its record names another digest
+    assert "<dd>dots, 3 classes</dd>" in text
+    assert "<dt>Precision</dt><dd>fp32</dd>" in text
+    assert "(lower is better)" in text and "(higher is better)" in text
+    assert "Few labels: layer and L2 strength by cross-validation within each subset&#39;s labels." in text
+    probe = json.loads((out / "linear_probe.json").read_text())
+    assert probe["color_histogram_test_accuracy"] > probe["test_accuracy"]  # the classes differ by color
+    assert f"<li>Linear probe: color histogram ({100 * probe['color_histogram_test_accuracy']:.1f} %)" in text
+    low, high = (100 * bound for bound in probe["test_accuracy_interval"])
+    assert f"{100 * probe['test_accuracy']:.1f} % ({low:.1f}–{high:.1f})" in text
+    assert '<td class="number">127</td>' in text  # n
+
+
+def test_results_of_other_versions_are_left_out_and_named(
+    trained_model: Path, shards: ShardSet, out: Path, tmp_path: Path
+) -> None:
+    out = copytree(out, tmp_path / "results")
+    density, knn, low = (json.loads((out / f"{task}.json").read_text()) for task in ("density", "knn", "low_data"))
+    (out / "density.json").write_text(json.dumps(density | {"version": 7}))
+    (out / "knn.json").write_text(json.dumps({key: knn[key] for key in knn if key != "dataset_digest"}))
+    (out / "completions.json").write_text("{")
+    (out / "low_data.json").write_text(json.dumps(low | {"headlines": [{"name": "N", "unit": "nats"}]}))
+    write_report(out, model_facts(trained_model, load_model_folder(trained_model)), shards)
+    text = (out / "report.html").read_text()
+    for words in (
+        "<li>density.json: has version 7 of its format; this program reads up to 1</li>",
+        "<li>knn.json: has no dataset_digest</li>",
+        "<li>completions.json: is not readable as JSON",
+        "<li>low_data.json: has other keys than this program knows (TypeError(",
+    ):
+        assert words in text, words
+    assert Page(text).headings[:3] == ["The numbers", "Training", "Linear probe"]
+    assert list(json.loads((out / "results.json").read_text())["tasks"]) == ["linear_probe"]
 
 
 @pytest.mark.parametrize(("planned", "stated"), [(125, True), (59, False)])
@@ -270,6 +331,7 @@ def test_how_to_read_follows_the_numbers(
     page = write_report(out, model_facts(trained_model, load_model_folder(trained_model)), shards)
     assert words in page.read_text()
     assert "few photographs" not in page.read_text()  # the images are dots
+    assert "Its loss on test is" in page.read_text()
 
 
 def test_a_new_task_is_a_file_and_a_line(
