@@ -68,8 +68,8 @@ class Task(ABC, Generic[Options]):
         """Returns the result for the task's JSON, the same on every rank.
 
         Numbers may be numpy's; NaN and Inf become null, which `section` must accept. The first rank writes figures into
-        `evaluation.results`. Longer work should be cached in parts: `evaluation.cache.get_or_compute`,
-        `map_over_ranks`.
+        `evaluation.results`, with `figures.draw_or_log`. Longer work should be cached in parts:
+        `evaluation.cache.get_or_compute`, `map_over_ranks`.
         """
 
     @classmethod

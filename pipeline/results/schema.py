@@ -1,6 +1,6 @@
 """results.json: all results of one model on one shard set, for other programs.
 
-    format, version    "image-gpt-results", 1
+    format, version    "image-gpt-results", 1 (of a task: task_files.py)
     model           digest, block, objective, parameters, layers, width, heads, resolution, palette_sha256,
                     checkpoint_step, planned_steps (of its schedule), images_seen, source (its training data),
                     shards_digest (of its training set), valid_loss (logged by the run at that step, nats per token);

@@ -105,8 +105,8 @@ class Density(Task[DensityOptions]):
         what = "masked pixel" if result["masked"] else "color"
         return (
             f"{result['nats_per_color']:.4f} nats, {result['bits_per_color']:.4f} bits per {what} on "
-            f"{image_count(result['images'])} of {result['split']}; uniform {result['uniform_nats_per_color']:.4f}, color "
-            f"frequencies {result['unigram_nats_per_color']:.4f}, previous color "
+            f"{image_count(result['images'])} of {result['split']}; uniform {result['uniform_nats_per_color']:.4f}, "
+            f"color frequencies {result['unigram_nats_per_color']:.4f}, previous color "
             f"{result['bigram_nats_per_color']:.4f}, left x above {result['left_times_above_nats_per_color']:.4f}"
         )
 

@@ -191,11 +191,13 @@ def test_a_copy_of_the_model_counts_as_the_same(
 def test_one_image_has_no_error(run: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
     folder = run("--tasks", "linear_probe,density", "--test_images", "1")
     results, page = results_of(folder), (folder / "report.html").read_text()
+    page = re.sub(r"base64,[^\"]+", "", page).partition("<h2>Published numbers")[0]
     probe = results["linear_probe"]
     assert [probe[f"test_{name}"] for name in ("accuracy_interval", "standard_error")] == [None, None]
     assert results["density"]["nats_standard_error"] is None
     assert f"test accuracy {probe['test_accuracy']:.1%} of 1 image " in caplog.text
-    assert "±" not in page and "standard error" not in page and "interval" not in page
+    assert "±" not in page
+    assert "Wilson" not in page
     assert "Mean over 1 image of test." in page
 
 
