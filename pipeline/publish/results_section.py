@@ -136,7 +136,8 @@ def _published_section(results: Results, side: int) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     if not rows:
         return ""
-    lines = [head, ["---"] * len(head), *rows]
+    escaped = [[" ".join(cell.replace("|", r"\|").split()) for cell in row] for row in rows]  # names are anyone's
+    lines = [head, ["---"] * len(head), *escaped]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

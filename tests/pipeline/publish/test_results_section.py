@@ -57,6 +57,11 @@ def test_baselines_resolution_and_n_are_beside_the_number(model: Path) -> None:
     assert "measured at 8x8" in published
 
 
+def test_a_bar_in_a_name_does_not_end_a_cell(model: Path) -> None:
+    _, results, _ = card_sections(write(model, PROBE | {"dataset": "cats | dogs\n"}))
+    assert r"| cats \| dogs | Linear probe |" in results
+
+
 def test_numbers_of_train_are_named_as_such(model: Path) -> None:
     _, results, published = card_sections(write(model, DENSITY))
     assert "measured on train, the images that it was trained on" in results
