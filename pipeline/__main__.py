@@ -8,7 +8,10 @@ from contextlib import suppress
 from typing import NoReturn
 
 from data_prep.common.command_line import Command, dispatch
+from data_prep.common.exit_codes import STOPPED
 from pipeline.rank_errors import local_rank, report_error, reported_once_per_node
+
+logger = logging.getLogger("pipeline")
 
 
 def train(arguments: list[str]) -> int:
@@ -18,6 +21,12 @@ def train(arguments: list[str]) -> int:
 
     with reported_once_per_node(local_rank()):
         config, run = parse_training(arguments)
+    from pipeline.train.health.stop import restarted_after_stop
+
+    if restarted_after_stop(run):
+        if os.environ.get("RANK") == "0":
+            logger.warning(f"{run} was stopped on request: it stays stopped, although torchrun restarts its ranks")
+        return STOPPED
     from pipeline.distributed import select_mig_instance
 
     select_mig_instance(local_rank())  # before torchao, whose import makes CUDA read the variable

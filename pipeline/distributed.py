@@ -14,8 +14,11 @@ from pipeline.rank_errors import reported_on_all_ranks
 
 T = TypeVar("T")
 
-SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""torchrun's variables, which DeepSpeed reads, and SLURM's; the batch script sets MASTER_ADDR and MASTER_PORT."""
+SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+"""torchrun's variables, which DeepSpeed reads, and SLURM's for a job step (the shell of salloc is a step of one task).
+
+The batch script sets MASTER_ADDR and MASTER_PORT.
+"""
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 """Where Linux lists PCI devices, with the CPUs that are close to each."""
 MOST_THREADS = 8
@@ -42,20 +45,34 @@ class Ranks:
 def describe_ranks() -> Ranks:
     """Reads the variables of torchrun or srun; without either, a single rank. Starts no process group.
 
-    Raises ValueError if the launcher's variables are incomplete.
+    Raises ValueError if the launcher's variables are incomplete or contradict each other.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+    if "RANK" not in os.environ and integer_variable("SLURM_STEP_NUM_TASKS", 1) > 1:
         for ours, slurms in SLURM_VARIABLES.items():
             os.environ[ours] = os.environ[slurms]
     rank, count = integer_variable("RANK", 0), integer_variable("WORLD_SIZE", 1)
+    _check_rank(rank, count)
     local_rank = integer_variable("LOCAL_RANK", 0)
     select_device(local_rank)
     if count > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ValueError(f"{name} is not set; with {count} ranks it must be set, to rank 0's address or port.")
+        if not 0 < integer_variable("MASTER_PORT", 0) < 1 << 16:
+            raise ValueError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; it must be a port, 1 to 65535.")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     return Ranks(rank, count, local_rank, device)
+
+
+def _check_rank(rank: int, count: int) -> None:
+    """Raises ValueError if there can be no such rank; the variables may be left over from another program."""
+    if count > 1 and "RANK" not in os.environ:
+        raise ValueError(f"RANK is not set, and WORLD_SIZE is {count}; set RANK, or unset both to train on one rank.")
+    if rank >= count:
+        raise ValueError(
+            f"RANK is {rank}; with {count} ranks (WORLD_SIZE) it must be below {count}. Unset both to train on one "
+            f"rank."
+        )
 
 
 def integer_variable(name: str, default: int) -> int:

@@ -7,8 +7,14 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from data_prep.common.command_line import print_error
+from data_prep.common.exit_codes import Failed
 
 E = TypeVar("E", bound=BaseException)
+
+
+class RankUnreachable(Failed):
+    """Another rank has ended, or can't be reached."""
+
 
 REPORTED_ELSEWHERE = "reported_elsewhere"
 """Attribute of an error that another rank prints."""

@@ -6,6 +6,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from itertools import compress, pairwise
 from operator import not_
@@ -100,8 +101,9 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def print_error(error: BaseException, where: str = "") -> None:
-    """Prints the error as one sentence on standard error."""
-    print(f"error: {_describe(error)}{where}", file=sys.stderr, flush=True)
+    """Prints the error as one sentence on standard error, if that was not closed."""
+    with suppress(OSError):
+        print(f"error: {_describe(error)}{where}", file=sys.stderr, flush=True)
 
 
 def _run(command: Command | str, arguments: list[str], report: Callable[[BaseException], None]) -> int:

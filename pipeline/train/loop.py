@@ -5,6 +5,7 @@ Start at Trainer.run.
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,17 +37,18 @@ from pipeline.train.engine.base import StepResult
 from pipeline.train.engine.build import build_engine
 from pipeline.train.engine.process_group import set_heartbeat_timeout, start_group
 from pipeline.train.health.diverged import Diverged
+from pipeline.train.health.lost_rank import explain_lost_rank
 from pipeline.train.health.out_of_memory import with_advice
 from pipeline.train.health.replicas import check_replicas
 from pipeline.train.health.step_filter import DESCRIPTIONS, StepFilter
-from pipeline.train.health.stop import StopRequests
+from pipeline.train.health.stop import StopRequested, StopRequests
 from pipeline.train.health.stragglers import SlowRanks
 from pipeline.train.health.watchdog import Watchdog, group_timeout
 from pipeline.train.monitor.peak_memory import peak_memory, peak_memory_table, use_expandable_segments
 from pipeline.train.monitor.profiler import Profiler
 from pipeline.train.monitor.startup import StartClock
 from pipeline.train.monitor.summary import Throughput, describe
-from pipeline.train.monitor.telemetry import StepClock, open_telemetry
+from pipeline.train.monitor.telemetry import NOT_EVALUATED, EvaluatedStep, StepClock, evaluated, open_telemetry
 from pipeline.train.setup import Inputs, check_inputs, choose_kernels, choose_reader
 from pipeline.train.validation import spread, validation_loss
 
@@ -65,7 +67,6 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     gc.freeze()  # DeepSpeed runs the garbage collector twenty times while it starts; imported modules are excluded
     use_expandable_segments()
     ranks, folder = describe_ranks(), RunFolder(run)
-    stop = StopRequests(run, checks_file=ranks.is_first)
     with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
         folder.check(config, inputs.shards)
@@ -75,7 +76,8 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         print_finished(folder, config)
         return FINISHED
     start_clock.mark("checks")
-    start_group(ranks, group_timeout(config.health.hang_minutes))
+    members = start_group(ranks, group_timeout(config.health.hang_minutes))
+    stop = StopRequests(run, checks_file=ranks.is_first)  # until here a signal ends the process: nothing is trained yet
     start_clock.mark("rendezvous")
     try:
         with raise_on_all_ranks():
@@ -90,21 +92,31 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         gc.enable()
         with finishing_saves(trainer.checkpoint_manager):
             progress = trainer.run()
-        finished = progress.step >= config.schedule.steps
+        finished = progress.step >= config.schedule.steps and not trainer.interrupted
         with raise_on_all_ranks():  # a rank that leaves early would break the others' connections
             if ranks.is_first:
                 folder.note("finished" if finished else "stopped", step=progress.step, images=progress.images)
-                logger.info(f"{'finished' if finished else 'stopped on request'} at step {progress.step}: {run}")
+                log_end(run, progress.step, finished)
         watchdog.end()
         return FINISHED if finished else STOPPED
     except BaseException as error:
-        advice = with_advice(error, inputs)
+        advice = with_advice(error, inputs) or explain_lost_rank(error, ranks, members)
         folder.note_failure(advice or error)
         if advice is not None:
             raise advice from error
         raise
     finally:
         folder.close()
+
+
+def log_end(run: Path, step: int, finished: bool) -> None:
+    """The last line of a run that ended as it should."""
+    if finished:
+        logger.info(f"finished at step {step}: {run}")
+        return
+    code = f"exit code {STOPPED}" + (", which torchrun calls FAILED" if "TORCHELASTIC_RUN_ID" in os.environ else "")
+    saved = f"step {step} is saved" if step else "nothing is trained yet"
+    logger.warning(f"stopped on request at step {step}: {run}; {saved}, the same command resumes the run ({code})")
 
 
 def print_finished(folder: RunFolder, config: TrainConfig) -> None:
@@ -150,7 +162,7 @@ class Trainer:
     ) -> None:
         """Builds the engine, resumes from the newest complete checkpoint and logs the derived quantities."""
         self.inputs, self.config, self.ranks = inputs, inputs.config, inputs.ranks
-        self.stop, self.watchdog, self.start_clock = stop, watchdog, start_clock
+        self.stop, self.watchdog, self.start_clock, self.run_folder = stop, watchdog, start_clock, folder
         config, ranks = self.config, self.ranks
         torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
         checkpoint = newest_complete(folder.checkpoints, ranks)
@@ -169,6 +181,8 @@ class Trainer:
         self.profiler, self.slow_ranks = Profiler(folder.path, config.profile, ranks), SlowRanks(ranks)
         self.first_step, self.last_step = self.progress.step + 1, config.schedule.steps
         self.save_pending = False
+        self.interrupted = False
+        """Whether a request to stop ended the validation or the samples of the last step."""
         self.clock = StepClock()
         if ranks.is_first:
             logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels)}")
@@ -179,6 +193,7 @@ class Trainer:
         The host waits for the device only before a step's update (ConditionalStep). While the device computes the
         update, the host reads the next batch, exchanges the flags and records the step.
         """
+        self.evaluate_loaded_step()
         self.clock.start()
         batch = self.read_batch(self.progress)
         flags = self.sync_flags(batch)
@@ -195,12 +210,13 @@ class Trainer:
             if not flags.writing:
                 self.checkpoint_manager.finish()
             self.progress = done
+            with self.clock.paused():
+                self.evaluate()
+            flags = flags._replace(stopping=flags.stopping or self.interrupted)
             save_now = self.decide_to_save(flags)
             self.compare_replicas(save_now)
-            with self.clock.paused():
-                self.validate()
-                self.draw_samples()
-                if save_now:
+            if save_now:
+                with self.clock.paused():
                     self.save()
         self.close(flags)
         return self.progress
@@ -305,22 +321,42 @@ class Trainer:
         if every and (save_now or self.is_due(every)):
             check_replicas(self.engine, self.progress.step)
 
+    def evaluate(self, done: EvaluatedStep = NOT_EVALUATED) -> None:
+        """Validates and draws samples, if they are due and not done; a request to stop ends both."""
+        step = self.progress.step
+        try:
+            if self.is_due(self.config.validation.every_steps) and not done.validated:
+                self.watchdog.enter("validation", step)
+                self.validate()
+            if self.is_due(self.config.samples.every_steps) and self.inputs.masks is None and not done.sampled:
+                self.watchdog.enter("samples", step)
+                self.draw_samples()
+        except StopRequested:
+            self.interrupted = True
+            self.telemetry.log(f"a request to stop ended the evaluation of step {step}; the next start repeats it")
+
+    def evaluate_loaded_step(self) -> None:
+        """Validates and samples the step of the checkpoint that was loaded, if a request to stop had ended that."""
+        if self.progress.step:
+            self.evaluate(from_first(partial(evaluated, self.run_folder.path, self.progress.step)))
+
+    def check_for_stop(self) -> None:
+        """Raises StopRequested on all ranks if one was asked to stop; all ranks call it."""
+        if all_reduce_max([self.stop.pending()])[0]:
+            raise StopRequested
+
     def validate(self) -> None:
-        """Computes the validation loss, if it is due."""
-        if self.is_due(self.config.validation.every_steps):
-            self.watchdog.enter("validation", self.progress.step)
-            loss = validation_loss(self.engine, self.inputs.held_out, self.config.validation.images, self.ranks)
-            self.telemetry.validation({"step": self.progress.step, "images": self.progress.images, "valid_loss": loss})
+        """Computes the validation loss."""
+        loss = validation_loss(self.engine, self.inputs.held_out, self.config, self.ranks, self.check_for_stop)
+        self.telemetry.validation({"step": self.progress.step, "images": self.progress.images, "valid_loss": loss})
 
     def draw_samples(self) -> None:
-        """Completes half images of the valid split, if they are due."""
-        if self.is_due(self.config.samples.every_steps) and self.inputs.masks is None:
-            self.watchdog.enter("samples", self.progress.step)
-            split, shards = self.inputs.valid_split, self.inputs.shards
-            tokens, _ = split.gather(spread(split.images, self.config.samples.images))
-            drawn = self.engine.complete(tokens, SAMPLES_PER_IMAGE, self.config.seed)
-            grid = completion_grid(tokens, drawn, shards.palette, shards.resolution)
-            self.telemetry.samples(self.progress.step, grid)
+        """Completes half images of the valid split."""
+        split, shards = self.inputs.valid_split, self.inputs.shards
+        tokens, _ = split.gather(spread(split.images, self.config.samples.images))
+        drawn = self.engine.complete(tokens, SAMPLES_PER_IMAGE, self.config.seed, self.check_for_stop)
+        grid = completion_grid(tokens, drawn, shards.palette, shards.resolution)
+        self.telemetry.samples(self.progress.step, grid)
 
     def save(self) -> None:
         """Starts a checkpoint, once all rows up to its step are on disk."""

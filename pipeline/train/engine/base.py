@@ -7,9 +7,11 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from pipeline.checkpoint.fragments import FragmentReader, Tensors
 from pipeline.model.masks import Batch
+from pipeline.model.sampling import NextScores
 
 NOT_FINITE = "not finite"
 """The reason for skipping a step whose loss or gradient norm is NaN or Inf; a value of skipped.jsonl."""
@@ -52,6 +54,26 @@ class StepResult:
     """What is wrong with the step, or None."""
 
 
+Check = Callable[[], None]
+CHECK_POSITIONS = 8
+"""Positions that are sampled between two calls of a check."""
+
+
+def unchecked() -> None:
+    """A check that raises nothing."""
+
+
+def checked(next_scores: NextScores, check: Check) -> NextScores:
+    """The same function, with a call of `check` at every CHECK_POSITIONS-th position."""
+
+    def scores(so_far: torch.Tensor) -> torch.Tensor:
+        if so_far.shape[1] % CHECK_POSITIONS == 0:
+            check()
+        return next_scores(so_far)
+
+    return scores
+
+
 class Engine(ABC):
     """A model on several ranks, with its optimizer."""
 
@@ -71,8 +93,11 @@ class Engine(ABC):
         """Nats per token of each image, float64 (B,); every rank calls it with the same number of images B."""
 
     @abstractmethod
-    def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
-        """Samples new lower halves for images uint16 (B, T): uint16 (B, samples, T), the same on every rank."""
+    def complete(self, tokens: np.ndarray, samples: int, seed: int, check: Check = unchecked) -> np.ndarray:
+        """Samples new lower halves for images uint16 (B, T): uint16 (B, samples, T), the same on every rank.
+
+        check: called on all ranks every CHECK_POSITIONS positions; what it raises ends the sampling.
+        """
 
     @abstractmethod
     def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:

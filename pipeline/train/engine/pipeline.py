@@ -21,6 +21,7 @@ from pipeline.model.masks import Batch
 from pipeline.model.sampling import complete_halves_by
 from pipeline.train.engine import compilation, float8
 from pipeline.train.engine import deepspeed_internals as internals
+from pipeline.train.engine.base import Check, checked, unchecked
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
 
@@ -94,7 +95,7 @@ class PipelineEngine(DeepSpeedEngine):
     def evaluate(self, batch: Batch) -> np.ndarray:
         return self._evaluate(batch, self._image_nats, ()).double().cpu().numpy()
 
-    def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    def complete(self, tokens: np.ndarray, samples: int, seed: int, check: Check = unchecked) -> np.ndarray:
         """Without a key-value cache: each color costs a forward pass of complete images through all stages."""
         colors, positions = self._model_config.colors, self._model_config.n_positions
 
@@ -104,9 +105,9 @@ class PipelineEngine(DeepSpeedEngine):
             images[:, :known] = so_far[:, 1:].cpu().numpy()
             return self._evaluate(Batch(images), lambda logits, _: logits[:, known, :colors].float(), (colors,))
 
-        return complete_halves_by(
-            next_scores, tokens, colors=colors, samples=samples, seed=seed, device=self._ranks.device
-        )
+        device = self._ranks.device
+        scores = checked(next_scores, check)
+        return complete_halves_by(scores, tokens, colors=colors, samples=samples, seed=seed, device=device)
 
     def replica_checksums(self) -> dict[str, str]:
         return {self.work: weights_checksum(parameter for _, parameter in self._own_parameters())}

@@ -4,7 +4,8 @@ import logging
 import os
 import socket
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import psutil
@@ -12,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.distributed import Ranks, bind_to_close_cpus, integer_variable, use_host_group
+from pipeline.rank_errors import RankUnreachable
 from pipeline.train.engine.deepspeed_internals import read_free_memory_from_cuda, skip_shared_memory_collective
+from pipeline.train.engine.rendezvous import START_TIMEOUT, Members, default_interrupt, meet
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT = timedelta(minutes=10)
-"""How long ranks wait at the rendezvous for missing ranks."""
 HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 LONGEST_HEARTBEAT = 2_000_000
 """Seconds, 23 days; torch converts them to milliseconds in 32 bits."""
@@ -26,16 +27,16 @@ DOCUMENTATION_ADDRESS = "192.0.2.1"
 """An address that is never assigned (RFC 5737): the route to it is the default route."""
 
 
-def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> None:
+def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Members:
     """Starts DeepSpeed's process group, NCCL on CUDA, gloo on CPU, and a group of the hosts. None needs a compiler.
 
     timeout: of a collective, in this group and in the groups that DeepSpeed creates. It must be longer than the
-    watchdog's limit, so that the watchdog reports the missing ranks first.
+    watchdog's limit, so that the watchdog reports the missing ranks first. Until all ranks are connected, signals have
+    their default effect. Raises RankUnreachable.
     """
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(alone | {"MASTER_PORT": str(_free_port())} | dict(os.environ))
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | dict(os.environ))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.utils import logger as deepspeeds_logger
@@ -49,14 +50,49 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Non
         torch.cuda.set_device(ranks.device)
         bind_to_close_cpus(ranks.device)
         read_free_memory_from_cuda()
-    choose_gloo_interface(os.environ["MASTER_ADDR"])
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=START_TIMEOUT, verbose=False)
-    dist.distributed_c10d._set_pg_timeout(timeout)
-    # DeepSpeed creates groups without a timeout; NCCL's default of ten minutes is shorter than the watchdog's limit.
-    dist.distributed_c10d.default_pg_timeout = timeout
-    dist.distributed_c10d.default_pg_nccl_timeout = timeout
-    start_host_group(timeout)
+    choose_gloo_interface(os.environ["MASTER_ADDR"] if ranks.count > 1 else "127.0.0.1")
+    with default_interrupt():
+        members = meet(ranks)
+        with reporting_connections():
+            connect(ranks, members)
+            deepspeed.init_distributed(verbose=False)
+            dist.distributed_c10d._set_pg_timeout(timeout)
+            # DeepSpeed creates groups without a timeout; NCCL's default is shorter than the watchdog's limit.
+            dist.distributed_c10d.default_pg_timeout = timeout
+            dist.distributed_c10d.default_pg_nccl_timeout = timeout
+            start_host_group(timeout)
+    return members
+
+
+def connect(ranks: Ranks, members: Members) -> None:
+    """Starts the default process group on the members' store, as DeepSpeed would on a store of its own."""
+    if dist.is_initialized():
+        return
+    cuda = ranks.device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=members.store,
+        rank=ranks.rank,
+        world_size=ranks.count,
+        timeout=START_TIMEOUT,
+        device_id=ranks.device if cuda and ranks.count > 1 else None,
+    )
+
+
+@contextmanager
+def reporting_connections() -> Iterator[None]:
+    """Raises RankUnreachable, one sentence, if gloo can't connect the ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        interface = os.environ.get("GLOO_SOCKET_IFNAME")
+        raise RankUnreachable(
+            f"the ranks could not connect to each other ({reason}); GLOO_SOCKET_IFNAME is {interface or 'not set'}: it "
+            f"must be a network interface on which all machines reach each other, and all ranks must still be running."
+        ) from error
 
 
 def start_host_group(timeout: timedelta) -> None:
@@ -108,9 +144,3 @@ def set_heartbeat_timeout(timeout: timedelta, ranks: Ranks) -> None:
             f"{HEARTBEAT} is {os.environ[HEARTBEAT]}; torch may end a rank that hangs before the watchdog reports "
             f"which rank is behind: unset it, or set it to {needed} or more"
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -17,6 +17,7 @@ from pipeline.model.masks import Batch
 from pipeline.model.sampling import complete_halves_by
 from pipeline.train.engine import compilation, float8, tensor_parallel
 from pipeline.train.engine import deepspeed_internals as internals
+from pipeline.train.engine.base import Check, checked, unchecked
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
 
@@ -54,13 +55,14 @@ class ZeroEngine(DeepSpeedEngine):
             nats = [self._forward(inputs, targets) for inputs, targets in self._micro_batches(batch)]
         return torch.cat(nats).double().cpu().numpy()
 
-    def complete(self, tokens: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    def complete(self, tokens: np.ndarray, samples: int, seed: int, check: Check = unchecked) -> np.ndarray:
         self._engine.eval()
         parallel, colors, device = self._config.parallel, self._model_config.colors, self._ranks.device
         owns_weights = parallel.zero_stage < 3 and parallel.tensor_parallel == 1
         with torch.no_grad(), compilation.eagerly():
             decoder = Decoder(self._model, tokens.shape[1], use_graph=owns_weights)
-            return complete_halves_by(decoder, tokens, colors=colors, samples=samples, seed=seed, device=device)
+            next_scores = checked(decoder, check)
+            return complete_halves_by(next_scores, tokens, colors=colors, samples=samples, seed=seed, device=device)
 
     def replica_checksums(self) -> dict[str, str]:
         if self._config.parallel.zero_stage == 3:

@@ -1,16 +1,38 @@
 """Requests of users: files that they create in the run, and signals to stop."""
 
+import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
-STOP_FILE = "STOP"
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+import psutil
 
+from data_prep.common.files import read_json
+
+STOP_FILE = "STOP"
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SAME_INTERRUPT_SECONDS = 1.0
+"""A Ctrl-C so soon after another signal is the same request: torchrun repeats what its ranks got from the terminal."""
 
 CHECK_SECONDS = 1.0
 """Seconds between two checks for a file: on a network file system one may take longer than a step's flags."""
+
+
+def restarted_after_stop(run: Path) -> bool:
+    """Whether torchrun has started this rank again (--max-restarts) after the run stopped on request.
+
+    torchrun takes every exit code but 0 for a failure. Its start is that of this process's parent.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (run / "run.json").is_file():
+        return False
+    started = time.gmtime(psutil.Process(os.getppid()).create_time())
+    record = read_json(run / "run.json")
+    return record.get("status") == "stopped" and record["updated"] >= time.strftime("%Y-%m-%dT%H:%M:%SZ", started)
+
+
+class StopRequested(Exception):
+    """A request to stop ended work that the next start repeats."""
 
 
 class RequestFile:
@@ -35,27 +57,31 @@ class RequestFile:
 
 
 class StopRequests:
-    """Records signals (USR1, TERM, INT) and checks for the STOP file in the run; the loop asks at step boundaries.
+    """Records signals (USR1, TERM, INT, HUP) and checks for the STOP file in the run; the loop asks for requests.
 
-    A second Ctrl-C interrupts at once.
+    HUP, a closed terminal, is left ignored if it was ignored, as by nohup. A second Ctrl-C interrupts at once.
     """
 
     def __init__(self, run: Path, checks_file: bool = True) -> None:
         """checks_file: whether this rank checks for the file."""
         self._file = RequestFile(run / STOP_FILE, checks_file)
-        self._signalled = self._found = False
+        self._found = False
+        self._signalled: float | None = None
         for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT:
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled = now
+        elif number == signal.SIGINT and now - self._signalled > SAME_INTERRUPT_SECONDS:
             raise KeyboardInterrupt
-        self._signalled = True
 
     def pending(self) -> bool:
         """True if this process was asked to stop."""
         self._found = self._found or self._file.found()
-        return self._signalled or self._found
+        return self._signalled is not None or self._found
 
     def acknowledge(self) -> None:
         """Deletes the STOP file, so that the run can be resumed."""

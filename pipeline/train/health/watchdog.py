@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,30 +16,40 @@ from typing import TextIO
 from data_prep.common.command_line import print_error
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.distributed import Ranks
+from pipeline.train.health.gil_guard import GilGuard
+
+logger = logging.getLogger(__name__)
 
 STACKS = "stacks"
 SLOW_PHASE_FACTOR = 3
 """How many times the limit the first step (it compiles and connects) and phases other than a step may take."""
+LONGEST_SUSPENSION = timedelta(days=14)
 STEP_PHASES = ("reading", "exchanging flags", "training")
 """Phases of a step; other phases, and the first step, may take SLOW_PHASE_FACTOR times as long."""
 GRACE_SECONDS = 5.0
 """Seconds between writing this rank's stacks and reading those of the other ranks."""
-STANDARD_ERROR = 2
+OVERSLEPT_SECONDS = 5.0
+"""If the watchdog's own thread sleeps so much too long, the process was suspended."""
 COLLECTIVES = 12
 """Number of last collectives to write after the stacks."""
 
 
 def group_timeout(minutes: float) -> timedelta:
-    """The timeout of collectives, longer than the watchdog's limits; minutes: those of a step, 0 for no limit."""
-    return timedelta(minutes=SLOW_PHASE_FACTOR * minutes + 5) if minutes else timedelta(days=365)
+    """The timeout of collectives, longer than the watchdog's limits; minutes: those of a step, 0 for no limit.
+
+    It is at least days: unlike the watchdog, a collective counts the time for which a job is suspended.
+    """
+    return max(timedelta(minutes=SLOW_PHASE_FACTOR * minutes + 5), LONGEST_SUSPENSION) if minutes else timedelta(365)
 
 
 class Watchdog:
     """A thread that ends this process with code 1 if the loop does not `enter` a new phase for too long.
 
     First it writes the stacks of all threads, and the last collectives, to RUN/stacks; the lowest rank that is alive
-    reports which ranks are behind. If code that holds the GIL does not return, no thread can run: then faulthandler,
-    which needs no thread, writes the stacks to standard error a little later and ends the process.
+    reports which ranks are behind. If code that holds the GIL does not return, no thread can run: then another process
+    (gil_guard.py) has the stacks written to standard error a little later, and the process ended.
+
+    Time for which the process was suspended (SIGSTOP, SLURM's PreemptMode=SUSPEND) does not count.
     """
 
     def __init__(self, folder: RunFolder, ranks: Ranks, minutes: float) -> None:
@@ -51,7 +62,9 @@ class Watchdog:
         self._ended = threading.Event()
         if ranks.is_first:
             shutil.rmtree(self._stacks, ignore_errors=True)
+        self._tick = min(5.0, self._seconds / 10)
         if minutes:
+            self._guard = GilGuard(self._seconds + 3 * GRACE_SECONDS)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int) -> None:
@@ -61,17 +74,23 @@ class Watchdog:
         ordinary = phase in STEP_PHASES and step > self._first_step
         self._step, self._phase, self._since = step, phase, time.monotonic()  # before the limit, which may shrink
         self._limit = self._seconds if ordinary else SLOW_PHASE_FACTOR * self._seconds
-        if self._seconds:
-            faulthandler.dump_traceback_later(self._limit + 3 * GRACE_SECONDS, exit=True, file=STANDARD_ERROR)
 
     def end(self) -> None:
         """Stops the watchdog."""
-        faulthandler.cancel_dump_traceback_later()
         self._ended.set()
+        if self._seconds:
+            self._guard.close()
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(5.0, self._seconds / 10)):
-            if time.monotonic() - self._since > self._limit:
+        last = time.monotonic()
+        while not self._ended.wait(self._tick):
+            self._guard.beat()
+            last, slept = time.monotonic(), time.monotonic() - last
+            if slept > self._tick + OVERSLEPT_SECONDS:
+                self._since = last
+                if self._ranks.is_first:
+                    logger.warning(f"this process was suspended for {slept:.0f} s, which do not count as a hang")
+            elif last - self._since > self._limit:
                 try:
                     self._abort()
                 except OSError as error:

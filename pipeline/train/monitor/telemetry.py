@@ -8,12 +8,19 @@ from contextlib import contextmanager
 from functools import wraps
 from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import numpy as np
 
 from data_prep.common.files import atomic_write
-from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE, TENSORBOARD_FOLDER, drop_rows_after, to_line
+from pipeline.checkpoint.metrics_log import (
+    METRICS_FILE,
+    SKIPPED_FILE,
+    TENSORBOARD_FOLDER,
+    drop_rows_after,
+    read_last_row,
+    to_line,
+)
 from pipeline.distributed import Ranks, raise_on_all_ranks
 from pipeline.train.health.step_filter import DESCRIPTIONS
 
@@ -108,7 +115,7 @@ class Telemetry:
         """Records completions, uint8 (H, W, 3), as a PNG in the run and in TensorBoard."""
         from PIL import Image
 
-        path = self._run / SAMPLES_FOLDER / f"step-{step:08d}.png"
+        path = _sample(self._run, step)
         with atomic_write(path) as temporary:
             Image.fromarray(grid).save(temporary, format="png")
         self._board.add_image("completions", grid, step, dataformats="HWC")
@@ -141,6 +148,11 @@ class Telemetry:
         )
 
 
+def _sample(run: Path, step: int) -> Path:
+    """The completions of a step."""
+    return run / SAMPLES_FOLDER / f"step-{step:08d}.png"
+
+
 def open_telemetry(run: Path, step: int, steps: int, ranks: Ranks) -> Telemetry:
     """This rank's Telemetry, for a run that continues after `step`. If rank 0 can't write, every rank raises."""
     with raise_on_all_ranks():
@@ -151,6 +163,22 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
+
+
+class EvaluatedStep(NamedTuple):
+    """Whether a step was validated, and sampled."""
+
+    validated: bool = False
+    sampled: bool = False
+
+
+NOT_EVALUATED = EvaluatedStep()
+
+
+def evaluated(run: Path, step: int) -> EvaluatedStep:
+    """What a run has recorded of the evaluation of its last step."""
+    row = read_last_row(run / METRICS_FILE, "valid_loss")
+    return EvaluatedStep(row is not None and row["step"] == step, _sample(run, step).exists())
 
 
 class StepClock:

@@ -17,12 +17,14 @@ from pipeline.train import loop
 
 configure_logging()
 start_group = loop.start_group
+started: list[Any] = []
 
 
-def start_or_meet(*arguments: Any) -> None:
+def start_or_meet(*arguments: Any) -> Any:
     """Starting the group is where ranks wait for each other's checks; the group of a second run has started."""
-    start_group(*arguments)
+    started.extend([] if started else [start_group(*arguments)])
     dist.barrier()
+    return started[0]
 
 
 loop.start_group = start_or_meet
