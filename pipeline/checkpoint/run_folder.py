@@ -178,6 +178,7 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read().strip() or UNKNOWN_HOLDER
             waits = number is not None and (HELD_BY_JOB in holder or holder == UNKNOWN_HOLDER)
+            waits = waits and not _same_start(holder)
             if not waits or time.monotonic() > end:
                 raise ValueError(f"{self.path} is being trained by another process ({holder}); wait for it or stop it.")
             if not logged:
@@ -190,6 +191,12 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}{HELD_BY_JOB + number if number else ''}")
         self._lock.flush()
+
+
+def _same_start(holder: str) -> bool:
+    """Whether the holder of the lock runs in this very allocation, which was not requeued: it is no leftover."""
+    job, copy = os.environ.get("SLURM_JOB_ID"), "SLURM_ARRAY_JOB_ID" in os.environ
+    return holder.endswith(f"{HELD_BY_JOB}{job}") and not copy and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
 
 
 def _locked(file: TextIO) -> bool:

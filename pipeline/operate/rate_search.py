@@ -7,7 +7,6 @@ same command resumes a sweep: finished runs are not repeated, stopped ones are r
 import logging
 import shlex
 import shutil
-import subprocess
 import sys
 from argparse import ArgumentError, ArgumentParser
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from data_prep.common.logs import current_flags
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_rows
 from pipeline.command_line import parse_training
 from pipeline.config import TrainConfig, changed_keys, to_dict
+from pipeline.operate.run_process import RunProcess
 from pipeline.operate.status import read_status
 from pipeline.training_set import open_training_set
 
@@ -69,12 +69,15 @@ def search_command(arguments: list[str]) -> int:
     open_training_set(config)
     folder.mkdir(parents=True, exist_ok=True)
     trials: list[Trial] = []
+    process = RunProcess()
     try:
-        for rate in half_decades(first, last):
-            trials.append(Trial(rate, _final_loss(folder / f"rate-{rate:g}", rate, config, launch, rest)))
-            logger.info(f"learning rate {rate:g}: final validation loss {trials[-1].valid_loss:.4f}")
-            if len(trials) > 1 and trials[-1].valid_loss >= trials[-2].valid_loss and isfinite(trials[-2].valid_loss):
-                break
+        with process.forwarding():
+            for rate in half_decades(first, last):
+                loss = _final_loss(folder / f"rate-{rate:g}", rate, config, [*launch, *rest], process)
+                trials.append(Trial(rate, loss))
+                logger.info(f"learning rate {rate:g}: final validation loss {loss:.4f}")
+                if len(trials) > 1 and loss >= trials[-2].valid_loss and isfinite(trials[-2].valid_loss):
+                    break
     except Stopped as stopped:
         logger.info(f"{stopped}; the same command resumes it.")
         return STOPPED
@@ -144,15 +147,15 @@ def _check_same(run: Path, config: TrainConfig) -> None:
             )
 
 
-def _final_loss(run: Path, rate: float, config: TrainConfig, launch: list[str], rest: list[str]) -> float:
+def _final_loss(run: Path, rate: float, config: TrainConfig, command: list[str], process: RunProcess) -> float:
     """Trains with one learning rate, unless its run is finished. Raises Stopped, or ValueError if the run fails."""
     steps = config.schedule.steps
     _check_same(run, config)
     now = read_status(run)
     if (now.status, now.step) != ("finished", steps) and not now.diverged:
-        code = subprocess.run([*launch, *rest, *current_flags(), "--run", str(run), RATE_KEY, f"{rate:g}"]).returncode
+        code = process.run([*command, *current_flags(), "--run", str(run), RATE_KEY, f"{rate:g}"])
         now = read_status(run)
-        if not now.diverged and (code == STOPPED or now.status == "stopped"):
+        if process.asked or (not now.diverged and (code == STOPPED or now.status == "stopped")):
             raise Stopped(f"{run} was stopped")
         if not now.diverged and now.status != "finished":
             raise ValueError(f"{run} ended with code {code} before its last step; see its messages above.")

@@ -9,15 +9,25 @@ RANKS_PID=''
 MOST_THREADS=8
 
 # Prints how many ranks a node runs: as many as sbatch --ntasks-per-node says, or ACCELERATORS_PER_NODE, or on CPUs as
-# sbatch --ntasks says.
+# sbatch --ntasks says. User error if the nodes would have different numbers.
 ranks_per_node() {
-  local each=${SLURM_NTASKS_PER_NODE:-0} nodes=$SLURM_JOB_NUM_NODES
+  local each=${SLURM_NTASKS_PER_NODE:-0} nodes=$SLURM_JOB_NUM_NODES gpus
   if [ "$ACCELERATORS_PER_NODE" -gt "${SLURM_GPUS_ON_NODE:-0}" ]; then
     die "ACCELERATORS_PER_NODE is $ACCELERATORS_PER_NODE, but the job was given ${SLURM_GPUS_ON_NODE:-none}:" \
       "\`source $SITE_FILE\` before sbatch, or give sbatch --gpus-per-node=$ACCELERATORS_PER_NODE."
   fi
+  if [ "$each" -eq 0 ] && [ $((${SLURM_NTASKS:-$nodes} % nodes)) -ne 0 ]; then
+    die "the job has $SLURM_NTASKS tasks (--ntasks) on $nodes nodes; each node must run as many: give sbatch" \
+      "--ntasks-per-node, or a multiple of $nodes."
+  fi
   [ "$each" -gt 0 ] || each=$ACCELERATORS_PER_NODE
-  [ "$each" -gt 0 ] || each=$(((${SLURM_NTASKS:-$nodes} + nodes - 1) / nodes))
+  [ "$each" -gt 0 ] || each=$((${SLURM_NTASKS:-$nodes} / nodes))
+  gpus=${SLURM_GPUS:-} # of all nodes, 3 or h100:3; only with sbatch --gpus
+  gpus=${gpus##*:}
+  if [ "$ACCELERATORS_PER_NODE" -gt 0 ] && [[ $gpus =~ ^[0-9]+$ ]] && [ "$gpus" -lt $((nodes * each)) ]; then
+    die "the job has $gpus accelerators (--gpus) on $nodes nodes, and the first has $each; each node must have as" \
+      "many: give sbatch --gpus-per-node instead."
+  fi
   echo "$each"
 }
 

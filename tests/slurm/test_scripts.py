@@ -49,10 +49,14 @@ def test_follow_up_jobs_are_submitted_once_for_each_destination(sbatch: Path, tm
         ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "4"}, "--nodes=2 --ntasks=8 --ntasks-per-node=4"),
         ({"SLURM_GPUS_ON_NODE": "8"}, "--nodes=2 --ntasks=16 --ntasks-per-node=8"),
         ({"SLURM_GPUS_ON_NODE": "8", "ACCELERATORS_PER_NODE": "0"}, "--nodes=2 --ntasks=2 --ntasks-per-node=1"),
-        ({"SLURM_NTASKS": "3"}, "--nodes=2 --ntasks=4 --ntasks-per-node=2"),
+        ({"SLURM_NTASKS": "4"}, "--nodes=2 --ntasks=4 --ntasks-per-node=2"),
+        (
+            {"SLURM_GPUS": "16", "SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "16"},
+            "--nodes=2 --ntasks=16 --ntasks-per-node=8",
+        ),
         ({}, "--nodes=2 --ntasks=2 --ntasks-per-node=1"),
     ],
-    ids=["tasks per node", "accelerators", "fewer", "granted", "CPUs", "tasks", "nodes alone"],
+    ids=["tasks per node", "accelerators", "fewer", "granted", "CPUs", "tasks", "all accelerators", "nodes alone"],
 )
 def test_a_job_starts_a_process_a_rank_on_neighbors(
     granted: dict[str, str], nodes_and_ranks: str, stubs: Path, tmp_path: Path
@@ -66,6 +70,25 @@ def test_a_job_starts_a_process_a_rank_on_neighbors(
         f"train --config {SCRIPTS.parent}/configs/igpt_xl.yaml --run {tmp_path}/runs/igpt_xl --data.shards /shards/64"
     )
     assert ranks.endswith(f"-m pipeline {train} --model.layers 2"), "the site's paths, unless others are given"
+
+
+@pytest.mark.parametrize(
+    ("granted", "sentence"),
+    [
+        ({"SLURM_NTASKS": "3"}, "the job has 3 tasks (--ntasks) on 2 nodes; each node must run as many: give sbatch"),
+        ({"SLURM_NTASKS": "3", "SLURM_GPUS_ON_NODE": "2"}, "the job has 3 tasks (--ntasks) on 2 nodes"),
+        ({"SLURM_GPUS": "h100:3", "SLURM_GPUS_ON_NODE": "2"}, "the job has 3 accelerators (--gpus) on 2 nodes"),
+    ],
+    ids=["tasks", "tasks on accelerators", "accelerators"],
+)
+def test_a_job_whose_nodes_would_run_different_numbers_of_ranks_is_refused(
+    granted: dict[str, str], sentence: str, stubs: Path
+) -> None:
+    script = [SCRIPTS / "pretrain_s.sh", "--run", stubs.parent / "run", "--data.shards", "/none"]
+    finished = subprocess.run(script, env={**os.environ, **JOB, **granted}, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert [line for line in finished.stderr.splitlines() if line.startswith(f"error: {sentence}")]
+    assert not stubs.exists() or "srun" not in stubs.read_text()
 
 
 @pytest.mark.parametrize(
