@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -87,6 +88,51 @@ def test_without_a_group_this_rank_is_the_first() -> None:
     with pytest.raises(OSError, match="no such disk") as raised:
         from_first(fail)
     assert is_on_all_ranks(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"RANK": "1"}, "RANK is 1; with 1 ranks"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2; with 2 ranks"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set, and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "auto"}, "WORLD_SIZE is 'auto'; it must be an integer"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT is 70000; it must"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, "MASTER_ADDR is not set"),
+        ({"LOCAL_RANK": "3"}, (0, 1)),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "9", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),
+        (
+            {
+                "SLURM_NTASKS": "4",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": "1",
+                "SLURM_LOCALID": "1",
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "29500",
+            },
+            (1, 2),
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, (0, 1)),
+    ],
+    ids=[
+        *("rank alone", "rank too large", "no rank", "not a number", "no port", "no address", "local rank"),
+        *("the shell of salloc", "a step of two tasks", "torchrun in a step"),
+    ],
+)
+def test_the_variables_of_a_launcher(
+    variables: dict[str, str], expected: str | tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # recorded, so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            describe_ranks()
+    else:
+        ranks = describe_ranks()
+        assert (ranks.rank, ranks.count) == expected
 
 
 @pytest.fixture

@@ -8,11 +8,14 @@ import os
 import platform
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -147,18 +150,38 @@ def _serve(port: int, timeout: timedelta) -> dist.Store:
 
 
 def _connect(wait: _Wait) -> dist.Store:
-    """The store that rank 0, or torchrun, serves at MASTER_ADDR and MASTER_PORT."""
+    """The store that rank 0, or torchrun, serves at MASTER_ADDR and MASTER_PORT.
+
+    In a thread: torch waits for ever for the answer of another program that listens there.
+    """
+    reason = "no answer"
     while True:
-        try:
-            with socket.create_connection((wait.host, wait.port), CONNECT_TIMEOUT.total_seconds()):
-                pass
-            store = dist.TCPStore(wait.host, wait.port, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
-            store.set_timeout(START_TIMEOUT)
-            return store
-        except (OSError, dist.DistError) as error:
-            wait.once(lambda failure=error: f"rank 0 at {wait.address} ({_reason(failure)})")
+        attempt: Future[dist.Store] = Future()
+        threading.Thread(target=_try_to_connect, args=(wait.host, wait.port, attempt), daemon=True).start()
+        while not attempt.done():
+            wait.once(partial(_rank_0, wait.address, reason))
+        failure = attempt.exception()
+        if failure is None:
+            return attempt.result()
+        reason = _reason(failure)
+        wait.once(partial(_rank_0, wait.address, reason))
 
 
-def _reason(error: OSError | dist.DistError) -> str:
+def _rank_0(address: str, reason: str) -> str:
+    return f"rank 0 at {address} ({reason})"
+
+
+def _try_to_connect(host: str, port: int, attempt: Future[dist.Store]) -> None:
+    try:
+        with socket.create_connection((host, port), CONNECT_TIMEOUT.total_seconds()):
+            pass
+        store = dist.TCPStore(host, port, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
+        store.set_timeout(START_TIMEOUT)
+        attempt.set_result(store)
+    except (OSError, dist.DistError) as error:
+        attempt.set_exception(error)
+
+
+def _reason(error: BaseException) -> str:
     """The first line of an error."""
     return (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0].rstrip(". ")

@@ -104,3 +104,13 @@ def test_signals_are_as_before_afterwards() -> None:
     assert until_stopped(lambda: 3) == 3
     assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before
     assert until_stopped(lambda: os.kill(os.getpid(), signal.SIGUSR1) or 0) == 75
+
+
+def test_a_closed_terminal_asks_to_stop_unless_it_is_ignored_as_by_nohup() -> None:
+    assert until_stopped(lambda: os.kill(os.getpid(), signal.SIGHUP) or 3) == 75
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert until_stopped(lambda: os.kill(os.getpid(), signal.SIGHUP) or 3) == 3
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)

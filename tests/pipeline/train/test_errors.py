@@ -250,6 +250,23 @@ def test_a_job_waits_for_ranks_of_an_earlier_job(
     assert "process 1 on node1, SLURM job 7 still holds the lock of the run" in log.read_text()
 
 
+def test_a_second_start_in_the_same_allocation_is_refused_at_once(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    (runner.folder / "run").mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with (runner.folder / "run/.lock").open("w+") as lock:
+        lock.write("process 1 on node1, SLURM job 7")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        finished = runner.train("run")
+    assert finished.codes == [2]
+    assert "is being trained by another process (process 1 on node1, SLURM job 7); wait" in finished.output
+    assert "waiting up to" not in finished.output
+
+
 def test_a_job_does_not_wait_for_ever_for_another(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 

@@ -30,10 +30,10 @@ torch.cuda.get_device_properties = lambda device: SimpleNamespace(pci_domain_id=
 class Starts(Exception):
     pass
 
-def init_distributed(**options):
+def init_process_group(*backend, **options):
     raise Starts
 
-deepspeed.init_distributed = init_distributed
+torch.distributed.init_process_group = init_process_group
 for minutes, own in ((65, None), (525600, None), (65, "600"), (65, "7200"), (65, "never")):
     os.environ.pop(HEARTBEAT, None)
     if own:

@@ -3,7 +3,7 @@
 KIND: nan (its gradient), spike (its gradient is a thousand times as large), hang (it stops reading), stuck (it holds
 the GIL and does not return), slow (it reads 0.1 s), frozen (the process stops), diverge (one weight changes),
 unreadable (its shard), broken (a weight is NaN), full (its disk), crash (its step raises, a thread waits for ever),
-memory (its step can't allocate).
+memory (its step can't allocate), killed.
 """
 
 import ctypes
@@ -48,6 +48,8 @@ def make_ill(kind: type) -> None:
     def counted(self: Any, *arguments: Any) -> Any:
         if ill() and KIND == "frozen":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if ill() and KIND == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if ill() and KIND == "crash":
             threading.Thread(target=threading.Event().wait).start()
             raise RuntimeError("NCCL error: unhandled system error")

@@ -190,7 +190,7 @@ def test_a_rank_that_holds_pythons_lock_ends_itself_and_its_peers_record_the_col
     for variable in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # the recorder needs neither
         monkeypatch.delenv(variable, raising=False)
     finished = train_ill(runner, "run", "stuck", 1, (5, 5), health__hang_minutes=0.2)
-    assert finished.codes == [1, 1]
+    assert finished.codes == [1, -signal.SIGALRM]
     assert "rank 1 does not respond" in finished.output
     assert "read_counted" in finished.outputs[1]  # the stuck rank's own stack
     peer = (runner.folder / "run/stacks/rank-00000.txt").read_text()
@@ -252,6 +252,18 @@ def test_a_rank_that_cannot_read_ends_all_with_its_error(runner: Runner) -> None
     assert "error: the shard: Input/output error" in finished.output or "Errno 5" in finished.output
     assert "Traceback" not in "".join(finished.outputs)
     assert saved(runner) == ["step-00000006"]
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_is_named(runner: Runner, rank: int) -> None:
+    """Rank 0 has the store in which the others look for the rank that ended."""
+    finished = train_ill(runner, "run", "killed", rank, (7, 7), ranks=3 if rank == 0 else 2, batch__global_size=6)
+    alive = [output for number, output in enumerate(finished.outputs) if number != rank]
+    assert finished.codes.count(1) == len(alive), "\n".join(finished.outputs)
+    assert f"error: rank {rank} has ended, and all others with it: its last messages show why" in "".join(alive)
+    assert "Traceback" not in "".join(alive)
+    if rank:
+        assert "rank 1 has ended" in json.loads((runner.folder / "run/run.json").read_text())["error"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,13 @@
-"""Files by which users ask for something: one rank looks for them, once a second."""
+"""Requests of users: files, which one rank looks for once a second, and signals."""
 
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.train.health import stop
@@ -38,3 +44,60 @@ def test_the_rank_that_looks_deletes_the_file(tmp_path: Path) -> None:
     assert path.exists()
     stop.RequestFile(path, checks=True).delete()
     assert not path.exists()
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Restores what a test changes."""
+    former = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", stop.STOP_SIGNALS)
+def test_a_signal_asks_to_stop(number: signal.Signals, own_signals: None, tmp_path: Path) -> None:
+    requests = stop.StopRequests(tmp_path)
+    assert not requests.pending()
+    signal.raise_signal(number)
+    assert requests.pending()
+
+
+def test_a_closed_terminal_is_ignored_under_nohup(own_signals: None, tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    requests = stop.StopRequests(tmp_path)
+    signal.raise_signal(signal.SIGHUP)
+    assert not requests.pending()
+
+
+def test_a_ctrl_c_that_torchrun_repeats_does_not_interrupt_and_a_later_one_does(
+    own_signals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
+    requests = stop.StopRequests(tmp_path)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        signal.raise_signal(number)
+        now[0] += 0.002
+    assert requests.pending()
+    now[0] += 2
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "restarts", "stays"),
+    [("stopped", 60, "1", True), ("stopped", 60, "0", False), ("stopped", -60, "1", False), ("failed", 60, "1", False)],
+    ids=["stopped", "first start", "stopped earlier", "failed"],
+)
+def test_torchrun_does_not_restart_a_run_that_stopped_on_request(
+    status: str, seconds: float, restarts: str, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """seconds: after the launcher, which is the parent of a rank, has started."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert not stop.restarted_after_stop(tmp_path)
+    updated = time.gmtime(psutil.Process(os.getppid()).create_time() + seconds)
+    record = {"status": status, "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", updated)}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert stop.restarted_after_stop(tmp_path) == stays
