@@ -2,23 +2,29 @@
 
 import json
 import shutil
+import signal
 import sys
+import time
 from typing import Any
 
 import pytest
 
 from pipeline.operate.rate_search import half_decades
-from tests.launch import Finished, run
+from tests.launch import SECONDS, Finished, Process, finish, start
 from tests.pipeline.conftest import Runner
 
 
 def search(runner: Runner, *own: object, **overrides: Any) -> Finished:
+    return finish(start_search(runner, *own, **overrides), runner.folder / "logs")
+
+
+def start_search(runner: Runner, *own: object, **overrides: Any) -> list[Process]:
     settings = {"schedule__steps": 12, "validation__every_steps": 12, "checkpoint__every_steps": 6, **overrides}
     train = [
         word for word in runner.arguments("none", **settings)[4:] if not word.startswith("--optimizer.learning_rate")
     ]
     command = ["-m", "pipeline", "search", "--runs", runner.folder / "search", *own, *train]
-    return run(1, *command, logs=runner.folder / "logs")
+    return start(1, *command, logs=runner.folder / "logs")
 
 
 def test_learning_rates_fall_by_half_decades() -> None:
@@ -57,6 +63,32 @@ def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
     assert "rate-0.01 was stopped; the same command resumes it." in finished.output
     finished = search(runner, "--last", "0.01")
     assert finished.codes == [0], finished.output
+
+
+RUN_THAT_SAVES = """
+trap 'echo TERM >>{0}/signals; exit 75' TERM
+trap 'echo INT >>{0}/signals' INT
+touch {0}/started
+while :; do sleep 0.05; done
+"""
+
+
+def test_a_search_that_is_interrupted_waits_for_its_run(runner: Runner) -> None:
+    """torchrun repeats a Ctrl-C within milliseconds; the run gets one request, which it takes as its own."""
+    script = runner.folder / "run.sh"
+    script.write_text(RUN_THAT_SAVES.format(runner.folder))
+    processes = start_search(runner, "--launch", f"sh {script}")
+    end = time.monotonic() + SECONDS
+    while not (runner.folder / "started").exists():
+        assert processes[0].poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    for _ in range(2):
+        processes[0].send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    finished = finish(processes, runner.folder / "logs")
+    assert finished.codes == [75], finished.output
+    assert "rate-0.01 was stopped; the same command resumes it." in finished.output
+    assert (runner.folder / "signals").read_text() == "TERM\n"
 
 
 def test_runs_with_another_number_of_steps_are_not_resumed(runner: Runner) -> None:

@@ -69,7 +69,9 @@ runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("ask", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGUSR1", "STOP file"])
+@pytest.mark.parametrize(
+    "ask", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGHUP")), "SIGUSR1", "STOP file"]
+)
 def test_a_request_to_stop_saves_and_asks_for_a_requeue(runner: Runner, finished_run: Runner, ask: str) -> None:
     logs, path = runner.folder / "logs", runner.folder / "run"
     long = {**SAME, "checkpoint__every_steps": 1000}
@@ -88,6 +90,62 @@ def test_a_request_to_stop_saves_and_asks_for_a_requeue(runner: Runner, finished
     finished = runner.train("run", 2, **long)
     assert finished.codes == [0, 0], "\n".join(finished.outputs)
     assert runner.losses("run") == finished_run.losses("reference")
+
+
+STOPPED_IN_EVALUATION = """
+import os, runpy, signal
+from pipeline.train import loop, validation
+validation.CHUNK_MICRO_BATCHES = 1
+check, calls = loop.Trainer.check_for_stop, 0
+
+def check_and_ask(trainer):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == int(os.environ["AT_CHECK"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    check(trainer)
+
+loop.Trainer.check_for_stop = check_and_ask
+runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at_check", "step", "validated"),
+    [
+        (9 + 5, 40, [20]),
+        pytest.param(5, 20, [], marks=pytest.mark.slow),
+        pytest.param(9 + 9 + 2, 40, [20, 40], marks=pytest.mark.slow),
+    ],
+    ids=["validation of the last step", "validation", "samples"],
+)
+def test_a_request_to_stop_ends_validation_and_samples_and_the_next_start_repeats_them(
+    at_check: int,
+    step: int,
+    validated: list[int],
+    runner: Runner,
+    finished_run: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The ranks check nine times in a validation, then four times while they draw samples at step 40."""
+    settings = {**SAME, "checkpoint__every_steps": 1000, "samples__every_steps": 40, "samples__images": 2}
+    logs = runner.folder / "logs"
+    monkeypatch.setenv("AT_CHECK", str(at_check))
+    stopped = finish(start(2, "-c", STOPPED_IN_EVALUATION, *runner.arguments("run", **settings)[2:], logs=logs), logs)
+    assert stopped.codes == [STOPPED, STOPPED], "\n".join(stopped.outputs)
+    assert f"a request to stop ended the evaluation of step {step}; the next start repeats it" in stopped.output
+    last = stopped.output.splitlines()[-1]
+    assert f"stopped on request at step {step}: {runner.folder / 'run'}; step {step} is saved, the same" in last
+    assert len(runner.losses("run")) == step
+    assert [row["step"] for row in runner.rows("run") if "valid_loss" in row] == validated
+    assert not (runner.folder / "run/samples").exists()
+    finished = runner.train("run", 2, **settings)
+    assert finished.codes == [0, 0], "\n".join(finished.outputs)
+    assert [row.get("valid_loss") for row in runner.rows("run")] == [
+        row.get("valid_loss") for row in finished_run.rows("reference")
+    ]
+    assert runner.losses("run") == finished_run.losses("reference")
+    assert (runner.folder / "run/samples/step-00000040.png").is_file()
 
 
 def wait_for_step(run: Path, step: int) -> None:
