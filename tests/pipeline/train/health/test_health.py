@@ -257,7 +257,8 @@ def test_a_rank_that_cannot_read_ends_all_with_its_error(runner: Runner) -> None
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_is_named(runner: Runner, rank: int) -> None:
     """Rank 0 has the store in which the others look for the rank that ended."""
-    finished = train_ill(runner, "run", "killed", rank, (7, 7), ranks=3 if rank == 0 else 2, batch__global_size=6)
+    sizes = {"batch__global_size": 6, "batch__micro_size": 1}
+    finished = train_ill(runner, "run", "killed", rank, (7, 7), ranks=2 + (rank == 0), **sizes)
     alive = [output for number, output in enumerate(finished.outputs) if number != rank]
     assert finished.codes.count(1) == len(alive), "\n".join(finished.outputs)
     assert f"error: rank {rank} has ended, and all others with it: its last messages show why" in "".join(alive)
