@@ -9,11 +9,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from data_prep.common.files import file_sha256
 
 HUB = "hub:"
 PULLED = ("*.json", "*.safetensors", "*.bin", "README.md", "training/*", "results/*")
 """Files to download; weights of other frameworks are not needed."""
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LONGEST_SILENCE = 60.0
+"""Seconds after which a hub that accepts a connection, or a part of a file, and sends nothing counts as unreachable."""
+SHA256, GIT_SHA1 = 64, 40
+"""Lengths of digests in hex."""
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -35,7 +42,8 @@ def parse_name(name: str) -> tuple[str, str | None]:
 def pull(name: str) -> Path:
     """The folder of a model in the local cache, downloaded if it is not cached; `name` is the text after `hub:`.
 
-    Raises ValueError if the model or revision does not exist, or if it is not cached and the hub can't be reached.
+    Raises ValueError if the model or revision does not exist, if it is not cached and the hub can't be reached, or if a
+    cached file is damaged.
     """
     from huggingface_hub import snapshot_download
 
@@ -44,14 +52,40 @@ def pull(name: str) -> Path:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(PULLED)))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{HUB}{name} has no config.json; it must be a model's repository.")
+    _check_cached(folder, f"{HUB}{name}")
     return folder
+
+
+def _check_cached(folder: Path, what: str) -> None:
+    """Raises ValueError that names a cached file whose content has changed since its download.
+
+    A file in the cache is a link to a blob whose name is its digest: sha256 in LFS, git's otherwise.
+    """
+    from huggingface_hub.utils.sha import git_hash
+
+    for file in sorted(folder.rglob("*")):
+        if file.is_dir() or not file.is_symlink():  # copies, where the file system has no links, have lost their name
+            continue
+        digest = file.readlink().name
+        if not re.fullmatch(r"[0-9a-f]+", digest) or len(digest) not in (SHA256, GIT_SHA1):
+            continue
+        if digest != (file_sha256(file) if len(digest) == SHA256 else git_hash(file.read_bytes())):
+            raise ValueError(
+                f"{file.relative_to(folder)} of {what} has changed in the cache since it was downloaded; delete "
+                f"{file.resolve()}, and run the command again with access to the hub."
+            )
 
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Hides huggingface_hub's warnings, which may show signed addresses; shows progress bars on terminals only."""
+    """Hides huggingface_hub's warnings, which may show signed addresses; shows progress bars on terminals only.
+
+    Also limits how long a request waits for the hub (LONGEST_SILENCE).
+    """
+    from huggingface_hub import set_client_factory
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
+    set_client_factory(_impatient_client)
     verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
     logging.set_verbosity_error()
     if bars and not sys.stderr.isatty():
@@ -62,6 +96,19 @@ def quiet_hub() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             enable_progress_bars()
+
+
+def _impatient_client() -> Any:
+    """huggingface_hub's HTTP client, whose requests wait at most LONGEST_SILENCE where it sets no limit itself."""
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limit(request: Any) -> None:
+        waits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {kind: wait or LONGEST_SILENCE for kind, wait in waits.items()}
+
+    client = default_client_factory()
+    client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], limit]}
+    return client
 
 
 @contextmanager

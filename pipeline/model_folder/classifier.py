@@ -21,6 +21,7 @@ from transformers import GPT2LMHeadModel
 
 from data_prep.common.files import read_json, write_json
 from pipeline.model_folder.convert import LoadedModel, load_model_folder, save_model_folder
+from pipeline.model_folder.lazy_weights import check_finite
 
 HEAD_WEIGHTS = "class_head.safetensors"
 HEAD_FACTS = "class_head.json"
@@ -98,6 +99,7 @@ def load_classifier(folder: Path) -> LoadedClassifier:
             f"{folder / HEAD_WEIGHTS} has a head of shape {tuple(weight.shape)}; with {len(classes)} classes and width "
             f"{loaded.config.n_embd} it must be {tuple(classifier.score.weight.shape)}."
         )
+    check_finite(HEAD_NAME, weight, folder)
     with torch.no_grad():
         classifier.score.weight.copy_(weight)
     return LoadedClassifier(loaded, classifier.eval(), classes, facts)

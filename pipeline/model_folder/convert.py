@@ -2,6 +2,9 @@
 
 A folder appears only after transformers has loaded it and computed the same logits. The names of the weights are the
 same on both sides. ImageGPT stores projections as (in, out) with a bias; ours are `nn.Linear` without bias, (out, in).
+Its attention divides by the square root of the head width, but transformers before 5.21 rounds the root down, which is
+wrong unless the width is a square. So our ImageGPT folders have `scale_attn_weights: false` and the scale in the
+queries' weights: every version computes the same. A folder of either kind is read as a model that scales.
 
 A masked model has bidirectional attention, but transformers would load it as a causal model. Its folder therefore has
 our own `model_type`, which transformers refuses, and our names and shapes.
@@ -13,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,7 @@ from data_prep.common.files import atomic_folder, read_json, write_json
 from pipeline.model.gpt import build_model
 from pipeline.model.gpt_config import fixed_settings
 from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, may_replace
-from pipeline.model_folder.lazy_weights import Weights, fetching_model, stored_weights, write_weights
+from pipeline.model_folder.lazy_weights import Weights, check_finite, fetching_model, stored_weights, write_weights
 
 CLASSES = {"imagegpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
 CONFIGS = {"imagegpt": ImageGPTConfig, "gpt2": GPT2Config}
@@ -61,6 +65,7 @@ SHARED_SETTINGS = (
 )
 """Settings with the same meaning in GPT2Config and ImageGPTConfig."""
 
+QUERIES_KEYS_VALUES = ".attn.c_attn.weight"
 PROJECTION = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 OLD_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")
 """Causal masks that old versions of transformers stored with the weights."""
@@ -99,8 +104,8 @@ def save_model_folder(
     weights: the weights of a model that fetches them as it runs; then only one file's weights are in memory at a time.
 
     Before the folder appears, transformers loads it and must compute the model's logits within 1e-4. An existing model
-    folder is replaced atomically. Raises ValueError if the palette does not fit the model or if `folder` has other
-    content, RuntimeError if the logits differ.
+    folder is replaced atomically. Raises ValueError if the palette does not fit the model, if a weight has NaN or Inf,
+    or if `folder` has other content, RuntimeError if the logits differ.
     """
     folder = folder.resolve()
     if palette.shape != (config.colors, 3):
@@ -115,7 +120,8 @@ def save_model_folder(
         shapes = {name: value.shape for name, value in model.state_dict().items()}
         if weights is None:
             weights = {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
-        write_weights(weights, shapes, _to_imagegpt if model_type == "imagegpt" else _unchanged, temporary)
+        convert = partial(_to_imagegpt, config) if model_type == "imagegpt" else _unchanged
+        write_weights(weights, shapes, convert, temporary)
         add_files(temporary)
         _check_logits(model, config, model_type, temporary)
 
@@ -139,6 +145,8 @@ def load_model_folder(folder: Path) -> LoadedModel:
     theirs = _read_model(CLASSES[model_type], config, folder)
     block = BLOCK_OF_TYPE[model_type]
     ours = GPT2Config(**_shared(config), **fixed_settings(block, config.vocab_size - 1))
+    if block == "igpt":
+        ours.scale_attn_weights = True  # _imported_state takes the scale out of the queries' weights
     state = _imported_state(theirs, block, folder)
     del theirs
     with torch.device("meta"):
@@ -166,6 +174,8 @@ def _load_masked(folder: Path, settings: dict[str, Any], palette: np.ndarray | N
         load_torch_model(model, folder if (folder / WEIGHTS_INDEX).is_file() else folder / WEIGHTS, strict=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"The weights in {folder} can't be read: {_one_line(error)}.") from error
+    for name, value in model.state_dict().items():
+        check_finite(name, value, folder)
     return LoadedModel(model.eval(), config, palette, resolution, config.block, probability)
 
 
@@ -179,7 +189,7 @@ def _shared(config: PreTrainedConfig) -> dict[str, Any]:
 def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, folder: Path) -> None:
     side = int(np.sqrt(config.n_positions))
     processor = ImageGPTImageProcessorPil(
-        clusters=palette.astype(np.float32).tolist(), size={"height": side, "width": side}
+        clusters=palette.astype(np.float32).tolist(), size={"height": side, "width": side}, do_convert_rgb=True
     )
     processor.save_pretrained(folder)
     if model_type == MASKED_TYPE:
@@ -188,6 +198,8 @@ def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, fol
     settings = fixed_settings(config.block, config.colors)
     del settings["attn_implementation"]
     theirs = CONFIGS[model_type](**_shared(config), **settings | {"use_cache": True})
+    if model_type == "imagegpt":
+        theirs.scale_attn_weights = False
     theirs.architectures = [CLASSES[model_type].__name__]
     theirs.dtype = "float32"
     theirs.save_pretrained(folder)
@@ -206,12 +218,20 @@ def _unchanged(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tens
     yield name, value
 
 
-def _to_imagegpt(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """One of our weights with the name and the shape of ImageGPT."""
+def _to_imagegpt(config: GPT2Config, name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """One of our weights with the name and the shape of ImageGPT, and queries that need no scale."""
+    if name.endswith(QUERIES_KEYS_VALUES) and config.scale_attn_weights:
+        value = _scaled_queries(value, config, -0.5)
     if PROJECTION.search(name):
         yield name.removesuffix("weight") + "bias", value.new_zeros(value.shape[0])
         value = value.t().contiguous()  # (out, in) to (in, out)
     yield name, value
+
+
+def _scaled_queries(value: torch.Tensor, config: PreTrainedConfig, power: float) -> torch.Tensor:
+    """The weight (3D, D) of queries, keys and values, with the queries times a power of the head width."""
+    queries, others = value.split([config.n_embd, 2 * config.n_embd])
+    return torch.cat([queries * (config.n_embd // config.n_head) ** power, others])
 
 
 def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder: Path) -> None:
@@ -332,9 +352,10 @@ def _read_model(
 
 
 def _imported_state(theirs: PreTrainedModel, block: str, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in our shapes. Raises ValueError if a bias is not zero, since the paper's block has none."""
+    """The weights in our shapes. Raises ValueError for NaN and Inf, and if a bias of the paper's block is not zero."""
     state: dict[str, torch.Tensor] = {}
     for name, value in theirs.state_dict().items():
+        check_finite(name, value, folder)
         if block == "igpt" and name.endswith(".bias"):
             if value.any():
                 raise ValueError(
@@ -344,6 +365,8 @@ def _imported_state(theirs: PreTrainedModel, block: str, folder: Path) -> dict[s
             continue
         if block == "igpt" and PROJECTION.search(name):
             value = value.t().contiguous()  # (in, out) to (out, in)
+        if block == "igpt" and name.endswith(QUERIES_KEYS_VALUES) and not theirs.config.scale_attn_weights:
+            value = _scaled_queries(value, theirs.config, 0.5)
         state[name] = value
     if state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr():
         state["lm_head.weight"] = state["lm_head.weight"].clone()  # tied in transformers, not in our model

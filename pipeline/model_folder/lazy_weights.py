@@ -44,10 +44,21 @@ def stored_weights(folder: Path) -> Weights:
     return OffloadedWeightsLoader(index=index)
 
 
+def check_finite(name: str, value: torch.Tensor, where: object) -> None:
+    """Raises ValueError that names the weight if a value is NaN or Inf. `where`: the folder or model that has it."""
+    finite = torch.isfinite(value)
+    if not finite.all():
+        raise ValueError(
+            f"{where} has NaN or Inf in {int((~finite).sum()):,} of {value.numel():,} values of {name}; a model needs "
+            f"finite weights: export another checkpoint, or restore a copy."
+        )
+
+
 def write_weights(weights: Weights, shapes: Mapping[str, torch.Size], convert: Convert, folder: Path) -> None:
     """Writes model.safetensors, or several files with an index, in the format of transformers.
 
-    shapes: the shapes of the weights, in order. Raises OSError if a file can't be written, as on a full disk.
+    shapes: the shapes of the weights, in order. Raises OSError if a file can't be written, as on a full disk, and
+    ValueError if a weight has NaN or Inf.
     """
     origin: dict[str, str] = {}
     planned: dict[str, torch.Tensor] = {}
@@ -63,7 +74,9 @@ def write_weights(weights: Weights, shapes: Mapping[str, torch.Size], convert: C
     for file, names in split.filename_to_tensors.items():
         content: dict[str, torch.Tensor] = {}
         for source in dict.fromkeys(origin[name] for name in names):
-            content |= {name: tensor for name, tensor in convert(source, weights[source]) if name in names}
+            weight = weights[source]
+            check_finite(source, weight, "The model")
+            content |= {name: tensor for name, tensor in convert(source, weight) if name in names}
         try:
             save_file(content, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # such as a full disk

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from data_prep.common.files import file_sha256, locked
 from pipeline.hub import HUB, pull
+from pipeline.model_folder.files import model_digest
 
 EXPORTED_FOLDER = "exported"
 MADE_FROM = ".made_from"
-"""A file in an exported folder: the sha256 of the checkpoint's manifest, which has the digests of all its files."""
+"""A file in an exported folder: the sha256 of the checkpoint's manifest, which has the digests of all its files, and the
+digest of the model that was written, so that damage to the exported files is noticed."""
 
 
 def model_folder(path: Path) -> Path:
@@ -27,18 +29,24 @@ def model_folder(path: Path) -> Path:
     checkpoint = find_checkpoint(path)
     folder = checkpoint.folder.parent.parent / EXPORTED_FOLDER / checkpoint.folder.name
     digest = file_sha256(checkpoint.folder / "checkpoint.json")
-    if _made_from(folder) == digest:
+    if _is_exported(folder, digest):
         return folder
     with locked(
         folder.parent / ".lock", str(folder)
     ):  # the jobs of an array start from one checkpoint at the same time
-        if _made_from(folder) != digest:
+        if not _is_exported(folder, digest):
             for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of a killed export
                 shutil.rmtree(leftover)
             export(checkpoint, folder)
-            (folder / MADE_FROM).write_text(digest)
+            (folder / MADE_FROM).write_text(_made_from(folder, digest))
     return folder
 
 
-def _made_from(folder: Path) -> str | None:
-    return (folder / MADE_FROM).read_text() if (folder / MADE_FROM).is_file() else None
+def _is_exported(folder: Path, checkpoint_digest: str) -> bool:
+    """Whether a folder has what was exported from this checkpoint, unchanged."""
+    made_from = folder / MADE_FROM
+    return made_from.is_file() and made_from.read_text() == _made_from(folder, checkpoint_digest)
+
+
+def _made_from(folder: Path, checkpoint_digest: str) -> str:
+    return f"{checkpoint_digest} {model_digest(folder)}"

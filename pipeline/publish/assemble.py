@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from data_prep.common.files import atomic_folder, read_json
 from pipeline.model_folder.card import CARD
 from pipeline.model_folder.files import NEEDED, WEIGHTS, WEIGHTS_INDEX, may_replace, model_digest
+from pipeline.model_folder.lazy_weights import check_finite
 from pipeline.model_folder.training_record import read_training_record
 from pipeline.publish.results_section import RESULTS, card_sections, eval_results
 from pipeline.results.curve import CURVE, draw_curve, has_losses
@@ -18,6 +19,14 @@ from pipeline.results.schema import read_results
 RESULT_FILES = (".json", ".png", ".html")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s\"'@]+@")
 """A user name and a password in a URL."""
+PATH = re.compile(
+    r"""
+    (?<=["'])(?:/[^/"'\n]+)*/([^/"'\n]+)/*(?=["'])                # all of a quoted string, which may have spaces
+    | (?:^|(?<=[\s"'=:;>(\[`]))(?:/[\w.~@%+,-]+)*/([\w.~@%+,-]+)/* # a word, or what follows = or :
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+"""An absolute path; its last name is a group."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 """The format of the hub's tokens."""
 
@@ -55,7 +64,7 @@ def assemble(model: Path, results: Path | None, folder: Path, card: WriteCard, *
         for file in _files_of(results):
             if file.suffix in RESULT_FILES:
                 _copy(results / file, folder / RESULTS / file)
-    _hide_credentials(folder)
+    _hide_private(folder)
     _draw_missing_curve(folder)
     card(folder, measured=eval_results(read_results(folder / RESULTS)), sections=card_sections(folder))
 
@@ -66,14 +75,15 @@ def step_of(folder: Path) -> int | None:
 
 
 def check_complete(model: Path) -> None:
-    """Raises ValueError that names the first missing or damaged file of a model folder."""
+    """Raises ValueError that names the first missing or damaged file of a model folder, or a weight with NaN or Inf."""
     for name in NEEDED:
         if not (model / name).is_file():
             raise ValueError(f"{model} has no {name}; publish a run, a checkpoint, or a folder that `export` wrote.")
     for name in weight_files(model):
         try:
-            with safe_open(str(model / name), framework="np"):
-                pass
+            with safe_open(str(model / name), framework="pt") as weights:
+                for weight in weights.keys():  # noqa: SIM118 (not a mapping)
+                    check_finite(weight, weights.get_tensor(weight), model)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{model / name} can't be read ({error}); export the model again.") from error
 
@@ -138,14 +148,17 @@ def _draw_missing_curve(folder: Path) -> None:
         draw_curve(rows, colors, read_results(folder / RESULTS).get("density"), path)
 
 
-def _hide_credentials(folder: Path) -> None:
-    """Removes user names and passwords from URLs. Raises ValueError that names a file with a token."""
+def _hide_private(folder: Path) -> None:
+    """Removes user names and passwords from URLs, and all of an absolute path but its last name.
+
+    Raises ValueError that names a file with a token.
+    """
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".json", ".jsonl", ".yaml", ".html", ".md"):
             continue
-        text = path.read_text()
+        text = path.read_text(errors="surrogateescape")
         if TOKEN.search(text):
             raise ValueError(f"{path.relative_to(folder)} contains a token (hf_...); remove it before publishing.")
-        hidden = CREDENTIALS.sub("", text)
+        hidden = PATH.sub(lambda found: found[1] or found[2], CREDENTIALS.sub("", text))
         if hidden != text:
-            path.write_text(hidden)
+            path.write_text(hidden, errors="surrogateescape")

@@ -117,6 +117,9 @@ def test_recomputed_blocks_give_the_same_gradients(images: torch.Tensor) -> None
 
 def test_folders_without_a_classifier(folder: Path) -> None:
     head = load_file(folder / "class_head.safetensors")["score.weight"]
+    save_file({"score.weight": head * torch.nan}, folder / "class_head.safetensors")
+    with pytest.raises(ValueError, match="has NaN or Inf in 48 of 48 values of score.weight"):
+        load_classifier(folder)
     save_file({"score.weight": head[:2].contiguous()}, folder / "class_head.safetensors")
     with pytest.raises(ValueError, match=r"has a head of shape \(2, 16\); with 3 classes and width 16 it must be"):
         load_classifier(folder)

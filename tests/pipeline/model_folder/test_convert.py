@@ -1,6 +1,7 @@
 """Model folders against transformers' own classes, in both directions."""
 
 import json
+import math
 import os
 
 import numpy as np
@@ -124,6 +125,16 @@ def test_the_image_processor_carries_palette_and_resolution(published):
     np.testing.assert_array_equal(tokens, distances.argmin(-1).ravel())
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
+def test_the_image_processor_reads_every_kind_of_image(published, mode):
+    _, folder, _ = published
+    processor = ImageGPTImageProcessor.from_pretrained(folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    expected = processor(image.convert("RGB"))["input_ids"][0]
+    np.testing.assert_array_equal(processor(image)["input_ids"][0], expected)
+
+
 def test_generate_draws_complete_images_of_valid_colors(published):
     _, folder, block = published
     theirs = CLASSES[block].from_pretrained(folder)
@@ -229,8 +240,8 @@ def test_a_wrong_export_is_not_written(tmp_path, monkeypatch):
     model, config = our_model("igpt")
     right = huggingface._to_imagegpt
 
-    def wrong(name, value):
-        for stored, tensor in right(name, value):
+    def wrong(config, name, value):
+        for stored, tensor in right(config, name, value):
             yield stored, tensor * 1.01 if stored == "transformer.h.1.mlp.c_fc.weight" else tensor
 
     save_model_folder(model, config, PALETTE, tmp_path / "model", add_files=card_of("old"))
@@ -239,6 +250,16 @@ def test_a_wrong_export_is_not_written(tmp_path, monkeypatch):
         save_model_folder(model, config, PALETTE, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "README.md").read_text() == "old"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_exported(value, tmp_path):
+    model, config = our_model("igpt")
+    with torch.no_grad():
+        model.transformer.wpe.weight[63, 5] = value  # of the last position
+    with pytest.raises(ValueError, match=r"NaN or Inf in 1 of 2,048 values of transformer\.wpe\.weight"):
+        save_model_folder(model, config, PALETTE, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_folders_are_not_replaced(tmp_path):
@@ -269,6 +290,10 @@ def set_bias(weights):
     weights["transformer.h.1.mlp.c_fc.bias"][3] = -0.25
 
 
+def set_weight(value):
+    return lambda weights: weights["transformer.h.1.mlp.c_fc.weight"][3].fill_(value)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -288,6 +313,8 @@ def set_bias(weights):
         (lambda f: (f / "model.safetensors").unlink(), "weights in .* can't be read"),
         (lambda f: (f / "model.safetensors").open("r+b").truncate(5000), "weights in .* can't be read"),
         (lambda f: change_weights(f, set_bias), r"not zero, transformer.h.1.mlp.c_fc.bias \(largest 0.25\)"),
+        (lambda f: change_weights(f, set_weight(math.nan)), r"NaN or Inf in 128 of 4,096 values of transformer.h.1.mlp"),
+        (lambda f: change_weights(f, set_weight(-math.inf)), r"NaN or Inf in 128 of 4,096 values of transformer.h.1"),
         (lambda f: change_weights(f, lambda w: w.pop("lm_head.weight")), "lacks weights, such as lm_head.weight"),
         (lambda f: change_weights(f, lambda w: w.update(score=torch.ones(1))), "unexpected weights, such as score"),
     ],

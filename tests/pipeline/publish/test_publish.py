@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from safetensors.torch import load_file, save_file
 from transformers import ImageGPTForCausalImageModeling
 
 from pipeline.evaluate.command import evaluate
@@ -150,6 +152,48 @@ def test_unknown_and_invalid_names(name: str, message: str, hub: Hub, models: di
     publish(models[40], *TO_HUB)
     with pytest.raises(ValueError, match=message):
         model_folder(Path(f"hub:{name}"))
+
+
+def cached(name: str, folder: Path) -> Path:
+    """The file in huggingface_hub's cache to which a file of a pulled model is a link."""
+    [blob] = [file.resolve() for file in folder.rglob(name)]
+    return blob
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_changed_file_in_the_cache_is_named(
+    name: str, hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(models[40], *TO_HUB)
+    folder = model_folder(Path(f"hub:{REPOSITORY}"))
+    blob = cached(name, folder)
+    right = blob.read_bytes()
+    blob.write_bytes(right[:300] + bytes([right[300] ^ 1]) + right[301:])
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match=f"{name} of hub:{REPOSITORY} has changed in the cache .*; delete {blob}"):
+            model_folder(Path(f"hub:{REPOSITORY}"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    blob.unlink()
+    assert (model_folder(Path(f"hub:{REPOSITORY}")) / name).read_bytes() == right
+
+
+@pytest.mark.parametrize("to_hub", [True, False])
+def test_a_hub_that_never_answers_is_one_sentence(
+    to_hub: bool, hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It accepts connections, as a hub whose machines are overloaded."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("pipeline.hub.LONGEST_SILENCE", 0.2)
+        monkeypatch.setattr("pipeline.publish.push.MIN_ATTEMPTS", 2)
+        message = "did not answer: ReadTimeout, in 2 attempts over" if to_hub else "did not answer: ReadTimeout"
+        with pytest.raises(ValueError, match=message):
+            if to_hub:
+                publish(models[40], *TO_HUB, "--retry_minutes", "0")
+            else:
+                model_folder(Path(f"hub:{REPOSITORY}"))
+    assert ("retrying in" in caplog.text) == to_hub
 
 
 # The card
@@ -354,6 +398,11 @@ def test_an_incomplete_model(hub: Hub, models: dict[int, Path], tmp_path: Path) 
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors can't be read"):
+        publish(broken, *TO_HUB)
+    tensors = load_file(models[40] / "model.safetensors")
+    tensors["transformer.wpe.weight"][63, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=r"NaN or Inf in 1 of 2,048 values of transformer\.wpe\.weight"):
         publish(broken, *TO_HUB)
     (broken / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):
