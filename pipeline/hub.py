@@ -39,6 +39,19 @@ def parse_name(name: str) -> tuple[str, str | None]:
     )
 
 
+def check_dataset(name: str | None) -> None:
+    """Raises ValueError if `--dataset` is not the name of a dataset on a hub: ORG/NAME, or NAME for old ones."""
+    if name is None:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"--dataset is {name!r}; it must be the name of a dataset on the hub, ORG/NAME.") from error
+
+
 def pull(name: str) -> Path:
     """The folder of a model in the local cache, downloaded if it is not cached; `name` is the text after `hub:`.
 

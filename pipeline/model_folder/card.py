@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import Row
+from pipeline.model_folder.licenses import check_license
 from pipeline.model_folder.training_record import TrainingRecord, read_training_record, unfinished
 
 CARD = "README.md"
@@ -37,18 +38,21 @@ def write_card(
     *,
     measured: Sequence[EvalResult] = (),
     sections: Sequence[str] = (),
+    layer: int | None = None,
 ) -> None:
     """Writes README.md of a model folder.
 
     name: the argument of from_pretrained in the card. license_id, dataset: the hub's identifiers of the license and of
     the training data; if not given, the identifiers in the existing card are kept. measured, sections: results for the
-    hub's model-index, and Markdown sections about them, which follow the section on the training. Raises ValueError
-    that names a damaged file.
+    hub's model-index, and Markdown sections about them, which follow the section on the training. layer: the layer that
+    a probe chose, for the code that computes features; the middle one if None. Raises ValueError that names a damaged
+    file, or a license that the hub does not list.
     """
     config, record = read_json(folder / "config.json"), read_training_record(folder)
     masked = _is_masked(config)
     earlier = _earlier_metadata(folder)
     license_id = license_id or earlier.license
+    check_license(license_id, f"license in {folder / CARD}")
     known = [HUB_DATASETS[record.source]] if record.source in HUB_DATASETS else None
     metadata = ModelCardData(
         license=license_id,
@@ -62,7 +66,7 @@ def write_card(
     )
     parts = [
         _what_it_is(config, _parameters(folder, config), record),
-        _loading_masked(name) if masked else _loading(config, name),
+        _loading_masked(name) if masked else _loading(config, name, layer),
         _training(record),
         *sections,
         _limits(config),
@@ -113,8 +117,10 @@ def _what_it_is(config: dict[str, Any], parameters: int, record: TrainingRecord)
     )
 
 
-def _loading(config: dict[str, Any], name: str) -> str:
-    return _render("use.md", kind=CLASSES[config["model_type"]], name=name)
+def _loading(config: dict[str, Any], name: str, best: int | None) -> str:
+    layers = config["n_layer"]
+    layer, why = (layers // 2, "the middle one") if best is None else (best, "the one that the linear probe chose")
+    return _render("use.md", kind=CLASSES[config["model_type"]], name=name, layer=layer, layers=layers, why=why)
 
 
 def _loading_masked(name: str) -> str:

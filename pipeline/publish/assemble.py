@@ -19,10 +19,14 @@ from pipeline.results.schema import read_results
 RESULT_FILES = (".json", ".png", ".html")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s\"'@]+@")
 """A user name and a password in a URL."""
+NAME = r"""(?!\*)[^\s/"'<>,:;&`)\]|]+"""
+"""Of a file or folder; a star would begin a comment in a style sheet."""
 PATH = re.compile(
-    r"""
-    (?<=["'])(?:/[^/"'\n]+)*/([^/"'\n]+)/*(?=["'])                # all of a quoted string, which may have spaces
-    | (?:^|(?<=[\s"'=:;>(\[`]))(?:/[\w.~@%+,-]+)*/([\w.~@%+,-]+)/* # a word, or what follows = or :
+    rf"""
+    (?<=")(?:/(?:(?!\ -)[^/"\n])+)*/((?:(?!\ -)[^/"\n])+)/*(?=")   # all of a quoted string, which may have spaces
+    | (?<=')(?:/(?:(?!\ -)[^/'\n])+)*/((?:(?!\ -)[^/'\n])+)/*(?=')
+    | (?:^|(?<=[\s"'=:;>(\[`])|(?<=[^4],))(?:file://)?             # or a word, but not in "base64,/9j/"
+      (?:/{NAME})*/({NAME})/*(?!\*)
     """,
     re.VERBOSE | re.MULTILINE,
 )
@@ -32,7 +36,7 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 WriteCard = Callable[..., None]
-"""`write_card` with everything bound but the folder, `measured` and `sections`."""
+"""`write_card` with everything bound but the folder, `measured`, `sections` and `layer`."""
 
 
 def publish_to_folder(model: Path, results: Path | None, target: Path, card: WriteCard) -> None:
@@ -66,7 +70,9 @@ def assemble(model: Path, results: Path | None, folder: Path, card: WriteCard, *
                 _copy(results / file, folder / RESULTS / file)
     _hide_private(folder)
     _draw_missing_curve(folder)
-    card(folder, measured=eval_results(read_results(folder / RESULTS)), sections=card_sections(folder))
+    results_read = read_results(folder / RESULTS)
+    layer = results_read.get("linear_probe", {}).get("best_layer")
+    card(folder, measured=eval_results(results_read), sections=card_sections(folder), layer=layer)
 
 
 def step_of(folder: Path) -> int | None:
@@ -159,6 +165,8 @@ def _hide_private(folder: Path) -> None:
         text = path.read_text(errors="surrogateescape")
         if TOKEN.search(text):
             raise ValueError(f"{path.relative_to(folder)} contains a token (hf_...); remove it before publishing.")
-        hidden = PATH.sub(lambda found: found[1] or found[2], CREDENTIALS.sub("", text))
+        if "/" not in text:  # as in millions of rows of metrics
+            continue
+        hidden = PATH.sub(lambda found: found[found.lastindex or 0], CREDENTIALS.sub("", text))
         if hidden != text:
             path.write_text(hidden, errors="surrogateescape")

@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import new_parser, parse
-from pipeline.hub import HUB, parse_name
+from pipeline.hub import HUB, check_dataset, parse_name
+from pipeline.model_folder.licenses import check_license
 from pipeline.model_folder.resolve import model_folder
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,8 @@ def _parse(arguments: list[str]) -> tuple[Path, Options]:
     if (source is None) == (other is None):
         raise ValueError("Give exactly one model: a run, a checkpoint, a model folder, or --from dir:PATH.")
     options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
+    check_license(options.license, "--license")
+    check_dataset(options.dataset)
     return Path((source or other).removeprefix(DIR)), options
 
 

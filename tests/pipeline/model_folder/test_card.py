@@ -6,12 +6,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from PIL import Image
+from skimage import data
 
+from data_prep.palette.codec import save_palette
+from data_prep.shards.reader import open_shard_set
+from pipeline.evaluate.features.pooled import pooled_layers
+from pipeline.model.objectives import next_color
 from pipeline.model_folder.card import write_card
+from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.tensorboard_events import copy_events
-from tests.pipeline.evaluate.tiny_sets import write_model
+from tests.launch import run
+from tests.pipeline.evaluate.tiny_sets import COLORS, RESOLUTION, random_palette, write_model
 
 
 def test_the_code_for_a_masked_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +33,74 @@ def test_the_code_for_a_masked_model_runs(tmp_path: Path, monkeypatch: pytest.Mo
     names: dict[str, Any] = {}
     exec(code[1], names)
     assert not names["model"].config.is_causal
+
+
+def write_images(folder: Path) -> None:
+    """Images of every kind that differs in how it is read, each a class of its own."""
+    coffee, astronaut = (Image.fromarray(image) for image in (data.coffee(), data.astronaut()))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    for name, image, options in (
+        ("wide.jpg", coffee, {}),
+        ("tall.png", coffee.crop((100, 0, 300, 333)), {}),
+        ("turned.jpg", coffee.resize((97, 61)), {"exif": rotated}),
+        ("gray.jpg", astronaut.convert("L"), {}),
+        ("transparent.png", astronaut.resize((50, 40)).convert("RGBA"), {}),
+        ("few.png", astronaut.quantize(9), {}),
+        ("small.png", coffee.resize((4, 5)), {}),
+    ):
+        path = folder / "train" / name.partition(".")[0] / name
+        path.parent.mkdir(parents=True)
+        image.save(path, **options)
+
+
+@pytest.mark.parametrize(("block", "layer"), [("igpt", None), ("igpt", 3), ("gpt2", 2)])
+def test_the_code_gives_the_tokens_of_a_shard_set_and_the_features_of_probes(
+    block: str, layer: int | None, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path / "model", block)
+    write_card(folder, folder.name, layer=layer)
+    sampling, features = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    shards = open_shard_set(pictures / "shards")
+    tokens, labels = shards.split("train").gather(np.arange(7))
+    names: dict[str, Any] = {}
+    exec(sampling, names)
+    Path("photo.jpg").symlink_to(pictures / "train/wide/wide.jpg")
+    exec(features, names)
+    read = {path.parent.name: names["to_tokens"](path) for path in pictures.glob("train/*/*")}
+    for label, expected in zip(labels, tokens, strict=True):
+        np.testing.assert_array_equal(read[shards.classes[label]], expected, err_msg=shards.classes[label])
+
+    model = load_model_folder(folder).model
+    with torch.no_grad(), pooled_layers(model) as pooled:
+        model.transformer(next_color(read["wide"][None], COLORS)[0])
+    torch.testing.assert_close(names["features"], pooled[1 if layer is None else layer], atol=1e-5, rtol=0)
+    half = RESOLUTION**2 // 2
+    assert torch.equal(names["completed"][:half], read["wide"][:half])
+    assert Image.open("completed.png").size == Image.open("sample.png").size == (RESOLUTION, RESOLUTION)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and in `shards` a set of them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_images(folder)
+    save_palette(folder / "palette.npy", random_palette())
+    size = [f"--resolution={RESOLUTION}", f"--palette.colors={COLORS}", f"--palette.file={folder / 'palette.npy'}"]
+    source = ["--source.kind=image_folder", f"--source.path={folder}", "--valid_fraction=0", "--views.random_crop=never"]
+    finished = run(1, "-m", "data_prep", "shards", *size, *source, f"--out={folder / 'shards'}", logs=folder / "logs")
+    assert finished.codes == [0], finished.output
+    return folder
+
+
+def test_a_license_that_the_hub_does_not_list(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    write_card(folder, "model", "cc-by-4.0")
+    (folder / "README.md").write_text((folder / "README.md").read_text().replace("cc-by-4.0", "cc-by-4"))
+    with pytest.raises(ValueError, match=r"license in .*README.md is 'cc-by-4', .* such as cc-by-4.0, or other"):
+        write_card(folder, "model")
+    write_card(folder, "model", "other")
 
 
 def test_sections_follow_the_training_and_the_license_is_kept(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from tests.pipeline.conftest import Runner
 from tests.pipeline.publish.conftest import REPOSITORY, environment
 
 TO_HUB = ("--to", f"hub:{REPOSITORY}")
+TASKS_OF_THE_HUB = ("unconditional-image-generation", "image-feature-extraction")
+"""Those of huggingface.co/tasks that fit models of images."""
 TOPOLOGIES = {"ZeRO-3": {"parallel__zero_stage": 3}, "two stages": {"parallel__pipeline_stages": 2}}
 NULLABLE = ("loss", "grad_norm", "valid_loss", "images_per_second", "tokens_per_second", "mfu")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json")
@@ -203,6 +205,7 @@ def test_the_hub_accepts_the_metadata(hub: Hub, models: dict[int, Path], results
     publish(models[40], "--results", results, *TO_HUB, "--license", "mit", "--dataset", "lab/photographs")
     card = ModelCard(hub.files(REPOSITORY)["README.md"].decode())
     card.validate()
+    assert card.data.pipeline_tag in TASKS_OF_THE_HUB
     assert (card.data.license, card.data.datasets) == ("mit", ["lab/photographs"])
     density = json.loads((results / "density.json").read_text())
     name, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
@@ -424,10 +427,49 @@ def test_secrets_are_not_published(models: dict[int, Path], tmp_path: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
+ROOTS = re.compile(r"""(?:^|[\s"'=>;])/(?:scratch|home|root|tmp|work|data|nfs|var|usr|Users)\b""", re.M)
+
+
+def test_no_absolute_path_is_published(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
+    """Those of shard sets, commands and reports tell names of people and of machines."""
+    model = Path(shutil.copytree(models[40], tmp_path / "model"))
+    record = json.loads((model / "training/run.json").read_text())
+    command = ["python", "-m", "pipeline", "train", "--config=/home/ada/igpt.yaml", "--run", "/scratch/ada's runs/one/"]
+    record["shards"]["path"] = "/nfs/my data/photo set"
+    record["starts"][0]["command"] = command
+    record["starts"][0]["changes"] = {"data.shards": ["/nfs/a", "https://host/a/set"]}
+    (model / "training/run.json").write_text(json.dumps(record, indent=2))
+    (model / "training/config.yaml").write_text("data:\n  shards: /nfs/photos\n  other: pipe:cat /nfs/x/*.tar\n")
+    assert ROOTS.search((results / "results.json").read_text()), "the test's own folders, in commands"
+    publish(model, "--results", results, "--to", f"dir:{tmp_path / 'public'}")
+
+    texts = {
+        path: path.read_text()
+        for path in (tmp_path / "public").rglob("*")
+        if path.suffix in (".json", ".jsonl", ".yaml", ".html", ".md")
+    }
+    assert {path.name: ROOTS.findall(text) for path, text in texts.items() if ROOTS.search(text)} == {}
+    published = json.loads((tmp_path / "public/training/run.json").read_text())
+    assert published["shards"]["path"] == "photo set"
+    assert published["starts"][0]["command"][-3:] == ["--config=igpt.yaml", "--run", "one"]
+    assert published["starts"][0]["changes"] == {"data.shards": ["a", "https://host/a/set"]}
+    configured = (tmp_path / "public/training/config.yaml").read_text()
+    assert configured == "data:\n  shards: photos\n  other: pipe:cat x/*.tar\n"
+    density = json.loads((tmp_path / "public/results/density.json").read_text())
+    assert density["command"].startswith("python -m pipeline evaluate step-40 --shards=shards --out=results")
+    for name in ("report.html", "density.png"):
+        before, after = (len((folder / name).read_bytes()) for folder in (results, tmp_path / "public/results"))
+        assert 0.95 * before < after <= before
+
+
 def test_invalid_input_is_one_sentence(models: dict[int, Path], tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_text("meow")
+    target = f"dir:{tmp_path / 'model'}"
     for arguments, message in (
+        ((models[40], "--to", target, "--license", "MIT"), "--license is 'MIT', .* identifier such as mit, or other"),
+        ((models[40], "--to", target, "--license", "apache2"), "identifier such as apache-2.0"),
+        ((models[40], "--to", target, "--dataset", "lab/my photos"), "--dataset is 'lab/my photos'; it must be"),
         ((models[40], "--to", tmp_path), "it must be hub:ORG/NAME or dir:PATH"),
         ((models[40], "--to", f"dir:{tmp_path / 'photos'}"), "has other files"),
         ((models[40], "--to", f"dir:{models[40]}"), "which is the model folder itself"),
