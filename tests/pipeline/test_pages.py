@@ -146,8 +146,16 @@ def test_transformers_generates_an_image_from_an_exported_model() -> None:
     names: dict[str, object] = {}
     exec(python_block("pipeline/publish/README.md", "generate("), names)
     tokens = names["tokens"]
-    assert tuple(tokens.shape) == (1, 64)  # type: ignore[attr-defined]
+    assert tuple(tokens.shape) == (64,)  # type: ignore[attr-defined]
     assert int(tokens.max()) < 512  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("workspace")
+def test_the_page_has_the_code_of_the_card() -> None:
+    card = re.findall(r"^```python\n(.*?)^```", Path("out/model/README.md").read_text(), re.M | re.S)
+    page = blocks_of("pipeline/publish/README.md", "python")
+    spelled = [block.replace('"model"', '"out/model"').replace("layer = 1\n", "layer = 12\n") for block in card]
+    assert page == spelled
 
 
 @pytest.fixture(scope="module")
