@@ -17,10 +17,10 @@ logger = logging.getLogger("pipeline")
 def train(arguments: list[str]) -> int:
     """Trains a run, or resumes it."""
     gc.disable()  # importing 4,000 modules takes a quarter less time without; pipeline.train.loop enables it again
-    from pipeline.command_line import parse_training
+    from pipeline.command_line import parse_start
 
     with reported_once_per_node(local_rank()):
-        config, run = parse_training(arguments)
+        config, run, resume_from = parse_start(arguments)
     from pipeline.train.health.stop import restarted_after_stop
 
     if restarted_after_stop(run):
@@ -32,7 +32,7 @@ def train(arguments: list[str]) -> int:
     select_mig_instance(local_rank())  # before torchao, whose import makes CUDA read the variable
     from pipeline.train.loop import train as run_training
 
-    return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments])
+    return run_training(config, run, ["python", "-m", "pipeline", "train", *arguments], resume_from)
 
 
 def leave(code: int) -> NoReturn:

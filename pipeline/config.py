@@ -132,6 +132,9 @@ class CheckpointConfig:
     """Minutes between checkpoints, in addition to every_steps; 0 for never."""
     asynchronous: bool = True
     """Continue training while a thread writes the checkpoint; training waits only for a copy to host memory."""
+    folder: str | None = None
+    """Folder for the checkpoints of this run alone, such as one on a larger disk that all nodes share; RUN/checkpoints
+    becomes a link to it. null: RUN/checkpoints."""
     keep_last: int = 2
     """Number of newest checkpoints to retain."""
     keep_every: int = 100_000

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from data_prep.common.contents import described
@@ -19,6 +19,8 @@ from data_prep.common.contents import described
 logger = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of a file system that has no locks: Lustre mounted without -o flock, NFS without its lock daemon."""
 RENAME_EXCHANGE, AT_FDCWD = 2, -100
 """Arguments of Linux's renameat2: swap the two names; relative paths start at the working directory."""
 
@@ -42,16 +44,33 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def take_lock(file: IO[Any], wait: bool = False) -> bool:
+    """Takes an exclusive lock on an open file, across all nodes that share it. False if another process has it.
+
+    Where the file system has no locks, it logs a warning and returns True: the command works without.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning(
+            f"{file.name} can't be locked ({error.strerror}): the file system has no locks, so make sure that no other "
+            f"command writes there at the same time, or mount it with locks (Lustre: -o flock)"
+        )
+    return True
+
+
 @contextmanager
 def locked(path: Path, waiting_for: str) -> Iterator[None]:
     """Holds an exclusive lock on a file, across all nodes that share it. Logs a line if it has to wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file):
             logger.info(f"waiting for another command that writes {waiting_for}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, wait=True)
         yield
 
 

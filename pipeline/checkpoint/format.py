@@ -1,6 +1,7 @@
 """The files of a checkpoint. It is written to a temporary folder, committed by a rename, and retained by a rule."""
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -13,11 +14,14 @@ from safetensors.torch import save_file
 
 from data_prep.common.files import file_sha256, flush_to_disk, json_digest, read_json, to_json
 from pipeline.checkpoint.fragments import FragmentReader
+from pipeline.checkpoint.run_files import PARTIAL, STEP_NAME, committed, step_folder, step_of
 from pipeline.config import CheckpointConfig
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "checkpoint.json"
-PARTIAL = ".partial"
-STEP_NAME = re.compile(r"step-\d{8,}")
+LEFTOVER_NAME = re.compile(rf"{STEP_NAME.pattern}(\.replaced)?{re.escape(PARTIAL)}")
+"""Folders of checkpoints that were never committed, or that are being deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +73,6 @@ class Checkpoint:
         return None
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step."""
-    return checkpoints / f"step-{step:08d}"
-
-
 def rank_file(rank: int) -> str:
     """The name of a rank's file."""
     return f"rank-{rank:05d}.safetensors"
@@ -94,16 +93,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder / MANIFEST} is not a manifest of this version ({error}).") from error
 
 
-def committed(checkpoints: Path) -> list[Path]:
-    """Folders of all committed checkpoints, oldest first; folders with other names are ignored."""
-    return sorted((path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
-    return int(folder.name.removeprefix("step-"))
-
-
 def temporary_folder(checkpoints: Path, step: int) -> Path:
     """Where a checkpoint is written before it is committed."""
     return checkpoints / f"{step_folder(checkpoints, step).name}{PARTIAL}"
@@ -111,9 +100,27 @@ def temporary_folder(checkpoints: Path, step: int) -> Path:
 
 def begin(checkpoints: Path, step: int) -> None:
     """Deletes uncommitted checkpoints and creates the temporary folder. One rank calls it, before any rank writes."""
-    for leftover in checkpoints.glob(f"*{PARTIAL}"):  # never committed, or being deleted
-        shutil.rmtree(leftover)
-    temporary_folder(checkpoints, step).mkdir(parents=True)
+    for leftover in checkpoints.glob(f"*{PARTIAL}"):
+        if LEFTOVER_NAME.fullmatch(leftover.name):
+            discard(leftover)
+    temporary_folder(checkpoints, step).mkdir(parents=True, exist_ok=True)  # one that can't be deleted may be there
+
+
+def discard(folder: Path, suffix: str = PARTIAL) -> None:
+    """Deletes a checkpoint; a rename uncommits it first. Of a link only the link is deleted, not where it leads.
+
+    Logs a warning about what can't be deleted: no run may end because of an old checkpoint.
+    """
+    doomed = folder
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            folder.unlink()
+            return
+        if not folder.name.endswith(PARTIAL):
+            doomed = folder.rename(folder.with_name(folder.name + suffix))
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning(f"{doomed} can't be deleted ({error.strerror or error}); delete it once nothing uses it")
 
 
 def write_rank(
@@ -128,6 +135,7 @@ def write_rank(
         save_file(tensors, path, metadata={"index": json.dumps(index)})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+    path.chmod(folder.stat().st_mode & 0o666)  # follow the umask: safetensors makes its files private
     flush_to_disk(path)
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
@@ -140,15 +148,15 @@ def commit(folder: Path, record: CheckpointRecord) -> Path:
     flush_to_disk(manifest)
     flush_to_disk(folder)
     final = step_folder(folder.parent, record.step)
-    if final.exists():  # a damaged one that resume skipped
-        shutil.rmtree(final.rename(final.with_name(f"{final.name}.replaced{PARTIAL}")))
+    if final.exists() or final.is_symlink():  # a damaged one that resume skipped
+        discard(final, f".replaced{PARTIAL}")
     folder.rename(final)
     flush_to_disk(final.parent)
     return final
 
 
 def retain(checkpoints: Path, rule: CheckpointConfig, newest: int) -> None:
-    """Deletes checkpoints that neither `keep_last` nor `keep_every` retains. A rename uncommits each of them first.
+    """Deletes checkpoints that neither `keep_last` nor `keep_every` retains.
 
     Checkpoints later than the `newest` step are damaged ones that a resume skipped; they are deleted too.
     """
@@ -157,8 +165,7 @@ def retain(checkpoints: Path, rule: CheckpointConfig, newest: int) -> None:
     recent, permanent = valid[-rule.keep_last :], permanent_steps(valid, rule.keep_every)
     for step, folder in steps.items():
         if step not in recent and step not in permanent:
-            doomed = folder.rename(folder.with_name(folder.name + PARTIAL))
-            shutil.rmtree(doomed)
+            discard(folder)
 
 
 def permanent_steps(steps: list[int], every: int) -> set[int]:

@@ -1,20 +1,24 @@
 """Reads and truncates a run's metrics.jsonl and skipped.jsonl: one JSON object a line, each with a step.
 
-NaN and Inf are written as null.
+NaN and Inf are written as null. Steps only rise, so what concerns the last steps is read from the end: a long run has
+hundreds of megabytes of rows.
 """
 
 import json
-from collections import deque
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.files import atomic_write, to_json
+from data_prep.common.files import flush_to_disk, to_json
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+BLOCK_BYTES = 1 << 18
+"""Bytes that are read at once from the end of a file."""
 
 Row = dict[str, Any]
 
@@ -32,23 +36,35 @@ def read_rows(path: Path) -> Iterator[Row]:
     return (row for _, row in _lines(path))
 
 
-def read_last_row(path: Path, key: str, tail_bytes: int = 1 << 16) -> Row | None:
+def read_last_row(path: Path, key: str, tail_bytes: int = 1 << 26) -> Row | None:
     """The last row with `key` in the last `tail_bytes` of the file; None if there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - tail_bytes))
-        lines = file.read().decode(errors="replace").splitlines()
-    rows = (_parse(line) for line in reversed(lines))
-    return next((row for row in rows if row is not None and key in row), None)
+    return next(read_backwards(path, key, tail_bytes), None)
+
+
+def read_backwards(path: Path, key: str, tail_bytes: int = 1 << 26) -> Iterator[Row]:
+    """The rows with `key` in the last `tail_bytes` of the file, newest first."""
+    quoted = json.dumps(key).encode()
+    for _, line in _lines_backwards(path, tail_bytes):
+        row = _parse(line.decode(errors="replace")) if quoted in line else None  # most lines need not be parsed
+        if row is not None and key in row:
+            yield row
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites the file without rows after `step`, and without an incomplete last line."""
+    """Truncates the file after its last row of `step` or an earlier one, and so an incomplete last line too."""
     if not path.exists():
         return
-    with atomic_write(path) as temporary, temporary.open("w") as new:
-        new.writelines(lines_until(path, step))
+    size = path.stat().st_size
+    end = size
+    for start, line in _lines_backwards(path, size):
+        row = _parse(line.decode(errors="replace"))
+        if not line.endswith(b"\n") or (row is not None and row["step"] > step):
+            end = start
+        elif row is not None and _is_step(row):
+            break
+    if end < size:
+        os.truncate(path, end)
+        flush_to_disk(path)
 
 
 def lines_until(path: Path, step: int) -> Iterator[str]:
@@ -58,26 +74,52 @@ def lines_until(path: Path, step: int) -> Iterator[str]:
 
 def last_steps(run: Path, step: int, count: int) -> list[Row]:
     """The rows of the last `count` applied steps up to `step`, including skipped steps between them."""
-    last: deque[Row] = deque()
+    last: list[Row] = []
     applied = 0
-    for row in read_rows(run / METRICS_FILE):
-        if "loss" in row and row["step"] <= step:
-            last.append(row)
-            applied += row["applied"]
-            while applied > count:
-                applied -= last.popleft()["applied"]
-    return list(last)
+    for row in read_backwards(run / METRICS_FILE, "loss"):
+        if not _is_step(row) or row["step"] > step:
+            continue
+        applied += row["applied"]
+        if applied > count:
+            break
+        last.append(row)
+    return last[::-1]
+
+
+def _is_step(row: Row) -> bool:
+    """Whether it is the row of a training step; other programs may add rows of their own."""
+    return "loss" in row and "applied" in row
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
     """Each complete line, with its row."""
     if not path.is_file():
         return
-    with path.open(errors="replace") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             row = _parse(line)
             if row is not None and line.endswith("\n"):
                 yield line, row
+
+
+def _lines_backwards(path: Path, tail_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of the last `tail_bytes`, the last one first, each with its offset; the first one may be cut."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        position, rest = file.seek(0, os.SEEK_END), b""
+        first = max(0, position - tail_bytes)
+        while position > first:
+            start = max(first, position - BLOCK_BYTES)
+            file.seek(start)
+            pieces = (file.read(position - start) + rest).split(b"\n")
+            lines = [piece + b"\n" for piece in pieces[:-1]] + ([pieces[-1]] if pieces[-1] else [])
+            rest = lines[0] if lines and start > first else b""  # it begins in the block before
+            offset = start + sum(map(len, lines))
+            for line in reversed(lines[bool(rest) :]):
+                offset -= len(line)
+                yield offset, line
+            position = start
 
 
 def _parse(line: str) -> Row | None:

@@ -1,6 +1,5 @@
 """The run folder: its lock, its resolved configuration, and run.json, the record of its starts and status."""
 
-import fcntl
 import logging
 import os
 import platform
@@ -16,18 +15,25 @@ import numpy as np
 import torch
 import yaml
 
-from data_prep.common.files import atomic_write, read_json, write_json
+from data_prep.common.files import atomic_write, read_json, take_lock, write_json
 from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.reader import ShardSet
-from pipeline.checkpoint.format import committed
+from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
+from pipeline.checkpoint.run_files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    LOCK_FILE,
+    OWNER_FILE,
+    RECORD_FILE,
+    UNKNOWN_HOLDER,
+    committed,
+    step_of,
+)
 from pipeline.config import TrainConfig, changed_keys, to_dict
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-RECORD_FILE = "run.json"
 PALETTE_FILE = "palette.npy"
-CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
 """Keys that can't change when a run resumes: they determine the model and the data order."""
@@ -35,8 +41,8 @@ LOCK_WAIT_FACTOR = 3
 """How many times health.hang_minutes a job waits for the lock: until then, the watchdog has ended waiting ranks."""
 HELD_BY_JOB = ", SLURM job "
 """Precedes a job's id in the lock file."""
-UNKNOWN_HOLDER = "unknown"
-"""A holder that has not written its name yet, right after it took the lock."""
+LOCK_ATTEMPTS, LOCK_PAUSE = 3, 0.05
+"""How often, and with which pause in seconds, a lock is tried: `status` tests it for a moment."""
 JOB_FILES = ("logs", "failures.jsonl", "accidents.jsonl")
 """Files that job scripts write to the folder before the run starts."""
 Status = Literal["running", "stopped", "failed", "finished"]
@@ -51,8 +57,11 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._record: dict[str, Any] = {}
 
-    def check(self, config: TrainConfig, shards: ShardSet) -> None:
-        """Raises ValueError or OSError if this configuration can't start or resume in the folder. Writes nothing."""
+    def check(self, config: TrainConfig, shards: ShardSet, resume_from: int | None = None) -> None:
+        """Raises ValueError or OSError if this configuration can't start or resume in the folder. Writes nothing.
+
+        resume_from: the step of the checkpoint to resume from; None for the newest.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--run is {self.path}, which is a file; it must be a new folder or the folder of a run.")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
@@ -62,9 +71,13 @@ class RunFolder:
             self._check_fixed_keys(config)
             if (self.path / RECORD_FILE).exists():
                 check_shards(self._read_record()["shards"], shards, self.path / RECORD_FILE)
-                self._check_saved()
+            self._check_saved()
+            self._check_step(config, resume_from)
+        elif resume_from is not None:
+            raise ValueError(f"--resume_from is {resume_from}, but {self.path} is a new run; leave it out.")
         elif self.path.is_dir() and any(_is_foreign(child) for child in self.path.iterdir()):
             raise ValueError(f"--run is {self.path}, which has other files and no {CONFIG_FILE}; name a new folder.")
+        self._check_checkpoint_folder(config.checkpoint.folder)
 
     def _check_fixed_keys(self, config: TrainConfig) -> None:
         for key, (old, new) in changed_keys(self._earlier_config(), to_dict(config)).items():
@@ -92,13 +105,76 @@ class RunFolder:
         return int(record.get("step", 0)) if record.get("status") == "finished" else 0
 
     def _check_saved(self) -> None:
-        """Raises ValueError if the run has trained and stopped, which saves a checkpoint, and now has none."""
-        trained = int(self._read_record().get("step", 0))
-        if trained and not committed(self.checkpoints):
+        """Raises ValueError if the run has saved a checkpoint and now has none: it would begin at step 1 again."""
+        if committed(self.checkpoints):
+            return
+        record = self._read_record() if (self.path / RECORD_FILE).exists() else {}
+        row = read_last_row(self.path / METRICS_FILE, "loss") or {"step": 0}
+        saved = int(record.get("checkpoint", 0) or record.get("step", 0))
+        if "checkpoint" not in record:  # earlier versions did not record saves: one was due after every_steps
+            every_steps = self._earlier_config().get("checkpoint", {}).get("every_steps", 0)
+            saved = max(saved, row["step"] if row["step"] > every_steps else 0)
+        if saved:
+            leads = f" (a link to {self.checkpoints.readlink()})" if self.checkpoints.is_symlink() else ""
             raise ValueError(
-                f"{self.path} has trained {trained:,} steps, but {self.checkpoints} has no checkpoint; restore one "
-                f"from a copy, or name a new --run."
+                f"{self.path} has trained {max(saved, row['step']):,} steps, but {self.checkpoints}{leads} has no "
+                f"checkpoint; mount their disk or restore one from a copy, or name a new --run."
             )
+
+    def _check_step(self, config: TrainConfig, resume_from: int | None) -> None:
+        """Raises ValueError if there is no checkpoint of `resume_from`, or if the run is beyond schedule.steps."""
+        steps = [step_of(folder) for folder in committed(self.checkpoints)]
+        if resume_from is not None and resume_from not in steps:
+            found = ", ".join(map(str, steps)) or "none"
+            raise ValueError(
+                f"--resume_from is {resume_from}, but {self.checkpoints} has none of this step; it has {found}."
+            )
+        step = max(steps, default=0) if resume_from is None else resume_from
+        if step > config.schedule.steps and (resume_from is not None or not self.finished_steps()):
+            raise ValueError(
+                f"schedule.steps is {config.schedule.steps}, but {self.path} resumes at step {step}; set it to at "
+                f"least {step}, or resume from an earlier checkpoint with --resume_from."
+            )
+
+    def _check_checkpoint_folder(self, wanted: str | None) -> None:
+        """Raises ValueError if the run's checkpoints can't be in checkpoint.folder, or are elsewhere already."""
+        if wanted is None or self._is_unchanged_link(wanted):
+            return
+        folder = Path(wanted).absolute()
+        if self.checkpoints.is_symlink() or self.checkpoints.exists():
+            if self.checkpoints.resolve() != folder.resolve():
+                raise ValueError(
+                    f"checkpoint.folder is {wanted}, but the checkpoints of {self.path} are in "
+                    f"{self.checkpoints.resolve()}; leave it out, or move them there and make {self.checkpoints} a "
+                    f"link to it."
+                )
+        elif folder.exists() and not folder.is_dir():
+            raise ValueError(f"checkpoint.folder is {wanted}, which is a file; it must be a folder for this run alone.")
+        elif folder.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"checkpoint.folder is {wanted}, which has files already; name an empty or new folder, for this run "
+                f"alone."
+            )
+        else:
+            parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise ValueError(f"checkpoint.folder is {wanted}, but {parent} is not writable; name another folder.")
+
+    def _is_unchanged_link(self, wanted: str) -> bool:
+        """Whether the last start had the same checkpoint.folder: a relative one may be of another working directory."""
+        if not self.checkpoints.is_symlink() or not (self.path / CONFIG_FILE).exists():
+            return False
+        return bool(self._earlier_config().get("checkpoint", {}).get("folder") == wanted)
+
+    def _link_checkpoints(self, wanted: str | None) -> None:
+        """Makes `checkpoints` a link to checkpoint.folder, where the run's path is written down."""
+        if wanted is None or Path(wanted).absolute() == self.checkpoints.absolute():
+            return
+        if not self.checkpoints.is_symlink() and not self.checkpoints.exists():
+            self.checkpoints.symlink_to(Path(wanted).absolute())
+        folder = self.checkpoints.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / OWNER_FILE).write_text(f"{self.path.resolve()}\n")
 
     def changes(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Changes of the configuration since the last start: (old, new) by key."""
@@ -121,9 +197,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock(LOCK_WAIT_FACTOR * 60 * config.health.hang_minutes)
         for leftover in self.path.glob(".*.partial"):
-            leftover.unlink()
+            with suppress(OSError):  # a folder, or another user's
+                leftover.unlink()
         if (self.path / RECORD_FILE).exists():
             self._record = self._read_record()
+        self._link_checkpoints(config.checkpoint.folder)
         changes = self.changes(config)
         with atomic_write(self.path / CONFIG_FILE) as temporary:
             temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -145,7 +223,11 @@ class RunFolder:
             "source": shards.name,
         }
         self._record["starts"] = [*self._record.get("starts", []), start]
+        steps = [step_of(folder) for folder in committed(self.checkpoints)]
+        self._record.setdefault("checkpoint", max(steps, default=0))
         self.note("running")
+        saved = f"{len(steps)} checkpoints, the newest of step {steps[-1]}" if steps else "no checkpoint yet"
+        logger.info(f"run {self.path.resolve()}: start {len(self._record['starts'])}, {saved}")
         for key, (old, new) in changes.items():
             logger.warning(hide_secrets(f"changed since the last start: {key} was {old} and is now {new}"))
 
@@ -161,6 +243,20 @@ class RunFolder:
             with suppress(OSError):
                 self.note("failed", error=f"{type(error).__name__}: {error}")
 
+    def resume_step(self, wanted: int | None) -> int | None:
+        """The step of --resume_from; None if this job has resumed from it before, and was restarted since."""
+        record = self._read_record() if wanted is not None and (self.path / RECORD_FILE).exists() else {}
+        restarted = "SLURM_ARRAY_JOB_ID" in os.environ or any(
+            os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+        )
+        if restarted and record.get("resumed") == {"step": wanted, "job": _job()}:
+            return None
+        return wanted
+
+    def note_resumed(self, step: int) -> None:
+        """Records that the run resumed from the checkpoint of --resume_from, as this job's restarts must not repeat."""
+        self.note("running", checkpoint=step, resumed={"step": step, "job": _job()})
+
     def recall(self, key: str) -> Any:
         """A fact that was noted earlier, or None."""
         return self._record.get(key)
@@ -172,8 +268,8 @@ class RunFolder:
 
     def _take_lock(self, timeout: float) -> None:
         """timeout: seconds for which a SLURM job waits for the ranks of another job, or of its own earlier start."""
-        self._lock, end, logged = (self.path / ".lock").open("a+"), time.monotonic() + timeout, False
-        number = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+        self._lock, end, logged = (self.path / LOCK_FILE).open("a+"), time.monotonic() + timeout, False
+        number = _job()
         while not _locked(self._lock):
             self._lock.seek(0)
             holder = self._lock.read().strip() or UNKNOWN_HOLDER
@@ -199,12 +295,17 @@ def _same_start(holder: str) -> bool:
     return holder.endswith(f"{HELD_BY_JOB}{job}") and not copy and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
 
 
+def _job() -> str | None:
+    """The id of the SLURM job, or of its array; None outside of one."""
+    return os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+
+
 def _locked(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    for _ in range(LOCK_ATTEMPTS):
+        if take_lock(file):
+            return True
+        time.sleep(LOCK_PAUSE)
+    return False
 
 
 def _is_foreign(path: Path) -> bool:
@@ -227,12 +328,20 @@ def check_shards(recorded: dict[str, str], shards: ShardSet, where: Path) -> Non
 
 
 def code_version() -> str:
-    """The commit of this checkout, with -dirty if files differ from it."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """The commit of this checkout, with -dirty if files differ from it; unknown if it has no repository of its own."""
+    root = Path(__file__).parents[2]
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        top = _git(root, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != root.resolve():  # a copy without .git within another repository
+            return "unknown"
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def hardware() -> dict[str, Any]:

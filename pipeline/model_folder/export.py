@@ -17,6 +17,7 @@ from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, committed, open_checkpoint, step_folder, step_of
 from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, lines_until
 from pipeline.checkpoint.probe import HeldOutImages, probe_batch
+from pipeline.checkpoint.run_files import run_of
 from pipeline.checkpoint.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
 from pipeline.config import ObjectiveConfig
 from pipeline.model import objectives
@@ -75,7 +76,7 @@ def export(checkpoint: Checkpoint, folder: Path, earlier: Sequence[Checkpoint] =
 
     earlier: checkpoints of the same run; with them the model has the mean of all weights.
     """
-    run = checkpoint.folder.parent.parent
+    run = run_of(checkpoint.folder)
     record = checkpoint.record
     palette = load_palette(run / PALETTE_FILE, GPT2Config.from_dict(record.model).colors, key="the run's palette")
     if palette_sha256(palette) != record.palette_sha256:
@@ -167,7 +168,7 @@ def _recomputed_probe_loss(model: GPT2LMHeadModel, record: CheckpointRecord, run
 
 def _check_probe_loss(loss: float, checkpoints: Sequence[Checkpoint]) -> None:
     """Compares the loss of the exported weights with the stored one; an average's is logged beside all stored ones."""
-    record, run = checkpoints[-1].record, checkpoints[-1].folder.parent.parent
+    record, run = checkpoints[-1].record, run_of(checkpoints[-1].folder)
     if len(checkpoints) > 1:
         each = ", ".join(f"{one.record.probe_loss:.5f} at step {one.record.step:,}" for one in checkpoints)
         logger.info(f"loss of the probe batch, nats per token: {each}; {loss:.5f} with the average of their weights")
@@ -197,7 +198,7 @@ def _run_config(run: Path) -> dict[str, Any]:
 def _add_record(temporary: Path, checkpoints: Sequence[Checkpoint], name: str) -> None:
     """Adds the training record: the run's record, configuration, metrics and events, and the card of `name`."""
     checkpoint = checkpoints[-1]
-    run = checkpoint.folder.parent.parent
+    run = run_of(checkpoint.folder)
     training = temporary / TRAINING_FOLDER
     training.mkdir()
     for file in (CONFIG_FILE, RECORD_FILE):

@@ -24,10 +24,11 @@ def model_folder(path: Path) -> Path:
         return path
     if not (path / "checkpoints").is_dir() and not (path / "checkpoint.json").is_file():
         raise ValueError(f"{path} is not a model; give a model folder, a run, a run's checkpoint, or {HUB}ORG/NAME.")
+    from pipeline.checkpoint.run_files import run_of
     from pipeline.model_folder.export import export, find_checkpoint
 
     checkpoint = find_checkpoint(path)
-    folder = checkpoint.folder.parent.parent / EXPORTED_FOLDER / checkpoint.folder.name
+    folder = run_of(checkpoint.folder) / EXPORTED_FOLDER / checkpoint.folder.name
     digest = file_sha256(checkpoint.folder / "checkpoint.json")
     if _is_exported(folder, digest):
         return folder

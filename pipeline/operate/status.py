@@ -5,17 +5,24 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.exit_codes import USER_ERROR
 from data_prep.common.files import read_json, to_json
-from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
+from data_prep.common.logs import TIME
+from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_backwards, read_last_row
+from pipeline.checkpoint.run_files import CHECKPOINTS_FOLDER, committed, lock_holder, step_of
+from pipeline.layout import BatchConfig
 
 logger = logging.getLogger(__name__)
 
 Action = Literal["done", "requeue", "failed"]
+SPEED_ROWS = 100
+"""Steps over which the speed is averaged."""
+SHOWN_CHECKPOINTS = 10
 FAILURES, EARLIER_FAILURES = "failures.jsonl", "accidents.jsonl"
 """A file in the run's folder, and its name in earlier versions."""
 
@@ -36,6 +43,8 @@ class RunStatus:
     starts: int
     updated: str = ""
     """Time of the last write to run.json, in UTC, as 2026-01-31T12:00:00Z."""
+    folder: Path = Path()
+    """The run."""
 
     @property
     def diverged(self) -> bool:
@@ -46,7 +55,7 @@ class RunStatus:
 def read_status(run: Path) -> RunStatus:
     """Reads run.json, config.yaml and the end of metrics.jsonl. Raises ValueError if run.json is damaged."""
     if not (run / "run.json").is_file():
-        return RunStatus("new", "", 0, None, {}, 0)
+        return RunStatus("new", "", 0, None, {}, 0, folder=run)
     record = read_json(run / "run.json")
     if not isinstance(record, dict):
         raise ValueError(f"{run / 'run.json'} does not contain a run's record; restore the file.")
@@ -55,16 +64,24 @@ def read_status(run: Path) -> RunStatus:
     starts = len(record.get("starts", []))
     updated = str(record.get("updated", ""))
     return RunStatus(
-        str(record.get("status", "")), str(record.get("error", "")), step, _steps(run), row, starts, updated
+        str(record.get("status", "")), str(record.get("error", "")), step, _steps(run), row, starts, updated, run
     )
 
 
 def _steps(run: Path) -> int | None:
+    with suppress(KeyError, TypeError, ValueError):
+        return int(_config(run)["schedule"]["steps"])
+    return None
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """The content of config.yaml; empty if it is missing or damaged."""
     import yaml
 
-    with suppress(OSError, KeyError, TypeError, yaml.YAMLError):
-        return int(yaml.safe_load((run / "config.yaml").read_text())["schedule"]["steps"])
-    return None
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = yaml.safe_load((run / "config.yaml").read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def next_action(
@@ -73,7 +90,8 @@ def next_action(
     """What to do with a run whose ranks ended with `code`, and why. A failure is recorded in the run.
 
     restarts: how often the job was requeued before. An end without a request to stop (a killed rank, a hang, a lost
-    node) is a failure. After `max_failures` failures in a row at the same step, the job fails.
+    node) is a failure. After `max_failures` failures in a row without progress, the job fails: progress is another
+    newest checkpoint or, before the first one, a further step.
 
     since: time at which this start of the job began, in UTC; a status that is older is that of an earlier start.
     asked: the job was asked to stop. The signal itself ends ranks that are still importing their packages.
@@ -90,25 +108,46 @@ def next_action(
         return "failed", f"it was requeued {restarts} times, which is MAX_RESTARTS"
     if now.status == "stopped" or (asked and not updated):
         return "requeue", f"stopped on request at step {now.step:,}"
-    steps = _record_failure(run, now, code)[-max_failures:]
-    if len(steps) == max_failures and max(steps) == min(steps):
-        return "failed", f"it failed {max_failures} times at step {now.step:,}, which is MAX_FAILURES"
+    checkpoint = _newest_checkpoint(run)
+    failures = _failures_in_a_row(_record_failure(run, now, code, checkpoint))
+    if failures >= max_failures:
+        where = f"after the checkpoint of step {checkpoint:,}" if checkpoint else f"at step {now.step:,}"
+        return "failed", f"it failed {failures} times {where}, which is MAX_FAILURES"
     return "requeue", f"it ended with code {code} after step {now.step:,}" + (f": {now.error}" if now.error else "")
 
 
-def _record_failure(run: Path, now: RunStatus, code: int) -> list[int]:
-    """Adds a failure. Returns the steps of all recorded failures; a line that a kill truncated is skipped."""
+def _newest_checkpoint(run: Path) -> int:
+    """The step of the run's newest checkpoint; 0 if it has none."""
+    with suppress(OSError):
+        return max(map(step_of, committed(run / CHECKPOINTS_FOLDER)), default=0)
+    return 0
+
+
+def _record_failure(run: Path, now: RunStatus, code: int, checkpoint: int) -> list[tuple[int, int]]:
+    """Adds a failure. Returns (newest checkpoint, last step) of all recorded ones; a truncated line is skipped."""
     paths = [run / EARLIER_FAILURES, run / FAILURES]
-    earlier = "\n".join(path.read_text() for path in paths if path.is_file())
+    earlier = "\n".join(path.read_text(errors="replace") for path in paths if path.is_file())
+    failure = {"time": time.time(), "step": now.step, "checkpoint": checkpoint, "code": code, "error": now.error}
     with paths[-1].open("a") as file:
         if earlier and not earlier.endswith("\n"):
             file.write("\n")
-        file.write(to_json({"time": time.time(), "step": now.step, "code": code, "error": now.error}) + "\n")
-    steps = []
+        file.write(to_json(failure) + "\n")
+    found = []
     for line in earlier.splitlines():
-        with suppress(ValueError):
-            steps.append(int(json.loads(line)["step"]))
-    return [*steps, now.step]
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            found.append((int(row.get("checkpoint", 0)), int(row["step"])))  # earlier versions had no checkpoint
+    return [*found, (checkpoint, now.step)]
+
+
+def _failures_in_a_row(failures: list[tuple[int, int]]) -> int:
+    """How many of the last ones had the same newest checkpoint and, while there was none, got no further."""
+    count, last, furthest = 0, 0, -1
+    for checkpoint, step in failures:
+        if checkpoint != last or (not checkpoint and step > furthest):
+            count, furthest = 0, step
+        count, last = count + 1, checkpoint
+    return count
 
 
 def status_command(arguments: list[str]) -> int:
@@ -123,7 +162,7 @@ def status_command(arguments: list[str]) -> int:
         "--since", type=str, default="", help="Time at which its ranks were started, as 2026-01-31T12:00:00Z."
     )
     parser.add_argument("--asked", action="store_true", help="The job was asked to stop.")
-    failures = "Failures in a row at the same step after which the job fails."
+    failures = "Failures in a row without a new checkpoint after which the job fails."
     # Jobs that an earlier version started call it --max_accidents.
     parser.add_argument("--max_failures", "--max_accidents", type=int, default=3, help=failures)
     chosen = parse(parser, arguments)
@@ -142,14 +181,71 @@ def status_command(arguments: list[str]) -> int:
 
 def describe(now: RunStatus) -> str:
     """Some lines to read."""
-    lines = [f"{now.status}{': ' + now.error if now.error else ''}"]
-    of = f" of {now.steps:,} ({now.step / now.steps:.1%})" if now.steps else ""
-    lines.append(f"  step      {now.step:,}{of}; started {now.starts} times")
+    holder = "not known, because the file system has no locks"
+    with suppress(OSError):
+        holder = lock_holder(now.folder) or "nobody"
+    steps = [step_of(folder) for folder in committed(now.folder / CHECKPOINTS_FOLDER)]
+    state, running = f"{now.status}{': ' + now.error if now.error else ''}", now.status == "running"
+    if running and holder == "nobody":
+        running = False
+        newest = f" from the checkpoint of step {steps[-1]:,}" if steps else ""
+        state = f"not running: it was killed, or its machine failed; the same command resumes it{newest}"
+    share = f" ({now.step / now.steps:.1%})" if now.steps and now.step <= now.steps else ""
+    of = f" of {now.steps:,}{share}" if now.steps else ""
+    lines = {"step": f"{now.step:,}{of}; started {now.starts} times"}
     if now.row:
-        throughput = now.row.get("images_per_second") or 0.0
-        loss = "NaN or Inf" if now.row["loss"] is None else f"{now.row['loss']} nats per token"
-        lines.append(f"  loss      {loss}, {throughput:,.1f} images/s")
-        if now.step and throughput and now.steps and now.status != "finished":
-            step_seconds = now.row["images"] / now.step / throughput
-            lines.append(f"  left      {(now.steps - now.step) * step_seconds / 3600:,.1f} hours at this throughput")
-    return "\n".join(lines)
+        lines |= _describe_metrics(now, running)
+    kept = ", ".join(f"{step:,}" for step in steps[-SHOWN_CHECKPOINTS:])
+    more = f" and {len(steps) - SHOWN_CHECKPOINTS} older ones" if len(steps) > SHOWN_CHECKPOINTS else ""
+    lines["saved"] = f"steps {kept}{more}" if steps else "no checkpoint"
+    lines["lock"] = f"held by {holder}"
+    return "\n".join([state, *(f"  {name:<9} {text}" for name, text in lines.items())])
+
+
+def _describe_metrics(now: RunStatus, running: bool) -> dict[str, str]:
+    """Lines about the end of metrics.jsonl; with the time left if the run is running."""
+    metrics = now.folder / METRICS_FILE
+    speed = _images_per_second(list(islice(read_backwards(metrics, "loss"), SPEED_ROWS + 1)))
+    lines = {"loss": f"{_nats(now.row['loss'])}, {speed:,.1f} images/s"}
+    valid = read_last_row(metrics, "valid_loss")
+    if valid is not None:
+        lines["valid"] = f"{_nats(valid['valid_loss'])} at step {valid['step']:,}"
+    written = metrics.stat().st_mtime
+    lines["written"] = f"{time.strftime(TIME, time.localtime(written))}, {_ago(time.time() - written)} ago"
+    images = _images_left(now)
+    if running and speed and images is not None:
+        hours = images / speed / 3600
+        lines["left"] = f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
+        lines["left"] += " hours at this throughput"
+    return lines
+
+
+def _nats(loss: float | None) -> str:
+    return "NaN or Inf" if loss is None else f"{loss:.4f} nats per token"
+
+
+def _ago(seconds: float) -> str:
+    """A duration in its largest unit."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} seconds"
+
+
+def _images_per_second(rows: list[Row]) -> float:
+    """The throughput over these steps' rows, newest first; validation, samples and saves are excluded."""
+    images, seconds = 0, 0.0
+    for row, before in pairwise(rows):
+        size, rate = row.get("images", 0) - before.get("images", 0), row.get("images_per_second")
+        if size > 0 and rate:
+            images, seconds = images + size, seconds + size / rate
+    return images / seconds if seconds else (rows[0].get("images_per_second") or 0.0) if rows else 0.0
+
+
+def _images_left(now: RunStatus) -> int | None:
+    """The images of the steps to come; None if config.yaml does not say."""
+    with suppress(KeyError, TypeError, ValueError):
+        batch = BatchConfig(**_config(now.folder)["batch"])
+        if now.steps:
+            return batch.images_after(now.steps) - batch.images_after(min(now.step, now.steps))
+    return None

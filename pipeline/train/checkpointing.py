@@ -1,7 +1,9 @@
 """Saves and resumes over all ranks: a thread writes each checkpoint; the newest complete one is loaded and verified."""
 
 import logging
+import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite
@@ -12,8 +14,10 @@ from pipeline.checkpoint import format as checkpoints
 from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
 from pipeline.checkpoint.fragments import Tensors
+from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE
 from pipeline.checkpoint.probe import PROBE_TOKENS
-from pipeline.checkpoint.run_folder import check_shards
+from pipeline.checkpoint.run_files import committed, step_folder, step_of
+from pipeline.checkpoint.run_folder import RunFolder, check_shards
 from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
 from pipeline.rank_errors import reported_on_all_ranks
 from pipeline.train.data.batches import Order
@@ -28,6 +32,9 @@ PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}
 """Nats per token by which the probe loss may differ after a load. Another topology sums in another order, and ZeRO-0
 keeps fp32 between products where the other stages round to bf16: 0.015 at most in a thousand probes of 64 tokens. An
 fp8 run is evaluated in bf16."""
+READ_ATTEMPTS, READ_PAUSE = 3, 2.0
+"""How often, and with which pause in seconds, a checkpoint is read that a file system fails to read."""
+SET_ASIDE = "set-aside"
 TOPOLOGY = ("zero_stage", "pipeline_stages", "tensor_parallel")
 """Keys of `parallel` that a checkpoint's manifest records."""
 
@@ -49,24 +56,19 @@ class Pending:
     """The loss of the probe batch."""
     written: Future[dict[str, Any]]
     """Bytes, sha256 and checksums of this rank's file, once it is written."""
+    began: float
+    """When the save began, by `time.monotonic`."""
 
 
 def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose files match their digests; each rank verifies a share of the files.
 
-    Logs the damaged checkpoints that it skips. Raises ValueError if there are checkpoints and none is complete.
+    Logs the damaged checkpoints that it skips. Raises ValueError if there are checkpoints and none is complete, or if
+    one can't be read, which is no damage.
     """
-    candidates = from_first(lambda: [str(path) for path in reversed(checkpoints.committed(folder))])
+    candidates = from_first(lambda: [str(path) for path in reversed(committed(folder))])
     for candidate in candidates:
-        checkpoint, damage = None, None
-        try:
-            checkpoint = checkpoints.open_checkpoint(Path(candidate))
-            if checkpoint.record.step != checkpoints.step_of(checkpoint.folder):
-                raise ValueError(f"its manifest is of step {checkpoint.record.step}")
-            damage = checkpoint.damage(ranks.rank, ranks.count)
-        except (ValueError, OSError) as error:
-            damage = str(error)
-        damage = first_message(damage)
+        checkpoint, damage = verified(Path(candidate), ranks)
         if damage is None:
             return checkpoint
         if ranks.is_first:
@@ -79,11 +81,77 @@ def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
     return None
 
 
+def verified(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, str | None]:
+    """A checkpoint, and what is damaged, or None; every rank calls it, and verifies a share of the files.
+
+    Raises ValueError on every rank if a file can't be read on one of them.
+    """
+    checkpoint, damage = None, None
+    with raise_on_all_ranks():
+        checkpoint, damage = _inspect(folder, ranks)
+    return checkpoint, first_message(damage)
+
+
+def _inspect(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, str | None]:
+    """As `verified`, on this rank. Damage is a file that is missing, or has another size or digest than recorded."""
+    for attempt in range(1, READ_ATTEMPTS + 1):
+        try:
+            checkpoint = checkpoints.open_checkpoint(folder)
+            if checkpoint.record.step != step_of(folder):
+                return checkpoint, f"its manifest is of step {checkpoint.record.step}"
+            return checkpoint, checkpoint.damage(ranks.rank, ranks.count)
+        except (ValueError, FileNotFoundError) as error:
+            return None, str(error)
+        except OSError as error:
+            if attempt == READ_ATTEMPTS or isinstance(error, PermissionError):
+                raise ValueError(
+                    f"{error.filename or folder} can't be read ({error.strerror or error}); make it readable, or move "
+                    f"{folder} away to resume from an older checkpoint."
+                ) from error
+            time.sleep(READ_PAUSE)
+    raise AssertionError("every attempt returns or raises")
+
+
+def resume_at(run: RunFolder, step: int, ranks: Ranks) -> Checkpoint:
+    """The checkpoint of a step; the later ones, and a copy of the metrics, are set aside in a folder of their own.
+
+    Every rank calls it. Raises ValueError if the checkpoint is damaged; then nothing is set aside.
+    """
+    checkpoint, damage = verified(step_folder(run.checkpoints, step), ranks)
+    if checkpoint is None or damage is not None:
+        raise reported_on_all_ranks(
+            ValueError(f"--resume_from is {step}, but this checkpoint is damaged: {damage}; choose another one.")
+        )
+    with raise_on_all_ranks():
+        if ranks.is_first:
+            _set_aside(run, step)
+            run.note_resumed(step)
+    return checkpoint
+
+
+def _set_aside(run: RunFolder, step: int) -> None:
+    later = [folder for folder in committed(run.checkpoints) if step_of(folder) > step]
+    if not later:
+        return
+    aside = run.checkpoints / f"{SET_ASIDE}-{time.strftime('%Y%m%d-%H%M%S')}"
+    aside.mkdir()
+    for name in (METRICS_FILE, SKIPPED_FILE):
+        if (run.path / name).is_file():
+            shutil.copyfile(run.path / name, aside / name)
+    for folder in later:
+        folder.rename(aside / folder.name)
+    names = ", ".join(str(step_of(folder)) for folder in later)
+    logger.warning(f"the checkpoints after step {step} ({names}) and the metrics were set aside in {aside}")
+
+
 class CheckpointManager:
     """Saves and loads a run's checkpoints."""
 
-    def __init__(self, folder: Path, inputs: Inputs, order: Order) -> None:
-        self.folder, self.inputs, self.order = folder, inputs, order
+    def __init__(
+        self, folder: Path, inputs: Inputs, order: Order, saved: Callable[[int], None] = lambda step: None
+    ) -> None:
+        """saved: called on rank 0 with the step of each committed checkpoint."""
+        self.folder, self.inputs, self.order, self._saved = folder, inputs, order, saved
         self.config, self.ranks = inputs.config, inputs.ranks
         self._pending: Pending | None = None
         self._tensors: Tensors = {}
@@ -106,6 +174,7 @@ class CheckpointManager:
         or Inf.
         """
         self.finish()
+        began = time.monotonic()
         probe, *others = gather(probe_loss(engine, self.inputs.held_out))
         if not all(map(isfinite, [probe, *others])):
             raise Diverged(
@@ -120,7 +189,7 @@ class CheckpointManager:
         self._tensors, index = engine.snapshot(self._tensors)
         tensors = self._tensors | checkpoints.random_states(self.ranks.device)
         written = self._writer.submit(self._write, temporary, tensors, index)
-        self._pending, self._last_save = Pending(progress, probe, written), time.monotonic()
+        self._pending, self._last_save = Pending(progress, probe, written, began), time.monotonic()
         if not self.config.checkpoint.asynchronous:
             self.finish()
 
@@ -147,7 +216,9 @@ class CheckpointManager:
         with raise_on_all_ranks():
             if self.ranks.is_first:
                 temporary = checkpoints.temporary_folder(self.folder, pending.progress.step)
-                checkpoints.commit(temporary, self._record(pending.progress, pending.probe, files, sums))
+                saved = checkpoints.commit(temporary, self._record(pending.progress, pending.probe, files, sums))
+                logger.info(f"saved {saved} in {time.monotonic() - pending.began:.1f} s")
+                self._saved(pending.progress.step)
                 checkpoints.retain(self.folder, self.config.checkpoint, pending.progress.step)
 
     def load(self, checkpoint: Checkpoint, engine: Engine) -> Progress:

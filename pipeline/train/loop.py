@@ -31,7 +31,7 @@ from pipeline.model.image_grid import completion_grid
 from pipeline.model.masks import Batch
 from pipeline.rank_errors import is_on_all_ranks, reported_once_per_node
 from pipeline.schedule import learning_rate_at
-from pipeline.train.checkpointing import CheckpointManager, Progress, newest_complete
+from pipeline.train.checkpointing import CheckpointManager, Progress, newest_complete, resume_at
 from pipeline.train.data.verify import verify_shards
 from pipeline.train.engine.base import StepResult
 from pipeline.train.engine.build import build_engine
@@ -44,6 +44,7 @@ from pipeline.train.health.step_filter import DESCRIPTIONS, StepFilter
 from pipeline.train.health.stop import StopRequested, StopRequests
 from pipeline.train.health.stragglers import SlowRanks
 from pipeline.train.health.watchdog import Watchdog, group_timeout
+from pipeline.train.monitor.console import Console
 from pipeline.train.monitor.peak_memory import peak_memory, peak_memory_table, use_expandable_segments
 from pipeline.train.monitor.profiler import Profiler
 from pipeline.train.monitor.startup import StartClock
@@ -57,8 +58,10 @@ logger = logging.getLogger(__name__)
 SAMPLES_PER_IMAGE = 2
 
 
-def train(config: TrainConfig, run: Path, command: list[str]) -> int:
+def train(config: TrainConfig, run: Path, command: list[str], resume_from: int | None = None) -> int:
     """Trains to the last step, or until asked to stop. Returns the exit code.
+
+    resume_from: the step of an earlier checkpoint to resume from; None for the newest.
 
     Raises ValueError or OSError for invalid input, Diverged if training can't continue, OutOfMemory with advice.
     """
@@ -69,10 +72,11 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
     ranks, folder = describe_ranks(), RunFolder(run)
     with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
-        folder.check(config, inputs.shards)
+        resume_from = folder.resume_step(resume_from)
+        folder.check(config, inputs.shards, resume_from)
         if ranks.device.type == "cuda":
             set_heartbeat_timeout(group_timeout(config.health.hang_minutes), ranks)
-    if folder.finished_steps() >= config.schedule.steps:
+    if resume_from is None and folder.finished_steps() >= config.schedule.steps:
         print_finished(folder, config)
         return FINISHED
     start_clock.mark("checks")
@@ -86,7 +90,7 @@ def train(config: TrainConfig, run: Path, command: list[str]) -> int:
         verify_shards(inputs.shards, folder, ranks)
         watchdog = Watchdog(folder, ranks, config.health.hang_minutes)
         start_clock.mark("shards' digests")
-        trainer = Trainer(inputs, folder, stop, watchdog, start_clock)
+        trainer = Trainer(inputs, folder, stop, watchdog, start_clock, resume_from)
         gc.collect()
         gc.freeze()
         gc.enable()
@@ -158,26 +162,42 @@ class Trainer:
     """Trains a run from its start, or its newest checkpoint, to its end: `run` is the loop."""
 
     def __init__(
-        self, inputs: Inputs, folder: RunFolder, stop: StopRequests, watchdog: Watchdog, start_clock: StartClock
+        self,
+        inputs: Inputs,
+        folder: RunFolder,
+        stop: StopRequests,
+        watchdog: Watchdog,
+        start_clock: StartClock,
+        resume_from: int | None = None,
     ) -> None:
-        """Builds the engine, resumes from the newest complete checkpoint and logs the derived quantities."""
+        """Builds the engine, resumes from a checkpoint and logs the derived quantities.
+
+        resume_from: the step of the checkpoint; None for the newest complete one.
+        """
         self.inputs, self.config, self.ranks = inputs, inputs.config, inputs.ranks
         self.stop, self.watchdog, self.start_clock, self.run_folder = stop, watchdog, start_clock, folder
         config, ranks = self.config, self.ranks
         torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
-        checkpoint = newest_complete(folder.checkpoints, ranks)
+        if resume_from is None:
+            checkpoint = newest_complete(folder.checkpoints, ranks)
+        else:
+            checkpoint = resume_at(folder, resume_from, ranks)
         start_clock.mark("verifying checkpoints")
         kernels = choose_kernels(inputs, folder)
         self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
         start_clock.mark("model and engine")
         order, self.batches = choose_reader(inputs, self.engine)
-        self.checkpoint_manager = CheckpointManager(folder.checkpoints, inputs, order)
+        self.checkpoint_manager = CheckpointManager(
+            folder.checkpoints, inputs, order, saved=lambda step: folder.note("running", checkpoint=step)
+        )
         self.progress = self.checkpoint_manager.load(checkpoint, self.engine) if checkpoint else Progress()
         start_clock.mark("loading")
         self.throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
-        self.telemetry = open_telemetry(folder.path, self.progress.step, config.schedule.steps, ranks)
+        console = Console(self.throughput, inputs, self.progress.step)
+        self.telemetry = open_telemetry(folder.path, self.progress.step, console, ranks)
         rows = from_first(partial(last_steps, folder.path, self.progress.step, config.health.spike_window))
         self.step_filter = StepFilter(config.health, rows)
+        start_clock.mark("reading metrics")
         self.profiler, self.slow_ranks = Profiler(folder.path, config.profile, ranks), SlowRanks(ranks)
         self.first_step, self.last_step = self.progress.step + 1, config.schedule.steps
         self.save_pending = False
@@ -275,7 +295,7 @@ class Trainer:
             "memory_bytes": flags.memory_bytes,
             "reserved_bytes": flags.reserved_bytes,
         }
-        self.telemetry.training_step(row)
+        self.telemetry.training_step(row, seconds, self.clock.pauses)
         if step == self.first_step:
             self.start_clock.mark("first step")
             self.telemetry.log(self.start_clock.describe())

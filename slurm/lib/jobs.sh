@@ -45,7 +45,7 @@ prepare_python() {
 # Prints the folders of a run's complete checkpoints, the oldest first. User error if there are none.
 checkpoints_of() {
   local found # find fails if a folder is deleted while it lists
-  found=$(find "$1/checkpoints" -maxdepth 1 -type d -name 'step-*[0-9]' 2>/dev/null | sort) || true
+  found=$(find "$1/checkpoints/" -maxdepth 1 -type d -name 'step-*[0-9]' 2>/dev/null | sort) || true
   [ -n "$found" ] || die "$1 has no checkpoints; give the folder of a run."
   echo "$found"
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from data_prep.common.command_line import fill, new_parser, value_of
 from data_prep.common.exit_codes import USER_ERROR
 from data_prep.common.files import read_json
+from pipeline.checkpoint.run_files import CHECKPOINTS_FOLDER
 from pipeline.command_line import parse_run
 from pipeline.config import TrainConfig
 from pipeline.operate.preflight.diagnosis import diagnose
@@ -48,7 +49,7 @@ def preflight_command(arguments: list[str]) -> int:
         raise ValueError(str(error).replace(parser.prog, "python -m pipeline train")) from error
     config, run = fill(TrainConfig, parsed), Path(parsed.run)
     if parsed.nodes is None:
-        _check_options(config, run)
+        _check_options(config, run, parsed.resume_from)
         return 0
     nodes = parsed.nodes.split(",")
     if parsed.aggregate:
@@ -56,17 +57,20 @@ def preflight_command(arguments: list[str]) -> int:
     node = os.environ.get("SLURMD_NODENAME", platform.node())
     if node not in nodes:
         raise ValueError(f"--nodes is {parsed.nodes}; it must name this node too, {node}.")
-    print(check_node(node, nodes, run, config.data.shards, parsed.accelerators, parsed.seconds).line(), flush=True)
+    checkpoints = Path(config.checkpoint.folder or run / CHECKPOINTS_FOLDER)
+    options = nodes, run, config.data.shards, parsed.accelerators, parsed.seconds, checkpoints
+    print(check_node(node, *options).line(), flush=True)
     return 0
 
 
-def _check_options(config: TrainConfig, run: Path) -> None:
+def _check_options(config: TrainConfig, run: Path, resume_from: int | None) -> None:
     """What `train` checks when it starts, other than ranks and devices. Raises ValueError naming the key."""
     from pipeline.checkpoint.run_folder import RunFolder
     from pipeline.training_set import open_training_set
 
     shards = open_training_set(config)
-    RunFolder(run).check(config, shards)
+    folder = RunFolder(run)
+    folder.check(config, shards, folder.resume_step(resume_from))
     logger.info(f"preflight: {shards.path} fits the options: resolution {shards.resolution}, {shards.colors} colors")
 
 

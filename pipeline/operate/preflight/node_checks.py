@@ -17,11 +17,14 @@ RECORDS = 8
 """Records of each split that are read and compared with their checksums."""
 
 
-def check_node(node: str, nodes: list[str], run: Path, shards: str | None, accelerators: int, seconds: float) -> Report:
+def check_node(
+    node: str, nodes: list[str], run: Path, shards: str | None, accelerators: int, seconds: float, checkpoints: Path
+) -> Report:
     """Checks this node, one of `nodes`, which all run the same checks at the same time.
 
-    seconds: time limit of the all-reduce between all nodes. If that fails, each node repeats it with one neighbor of
-    the ring after the other, in half that time each; the results show which node is faulty.
+    checkpoints: their folder, whose disk needs space. seconds: time limit of the all-reduce between all nodes. If that
+    fails, each node repeats it with one neighbor of the ring after the other, in half that time each; the results show
+    which node is faulty.
     """
     began, report = time.monotonic(), Report(node)
     port, position, count = int(os.environ.get("MASTER_PORT", 29500)) + 1, nodes.index(node), len(nodes)
@@ -33,7 +36,7 @@ def check_node(node: str, nodes: list[str], run: Path, shards: str | None, accel
         elif count == 1 and not outcome.succeeded:
             reason = outcome.message or f"it took more than {seconds:g} s"
             report.faults["accelerators"] = f"the all-reduce between its accelerators failed: {reason}"
-    _record_fault(report, "run", lambda: _check_run(report, run))
+    _record_fault(report, "run", lambda: _check_run(report, run, checkpoints))
     if shards is not None:
         _record_fault(report, "shards", lambda: _check_shards(report, shards))
     if not report.all_reduce_ok and "accelerators" not in report.faults:
@@ -71,7 +74,7 @@ def _record_fault(report: Report, kind: str, check: Callable[[], None]) -> None:
         report.faults[kind] = " ".join(str(error).split())
 
 
-def _check_run(report: Report, run: Path) -> None:
+def _check_run(report: Report, run: Path, checkpoints: Path) -> None:
     if not run.is_dir():
         raise ValueError(f"{run} does not exist; a run must be on a file system that all nodes share")
     probe = run / f".preflight-{report.node}"
@@ -82,7 +85,8 @@ def _check_run(report: Report, run: Path) -> None:
             os.fsync(file.fileno())
     finally:
         probe.unlink(missing_ok=True)
-    report.free_bytes = shutil.disk_usage(run).free
+    existing = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
+    report.free_bytes = shutil.disk_usage(existing).free
 
 
 def _check_shards(report: Report, path: str) -> None:

@@ -1,14 +1,19 @@
 """Requests of users: files that they create in the run, and signals to stop."""
 
+import logging
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from data_prep.common.files import read_json
+from data_prep.common.logs import TIME
+
+logger = logging.getLogger(__name__)
 
 STOP_FILE = "STOP"
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -41,6 +46,24 @@ class RequestFile:
     def __init__(self, path: Path, checks: bool) -> None:
         """checks: False on ranks that leave the check to rank 0."""
         self._path, self._checks, self._next = path, checks, 0.0
+        self._passed_over: int | None = None
+
+    def pass_over_older(self, start: float) -> None:
+        """Does not obey a file that is older than the time `start`, unless it is touched again; logs its name."""
+        modified = self._modified() if self._checks else None
+        if modified is not None and modified < start * 1e9:
+            self._passed_over = modified
+            when = time.strftime(TIME, time.localtime(modified / 1e9))
+            logger.warning(
+                f"{self._path} is of {when}, from before this start, and is not obeyed; remove it (touch it again to "
+                f"make the request)"
+            )
+
+    def _modified(self) -> int | None:
+        """The file's time of modification in nanoseconds; None if it is not there."""
+        with suppress(OSError):
+            return self._path.stat().st_mtime_ns
+        return None
 
     def found(self) -> bool:
         """Whether the file was there when last due to be checked; False between checks."""
@@ -48,12 +71,15 @@ class RequestFile:
         if not self._checks or now < self._next:
             return False
         self._next = now + CHECK_SECONDS
-        return self._path.exists()
+        return self._path.exists() and (self._passed_over is None or self._modified() not in (None, self._passed_over))
 
     def delete(self) -> None:
-        """Deletes the file, if it is there and this rank checks for it."""
-        if self._checks:
-            self._path.unlink(missing_ok=True)
+        """Deletes the file, if it is there and this rank checks for it; logs a warning if it can't be deleted."""
+        if self._checks and (self._passed_over is None or self._modified() != self._passed_over):
+            try:
+                self._path.unlink(missing_ok=True)
+            except OSError as error:  # a folder, or another user's
+                logger.warning(f"{self._path} can't be deleted ({error.strerror}); delete it")
 
 
 class StopRequests:
@@ -65,6 +91,7 @@ class StopRequests:
     def __init__(self, run: Path, checks_file: bool = True) -> None:
         """checks_file: whether this rank checks for the file."""
         self._file = RequestFile(run / STOP_FILE, checks_file)
+        self._file.pass_over_older(psutil.Process().create_time())
         self._found = False
         self._signalled: float | None = None
         for number in STOP_SIGNALS:

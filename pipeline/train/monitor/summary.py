@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from math import log
 
 import torch
 from transformers import GPT2Config
@@ -65,6 +66,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
         "schedule": f"{schedule.steps:,} steps, {images:,} images, {images / train_images:.2f} epochs of "
         f"{train_images:,}; learning rate {config.optimizer.learning_rate:g}, {schedule.warmup_steps:,} steps of "
         f"warm-up, {schedule.describe_decay()}",
+        "loss": f"in nats per token; a uniform guess costs ln {model_config.colors} = {log(model_config.colors):.4f}",
         "compute": f"{total_flops:.3g} FLOP; {throughput.flops_per_token / 1e9:.4g} GFLOP a token",
         "MFU": f"(6 x matmul parameters + 12 x layers x tokens x width) FLOP a token, full attention, over "
         f"{throughput.peak_flops / 1e12:.3g} TFLOP/s of {ranks.count} ranks ({throughput.peak_source})",

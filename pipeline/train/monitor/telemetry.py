@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,14 +24,14 @@ from pipeline.checkpoint.metrics_log import (
 )
 from pipeline.distributed import Ranks, raise_on_all_ranks
 from pipeline.train.health.step_filter import DESCRIPTIONS
+from pipeline.train.monitor.console import Console
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 SAMPLES_FOLDER = "samples"
-CONSOLE_SECONDS = 5.0
-"""Seconds between two console lines."""
+SAMPLE_NAME = re.compile(r"step-(\d{8,})\.png")
 
 
 def _on_first_rank(method: Callable[..., None]) -> Callable[..., None]:
@@ -50,7 +51,7 @@ def _on_first_rank(method: Callable[..., None]) -> Callable[..., None]:
 class Telemetry:
     """Writes a run's rows. A resumed run continues after `step`, and deletes rows and samples of later steps."""
 
-    def __init__(self, run: Path, step: int, steps: int, records: bool) -> None:
+    def __init__(self, run: Path, step: int, console: Console, records: bool) -> None:
         """records: False on ranks that record nothing."""
         self.records = records
         self.failure: OSError | None = None
@@ -59,15 +60,15 @@ class Telemetry:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run, self._steps = run, steps
+        self._run, self._console = run, console
         for name in (METRICS_FILE, SKIPPED_FILE):
             drop_rows_after(run / name, step)
         for sample in (run / SAMPLES_FOLDER).glob("step-*.png"):
-            if int(sample.stem.removeprefix("step-")) > step:
+            number = SAMPLE_NAME.fullmatch(sample.name)  # a user may have put others there
+            if number is not None and int(number[1]) > step:
                 sample.unlink()
         self._rows: TextIO = (run / METRICS_FILE).open("a")
         self._board = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
-        self._last_line = 0.0
 
     def raise_failure(self) -> None:
         """Raises on every rank if rank 0 could not write; all ranks must call it."""
@@ -76,23 +77,27 @@ class Telemetry:
                 raise self.failure
 
     @_on_first_rank
-    def training_step(self, row: dict[str, Any]) -> None:
-        """Records an optimizer step; row: the object for metrics.jsonl, keys in order."""
+    def training_step(self, row: dict[str, Any], seconds: float, pauses: float) -> None:
+        """Records an optimizer step.
+
+        row: the object for metrics.jsonl, keys in order; seconds: of the step; pauses: seconds so far in this start
+        for validation, samples and saves.
+        """
         self._write(row)
         for key, value in row.items():
             if key != "step" and isfinite(value):
                 self._board.add_scalar(f"train/{key}", float(value), row["step"])
-        now = time.monotonic()
-        if now - self._last_line >= CONSOLE_SECONDS or row["step"] in (1, self._steps):
-            self._last_line = now
-            logger.info(self._line(row))
+        self.log(self._console.line(row, seconds, pauses))
 
     @_on_first_rank
     def validation(self, row: dict[str, Any]) -> None:
         """Records a validation; row: step, images and valid_loss."""
         self._write(row)
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
-        logger.info(f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token")
+        logger.info(
+            f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token (a uniform guess: "
+            f"{self._console.uniform_loss:.4f})"
+        )
 
     @_on_first_rank
     def skipped_step(self, row: dict[str, Any]) -> None:
@@ -138,31 +143,16 @@ class Telemetry:
         self._rows.write(to_line(row))
         self._rows.flush()
 
-    def _line(self, row: dict[str, Any]) -> str:
-        left = (self._steps - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
-        return (
-            f"step {row['step']:>{len(str(self._steps))}}/{self._steps} | loss {row['loss']:.4f} | "
-            f"lr {row['learning_rate']:.2e} | norm {row['grad_norm']:.3f} | "
-            f"{row['images_per_second']:.1f} images/s | {row['tokens_per_second']:,.0f} tokens/s | "
-            f"MFU {row['mfu']:.1%} | waited {row['data_wait']:.1%} for data | {_duration(left)} left"
-        )
-
 
 def _sample(run: Path, step: int) -> Path:
     """The completions of a step."""
     return run / SAMPLES_FOLDER / f"step-{step:08d}.png"
 
 
-def open_telemetry(run: Path, step: int, steps: int, ranks: Ranks) -> Telemetry:
+def open_telemetry(run: Path, step: int, console: Console, ranks: Ranks) -> Telemetry:
     """This rank's Telemetry, for a run that continues after `step`. If rank 0 can't write, every rank raises."""
     with raise_on_all_ranks():
-        return Telemetry(run, step, steps, records=ranks.is_first)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+        return Telemetry(run, step, console, records=ranks.is_first)
 
 
 class EvaluatedStep(NamedTuple):
@@ -185,7 +175,7 @@ class StepClock:
     """Times each step, and how long the loop waited for data in it."""
 
     def __init__(self) -> None:
-        self._start = self._waited = 0.0
+        self._start = self._waited = self.pauses = 0.0
 
     def start(self) -> None:
         """Starts the first step."""
@@ -210,4 +200,6 @@ class StepClock:
         """Excludes the body from the step's time: validation, samples, a save."""
         start = time.perf_counter()
         yield
-        self._start += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._start += seconds
+        self.pauses += seconds

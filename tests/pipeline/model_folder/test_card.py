@@ -88,7 +88,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder)
     save_palette(folder / "palette.npy", random_palette())
     size = [f"--resolution={RESOLUTION}", f"--palette.colors={COLORS}", f"--palette.file={folder / 'palette.npy'}"]
-    source = ["--source.kind=image_folder", f"--source.path={folder}", "--valid_fraction=0", "--views.random_crop=never"]
+    source = [
+        "--source.kind=image_folder",
+        f"--source.path={folder}",
+        "--valid_fraction=0",
+        "--views.random_crop=never",
+    ]
     finished = run(1, "-m", "data_prep", "shards", *size, *source, f"--out={folder / 'shards'}", logs=folder / "logs")
     assert finished.codes == [0], finished.output
     return folder
