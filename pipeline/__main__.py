@@ -72,7 +72,7 @@ COMMANDS: dict[str, tuple[str, Command | str]] = {
         "publish a model, its results and a card to a hub or a folder",
         "publish.command:publish_command",
     ),
-    "status": ("show a run's step, loss and remaining time", "operate.status:status_command"),
+    "status": ("show a run's state, losses, checkpoints and remaining time", "operate.status:status_command"),
     "preflight": (
         "check a training job's options, and its nodes before it trains (the job scripts run it)",
         "operate.preflight.command:preflight_command",

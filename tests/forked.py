@@ -6,6 +6,7 @@ instead of five.
 
 import json
 import os
+import shlex
 import socket
 import socketserver
 import sys
@@ -37,7 +38,7 @@ def serving(fork_server: "ForkServer") -> Iterator[str]:
         address = f"{folder}/socket"
         with socketserver.ThreadingUnixStreamServer(address, Handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield f"{sys.executable} {__file__} {address}"
+            yield shlex.join([sys.executable, __file__, address])
             server.shutdown()
 
 

@@ -181,9 +181,10 @@ def status_command(arguments: list[str]) -> int:
 
 def describe(now: RunStatus) -> str:
     """Some lines to read."""
-    holder = "not known, because the file system has no locks"
-    with suppress(OSError):
+    try:
         holder = lock_holder(now.folder) or "nobody"
+    except OSError as error:
+        holder = f"somebody or nobody: it can't be tested ({error.strerror})"
     steps = [step_of(folder) for folder in committed(now.folder / CHECKPOINTS_FOLDER)]
     state, running = f"{now.status}{': ' + now.error if now.error else ''}", now.status == "running"
     if running and holder == "nobody":

@@ -193,11 +193,12 @@ class Trainer:
         self.progress = self.checkpoint_manager.load(checkpoint, self.engine) if checkpoint else Progress()
         start_clock.mark("loading")
         self.throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
+        start_clock.mark("peak of the device")
         console = Console(self.throughput, inputs, self.progress.step)
         self.telemetry = open_telemetry(folder.path, self.progress.step, console, ranks)
         rows = from_first(partial(last_steps, folder.path, self.progress.step, config.health.spike_window))
         self.step_filter = StepFilter(config.health, rows)
-        start_clock.mark("reading metrics")
+        start_clock.mark("metrics")
         self.profiler, self.slow_ranks = Profiler(folder.path, config.profile, ranks), SlowRanks(ranks)
         self.first_step, self.last_step = self.progress.step + 1, config.schedule.steps
         self.save_pending = False

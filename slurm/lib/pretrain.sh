@@ -76,7 +76,7 @@ dry_run() {
   run_python -m pipeline preflight --quiet "${TRAINING[@]}"
   echo "run $(value_of --run "${TRAINING[@]}")${SHARD_SET:+, shard set $SHARD_SET}"
   echo "$nodes nodes of $each ranks (sbatch --nodes=N changes the nodes): $ACCELERATORS_SOURCE"
-  mapfile -d '' -t planned < <(without_options "--run" "${TRAINING[@]}")
+  mapfile -d '' -t planned < <(without_options "--run --resume_from" "${TRAINING[@]}")
   [ "$ACCELERATORS_PER_NODE" -gt 0 ] || ACCELERATOR=cpu
   run_python -m pipeline plan --accelerator "$ACCELERATOR" --ranks $((nodes * each)) --ranks_per_node "$each" "${planned[@]}"
   echo

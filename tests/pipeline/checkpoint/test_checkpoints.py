@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data_prep.common.files import file_sha256, json_digest
-from pipeline.checkpoint.format import permanent_steps, retain
+from pipeline.checkpoint.format import Checkpoint, begin, permanent_steps, retain, write_rank
 from pipeline.config import CheckpointConfig
+from pipeline.distributed import Ranks
+from pipeline.train import checkpointing
 from tests.pipeline.conftest import Runner
 
 
@@ -135,6 +138,115 @@ def test_damaged_ones_that_a_resume_passed_over_do_not_push_the_new_one_out(tmp_
         (tmp_path / f"step-{step:08d}").mkdir()
     retain(tmp_path, CheckpointConfig(every_steps=5, keep_last=2, keep_every=10), newest=15)
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [10, 15]
+
+
+def test_a_checkpoint_that_was_archived_and_linked_loses_only_its_link(tmp_path: Path) -> None:
+    folder, archived = tmp_path / "checkpoints", tmp_path / "archive/step-00000010"
+    archived.mkdir(parents=True)
+    (archived / "rank-00000.safetensors").touch()
+    for step in (20, 30):
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+    (folder / "step-00000010").symlink_to(archived)
+    (folder / "step-00000005").symlink_to("/nowhere")
+    retain(folder, CheckpointConfig(keep_last=2), newest=30)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000005", "step-00000020", "step-00000030"]
+    assert (archived / "rank-00000.safetensors").is_file()
+
+
+def test_what_cannot_be_deleted_is_left_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a folder with a mount point, or with a file that another node still has open on NFS."""
+    for step in (10, 20, 30):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    delete = shutil.rmtree
+
+    def busy(path: Path) -> None:
+        if "step-00000010" in str(path):
+            raise OSError(16, "Device or resource busy")
+        delete(path)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    retain(tmp_path, CheckpointConfig(keep_last=1), newest=30)
+    begin(tmp_path, 40)
+    begin(tmp_path, 10)  # again, after the run resumed from an earlier checkpoint
+    left = ["step-00000010.partial", "step-00000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert f"{tmp_path / left[0]} can't be deleted (Device or resource busy)" in caplog.text
+
+
+def test_files_of_others_in_the_folder_are_left(tmp_path: Path) -> None:
+    (tmp_path / "step-00000005").touch()
+    (tmp_path / "copy.partial").touch()
+    (tmp_path / "step-00000010.partial").mkdir()
+    (tmp_path / "step-00000010.replaced.partial").mkdir()
+    begin(tmp_path, 20)
+    retain(tmp_path, CheckpointConfig(keep_last=1), newest=20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "copy.partial",
+        "step-00000005",
+        "step-00000020.partial",
+    ]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_a_ranks_file_follows_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "step").mkdir()
+        write_rank(tmp_path / "step", 0, {"a": torch.zeros(1)}, [])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "step/rank-00000.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+RANKS = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "FILE"),
+            1,
+            "FILE can't be read (Permission denied); make it readable",
+        ),
+        (OSError(5, "Input/output error", "FILE"), 3, "FILE can't be read (Input/output error)"),
+        (OSError(116, "Stale file handle"), 3, "step-00000040 can't be read (Stale file handle)"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_not_taken_for_damaged(
+    error: OSError, tries: int, message: str, finished_run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, calls = finished_run.folder / "reference/checkpoints/step-00000040", []
+
+    def fails(*arguments: object) -> None:
+        calls.append(arguments)
+        raise error
+
+    monkeypatch.setattr(checkpointing, "READ_PAUSE", 0)
+    monkeypatch.setattr(Checkpoint, "damage", fails)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checkpointing._inspect(folder, RANKS)
+    assert len(calls) == tries
+
+
+def test_a_file_system_that_recovers_costs_a_second_attempt(
+    finished_run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
+    damage = Checkpoint.damage
+
+    def recovers(checkpoint: Checkpoint, *share: int) -> str | None:
+        if errors:
+            raise errors.pop()
+        return damage(checkpoint, *share)
+
+    monkeypatch.setattr(checkpointing, "READ_PAUSE", 0)
+    monkeypatch.setattr(Checkpoint, "damage", recovers)
+    checkpoint, found = checkpointing._inspect(finished_run.folder / "reference/checkpoints/step-00000040", RANKS)
+    assert checkpoint is not None
+    assert (checkpoint.record.step, found) == (40, None)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

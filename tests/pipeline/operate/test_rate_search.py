@@ -1,6 +1,7 @@
 """The learning-rate sweep, with real runs."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -56,8 +57,9 @@ def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
     runner.check_trains("search/rate-0.01", 1, schedule__steps=12, validation__every_steps=12)
     shutil.rmtree(folder / "checkpoints")
     record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(record | {"status": "stopped", "step": 0}))
+    (folder / "run.json").write_text(json.dumps(record | {"status": "stopped", "step": 0, "checkpoint": 0}))
     (folder / "STOP").touch()
+    os.utime(folder / "STOP", (4e9, 4e9))  # as if it were made while the run trains
     finished = search(runner, "--last", "0.003")
     assert finished.codes == [75]
     assert "rate-0.01 was stopped; the same command resumes it." in finished.output

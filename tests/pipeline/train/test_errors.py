@@ -198,6 +198,22 @@ def test_a_run_with_an_overridden_size_resumes_with_its_own_config(tmp_path: Pat
     assert parse_training(["--run", str(tmp_path)])[0] == config
 
 
+def test_a_run_finds_its_shard_set_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "run").mkdir()
+    config, _ = parse_training(["--model.size", "s", "--run", "RUN", "--data.shards", "set"])
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    run = ["--run", str(tmp_path / "run")]
+    assert parse_training(run)[0].data.shards == "set", "without a record the name is all that is known"
+    (tmp_path / "run/run.json").write_text(json.dumps({"shards": {"path": str(tmp_path / "set")}}))
+    assert parse_training(run)[0].data.shards == str(tmp_path / "set")
+    assert parse_training([*run, "--data.shards=other"])[0].data.shards == "other"
+    monkeypatch.chdir(tmp_path)
+    assert parse_training(run)[0].data.shards == "set"
+
+
 def test_overrides_win_over_a_config_that_comes_later(runner: Runner) -> None:
     path = runner.folder / "config.yaml"
     path.write_text("schedule: {steps: 30, warmup_steps: 7}\nmodel: {size: l}\n")

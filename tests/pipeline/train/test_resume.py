@@ -1,7 +1,9 @@
 """A run that was killed, stopped or moved resumes with the same curve as an uninterrupted one."""
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -202,6 +204,45 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_from_scratch(runner: Run
         assert finished.codes == [2]
         assert "has trained 10 steps, but" in finished.output
     assert (runner.folder / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_an_earlier_checkpoint_is_resumed_and_the_later_ones_are_set_aside(
+    runner: Runner, finished_run: Runner
+) -> None:
+    """From step 20 of a finished run; a file of the user's among the samples, and an old STOP file, do not matter."""
+    run = runner.folder / "run"
+    shutil.copytree(finished_run.folder / "reference", run)
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "samples/step-best.png").touch()
+    (run / "STOP").touch()
+    os.utime(run / "STOP", (1e9, 1e9))
+    resumed = runner.train("run", 2, resume_from=20, checkpoint__keep_last=3, **SAME)
+    assert resumed.codes == [0, 0], "\n".join(resumed.outputs)
+    assert "step-00000020: step 20" in resumed.output
+    assert f"the checkpoints after step 20 (30, 40) and the metrics were set aside in {run}/checkpoints/set-aside-" in (
+        resumed.output
+    )
+    assert f"{run}/STOP is of 2001-09-09" in resumed.output
+    assert runner.losses("run") == finished_run.losses("reference")
+    [aside] = (run / "checkpoints").glob("set-aside-*")
+    assert sorted(path.name for path in aside.glob("step-*")) == ["step-00000030", "step-00000040"]
+    assert (aside / "metrics.jsonl").read_bytes() == before
+    for step in (30, 40):
+        assert re.search(rf"saved {run}/checkpoints/step-{step:08d} in [\d.]+ s", resumed.output)
+    assert (run / "samples/step-best.png").exists()
+    assert json.loads((run / "run.json").read_text())["checkpoint"] == 40
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from_instead_of_the_newest(runner: Runner, finished_run: Runner) -> None:
+    run = runner.folder / "run"
+    shutil.copytree(finished_run.folder / "reference", run)
+    with (run / "checkpoints/step-00000020/rank-00000.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    refused = runner.train("run", 1, resume_from=20)
+    assert refused.codes == [2]
+    assert "--resume_from is 20, but this checkpoint is damaged:" in refused.output
+    assert len(list((run / "checkpoints").glob("step-*"))) == 3
 
 
 def test_tensorboard_shows_every_step_once(runner: Runner) -> None:

@@ -37,6 +37,33 @@ def test_a_file_is_looked_for_once_a_second_by_one_rank(monkeypatch: pytest.Monk
     assert [number for number, there in enumerate(found) if there] == [0, 4, 8]
 
 
+def test_a_file_of_before_the_start_is_named_and_passed_over_until_it_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stop, "CHECK_SECONDS", 0)
+    path = tmp_path / "STOP"
+    path.touch()
+    os.utime(path, (1e9, 1e9))
+    file = stop.RequestFile(path, checks=True)
+    file.pass_over_older(2e9)
+    assert f"{path} is of 2001-09-09" in caplog.text
+    assert "is not obeyed; remove it" in caplog.text
+    assert not file.found()
+    file.delete()
+    assert path.exists(), "a run that was stopped by a signal leaves it"
+    os.utime(path, (1.5e9, 1.5e9))
+    assert file.found(), "whoever touches it again asks for it"
+    file.delete()
+    assert not path.exists()
+    assert not file.found()
+
+
+def test_a_request_that_cannot_be_deleted_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "STOP").mkdir()
+    stop.RequestFile(tmp_path / "STOP", checks=True).delete()
+    assert f"{tmp_path / 'STOP'} can't be deleted" in caplog.text
+
+
 def test_the_rank_that_looks_deletes_the_file(tmp_path: Path) -> None:
     path = tmp_path / "STOP"
     path.touch()
