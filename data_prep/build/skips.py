@@ -38,7 +38,7 @@ class SkipCount:
         self.reasons += later.reasons
 
     def __str__(self) -> str:
-        """ "the first is NAME: REASON (DETAIL)", and the counts if there are several reasons; "" without skips."""
+        """As in "the first is a.jpg: empty (0 bytes); by reason: 2 empty, 1 damaged"; nothing without skips."""
         if self.first is None:
             return ""
         detail = f" ({self.first['detail']})" if self.first["detail"] else ""

@@ -43,9 +43,8 @@ class Overlap:
         return {split: _equal_to(known, known[found]) for split, (known, found) in self._splits.items()}
 
     def _sort(self) -> None:
-        while self._waiting:
-            split, digests = self._waiting.popitem()
-            known = np.concatenate(digests)
+        for split in list(self._waiting):
+            known = np.concatenate(self._waiting.pop(split))
             known.sort()
             self._splits[split] = known, np.zeros(len(known), bool)
 
