@@ -111,10 +111,7 @@ def read_checkpoints(folder: Path, task: str, excluded: list[str]) -> list[dict[
     for file in files:
         if not file.is_file():
             raise ValueError(f"{folder} has no {RESULTS} and no step-*/{RESULTS}; give a folder that evaluate wrote.")
-        results = read_json(file)
-        if not isinstance(results, dict) or results.get("format") != FORMAT:
-            raise ValueError(f"{file} was not written by `python -m pipeline evaluate`; give a folder that it wrote.")
-        reason = _why_unreadable(results, task)
+        results, reason = _read(file, task)
         if reason is None:
             found.append(results | {"file": file})
         else:
@@ -126,6 +123,20 @@ def read_checkpoints(folder: Path, task: str, excluded: list[str]) -> list[dict[
             f"another --task."
         )
     return sorted(found, key=lambda results: results["model"]["checkpoint_step"] or 0)
+
+
+def _read(file: Path, task: str) -> tuple[dict[str, Any], str | None]:
+    """The content of results.json, and why it can't be compared; None if it can.
+
+    Raises ValueError if the file is something else.
+    """
+    try:
+        results = read_json(file)
+    except ValueError as error:
+        return {}, f"has a damaged {file.name} ({str(error).removeprefix(f'{file} ').rstrip('.')})"
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise ValueError(f"{file} was not written by `python -m pipeline evaluate`; give a folder that it wrote.")
+    return results, _why_unreadable(results, task)
 
 
 def _why_unreadable(results: dict[str, Any], task: str) -> str | None:

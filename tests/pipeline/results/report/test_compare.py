@@ -116,6 +116,9 @@ def test_results_of_other_versions_are_excluded_and_named(
     page = (tmp_path / "compared/compare.html").read_text()
     assert "Left out: model/step-00000002 has results of" in page
     assert "Measured on 110 validation images and 127 test images." in page
+    (folder / "step-00000002/results.json").write_text("{")
+    assert losses(compare(folder)) == {"model": [(1, 3.0)]}
+    assert "step-00000002 has a damaged results.json (is not readable as JSON (" in caplog.text
     only = checkpoint("other", 1, 3.0, change)
     with pytest.raises(ValueError, match="other has no checkpoint with results of linear_probe that can be read"):
         compare(only)
