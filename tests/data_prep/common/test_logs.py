@@ -1,15 +1,18 @@
 """Log lines: time, level and rank on standard error; how much of them a user asks for."""
 
+import errno
 import logging
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from data_prep.common.command_line import print_error
 from data_prep.common.logs import configure_logging, current_flags, split_flags
 from data_prep.shards.reader import open_shard_set
 from tests.launch import ROOT
@@ -140,3 +143,14 @@ dispatch("package", "", {{"command": ("", command)}})
     shell = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", shell], cwd=ROOT).returncode == 0
     assert (tmp_path / "file").read_text() == "content"
+
+
+def test_an_error_on_a_console_that_is_gone_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit code must still be that of the error."""
+
+    class Gone(StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    print_error(ValueError("model.size is 'x'"))
