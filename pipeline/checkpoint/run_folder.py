@@ -181,10 +181,13 @@ class RunFolder:
         return changed_keys(self._earlier_config(), to_dict(config)) if (self.path / CONFIG_FILE).exists() else {}
 
     def _read_record(self) -> dict[str, Any]:
-        record = read_json(self.path / RECORD_FILE)
+        record = None
+        with suppress(ValueError):
+            record = read_json(self.path / RECORD_FILE)
         if not isinstance(record, dict) or not isinstance(record.get("shards"), dict):
             raise ValueError(
-                f"{self.path / RECORD_FILE} is damaged: it is not a record of a run; restore it from a copy."
+                f"{self.path / RECORD_FILE} is damaged: it is not a record of a run; restore it from a copy, or delete "
+                f"it: the run resumes without it, and a new one is begun."
             )
         return record
 

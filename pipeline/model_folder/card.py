@@ -52,7 +52,7 @@ def write_card(
     masked = _is_masked(config)
     earlier = _earlier_metadata(folder)
     license_id = license_id or earlier.license
-    check_license(license_id, f"license in {folder / CARD}")
+    check_license(license_id, f"the license in the model's {CARD}")
     known = [HUB_DATASETS[record.source]] if record.source in HUB_DATASETS else None
     metadata = ModelCardData(
         license=license_id,

@@ -9,8 +9,8 @@ from pipeline.model_folder.files import model_digest
 
 EXPORTED_FOLDER = "exported"
 MADE_FROM = ".made_from"
-"""A file in an exported folder: the sha256 of the checkpoint's manifest, which has the digests of all its files, and the
-digest of the model that was written, so that damage to the exported files is noticed."""
+"""A file in an exported folder: the sha256 of the checkpoint's manifest, which has the digests of all its files, and
+the digest of the model that was written, so that damage to the exported files is noticed."""
 
 
 def model_folder(path: Path) -> Path:

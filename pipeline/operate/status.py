@@ -56,9 +56,11 @@ def read_status(run: Path) -> RunStatus:
     """Reads run.json, config.yaml and the end of metrics.jsonl. Raises ValueError if run.json is damaged."""
     if not (run / "run.json").is_file():
         return RunStatus("new", "", 0, None, {}, 0, folder=run)
-    record = read_json(run / "run.json")
+    record = None
+    with suppress(ValueError):
+        record = read_json(run / "run.json")
     if not isinstance(record, dict):
-        raise ValueError(f"{run / 'run.json'} does not contain a run's record; restore the file.")
+        raise ValueError(f"{run / 'run.json'} is damaged: it is not a record of a run; restore it, or delete it.")
     row = read_last_row(run / METRICS_FILE, "loss") or {}
     step = max(int(row.get("step", 0)), int(record.get("step", 0)))
     starts = len(record.get("starts", []))

@@ -16,6 +16,7 @@ from typing import TextIO
 
 import torch
 
+from pipeline.compilers import path_with_space
 from pipeline.config import ParallelConfig
 
 FOLDER = "image-gpt-rank-"
@@ -68,6 +69,11 @@ def check_compilers(parallel: ParallelConfig, device: torch.device) -> None:
             f"install it, or set parallel.offload to none."
         )
     _check_locks()
+    if folder := path_with_space():
+        raise ValueError(
+            f"parallel.offload is {what}; DeepSpeed can't compile its CPU Adam in {folder}, whose path has a space; "
+            f"move it, or set parallel.offload to none."
+        )
     if parallel.nvme_path is not None:
         _check_nvme(Path(parallel.nvme_path), device)
 

@@ -24,6 +24,10 @@ CHECK_SECONDS = 1.0
 """Seconds between two checks for a file: on a network file system one may take longer than a step's flags."""
 
 
+CLOCK_TICK = 0.02
+"""The precision in seconds, rounded up, with which Linux records the start of a process."""
+
+
 def restarted_after_stop(run: Path) -> bool:
     """Whether torchrun has started this rank again (--max-restarts) after the run stopped on request.
 
@@ -51,7 +55,7 @@ class RequestFile:
     def pass_over_older(self, start: float) -> None:
         """Does not obey a file that is older than the time `start`, unless it is touched again; logs its name."""
         modified = self._modified() if self._checks else None
-        if modified is not None and modified < start * 1e9:
+        if modified is not None and modified < (start + CLOCK_TICK) * 1e9:
             self._passed_over = modified
             when = time.strftime(TIME, time.localtime(modified / 1e9))
             logger.warning(
@@ -82,6 +86,13 @@ class RequestFile:
                 logger.warning(f"{self._path} can't be deleted ({error.strerror}); delete it")
 
 
+def process_start() -> float:
+    """When this process started, in seconds since 1970; psutil's create_time may be a second off."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    running = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - running
+
+
 class StopRequests:
     """Records signals (USR1, TERM, INT, HUP) and checks for the STOP file in the run; the loop asks for requests.
 
@@ -91,7 +102,7 @@ class StopRequests:
     def __init__(self, run: Path, checks_file: bool = True) -> None:
         """checks_file: whether this rank checks for the file."""
         self._file = RequestFile(run / STOP_FILE, checks_file)
-        self._file.pass_over_older(psutil.Process().create_time())
+        self._file.pass_over_older(process_start())
         self._found = False
         self._signalled: float | None = None
         for number in STOP_SIGNALS:

@@ -88,13 +88,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder)
     save_palette(folder / "palette.npy", random_palette())
     size = [f"--resolution={RESOLUTION}", f"--palette.colors={COLORS}", f"--palette.file={folder / 'palette.npy'}"]
-    source = [
-        "--source.kind=image_folder",
-        f"--source.path={folder}",
-        "--valid_fraction=0",
-        "--views.random_crop=never",
-    ]
-    finished = run(1, "-m", "data_prep", "shards", *size, *source, f"--out={folder / 'shards'}", logs=folder / "logs")
+    source = ["--source.kind=image_folder", f"--source.path={folder}", "--valid_fraction=0"]
+    options = [*size, *source, "--views.random_crop=never", f"--out={folder / 'shards'}"]
+    finished = run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs")
     assert finished.codes == [0], finished.output
     return folder
 
@@ -103,7 +99,7 @@ def test_a_license_that_the_hub_does_not_list(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     write_card(folder, "model", "cc-by-4.0")
     (folder / "README.md").write_text((folder / "README.md").read_text().replace("cc-by-4.0", "cc-by-4"))
-    with pytest.raises(ValueError, match=r"license in .*README.md is 'cc-by-4', .* such as cc-by-4.0, or other"):
+    with pytest.raises(ValueError, match=r"model's README.md is 'cc-by-4', .* such as cc-by-4.0, or other"):
         write_card(folder, "model")
     write_card(folder, "model", "other")
 

@@ -99,7 +99,7 @@ def test_what_is_saved_is_read_back(objective: str, palette: np.ndarray, images:
     save_classifier(classifier, palette, CLASSES, tmp_path / "folder", {"seed": 3})
     read = load_classifier(tmp_path / "folder")
     for ours, theirs in zip(classifier(images, generative=True), read.classifier(images, generative=True), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)  # queries were scaled and back
     assert (read.classes, read.facts, read.loaded.resolution) == (CLASSES, {"seed": 3}, SIDE)
     assert (read.loaded.mask_probability is None) == (objective == "next_color")
 
@@ -118,7 +118,7 @@ def test_recomputed_blocks_give_the_same_gradients(images: torch.Tensor) -> None
 def test_folders_without_a_classifier(folder: Path) -> None:
     head = load_file(folder / "class_head.safetensors")["score.weight"]
     save_file({"score.weight": head * torch.nan}, folder / "class_head.safetensors")
-    with pytest.raises(ValueError, match="has NaN or Inf in 48 of 48 values of score.weight"):
+    with pytest.raises(ValueError, match=r"has NaN or Inf in 48 of 48 values of score\.weight"):
         load_classifier(folder)
     save_file({"score.weight": head[:2].contiguous()}, folder / "class_head.safetensors")
     with pytest.raises(ValueError, match=r"has a head of shape \(2, 16\); with 3 classes and width 16 it must be"):

@@ -148,7 +148,10 @@ def test_a_run_can_be_given_as_a_model(finished_run: Runner, tmp_path: Path) -> 
     folder = model_folder(copy)
     assert load_model_folder(folder).resolution == 8
     assert model_folder(folder) == folder
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-9] + b"?" + weights[-8:])
     assert model_folder(copy) == folder
+    assert (folder / "model.safetensors").read_bytes() == weights, "exported again"
 
 
 def test_another_checkpoint_of_the_same_step_is_another_model(finished_run: Runner, tmp_path: Path) -> None:

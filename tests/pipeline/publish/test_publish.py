@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
 from transformers import ImageGPTForCausalImageModeling
@@ -21,33 +20,17 @@ from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.registry import TASKS, task_class
 from pipeline.model_folder.convert import load_model_folder
 from pipeline.model_folder.resolve import model_folder
-from pipeline.publish.command import publish_command
 from pipeline.publish.push import Pushed
 from tests.hub_server import TOKEN, Hub
 from tests.launch import files_of
 from tests.pipeline.conftest import Runner
-from tests.pipeline.publish.conftest import REPOSITORY, environment
+from tests.pipeline.publish.conftest import REPOSITORY, TO_HUB, environment, publish
 
-TO_HUB = ("--to", f"hub:{REPOSITORY}")
 TASKS_OF_THE_HUB = ("unconditional-image-generation", "image-feature-extraction")
 """Those of huggingface.co/tasks that fit models of images."""
 TOPOLOGIES = {"ZeRO-3": {"parallel__zero_stage": 3}, "two stages": {"parallel__pipeline_stages": 2}}
 NULLABLE = ("loss", "grad_norm", "valid_loss", "images_per_second", "tokens_per_second", "mfu")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json")
-
-
-@pytest.fixture(scope="module")
-def results(models: dict[int, Path], shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of `evaluate` for step 40."""
-    folder = tmp_path_factory.mktemp("measured") / "results"
-    sizes = ["--completions.images=2", "--completions.samples=1", "--completions.distance_images=0", "--test_images=20"]
-    arguments = [str(models[40]), f"--shards={shards}", f"--out={folder}", "--tasks=density,completions"]
-    assert evaluate([*arguments, *sizes]) == 0
-    return folder
-
-
-def publish(*arguments: object) -> None:
-    assert publish_command([str(argument) for argument in arguments]) == 0
 
 
 def logits(folder: Path | str, **options: str) -> torch.Tensor:
@@ -130,72 +113,6 @@ def test_the_cards_code_runs_without_this_project(hub: Hub, models: dict[int, Pa
     loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
     mine = ImageGPTForCausalImageModeling.from_pretrained(models[40]).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in mine.items())
-
-
-def test_offline_the_cache_answers(hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(models[40], *TO_HUB)
-    fetched = model_folder(Path(f"hub:{REPOSITORY}"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert model_folder(Path(f"hub:{REPOSITORY}")) == fetched
-    with pytest.raises(ValueError, match=r"hub:lab/other is not in the cache, and the hub can't be reached"):
-        model_folder(Path("hub:lab/other"))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("lab/none", "has no such repository, or it is private"),
-        (f"{REPOSITORY}@step-00000007", "the revision does not exist"),
-        ("image-gpt", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
-        ("a/b/c", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
-    ],
-)
-def test_unknown_and_invalid_names(name: str, message: str, hub: Hub, models: dict[int, Path]) -> None:
-    publish(models[40], *TO_HUB)
-    with pytest.raises(ValueError, match=message):
-        model_folder(Path(f"hub:{name}"))
-
-
-def cached(name: str, folder: Path) -> Path:
-    """The file in huggingface_hub's cache to which a file of a pulled model is a link."""
-    [blob] = [file.resolve() for file in folder.rglob(name)]
-    return blob
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_changed_file_in_the_cache_is_named(
-    name: str, hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish(models[40], *TO_HUB)
-    folder = model_folder(Path(f"hub:{REPOSITORY}"))
-    blob = cached(name, folder)
-    right = blob.read_bytes()
-    blob.write_bytes(right[:300] + bytes([right[300] ^ 1]) + right[301:])
-    for offline in (False, True):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        with pytest.raises(ValueError, match=f"{name} of hub:{REPOSITORY} has changed in the cache .*; delete {blob}"):
-            model_folder(Path(f"hub:{REPOSITORY}"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    blob.unlink()
-    assert (model_folder(Path(f"hub:{REPOSITORY}")) / name).read_bytes() == right
-
-
-@pytest.mark.parametrize("to_hub", [True, False])
-def test_a_hub_that_never_answers_is_one_sentence(
-    to_hub: bool, hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It accepts connections, as a hub whose machines are overloaded."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr("pipeline.hub.LONGEST_SILENCE", 0.2)
-        monkeypatch.setattr("pipeline.publish.push.MIN_ATTEMPTS", 2)
-        message = "did not answer: ReadTimeout, in 2 attempts over" if to_hub else "did not answer: ReadTimeout"
-        with pytest.raises(ValueError, match=message):
-            if to_hub:
-                publish(models[40], *TO_HUB, "--retry_minutes", "0")
-            else:
-                model_folder(Path(f"hub:{REPOSITORY}"))
-    assert ("retrying in" in caplog.text) == to_hub
 
 
 # The card
@@ -411,55 +328,6 @@ def test_an_incomplete_model(hub: Hub, models: dict[int, Path], tmp_path: Path) 
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):
         publish(broken, *TO_HUB)
     assert not hub.repositories
-
-
-def test_secrets_are_not_published(models: dict[int, Path], tmp_path: Path) -> None:
-    model = Path(shutil.copytree(models[40], tmp_path / "model"))
-    record = json.loads((model / "training/run.json").read_text())
-    record["shards"]["path"] = "https://me:secret@host/set"
-    (model / "training/run.json").write_text(json.dumps(record))
-    publish(model, "--to", f"dir:{tmp_path / 'public'}")
-    assert json.loads((tmp_path / "public/training/run.json").read_text())["shards"]["path"] == "https://host/set"
-    record["shards"]["path"] = f"pipe:curl -H 'Authorization: Bearer {TOKEN}' https://host/set"
-    (model / "training/run.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"training/run\.json contains a token"):
-        publish(model, "--to", f"dir:{tmp_path / 'other'}")
-    assert not (tmp_path / "other").exists()
-
-
-ROOTS = re.compile(r"""(?:^|[\s"'=>;])/(?:scratch|home|root|tmp|work|data|nfs|var|usr|Users)\b""", re.M)
-
-
-def test_no_absolute_path_is_published(models: dict[int, Path], results: Path, tmp_path: Path) -> None:
-    """Those of shard sets, commands and reports tell names of people and of machines."""
-    model = Path(shutil.copytree(models[40], tmp_path / "model"))
-    record = json.loads((model / "training/run.json").read_text())
-    command = ["python", "-m", "pipeline", "train", "--config=/home/ada/igpt.yaml", "--run", "/scratch/ada's runs/one/"]
-    record["shards"]["path"] = "/nfs/my data/photo set"
-    record["starts"][0]["command"] = command
-    record["starts"][0]["changes"] = {"data.shards": ["/nfs/a", "https://host/a/set"]}
-    (model / "training/run.json").write_text(json.dumps(record, indent=2))
-    (model / "training/config.yaml").write_text("data:\n  shards: /nfs/photos\n  other: pipe:cat /nfs/x/*.tar\n")
-    assert ROOTS.search((results / "results.json").read_text()), "the test's own folders, in commands"
-    publish(model, "--results", results, "--to", f"dir:{tmp_path / 'public'}")
-
-    texts = {
-        path: path.read_text()
-        for path in (tmp_path / "public").rglob("*")
-        if path.suffix in (".json", ".jsonl", ".yaml", ".html", ".md")
-    }
-    assert {path.name: ROOTS.findall(text) for path, text in texts.items() if ROOTS.search(text)} == {}
-    published = json.loads((tmp_path / "public/training/run.json").read_text())
-    assert published["shards"]["path"] == "photo set"
-    assert published["starts"][0]["command"][-3:] == ["--config=igpt.yaml", "--run", "one"]
-    assert published["starts"][0]["changes"] == {"data.shards": ["a", "https://host/a/set"]}
-    configured = (tmp_path / "public/training/config.yaml").read_text()
-    assert configured == "data:\n  shards: photos\n  other: pipe:cat x/*.tar\n"
-    density = json.loads((tmp_path / "public/results/density.json").read_text())
-    assert density["command"].startswith("python -m pipeline evaluate step-40 --shards=shards --out=results")
-    for name in ("report.html", "density.png"):
-        before, after = (len((folder / name).read_bytes()) for folder in (results, tmp_path / "public/results"))
-        assert 0.95 * before < after <= before
 
 
 def test_invalid_input_is_one_sentence(models: dict[int, Path], tmp_path: Path) -> None:

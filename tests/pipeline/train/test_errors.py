@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,23 @@ def test_a_run_finds_its_shard_set_from_another_working_directory(
     assert parse_training([*run, "--data.shards=other"])[0].data.shards == "other"
     monkeypatch.chdir(tmp_path)
     assert parse_training(run)[0].data.shards == "set"
+
+
+def test_extensions_that_cannot_be_compiled_in_a_path_with_a_space_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from pipeline.layout import ParallelConfig
+    from pipeline.train.engine import build, offload
+
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": "/home/a b/.venv/lib"})
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match=r"torch.compile fails in /home/a b/.venv/lib, whose path has a space"):
+        build.check_torch_compiles(cpu)
+    with pytest.raises(ValueError, match=r"CPU Adam in /home/a b/.venv/lib, whose path has a space; move"):
+        offload.check_compilers(ParallelConfig(zero_stage=1, offload="optimizer"), cpu)
 
 
 def test_overrides_win_over_a_config_that_comes_later(runner: Runner) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import psutil
 import pytest
 
 from pipeline.train.health import stop
+from tests.launch import ROOT
 
 
 class Watched:
@@ -128,3 +131,11 @@ def test_torchrun_does_not_restart_a_run_that_stopped_on_request(
     record = {"status": status, "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", updated)}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert stop.restarted_after_stop(tmp_path) == stays
+
+
+def test_a_request_right_before_the_start_is_older_and_one_right_after_is_not(tmp_path: Path) -> None:
+    """Of a child: its start is known to a hundredth of a second."""
+    words = "from pipeline.train.health.stop import process_start; import sys; sys.stdout.write(str(process_start()))"
+    before = time.time()
+    started = float(subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=True, capture_output=True).stdout)
+    assert before - 0.02 < started < time.time()

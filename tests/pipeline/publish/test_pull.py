@@ -1,0 +1,77 @@
+"""Models that are read from a hub: the cache, wrong names, a hub that does not answer."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from pipeline.model_folder.resolve import model_folder
+from tests.hub_server import Hub
+from tests.pipeline.publish.conftest import REPOSITORY, TO_HUB, publish
+
+
+def test_offline_the_cache_answers(hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(models[40], *TO_HUB)
+    fetched = model_folder(Path(f"hub:{REPOSITORY}"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert model_folder(Path(f"hub:{REPOSITORY}")) == fetched
+    with pytest.raises(ValueError, match=r"hub:lab/other is not in the cache, and the hub can't be reached"):
+        model_folder(Path("hub:lab/other"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lab/none", "has no such repository, or it is private"),
+        (f"{REPOSITORY}@step-00000007", "the revision does not exist"),
+        ("image-gpt", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
+        ("a/b/c", "must be hub:ORG/NAME or hub:ORG/NAME@REVISION"),
+    ],
+)
+def test_unknown_and_invalid_names(name: str, message: str, hub: Hub, models: dict[int, Path]) -> None:
+    publish(models[40], *TO_HUB)
+    with pytest.raises(ValueError, match=message):
+        model_folder(Path(f"hub:{name}"))
+
+
+def cached(name: str, folder: Path) -> Path:
+    """The file in huggingface_hub's cache to which a file of a pulled model is a link."""
+    [blob] = [file.resolve() for file in folder.rglob(name)]
+    return blob
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_changed_file_in_the_cache_is_named(
+    name: str, hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(models[40], *TO_HUB)
+    folder = model_folder(Path(f"hub:{REPOSITORY}"))
+    blob = cached(name, folder)
+    right = blob.read_bytes()
+    blob.write_bytes(right[:300] + bytes([right[300] ^ 1]) + right[301:])
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match=f"{name} of hub:{REPOSITORY} has changed in the cache .*; delete {blob}"):
+            model_folder(Path(f"hub:{REPOSITORY}"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    blob.unlink()
+    assert (model_folder(Path(f"hub:{REPOSITORY}")) / name).read_bytes() == right
+
+
+@pytest.mark.parametrize("to_hub", [True, False])
+def test_a_hub_that_never_answers_is_one_sentence(
+    to_hub: bool, hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It accepts connections, as a hub whose machines are overloaded."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("pipeline.hub.LONGEST_SILENCE", 0.2)
+        monkeypatch.setattr("pipeline.publish.push.MIN_ATTEMPTS", 2)
+        message = "did not answer: ReadTimeout, in 2 attempts over" if to_hub else "did not answer: ReadTimeout"
+        with pytest.raises(ValueError, match=message):
+            if to_hub:
+                publish(models[40], *TO_HUB, "--retry_minutes", "0")
+            else:
+                model_folder(Path(f"hub:{REPOSITORY}"))
+    assert ("retrying in" in caplog.text) == to_hub
