@@ -120,7 +120,10 @@ def _what_it_is(config: dict[str, Any], parameters: int, record: TrainingRecord)
 def _loading(config: dict[str, Any], name: str, best: int | None) -> str:
     layers = config["n_layer"]
     layer, why = (layers // 2, "the middle one") if best is None else (best, "the one that the linear probe chose")
-    return _render("use.md", kind=CLASSES[config["model_type"]], name=name, layer=layer, layers=layers, why=why)
+    scales = config["model_type"] == "imagegpt" and config.get("scale_attn_weights", True)
+    rounded = scales and math.isqrt(width := config["n_embd"] // config["n_head"]) ** 2 != width
+    kind = CLASSES[config["model_type"]]
+    return _render("use.md", kind=kind, name=name, layer=layer, layers=layers, why=why, rounded=rounded)
 
 
 def _loading_masked(name: str) -> str:

@@ -95,6 +95,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("scales", "heads", "named"), [(True, 2, True), (True, 1, False), (False, 2, False)])
+def test_a_folder_that_old_versions_compute_otherwise(scales: bool, heads: int, named: bool, tmp_path: Path) -> None:
+    """Exported before the scale was in the weights: heads of width 8, and of 16, whose root is a whole number."""
+    folder = write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"scale_attn_weights": scales, "n_head": heads}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_card(folder, "model")
+    assert ("5.21 or later" in (folder / "README.md").read_text()) == named
+
+
 def test_a_license_that_the_hub_does_not_list(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     write_card(folder, "model", "cc-by-4.0")

@@ -152,6 +152,10 @@ def test_a_run_can_be_given_as_a_model(finished_run: Runner, tmp_path: Path) -> 
     (folder / "model.safetensors").write_bytes(weights[:-9] + b"?" + weights[-8:])
     assert model_folder(copy) == folder
     assert (folder / "model.safetensors").read_bytes() == weights, "exported again"
+    made_from = folder / ".made_from"
+    made_from.write_text(made_from.read_text().split()[0])  # as earlier versions wrote it
+    made = (folder / "config.json").stat().st_mtime_ns
+    assert (model_folder(copy) / "config.json").stat().st_mtime_ns == made
 
 
 def test_another_checkpoint_of_the_same_step_is_another_model(finished_run: Runner, tmp_path: Path) -> None:
