@@ -57,6 +57,14 @@ def test_it_learns_classes_and_leaves_a_classifier(
     assert (evaluation.results / result["figure"]).is_file()
 
 
+def scale_queries(model: ImageGPTForImageClassification, folded: bool) -> None:
+    """Moves the scale of attention into the queries' weights, where a folder has it, or out of them, for training."""
+    for block in model.transformer.h:
+        assert block.attn.scale_attn_weights == folded
+        block.attn.scale_attn_weights = not folded
+        block.attn.c_attn.weight.data[:, : block.attn.embed_dim] *= block.attn.head_dim ** (-0.5 if folded else 0.5)
+
+
 def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of: Callable, shards: ShardSet) -> None:
     """Six batches without changes of images: losses and weights, by transformers' own modules."""
     evaluation = evaluation_of(model_folder, train_images=48)
@@ -64,6 +72,7 @@ def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of
     result = FineTune(options).measure(evaluation)
 
     theirs = ImageGPTForImageClassification.from_pretrained(model_folder, num_labels=CLASSES).eval()
+    scale_queries(theirs, folded=False)
     head = torch.nn.Linear(16, COLORS, bias=False)
     head.load_state_dict({"weight": load_model_folder(model_folder).model.lm_head.weight})
     torch.nn.init.zeros_(theirs.score.weight)
@@ -87,6 +96,7 @@ def test_its_steps_are_adams_on_the_joint_loss(model_folder: Path, evaluation_of
     assert result["trials"][0]["train_loss_by_epoch"] == [pytest.approx(np.mean(losses), rel=1e-5)]
     saved = load_file(evaluation.results / "fine_tuned" / "model.safetensors")
     saved |= load_file(evaluation.results / "fine_tuned" / "class_head.safetensors")
+    scale_queries(theirs, folded=True)
     for name, parameter in trained.items():
         # Adam's first step is the rate times a sign, so a gradient of rounding alone may go either way.
         apart = (saved[name] - parameter.detach()).abs()

@@ -11,7 +11,7 @@ from data_prep.shards.reader import ShardSet
 from pipeline.results.provenance import ModelFacts
 from pipeline.results.report.page import write_report
 
-FACTS = ModelFacts("d", "igpt", "next_color", 1, 1, 1, 1, 8, "p", None, None, None, None, None, None, ())
+FACTS = ModelFacts("d", "igpt", "next_color", 1, 1, 1, 1, 8, "p", *[None] * 7, training_commands=())
 
 
 @pytest.mark.parametrize(

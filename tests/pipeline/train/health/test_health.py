@@ -332,4 +332,4 @@ def test_flags_are_exchanged_once_a_step(runner: Runner) -> None:
     arguments = runner.arguments("run", schedule__steps=5)
     finished = run(1, "-c", COUNTED, *arguments[2:], logs=runner.folder / "logs")
     assert finished.codes == [0], finished.output
-    assert finished.output.count("flags are exchanged") == 6  # and once before the first step
+    assert finished.output.count("flags are exchanged") == 8  # once before the first step, and in the validation
