@@ -46,7 +46,7 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "abbreviated key": ({"schedule.step": 50}, "schedule.step is not a known key; did you mean schedule.steps?"),
     "wrong type": ({"batch.micro_size": "many"}, "batch.micro_size is 'many'; it must be an integer"),
     "not a choice": ({"precision": "fp16"}, "precision is 'fp16'; it must be one of fp32, bf16"),
-    "no such decay": ({"schedule.decay": "square"}, "schedule.decay is 'square'; it must be one of cosine, linear, con"),
+    "no such decay": ({"schedule.decay": "square"}, "schedule.decay is 'square'; it must be one of cosine, linear,"),
     "below its least": ({"batch.micro_size": 0}, "batch.micro_size is 0; it must be at least 1"),
     "heads do not divide": ({"model.heads": 3}, "model.width is 32; it must be a multiple of model.heads, 3"),
     "heads that do not divide the size's width": (
