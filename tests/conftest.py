@@ -1,6 +1,7 @@
 """Programs that tests start are forked from a process that has the large packages imported."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from tests.forked import serving
 @pytest.fixture(scope="session", autouse=True)
 def fork_server() -> Iterator[None]:
     """Serves tests.launch until the last test has ended."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which programs would inherit
     launch.fork_server = ForkServer()
     yield
     launch.fork_server.close()
