@@ -63,14 +63,14 @@ def pull(name: str) -> Path:
     repository, revision = parse_name(name)
     with quiet_hub(), hub_errors_as_value_errors(f"{HUB}{name}"):
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(PULLED)))
+    _check_cached(folder, f"{HUB}{name}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{HUB}{name} has no config.json; it must be a model's repository.")
-    _check_cached(folder, f"{HUB}{name}")
     return folder
 
 
 def _check_cached(folder: Path, what: str) -> None:
-    """Raises ValueError that names a cached file whose content has changed since its download.
+    """Raises ValueError that names a cached file whose content has changed since its download, or that is missing.
 
     A file in the cache is a link to a blob whose name is its digest: sha256 in LFS, git's otherwise.
     """
@@ -79,6 +79,11 @@ def _check_cached(folder: Path, what: str) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_dir() or not file.is_symlink():  # copies, where the file system has no links, have lost their name
             continue
+        if not file.exists():  # its blob was deleted, as after the advice below
+            raise ValueError(
+                f"{file.relative_to(folder)} of {what} is missing from the cache; run the command with access to the "
+                f"hub."
+            )
         digest = file.readlink().name
         if not re.fullmatch(r"[0-9a-f]+", digest) or len(digest) not in (SHA256, GIT_SHA1):
             continue

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from data_prep.common.exit_codes import Failed
 
 MESSAGES = ("out of memory", "can't allocate memory", "status_alloc_failed")
-"""How CUDA, NCCL, cuBLAS, cuDNN and torch's allocator of host memory report it in a RuntimeError."""
+"""Parts of the messages of RuntimeErrors for failed allocations: CUDA, NCCL, cuBLAS, cuDNN and host memory."""
 WANTED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 
@@ -29,11 +29,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def with_batch_size_advice(task: str, batch_size: int) -> Iterator[None]:
-    """Context of an evaluation task in which an error of allocation is raised as OutOfMemory."""
+    """Converts an allocation error of an evaluation task to OutOfMemory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = f"each rank computes {batch_size} images at once; set --batch_size lower."
+        advice = (
+            f"each rank computes {batch_size} images at once; set --batch_size lower, or --train_images if its "
+            "features do not fit."
+        )
         raise OutOfMemory(error, f" in {task}", advice) from error

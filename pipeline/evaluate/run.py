@@ -38,19 +38,24 @@ def run(request: Request, shards: ShardSet) -> None:
     evaluation, facts = _start(request, shards)
     evaluation.log(_describe(facts, evaluation))
     jobs = _fitting_jobs(request, evaluation, facts)
+    if not jobs:
+        evaluation.log("no task to run")
+        evaluation.accelerator.end_training()
+        return
     missing = from_first(lambda: [job.name for job in jobs if not job.is_measured()])
     from_first(lambda: _check(jobs, missing))
-    page: Path | str = ""
+    failed: str | None = None
     for number, job in enumerate(jobs):
         ran = job.run()
         following = jobs[number + 1 :]
         if ran or not following:  # after each task, so that a stopped command leaves a report of the finished ones
             not_run = {other.name: other.task.title for other in following if other.name in missing}
-            page = from_first(partial(_report, evaluation, facts, request.command.random_weights, not_run))
-    if not isinstance(page, Path):
-        raise OSError(f"{request.command.out / REPORT} could not be written ({page}); all results are in their JSON.")
-    evaluation.log(f"report: {page}")
+            failed = from_first(partial(_report, evaluation, facts, request.command.random_weights, not_run))
     evaluation.accelerator.end_training()
+    page = request.command.out / REPORT
+    if failed is not None:
+        raise OSError(f"{page} could not be written ({failed}); all results are in their JSON.")
+    evaluation.log(f"report: {page}")
 
 
 def _start(request: Request, shards: ShardSet) -> tuple[Evaluation, ModelFacts]:
@@ -234,14 +239,15 @@ def _shown(task: Task[Any], result: dict[str, Any]) -> dict[str, Any]:
 
 def _report(
     evaluation: Evaluation, facts: ModelFacts, random_weights: Path | None, not_run: Mapping[str, str]
-) -> Path | str:
-    """Writes the report; returns its path, or what went wrong: the tasks that follow must still be measured."""
+) -> str | None:
+    """Writes the report; returns what went wrong, if anything: the tasks that follow must still be measured."""
     sections = {name: _section(name) for name in TASKS}
     try:
-        return write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run, sections=sections)
+        write_report(evaluation.results, facts, evaluation.shards, random_weights, not_run, sections=sections)
     except Exception as error:
         logger.exception(f"{evaluation.results / REPORT} could not be written")
         return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def _section(name: str) -> Callable[[dict[str, Any], Path], str]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import Row
 from pipeline.model_folder.licenses import check_license
-from pipeline.model_folder.training_record import TrainingRecord, read_training_record, unfinished
+from pipeline.model_folder.training_record import TrainingRecord, averaged_text, read_training_record, unfinished
 
 CARD = "README.md"
 
@@ -135,21 +135,22 @@ def _training(record: TrainingRecord) -> str:
         return ""
     checkpoint, settings, starts, rows = record.checkpoint, record.settings, record.run.get("starts", []), record.rows
     packages = starts[-1]["packages"] if starts else {}
+    of_run = " of the run, not of the averaged weights" if record.averaged_steps else ""
     lines = {
         "Data": record.source,
         "Shard set": _short(checkpoint.get("shards_digest")),
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
         "Steps": f"{record.step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else ""),
-        "Weights": _averaged(record.averaged_steps),
+        "Weights": averaged_text(record.averaged_steps),
         "Images seen": f"{checkpoint['images']:,}",
         "Batch": _chosen(settings, "batch", "global_size"),
         "Optimizer": _optimizer(settings),
         "Schedule": _schedule(settings),
         "Augmentation": _augmentation(settings),
         "Precision": settings.get("precision"),
-        "Last training loss": _last(rows, "loss"),
-        "Last validation loss": _last(rows, "valid_loss"),
+        f"Last training loss{of_run}": _last(rows, "loss"),
+        f"Last validation loss{of_run}": _last(rows, "valid_loss"),
         "Training time (steps only)": _duration(rows),
         "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
         "Layout": _layout(settings),
@@ -162,10 +163,6 @@ def _training(record: TrainingRecord) -> str:
 
 def _short(digest: str | None) -> str | None:
     return f"sha256 {digest[:12]}" if digest else None
-
-
-def _averaged(steps: list[int]) -> str | None:
-    return f"the mean of those at steps {', '.join(f'{step:,}' for step in steps)}" if steps else None
 
 
 def _chosen(settings: dict[str, Any], section: str, key: str) -> Any:

@@ -1,5 +1,6 @@
 """The record of the training in a model folder: the files in `training/` that `export` writes next to the weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def read_training_record(folder: Path) -> TrainingRecord:
         settings=_settings(settings) if settings.is_file() else {},
         metrics=metrics if metrics.is_file() else None,
     )
+
+
+def averaged_text(steps: Sequence[int]) -> str | None:
+    """What averaged weights are; None if no steps were averaged."""
+    return f"the mean of those at steps {', '.join(f'{step:,}' for step in steps)}" if steps else None
 
 
 def unfinished(step: int | None, planned: int | None) -> str | None:

@@ -15,6 +15,7 @@ from pipeline.model_folder.training_record import read_training_record
 from pipeline.publish.results_section import RESULTS, card_sections, eval_results
 from pipeline.results.curve import CURVE, draw_curve, has_losses
 from pipeline.results.schema import read_results
+from pipeline.results.task_files import read_task_files
 
 RESULT_FILES = (".json", ".png", ".html")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s\"'@]+@")
@@ -107,15 +108,16 @@ def check_results(results: Path, model: Path) -> None:
     """Raises ValueError if the folder has no results, or results of another model."""
     if not results.is_dir():
         raise ValueError(f"--results is {results}, which is not a folder; give a folder that `evaluate` wrote.")
-    found = read_results(results)
-    if not found:
-        raise ValueError(f"--results is {results}, which has no results; give a folder that `evaluate` wrote.")
+    files, unreadable = read_task_files(results)
+    if not files:
+        reasons = "".join(f"; {name} {reason}" for name, reason in unreadable.items())
+        raise ValueError(f"--results is {results}, which has no results; give a folder that `evaluate` wrote{reasons}.")
     digest = model_digest(model)
-    for task, result in found.items():
+    for result in files.values():
         if result["model_digest"] != digest:
             raise ValueError(
-                f"{results} has {task} of the model {result['model_digest'][:12]}, but {model} is {digest[:12]}; "
-                f"evaluate this model, or give its results."
+                f"{results} has {result['task']} of the model {result['model_digest'][:12]}, but {model} is "
+                f"{digest[:12]}; evaluate this model, or give its results."
             )
 
 

@@ -17,7 +17,7 @@ from pipeline.results.curve import CURVE, describe_curve, has_losses
 from pipeline.results.headline import Results, headlines_of, measured_split
 from pipeline.results.numbers import legend, numbers_table
 from pipeline.results.published import LOWER_IS_BETTER, compared_with_published, our_rows
-from pipeline.results.schema import RANDOM_WEIGHTS, read_results
+from pipeline.results.schema import RANDOM_WEIGHTS, read_dataset, read_results
 from pipeline.results.task_files import read_task_files
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,10 @@ def card_sections(folder: Path) -> list[str]:
     """
     results, random_weights = (read_results(folder / path) for path in (RESULTS, RESULTS / RANDOM_WEIGHTS))
     unreadable = read_task_files(folder / RESULTS)[1]
+    of_random_weights = read_task_files(folder / RESULTS / RANDOM_WEIGHTS)[1]
+    unreadable |= {f"{RANDOM_WEIGHTS}/{name}": reason for name, reason in of_random_weights.items()}
     for name, reason in unreadable.items():
-        logger.warning(f"{name} {reason}; the card leaves it out")
+        logger.warning(f"{name} {reason}; the card excludes it")
     figures = sorted(file.name for file in (folder / RESULTS).glob("*.png"))
     record = read_training_record(folder)
     rows = record.rows if CURVE in figures else []
@@ -52,10 +54,10 @@ def card_sections(folder: Path) -> list[str]:
     shown = [_figure(name, alternatives.get(name, "")) for name in figures if name != CURVE]
     side = math.isqrt(read_json(folder / "config.json")["n_positions"])
     trained_on, started_from = record.checkpoint.get("shards_digest"), (record.settings.get("start") or {}).get("path")
-    about = training_images_sentence(results, trained_on, started_from)
+    about = training_images_sentence(results, trained_on, started_from, read_dataset(folder / RESULTS, trained_on))
     lead = f"Images of {side}x{side} pixels. {about}" if results else ""
-    left_out = [f"{name} {reason}" for name, reason in unreadable.items()]
-    return [curve, _results_section(results, random_weights, shown, lead, left_out), _published_section(results, side)]
+    excluded = [f"{name} {reason}" for name, reason in unreadable.items()]
+    return [curve, _results_section(results, random_weights, shown, lead, excluded), _published_section(results, side)]
 
 
 def eval_results(results: Results) -> list[EvalResult]:
@@ -91,11 +93,11 @@ def _slug(name: str) -> str:
 
 
 def _results_section(
-    results: Results, random_weights: Results, figures: list[str], lead: str, left_out: list[str]
+    results: Results, random_weights: Results, figures: list[str], lead: str, excluded: list[str]
 ) -> str:
     """A table of all headlines with the baselines beside them, where a baseline wins, and the figures.
 
-    figures: in Markdown. lead: what was measured. left_out: results that can't be read, with the reasons.
+    figures: in Markdown. lead: what was measured. excluded: results that can't be read, with the reasons.
     """
     datasets = [result["dataset"] for result in results.values() for _ in headlines_of(result)]
     numbers = numbers_table(results, random_weights)
@@ -106,7 +108,7 @@ def _results_section(
         _table(["Dataset", *numbers.head], rows),
         "\n".join(["**Where a baseline wins**\n", *(f"- {sentence}" for sentence in wins)]) if wins else "",
         legend(numbers) if rows else "",
-        f"Left out, because they can't be read: {'; '.join(left_out)}." if left_out else "",
+        f"Excluded, because they can't be read: {'; '.join(excluded)}." if excluded else "",
         *figures,
     ]
     shown = [part for part in parts if part]

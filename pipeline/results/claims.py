@@ -1,8 +1,9 @@
 """Sentences of the report and the card that follow from the results: on which images, and where a baseline wins."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from pipeline.results.headline import Headline, Results, headlines_of, measured_split
+from pipeline.results.headline import Headline, Results, headlines_of, images_of, measured_split
 from pipeline.results.text import percent
 
 ACCURACY_BASELINES = {
@@ -27,19 +28,24 @@ def value_of(result: dict[str, Any], key: str) -> float | None:
 
 
 def training_images_sentence(
-    results: Results, trained_on: str | None, started_from: str | None, *, trained: bool = True
+    results: Results,
+    trained_on: str | None,
+    started_from: str | None,
+    dataset: Mapping[str, Any],
+    *,
+    trained: bool = True,
 ) -> str:
-    """Whether the model was trained on the images that were measured, as far as the records tell.
+    """Whether the model was trained on the images that were measured, as far as it is recorded.
 
     trained_on: digest of the shard set of the training, None if unknown. started_from: the model that the training
-    started from, if any. trained: False for initial weights. "" if there are no results.
+    started from, if any. dataset: `images` and `images_in_train` by split, as in results.json; may be empty. trained:
+    False for initial weights. "" if there are no results.
     """
     if not results:
         return ""
     if not trained:
         return "Its weights are initial weights: it was not trained."
     measured_on = {result["dataset_digest"] for result in results.values()}
-    splits = dict.fromkeys(measured_split(result) for result in results.values())
     if started_from is not None:
         return (
             "Its training started from another model's weights, and it is not recorded here which images that model "
@@ -55,40 +61,63 @@ def training_images_sentence(
             "It was trained on another shard set than it was measured on: whether some images are in both was not "
             "checked."
         )
+    splits = dict.fromkeys(measured_split(result) for result in results.values())
     others = [split for split in splits if split != "train"]
     if not others:
         return "The numbers were measured on train, the images that it was trained on."
-    held_out = f"The numbers were measured on the {_splits(others)} of its shard set, which it was not trained on"
     seen = [result["title"] for result in results.values() if measured_split(result) == "train"]
-    return held_out + (f", except {' and '.join(seen)}: on train, the images that it was trained on." if seen else ".")
+    of_train = f" The numbers of {_listed(seen)} are of train, the images that it was trained on." if seen else ""
+    return f"The numbers were measured on {_listed(others)}{_also_in_train(others, dataset)}.{of_train}"
 
 
-def _splits(names: list[str]) -> str:
-    return f"{'split' if len(names) == 1 else 'splits'} {' and '.join(names)}"
+def _also_in_train(splits: list[str], dataset: Mapping[str, Any]) -> str:
+    """The end of a sentence: how many images of these splits are also in train."""
+    counts = {split: value_of(dataset.get("images_in_train", {}), split) for split in splits}
+    if all(count == 0 for count in counts.values()):
+        return ", whose images it was not trained on"
+    images = {split: value_of(dataset.get("images", {}), split) or 0 for split in splits}
+    counted = [
+        f"{n:,.0f} of the {images[split]:,.0f} images of {split}" for split, n in counts.items() if n is not None
+    ]
+    unknown = [split for split, count in counts.items() if count is None]
+    return (f"; {_listed(counted)} are also in train" if counted else "") + (
+        f"; whether images of {_listed(unknown)} are also in train was not counted" if unknown else ""
+    )
 
 
 def where_baselines_win(results: Results, random_weights: Results) -> list[str]:
-    """A sentence for each number of the model that a baseline reaches or beats."""
+    """A sentence for each number that a baseline reaches or beats."""
     sentences = []
     for task, result in results.items():
-        untrained = {row.name: row for row in headlines_of(random_weights[task])} if task in random_weights else {}
         for row in headlines_of(result):
             if row.value is None:
                 continue
             better = _better_baselines(row, result)
-            random = untrained.get(row.name)
+            random = untrained_row(row, result, random_weights.get(task))
             if random is not None and random.value is not None and _wins(random.value, row.value, row.unit):
                 better.append(f"initial weights ({random.text})")
             if better:
-                verb = "does" if len(better) == 1 else "do"
-                sentences.append(f"{row.name}: {_listed(better)} {verb} at least as well as this model, {row.text}.")
+                verb = "is" if len(better) == 1 else "are"
+                sentences.append(f"{row.name}, {row.text}: at least as good {verb} {_listed(better)}.")
     return sentences
+
+
+def untrained_row(row: Headline, result: dict[str, Any], untrained: dict[str, Any] | None) -> Headline | None:
+    """The headline of initial weights that was measured as `row` was, on the same split and number of images."""
+    if untrained is None or measured_split(untrained) != measured_split(result):
+        return None
+    for other in headlines_of(untrained):
+        if other.name == row.name and images_of(untrained, other) == images_of(result, row):
+            return other
+    return None
 
 
 def _better_baselines(row: Headline, result: dict[str, Any]) -> list[str]:
     """The baselines that reach or beat a headline, with their numbers."""
     if row.unit == "accuracy":
         values = {name: value_of(result, key) for name, key in ACCURACY_BASELINES.items()}
+        if row.name.endswith(": student") and isinstance(result.get("labels_alone"), dict):  # of distillation
+            values["Labels alone"] = value_of(result["labels_alone"], "test_accuracy")
         texts = {name: percent(value) for name, value in values.items() if value is not None}
     elif row.unit == "nats" and not result.get("masked"):
         values = {name: value_of(result, key) for name, key in COUNT_BASELINES.items()}

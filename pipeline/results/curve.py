@@ -42,10 +42,11 @@ def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, pat
             [row["images"] for row in validation], [row["valid_loss"] for row in validation],
             "o-", color="#111111", markersize=4, linewidth=1, label="validation",
         )  # fmt: skip
-    label_line(axes, density["uniform_nats_per_color"] if density else math.log(colors), "uniform", BASELINES[1])
-    if density:
-        label_line(axes, density["unigram_nats_per_color"], "color frequencies", BASELINES[0])
-        label_line(axes, density["bigram_nats_per_color"], "previous color", BASELINES[2])
+    compared = density if density and not density.get("masked") else None  # a masked model sees other pixels
+    label_line(axes, compared["uniform_nats_per_color"] if compared else math.log(colors), "uniform", BASELINES[1])
+    if compared:
+        label_line(axes, compared["unigram_nats_per_color"], "color frequencies", BASELINES[0])
+        label_line(axes, compared["bigram_nats_per_color"], "previous color", BASELINES[2])
     axes.set(xlabel="images seen", ylabel="loss (nats per color)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(left=0)
@@ -66,7 +67,7 @@ def describe_curve(rows: list[Row], density: dict[str, Any] | None) -> tuple[str
         caption += " and on the validation split"
     lines = (
         f"Below a dashed line the model is better than this baseline, as measured on {density['split']}."
-        if density
+        if density and not density.get("masked")
         else "The dashed line is the loss of a uniform guess."
     )
     return f"{alternative}.", f"{caption}; lower is better. {lines}"

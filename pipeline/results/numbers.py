@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.results.claims import ACCURACY_BASELINES, COUNT_BASELINES, value_of
+from pipeline.results.claims import ACCURACY_BASELINES, COUNT_BASELINES, untrained_row, value_of
 from pipeline.results.headline import Headline, Results, headlines_of, images_of
 from pipeline.results.text import MISSING, percent
-
-TEXT_COLUMNS = 2
-"""Measure and choice; the columns after them are numbers."""
 
 
 @dataclass(frozen=True)
@@ -17,20 +14,20 @@ class Numbers:
 
     head: list[str]
     rows: list[list[str]]
-    text: int = TEXT_COLUMNS
-    """The number of columns that are no numbers."""
+    text: int = 2
+    """The number of columns that are no numbers: measure and choice."""
 
 
 def numbers_table(results: Results, random_weights: Results) -> Numbers:
     """A row for each headline. Columns of baselines without any value are dropped."""
     rows = []
     for task, result in results.items():
-        untrained = headlines_of(random_weights[task]) if task in random_weights else []
-        texts = {headline.name: headline.text for headline in untrained}
-        rows += [_row(row, result, texts.get(row.name, MISSING)) for row in headlines_of(result)]
+        for row in headlines_of(result):
+            random = untrained_row(row, result, random_weights.get(task))
+            rows.append(_row(row, result, MISSING if random is None else random.text))
     head = ["Measure", "Chosen", "This model", "Random weights", *ACCURACY_BASELINES, "Color counts"]
     head += ["Mean per class", "Better", "n"]
-    shown = [place for place in range(len(head)) if place <= TEXT_COLUMNS or any(row[place] != MISSING for row in rows)]
+    shown = [place for place in range(len(head)) if place <= Numbers.text or any(row[place] != MISSING for row in rows)]
     return Numbers([head[place] for place in shown], [[row[place] for place in shown] for row in rows])
 
 
@@ -58,10 +55,10 @@ def _best_counts(result: dict[str, Any]) -> str:
 
 
 def legend(numbers: Numbers) -> str:
-    """What the columns and the errors of the table are, as far as it has them."""
+    """Explains the columns that the table has, and the errors."""
     cells = [cell for row in numbers.rows for cell in row]
     sentences = ["n: the number of images."] if "n" in numbers.head else []
-    if any("(" in row[TEXT_COLUMNS] for row in numbers.rows):
+    if any("(" in row[numbers.text] for row in numbers.rows):
         sentences.append("In brackets: the 95% Wilson interval of an accuracy.")
     if any(" ± " in cell for cell in cells):
         sentences.append("±: the deviation over repeats, or in results of earlier versions the standard error.")

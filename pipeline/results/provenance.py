@@ -38,6 +38,8 @@ class ModelFacts:
     """The model whose weights the training started from (start.path), if it did."""
     metrics: Path | None
     training_commands: tuple[str, ...]
+    averaged_steps: tuple[int, ...] = ()
+    """The steps whose weights were averaged, if they were."""
 
 
 def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
@@ -62,6 +64,7 @@ def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
         started_from=(record.settings.get("start") or {}).get("path"),
         metrics=record.metrics,
         training_commands=tuple(dict.fromkeys(" ".join(start["command"]) for start in record.run.get("starts", []))),
+        averaged_steps=tuple(record.averaged_steps),
     )
 
 
@@ -69,4 +72,5 @@ def untrained(facts: ModelFacts, seed: int) -> ModelFacts:
     """The facts of the same model with initial weights drawn from `seed`."""
     digest = json_digest([facts.digest, "initial weights", seed])
     return replace(facts, digest=digest, checkpoint_step=None, planned_steps=None, images_seen=None,
-                   source=INITIAL_WEIGHTS, started_from=None, metrics=None, training_commands=())  # fmt: skip
+                   source=INITIAL_WEIGHTS, started_from=None, metrics=None, training_commands=(),
+                   averaged_steps=())  # fmt: skip

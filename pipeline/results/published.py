@@ -80,7 +80,7 @@ def compared_with_published(
     """By published measure: our results with their headlines, and the published rows.
 
     Only measures with a result of ours are included, followed by the related systems; empty if there are none. A
-    headline that was measured in another way than the published numbers is left out, whatever measure it names.
+    headline that was measured in another way than the published numbers is excluded, whatever measure it names.
     """
     ours: dict[str, list[tuple[dict[str, Any], Headline]]] = {}
     for result in results.values():

@@ -1,14 +1,18 @@
 """results.json: all results of one model on one shard set, for other programs.
 
-    format, version    "image-gpt-results", 1 (of a task: task_files.py)
+    format, version    "image-gpt-results", 2 (of a task: task_files.py); 1 had no keys that are marked (2)
     model           digest, block, objective, parameters, layers, width, heads, resolution, palette_sha256,
                     checkpoint_step, planned_steps (of its schedule), images_seen, source (its training data),
-                    shards_digest (of its training set), valid_loss (logged by the run at that step, nats per token);
-                    null where unknown
-    dataset         name, digest, resolution, colors, classes, images (by split)
+                    shards_digest (of its training set), started_from (the model whose weights its training started
+                    from) (2), averaged_steps (whose weights were averaged; [] if none) (2), valid_loss (logged by the
+                    run at that step, nats per token; null for averaged weights); null where unknown
+    dataset         name, digest, resolution, colors, classes, images (by split), images_in_train (images of valid and
+                    test whose tokens a training image has too; a split is absent if not counted) (2)
     not_run         names of the tasks that the last command to write this file had not run yet
     tasks           by task, the content of its JSON: accuracies as fractions, losses in nats, and their provenance;
-                    title, summary and headlines (headline.py) are what a report shows of it
+                    title, summary and headlines (headline.py) are what a report shows of it. class_names has only
+                    classes that occur, confusion may be an object of its cells, and test_standard_error and intervals
+                    are null for a single image (2)
     random_weights  the same for the model with initial weights (`--weights random`), as far as measured
     published       numbers of the paper and related systems: measure, dataset, system, value, source
     commands        the commands of the training and of the evaluation
@@ -21,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.files import write_json
+from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.metrics_log import read_rows
 from pipeline.results.curve import valid_loss_at
@@ -33,7 +37,7 @@ from pipeline.results.task_files import read_task_files
 RESULTS = "results.json"
 RANDOM_WEIGHTS = "random_weights"
 """The subfolder of a results folder with the results of initial weights."""
-FORMAT, VERSION = "image-gpt-results", 1
+FORMAT, VERSION = "image-gpt-results", 2
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,8 @@ def write_results(
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "model": model | {"valid_loss": valid_loss_at(rows, facts.checkpoint_step)},
-        "dataset": {
-            "name": shards.name,
-            "digest": shards.digest,
-            "resolution": shards.resolution,
-            "colors": shards.colors,
-            "classes": list(shards.classes),
-            "images": {name: split["images"] for name, split in shards.manifest["splits"].items()},
-            "images_in_train": shards.images_in_train,
-        },
+        "model": model | {"valid_loss": None if facts.averaged_steps else valid_loss_at(rows, facts.checkpoint_step)},
+        "dataset": dataset_of(shards),
         "not_run": list(not_run),
         "tasks": measured.tasks,
         "random_weights": measured.random_weights,
@@ -90,6 +86,29 @@ def write_results(
         "commands": commands(facts, measured),
     }
     write_json(folder / RESULTS, content)
+
+
+def dataset_of(shards: ShardSet) -> dict[str, Any]:
+    """`dataset` of results.json."""
+    return {
+        "name": shards.name,
+        "digest": shards.digest,
+        "resolution": shards.resolution,
+        "colors": shards.colors,
+        "classes": list(shards.classes),
+        "images": {name: split["images"] for name, split in shards.manifest["splits"].items()},
+        "images_in_train": shards.images_in_train,
+    }
+
+
+def read_dataset(folder: Path, digest: str | None) -> dict[str, Any]:
+    """`dataset` of the results.json in a folder; empty if there is none of the shard set `digest` that can be read."""
+    try:
+        dataset = read_json(folder / RESULTS)["dataset"]
+        known = dataset["digest"] == digest and all(isinstance(dataset[k], dict) for k in ("images", "images_in_train"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return dataset if known else {}
 
 
 def commands(facts: ModelFacts, measured: Measured) -> list[str]:

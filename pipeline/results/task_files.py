@@ -61,7 +61,8 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
     try:
         result = with_headlines(content)
         for headline in headlines_of(result):
-            assert isinstance(headline.text, str) and isinstance(headline.name, str)
+            if not isinstance(headline.text, str) or not isinstance(headline.name, str):
+                raise TypeError("the name of a headline is not a text")
         return result
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"has other keys than this program knows ({error!r})") from error

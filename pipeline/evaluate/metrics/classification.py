@@ -119,7 +119,9 @@ def accuracy_text(result: dict[str, Any]) -> str:
 
 def shown_confusions(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The table of `confusion`, int (C, C), the images of each true class, (C,), and the names; of at most
-    CLASSES_SHOWN classes, those with the most images in pairs of different classes."""
+    CLASSES_SHOWN classes, those with the most images in pairs of different classes.
+
+    The images of a true class are those in all cells of `confusion`, also in cells that are not shown."""
     cells, names = result["confusion"], result["class_names"]
     if isinstance(cells, list):
         true, found = np.nonzero(cells)

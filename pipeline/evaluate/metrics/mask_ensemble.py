@@ -80,7 +80,7 @@ def score_predictions(
 
 
 def wilson_interval(right: np.ndarray) -> list[float] | None:
-    """The 95% Wilson interval [low, high] of a fraction, from bool (N,); None if N is 1, which tells too little.
+    """The 95% Wilson interval [low, high] of a fraction, from bool (N,); None if N is 1.
 
     Unlike the binomial standard error it is not zero if all or none are right.
     """

@@ -133,7 +133,7 @@ class Density(Task[DensityOptions]):
         )
         masks = f", each under {result['draws']} masks" if result["masked"] else ""
         error, images = result["nats_standard_error"], result["images"]
-        spread = f", standard error {error:.4f} nats" if error == error and images > 1 else ""
+        spread = f", standard error {error:.4f} nats" if math.isfinite(error) and images > 1 else ""
         explained = note(
             f"Mean over {image_count(images)} of {result['split']}{masks}{spread}. The "
             "baselines' counts come from the entire train split."

@@ -15,7 +15,8 @@ the accuracy of the vote over five masks are reported (mask_ensemble.py); traini
     best_layer, best_l2 or best_rate, best_layer_converged
     test_accuracy, test_accuracy_interval (95%, Wilson), test_standard_error (binomial); both None for one image
     test_accuracy_by_class (None for a class without test images), test_mean_per_class_accuracy
-    test_accuracy_by_seed, test_accuracy_deviation (n - 1)    sgd with 2 or more seeds; other test values are means
+    test_accuracy_by_seed, test_accuracy_deviation (n - 1)    sgd with 2 or more seeds; other test values are means;
+                                      no intervals
     masks, test_accuracy_by_mask, ensembled_test_accuracy     masked models only
     concatenated                      {layers, features, l2 or rate, converged, valid_accuracy, and test_... as above}
     raw_pixel_{valid_accuracy,test_accuracy}, color_histogram_{...}
@@ -185,11 +186,14 @@ def layers_around(best: int, layers: int, count: int) -> list[int]:
 
 
 def over_seeds(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """The scores of a single training unchanged; of several, the means with all accuracies and their deviation."""
+    """The scores of a single training unchanged; of several, the means with all accuracies and their deviation.
+
+    A mean has no Wilson interval, so there is none of several."""
     if len(scores) == 1:
         return scores[0]
     accuracies = [each["test_accuracy"] for each in scores]
-    return {key: _mean([each[key] for each in scores]) for key in scores[0]} | {
+    means = {key: _mean([each[key] for each in scores]) for key in scores[0] if not key.endswith("_interval")}
+    return means | {
         "test_accuracy_by_seed": accuracies,
         "test_accuracy_deviation": float(np.std(accuracies, ddof=1)),
     }

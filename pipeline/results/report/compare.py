@@ -6,7 +6,7 @@ checkpoints have it, because it then uses the same images and precision for all.
 logged at the checkpoint's step. The default accuracy is on the validation split, since the comparison is used to choose
 a checkpoint.
 
-A results.json that can't be read, such as a later version's, is left out, and the page names it.
+A results.json that can't be read, such as a later version's, is excluded, and the page names it.
 
 Writes compare.html, compare.png and compare.json: `format`, `version`, `task`, `accuracy` (valid or test), `loss`
 (density or run), and `models`, each with `name` and `points`: step, images_seen, parameters, valid_loss (nats per
@@ -149,11 +149,12 @@ def _why_unreadable(results: dict[str, Any], task: str) -> str | None:
             return f"has no results of {task} yet"
         for name in {task, "density"} & results["tasks"].keys():
             _conditions(results["tasks"][name])
-        assert isinstance(results["dataset"]["digest"], str)
+        if not isinstance(results["dataset"]["digest"], str):
+            return "has results of another version (the digest of its dataset is not a text)"
         _point(results, task, 0.0)
         for kind in LOSSES:
             _loss(results, kind)
-    except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         return f"has results of another version ({error!r})"
     return None
 
@@ -180,7 +181,8 @@ def lines_of(measured: dict[str, list[dict[str, Any]]], task: str) -> tuple[list
     if loss is None:
         lacking = next(results["file"].parent for results in every if _loss(results, "run") is None)
         raise ValueError(
-            f"{lacking} has no validation loss: its run did not validate at that step, and not every checkpoint has "
+            f"{lacking} has no validation loss: its run did not validate at that step, or its weights are an "
+            f"average, and not every checkpoint has "
             f"density on valid; evaluate all with --tasks density --density.split valid."
         )
     _check_comparable(every, [task, "density"] if loss == "density" else [task])
@@ -234,7 +236,7 @@ def _point(results: dict[str, Any], task: str, valid_loss: float | None) -> Poin
 def write_comparison(lines: list[Line], loss: str, command: Command, images: str, excluded: list[str]) -> None:
     """Writes the figure, the page, and last the numbers. Raises ValueError if the task has no such accuracy.
 
-    images: a sentence about the numbers of images. excluded: the results that were left out, with the reasons.
+    images: a sentence about the numbers of images. excluded: the results that can't be read, with the reasons.
     """
     key = f"{command.accuracy}_accuracy"
     if any(getattr(point, key) is None for line in lines for point in line.points):

@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.common.files import locked
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.metrics_log import read_rows
-from pipeline.model_folder.training_record import unfinished
+from pipeline.model_folder.training_record import averaged_text, unfinished
 from pipeline.results.claims import training_images_sentence, value_of, where_baselines_win
 from pipeline.results.curve import CURVE, describe_curve, draw_curve, has_losses
 from pipeline.results.headline import Results, measured_split
@@ -21,7 +21,7 @@ from pipeline.results.provenance import INITIAL_WEIGHTS, ModelFacts
 from pipeline.results.published import LOWER_IS_BETTER, compared_with_published, our_rows
 from pipeline.results.report.html import note, write_page
 from pipeline.results.report.sections import generic_section
-from pipeline.results.schema import RANDOM_WEIGHTS, commands, read_measured, write_results
+from pipeline.results.schema import RANDOM_WEIGHTS, commands, dataset_of, read_measured, write_results
 from pipeline.results.text import percent
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def write_report(
     in the order of the report; other tasks follow, with a section built from their JSON.
 
     Results of another model or shard set, and results that can't be read, are excluded, and the report lists their
-    files. A section or a figure that fails is left out. If several commands finish tasks at the same time, they write
+    files. A section or a figure that fails is excluded. If several commands finish tasks at the same time, they write
     one after the other, so the last report has all results.
     """
     with locked(folder / LOCK, str(folder / REPORT)):
@@ -66,7 +66,11 @@ def write_report(
             header=_header(facts, shards, tasks),
             masked=facts.objective == "masked_color",
             training_images=training_images_sentence(
-                tasks, facts.shards_digest, facts.started_from, trained=facts.source != INITIAL_WEIGHTS
+                tasks,
+                facts.shards_digest,
+                facts.started_from,
+                dataset_of(shards),
+                trained=facts.source != INITIAL_WEIGHTS,
             ),
             unfinished=unfinished(facts.checkpoint_step, facts.planned_steps),
             not_run=not_run.values(),
@@ -97,11 +101,17 @@ def _section(render: Section, result: dict[str, Any], folder: Path) -> str:
             return attempt(result, folder)
         except Exception:
             logger.warning(f"the section of {result['task']} in {REPORT} can't be written as usual", exc_info=True)
-    return note(f"{result['task']}.json can't be shown; its numbers are in {folder.name}/{result['task']}.json.")
+    return note(f"This section could not be written; the numbers are in {folder.name}/{result['task']}.json.")
+
+
+def _training_images(facts: ModelFacts, shards: ShardSet, tasks: Results) -> str:
+    trained = facts.source != INITIAL_WEIGHTS
+    return training_images_sentence(tasks, facts.shards_digest, facts.started_from, dataset_of(shards), trained=trained)
 
 
 def _header(facts: ModelFacts, shards: ShardSet, tasks: Results) -> dict[str, str]:
     planned = "" if facts.checkpoint_step is None or facts.planned_steps is None else f" of {facts.planned_steps:,}"
+    averaged = {"Weights": steps} if (steps := averaged_text(facts.averaged_steps)) else {}
     return {
         "Parameters": f"{facts.parameters:,}",
         "Layers × width × heads": f"{facts.layers} × {facts.width} × {facts.heads}",
@@ -109,6 +119,7 @@ def _header(facts: ModelFacts, shards: ShardSet, tasks: Results) -> dict[str, st
         "Objective": {"next_color": "the next color", "masked_color": "masked pixels (BERT)"}[facts.objective],
         "Images": f"{facts.resolution} × {facts.resolution}, {shards.colors} colors",
         "Training step": _count(facts.checkpoint_step) + planned,
+        **averaged,
         "Images seen in training": _count(facts.images_seen),
         "Trained on": facts.source or "not recorded",
         "Measured on": f"{shards.name}{_classes(tasks)}",
@@ -148,10 +159,13 @@ def _precision(tasks: Results) -> str:
 
 
 def _choices(tasks: Results) -> str:
-    """How the settings were chosen, as far as the results tell."""
+    """How the settings were chosen, if recorded."""
     sentences = []
     if any("valid_images" in result and "choice" not in result for result in tasks.values()):
-        sentences.append("What is chosen was chosen on the validation split, and the test split was used once.")
+        sentences.append(
+            "The values in the column Chosen were selected on the validation split; the test split was used only for "
+            "the final number."
+        )
     for result in tasks.values():
         if isinstance(result.get("choice"), str):
             sentences.append(f"{result['title']}: {result['choice']}.")
@@ -181,11 +195,13 @@ def _by_layer(tasks: Results) -> list[str]:
         if not isinstance(layers, list) or not isinstance(best, int) or "layers" in result or best >= len(layers):
             continue
         if best == 0:
-            sentences.append(f"{result['title']}: no layer is better on validation than the first, the input.")
+            sentences.append(
+                f"{result['title']}: no layer is better on validation than layer 0, the input of the first block."
+            )
         else:
             sentences.append(
                 f"{result['title']}: layer {best} of {len(layers) - 1} is the best on validation "
-                f"({percent(layers[best])}; the first layer, the input of the first block, {percent(layers[0])})."
+                f"({percent(layers[best])}; layer 0, the input of the first block, {percent(layers[0])})."
             )
     return sentences
 

@@ -153,7 +153,7 @@ def test_a_task_that_runs_out_of_memory_ends_in_one_sentence(
     monkeypatch.setattr("pipeline.evaluate.tasks.knn.KNN.measure", too_large)
     message = (
         "out of memory in knn (2.00 GiB could not be allocated): each rank computes 16 images at once; "
-        "set --batch_size lower."
+        "set --batch_size lower, or --train_images if its features do not fit."
     )
     with pytest.raises(Failed, match=f"^{re.escape(message)}$"):
         run("--tasks", "knn", "--batch_size", "16")

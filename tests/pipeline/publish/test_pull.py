@@ -54,8 +54,10 @@ def test_a_changed_file_in_the_cache_is_named(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         with pytest.raises(ValueError, match=f"{name} of hub:{REPOSITORY} has changed in the cache .*; delete {blob}"):
             model_folder(Path(f"hub:{REPOSITORY}"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     blob.unlink()
+    with pytest.raises(ValueError, match=f"{name} of hub:{REPOSITORY} is missing from the cache; run the command with"):
+        model_folder(Path(f"hub:{REPOSITORY}"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert (model_folder(Path(f"hub:{REPOSITORY}")) / name).read_bytes() == right
 
 

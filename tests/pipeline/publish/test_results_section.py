@@ -45,16 +45,39 @@ def test_baselines_resolution_and_n_are_beside_the_number(model: Path) -> None:
     (write(model, PROBE) / "results/linear_probe.png").write_bytes(b"\x89PNG")
     _, results, published = card_sections(model)
     for words in (
-        "Images of 8x8 pixels. The numbers were measured on the split test of its shard set, which it was not trained "
-        "on.",
+        "Images of 8x8 pixels. The numbers were measured on test; whether images of test are also in train was not "
+        "counted.",
         "| Dataset | Measure | Chosen | This model | Raw pixels | Color histogram | Most common class | Better | n |",
         "| dots | Linear probe | layer 2 | 50.0 % (36.6–63.4) | 40.0 % | 60.0 % | 10.0 % | higher | 50 |",
-        "- Linear probe: color histogram (60.0 %) does at least as well as this model, 50.0 % (36.6–63.4).",
+        "- Linear probe, 50.0 % (36.6–63.4): at least as good is color histogram (60.0 %).",
         "![Linear probe: test accuracy 50.0%](results/linear_probe.png)",
     ):
         assert words in results, words
     assert "| dots | **this model: Linear probe** | 50.0 % (36.6–63.4) | measured |\n| dots | raw pixels |" in published
     assert "measured at 8x8" in published
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"digest": "ours", "images": {"test": 4000}, "images_in_train": {"test": 3}},
+         "measured on test; 3 of the 4,000 images of test are also in train."),
+        ({"digest": "ours", "images": {"test": 4000}, "images_in_train": {"test": 0}},
+         "measured on test, whose images it was not trained on."),
+        ({"digest": "other", "images": {"test": 4000}, "images_in_train": {"test": 0}}, "was not counted."),
+        ({"digest": "ours", "images": {"test": 4000}}, "was not counted."),
+        (None, "was not counted."),
+    ],
+)  # fmt: skip
+def test_images_of_test_that_are_in_train_are_counted(model: Path, content: object, sentence: str) -> None:
+    (write(model, PROBE) / "results/results.json").write_text(json.dumps({"dataset": content}))
+    assert sentence in card_sections(model)[1]
+
+
+def test_results_of_initial_weights_that_cannot_be_read_are_named(model: Path) -> None:
+    (write(model, PROBE) / "results/random_weights").mkdir()
+    (model / "results/random_weights/density.json").write_text(json.dumps(PROVENANCE | DENSITY | {"version": 9}))
+    assert "can't be read: random_weights/density.json has version 9" in card_sections(model)[1]
 
 
 def test_a_bar_in_a_name_does_not_end_a_cell(model: Path) -> None:
@@ -74,12 +97,12 @@ def test_numbers_of_train_are_named_as_such(model: Path) -> None:
     }
 
 
-def test_results_that_cannot_be_read_are_named_and_left_out(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_results_that_cannot_be_read_are_named_and_excluded(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, results, _ = card_sections(write(model, PROBE, DENSITY | {"version": 2}, {"task": "completions"}))
-    assert re.findall(r"Left out, .*: (\w+\.json) has .*; (\w+\.json) has version 2 of its format", results) == [
+    assert re.findall(r"Excluded, .*: (\w+\.json) has .*; (\w+\.json) has version 2 of its format", results) == [
         ("completions.json", "density.json")
     ]
-    assert "density.json has version 2 of its format; this program reads up to 1; the card leaves it out" in caplog.text
+    assert "density.json has version 2 of its format; this program reads up to 1; the card excludes it" in caplog.text
     assert "Nats per color" not in results and "| Linear probe |" in results
 
 

@@ -51,20 +51,36 @@ def test_the_table_has_the_baselines_and_n_beside_each_number() -> None:
 def test_baselines_that_reach_the_model_are_named() -> None:
     results = {"linear_probe": PROBED, "density": density(2.9)}
     assert where_baselines_win(results, {}) == [
-        "Linear probe: color histogram (88.0 %) does at least as well as this model, 84.8 % (82.4–86.9).",
-        "Nats per color: previous color (2.9000) and two neighboring colors (2.5000) do at least as well as this "
-        "model, 2.9000.",
+        "Linear probe, 84.8 % (82.4–86.9): at least as good is color histogram (88.0 %).",
+        "Nats per color, 2.9000: at least as good are previous color (2.9000) and two neighboring colors (2.5000).",
     ]
     better = {"density": density(2.0)}
     assert where_baselines_win(better, {}) == []
     assert where_baselines_win(better, better) == [
-        "Nats per color: initial weights (2.0000) does at least as well as this model, 2.0000."
+        "Nats per color, 2.0000: at least as good is initial weights (2.0000)."
     ]
     assert where_baselines_win({"density": density(9.0, masked=True, draws=5)}, {}) == []  # another quantity
     assert where_baselines_win({"density": density(None)}, {"density": density(None)}) == []
     far = {"completions": 2.0, "originals": 0.5, "shuffled_lower_halves": 1.5, "images": 50}
     [sentence] = where_baselines_win({"completions": with_headlines({"task": "completions", "distance": far})}, {})
-    assert sentence.startswith("Fréchet distance of completions: originals with shuffled lower halves (1.500) does")
+    assert sentence.endswith(": at least as good is originals with shuffled lower halves (1.500).")
+
+
+def test_a_student_is_compared_with_labels_alone() -> None:
+    scores = {"teacher": 0.9, "student": 0.6, "labels_alone": 0.7}
+    result = {"task": "distill", "test_images": 50} | {key: {"test_accuracy": value} for key, value in scores.items()}
+    [sentence] = where_baselines_win(
+        {"distill": with_headlines(ON | result | {"majority_class_test_accuracy": 0.1})}, {}
+    )
+    assert "student" in sentence.split(",")[0]
+    assert sentence.endswith(": at least as good is labels alone (70.0 %).")
+
+
+def test_initial_weights_are_compared_only_on_the_same_images() -> None:
+    ours = {"density": density(2.0)}
+    for other in (density(1.0, "valid"), density(1.0, images=99)):
+        assert where_baselines_win(ours, {"density": other}) == []
+        assert "Random weights" not in numbers_table(ours, {"density": other}).head
 
 
 def test_one_image_is_shown_without_an_error() -> None:
@@ -80,10 +96,12 @@ def test_one_image_is_shown_without_an_error() -> None:
     [
         ({}, ("ours", None), ""),
         ([density(2.0)], ("ours", None),
-         "The numbers were measured on the split test of its shard set, which it was not trained on."),
-        ([PROBED, density(2.0, "valid")], ("ours", None), "on the splits test and valid of its shard set, which it"),
+         "The numbers were measured on test, whose images it was not trained on."),
+        ([PROBED, density(2.0, "valid")], ("ours", None),
+         "on test and valid; 0 of the 100 images of test and 5 of the 50 images of valid are also in train."),
+        ([density(2.0, "valid2")], ("ours", None), "on valid2; whether images of valid2 are also in train was not"),
         ([PROBED, density(2.0, "train")], ("ours", None),
-         "which it was not trained on, except Density: on train, the images that it was trained on."),
+         "not trained on. The numbers of Density are of train, the images that it was trained on."),
         ([density(2.0, "train")], ("ours", None), "measured on train, the images that it was trained on."),
         ([PROBED], ("theirs", None), "trained on another shard set than it was measured on"),
         ([PROBED], (None, None), "does not record the images that it was trained on"),
@@ -92,9 +110,10 @@ def test_one_image_is_shown_without_an_error() -> None:
 )  # fmt: skip
 def test_whether_it_was_trained_on_the_images(results: Any, arguments: tuple, sentence: str) -> None:
     by_task = {result["task"]: result for result in results}
-    found = training_images_sentence(by_task, *arguments)
+    dataset = {"images": {"test": 100, "valid": 50}, "images_in_train": {"test": 0, "valid": 5}}
+    found = training_images_sentence(by_task, *arguments, dataset)
     assert found == sentence or (sentence and sentence in found)
-    assert "not trained" in training_images_sentence({"density": density(2.0)}, None, None, trained=False)
+    assert "not trained" in training_images_sentence({"density": density(2.0)}, None, None, {}, trained=False)
 
 
 def test_published_numbers_are_beside_the_same_measurement_only() -> None:

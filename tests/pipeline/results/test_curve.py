@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.checkpoint.metrics_log import Row
-from pipeline.results.curve import draw_curve, has_losses, summarized, valid_loss_at
+from pipeline.results.curve import describe_curve, draw_curve, has_losses, summarized, valid_loss_at
 
 
 def training_rows(steps: int) -> list[Row]:
@@ -38,6 +38,16 @@ def test_null_losses_are_not_drawn(tmp_path: Path) -> None:
     draw_curve([*rows[:4], *nulls[4:], *valid], 512, None, tmp_path / "nulls.png")
     images = [(tmp_path / f"{name}.png").read_bytes() for name in ("without", "finite", "nulls")]
     assert images == [images[0]] * 3
+
+
+def test_a_masked_model_is_not_compared_with_color_counts(tmp_path: Path) -> None:
+    rows, counts = training_rows(9), ("uniform_nats_per_color", "unigram_nats_per_color", "bigram_nats_per_color")
+    density = {"split": "test", "masked": True} | dict.fromkeys(counts, 9.0)
+    draw_curve(rows, 512, density, tmp_path / "masked.png")
+    draw_curve(rows, 512, None, tmp_path / "without.png")
+    assert (tmp_path / "masked.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+    assert describe_curve(rows, density) == describe_curve(rows, None)
+    assert describe_curve(rows, density | {"masked": False}) != describe_curve(rows, None)
 
 
 def test_the_runs_validation_loss_at_a_step() -> None:

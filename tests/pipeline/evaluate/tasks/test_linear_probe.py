@@ -107,6 +107,7 @@ def test_sgd_gives_mean_and_deviation_over_seeds(model_folder: Path, evaluation_
     for probe in (result, result["concatenated"]):
         accuracies = probe["test_accuracy_by_seed"]
         assert len(accuracies) == 3
+        assert not [key for key in probe if key.endswith("_interval")]  # a mean has none
         assert probe["test_accuracy"] == pytest.approx(np.mean(accuracies))
         assert probe["test_accuracy_deviation"] == pytest.approx(np.std(accuracies, ddof=1))
         assert probe["test_accuracy"] > result["majority_class_test_accuracy"] + 0.1

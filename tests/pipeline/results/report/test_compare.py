@@ -98,7 +98,8 @@ def test_a_checkpoint_without_results_is_excluded(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda results: results.update(version=2), "has results of a later version (2; this program reads up to 1)"),
+        (lambda results: results.update(version=3), "has results of a later version (3; this program reads up to 2)"),
+        (lambda results: results["dataset"].update(digest=7), "has results of another version (the digest of its"),
         (lambda results: results["model"].pop("parameters"), "has results of another version (KeyError('parameters'))"),
         (lambda results: results["tasks"]["density"].pop("options"), "has results of another version (KeyError("),
         (lambda results: results.pop("tasks"), "has results of another version (KeyError('tasks'))"),
@@ -114,7 +115,7 @@ def test_results_of_other_versions_are_excluded_and_named(
     assert (comparison["format"], comparison["version"]) == ("image-gpt-comparison", 1)
     assert f"step-00000002 {reason}" in caplog.text
     page = (tmp_path / "compared/compare.html").read_text()
-    assert "Left out: model/step-00000002 has results of" in page
+    assert "Excluded: model/step-00000002 has results of" in page
     assert "Measured on 110 validation images and 127 test images." in page
     (folder / "step-00000002/results.json").write_text("{")
     assert losses(compare(folder)) == {"model": [(1, 3.0)]}

@@ -161,7 +161,7 @@ def test_the_head_and_the_notes_follow_from_the_results(out: Path) -> None:
     assert '<td class="number">127</td>' in text  # n
 
 
-def test_results_of_other_versions_are_left_out_and_named(
+def test_results_of_other_versions_are_excluded_and_named(
     trained_model: Path, shards: ShardSet, out: Path, tmp_path: Path
 ) -> None:
     out = copytree(out, tmp_path / "results")
@@ -202,7 +202,7 @@ def test_an_unfinished_training_is_stated_in_the_head(
 
 def test_results_json_has_everything(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
-    assert (results["format"], results["version"]) == ("image-gpt-results", 1)
+    assert (results["format"], results["version"]) == ("image-gpt-results", 2)
     tasks = Command.tasks.split(",")
     assert results["tasks"] == {task: json.loads((out / f"{task}.json").read_text()) for task in tasks}
     assert results["random_weights"] == {}
