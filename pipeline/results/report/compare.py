@@ -181,9 +181,8 @@ def lines_of(measured: dict[str, list[dict[str, Any]]], task: str) -> tuple[list
     if loss is None:
         lacking = next(results["file"].parent for results in every if _loss(results, "run") is None)
         raise ValueError(
-            f"{lacking} has no validation loss: its run did not validate at that step, or its weights are an "
-            f"average, and not every checkpoint has "
-            f"density on valid; evaluate all with --tasks density --density.split valid."
+            f"{lacking} has no validation loss: its run did not validate at that step, or its weights are an average, "
+            f"and not every checkpoint has density on valid; evaluate all with --tasks density --density.split valid."
         )
     _check_comparable(every, [task, "density"] if loss == "density" else [task])
     lines = [

@@ -144,6 +144,14 @@ def test_a_command_that_ends_early_leaves_a_report_of_the_tasks_that_ended(
     assert "not run yet" not in (folder / "report.html").read_text()
 
 
+def test_no_task_that_fits_is_no_error(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.evaluate.run._fitting_jobs", lambda *_: [])
+    assert not (run("--tasks", "density") / "report.html").exists()
+    assert "no task to run" in caplog.text
+
+
 def test_a_task_that_runs_out_of_memory_ends_in_one_sentence(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

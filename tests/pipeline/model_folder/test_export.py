@@ -87,7 +87,9 @@ def test_the_average_of_checkpoints_is_numpys_mean(finished_run: Runner, tmp_pat
     losses = [open_checkpoint(source / f"checkpoints/step-{step:08d}").record.probe_loss for step in steps]
     assert f"{losses[0]:.5f} at step 20, {losses[1]:.5f} at step 30, {losses[2]:.5f} at step 40; " in finished.output
     assert json.loads((tmp_path / "average/training/checkpoint.json").read_text())["averaged_steps"] == [20, 30, 40]
-    assert "| Weights | the mean of those at steps 20, 30, 40 |" in (tmp_path / "average/README.md").read_text()
+    card = (tmp_path / "average/README.md").read_text()
+    assert "| Weights | the mean of those at steps 20, 30, 40 |" in card
+    assert "| Last training loss of the run, not of the averaged weights |" in card
 
 
 @pytest.mark.parametrize(

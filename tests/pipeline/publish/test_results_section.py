@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.publish.assemble import check_results
 from pipeline.publish.results_section import card_sections, eval_results
 from pipeline.results.schema import read_results
 
@@ -72,6 +73,14 @@ def test_baselines_resolution_and_n_are_beside_the_number(model: Path) -> None:
 def test_images_of_test_that_are_in_train_are_counted(model: Path, content: object, sentence: str) -> None:
     (write(model, PROBE) / "results/results.json").write_text(json.dumps({"dataset": content}))
     assert sentence in card_sections(model)[1]
+
+
+def test_a_folder_of_results_that_cannot_be_read_is_named_with_the_reasons(model: Path) -> None:
+    write(model, DENSITY | {"version": 9})
+    with pytest.raises(
+        ValueError, match=r"has no results; give .* wrote; density.json has version 9 of its format; .*"
+    ):
+        check_results(model / "results", model)
 
 
 def test_results_of_initial_weights_that_cannot_be_read_are_named(model: Path) -> None:
