@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from pipeline.hub import _check_cached
 from pipeline.model_folder.resolve import model_folder
 from tests.hub_server import Hub
 from tests.pipeline.publish.conftest import REPOSITORY, TO_HUB, publish
@@ -54,11 +55,18 @@ def test_a_changed_file_in_the_cache_is_named(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         with pytest.raises(ValueError, match=f"{name} of hub:{REPOSITORY} has changed in the cache .*; delete {blob}"):
             model_folder(Path(f"hub:{REPOSITORY}"))
-    blob.unlink()
-    with pytest.raises(ValueError, match=f"{name} of hub:{REPOSITORY} is missing from the cache; run the command with"):
-        model_folder(Path(f"hub:{REPOSITORY}"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    blob.unlink()
     assert (model_folder(Path(f"hub:{REPOSITORY}")) / name).read_bytes() == right
+
+
+def test_a_deleted_file_in_the_cache_is_named(tmp_path: Path) -> None:
+    """A cache without a list of the repository's files, which huggingface_hub then does not check offline."""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / ("0" * 64))
+    with pytest.raises(
+        ValueError, match="model.safetensors of hub:a/b is missing from the cache; run the command with"
+    ):
+        _check_cached(tmp_path, "hub:a/b")
 
 
 @pytest.mark.parametrize("to_hub", [True, False])
