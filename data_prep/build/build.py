@@ -217,8 +217,8 @@ def _write_unit(job: Job, unfinished: UnfinishedSet, unit: Unit, outcomes: Itera
         split: writer.entry | {"squared_error": errors[split], "unlabelled": unlabelled[split]}
         for split, writer in writers.items()
     }
-    labels = sorted(numbers - {UNLABELLED})
-    result = {"shards": shards, "pictures": source_images, "skips": skips, "labels": labels}
+    labels = np.array(sorted(numbers - {UNLABELLED}), np.uint32)
+    result = {"shards": shards, "pictures": source_images, "skips": skips}
     joined = {split: np.concatenate(parts) for split, parts in digests.items()}
-    unfinished.save_result(unit, result | {"palette_sha256": palette_sha256(job.palette)}, joined)
+    unfinished.save_result(unit, result | {"palette_sha256": palette_sha256(job.palette)}, joined, labels)
     return result

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.build.parts import Part
 from data_prep.build.plan import Unit, all_units
 from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, count_skips, counts_by_reason, write_skips
@@ -14,6 +16,7 @@ from data_prep.preview import draw_result
 from data_prep.shards.format import FORMAT, MANIFEST, PALETTE, VERSION
 from data_prep.shards.overlap import Overlap
 from data_prep.shards.reader import open_shard_set
+from data_prep.sources.base import MAX_CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +54,12 @@ def join_shards(out: Path, max_skipped: float | None = None) -> None:
         limit.finish()
     except TooManySkips as error:
         raise ValueError(f"{error}.") from error
-    manifest = _manifest(plan, results, limit.skips, out)
+    labels = _labels(unfinished, plan)
+    manifest = _manifest(plan, results, limit.skips, out, labels)
     _draw(unfinished, manifest, out)
     write_skips(out / SKIPPED, limit.skips)
     write_json(out / MANIFEST, manifest)
-    _report(out, manifest, results, limit, unfinished.timings())
+    _report(out, manifest, results, limit, unfinished.timings(), len(labels))
     unfinished.remove()
 
 
@@ -86,8 +90,9 @@ def _complete_results(unfinished: UnfinishedSet, plan: dict[str, Any]) -> dict[U
 
 
 def _manifest(
-    plan: dict[str, Any], results: dict[Unit, dict[str, Any]], skips: list[Skip], out: Path
+    plan: dict[str, Any], results: dict[Unit, dict[str, Any]], skips: list[Skip], out: Path, labels: np.ndarray
 ) -> dict[str, Any]:
+    """labels: those that occur (m,), sorted."""
     config = plan["config"]
     palette = load_palette(out / PALETTE, config["palette"]["colors"], key="the palette")
     encoded_with = {result["palette_sha256"] for result in results.values()}
@@ -96,7 +101,7 @@ def _manifest(
             f"{out / PALETTE} has sha256 {palette_sha256(palette)}, but the parts were encoded with "
             f"{', '.join(sorted(encoded_with))}; restore that palette, or prepare the set again."
         )
-    classes = plan["classes"] or [str(number) for number in range(1 + max(_labels(results), default=-1))]
+    classes = plan["classes"] or [str(number) for number in range(1 + labels.max(initial=-1))]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -112,13 +117,18 @@ def _manifest(
     }
 
 
-def _labels(results: dict[Unit, dict[str, Any]]) -> set[int]:
-    """The labels that occur."""
-    return {label for result in results.values() for label in result["labels"]}
+def _labels(unfinished: UnfinishedSet, plan: dict[str, Any]) -> np.ndarray:
+    """The labels that occur: int64 (m,), sorted."""
+    occurs = np.zeros(max(MAX_CLASSES, len(plan["classes"])), bool)
+    for unit in all_units(plan["units"]):
+        occurs[unfinished.load_labels(unit)] = True
+    return np.flatnonzero(occurs)
 
 
 def _images_in_train(results: dict[Unit, dict[str, Any]], unfinished: UnfinishedSet) -> dict[str, int]:
     """By split, `train` excepted: the number of images that are also in train."""
+    if not any(split != "train" for result in results.values() for split in result["shards"]):
+        return {}  # the digests of train need not be read
     overlap = Overlap()
     for split in ("valid", "test", "train"):
         for unit, result in results.items():
@@ -165,7 +175,9 @@ def _report(
     results: dict[Unit, dict[str, Any]],
     limit: SkipLimit,
     timings: list[tuple[float, int]],
+    labels: int,
 ) -> None:
+    """labels: how many different ones occur."""
     splits, palette = manifest["splits"], manifest["palette"]
     source_images, skipped = limit.images, len(limit.skips)
     images = sum(split["images"] for split in splits.values())
@@ -187,7 +199,7 @@ def _report(
         in_train = f"; {split['images_in_train']:,} of them also in train" if name != "train" else ""
         error_text = f"mean squared color error {error:.2f} per channel"
         lines.append(f"  {name:5} {split['images']:>10,} images{without}; {error_text}{in_train}")
-    labels, classes = len(_labels(results)), len(manifest["classes"])
+    classes = len(manifest["classes"])
     of_classes = f"{classes:,} classes" if labels == classes else f"{labels:,} of {classes:,} classes have images"
     lines.append(f"  {of_classes}; {palette['colors']} colors, sha256 {palette['sha256']}")
     lines.append(f"  {out / PREVIEW} shows some images next to their source")
@@ -199,7 +211,7 @@ def _report(
         if split.get("images_in_train") and not (name == "valid" and manifest["config"]["fold_valid"]):
             logger.warning(
                 f"{out}: {split['images_in_train']:,} of {split['images']:,} images of {name} are also in train (equal "
-                f"tokens), so a measurement on {name} is not only on unseen images"
+                f"tokens), so results on {name} include training images"
             )
     if "valid" not in splits and (manifest["config"]["valid_fraction"] or "valid" in manifest["skipped"]):
         logger.warning(f"{out} has no images in valid: training can't validate on it, and probes can't select a layer")

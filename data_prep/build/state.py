@@ -2,7 +2,7 @@
 
 OUT/unfinished/plan.json                  what is being prepared; the same for all parts
 OUT/unfinished/train-000000.json          the result of a complete unit: manifest entries of its shards, and skips
-OUT/unfinished/train-000000.npz           digests of its images
+OUT/unfinished/train-000000.npz           digests of its images, and the labels that occur
 OUT/unfinished/part-00001-of-00007.json   a part that was started; its duration, once it is complete
 OUT/unfinished/samples.npz                the first images, for the preview of the result
 """
@@ -21,6 +21,8 @@ from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 
 PLAN = "plan.json"
+LABELS = "labels"
+"""The name of the array of labels, beside those of the splits."""
 
 
 def finished(out: Path, config: dict[str, Any]) -> bool:
@@ -101,22 +103,34 @@ class UnfinishedSet:
     def _part_file(self, part: Part) -> Path:
         return self.folder / f"part-{part.name}.json"
 
-    def save_result(self, unit: Unit, result: dict[str, Any], digests: dict[str, np.ndarray]) -> None:
-        """Records that a unit is complete. digests: of its images uint64 (n,), by split."""
+    def save_result(
+        self, unit: Unit, result: dict[str, Any], digests: dict[str, np.ndarray], labels: np.ndarray
+    ) -> None:
+        """Records that a unit is complete.
+
+        digests: of its images uint64 (n,), by split; labels: the different ones uint32 (m,).
+        """
         self._check_started()
-        with atomic_write(self._digests_file(unit)) as temporary, temporary.open("wb") as file:
-            np.savez(file, **digests)  # type: ignore[arg-type]  # as keyword arguments
+        with atomic_write(self._arrays_file(unit)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{LABELS: labels}, **digests)  # type: ignore[arg-type]  # as keyword arguments
         write_json(self._result_file(unit), result)
 
     def load_result(self, unit: Unit) -> dict[str, Any] | None:
         """The result of a unit; None if it isn't complete, or if an older version wrote it."""
-        complete = self._result_file(unit).is_file() and self._digests_file(unit).is_file()
-        result = read_json(self._result_file(unit)) if complete else {}
-        return result if "labels" in result else None
+        complete = self._result_file(unit).is_file() and self._arrays_file(unit).is_file()
+        if not complete:
+            return None
+        with np.load(self._arrays_file(unit), allow_pickle=False) as arrays:
+            return read_json(self._result_file(unit)) if LABELS in arrays else None
+
+    def load_labels(self, unit: Unit) -> np.ndarray:
+        """The different labels of a complete unit's images: uint32 (m,)."""
+        with np.load(self._arrays_file(unit), allow_pickle=False) as arrays:
+            return arrays[LABELS]
 
     def load_digests(self, unit: Unit, split: str) -> np.ndarray:
         """The digests of a complete unit's images in a split that it has: uint64 (n,)."""
-        with np.load(self._digests_file(unit), allow_pickle=False) as arrays:
+        with np.load(self._arrays_file(unit), allow_pickle=False) as arrays:
             return arrays[split]
 
     def reusable_result(self, unit: Unit, palette_sha256: str) -> dict[str, Any] | None:
@@ -152,7 +166,7 @@ class UnfinishedSet:
     def _result_file(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.json"
 
-    def _digests_file(self, unit: Unit) -> Path:
+    def _arrays_file(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.npz"
 
 

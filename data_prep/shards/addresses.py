@@ -6,10 +6,18 @@ they nor a query string, such as the signature of a signed URL, are logged or st
 
 import re
 from base64 import b64encode
+from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlsplit, urlunsplit
 
-URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s'\"\\]*)")
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)((?:[^\s'\"\\]|['\"\\](?=(?:(?!://)\S)*@))*)")
+"""Quotes and backslashes end a URL, except before an @, since a password may have them."""
+SIGNATURE = re.compile(
+    r"x-(amz|goog|oss|cos)-.*|q-.*|expires|signature|policy|key-pair-id|(aws|oss)accesskeyid|googleaccessid"
+    r"|security-token|(access_)?token|download|s[vtrepsi]|sig|sip|srt|spr|skoid|sktid|skt|ske|sks|skv",
+    re.IGNORECASE,
+)
+"""Parameters of a query string that sign a URL (AWS, CloudFront, Google, Azure, OSS) or do not select the file."""
 QUOTED_ALREADY = "!#$%&'()*+,-./:;=?@[]_~"
 """Characters of a path and a query that are sent as they are: the address may be percent-encoded already."""
 
@@ -49,12 +57,23 @@ def hide_secrets(text: str) -> str:
     return URL.sub(lambda match: match[1] + _hidden(match[2]), text)
 
 
-def _hidden(address: str) -> str:
-    """address: a URL without its scheme."""
+def without_signatures(text: str) -> str:
+    """Like `hide_secrets`, but with the parameters in query strings that select the file. Not to be shown or stored."""
+    return URL.sub(lambda match: match[1] + _hidden(match[2], _unsigned), text)
+
+
+def _unsigned(query: str) -> str:
+    """A query string without the parameters of a signature; "..." if it has no others."""
+    kept = (part for part in query.split("&") if not SIGNATURE.fullmatch(part.partition("=")[0]))
+    return "&".join(kept) or "..."
+
+
+def _hidden(address: str, show: Callable[[str], str] = lambda query: "...") -> str:
+    """address: a URL without its scheme; show: what replaces its query string."""
     server = re.split(r"[/?#]", address, maxsplit=1)[0]
     if "@" in server:
         address = address[server.rindex("@") + 1 :]
     elif "@" in address and not re.fullmatch(r"[^:]*(:\d*)?", server):  # a password with a slash that is not encoded
         address = address[address.rindex("@") + 1 :]
-    path, question, _ = address.partition("?")
-    return f"{path}?..." if question else path
+    path, question, query = address.partition("?")
+    return f"{path}?{show(query)}" if question else path

@@ -21,8 +21,10 @@ import subprocess
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
+from urllib.parse import urlsplit
 
 from data_prep.common.files import atomic_write
 from data_prep.common.retry import backoff, retry
@@ -263,11 +265,17 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         clean, authorization = split_credentials(url)
         new = super().redirect_request(request, file, code, reason, headers, clean)
-        if new is not None and (new.type, new.host) == (request.type, request.host):
+        if new is not None and urlsplit(new.full_url)[:2] == urlsplit(request.full_url)[:2]:
+            # Not the requests' hosts: behind a proxy they are the proxy's.
             authorization = authorization or request.get_header(AUTHORIZATION)
         if new is not None and authorization is not None:
             new.add_unredirected_header(AUTHORIZATION, authorization)
         return new
+
+
+@cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(Redirects)
 
 
 def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
@@ -279,7 +287,7 @@ def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
         request.add_unredirected_header(AUTHORIZATION, authorization)
     shown = hide_secrets(address)
     try:
-        answer = urllib.request.build_opener(Redirects).open(request, timeout=TIMEOUT)
+        answer = _opener().open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         size = _size_of_range(error.headers)
         error.close()
@@ -289,7 +297,7 @@ def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
             raise ValueError(f"{shown} can't be read: HTTP {error.code} {error.reason}.") from error
         raise
     except urllib.error.URLError as error:
-        if _is_hopeless(error.reason):
+        if _is_hopeless(error.reason, start):
             raise ValueError(f"{shown} can't be read: {error.reason}.") from error
         raise
     except (http.client.InvalidURL, UnicodeError) as error:  # UnicodeError: a host name
@@ -304,9 +312,12 @@ def _open_http(address: str, start: int) -> tuple[Connection, int | None]:
     return _skip_to(answer, start), int(length) if length.isdecimal() else None
 
 
-def _is_hopeless(reason: Any) -> bool:
-    """Whether a request that failed for this reason would fail again: an unknown host, a wrong certificate."""
-    unknown = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
+def _is_hopeless(reason: Any, start: int) -> bool:
+    """Whether a request that failed for this reason would fail again: an unknown host, a wrong certificate.
+
+    A host is known if bytes before `start` were read; then the name server fails for a while.
+    """
+    unknown = not start and isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
     return unknown or isinstance(reason, ssl.SSLCertVerificationError | str)
 
 

@@ -60,7 +60,7 @@ class StreamImages:
     """One file of a streamed split."""
 
     def __init__(self, stream: Any, image_column: str, labels: RowLabels | None, files: list[str], name: str) -> None:
-        """files: those of the split that are on this machine, to name one that is damaged."""
+        """files: those on this machine that it may be, to name one that is damaged."""
         self.stream, self.image_column, self.labels, self.files, self.name = stream, image_column, labels, files, name
 
     def __iter__(self) -> Iterator[Encoded | BadImage]:
@@ -181,7 +181,8 @@ def _streamed(path: str, parts: list[Split], images: str, column: LabelColumn | 
                 values = column.distinct(distinct_values(part.files, column.name), part.name)
             elif part.names is None:
                 _refuse_strings(part, column)
-            classes = classes or list(values.values())  # those of train, the first split
+            if part is parts[0]:  # train
+                classes = list(values.values())
             positions = column.positions(list(values.values()), classes, part.name)
             labels = RowLabels(column, part.name, dict(zip(values, positions, strict=True)) if values else None)
         streams[part.name] = _streams(part, images, labels, f"{path} {part.name}")
@@ -200,8 +201,10 @@ def _refuse_strings(part: Split, column: LabelColumn) -> None:
 def _streams(part: Split, images: str, labels: RowLabels | None, name: str) -> list[ImageStream]:
     """One stream for each file of a streamed split."""
     shards = [part.data.shard(part.data.num_shards, number) for number in range(part.data.num_shards)]
+    one_each = len(part.files) == len(shards)
+    files = [[file] for file in part.files] if one_each else [part.files] * len(shards)
     return [
-        StreamImages(shard, images, labels, part.files, f"{name}, file {number}" if len(shards) > 1 else name)
+        StreamImages(shard, images, labels, files[number], f"{name}, file {number}" if len(shards) > 1 else name)
         for number, shard in enumerate(shards)
     ]
 

@@ -4,6 +4,7 @@
 """
 
 import gc
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,10 @@ from traceback import clear_frames
 from typing import Any
 
 SUFFIXES = (".parquet", ".arrow")
+ARROW_FILE = b"ARROW1"
+"""The first bytes of an arrow file; a stream has none."""
 LISTED = 10
-"""Classes that an error message lists."""
+"""Classes that an error message about a file lists."""
 
 
 def local_tables(files: Iterable[str]) -> list[str]:
@@ -84,6 +87,8 @@ def _checked(file: str, read: Callable[[str], Any]) -> Any:
     try:
         return read(file)
     except (pa.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise ValueError(f"{file} can't be read ({os.strerror(error.errno)}).") from error
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"{file} is damaged ({cause}); download or write it again.") from error
 
@@ -120,15 +125,19 @@ def _read(file: str) -> None:
                 batch.validate(full=True)
         return
     with pa.memory_map(file) as source:
-        for batch in _open_arrow(source):
+        table = _open_arrow(source)
+        stored = map(table.get_batch, range(table.num_record_batches)) if hasattr(table, "get_batch") else table
+        for batch in stored:
             batch.validate(full=True)
 
 
 def _open_arrow(source: Any) -> Any:
-    """A stream, as `datasets` writes it."""
+    """The batches of a stream, as `datasets` writes it, or of an arrow file, which `datasets` reads too."""
     import pyarrow as pa
 
-    return pa.ipc.open_stream(source)
+    is_file = source.read(len(ARROW_FILE)) == ARROW_FILE
+    source.seek(0)
+    return pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
 
 
 def _listed(names: list[str]) -> str:

@@ -72,9 +72,8 @@ def _open_train(parent: Path) -> tuple[ImageFiles | TarImages, list[str]]:
             raise ValueError(
                 f"{parent / 'train'} has no folders named by WordNet ids; it must contain n01440764/*.JPEG and so on."
             )
-        refuse_loose_images(parent / "train", _images_in(parent / "train", PassedOver()))
         train = _in_class_folders(parent / "train", wnids)
-        _refuse_unextracted(parent / "train", train)
+        _refuse_unextracted(parent / "train")
         return train, wnids
     if not (parent / TRAIN_TAR).is_file():
         raise ValueError(f"source.path {parent} has neither the folder train/ nor {TRAIN_TAR}; add one of them.")
@@ -85,12 +84,12 @@ def _open_train(parent: Path) -> tuple[ImageFiles | TarImages, list[str]]:
         raise ValueError(f"{file.name} has no class archives such as n01440764.tar; download it again.")
     wnids = sorted(tars)
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
-        listed = list(pool.map(lambda wnid: _list_tar(file, tars[wnid]), wnids))
-    for wnid, (names, _, _) in zip(wnids, listed, strict=True):
+        listings = list(pool.map(lambda wnid: _list_tar(file, tars[wnid]), wnids))
+    for wnid, (names, _, _) in zip(wnids, listings, strict=True):
         if not len(names):
-            raise ValueError(f"{file.name}/{wnid}.tar has no .JPEG images; download it again.")
-    offsets, sizes = (np.concatenate([one[column] for one in listed]) for column in (1, 2))
-    names_by_class = [names for names, _, _ in listed]
+            raise ValueError(f"{file.name}/{wnid}.tar has no images; download it again.")
+    offsets, sizes = (np.concatenate([one[column] for one in listings]) for column in (1, 2))
+    names_by_class = [names for names, _, _ in listings]
     return TarImages(file, _below(wnids, names_by_class), offsets, sizes, _ranks(names_by_class)), wnids
 
 
@@ -101,7 +100,6 @@ def _open_val(parent: Path, root: Path, wnids: list[str], classes: Classes) -> I
         found = _class_folders(folder)
         if found:
             _refuse_unknown(found, wnids, folder)
-            refuse_loose_images(folder, _images_in(folder, PassedOver()))
             return _in_class_folders(folder, wnids)
         passed = PassedOver()
         flat = _images_in(folder, passed)
@@ -117,7 +115,7 @@ def _open_val(parent: Path, root: Path, wnids: list[str], classes: Classes) -> I
 def _flat_labels(names: list[str], wnids: list[str], classes: Classes, parent: Path, root: Path) -> np.ndarray:
     """Labels (N,) of images without class folders, in the order of their names."""
     if not names:
-        raise ValueError(f"{parent} has no .JPEG images; extract or download {VAL_TAR} again.")
+        raise ValueError(f"{parent} has no images; extract or download {VAL_TAR} again.")
     true_wnids = classes.of_images(names, parent, root)
     _refuse_unknown(set(true_wnids), wnids, parent)
     rank = {wnid: label for label, wnid in enumerate(wnids)}
@@ -141,29 +139,34 @@ def _in_class_folders(folder: Path, wnids: list[str]) -> ImageFiles:
     """The images of folder/<wnid>/, class by class."""
     names_by_class = []
     passed = PassedOver()
+    refuse_loose_images(folder, _images_in(folder, passed))
     for wnid in wnids:
         names = _images_in(folder / wnid, passed, f"{wnid}/") if (folder / wnid).is_dir() else []
         if not names:
-            raise ValueError(f"{folder / wnid} has no .JPEG images; extract or copy that class again.")
+            raise ValueError(f"{folder / wnid} has no images; extract or copy that class again.")
         names_by_class.append(Names(names))
     passed.log(folder)
     return ImageFiles(str(folder), _below(wnids, names_by_class), _ranks(names_by_class))
 
 
-def _refuse_unextracted(folder: Path, images: ImageFiles) -> None:
+def _refuse_unextracted(folder: Path) -> None:
     """Raises ValueError for a class archive beside the class folders that has images that were not extracted."""
     tars = sorted(path for path in folder.glob("n*.tar") if WNID.fullmatch(path.stem))
-    if not tars:
-        return
-    extracted = set(images.names)
-    for tar in tars:
-        names, _, _ = _list_tar(open_random_access(tar))
-        missing = [name for name in names if f"{tar.stem}/{name}" not in extracted]
-        if missing:
-            raise ValueError(
-                f"{folder} has the class archive {tar.name}, and {len(missing):,} of its {len(names):,} images are not "
-                f"in {tar.stem}/ ({listed(missing)}); extract it there, then remove it."
-            )
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        for tar, (images, missing) in zip(tars, pool.map(_not_extracted, tars), strict=True):
+            if missing:
+                raise ValueError(
+                    f"{folder} has the class archive {tar.name}, and {len(missing):,} of its {images:,} images are not "
+                    f"in {tar.stem}/ ({listed(missing)}); extract it there, then remove it."
+                )
+
+
+def _not_extracted(tar: Path) -> tuple[int, list[str]]:
+    """The number of images in a class archive, and the names of those that are not in its folder."""
+    names, _, _ = _list_tar(open_random_access(tar))
+    folder = tar.with_suffix("")
+    extracted = set(os.listdir(folder)) if folder.is_dir() else set()  # noqa: PTH208  (names only)
+    return len(names), [name for name in names if name not in extracted]
 
 
 def _below(wnids: list[str], names_by_class: list[Names]) -> Iterator[str]:

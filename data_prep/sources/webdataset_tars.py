@@ -17,26 +17,27 @@ from typing import Any
 
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadImage
-from data_prep.shards.addresses import hide_secrets
+from data_prep.shards.addresses import hide_secrets, without_signatures
 from data_prep.shards.remote import is_remote, open_remote
 from data_prep.sources.base import MAX_CLASSES, UNLABELLED, Encoded, ImageStream, Source, fingerprint
-from data_prep.sources.folders import in_system_folder
+from data_prep.sources.folders import SUFFIXES, in_system_folder
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = (
+FIRST_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"),
     *("jfif", "jpe", "avif", "jp2", "j2k", "pgm", "pnm"),
 )
+IMAGE_EXTENSIONS = (*FIRST_EXTENSIONS, *sorted({suffix[1:] for suffix in SUFFIXES}.difference(FIRST_EXTENSIONS)))
 """Extensions of images. If several members have one key, the first extension counts; others may be masks."""
 TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)")
 UNREADABLE_TAR_NAME = re.compile(r"[^.].*\.(tar\.(zst|zstd|lz4|lzma|lz|br|Z)|tzst)")
 """Names of tars whose compression can't be read."""
 TRAIN_WORDS = ("train", "training")
 SPLIT_WORDS = (*TRAIN_WORDS, "valid", "val", "validation", "dev", "test", "testing", "eval", "evaluation")
-"""The words by which the file names of published sets tell the splits apart, as the package datasets knows them."""
+"""The words by which the file names of published sets name the splits, as the package datasets knows them."""
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
 META_NAME = re.compile(r"__[^/]*__($|/)")
 """Members with metadata of the tar; webdataset ignores them."""
@@ -152,11 +153,13 @@ def _name(pattern: str) -> str:
 
 
 def _identities(tars: list[str]) -> list[str]:
-    """What tells the tars of a split apart, for the fingerprint: not the query strings, unless nothing else does.
+    """What identifies each tar of a split, for the fingerprint: not the signatures of URLs, unless nothing else does.
 
     So an interrupted preparation resumes with newly signed URLs.
     """
-    names = [hide_secrets(tar) if is_remote(tar) else f"{Path(tar).name} {Path(tar).stat().st_size}" for tar in tars]
+    names = [
+        without_signatures(tar) if is_remote(tar) else f"{Path(tar).name} {Path(tar).stat().st_size}" for tar in tars
+    ]
     return names if len(set(names)) == len(names) or not is_remote(tars[0]) else tars
 
 
