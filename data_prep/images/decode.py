@@ -233,7 +233,7 @@ def _unidentified(content: bytes, name: str) -> BadImage:
 
 
 def _plugin_message(content: bytes) -> str:
-    """What the plugin for the format of a file says of it: `Image.open` drops that message."""
+    """The error message of the format's plugin, which `Image.open` discards."""
     from PIL import Image
 
     for factory, accepts in (Image.OPEN[name] for name in FORMATS if name in Image.OPEN):

@@ -129,7 +129,7 @@ def _check_presence(folder: Path, names: list[str], file: Path) -> None:
         )
     extra = sorted(existing.difference(names))
     if extra:
-        logger.info(f"{folder}: passed over {len(extra):,} files that {file.name} does not list ({listed(extra)})")
+        logger.info(f"{folder}: ignored {len(extra):,} files that {file.name} does not list ({listed(extra)})")
 
 
 def iter_list_entries(file: TextIO) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""What folders of images contain: the images, what is passed over and counted, and what shows that a copy or an
+"""What folders of images contain: the images, what is ignored and counted, and what shows that a copy or an
 extraction is incomplete."""
 
 import logging
@@ -36,7 +36,7 @@ Kind = Literal["folder", "file", "broken link", "other"]
 
 
 @dataclass
-class PassedOver:
+class IgnoredEntries:
     """What is in the folders of a split and is not read."""
 
     folders: Counter[str] = field(default_factory=Counter)
@@ -69,9 +69,9 @@ class PassedOver:
         return "; ".join(parts)
 
     def log(self, folder: Path) -> None:
-        """Logs what was passed over in a split's folder, if anything was."""
+        """Logs what was ignored in a split's folder, if anything was."""
         if str(self):
-            logger.info(f"{folder}: passed over {self}")
+            logger.info(f"{folder}: ignored {self}")
 
 
 def listed(names: list[str]) -> str:
@@ -80,7 +80,7 @@ def listed(names: list[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{more}"
 
 
-def entries_of(folder: Path, passed: PassedOver) -> list[os.DirEntry[str]]:
+def entries_of(folder: Path, ignored: IgnoredEntries) -> list[os.DirEntry[str]]:
     """The sorted entries of a folder, without hidden ones and system folders, which are counted."""
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
@@ -88,15 +88,15 @@ def entries_of(folder: Path, passed: PassedOver) -> list[os.DirEntry[str]]:
     for entry in found:
         is_hidden = entry.name.startswith(".")
         if (is_hidden or entry.name.lower() in SYSTEM_FOLDERS) and entry_kind(entry) == "folder":
-            passed.folders[entry.name] += 1
+            ignored.folders[entry.name] += 1
         elif is_hidden:
-            passed.add_file(entry.name)
+            ignored.add_file(entry.name)
         else:
             visible.append(entry)
     return visible
 
 
-def images_below(folder: Path, name: str, passed: PassedOver) -> list[str]:
+def images_below(folder: Path, name: str, ignored: IgnoredEntries) -> list[str]:
     """Sorted paths of the images in `folder/name` and below, relative to `folder`.
 
     Each real folder is read once, at its own place rather than through a link; links are followed, except into a
@@ -117,14 +117,14 @@ def images_below(folder: Path, name: str, passed: PassedOver) -> list[str]:
         if identity in seen:
             continue
         seen.add(identity)
-        for entry in entries_of(folder / here, passed):
+        for entry in entries_of(folder / here, ignored):
             path, kind = f"{here}/{entry.name}", entry_kind(entry)
             if kind == "folder":
                 (links if entry.is_symlink() else folders).append(path)
             elif _is_image(entry, kind):
                 found.append(path)
             elif kind == "file":
-                passed.add_file(path)
+                ignored.add_file(path)
     return sorted(found)
 
 
@@ -133,7 +133,7 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def loose_images(entries: list[os.DirEntry[str]], passed: PassedOver) -> list[str]:
+def loose_images(entries: list[os.DirEntry[str]], ignored: IgnoredEntries) -> list[str]:
     """The names of the images among the entries of a split's folder; other files are counted."""
     images = []
     for entry in entries:
@@ -141,7 +141,7 @@ def loose_images(entries: list[os.DirEntry[str]], passed: PassedOver) -> list[st
         if _is_image(entry, kind):
             images.append(entry.name)
         elif kind == "file":
-            passed.add_file(entry.name)
+            ignored.add_file(entry.name)
     return images
 
 

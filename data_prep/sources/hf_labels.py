@@ -92,8 +92,8 @@ def _checked(values: list[Any], names: list[str], column: LabelColumn, split: st
     for value in values:
         if not UNLABELLED <= value < len(names):
             raise ValueError(
-                f"source.label_column {column.name!r} of {column.path!r} has the value {value} in {split}; it must be "
-                f"0 to {len(names) - 1}, the number of one of its {len(names)} classes, or {UNLABELLED} for none."
+                f"source.label_column {column.name!r} of {column.path!r} has the value {value} in {split}, which is "
+                f"none of its {len(names)} classes; it must be 0 to {len(names) - 1}, or {UNLABELLED} for none."
             )
     return [int(value) for value in values]
 
@@ -138,6 +138,6 @@ class RowLabels:
         if value not in self.numbers:
             raise ValueError(
                 f"source.label_column {self.column.name!r} of {self.column.path!r} has the value {value!r} in "
-                f"{self.split}; it must be the number of one of its {len(self.numbers)} classes, or {UNLABELLED}."
+                f"{self.split}, which is none of its {len(self.numbers)} classes; it must be one, or {UNLABELLED}."
             )
         return self.numbers[value]

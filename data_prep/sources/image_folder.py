@@ -8,7 +8,7 @@ import numpy as np
 from data_prep.config import SourceConfig
 from data_prep.sources.base import ImageFiles, Images, Source, fingerprint
 from data_prep.sources.folders import (
-    PassedOver,
+    IgnoredEntries,
     entries_of,
     entry_kind,
     images_below,
@@ -38,7 +38,7 @@ def open_source(config: SourceConfig) -> Source:
     folders = {split: _find(root, split) for split in SPLITS}
     if folders["train"] is None:
         raise ValueError(f"source.path {root} has no folder train/; it must contain train/<class>/*.")
-    classes = _class_folders(folders["train"], PassedOver())
+    classes = _class_folders(folders["train"], IgnoredEntries())
     if not classes:
         raise ValueError(f"{folders['train']} has no class folders; images must be in train/<class>/.")
     splits: dict[str, Images] = {
@@ -60,31 +60,31 @@ def _find(root: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _class_folders(folder: Path, passed: PassedOver) -> list[str]:
-    return [entry.name for entry in entries_of(folder, passed) if entry_kind(entry) == "folder"]
+def _class_folders(folder: Path, ignored: IgnoredEntries) -> list[str]:
+    return [entry.name for entry in entries_of(folder, ignored) if entry_kind(entry) == "folder"]
 
 
 def _list_split(folder: Path, classes: list[str]) -> ImageFiles:
-    passed = PassedOver()
+    ignored = IgnoredEntries()
     names: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
-    entries = entries_of(folder, passed)
+    entries = entries_of(folder, ignored)
     refuse_unextracted(folder)
-    refuse_loose_images(folder, loose_images(entries, passed))
+    refuse_loose_images(folder, loose_images(entries, ignored))
     for name in (entry.name for entry in entries if entry_kind(entry) == "folder"):
         if name not in classes:
             raise ValueError(f"{folder / name} is a class that is not in train/; rename or remove it.")
-        found = images_below(folder, name, passed)
+        found = images_below(folder, name, ignored)
         names += found
         labels += [classes.index(name)] * len(found)
         empty += [] if found else [name]
     if not names:
-        found_instead = f"; passed over {passed}" if str(passed) else ""
+        found_instead = f"; ignored {ignored}" if str(ignored) else ""
         raise ValueError(
             f"{folder} has no images; they must be in <class>/ and end in .jpg, .png or the like{found_instead}."
         )
-    passed.log(folder)
+    ignored.log(folder)
     if empty:
         logger.warning(f"{folder} has no images in {len(empty):,} of its class folders: {listed(empty)}")
     return ImageFiles(str(folder), names, np.array(labels))

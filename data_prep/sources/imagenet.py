@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.config import SourceConfig
 from data_prep.sources.base import ImageFiles, Names, Source, fingerprint
 from data_prep.sources.folders import (
-    PassedOver,
+    IgnoredEntries,
     entry_kind,
     has_image_ending,
     in_system_folder,
@@ -101,9 +101,9 @@ def _open_val(parent: Path, root: Path, wnids: list[str], classes: Classes) -> I
         if found:
             _refuse_unknown(found, wnids, folder)
             return _in_class_folders(folder, wnids)
-        passed = PassedOver()
-        flat = _images_in(folder, passed)
-        passed.log(folder)
+        ignored = IgnoredEntries()
+        flat = _images_in(folder, ignored)
+        ignored.log(folder)
         return ImageFiles(str(folder), flat, _flat_labels(flat, wnids, classes, folder, root))
     if not (parent / VAL_TAR).is_file():
         return None
@@ -138,14 +138,14 @@ def _class_folders(folder: Path) -> list[str]:
 def _in_class_folders(folder: Path, wnids: list[str]) -> ImageFiles:
     """The images of folder/<wnid>/, class by class."""
     names_by_class = []
-    passed = PassedOver()
-    refuse_loose_images(folder, _images_in(folder, passed))
+    ignored = IgnoredEntries()
+    refuse_loose_images(folder, _images_in(folder, ignored))
     for wnid in wnids:
-        names = _images_in(folder / wnid, passed, f"{wnid}/") if (folder / wnid).is_dir() else []
+        names = _images_in(folder / wnid, ignored, f"{wnid}/") if (folder / wnid).is_dir() else []
         if not names:
             raise ValueError(f"{folder / wnid} has no images; extract or copy that class again.")
         names_by_class.append(Names(names))
-    passed.log(folder)
+    ignored.log(folder)
     return ImageFiles(str(folder), _below(wnids, names_by_class), _ranks(names_by_class))
 
 
@@ -178,7 +178,7 @@ def _ranks(names_by_class: list[Names]) -> np.ndarray:
     return np.repeat(np.arange(len(names_by_class)), [len(names) for names in names_by_class])
 
 
-def _images_in(folder: Path, passed: PassedOver, below: str = "") -> list[str]:
+def _images_in(folder: Path, ignored: IgnoredEntries, below: str = "") -> list[str]:
     """The sorted names of a folder's images. Other files are counted, with their paths `below` the split's folder."""
     images = []
     with os.scandir(folder) as entries:
@@ -186,7 +186,7 @@ def _images_in(folder: Path, passed: PassedOver, below: str = "") -> list[str]:
             if _is_image(entry.name):
                 images.append(entry.name)
             elif entry_kind(entry) == "file":
-                passed.add_file(f"{below}{entry.name}")
+                ignored.add_file(f"{below}{entry.name}")
     return sorted(images)
 
 

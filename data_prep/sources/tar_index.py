@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.common.contents import described
 from data_prep.images.decode import BadImage, Decode
 from data_prep.sources.base import Images, Names
-from data_prep.sources.tar_stream import BEHIND_END, is_padding, may_follow
+from data_prep.sources.tar_stream import AFTER_END, is_padding, may_follow
 
 BLOCK = 512
 """A tar's headers and contents start at multiples of this many bytes."""
@@ -77,7 +77,7 @@ def tar_members(file: RandomAccessFile, inside: Member | None = None) -> Iterato
             offset += BLOCK
             continue
         if padding or (zeros is not None and not may_follow(begin, zeros, offset - start)):
-            raise ValueError(f"{name} is damaged at byte {offset - start} ({BEHIND_END}); download it again.")
+            raise ValueError(f"{name} is damaged at byte {offset - start} ({AFTER_END}); download it again.")
         if zeros is not None:
             begin, zeros = offset - start, None
         content = offset + BLOCK

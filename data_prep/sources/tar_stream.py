@@ -25,7 +25,7 @@ EXTENDED_HEADERS = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-BEHIND_END = "there are other bytes behind its end-of-archive blocks"
+AFTER_END = "there are other bytes after its end-of-archive blocks"
 
 
 class DamagedTar(Exception):
@@ -57,7 +57,7 @@ class Archive(tarfile.TarFile):
     """The offset of the first header: of the current tar, if several were concatenated."""
     end: int | None = None
     """The offset of the first of the blocks of zeros before the current position; None after a member."""
-    noise = False
+    has_padding = False
     """Whether there was something else than zeros or a member after `end`."""
 
 
@@ -83,11 +83,11 @@ class Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             truncated = isinstance(error, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
             if not is_padding(end, offset, truncated):
-                raise DamagedTar(str(error) if end is None else BEHIND_END) from error
-            archive.noise = True
+                raise DamagedTar(str(error) if end is None else AFTER_END) from error
+            archive.has_padding = True
             raise tarfile.EOFHeaderError("padding") from error  # type: ignore[attr-defined]
-        if archive.noise or (end is not None and not may_follow(archive.begin, end, offset)):
-            raise DamagedTar(BEHIND_END)
+        if archive.has_padding or (end is not None and not may_follow(archive.begin, end, offset)):
+            raise DamagedTar(AFTER_END)
         if end is not None:
             archive.begin, archive.end = offset, None
         return header
@@ -126,7 +126,7 @@ class Tar:
             if member is not None:
                 cast(Header, member).check_size(MEMBER_LIMIT)  # an extended header may have changed the size
             elif self._bytes.read(1):  # such as an uncompressed tar after a compressed one
-                raise DamagedTar("there are other bytes behind its compressed data")
+                raise DamagedTar("there are other bytes after its compressed data")
             return member
 
     def _next_header(self, tar: Archive) -> tarfile.TarInfo | None:
@@ -135,7 +135,7 @@ class Tar:
         except gzip.BadGzipFile as error:
             if tar.end is None or not str(error).startswith("Not a gzipped file"):
                 raise
-            return None  # like gzip, ignores a few bytes behind the compressed data
+            return None  # like gzip, ignores a few bytes after the compressed data
 
     def content(self, member: tarfile.TarInfo, limit: int) -> bytes:
         """The member's bytes, at most `limit`."""

@@ -248,9 +248,11 @@ class Sample:
         Dots in the names of several images give them one key, such as www of www.site_1.jpg: each of them is counted.
         """
         if self.content is None:
+            images = [extension for extension in self.extensions if extension.split(".")[-1] in IMAGE_EXTENSIONS]
             present = _printable(", ".join(f".{extension}" for extension in self.extensions[:5]))
             detail = f"it has {present}, but no .jpg, .png or the like"
-            images = [extension for extension in self.extensions if extension.split(".")[-1] in IMAGE_EXTENSIONS]
+            if images:
+                detail = "its name has several dots, and the key ends at the first; rename it"
             for name in [f"{self.key}.{extension}" for extension in images] or [self.key]:
                 yield BadImage(_printable(f"{name} in {self.shown}"), "not a picture", detail)
             return

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep.build.plan import Unit
+from data_prep.build.state import UnfinishedSet
 from data_prep.shards.reader import open_shard_set
 from tests.data_prep.tar_files import encode_image, tar_bytes
 
@@ -55,3 +57,14 @@ def test_numbers_that_are_no_classes_end_the_preparation(prepared: Callable[[lis
     result = prepared([label, "1", "0"])
     assert result.code == 2
     assert f"its label is '{label}', not an integer from 0 to 999,999" in result.err
+
+
+def test_the_labels_of_a_unit_are_stored_as_an_array(tmp_path: Path) -> None:
+    unfinished, unit = UnfinishedSet(tmp_path / "set"), Unit("train", 0)
+    unfinished.start({})
+    digests = {"train": np.arange(3, dtype=np.uint64)}
+    unfinished.save_result(unit, {"shards": {}}, digests, np.array([3, 90], np.uint32))
+    assert unfinished.load_result(unit) == {"shards": {}}
+    assert unfinished.load_labels(unit).tolist() == [3, 90]
+    np.savez(unfinished.folder / f"{unit.name}.npz", **digests)  # type: ignore[arg-type]  # as an older version did
+    assert unfinished.load_result(unit) is None

@@ -61,7 +61,7 @@ def test_shards_and_verify_count_them(folder: Path, options: list[str], tmp_path
     counts = by_sets(shards)
     assert result.code == 0 and counts["test"] >= 5
     assert shards.images_in_train == counts
-    assert f"{counts['test']} of 17 images of test are also in train (equal tokens), so a measurement" in result.err
+    assert f"{counts['test']} of 17 images of test are also in train (equal tokens), so results on test" in result.err
     assert f"{counts['test']} of them also in train" in result.err
     manifest = json.loads((out / "shards.json").read_text())
     del manifest["splits"]["test"]["images_in_train"]  # as sets that were prepared before have it

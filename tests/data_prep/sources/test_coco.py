@@ -65,7 +65,7 @@ def test_coco_without_validation_images_and_with_others(
         source = opened("coco", coco)
     assert list(source.splits) == ["train"]
     assert found(source, "train") == expected
-    assert "passed over 1 files that instances_train2017.json does not list (000000999999.jpg)" in caplog.text
+    assert "ignored 1 files that instances_train2017.json does not list (000000999999.jpg)" in caplog.text
 
 
 def test_a_changed_label_changes_cocos_fingerprint(coco: Path) -> None:

@@ -46,7 +46,7 @@ def names(root: Path, split: str = "train") -> list[str]:
 USUAL = ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
 
 
-# --- what is passed over
+# --- what is ignored
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_system_folders_are_passed_over_and_counted(
         source = opened("image_folder", pictures)
     assert source.classes == ["cat", "dog"]
     assert {split: len(images) for split, images in source.splits.items()} == {"train": 4, "test": 1}
-    assert f"{pictures / parent.partition('/')[0]}: passed over system folders: 1 ({system})" in caplog.text
+    assert f"{pictures / parent.partition('/')[0]}: ignored system folders: 1 ({system})" in caplog.text
 
 
 def test_system_folders_in_tars_are_ignored(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_what_is_not_an_image_is_counted(pictures: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         assert names(pictures) == USUAL
     assert caplog.messages == [
-        f"{pictures}/train: passed over hidden files: 1; files that are not images: 6 (2 .txt, 1 .md, 1 .db and 2 more)"
+        f"{pictures}/train: ignored hidden files: 1; files that are not images: 6 (2 .txt, 1 .md, 1 .db and 2 more)"
         f", the first is readme.md"
     ]
 
@@ -101,7 +101,7 @@ def test_a_set_without_images_names_what_it_has(pictures: Path) -> None:
         path.rename(path.with_suffix(".heic"))
         path.with_suffix(".heic").write_bytes(b"x")
     with pytest.raises(
-        ValueError, match=r"train has no images; .*passed over files that are not images: 4 \(4 .heic\)"
+        ValueError, match=r"train has no images; .*ignored files that are not images: 4 \(4 .heic\)"
     ):
         names(pictures)
 

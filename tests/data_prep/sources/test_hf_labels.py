@@ -16,6 +16,7 @@ from PIL import Image
 from data_prep.config import SourceConfig
 from data_prep.images.decode import BadImage, Decoder
 from data_prep.sources.base import MAX_CLASSES, Source
+from data_prep.sources.hf_files import refuse_damaged
 from data_prep.sources.open import open_source
 
 ClassLabel = datasets.ClassLabel
@@ -186,7 +187,7 @@ def test_a_label_beyond_the_declared_classes_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     pq.write_table(pa.table({"image": cells(2), "label": pa.array([0, 7])}, schema=schema), folder / "train.parquet")
-    with pytest.raises(ValueError, match=r"has the value 7 in train; it must be 0 to 1, the number of one of its 2"):
+    with pytest.raises(ValueError, match=r"has the value 7 in train, which is none of its 2 classes; it must be 0 to 1,"):
         opened(folder)
 
 
@@ -263,6 +264,35 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str, streaming: bool) -
         overwrite(file, 4, 60)
     with pytest.raises(ValueError, match=rf"{file} is damaged \(.{{10,}}\); download or write it again\."):
         labels_of(opened(path, streaming=streaming), "test")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_arrow_files_and_arrow_streams_give_the_same(tmp_path: Path, streaming: bool) -> None:
+    stored = table([1, 0, 1], ClassLabel(names=["cat", "dog"])).data.table.combine_chunks()
+    for name, create in (("file", pa.ipc.new_file), ("stream", pa.ipc.new_stream)):
+        file = tmp_path / name / "train.arrow"
+        file.parent.mkdir()
+        with create(str(file), stored.schema) as writer:
+            writer.write_table(stored, max_chunksize=2)
+        refuse_damaged([str(file)], completely=True)
+        source = opened(file.parent, streaming=streaming)
+        assert (source.classes, labels_of(source)) == (["cat", "dog"], [1, 0, 1])
+        file.write_bytes(file.read_bytes()[:-300])
+        with pytest.raises(ValueError, match=rf"{file} is damaged \("):
+            refuse_damaged([str(file)], completely=True)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_file_that_can_not_be_read_is_not_damaged(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{tmp_path / name} can't be read \(No such file or directory\)\.$"):
+        refuse_damaged([str(tmp_path / name)])
+
+
+def test_classes_of_a_stream_are_those_of_train(tmp_path: Path) -> None:
+    path = write_plain(tmp_path / "set", [None, None], pa.int64())
+    table([0, 1], ClassLabel(names=["cat", "dog"])).to_parquet(path / "test.parquet")
+    with pytest.raises(ValueError, match=r"has the class 'cat' in test, which train lacks"):
+        opened(path, streaming=True)
 
 
 def test_a_damaged_arrow_file_is_named(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def test_folder_may_have_a_validation_split_and_subfolders(folder: Path, small: 
     deep = folder / "train/cat/more/deep"
     deep.mkdir(parents=True)
     next((folder / "train/cat").glob("*.png")).rename(deep / "b.PNG")
-    (folder / "train/cat/notes.txt").write_text("passed over")
-    (folder / "train/cat/.hidden.png").write_text("passed over")
+    (folder / "train/cat/notes.txt").write_text("ignored")
+    (folder / "train/cat/.hidden.png").write_text("ignored")
     source = opened("image_folder", folder)
     assert {name: len(images) for name, images in source.splits.items()} == {"train": 48, "valid": 2, "test": 12}
 

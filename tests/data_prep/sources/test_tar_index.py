@@ -40,8 +40,8 @@ def test_tars_inside_a_tar_may_be_concatenated_too(tmp_path: Path) -> None:
     [
         (ONE + b"x" * 20_000, "is damaged, or not an uncompressed tar, at byte 10240"),
         (ONE[:512] + bytes(512) + b"x" * 20_000, "at byte 10240"),
-        (ONE[:512] + bytes(2560) + ONE[3072:], "is damaged at byte 3072 .*behind its end-of-archive blocks"),
-        (ONE[:-1024] + b"x" * 1024 + ONE, "is damaged at byte 10240 .*behind its end-of-archive blocks"),
+        (ONE[:512] + bytes(2560) + ONE[3072:], "is damaged at byte 3072 .*after its end-of-archive blocks"),
+        (ONE[:-1024] + b"x" * 1024 + ONE, "is damaged at byte 10240 .*after its end-of-archive blocks"),
         (ONE[:512], "is truncated at byte 512"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a.tar is a pointer of Git LFS"),
         (b"\x28\xb5\x2f\xfd" + b"x" * 1000, "a.tar is compressed with zstd"),
