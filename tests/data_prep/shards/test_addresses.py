@@ -139,7 +139,7 @@ def test_hopeless_addresses_are_not_retried(address: str, monkeypatch: pytest.Mo
         ("https://me:p/ss@host/a", "https://host/a"),
         ("https://host/a@b/c:d", "https://host/a@b/c:d"),
         ("https://user:pa'ss@host/set", "https://host/set"),
-        ("pipe:curl \"https://user:p\\a's\"s@host/set?t=1\"", 'pipe:curl "https://host/set?..."'),
+        ('pipe:curl "https://user:p\\a\'s"s@host/set?t=1"', 'pipe:curl "https://host/set?..."'),
         ("['https://host/a','https://me:pw@host/b']", "['https://host/a','https://host/b']"),
         ("curl 'https://host/a' me@host", "curl 'https://host/a' me@host"),
         ("https://host/{}?key=1&sig=a/b", "https://host/{}?..."),

@@ -100,9 +100,7 @@ def test_a_set_without_images_names_what_it_has(pictures: Path) -> None:
     for path in (pictures / "train").glob("*/*.png"):
         path.rename(path.with_suffix(".heic"))
         path.with_suffix(".heic").write_bytes(b"x")
-    with pytest.raises(
-        ValueError, match=r"train has no images; .*ignored files that are not images: 4 \(4 .heic\)"
-    ):
+    with pytest.raises(ValueError, match=r"train has no images; .*ignored files that are not images: 4 \(4 .heic\)"):
         names(pictures)
 
 

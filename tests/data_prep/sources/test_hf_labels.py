@@ -187,7 +187,9 @@ def test_a_label_beyond_the_declared_classes_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     pq.write_table(pa.table({"image": cells(2), "label": pa.array([0, 7])}, schema=schema), folder / "train.parquet")
-    with pytest.raises(ValueError, match=r"has the value 7 in train, which is none of its 2 classes; it must be 0 to 1,"):
+    with pytest.raises(
+        ValueError, match=r"has the value 7 in train, which is none of its 2 classes; it must be 0 to 1,"
+    ):
         opened(folder)
 
 

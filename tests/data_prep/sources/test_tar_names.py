@@ -70,3 +70,18 @@ def test_tars_beside_folders_and_two_folders_of_a_split(tmp_path: Path, caplog: 
     (tmp_path / "validation").mkdir()
     with pytest.raises(ValueError, match="has val/ and validation/ for valid; keep one"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("query", "other", "same"),
+    [
+        ("?id=1", "?id=2", False),
+        ("?id={1..2}", "?id={2..3}", False),
+        ("?id=1&X-Amz-Signature=a&X-Amz-Date=1", "?id=1&X-Amz-Signature=b&X-Amz-Date=2", True),
+        ("?Expires=1&Signature=a&Key-Pair-Id=K", "?Expires=2&Signature=b&Key-Pair-Id=L", True),
+        ("?sv=2020&se=1&sig=a%3D", "?sv=2021&se=2&sig=b%3D", True),
+    ],
+)
+def test_the_fingerprint_depends_on_queries_but_not_on_signatures(query: str, other: str, same: bool) -> None:
+    first, second = (opened(f"https://host/get.tar{text}").fingerprint for text in (query, other))
+    assert (first == second) == same

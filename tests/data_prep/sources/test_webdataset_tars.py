@@ -315,21 +315,6 @@ def test_the_fingerprint_depends_on_names_and_sizes(img2dataset: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "other", "same"),
-    [
-        ("?id=1", "?id=2", False),
-        ("?id={1..2}", "?id={2..3}", False),
-        ("?id=1&X-Amz-Signature=a&X-Amz-Date=1", "?id=1&X-Amz-Signature=b&X-Amz-Date=2", True),
-        ("?Expires=1&Signature=a&Key-Pair-Id=K", "?Expires=2&Signature=b&Key-Pair-Id=L", True),
-        ("?sv=2020&se=1&sig=a%3D", "?sv=2021&se=2&sig=b%3D", True),
-    ],
-)
-def test_the_fingerprint_depends_on_queries_but_not_on_signatures(query: str, other: str, same: bool) -> None:
-    first, second = (opened(f"https://host/get.tar{text}").fingerprint for text in (query, other))
-    assert (first == second) == same
-
-
-@pytest.mark.parametrize(
     ("path", "message"),
     [
         ("{folder}/nope", r"source.path [^:]*/nope does not exist; it must be a folder of tars"),
