@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -151,6 +152,12 @@ def use_host_group(group: dist.ProcessGroup) -> None:
     """
     global _host_group
     _host_group = group
+
+
+def set_group_timeout(timeout: timedelta) -> None:
+    """How long a later collective may take, in the default group and in that of `use_host_group`."""
+    for group in {None, _host_group}:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def all_reduce_max(values: list[float]) -> list[float]:

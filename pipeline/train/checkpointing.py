@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from data_prep.common.exit_codes import Failed
 from pipeline.checkpoint import format as checkpoints
 from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
@@ -39,6 +40,10 @@ TOPOLOGY = ("zero_stage", "pipeline_stages", "tensor_parallel")
 """Keys of `parallel` that a checkpoint's manifest records."""
 
 
+class Unreadable(Failed):
+    """The file system failed to read a checkpoint; a later start may succeed."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Steps and images of a run so far: with the seed, they determine which images come next."""
@@ -63,8 +68,8 @@ class Pending:
 def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose files match their digests; each rank verifies a share of the files.
 
-    Logs the damaged checkpoints that it skips. Raises ValueError if there are checkpoints and none is complete, or if
-    one can't be read, which is no damage.
+    Logs the damaged checkpoints that it skips. Raises ValueError on every rank if there are checkpoints and none is
+    complete. An unreadable file is not treated as damaged: raises as `verified`.
     """
     candidates = from_first(lambda: [str(path) for path in reversed(committed(folder))])
     for candidate in candidates:
@@ -74,9 +79,11 @@ def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
         if ranks.is_first:
             logger.warning(f"skipped the damaged checkpoint {candidate}: {damage}")
     if candidates:
-        raise ValueError(
-            f"{folder} has {len(candidates)} checkpoints, and none is complete; restore one from a copy, or name a "
-            f"new --run."
+        raise reported_on_all_ranks(
+            ValueError(
+                f"{folder} has {len(candidates)} checkpoints, and none is complete; restore one from a copy, or name a "
+                f"new --run."
+            )
         )
     return None
 
@@ -84,11 +91,17 @@ def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
 def verified(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, str | None]:
     """A checkpoint, and what is damaged, or None; every rank calls it, and verifies a share of the files.
 
-    Raises ValueError on every rank if a file can't be read on one of them.
+    Raises on every rank if one of them may not read a file (ValueError), or fails to (Unreadable).
     """
-    checkpoint, damage = None, None
+    checkpoint, damage, failure = None, None, None
     with raise_on_all_ranks():
-        checkpoint, damage = _inspect(folder, ranks)
+        try:
+            checkpoint, damage = _inspect(folder, ranks)
+        except Unreadable as error:
+            failure = error
+    message = first_message(None if failure is None else str(failure))
+    if message is not None:
+        raise reported_on_all_ranks(failure or Unreadable(message))
     return checkpoint, first_message(damage)
 
 
@@ -103,19 +116,20 @@ def _inspect(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, str | None]
         except (ValueError, FileNotFoundError) as error:
             return None, str(error)
         except OSError as error:
-            if attempt == READ_ATTEMPTS or isinstance(error, PermissionError):
-                raise ValueError(
-                    f"{error.filename or folder} can't be read ({error.strerror or error}); make it readable, or move "
-                    f"{folder} away to resume from an older checkpoint."
-                ) from error
+            what = f"{error.filename or folder} can't be read ({error.strerror or error})"
+            otherwise = f"or move {folder} away to resume from an older checkpoint"
+            if isinstance(error, PermissionError):
+                raise ValueError(f"{what}; make it readable, {otherwise}.") from error
+            if attempt == READ_ATTEMPTS:
+                raise Unreadable(f"{what}; run the same command again, {otherwise}.") from error
             time.sleep(READ_PAUSE)
     raise AssertionError("every attempt returns or raises")
 
 
 def resume_at(run: RunFolder, step: int, ranks: Ranks) -> Checkpoint:
-    """The checkpoint of a step; the later ones, and a copy of the metrics, are set aside in a folder of their own.
+    """The checkpoint of a step; later ones, if any, are set aside in a folder, with a copy of the metrics.
 
-    Every rank calls it. Raises ValueError if the checkpoint is damaged; then nothing is set aside.
+    Every rank calls it. Raises ValueError if the checkpoint is damaged, and as `verified`; then nothing is set aside.
     """
     checkpoint, damage = verified(step_folder(run.checkpoints, step), ranks)
     if checkpoint is None or damage is not None:
@@ -139,7 +153,11 @@ def _set_aside(run: RunFolder, step: int) -> None:
         if (run.path / name).is_file():
             shutil.copyfile(run.path / name, aside / name)
     for folder in later:
-        folder.rename(aside / folder.name)
+        if folder.is_symlink():  # a relative link would lead elsewhere from there
+            (aside / folder.name).symlink_to(folder.resolve())
+            folder.unlink()
+        else:
+            folder.rename(aside / folder.name)
     names = ", ".join(str(step_of(folder)) for folder in later)
     logger.warning(f"the checkpoints after step {step} ({names}) and the metrics were set aside in {aside}")
 
@@ -228,8 +246,8 @@ class CheckpointManager:
         checksums of the restored weights and moments differ from the stored ones, or if the probe loss does.
         """
         record = checkpoint.record
-        self._check_origin(checkpoint)
         with raise_on_all_ranks():
+            self._check_origin(checkpoint)
             reader = checkpoint.reader()
         engine.restore(reader, record.step)
         with raise_on_all_ranks():

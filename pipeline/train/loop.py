@@ -26,6 +26,7 @@ from pipeline.distributed import (
     from_first,
     gather,
     raise_on_all_ranks,
+    set_group_timeout,
 )
 from pipeline.model.image_grid import completion_grid
 from pipeline.model.masks import Batch
@@ -43,7 +44,7 @@ from pipeline.train.health.replicas import check_replicas
 from pipeline.train.health.step_filter import DESCRIPTIONS, StepFilter
 from pipeline.train.health.stop import StopRequested, StopRequests
 from pipeline.train.health.stragglers import SlowRanks
-from pipeline.train.health.watchdog import Watchdog, group_timeout
+from pipeline.train.health.watchdog import Watchdog, group_timeout, start_timeout
 from pipeline.train.monitor.console import Console
 from pipeline.train.monitor.peak_memory import peak_memory, peak_memory_table, use_expandable_segments
 from pipeline.train.monitor.profiler import Profiler
@@ -69,26 +70,26 @@ def train(config: TrainConfig, run: Path, command: list[str], resume_from: int |
     start_clock.mark("imports")
     gc.freeze()  # DeepSpeed runs the garbage collector twenty times while it starts; imported modules are excluded
     use_expandable_segments()
-    ranks, folder = describe_ranks(), RunFolder(run)
+    ranks, folder, minutes = describe_ranks(), RunFolder(run), config.health.hang_minutes
     with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
-        resume_from = folder.resume_step(resume_from)
-        folder.check(config, inputs.shards, resume_from)
+        step = folder.resume_step(resume_from)
+        folder.check(config, inputs.shards, step)
         if ranks.device.type == "cuda":
-            set_heartbeat_timeout(group_timeout(config.health.hang_minutes), ranks)
-    if resume_from is None and folder.finished_steps() >= config.schedule.steps:
+            set_heartbeat_timeout(group_timeout(minutes), ranks)
+    if step is None and folder.finished_steps() >= config.schedule.steps:
         print_finished(folder, config)
         return FINISHED
     start_clock.mark("checks")
-    members = start_group(ranks, group_timeout(config.health.hang_minutes))
+    members = start_group(ranks, start_timeout(minutes), group_timeout(minutes))
     stop = StopRequests(run, checks_file=ranks.is_first)  # until here a signal ends the process: nothing is trained yet
     start_clock.mark("rendezvous")
     try:
-        with raise_on_all_ranks():
-            if ranks.is_first:
-                folder.open(config, inputs.shards, command, ranks.count)
+        resume_from = from_first(partial(folder.resume_step, resume_from))  # a rank's own file may be an older copy
+        from_first(partial(folder.open, config, inputs.shards, command, ranks.count))
         verify_shards(inputs.shards, folder, ranks)
-        watchdog = Watchdog(folder, ranks, config.health.hang_minutes)
+        watchdog = Watchdog(folder, ranks, minutes)
+        set_group_timeout(group_timeout(minutes))
         start_clock.mark("shards' digests")
         trainer = Trainer(inputs, folder, stop, watchdog, start_clock, resume_from)
         gc.collect()
@@ -174,9 +175,9 @@ class Trainer:
 
         resume_from: the step of the checkpoint; None for the newest complete one.
         """
-        self.inputs, self.config, self.ranks = inputs, inputs.config, inputs.ranks
-        self.stop, self.watchdog, self.start_clock, self.run_folder = stop, watchdog, start_clock, folder
-        config, ranks = self.config, self.ranks
+        self.inputs, self.stop, self.watchdog = inputs, stop, watchdog
+        self.start_clock, self.run_folder = start_clock, folder
+        config, ranks = self.config, self.ranks = inputs.config, inputs.ranks
         torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
         if resume_from is None:
             checkpoint = newest_complete(folder.checkpoints, ranks)
@@ -313,10 +314,9 @@ class Trainer:
         if self.step_filter.exhausted:
             raise Diverged(
                 f"step {row['step']} was skipped ({DESCRIPTIONS[reason]}: loss {row['loss']}, gradient norm "
-                f"{row['grad_norm']}), and "
-                f"{self.step_filter.skipped_in_a_row} skipped steps in a row end the run (health.max_skipped); its "
-                f"images are {', '.join(images[:3])} ...; {SKIPPED_FILE} of the run lists those of all skipped steps; "
-                f"try a lower optimizer.learning_rate, a longer warm-up or precision fp32."
+                f"{row['grad_norm']}), and {self.step_filter.skipped_in_a_row} skipped steps in a row end the run "
+                f"(health.max_skipped); its images are {', '.join(images[:3])} ...; {SKIPPED_FILE} of the run lists "
+                f"those of all skipped steps; try a lower optimizer.learning_rate, a longer warm-up or precision fp32."
             )
 
     def is_due(self, every: int) -> bool:
@@ -357,7 +357,7 @@ class Trainer:
             self.telemetry.log(f"a request to stop ended the evaluation of step {step}; the next start repeats it")
 
     def evaluate_loaded_step(self) -> None:
-        """Validates and samples the step of the checkpoint that was loaded, if a request to stop had ended that."""
+        """Validates and samples the loaded step if due and not recorded, as when a request to stop had ended that."""
         if self.progress.step:
             self.evaluate(from_first(partial(evaluated, self.run_folder.path, self.progress.step)))
 

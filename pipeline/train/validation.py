@@ -11,7 +11,7 @@ from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.train.engine.base import Engine
 
 CHUNK_MICRO_BATCHES = 8
-"""Micro-batches, for each pipeline stage, between two checks for a request to stop."""
+"""Micro-batches per pipeline stage between two checks for a request to stop."""
 
 
 def spread(available: int, wanted: int) -> np.ndarray:
@@ -25,7 +25,8 @@ def validation_loss(
 ) -> float:
     """Mean nats per token over validation.images images of the split; the same on all ranks.
 
-    check: called on all ranks between micro-batches; what it raises ends the validation.
+    check: called on all ranks before each chunk of CHUNK_MICRO_BATCHES x stages micro-batches; what it raises ends the
+    validation.
 
     All ranks must run equally many forward passes, because ZeRO-3 gathers weights in each. So a rank with fewer images
     repeats its last one, and excludes the repetition from the sum.

@@ -58,8 +58,16 @@ def preflight_command(arguments: list[str]) -> int:
     if node not in nodes:
         raise ValueError(f"--nodes is {parsed.nodes}; it must name this node too, {node}.")
     checkpoints = Path(config.checkpoint.folder or run / CHECKPOINTS_FOLDER)
-    options = nodes, run, config.data.shards, parsed.accelerators, parsed.seconds, checkpoints
-    print(check_node(node, *options).line(), flush=True)
+    report = check_node(
+        node,
+        nodes,
+        run=run,
+        shards=config.data.shards,
+        accelerators=parsed.accelerators,
+        seconds=parsed.seconds,
+        checkpoints=checkpoints,
+    )
+    print(report.line(), flush=True)
     return 0
 
 

@@ -12,10 +12,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import Ranks, bind_to_close_cpus, integer_variable, use_host_group
+from pipeline.distributed import Ranks, bind_to_close_cpus, integer_variable, set_group_timeout, use_host_group
 from pipeline.rank_errors import RankUnreachable
 from pipeline.train.engine.deepspeed_internals import read_free_memory_from_cuda, skip_shared_memory_collective
-from pipeline.train.engine.rendezvous import START_TIMEOUT, Members, default_interrupt, meet
+from pipeline.train.engine.rendezvous import START_TIMEOUT, Members, default_interrupt, wait_for_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,14 @@ DOCUMENTATION_ADDRESS = "192.0.2.1"
 """An address that is never assigned (RFC 5737): the route to it is the default route."""
 
 
-def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Members:
+def start_group(
+    ranks: Ranks, timeout: timedelta = timedelta(minutes=30), of_deepspeeds: timedelta = timedelta(minutes=30)
+) -> Members:
     """Starts DeepSpeed's process group, NCCL on CUDA, gloo on CPU, and a group of the hosts. None needs a compiler.
 
-    timeout: of a collective, in this group and in the groups that DeepSpeed creates. It must be longer than the
-    watchdog's limit, so that the watchdog reports the missing ranks first. Until all ranks are connected, signals have
-    their default effect. Raises RankUnreachable.
+    timeout: of a collective in these two groups; `set_group_timeout` changes it. of_deepspeeds: of one in the groups
+    that DeepSpeed creates later. While the watchdog runs, both must be longer than its limits, so that it reports the
+    missing ranks first. Until all ranks are connected, signals have their default effect. Raises RankUnreachable.
     """
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -52,15 +54,15 @@ def start_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Mem
         read_free_memory_from_cuda()
     choose_gloo_interface(os.environ["MASTER_ADDR"] if ranks.count > 1 else "127.0.0.1")
     with default_interrupt():
-        members = meet(ranks)
+        members = wait_for_ranks(ranks)
         with reporting_connections():
             connect(ranks, members)
             deepspeed.init_distributed(verbose=False)
-            dist.distributed_c10d._set_pg_timeout(timeout)
             # DeepSpeed creates groups without a timeout; NCCL's default is shorter than the watchdog's limit.
-            dist.distributed_c10d.default_pg_timeout = timeout
-            dist.distributed_c10d.default_pg_nccl_timeout = timeout
-            start_host_group(timeout)
+            dist.distributed_c10d.default_pg_timeout = of_deepspeeds
+            dist.distributed_c10d.default_pg_nccl_timeout = of_deepspeeds
+            use_host_group(dist.new_group(backend="gloo", timeout=START_TIMEOUT))  # it connects all hosts
+            set_group_timeout(timeout)
     return members
 
 
@@ -93,13 +95,6 @@ def reporting_connections() -> Iterator[None]:
             f"the ranks could not connect to each other ({reason}); GLOO_SOCKET_IFNAME is {interface or 'not set'}: it "
             f"must be a network interface on which all machines reach each other, and all ranks must still be running."
         ) from error
-
-
-def start_host_group(timeout: timedelta) -> None:
-    """Starts the gloo group in which the hosts exchange flags, errors and other small values; it connects them all."""
-    group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-    dist.distributed_c10d._set_pg_timeout(timeout, group)
-    use_host_group(group)
 
 
 def choose_gloo_interface(master: str) -> None:

@@ -40,7 +40,7 @@ PRESENT = "present"
 
 @dataclass(frozen=True)
 class Members:
-    """The ranks that met."""
+    """All ranks, after the rendezvous."""
 
     store: dist.Store
     """A store that they share."""
@@ -80,7 +80,7 @@ def _namespace() -> str:
     return "unknown"
 
 
-def meet(ranks: Ranks, timeout: timedelta = START_TIMEOUT) -> Members:
+def wait_for_ranks(ranks: Ranks, timeout: timedelta = START_TIMEOUT) -> Members:
     """Waits until all ranks are there.
 
     A single rank needs neither address nor port. Several log for how many ranks they wait. Raises RankUnreachable.
@@ -178,7 +178,7 @@ def _try_to_connect(host: str, port: int, attempt: Future[dist.Store]) -> None:
         store = dist.TCPStore(host, port, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
         store.set_timeout(START_TIMEOUT)
         attempt.set_result(store)
-    except (OSError, dist.DistError) as error:
+    except Exception as error:  # of any kind: without a result, the attempt would never end
         attempt.set_exception(error)
 
 

@@ -1,4 +1,6 @@
-"""Ends a process in which no Python thread runs any more: another process must see it, and one that sees suspensions.
+"""Ends a process whose Python threads no longer run.
+
+A second process does it, because only that can also detect suspensions.
 
 faulthandler's own timer would not do: it expires while a job is suspended, and ends the process when the job continues.
 """

@@ -24,22 +24,29 @@ STACKS = "stacks"
 SLOW_PHASE_FACTOR = 3
 """How many times the limit the first step (it compiles and connects) and phases other than a step may take."""
 LONGEST_SUSPENSION = timedelta(days=14)
+"""For how long a job may be suspended without an error."""
 STEP_PHASES = ("reading", "exchanging flags", "training")
 """Phases of a step; other phases, and the first step, may take SLOW_PHASE_FACTOR times as long."""
 GRACE_SECONDS = 5.0
 """Seconds between writing this rank's stacks and reading those of the other ranks."""
 OVERSLEPT_SECONDS = 5.0
-"""If the watchdog's own thread sleeps so much too long, the process was suspended."""
+"""If the watchdog's own thread sleeps so much too long, the process did not run."""
 COLLECTIVES = 12
 """Number of last collectives to write after the stacks."""
 
 
-def group_timeout(minutes: float) -> timedelta:
-    """The timeout of collectives, longer than the watchdog's limits; minutes: those of a step, 0 for no limit.
+def start_timeout(minutes: float) -> timedelta:
+    """The timeout of collectives until the watchdog runs; minutes: the limit of a step, 0 for no limit."""
+    return timedelta(minutes=SLOW_PHASE_FACTOR * minutes + 5) if minutes else timedelta(365)
 
-    It is at least days: unlike the watchdog, a collective counts the time for which a job is suspended.
+
+def group_timeout(minutes: float) -> timedelta:
+    """The timeout of collectives while the watchdog runs, longer than its limits; minutes: as above.
+
+    At least LONGEST_SUSPENSION, because a collective's timeout also runs while a job is suspended, unlike the
+    watchdog's.
     """
-    return max(timedelta(minutes=SLOW_PHASE_FACTOR * minutes + 5), LONGEST_SUSPENSION) if minutes else timedelta(365)
+    return max(start_timeout(minutes), LONGEST_SUSPENSION)
 
 
 class Watchdog:
@@ -49,7 +56,8 @@ class Watchdog:
     reports which ranks are behind. If code that holds the GIL does not return, no thread can run: then another process
     (gil_guard.py) has the stacks written to standard error a little later, and the process ended.
 
-    Time for which the process was suspended (SIGSTOP, SLURM's PreemptMode=SUSPEND) does not count.
+    Time for which the process did not run does not count: it was suspended (SIGSTOP, SLURM's PreemptMode=SUSPEND), or
+    held by code that does not release the GIL.
     """
 
     def __init__(self, folder: RunFolder, ranks: Ranks, minutes: float) -> None:
@@ -69,9 +77,9 @@ class Watchdog:
 
     def enter(self, phase: str, step: int) -> None:
         """Records that the loop has started a phase ("reading", "training", "saving" ...) of a step."""
-        if self._first_step is None:
+        if self._first_step is None and phase in STEP_PHASES:  # the loaded step may be evaluated before
             self._first_step = step
-        ordinary = phase in STEP_PHASES and step > self._first_step
+        ordinary = phase in STEP_PHASES and self._first_step is not None and step > self._first_step
         self._step, self._phase, self._since = step, phase, time.monotonic()  # before the limit, which may shrink
         self._limit = self._seconds if ordinary else SLOW_PHASE_FACTOR * self._seconds
 
@@ -87,10 +95,13 @@ class Watchdog:
             self._guard.beat()
             last, slept = time.monotonic(), time.monotonic() - last
             if slept > self._tick + OVERSLEPT_SECONDS:
-                self._since = last
+                self._since = min(last, self._since + slept - self._tick)  # a phase may have begun since
                 if self._ranks.is_first:
-                    logger.warning(f"this process was suspended for {slept:.0f} s, which do not count as a hang")
-            elif last - self._since > self._limit:
+                    logger.warning(
+                        f"this process did not run for {slept:.0f} s (suspended, or held by other code), which does "
+                        f"not count as a hang"
+                    )
+            if last - self._since > self._limit:
                 try:
                     self._abort()
                 except OSError as error:

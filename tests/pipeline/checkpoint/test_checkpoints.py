@@ -12,10 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from data_prep.common.exit_codes import Failed
 from data_prep.common.files import file_sha256, json_digest
+from pipeline import distributed
 from pipeline.checkpoint.format import Checkpoint, begin, permanent_steps, retain, write_rank
+from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import CheckpointConfig
 from pipeline.distributed import Ranks
+from pipeline.rank_errors import is_on_all_ranks
 from pipeline.train import checkpointing
 from tests.pipeline.conftest import Runner
 
@@ -226,9 +230,41 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_damaged(
 
     monkeypatch.setattr(checkpointing, "READ_PAUSE", 0)
     monkeypatch.setattr(Checkpoint, "damage", fails)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    kind = ValueError if isinstance(error, PermissionError) else checkpointing.Unreadable  # exit codes 2 and 1
+    with pytest.raises(kind, match=re.escape(message)):
         checkpointing._inspect(folder, RANKS)
     assert len(calls) == tries
+
+
+def test_ranks_end_with_code_1_if_the_file_system_of_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank's message is exchanged; this rank read all files."""
+    answers = iter([[None, None], [None, "FILE can't be read"]])
+    monkeypatch.setattr(distributed, "gather", lambda value: next(answers))
+    monkeypatch.setattr(checkpointing, "_inspect", lambda folder, ranks: (None, None))
+    with pytest.raises(Failed, match="FILE can't be read") as raised:
+        checkpointing.verified(Path("step-00000040"), RANKS)
+    assert is_on_all_ranks(raised.value)
+
+
+def test_checkpoints_that_are_all_damaged_are_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "step-00000040").mkdir()
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    with pytest.raises(ValueError, match="1 checkpoints, and none is complete") as raised:
+        checkpointing.newest_complete(tmp_path, RANKS)
+    assert is_on_all_ranks(raised.value)
+
+
+def test_a_checkpoint_linked_by_a_relative_path_can_be_set_aside(tmp_path: Path) -> None:
+    """It was moved elsewhere, and a link was left in its place."""
+    run, moved = RunFolder(tmp_path / "run"), tmp_path / "archive/step-00000040"
+    (run.checkpoints / "step-00000020").mkdir(parents=True)
+    moved.mkdir(parents=True)
+    (run.checkpoints / "step-00000040").symlink_to("../../archive/step-00000040")
+    checkpointing._set_aside(run, 20)
+    [aside] = run.checkpoints.glob("set-aside-*")
+    assert (aside / "step-00000040").resolve() == moved
+    assert moved.is_dir()
+    assert [path.name for path in run.checkpoints.glob("step-*")] == ["step-00000020"]
 
 
 def test_a_file_system_that_recovers_costs_a_second_attempt(

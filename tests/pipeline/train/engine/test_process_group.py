@@ -64,3 +64,29 @@ def test_nccls_monitor_waits_longer_than_the_watchdog_and_deepspeed_accepts_uuid
     [warning] = [line for line in warnings if "TORCH_NCCL" in line]  # a fresh interpreter logs DeepSpeed's too
     assert "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC is 600; torch may end a rank that hangs before the watchdog" in warning
     assert memory == "1 byte free"
+
+
+TIMEOUTS = """
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from pipeline import distributed
+from pipeline.train.engine.process_group import start_group
+
+def timeout(group):
+    return group._get_backend(torch.device("cpu")).options._timeout.days
+
+start_group(distributed.Ranks(0, 1, 0, torch.device("cpu")), timedelta(3), timedelta(14))
+for days in (None, 14):
+    if days:
+        distributed.set_group_timeout(timedelta(days))
+    ours = timeout(dist.group.WORLD), timeout(distributed._host_group)
+    print(*ours, timeout(dist.new_group(backend="gloo")), flush=True)
+"""
+
+
+def test_the_timeout_of_groups_is_raised_once_the_watchdog_runs(tmp_path: Path) -> None:
+    """The groups of DeepSpeed, which are created later, have the longer one from the start."""
+    finished = run(1, "-c", TIMEOUTS, logs=tmp_path)
+    assert finished.codes == [0], finished.output
+    assert finished.output.splitlines()[-2:] == ["3 3 14", "14 14 14"]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipeline.distributed import Ranks
 from pipeline.rank_errors import RankUnreachable
 from pipeline.train.engine import rendezvous
-from pipeline.train.engine.rendezvous import has_ended, meet, this_process
+from pipeline.train.engine.rendezvous import has_ended, this_process, wait_for_ranks
 from tests.launch import SECONDS, finish, free_port, start
 
 ALONE = """
@@ -65,7 +65,7 @@ def test_a_rank_that_waits_says_so_and_ends_at_a_signal(
 
 def test_one_rank_alone_needs_no_address(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
-    assert meet(rank_of(0, 1)).processes == [this_process()]
+    assert wait_for_ranks(rank_of(0, 1)).processes == [this_process()]
 
 
 def test_a_port_that_is_taken_is_named(listener: socket.socket) -> None:
@@ -73,23 +73,28 @@ def test_a_port_that_is_taken_is_named(listener: socket.socket) -> None:
     with pytest.raises(
         RankUnreachable, match=rf"MASTER_PORT is {port}, .*\(Address already in use\); set it to a free"
     ):
-        meet(rank_of(0, 2))
+        wait_for_ranks(rank_of(0, 2))
 
 
-@pytest.mark.parametrize("case", ["Connection refused", "Name or service not known", "no answer"])
+@pytest.mark.parametrize("case", ["Connection refused", "Name or service not known", "no answer", "wrong answer"])
 def test_a_rank_0_that_does_not_answer_is_named(
     case: str, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unknown(*_: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, case)
 
+    def wrong(*_: object, **__: object) -> None:
+        raise RuntimeError(case)
+
     if case == "Connection refused":
         listener.close()
     elif case == "Name or service not known":
         monkeypatch.setattr(socket, "create_connection", unknown)
+    elif case == "wrong answer":  # torch raises RuntimeError
+        monkeypatch.setattr(dist, "TCPStore", wrong)
     address = f"127.0.0.1:{os.environ['MASTER_PORT']}"
     with pytest.raises(RankUnreachable, match=rf"waited 0 minutes for rank 0 at {address} \({case}\); WORLD_SIZE is 2"):
-        meet(rank_of(1, 2), timedelta(seconds=0.3))
+        wait_for_ranks(rank_of(1, 2), timedelta(seconds=0.3))
 
 
 def test_a_rank_0_that_ends_meanwhile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +105,7 @@ def test_a_rank_0_that_ends_meanwhile_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     def wait() -> None:
         try:
-            meet(rank_of(1, 2))
+            wait_for_ranks(rank_of(1, 2))
         except RankUnreachable as error:
             raised.append(str(error))
 
@@ -122,9 +127,9 @@ def test_a_restart_does_not_read_what_the_ranks_before_it_wrote(monkeypatch: pyt
         monkeypatch.setenv(name, str(value))
     for attempt in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-        other = threading.Thread(target=meet, args=(rank_of(1, 2),))
+        other = threading.Thread(target=wait_for_ranks, args=(rank_of(1, 2),))
         other.start()
-        found = meet(rank_of(0, 2)).store
+        found = wait_for_ranks(rank_of(0, 2)).store
         other.join()
         assert not found.check(["address of rank 1"])
         found.set("address of rank 1", "")

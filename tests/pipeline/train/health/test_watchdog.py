@@ -2,8 +2,17 @@
 
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from pipeline.checkpoint.run_folder import RunFolder
+from pipeline.distributed import Ranks
+from pipeline.train.health import watchdog
+from pipeline.train.health.watchdog import Watchdog, group_timeout, start_timeout
 from tests.launch import SECONDS, Process, finish, run, start
 
 SUSPENDED = """
@@ -48,8 +57,52 @@ def test_time_in_which_a_run_is_suspended_is_no_hang(tmp_path: Path) -> None:
     processes[0].send_signal(signal.SIGCONT)
     finished = finish(processes, tmp_path)
     assert finished.codes == [0], finished.output
-    assert "this process was suspended for " in finished.output
+    assert "this process did not run for " in finished.output
     assert "no progress" not in finished.output
+
+
+def watchdog_of(run: Path, seconds: float) -> Watchdog:
+    """Without its thread."""
+    watched = Watchdog(RunFolder(run), Ranks(1, 2, 1, torch.device("cpu")), minutes=0)
+    watched._seconds, watched._limit, watched._tick = seconds, seconds, 5.0
+    return watched
+
+
+def test_repeated_pauses_do_not_hide_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sleep of 5 s takes 25 s: only the 5 s count, so a limit of 30 s is over after the seventh."""
+    watched, now = watchdog_of(tmp_path, 30.0), [0.0]
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watched._since = 0.0
+    watched._guard = SimpleNamespace(beat=lambda: None)  # type: ignore[assignment]
+
+    def wait(seconds: float) -> bool:
+        now[0] += seconds + 20
+        return now[0] > 1000
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(watched._ended, "wait", wait)
+    monkeypatch.setattr(watched, "_abort", lambda: None)
+    monkeypatch.setattr(watchdog.os, "_exit", end)
+    with pytest.raises(SystemExit):
+        watched._watch()
+    assert now[0] == 7 * 25
+
+
+def test_the_first_step_has_more_time_also_if_the_loaded_step_is_validated_before(tmp_path: Path) -> None:
+    watched, limits = watchdog_of(tmp_path, 60.0), []
+    phases = [("validation", 20), ("reading", 21), ("training", 21), ("reading", 22), ("training", 22), ("saving", 22)]
+    for phase, step in phases:
+        watched.enter(phase, step)
+        limits.append(watched._limit)
+    assert limits == [180, 180, 180, 60, 60, 180]
+
+
+def test_ranks_wait_for_days_only_while_a_watchdog_runs() -> None:
+    assert start_timeout(20) == timedelta(minutes=65)
+    assert group_timeout(20) == timedelta(days=14)
+    assert start_timeout(0) == group_timeout(0) == timedelta(days=365)
 
 
 STUCK = """
