@@ -100,7 +100,7 @@ accelerator-packages:
 	@$(call imports,torch transformers tensorboard) || \
 	    { echo "error: $(PYTHON) lacks torch, transformers or tensorboard; name one that has them: PYTHON=..."; exit 2; }
 	rm -rf out/accelerator-packages
-	@$(call imports,deepspeed jsonargparse torchao) || { ls $(WHEELS)/*.whl >/dev/null 2>&1 || \
+	@$(call imports,deepspeed jsonargparse torchao docstring_parser typeshed_client psutil) || { ls $(WHEELS)/*.whl >/dev/null 2>&1 || \
 	    { echo "error: $(WHEELS) contains no wheels; make accelerator-wheels gathers them."; exit 2; }; \
 	    $(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target out/accelerator-packages $(WHEELS)/*.whl; }
 

@@ -18,12 +18,12 @@ def train(arguments: list[str]) -> int:
     """Trains a run, or resumes it."""
     gc.disable()  # importing 4,000 modules takes a quarter less time without; pipeline.train.loop enables it again
     from pipeline.command_line import parse_start
+    from pipeline.train.health.stop import restarted_after_stop
 
     with reported_once_per_node(local_rank()):
         config, run, resume_from = parse_start(arguments)
-    from pipeline.train.health.stop import restarted_after_stop
-
-    if restarted_after_stop(run):
+        stays_stopped = restarted_after_stop(run)
+    if stays_stopped:
         if os.environ.get("RANK") == "0":
             logger.warning(f"{run} was stopped on request: it stays stopped, although torchrun restarts its ranks")
         return STOPPED

@@ -41,11 +41,11 @@ def parse_run(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     if value_of("--config", arguments) is None and own.is_file():
         arguments = ["--config", str(own), *arguments]
         if value_of("--data.shards", arguments) is None and value_of("--data", arguments) is None:
-            arguments += _shards_of_elsewhere(own)
+            arguments += _recorded_shards(own)
     return parse(parser, arguments)
 
 
-def _shards_of_elsewhere(own: Path) -> list[str]:
+def _recorded_shards(own: Path) -> list[str]:
     """The shard set as run.json has it, if config.yaml names it relative to another working directory."""
     try:
         shards = yaml.safe_load(own.read_text())["data"]["shards"]

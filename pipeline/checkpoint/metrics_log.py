@@ -112,8 +112,8 @@ def _lines_backwards(path: Path, tail_bytes: int) -> Iterator[tuple[int, bytes]]
         while position > first:
             start = max(first, position - BLOCK_BYTES)
             file.seek(start)
-            pieces = (file.read(position - start) + rest).split(b"\n")
-            lines = [piece + b"\n" for piece in pieces[:-1]] + ([pieces[-1]] if pieces[-1] else [])
+            parts = (file.read(position - start) + rest).split(b"\n")
+            lines = [part + b"\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
             rest = lines[0] if lines and start > first else b""  # it begins in the block before
             offset = start + sum(map(len, lines))
             for line in reversed(lines[bool(rest) :]):

@@ -1,8 +1,12 @@
 """Names in a run's folder, and what can be read there without importing torch: its checkpoints and its lock."""
 
 import fcntl
+import os
 import re
+import time
 from pathlib import Path
+
+import psutil
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.json"
@@ -59,3 +63,8 @@ def lock_holder(run: Path) -> str | None:
     except FileNotFoundError:
         pass
     return None
+
+
+def launcher_start() -> str:
+    """When this process's parent, such as torchrun, started: in UTC, as the times in run.json."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(psutil.Process(os.getppid()).create_time()))

@@ -27,6 +27,7 @@ from pipeline.checkpoint.run_files import (
     RECORD_FILE,
     UNKNOWN_HOLDER,
     committed,
+    launcher_start,
     step_of,
 )
 from pipeline.config import TrainConfig, changed_keys, to_dict
@@ -74,7 +75,7 @@ class RunFolder:
             self._check_saved()
             self._check_step(config, resume_from)
         elif resume_from is not None:
-            raise ValueError(f"--resume_from is {resume_from}, but {self.path} is a new run; leave it out.")
+            raise ValueError(f"--resume_from is {resume_from}, but {self.path} is a new run; remove --resume_from.")
         elif self.path.is_dir() and any(_is_foreign(child) for child in self.path.iterdir()):
             raise ValueError(f"--run is {self.path}, which has other files and no {CONFIG_FILE}; name a new folder.")
         self._check_checkpoint_folder(config.checkpoint.folder)
@@ -187,7 +188,7 @@ class RunFolder:
         if not isinstance(record, dict) or not isinstance(record.get("shards"), dict):
             raise ValueError(
                 f"{self.path / RECORD_FILE} is damaged: it is not a record of a run; restore it from a copy, or delete "
-                f"it: the run resumes without it, and a new one is begun."
+                f"it: the next start writes a new one."
             )
         return record
 
@@ -217,7 +218,7 @@ class RunFolder:
             "code": code_version(),
             "packages": {name: version(name) for name in PACKAGES},
             "hardware": hardware(),
-            "changes": {key: list(pair) for key, pair in changes.items()},
+            "changes": {key: [_masked(value) for value in pair] for key, pair in changes.items()},
         }
         self._record["shards"] = {
             "path": shards.address or str(Path(shards.path).resolve()),
@@ -229,7 +230,11 @@ class RunFolder:
         steps = [step_of(folder) for folder in committed(self.checkpoints)]
         self._record.setdefault("checkpoint", max(steps, default=0))
         self.note("running")
-        saved = f"{len(steps)} checkpoints, the newest of step {steps[-1]}" if steps else "no checkpoint yet"
+        saved = (
+            f"{len(steps)} checkpoint{'s'[: len(steps) > 1]}, the newest of step {steps[-1]}"
+            if steps
+            else "no checkpoint yet"
+        )
         logger.info(f"run {self.path.resolve()}: start {len(self._record['starts'])}, {saved}")
         for key, (old, new) in changes.items():
             logger.warning(hide_secrets(f"changed since the last start: {key} was {old} and is now {new}"))
@@ -252,13 +257,13 @@ class RunFolder:
         restarted = "SLURM_ARRAY_JOB_ID" in os.environ or any(
             os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
         )
-        if restarted and record.get("resumed") == {"step": wanted, "job": _job()}:
-            return None
-        return wanted
+        resumed = record.get("resumed") or {}
+        same_job = resumed.get("job") == _job() and (_job() or resumed.get("time", "") >= launcher_start())
+        return None if restarted and same_job and resumed.get("step") == wanted else wanted
 
     def note_resumed(self, step: int) -> None:
         """Records that the run resumed from the checkpoint of --resume_from, as this job's restarts must not repeat."""
-        self.note("running", checkpoint=step, resumed={"step": step, "job": _job()})
+        self.note("running", step=step, checkpoint=step, resumed={"step": step, "job": _job(), "time": _now()})
 
     def recall(self, key: str) -> Any:
         """A fact that was noted earlier, or None."""
@@ -294,13 +299,18 @@ class RunFolder:
 
 def _same_start(holder: str) -> bool:
     """Whether the holder of the lock runs in this very allocation, which was not requeued: it is no leftover."""
-    job, copy = os.environ.get("SLURM_JOB_ID"), "SLURM_ARRAY_JOB_ID" in os.environ
-    return holder.endswith(f"{HELD_BY_JOB}{job}") and not copy and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    job, in_array = os.environ.get("SLURM_JOB_ID"), "SLURM_ARRAY_JOB_ID" in os.environ
+    return holder.endswith(f"{HELD_BY_JOB}{job}") and not in_array and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
 
 
 def _job() -> str | None:
     """The id of the SLURM job, or of its array; None outside of one."""
     return os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+
+
+def _masked(value: Any) -> Any:
+    """A value of the configuration without the secrets of URLs."""
+    return hide_secrets(value) if isinstance(value, str) else value
 
 
 def _locked(file: TextIO) -> bool:

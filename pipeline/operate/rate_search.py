@@ -66,6 +66,11 @@ def search_command(arguments: list[str]) -> int:
         )
     folder, launch = Path(options["runs"]), _launcher(options["launch"])
     config = parse_training([*rest, "--run", str(folder / "none")])[0]  # finds invalid options before the first run
+    if config.checkpoint.folder is not None:
+        raise ValueError(
+            f"checkpoint.folder is {config.checkpoint.folder}, which can be of one run alone, and the sweep starts "
+            f"several; remove it."
+        )
     open_training_set(config)
     folder.mkdir(parents=True, exist_ok=True)
     trials: list[Trial] = []

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import platform
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,12 +11,23 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from data_prep.common.command_line import new_parser, parse
 from data_prep.common.exit_codes import USER_ERROR
 from data_prep.common.files import read_json, to_json
 from data_prep.common.logs import TIME
 from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_backwards, read_last_row
-from pipeline.checkpoint.run_files import CHECKPOINTS_FOLDER, committed, lock_holder, step_of
+from pipeline.checkpoint.run_files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    LOCK_FILE,
+    RECORD_FILE,
+    committed,
+    lock_holder,
+    step_of,
+)
+from pipeline.config import HealthConfig
 from pipeline.layout import BatchConfig
 
 logger = logging.getLogger(__name__)
@@ -23,6 +36,8 @@ Action = Literal["done", "requeue", "failed"]
 SPEED_ROWS = 100
 """Steps over which the speed is averaged."""
 SHOWN_CHECKPOINTS = 10
+HOLDER = re.compile(r"process (\d+) on ([^,]*)")
+"""What a run writes to its lock file."""
 FAILURES, EARLIER_FAILURES = "failures.jsonl", "accidents.jsonl"
 """A file in the run's folder, and its name in earlier versions."""
 
@@ -54,13 +69,13 @@ class RunStatus:
 
 def read_status(run: Path) -> RunStatus:
     """Reads run.json, config.yaml and the end of metrics.jsonl. Raises ValueError if run.json is damaged."""
-    if not (run / "run.json").is_file():
+    if not (run / RECORD_FILE).is_file():
         return RunStatus("new", "", 0, None, {}, 0, folder=run)
     record = None
     with suppress(ValueError):
-        record = read_json(run / "run.json")
+        record = read_json(run / RECORD_FILE)
     if not isinstance(record, dict):
-        raise ValueError(f"{run / 'run.json'} is damaged: it is not a record of a run; restore it, or delete it.")
+        raise ValueError(f"{run / RECORD_FILE} is damaged: it is not a record of a run; restore it, or delete it.")
     row = read_last_row(run / METRICS_FILE, "loss") or {}
     step = max(int(row.get("step", 0)), int(record.get("step", 0)))
     starts = len(record.get("starts", []))
@@ -81,7 +96,7 @@ def _config(run: Path) -> dict[str, Any]:
     import yaml
 
     with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        content = yaml.safe_load((run / "config.yaml").read_text())
+        content = yaml.safe_load((run / CONFIG_FILE).read_text())
         return content if isinstance(content, dict) else {}
     return {}
 
@@ -175,7 +190,7 @@ def status_command(arguments: list[str]) -> int:
         logger.info(f"{chosen.run}: {why}")
         print(action)
         return 0
-    if not (chosen.run / "run.json").is_file():
+    if not (chosen.run / RECORD_FILE).is_file():
         raise ValueError(f"{chosen.run} has no run.json; it must be the folder of a run that was started.")
     print(describe(read_status(chosen.run)))
     return 0
@@ -184,25 +199,48 @@ def status_command(arguments: list[str]) -> int:
 def describe(now: RunStatus) -> str:
     """Some lines to read."""
     try:
-        holder = lock_holder(now.folder) or "nobody"
+        holder = lock_holder(now.folder)
+        lock = "not held" if holder is None else f"held by {holder}"
     except OSError as error:
-        holder = f"somebody or nobody: it can't be tested ({error.strerror})"
+        lock = f"unknown: the lock can't be tested ({error.strerror})"
     steps = [step_of(folder) for folder in committed(now.folder / CHECKPOINTS_FOLDER)]
     state, running = f"{now.status}{': ' + now.error if now.error else ''}", now.status == "running"
-    if running and holder == "nobody":
-        running = False
+    if running and lock == "not held":
+        running = not _has_ended(now.folder)
         newest = f" from the checkpoint of step {steps[-1]:,}" if steps else ""
-        state = f"not running: it was killed, or its machine failed; the same command resumes it{newest}"
+        state = (
+            f"running, but this machine sees no lock; the last write was {_ago(_silence(now.folder))} ago"
+            if running
+            else "not running: it was killed, or its machine failed; the same command (without --resume_from) resumes "
+            f"it{newest}"
+        )
     share = f" ({now.step / now.steps:.1%})" if now.steps and now.step <= now.steps else ""
     of = f" of {now.steps:,}{share}" if now.steps else ""
     lines = {"step": f"{now.step:,}{of}; started {now.starts} times"}
     if now.row:
         lines |= _describe_metrics(now, running)
-    kept = ", ".join(f"{step:,}" for step in steps[-SHOWN_CHECKPOINTS:])
+    retained = ", ".join(f"{step:,}" for step in steps[-SHOWN_CHECKPOINTS:])
     more = f" and {len(steps) - SHOWN_CHECKPOINTS} older ones" if len(steps) > SHOWN_CHECKPOINTS else ""
-    lines["saved"] = f"steps {kept}{more}" if steps else "no checkpoint"
-    lines["lock"] = f"held by {holder}"
+    lines["saved"] = f"steps {retained}{more}" if steps else "no checkpoint"
+    lines["lock"] = lock
     return "\n".join([state, *(f"  {name:<9} {text}" for name, text in lines.items())])
+
+
+def _has_ended(run: Path) -> bool:
+    """Whether a run whose lock is free was killed. Where locks are local to a node, it may run on another one."""
+    holder = HOLDER.match((run / LOCK_FILE).read_text()) if (run / LOCK_FILE).is_file() else None
+    if holder and holder[2] == platform.node() and not psutil.pid_exists(int(holder[1])):
+        return True
+    minutes = HealthConfig().hang_minutes
+    with suppress(KeyError, TypeError, ValueError):
+        minutes = float(_config(run)["health"]["hang_minutes"])
+    return _silence(run) > 60 * minutes
+
+
+def _silence(run: Path) -> float:
+    """Seconds since the run's last write to metrics.jsonl or run.json."""
+    files = [run / METRICS_FILE, run / RECORD_FILE]
+    return time.time() - max(file.stat().st_mtime for file in files if file.is_file())
 
 
 def _describe_metrics(now: RunStatus, running: bool) -> dict[str, str]:
@@ -246,7 +284,7 @@ def _images_per_second(rows: list[Row]) -> float:
 
 
 def _images_left(now: RunStatus) -> int | None:
-    """The images of the steps to come; None if config.yaml does not say."""
+    """The images of the steps to come; None if config.yaml has no batch sizes."""
     with suppress(KeyError, TypeError, ValueError):
         batch = BatchConfig(**_config(now.folder)["batch"])
         if now.steps:

@@ -5,7 +5,6 @@ Start at Trainer.run.
 
 import gc
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,7 +48,7 @@ from pipeline.train.monitor.console import Console
 from pipeline.train.monitor.peak_memory import peak_memory, peak_memory_table, use_expandable_segments
 from pipeline.train.monitor.profiler import Profiler
 from pipeline.train.monitor.startup import StartClock
-from pipeline.train.monitor.summary import Throughput, describe
+from pipeline.train.monitor.summary import Throughput, describe, log_end, print_finished
 from pipeline.train.monitor.telemetry import NOT_EVALUATED, EvaluatedStep, StepClock, evaluated, open_telemetry
 from pipeline.train.setup import Inputs, check_inputs, choose_kernels, choose_reader
 from pipeline.train.validation import spread, validation_loss
@@ -112,23 +111,6 @@ def train(config: TrainConfig, run: Path, command: list[str], resume_from: int |
         raise
     finally:
         folder.close()
-
-
-def log_end(run: Path, step: int, finished: bool) -> None:
-    """The last line of a run that ended as it should."""
-    if finished:
-        logger.info(f"finished at step {step}: {run}")
-        return
-    code = f"exit code {STOPPED}" + (", which torchrun calls FAILED" if "TORCHELASTIC_RUN_ID" in os.environ else "")
-    saved = f"step {step} is saved" if step else "nothing is trained yet"
-    logger.warning(f"stopped on request at step {step}: {run}; {saved}, the same command resumes the run ({code})")
-
-
-def print_finished(folder: RunFolder, config: TrainConfig) -> None:
-    """Logs that a run has nothing left to train, and which changes of its configuration have no effect."""
-    logger.info(f"{folder.path} has finished its {folder.finished_steps()} steps; nothing is left to train")
-    for key, (old, new) in folder.changes(config).items():
-        logger.warning(f"{key} was {old} and is now {new}, without effect on a finished run")
 
 
 @contextmanager

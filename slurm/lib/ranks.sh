@@ -22,11 +22,13 @@ ranks_per_node() {
   fi
   [ "$each" -gt 0 ] || each=$ACCELERATORS_PER_NODE
   [ "$each" -gt 0 ] || each=$((${SLURM_NTASKS:-$nodes} / nodes))
-  gpus=${SLURM_GPUS:-} # of all nodes, 3 or h100:3; only with sbatch --gpus
+  # Of all nodes, 3 or h100:3; only with sbatch --gpus. Several types (a100:2,h100:2) are not checked.
+  gpus=${SLURM_GPUS:-}
+  [[ $gpus == *,* ]] && gpus=''
   gpus=${gpus##*:}
-  if [ "$ACCELERATORS_PER_NODE" -gt 0 ] && [[ $gpus =~ ^[0-9]+$ ]] && [ "$gpus" -lt $((nodes * each)) ]; then
-    die "the job has $gpus accelerators (--gpus) on $nodes nodes, and the first has $each; each node must have as" \
-      "many: give sbatch --gpus-per-node instead."
+  if [[ $gpus =~ ^[0-9]+$ ]] && [ "$gpus" -lt $((nodes * ACCELERATORS_PER_NODE)) ]; then
+    die "the job has $gpus accelerators (--gpus) on $nodes nodes, and the first has $ACCELERATORS_PER_NODE; each node" \
+      "must have as many: give sbatch --gpus-per-node instead."
   fi
   echo "$each"
 }

@@ -54,9 +54,17 @@ def test_follow_up_jobs_are_submitted_once_for_each_destination(sbatch: Path, tm
             {"SLURM_GPUS": "16", "SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "16"},
             "--nodes=2 --ntasks=16 --ntasks-per-node=8",
         ),
+        (
+            {"SLURM_GPUS": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_NTASKS_PER_NODE": "4"},
+            "--nodes=2 --ntasks=8 --ntasks-per-node=4",
+        ),
+        ({"SLURM_GPUS": "a100:2,h100:2", "SLURM_GPUS_ON_NODE": "2"}, "--nodes=2 --ntasks=4 --ntasks-per-node=2"),
         ({}, "--nodes=2 --ntasks=2 --ntasks-per-node=1"),
     ],
-    ids=["tasks per node", "accelerators", "fewer", "granted", "CPUs", "tasks", "all accelerators", "nodes alone"],
+    ids=[
+        *("tasks per node", "accelerators", "fewer", "granted", "CPUs", "tasks", "all accelerators"),
+        *("more tasks than accelerators", "two types", "nodes alone"),
+    ],
 )
 def test_a_job_starts_a_process_a_rank_on_neighbors(
     granted: dict[str, str], nodes_and_ranks: str, stubs: Path, tmp_path: Path

@@ -16,7 +16,7 @@ ENDED = "ended"
 """Key of the ranks that ended, as the first rank wrote it that found them."""
 WHERE = (
     "its last messages show why (under SLURM in RUN/logs); if it has none, it was killed, for lack of memory or by "
-    "someone (dmesg). The same command resumes from the newest checkpoint."
+    "someone (dmesg). The same command (without --resume_from) resumes from the newest checkpoint."
 )
 
 

@@ -8,10 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from data_prep.common.files import read_json
 from data_prep.common.logs import TIME
+from pipeline.checkpoint.run_files import RECORD_FILE, launcher_start
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +30,14 @@ CLOCK_TICK = 0.02
 def restarted_after_stop(run: Path) -> bool:
     """Whether torchrun has started this rank again (--max-restarts) after the run stopped on request.
 
-    torchrun takes every exit code but 0 for a failure. Its start is that of this process's parent.
+    torchrun takes every exit code but 0 for a failure. Raises ValueError if run.json is not JSON.
     """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (run / "run.json").is_file():
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (run / RECORD_FILE).is_file():
         return False
-    started = time.gmtime(psutil.Process(os.getppid()).create_time())
-    record = read_json(run / "run.json")
-    return record.get("status") == "stopped" and record["updated"] >= time.strftime("%Y-%m-%dT%H:%M:%SZ", started)
+    record = read_json(run / RECORD_FILE)
+    if not isinstance(record, dict):  # damaged: the start names it
+        return False
+    return record.get("status") == "stopped" and record.get("updated", "") >= launcher_start()
 
 
 class StopRequested(Exception):
@@ -50,17 +50,17 @@ class RequestFile:
     def __init__(self, path: Path, checks: bool) -> None:
         """checks: False on ranks that leave the check to rank 0."""
         self._path, self._checks, self._next = path, checks, 0.0
-        self._passed_over: int | None = None
+        self._ignored: int | None = None
 
-    def pass_over_older(self, start: float) -> None:
-        """Does not obey a file that is older than the time `start`, unless it is touched again; logs its name."""
+    def ignore_older(self, start: float) -> None:
+        """Ignores a file that is older than the time `start`, unless it is touched again; logs its name."""
         modified = self._modified() if self._checks else None
         if modified is not None and modified < (start + CLOCK_TICK) * 1e9:
-            self._passed_over = modified
+            self._ignored = modified
             when = time.strftime(TIME, time.localtime(modified / 1e9))
             logger.warning(
-                f"{self._path} is of {when}, from before this start, and is not obeyed; remove it (touch it again to "
-                f"make the request)"
+                f"{self._path} dates from {when}, before this start, and is ignored; delete it, or touch it again to "
+                f"stop the run"
             )
 
     def _modified(self) -> int | None:
@@ -75,11 +75,11 @@ class RequestFile:
         if not self._checks or now < self._next:
             return False
         self._next = now + CHECK_SECONDS
-        return self._path.exists() and (self._passed_over is None or self._modified() not in (None, self._passed_over))
+        return self._modified() not in (None, self._ignored)
 
     def delete(self) -> None:
         """Deletes the file, if it is there and this rank checks for it; logs a warning if it can't be deleted."""
-        if self._checks and (self._passed_over is None or self._modified() != self._passed_over):
+        if self._checks and (self._ignored is None or self._modified() != self._ignored):
             try:
                 self._path.unlink(missing_ok=True)
             except OSError as error:  # a folder, or another user's
@@ -102,7 +102,7 @@ class StopRequests:
     def __init__(self, run: Path, checks_file: bool = True) -> None:
         """checks_file: whether this rank checks for the file."""
         self._file = RequestFile(run / STOP_FILE, checks_file)
-        self._file.pass_over_older(process_start())
+        self._file.ignore_older(process_start())
         self._found = False
         self._signalled: float | None = None
         for number in STOP_SIGNALS:

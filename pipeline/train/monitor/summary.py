@@ -1,18 +1,27 @@
-"""The derived quantities of a run, logged before the first step; and the throughput that every step reports."""
+"""What a run logs before its first step and at its end; and the throughput that every step reports."""
 
+import logging
 import os
+import sys
 from dataclasses import dataclass
 from math import log
+from pathlib import Path
 
 import torch
 from transformers import GPT2Config
 
+from data_prep.common.command_line import value_of
+from data_prep.common.exit_codes import STOPPED
 from pipeline import costs
+from pipeline.checkpoint.run_folder import RunFolder
+from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, from_first
 from pipeline.model import attention
 from pipeline.train.data.streaming import GUARANTEES
 from pipeline.train.engine import compilation, float8
 from pipeline.train.setup import Inputs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,3 +102,21 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
     summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]
     summary += [f"  attention: {attention.describe(kernels)}"] if kernels else []
     return "\n".join([*summary, GUARANTEES] if inputs.shards.address is not None else summary)
+
+
+def log_end(run: Path, step: int, finished: bool) -> None:
+    """The last line of a run that ended as it should."""
+    if finished:
+        logger.info(f"finished at step {step}: {run}")
+        return
+    code = f"exit code {STOPPED}" + (", which torchrun calls FAILED" if "TORCHELASTIC_RUN_ID" in os.environ else "")
+    saved = f"step {step} is saved" if step else "nothing is trained yet"
+    same = "the same command" + (" without --resume_from" if value_of("--resume_from", sys.argv) is not None else "")
+    logger.warning(f"stopped on request at step {step}: {run}; {saved}, {same} resumes the run ({code})")
+
+
+def print_finished(folder: RunFolder, config: TrainConfig) -> None:
+    """Logs that a run has nothing left to train, and which changes of its configuration have no effect."""
+    logger.info(f"{folder.path} has finished its {folder.finished_steps()} steps; nothing is left to train")
+    for key, (old, new) in folder.changes(config).items():
+        logger.warning(f"{key} was {old} and is now {new}, without effect on a finished run")

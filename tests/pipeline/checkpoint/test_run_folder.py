@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 from data_prep.common.files import locked
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.checkpoint import run_folder
+from pipeline.checkpoint.metrics_log import drop_rows_after
 from pipeline.checkpoint.run_files import committed, lock_holder, run_of
 from pipeline.checkpoint.run_folder import RunFolder, code_version
 from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
+from pipeline.operate.status import read_status
 from pipeline.schedule import ScheduleConfig
 
 
@@ -65,7 +68,7 @@ def test_a_killed_run_whose_checkpoints_are_gone_is_refused(trained: Callable[..
 
 
 @pytest.mark.parametrize(("every_steps", "refused"), [(10, True), (50, False)])
-def test_of_an_earlier_version_the_interval_tells_whether_it_saved(
+def test_of_an_earlier_version_the_interval_shows_a_save(
     every_steps: int, refused: bool, trained: Callable[..., Path], shard_set: ShardSet
 ) -> None:
     run = trained()
@@ -93,7 +96,7 @@ def test_fewer_steps_than_the_run_has_are_refused(trained: Callable[..., Path], 
     run.check(configured(steps=20), shard_set, resume_from=10)
     with pytest.raises(ValueError, match=r"--resume_from is 20, but .* has none of this step; it has 10, 30"):
         run.check(configured(), shard_set, resume_from=20)
-    with pytest.raises(ValueError, match=r"--resume_from is 20, but .* is a new run"):
+    with pytest.raises(ValueError, match=r"--resume_from is 20, but .* is a new run; remove --resume_from"):
         RunFolder(run.path.parent / "new").check(configured(), shard_set, resume_from=20)
 
 
@@ -112,6 +115,43 @@ def test_a_restarted_job_does_not_resume_from_the_earlier_step_again(
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert run.resume_step(10) == 10, "another job is a new request"
+
+
+def test_a_launcher_that_restarts_its_ranks_resumes_from_the_earlier_step_once(
+    trained: Callable[..., Path], shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(trained(10, 30))
+    monkeypatch.setattr(run_folder, "launcher_start", lambda: "2026-01-31T12:00:00Z")
+    run.open(configured(), shard_set, [], 1)
+    run.note_resumed(10)
+    run.close()
+    assert run.resume_step(10) == 10, "a first start"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run.resume_step(10) is None
+    monkeypatch.setattr(run_folder, "launcher_start", lambda: "2126-01-31T12:00:00Z")
+    assert run.resume_step(10) == 10, "another launcher is a new request"
+
+
+def test_a_run_that_went_back_to_an_earlier_step_shows_that_step(
+    trained: Callable[..., Path], shard_set: ShardSet
+) -> None:
+    run = RunFolder(trained(10, 30))
+    run.open(configured(), shard_set, [], 1)
+    run.note("stopped", step=35)
+    drop_rows_after(run.path / "metrics.jsonl", 10)
+    run.note_resumed(10)
+    run.close()
+    assert read_status(run.path).step == 10
+
+
+def test_secrets_of_changed_urls_are_not_recorded(trained: Callable[..., Path], shard_set: ShardSet) -> None:
+    run = RunFolder(trained())
+    config = replace(configured(), data=DataConfig(shards="https://user:secret@host/set?token=secret"))
+    run.open(config, shard_set, [], 1)
+    run.close()
+    record = (run.path / "run.json").read_text()
+    assert json.loads(record)["starts"][-1]["changes"]["data.shards"] == ["set", "https://host/set?..."]
+    assert "secret" not in record
 
 
 def test_checkpoints_may_be_on_another_disk(

@@ -115,6 +115,7 @@ def test_the_options_are_appended_to_the_launch_command(runner: Runner) -> None:
         (["--first", "high"], "--first is 'high'; it must be a number"),
         (["--optimizer.learning_rate", "1"], "--optimizer.learning_rate is given, but the sweep sets it"),
         (["--launch", "nosuchprogram"], "--launch starts with 'nosuchprogram'; it must be a program"),
+        (["--checkpoint.folder", "/disk"], "checkpoint.folder is /disk, which can be of one run alone"),
         (["--modle.size", "s"], "modle.size is not a known key"),
         (["--launch", "false"], "rate-0.01 ended with code 1 before its last step"),
     ],

@@ -2,6 +2,11 @@
 
 import fcntl
 import json
+import os
+import platform
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -172,11 +177,31 @@ def test_a_running_run_is_described_with_what_is_left_at_the_present_batch(tmp_p
 
 
 def test_a_killed_run_is_not_called_running(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    killed.wait()
     running(tmp_path, holder=None).close()
+    (tmp_path / ".lock").write_text(f"process {killed.pid} on {platform.node()}")
     shown = describe(read_status(tmp_path))
-    assert shown.startswith("not running: it was killed, or its machine failed; the same command resumes it from the")
-    assert "checkpoint of step 30" in shown
+    assert shown.startswith(
+        "not running: it was killed, or its machine failed; the same command (without --resume_from) resumes it from "
+        "the checkpoint of step 30\n"
+    )
     assert "left" not in shown
+    assert "  lock      not held" in shown
+
+
+def test_a_run_of_another_machine_whose_lock_is_not_seen_runs_while_it_writes(tmp_path: Path) -> None:
+    """Its locks may be local to its node."""
+    running(tmp_path, holder=None).close()
+    (tmp_path / ".lock").write_text("process 1 on node1, SLURM job 7")
+    for silence, shown in ((600, "running, but this machine sees no lock; the last write was 10 minutes ago\n"),
+                           (2000, "not running: it was killed")):  # fmt: skip
+        for name in ("metrics.jsonl", "run.json"):
+            os.utime(tmp_path / name, (time.time() - silence,) * 2)
+        assert describe(read_status(tmp_path)).startswith(shown)
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("health: {hang_minutes: 60}\n")
+    assert describe(read_status(tmp_path)).startswith("running, but")
 
 
 @pytest.mark.parametrize("status", ["failed", "stopped", "finished"])
@@ -211,4 +236,4 @@ def test_a_lock_that_cannot_be_tested_leaves_the_recorded_state(
     monkeypatch.setattr(fcntl, "flock", flock)
     shown = describe(read_status(tmp_path))
     assert shown.startswith("running\n")
-    assert "held by somebody or nobody: it can't be tested (Function not implemented)" in shown
+    assert "lock      unknown: the lock can't be tested (Function not implemented)" in shown

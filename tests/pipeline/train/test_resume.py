@@ -137,7 +137,10 @@ def test_a_request_to_stop_ends_validation_and_samples_and_the_next_start_repeat
     assert stopped.codes == [STOPPED, STOPPED], "\n".join(stopped.outputs)
     assert f"a request to stop ended the evaluation of step {step}; the next start repeats it" in stopped.output
     last = stopped.output.splitlines()[-1]
-    assert f"stopped on request at step {step}: {runner.folder / 'run'}; step {step} is saved, the same" in last
+    assert (
+        f"stopped on request at step {step}: {runner.folder / 'run'}; step {step} is saved, the same command resumes"
+        in last
+    )
     assert len(runner.losses("run")) == step
     assert [row["step"] for row in runner.rows("run") if "valid_loss" in row] == validated
     assert not (runner.folder / "run/samples").exists()
@@ -223,7 +226,7 @@ def test_an_earlier_checkpoint_is_resumed_and_the_later_ones_are_set_aside(
     assert f"the checkpoints after step 20 (30, 40) and the metrics were set aside in {run}/checkpoints/set-aside-" in (
         resumed.output
     )
-    assert f"{run}/STOP is of 2001-09-09" in resumed.output
+    assert f"{run}/STOP dates from 2001-09-09" in resumed.output
     assert runner.losses("run") == finished_run.losses("reference")
     [aside] = (run / "checkpoints").glob("set-aside-*")
     assert sorted(path.name for path in aside.glob("step-*")) == ["step-00000030", "step-00000040"]

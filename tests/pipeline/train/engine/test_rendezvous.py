@@ -43,7 +43,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_rank_that_waits_says_so_and_ends_at_a_signal(
+def test_a_rank_that_waits_logs_and_ends_at_a_signal(
     number: signal.Signals, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
@@ -136,7 +136,7 @@ def test_a_restart_does_not_read_what_the_ranks_before_it_wrote(monkeypatch: pyt
     assert store.check(["start 0/address of rank 1", "start 1/address of rank 1"])
 
 
-def test_processes_of_other_machines_are_not_judged() -> None:
+def test_processes_of_other_machines_are_not_checked() -> None:
     number, *_ = this_process().split()
     assert not has_ended(this_process())
     assert not has_ended(f"4194305 elsewhere {this_process().split()[2]}")

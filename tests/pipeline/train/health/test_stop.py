@@ -21,9 +21,9 @@ class Watched:
 
     looks = 0
 
-    def exists(self) -> bool:
+    def stat(self) -> os.stat_result:
         self.looks += 1
-        return True
+        return Path(__file__).stat()
 
 
 def test_a_file_is_looked_for_once_a_second_by_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_a_file_is_looked_for_once_a_second_by_one_rank(monkeypatch: pytest.Monk
     assert [number for number, there in enumerate(found) if there] == [0, 4, 8]
 
 
-def test_a_file_of_before_the_start_is_named_and_passed_over_until_it_is_touched(
+def test_a_file_of_before_the_start_is_named_and_ignored_until_it_is_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stop, "CHECK_SECONDS", 0)
@@ -48,9 +48,9 @@ def test_a_file_of_before_the_start_is_named_and_passed_over_until_it_is_touched
     path.touch()
     os.utime(path, (1e9, 1e9))
     file = stop.RequestFile(path, checks=True)
-    file.pass_over_older(2e9)
-    assert f"{path} is of 2001-09-09" in caplog.text
-    assert "is not obeyed; remove it" in caplog.text
+    file.ignore_older(2e9)
+    assert f"{path} dates from 2001-09-09" in caplog.text
+    assert "before this start, and is ignored; delete it, or touch it again to stop the run" in caplog.text
     assert not file.found()
     file.delete()
     assert path.exists(), "a run that was stopped by a signal leaves it"
@@ -131,6 +131,17 @@ def test_torchrun_does_not_restart_a_run_that_stopped_on_request(
     record = {"status": status, "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", updated)}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert stop.restarted_after_stop(tmp_path) == stays
+
+
+def test_a_damaged_record_is_left_to_the_checks_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (tmp_path / "run.json").write_text("[]")
+    assert not stop.restarted_after_stop(tmp_path)
+    (tmp_path / "run.json").write_text('{"status": "stopped"}')
+    assert not stop.restarted_after_stop(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json"):
+        stop.restarted_after_stop(tmp_path)
 
 
 def test_a_request_right_before_the_start_is_older_and_one_right_after_is_not(tmp_path: Path) -> None:
