@@ -230,11 +230,8 @@ class RunFolder:
         steps = [step_of(folder) for folder in committed(self.checkpoints)]
         self._record.setdefault("checkpoint", max(steps, default=0))
         self.note("running")
-        saved = (
-            f"{len(steps)} checkpoint{'s'[: len(steps) > 1]}, the newest of step {steps[-1]}"
-            if steps
-            else "no checkpoint yet"
-        )
+        count = "1 checkpoint" if len(steps) == 1 else f"{len(steps)} checkpoints"
+        saved = f"{count}, the newest of step {steps[-1]}" if steps else "no checkpoint yet"
         logger.info(f"run {self.path.resolve()}: start {len(self._record['starts'])}, {saved}")
         for key, (old, new) in changes.items():
             logger.warning(hide_secrets(f"changed since the last start: {key} was {old} and is now {new}"))
