@@ -3,6 +3,7 @@ extraction is incomplete."""
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,10 @@ SYSTEM_FOLDERS = {
 """Folders that operating systems, file servers and archivers add, in lower case. Those that begin with a dot too."""
 MAX_LEVELS = 100
 """Folders within each other below a class."""
+TRAIN_WORDS = ("train", "training")
+SPLIT_WORDS = (*TRAIN_WORDS, "valid", "val", "validation", "dev", "test", "testing", "eval", "evaluation")
+"""The words by which published sets name their splits, as the package datasets knows them."""
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
 SHOWN = 3
 """Names that a message lists."""
 

@@ -1,16 +1,15 @@
 """Which columns of a Hugging Face dataset have the images and their labels."""
 
 import logging
-import re
 from typing import Any
 
 from data_prep.config import SourceConfig
+from data_prep.sources.folders import SPLIT_WORD
 
 logger = logging.getLogger(__name__)
 
 LABEL_NAMES = ("label", "labels", "cls", "class")
 """Names by which a column of strings, booleans or integers is taken for the labels."""
-SPLIT_WORD = re.compile(r"(?<![a-z])(train|training|valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")
 
 LABEL_TYPES = "ClassLabel, string, bool or integer"
 

@@ -8,6 +8,7 @@ import numpy as np
 from data_prep.config import SourceConfig
 from data_prep.sources.base import ImageFiles, Images, Source, fingerprint
 from data_prep.sources.folders import (
+    SPLIT_WORD,
     IgnoredEntries,
     entries_of,
     entry_kind,
@@ -36,9 +37,12 @@ def open_source(config: SourceConfig) -> Source:
     if not root.is_dir():
         raise ValueError(f"source.path {root} is not a folder; it must be a folder with train/<class>/*.")
     folders = {split: _find(root, split) for split in SPLITS}
+    _check_others(root)
     if folders["train"] is None:
         raise ValueError(f"source.path {root} has no folder train/; it must contain train/<class>/*.")
     classes = _class_folders(folders["train"], IgnoredEntries())
+    if same := [name for name in classes if name.lower() in {other.lower() for other in classes if other != name}]:
+        logger.warning(f"{folders['train']} has classes that differ in capitals alone: {listed(same)}")
     if not classes:
         raise ValueError(f"{folders['train']} has no class folders; images must be in train/<class>/.")
     splits: dict[str, Images] = {
@@ -58,6 +62,23 @@ def _find(root: Path, split: str) -> Path | None:
     if archives and not found:
         raise ValueError(f"source.path {root} has {archives[0]}, but no folder {split}/; extract it, or remove it.")
     return found[0] if found else None
+
+
+def _check_others(root: Path) -> None:
+    """Raises ValueError for a folder that is named like a split and not read; logs what else is beside the splits."""
+    ignored = IgnoredEntries()
+    entries = entries_of(root, ignored)
+    names = {name for names in SPLITS.values() for name in names}
+    others = [entry.name for entry in entries if entry_kind(entry) == "folder" and entry.name.lower() not in names]
+    for name in others:
+        if SPLIT_WORD.search(name.lower()):
+            raise ValueError(
+                f"source.path {root} has {name}/, which is not the name of a split; rename it to train/, valid/ or "
+                f"test/, or move it away."
+            )
+    others = [f"{name}/" for name in others] + loose_images(entries, ignored)
+    if others:
+        logger.warning(f"{root}: ignored beside the folders of the splits: {listed(others)}")
 
 
 def _class_folders(folder: Path, ignored: IgnoredEntries) -> list[str]:
@@ -86,5 +107,11 @@ def _list_split(folder: Path, classes: list[str]) -> ImageFiles:
         )
     ignored.log(folder)
     if empty:
-        logger.warning(f"{folder} has no images in {len(empty):,} of its class folders: {listed(empty)}")
+        logger.warning(
+            f"{folder} has no images in {len(empty):,} of its class folders, which are classes all the same: "
+            f"{listed(empty)}"
+        )
+    missing = sorted(set(classes) - {classes[label] for label in set(labels)} - set(empty))
+    if missing:
+        logger.warning(f"{folder} has no folder for {len(missing):,} of train's classes: {listed(missing)}")
     return ImageFiles(str(folder), names, np.array(labels))

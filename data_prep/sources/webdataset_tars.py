@@ -20,7 +20,7 @@ from data_prep.images.decode import BadImage
 from data_prep.shards.addresses import hide_secrets, without_signatures
 from data_prep.shards.remote import is_remote, open_remote
 from data_prep.sources.base import MAX_CLASSES, UNLABELLED, Encoded, ImageStream, Source, fingerprint
-from data_prep.sources.folders import SUFFIXES, in_system_folder
+from data_prep.sources.folders import SPLIT_WORD, SUFFIXES, TRAIN_WORDS, in_system_folder
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
 
@@ -35,10 +35,6 @@ IMAGE_EXTENSIONS = (*FIRST_EXTENSIONS, *sorted({suffix[1:] for suffix in SUFFIXE
 TAR_NAME = re.compile(r"[^.].*\.(tar|tar\.gz|tgz|tar\.bz2|tar\.xz)")
 UNREADABLE_TAR_NAME = re.compile(r"[^.].*\.(tar\.(zst|zstd|lz4|lzma|lz|br|Z)|tzst)")
 """Names of tars whose compression can't be read."""
-TRAIN_WORDS = ("train", "training")
-SPLIT_WORDS = (*TRAIN_WORDS, "valid", "val", "validation", "dev", "test", "testing", "eval", "evaluation")
-"""The words by which the file names of published sets name the splits, as the package datasets knows them."""
-SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
 META_NAME = re.compile(r"__[^/]*__($|/)")
 """Members with metadata of the tar; webdataset ignores them."""
 KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")

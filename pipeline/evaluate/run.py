@@ -141,6 +141,8 @@ class Job:
             return False
         if self.path.is_file() and not _read(self.path):
             self.evaluation.log(f"{self.name}: {self.path} is damaged; the task runs again")
+        if self._is_of_other_inputs():
+            logger.warning(f"{self.path} has results of another model or shard set, which these will replace")
         cache = TaskCache.of_task(self.evaluation.results, self.name, inputs["inputs_digest"])
         with with_batch_size_advice(self.name, self.evaluation.sizes.batch_size):
             result = self.task.measure(replace(self.evaluation, cache=cache))
@@ -183,6 +185,15 @@ class Job:
     def _is_measured_with(self, inputs: dict[str, Any]) -> bool:
         measured = _read(self.path).get("inputs_digest")
         return not self.request.command.overwrite and measured == inputs["inputs_digest"]
+
+    def _is_of_other_inputs(self) -> bool:
+        """Whether there are results of another model or shard set; False on all ranks but the first."""
+        found, ours = _read(self.path), (self.facts.digest, self.evaluation.shards.digest)
+        return (
+            bool(found)
+            and self.evaluation.is_first
+            and (found.get("model_digest"), found.get("dataset_digest")) != ours
+        )
 
     def _how_to_overwrite(self) -> str:
         """What --overwrite would do, with a note if the classifier's folder was deleted since."""

@@ -182,7 +182,11 @@ def _optimizer(settings: dict[str, Any]) -> str | None:
 
 def _schedule(settings: dict[str, Any]) -> str | None:
     chosen = settings.get("schedule")
-    return f"{chosen['warmup_steps']:,} steps of warm-up, then {chosen['decay']}" if chosen else None
+    if not chosen:
+        return None
+    wsd = chosen["decay"] == "wsd"
+    last = f" over the last {chosen['decay_steps']:,} steps ({chosen['decay_shape']})" if wsd else ""
+    return f"{chosen['warmup_steps']:,} steps of warm-up, then {chosen['decay']}{last}"
 
 
 def _augmentation(settings: dict[str, Any]) -> str | None:

@@ -38,13 +38,13 @@ PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 5e-2}
 evaluate in bf16)."""
 
 
-def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
+def find_checkpoint(source: Path, step: int | None = None, option: str = "--step") -> Checkpoint:
     """The checkpoint that `source` names: a checkpoint itself, or of a run the one of `step`, by default the newest.
 
     Raises ValueError if there is none or its files are damaged.
     """
     if (source / RECORD_FILE).is_file() and not (source / CHECKPOINTS_FOLDER).is_dir():
-        raise ValueError(f"{source} is a run without a folder {CHECKPOINTS_FOLDER}; restore it, or train again.")
+        raise ValueError(f"{source} has no checkpoint yet, or its folder {CHECKPOINTS_FOLDER} is missing.")
     folder = source
     if (source / CHECKPOINTS_FOLDER).is_dir():
         folders = committed(source / CHECKPOINTS_FOLDER)
@@ -53,7 +53,7 @@ def find_checkpoint(source: Path, step: int | None = None) -> Checkpoint:
         folder = folders[-1] if step is None else step_folder(source / CHECKPOINTS_FOLDER, step)
         if folder not in folders:
             steps = ", ".join(str(step_of(other)) for other in folders)
-            raise ValueError(f"--step is {step}, but {source} has no checkpoint of this step; it has {steps}.")
+            raise ValueError(f"{option} has {step}, but {source} has no checkpoint of this step; it has {steps}.")
     checkpoint = open_checkpoint(folder)
     damage = checkpoint.damage()
     if damage is not None:
@@ -68,7 +68,7 @@ def find_checkpoints(source: Path, steps: Sequence[int]) -> list[Checkpoint]:
     if len(set(steps)) < 2 or len(set(steps)) < len(steps):
         listed = ",".join(map(str, steps))
         raise ValueError(f"--average is {listed}; it must be two or more steps, each once, such as 1000,2000,3000.")
-    return [find_checkpoint(source, step) for step in sorted(steps)]
+    return [find_checkpoint(source, step, "--average") for step in sorted(steps)]
 
 
 def export(checkpoint: Checkpoint, folder: Path, earlier: Sequence[Checkpoint] = ()) -> None:

@@ -84,16 +84,18 @@ def test_what_is_not_an_image_is_counted(pictures: Path, caplog: pytest.LogCaptu
     write(pictures / "train/cat/._0.png", b"\0\5\x16\7")
     with caplog.at_level(logging.INFO):
         assert names(pictures) == USUAL
-    assert caplog.messages == [
+    assert (
         f"{pictures}/train: ignored hidden files: 1; files that are not images: 6 (2 .txt, 1 .md, 1 .db and 2 more)"
         f", the first is readme.md"
-    ]
+    ) in caplog.messages
 
 
 def test_a_class_without_images_is_named(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(pictures / "train/bird/a.heic", b"x")
     assert opened("image_folder", pictures).classes == ["bird", "cat", "dog"]
-    assert f"{pictures}/train has no images in 1 of its class folders: bird" in caplog.messages
+    assert (
+        f"{pictures}/train has no images in 1 of its class folders, which are classes all the same: bird" in caplog.text
+    )
 
 
 def test_a_set_without_images_names_what_it_has(pictures: Path) -> None:
@@ -260,3 +262,21 @@ def test_the_command_ends_in_one_sentence(folder: Path, options: list[str], run:
     assert (result.code, "Traceback" in result.err) == (2, False)
     assert f"error: {folder}/train has images outside its class folders: 1 (loose.png); move each" in result.err
     assert not os.path.exists(folder.parent / "out")  # noqa: PTH110
+
+
+@pytest.mark.parametrize("name", ["Testing", "dev", "my_eval"])
+def test_a_folder_that_is_named_like_a_split_is_not_ignored(name: str, pictures: Path) -> None:
+    write(pictures / name / "cat/0.png")
+    with pytest.raises(ValueError, match=f"has {name}/, which is not the name of a split; rename it to train/, valid/"):
+        opened("image_folder", pictures)
+
+
+def test_what_is_beside_the_splits_and_classes_that_test_lacks_are_named(
+    pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train/Cat/0.png", "more/1.png", "1.png"):
+        write(pictures / name)
+    opened("image_folder", pictures)
+    assert f"{pictures}: ignored beside the folders of the splits: more/, 1.png" in caplog.text
+    assert f"{pictures}/train has classes that differ in capitals alone: Cat, cat" in caplog.text
+    assert f"{pictures}/test has no folder for 2 of train's classes: Cat, dog" in caplog.text

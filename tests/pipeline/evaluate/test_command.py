@@ -217,10 +217,15 @@ def test_options_come_from_a_file_too(run: Callable[..., Path], tmp_path: Path) 
     assert (result["split"], result["images"]) == ("valid", 30)
 
 
-def test_initial_weights_are_another_model(run: Callable[..., Path], model_folder: Path) -> None:
+def test_initial_weights_are_another_model(
+    run: Callable[..., Path], model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The zero head of the paper's initial weights makes every color as likely."""
     trained = results_of(run("--tasks", "density"))["density"]
+    replaced = "density.json has results of another model or shard set, which these will replace"
+    assert replaced not in caplog.text
     random = results_of(run("--tasks", "density", "--weights", "random"))["density"]
+    assert replaced in caplog.text
     assert (trained["weights"], random["weights"]) == ("trained", "random")
     assert random["nats_per_color"] == pytest.approx(math.log(COLORS), abs=1e-6)
     assert random["model_digest"] != trained["model_digest"] == model_digest(model_folder)

@@ -66,7 +66,7 @@ def test_an_older_step_and_the_checkpoint_itself(finished_run: Runner, tmp_path:
     export(find_checkpoint(source / "checkpoints/step-00000020"), tmp_path / "by-folder")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("by-step", "by-folder"))
     assert first == second
-    with pytest.raises(ValueError, match=r"--step is 7, .*of this step; it has 20, 30, 40"):
+    with pytest.raises(ValueError, match=r"--step has 7, .*of this step; it has 20, 30, 40"):
         find_checkpoint(source, 7)
 
 
