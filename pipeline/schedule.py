@@ -97,7 +97,7 @@ class ScheduleConfig:
                 )
 
     def describe_decay(self) -> str:
-        """The decay in a few words."""
+        """A short description of the decay."""
         if self.decay != "wsd":
             return self.decay
         return f"constant, then decay over the last {self.decay_steps:,} steps ({self.decay_shape})"

@@ -49,8 +49,8 @@ def _forms_of_png(content: bytes) -> Iterator[bytes]:
 def _jpeg_without_metadata(content: bytes) -> bytes:
     segments = list(jpeg_segments(content))
     end = segments[-1][2] if segments else len(JPEG_START)
-    kept = (content[start:stop] for marker, start, stop in segments if marker not in JPEG_METADATA)
-    return JPEG_START + b"".join(kept) + content[end:]
+    remaining = (content[start:stop] for marker, start, stop in segments if marker not in JPEG_METADATA)
+    return JPEG_START + b"".join(remaining) + content[end:]
 
 
 def _tiff_with_tags(content: bytes, wanted: set[int]) -> bytes:
@@ -58,8 +58,8 @@ def _tiff_with_tags(content: bytes, wanted: set[int]) -> bytes:
     order, start, fields = _tiff_directory(content)
     if start + 12 * len(fields) > len(content):
         return content
-    kept = [field for tag, field in fields if tag in wanted]
-    directory = len(kept).to_bytes(2, order) + b"".join(kept) + bytes(4)
+    remaining = [field for tag, field in fields if tag in wanted]
+    directory = len(remaining).to_bytes(2, order) + b"".join(remaining) + bytes(4)
     end = start + 12 * len(fields)
     return content[: start - 2] + directory.ljust(end + 2 - start, b"\0") + content[end:]
 

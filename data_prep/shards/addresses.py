@@ -64,8 +64,8 @@ def without_signatures(text: str) -> str:
 
 def _unsigned(query: str) -> str:
     """A query string without the parameters of a signature; "..." if it has no others."""
-    kept = (part for part in query.split("&") if not SIGNATURE.fullmatch(part.partition("=")[0]))
-    return "&".join(kept) or "..."
+    remaining = (part for part in query.split("&") if not SIGNATURE.fullmatch(part.partition("=")[0]))
+    return "&".join(remaining) or "..."
 
 
 def _hidden(address: str, show: Callable[[str], str] = lambda query: "...") -> str:

@@ -82,10 +82,10 @@ def read_labels(cells: Any, column: LabelColumn, names: list[str] | None, split:
     values = found.to_pylist()
     if names is not None:
         values = [names[number] if number >= 0 else "" for number in _checked(values, names, column, split)]
-    kept = list(column.distinct(values, split))
-    numbers = {value: number for number, value in enumerate(kept)}
+    values_in_order = list(column.distinct(values, split))
+    numbers = {value: number for number, value in enumerate(values_in_order)}
     sorted_indices = np.array([*(numbers.get(value, -1) for value in values), -1])  # the last is that of index -1
-    return SplitLabels(kept, sorted_indices[indices])
+    return SplitLabels(values_in_order, sorted_indices[indices])
 
 
 def _checked(values: list[Any], names: list[str], column: LabelColumn, split: str) -> list[int]:

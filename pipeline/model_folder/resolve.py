@@ -46,7 +46,7 @@ def model_folder(path: Path) -> Path:
 def _is_exported(folder: Path, checkpoint_digest: str) -> bool:
     """Whether a folder has what was exported from this checkpoint, unchanged.
 
-    Earlier versions recorded only the checkpoint; their folders are kept, since results name the digest of the model.
+    Earlier versions recorded only the checkpoint; they stay as they are, since results name the digest of the model.
     """
     made_from = (folder / MADE_FROM).read_text() if (folder / MADE_FROM).is_file() else None
     return made_from == checkpoint_digest or made_from == _made_from(folder, checkpoint_digest)

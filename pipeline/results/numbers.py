@@ -15,7 +15,7 @@ class Numbers:
     head: list[str]
     rows: list[list[str]]
     text: int = 2
-    """The number of columns that are no numbers: measure and choice."""
+    """The number of columns of text, before those of numbers: measure and choice."""
 
 
 def numbers_table(results: Results, random_weights: Results) -> Numbers:

@@ -5,11 +5,11 @@
 STOPPING=''
 RANKS_PID=''
 
-# Threads of a rank, if neither OMP_NUM_THREADS nor --cpus-per-task says how many: more seldom help.
+# Threads of a rank, if neither OMP_NUM_THREADS nor --cpus-per-task sets them: more seldom help.
 MOST_THREADS=8
 
-# Prints how many ranks a node runs: as many as sbatch --ntasks-per-node says, or ACCELERATORS_PER_NODE, or on CPUs as
-# sbatch --ntasks says. User error if the nodes would have different numbers.
+# Prints how many ranks a node runs: as many as sbatch --ntasks-per-node sets, or ACCELERATORS_PER_NODE, or on CPUs as
+# sbatch --ntasks sets. User error if the nodes would have different numbers.
 ranks_per_node() {
   local each=${SLURM_NTASKS_PER_NODE:-0} nodes=$SLURM_JOB_NUM_NODES gpus
   if [ "$ACCELERATORS_PER_NODE" -gt "${SLURM_GPUS_ON_NODE:-0}" ]; then

@@ -10,7 +10,7 @@ from pipeline.rank_errors import RankUnreachable, reported_on_all_ranks
 from pipeline.train.engine.rendezvous import Members, has_ended
 
 SECONDS = 3.0
-"""How long to look for the rank: a process that has closed its connections may take a moment to end."""
+"""How long to search for the rank: a process that has closed its connections may take a moment to end."""
 POLL_SECONDS = 0.1
 ENDED = "ended"
 """Key of the ranks that ended, as the first rank wrote it that found them."""
@@ -38,7 +38,7 @@ def explain_lost_rank(error: BaseException, ranks: Ranks, members: Members) -> R
 
 
 def find_ended(members: Members) -> list[int]:
-    """The ranks that ended first. Each rank looks for those of its own machine, and reads what another has found."""
+    """The ranks that ended first. Each rank searches its own machine, and reads what another has found."""
     end = time.monotonic() + SECONDS
     while True:
         found = [rank for rank, process in enumerate(members.processes) if has_ended(process)]
