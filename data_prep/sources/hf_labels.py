@@ -129,7 +129,7 @@ class RowLabels:
     """The class of each value of the column; None for integers that are the numbers of classes."""
 
     def number(self, row: dict[str, Any]) -> int:
-        """The class of a row, UNLABELLED for none. Raises ValueError for a value that is no class."""
+        """The class of a row, UNLABELLED for none. Raises ValueError for a value that is not a class."""
         value = row[self.column.name]
         if value is None or value in ("", UNLABELLED):
             return UNLABELLED

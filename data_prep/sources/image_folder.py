@@ -1,6 +1,8 @@
 """A folder of images: `train/<class>/*`, optionally `valid/<class>/*` and `test/<class>/*`."""
 
 import logging
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,8 @@ def open_source(config: SourceConfig) -> Source:
     if folders["train"] is None:
         raise ValueError(f"source.path {root} has no folder train/; it must contain train/<class>/*.")
     classes = _class_folders(folders["train"], IgnoredEntries())
-    if same := [name for name in classes if name.lower() in {other.lower() for other in classes if other != name}]:
+    spellings = Counter(map(str.lower, classes))
+    if same := [name for name in classes if spellings[name.lower()] > 1]:
         logger.warning(f"{folders['train']} has classes that differ in capitals alone: {listed(same)}")
     if not classes:
         raise ValueError(f"{folders['train']} has no class folders; images must be in train/<class>/.")
@@ -68,8 +71,8 @@ def _check_others(root: Path) -> None:
     """Raises ValueError for a folder that is named like a split and not read; logs what else is beside the splits."""
     ignored = IgnoredEntries()
     entries = entries_of(root, ignored)
-    names = {name for names in SPLITS.values() for name in names}
-    others = [entry.name for entry in entries if entry_kind(entry) == "folder" and entry.name.lower() not in names]
+    read = {*chain.from_iterable(SPLITS.values())}
+    others = [entry.name for entry in entries if entry_kind(entry) == "folder" and entry.name.lower() not in read]
     for name in others:
         if SPLIT_WORD.search(name.lower()):
             raise ValueError(

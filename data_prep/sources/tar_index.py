@@ -91,7 +91,7 @@ def tar_members(file: RandomAccessFile, inside: Member | None = None) -> Iterato
 
 
 def _damage(name: str, header: bytes, offset: int, error: str) -> str:
-    """A sentence on bytes that are no header."""
+    """A sentence on bytes that are not a header."""
     known = described(header) if offset == 0 else None
     if known is not None:
         return f"{name} is {known}; it must be an uncompressed tar."

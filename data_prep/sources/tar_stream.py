@@ -33,7 +33,7 @@ class DamagedTar(Exception):
 
 
 def is_padding(end: int | None, offset: int, truncated: bool) -> bool:
-    """Whether bytes at `offset` that are no header may follow the end of a tar.
+    """Whether bytes at `offset` that are not a header may follow the end of a tar.
 
     They may fill the record in which the tar ended, as some writers fill the last 10,240 bytes with what was in their
     memory, or be too few for a header. end: the offset of the end-of-archive blocks.

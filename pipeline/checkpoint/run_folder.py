@@ -123,7 +123,7 @@ class RunFolder:
             )
 
     def _check_step(self, config: TrainConfig, resume_from: int | None) -> None:
-        """Raises ValueError if there is no checkpoint of `resume_from`, or if the run is beyond schedule.steps."""
+        """Raises ValueError if `resume_from` has no checkpoint, or if the run has more steps than schedule.steps."""
         steps = [step_of(folder) for folder in committed(self.checkpoints)]
         if resume_from is not None and resume_from not in steps:
             found = ", ".join(map(str, steps)) or "none"
@@ -295,7 +295,7 @@ class RunFolder:
 
 
 def _same_start(holder: str) -> bool:
-    """Whether the holder of the lock runs in this very allocation, which was not requeued: it is no leftover."""
+    """Whether the holder of the lock started in this allocation: the job was not requeued, so it still runs."""
     job, in_array = os.environ.get("SLURM_JOB_ID"), "SLURM_ARRAY_JOB_ID" in os.environ
     return holder.endswith(f"{HELD_BY_JOB}{job}") and not in_array and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
 

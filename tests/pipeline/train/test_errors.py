@@ -1,13 +1,17 @@
 """Invalid input ends with one sentence and exit code 2, before any process group starts, and creates no run."""
 
+import fcntl
 import json
 import runpy
 import shutil
 import sys
 import sysconfig
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -20,6 +24,17 @@ from pipeline.model.gpt_config import gpt2_config
 from tests.pipeline.conftest import Runner
 
 Sentence = Callable[[list[str]], str]
+
+
+@contextmanager
+def lock_held(run: Path) -> Iterator[TextIO]:
+    """Context in which a rank of SLURM's job 7 holds the lock of a run, as its file states."""
+    run.mkdir()
+    with (run / ".lock").open("w+") as lock:
+        lock.write("process 1 on node1, SLURM job 7")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
 
 
 @pytest.fixture
@@ -240,11 +255,7 @@ def test_overrides_win_over_a_config_that_comes_later(runner: Runner) -> None:
 
 
 def test_two_trainings_of_one_run(runner: Runner, shards: Path) -> None:
-    import fcntl
-
-    (runner.folder / "run").mkdir()
-    with (runner.folder / "run/.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_held(runner.folder / "run"):
         finished = runner.train("run")
     assert finished.codes == [2]
     assert "is being trained by another process" in finished.output
@@ -262,17 +273,10 @@ def test_two_trainings_of_one_run(runner: Runner, shards: Path) -> None:
 def test_a_job_waits_for_ranks_of_an_earlier_job(
     job: dict[str, str], runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fcntl
-    import threading
-
-    (runner.folder / "run").mkdir()
     for name, value in job.items():
         monkeypatch.setenv(name, value)
     log = runner.folder / "run.logs/rank-0.log"
-    with (runner.folder / "run/.lock").open("w+") as lock:
-        lock.write("process 1 on node1, SLURM job 7")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_held(runner.folder / "run") as lock:
 
         def release() -> None:
             while not (log.is_file() and "waiting up to" in log.read_text()):
@@ -287,14 +291,8 @@ def test_a_job_waits_for_ranks_of_an_earlier_job(
 def test_a_second_start_in_the_same_allocation_is_refused_at_once(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fcntl
-
-    (runner.folder / "run").mkdir()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with (runner.folder / "run/.lock").open("w+") as lock:
-        lock.write("process 1 on node1, SLURM job 7")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_held(runner.folder / "run"):
         finished = runner.train("run")
     assert finished.codes == [2]
     assert "is being trained by another process (process 1 on node1, SLURM job 7); wait" in finished.output
@@ -302,14 +300,8 @@ def test_a_second_start_in_the_same_allocation_is_refused_at_once(
 
 
 def test_a_job_does_not_wait_for_ever_for_another(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
-    (runner.folder / "run").mkdir()
     monkeypatch.setenv("SLURM_JOB_ID", "9")
-    with (runner.folder / "run/.lock").open("w+") as lock:
-        lock.write("process 1 on node1, SLURM job 7")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_held(runner.folder / "run"):
         finished = runner.train("run", health__hang_minutes=0.01)
     assert finished.codes == [2]
     assert "is being trained by another process (process 1 on node1, SLURM job 7)" in finished.output
