@@ -101,7 +101,7 @@ def _manifest(
             f"{out / PALETTE} has sha256 {palette_sha256(palette)}, but the parts were encoded with "
             f"{', '.join(sorted(encoded_with))}; restore that palette, or prepare the set again."
         )
-    classes = plan["classes"] or [str(number) for number in range(1 + labels.max(initial=-1))]
+    classes = classes_of(plan["classes"], labels)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -115,6 +115,14 @@ def _manifest(
         "skipped": counts_by_reason(skips),
         "splits": _splits(results, config["resolution"], skips, _images_in_train(results, UnfinishedSet(out))),
     }
+
+
+def classes_of(named: list[str], labels: np.ndarray) -> list[str]:
+    """The classes that the source names, or the numbers up to the largest label. Raises ValueError for other labels."""
+    largest = int(labels.max(initial=-1))
+    if named and largest >= len(named):
+        raise ValueError(f"an image has the label {largest}, but the source names {len(named)} classes.")
+    return named or [str(number) for number in range(1 + largest)]
 
 
 def _labels(unfinished: UnfinishedSet, plan: dict[str, Any]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep.build import merge
 from data_prep.build.plan import Unit
 from data_prep.build.state import UnfinishedSet
 from data_prep.shards.reader import open_shard_set
@@ -57,6 +58,20 @@ def test_numbers_that_are_no_classes_end_the_preparation(prepared: Callable[[lis
     result = prepared([label, "1", "0"])
     assert result.code == 2
     assert f"its label is '{label}', not an integer from 0 to 999,999" in result.err
+
+
+@pytest.mark.parametrize(
+    ("named", "labels", "classes"),
+    [(["a", "b"], [0], ["a", "b"]), ([], [0, 2], ["0", "1", "2"]), ([], [], []), (["a", "b"], [0, 2], None)],
+)
+def test_a_label_beyond_the_classes_of_the_source_is_an_error(
+    named: list[str], labels: list[int], classes: list[str] | None
+) -> None:
+    if classes is None:
+        with pytest.raises(ValueError, match="an image has the label 2, but the source names 2 classes"):
+            merge.classes_of(named, np.array(labels, int))
+    else:
+        assert merge.classes_of(named, np.array(labels, int)) == classes
 
 
 def test_the_labels_of_a_unit_are_stored_as_an_array(tmp_path: Path) -> None:
