@@ -29,7 +29,7 @@ LAYERS = (
     ("pipeline.command_line", "pipeline.training_set"),
     ("pipeline.config",),
     ("pipeline.layout", "pipeline.schedule"),
-    ("pipeline.compilers", "pipeline.costs", "pipeline.hub", "pipeline.memory_errors"),
+    ("pipeline.compilers", "pipeline.costs", "pipeline.hub", "pipeline.memory_errors", "pipeline.stop_signals"),
     ("pipeline.rank_errors", "pipeline.value_checks"),
     ("data_prep",),
     ("data_prep.common",),

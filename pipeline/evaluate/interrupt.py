@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 from data_prep.common.exit_codes import STOPPED
+from pipeline.stop_signals import handle_stop_signals
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""SIGHUP, a closed terminal, is left ignored if it was ignored, as by nohup."""
 GRACE_SECONDS = 5.0
 """After this time the process exits without cleanup. Python handles a signal only between two calls, and a rank may be
 blocked in a collective that another rank has already left."""
@@ -36,7 +35,7 @@ class Stopped(BaseException):
 
 
 def until_stopped(work: Callable[[], int]) -> int:
-    """The exit code of `work`; after one of SIGNALS it is STOPPED, and the first rank logs a message."""
+    """The exit code of `work`; after one of STOP_SIGNALS it is STOPPED, and the first rank logs a message."""
     unreported = threading.Lock()
 
     def report() -> None:
@@ -84,8 +83,7 @@ def _listening(report: Callable[[], None]) -> Iterator[None]:
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-    former = {number: signal.signal(number, stop) for number in {*SIGNALS, signal.SIGALRM} - ignored}
+    former = handle_stop_signals(stop) | {signal.SIGALRM: signal.signal(signal.SIGALRM, stop)}
     former_hook, sys.unraisablehook = sys.unraisablehook, retry
     former_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader, report), daemon=True)

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
 from data_prep.common.files import read_json, write_json
+from pipeline.model.recompute import recompute_blocks
 from pipeline.model_folder.convert import LoadedModel, load_model_folder, save_model_folder
 from pipeline.model_folder.lazy_weights import check_finite
 
@@ -49,7 +50,7 @@ class Classifier(nn.Module):
         """Freezes the output head of the colors unless `generative`; `recompute` turns on activation checkpointing."""
         self.model.lm_head.requires_grad_(generative)
         if recompute:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_blocks(self.model.transformer.h)
 
 
 @dataclass(frozen=True)

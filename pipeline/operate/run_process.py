@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Requests to stop; SIGHUP, a closed terminal, is left ignored if it was ignored, as by nohup."""
-SAME_INTERRUPT_SECONDS = 1.0
-"""A Ctrl-C so soon after another signal is the same request."""
+from pipeline.stop_signals import SAME_INTERRUPT_SECONDS, handle_stop_signals
 
 
 class RunProcess:
@@ -28,8 +25,7 @@ class RunProcess:
     @contextmanager
     def forwarding(self) -> Iterator[None]:
         """Context in which a request to stop is passed on instead of ending this process."""
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        former = {number: signal.signal(number, self._forward) for number in {*SIGNALS} - ignored}
+        former = handle_stop_signals(self._forward)
         try:
             yield
         finally:

@@ -174,13 +174,13 @@ def image_gpt_step(case: Case) -> Step:
 def image_gpt(case: Case) -> ImageGPTForCausalImageModeling:
     """Of the same size, with one position more for SOS."""
     config = case.config
-    with torch.device(case.device):
-        return ImageGPTForCausalImageModeling(
-            ImageGPTConfig(
-                n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, n_positions=config.n_positions + 1,
-                vocab_size=COLORS + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            )
-        )  # fmt: skip
+    model = ImageGPTForCausalImageModeling(
+        ImageGPTConfig(
+            n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, n_positions=config.n_positions + 1,
+            vocab_size=COLORS + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+    return model.to(case.device)  # its norms are made on the CPU also under torch.device
 
 
 def images_that_fit(case: Case, memory_bytes: float) -> int:

@@ -13,7 +13,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from pipeline.compilers import missing_compiler
 from pipeline.config import TrainConfig
 from pipeline.model.trunk import Trunk
-from pipeline.train.health.stop import STOP_SIGNALS
+from pipeline.stop_signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 

@@ -159,7 +159,8 @@ class ConditionalStep:
         excess = (norm + CLIP_EPSILON) / self._clip_norm if self._clip_norm else 0.0
         scale = None
         if excess > 1:
-            scale = torch.tensor(excess, dtype=torch.float32).to(self._optimizer.param_groups[0]["params"][0].device)
+            device = self._optimizer.param_groups[0]["params"][0].device
+            scale = torch.full((), excess, dtype=torch.float32, device=device)  # a copy of it would make the host wait
         self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
 
 

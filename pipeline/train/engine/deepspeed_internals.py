@@ -129,9 +129,9 @@ def restart_accumulation(engine: Any) -> None:
     engine.micro_steps = 0
 
 
-def gradient_norm(engine: Any) -> float:
-    """Global norm of the step's gradient before clipping, as computed by ZeRO's optimizer."""
-    return float(engine.optimizer._global_grad_norm)
+def gradient_norm(engine: Any) -> torch.Tensor:
+    """Global norm of the step's gradient before clipping, (), as computed by ZeRO's optimizer."""
+    return torch.as_tensor(engine.optimizer._global_grad_norm)
 
 
 def mean_loss_of_stages(engine: Any) -> float:

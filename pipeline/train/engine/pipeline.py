@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model.gpt import build_model, initialize
 from pipeline.model.masks import Batch
+from pipeline.model.recompute import recompute_blocks
 from pipeline.model.sampling import complete_halves_by
 from pipeline.train.engine import compilation, float8
 from pipeline.train.engine import deepspeed_internals as internals
@@ -44,14 +44,14 @@ class BlockLayer(nn.Module):
 
     def __init__(self, model: GPT2LMHeadModel, device: torch.device, number: int, config: TrainConfig) -> None:
         super().__init__()
-        self.block, self.recompute = model.transformer.h[number], config.parallel.recompute
+        self.block = model.transformer.h[number]
         self.to_empty(device=device)
         if compilation.is_on(config, device):
             compilation.compile_block(self.block)
+        if config.parallel.recompute:
+            recompute_blocks([self.block])
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if self.recompute and self.training:
-            return checkpoint(self.block, states, use_reentrant=False)
         return self.block(states)
 
 
@@ -120,7 +120,7 @@ class PipelineEngine(DeepSpeedEngine):
         return self._engine.train_batch(self._micro_batches(batch))
 
     def _loss_and_norm(self) -> tuple[float, float]:
-        return internals.mean_loss_of_stages(self._engine), internals.gradient_norm(self._engine)
+        return internals.mean_loss_of_stages(self._engine), float(internals.gradient_norm(self._engine))
 
     def _mean_nats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self._image_nats(logits, targets).mean()

@@ -14,6 +14,7 @@ from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.model.decoding import Decoder
 from pipeline.model.gpt import build_model, initial_value
 from pipeline.model.masks import Batch
+from pipeline.model.recompute import recompute_blocks
 from pipeline.model.sampling import complete_halves_by
 from pipeline.train.engine import compilation, float8, tensor_parallel
 from pipeline.train.engine import deepspeed_internals as internals
@@ -39,15 +40,15 @@ class ZeroEngine(DeepSpeedEngine):
         self._coordinates = internals.RankCoordinates(self.data_rank, self.data_ranks, parts)
         if config.precision == "fp8":
             float8.convert(model.transformer.h, ranks.device)
-        if parallel.recompute:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         if parallel.tensor_parallel > 1:
             tensor_parallel.prepare(model, parallel.tensor_parallel)
         model.forward = compilation.trunk(model, config, ranks.device)
+        if parallel.recompute:
+            recompute_blocks(model.transformer.h)
         self._start(model, model.named_parameters(), settings)
         self._model = self._engine.module
         self._loss = torch.zeros(1, device=ranks.device)
-        self._own_norm: float | None = None
+        self._own_norm: torch.Tensor | None = None
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         self._engine.eval()
@@ -93,12 +94,13 @@ class ZeroEngine(DeepSpeedEngine):
 
     def _loss_and_norm(self) -> tuple[float, float]:
         norm = internals.gradient_norm(self._engine) if self._own_norm is None else self._own_norm
-        return self._loss.item(), norm
+        loss, norm = torch.stack([self._loss.squeeze(), norm.to(self._loss)]).tolist()  # both in one wait
+        return loss, norm
 
-    def _clip(self) -> float:
-        """Clips the gradient and returns its norm: ZeRO-0 has no DeepSpeed optimizer that does."""
+    def _clip(self) -> torch.Tensor:
+        """Clips the gradient and returns its norm (): ZeRO-0 has no DeepSpeed optimizer that does."""
         limit = self._config.optimizer.clip_norm or float("inf")
-        return float(nn.utils.clip_grad_norm_(self._model.parameters(), limit))
+        return nn.utils.clip_grad_norm_(self._model.parameters(), limit)
 
 
 def _new_model(

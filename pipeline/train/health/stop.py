@@ -11,14 +11,11 @@ from types import FrameType
 from data_prep.common.files import read_json
 from data_prep.common.logs import TIME
 from pipeline.checkpoint.run_files import RECORD_FILE, launcher_start
+from pipeline.stop_signals import SAME_INTERRUPT_SECONDS, handle_stop_signals
 
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "STOP"
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SAME_INTERRUPT_SECONDS = 1.0
-"""A Ctrl-C so soon after another signal is the same request: torchrun repeats what its ranks got from the terminal."""
-
 CHECK_SECONDS = 1.0
 """Seconds between two checks for a file: on a network file system one may take longer than a step's flags."""
 
@@ -94,9 +91,9 @@ def process_start() -> float:
 
 
 class StopRequests:
-    """Records signals (USR1, TERM, INT, HUP) and checks for the STOP file in the run; the loop asks for requests.
+    """Records stop signals and checks for the STOP file in the run; the loop asks for requests.
 
-    HUP, a closed terminal, is left ignored if it was ignored, as by nohup. A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once.
     """
 
     def __init__(self, run: Path, checks_file: bool = True) -> None:
@@ -105,9 +102,7 @@ class StopRequests:
         self._file.ignore_older(process_start())
         self._found = False
         self._signalled: float | None = None
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._remember)
+        handle_stop_signals(self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

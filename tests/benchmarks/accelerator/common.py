@@ -69,19 +69,19 @@ def use_fastest_attention(case: Case) -> dict[str, float]:
 
 
 def write_shards(folder: Path, images: int, resolution: int) -> Path:
-    """A shard set of images that can be learned: a color each, with noise. Splits train and valid."""
+    """A shard set of images that can be learned, a color each with noise: train, valid and test, in two classes."""
     draw = np.random.default_rng(0)
     palette = draw.uniform(-1, 1, (COLORS, 3)).astype(np.float32)
     folder.mkdir(parents=True)
     np.save(folder / PALETTE, palette)
     splits = {}
-    for split in ("train", "valid"):
+    for split in ("train", "valid", "test"):
         with open_shard(folder / shard_name(split, 0)) as writer:
             for first in range(0, images, 256):
                 count = min(256, images - first)
                 base = draw.integers(0, COLORS - 4, (count, 1))
                 tokens = base + draw.integers(0, 4, (count, resolution**2))
-                writer.add((tokens.astype(np.uint16), np.full(count, -1, np.int32)))
+                writer.add((tokens.astype(np.uint16), (base[:, 0] % 2).astype(np.int32)))
         splits[split] = {"images": images, "shards": [writer.entry]}
     write_json(
         folder / MANIFEST,
@@ -89,7 +89,7 @@ def write_shards(folder: Path, images: int, resolution: int) -> Path:
             "format": FORMAT,
             "version": VERSION,
             "source": {"name": "noise"},
-            "classes": [],
+            "classes": ["even", "odd"],
             "resolution": resolution,
             "palette": {"colors": COLORS, "sha256": palette_sha256(palette)},
             "splits": splits,

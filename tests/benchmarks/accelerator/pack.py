@@ -28,10 +28,10 @@ def first_shards(shards: list[dict[str, object]], images: int) -> list[dict[str,
 
 
 def pack(shards: Path, archive: Path, images: int) -> None:
-    """Writes a set of the first `images` or more of train, and of all of valid's first shard."""
+    """Writes a set of the first `images` or more of train, and of the first shards of valid and test."""
     manifest = read_json(shards / MANIFEST)
     splits = {}
-    for name, wanted in (("train", images), ("valid", 1)):
+    for name, wanted in (("train", images), ("valid", 1), ("test", 1)):
         taken = first_shards(manifest["splits"][name]["shards"], wanted)
         splits[name] = manifest["splits"][name] | {"shards": taken, "images": sum(shard["images"] for shard in taken)}
     manifest["splits"] = splits

@@ -165,10 +165,23 @@ def running(arguments: list[str], environment: dict[str, str], log: Path) -> Ite
     try:
         yield process
     finally:
+        if process.poll() is None:
+            print(f"-- {log.name}: had to be killed; its signals: {signals_of(process.pid)}", flush=True)
         process.kill()
         with suppress(subprocess.TimeoutExpired):  # a driver may never let go
             process.wait(GRACE)
         print(f"-- {log.name}\n{log.read_text()}", flush=True)
+
+
+def signals_of(process: int) -> str:
+    """The signals that a process has pending, blocks, ignores and handles, as /proc says: masks, by thread."""
+    found = []
+    for status in sorted(Path(f"/proc/{process}/task").glob("*/status")):
+        with suppress(OSError):  # the thread has ended
+            lines = [line.split() for line in status.read_text().splitlines()]
+            words = " ".join(f"{line[0]} {line[1]}" for line in lines if line[0].startswith(("Sig", "ShdPnd")))
+            found.append(f"{lines[0][1]} {words}")
+    return "; ".join(found[:8])
 
 
 def alone() -> dict[str, str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.common.files import read_json
-from pipeline.evaluate import interrupt
 from pipeline.evaluate.interrupt import MESSAGE, until_stopped
+from pipeline.stop_signals import STOP_SIGNALS
 from tests import launch
 
 
@@ -100,9 +100,9 @@ def test_a_request_that_comes_while_an_object_is_freed_is_not_lost(capsys: pytes
 
 
 def test_signals_are_as_before_afterwards() -> None:
-    before = [signal.getsignal(number) for number in interrupt.SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     assert until_stopped(lambda: 3) == 3
-    assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert until_stopped(lambda: os.kill(os.getpid(), signal.SIGUSR1) or 0) == 75
 
 

@@ -71,7 +71,7 @@ import os, signal, time, torch
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from pipeline.train.engine import compilation
-from pipeline.train.health.stop import STOP_SIGNALS
+from pipeline.stop_signals import STOP_SIGNALS
 
 config.compile_threads = 2
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.stop_signals import STOP_SIGNALS
 from pipeline.train.health import stop
 from tests.launch import ROOT
 
@@ -79,16 +80,28 @@ def test_the_rank_that_looks_deletes_the_file(tmp_path: Path) -> None:
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Restores what a test changes."""
-    former = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
+    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number, handler in former.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", stop.STOP_SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_asks_to_stop(number: signal.Signals, own_signals: None, tmp_path: Path) -> None:
     requests = stop.StopRequests(tmp_path)
     assert not requests.pending()
+    signal.raise_signal(number)
+    assert requests.pending()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_that_the_parent_process_had_blocked_asks_to_stop(
+    number: signal.Signals, own_signals: None, tmp_path: Path
+) -> None:
+    """A process inherits blocked signals, and every thread of a library that it starts does too."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    requests = stop.StopRequests(tmp_path)
     signal.raise_signal(number)
     assert requests.pending()
 
