@@ -54,14 +54,14 @@ def describe_ranks() -> Ranks:
     rank, count = integer_variable("RANK", 0), integer_variable("WORLD_SIZE", 1)
     _check_rank(rank, count)
     local_rank = integer_variable("LOCAL_RANK", 0)
-    select_device(local_rank)
+    number = select_device(local_rank)
     if count > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ValueError(f"{name} is not set; with {count} ranks it must be set, to rank 0's address or port.")
         if not 0 < integer_variable("MASTER_PORT", 0) < 1 << 16:
             raise ValueError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; it must be a port, 1 to 65535.")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
     return Ranks(rank, count, local_rank, device)
 
 
@@ -84,12 +84,17 @@ def integer_variable(name: str, default: int) -> int:
     return int(text)
 
 
-def select_device(local_rank: int) -> None:
-    """Sets LOCAL_RANK, which DeepSpeed and accelerate read, to the number of the GPU that this rank uses."""
+def select_device(local_rank: int) -> int:
+    """The number of the GPU that this rank uses: a task that sees one GPU only sees it as number 0.
+
+    A launcher's LOCAL_RANK, which DeepSpeed and accelerate read, is set to it. Without a launcher it stays unset:
+    accelerate takes a process with LOCAL_RANK for one of several ranks, and fails without their other variables.
+    """
     select_mig_instance(local_rank)
-    if torch.cuda.is_available():
-        # A task with one GPU of its own sees it as device 0, whatever its local rank.
-        os.environ["LOCAL_RANK"] = str(local_rank % torch.cuda.device_count())
+    number = local_rank % torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        os.environ["LOCAL_RANK"] = str(number)
+    return number
 
 
 def select_mig_instance(local_rank: int) -> int:

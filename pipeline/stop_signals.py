@@ -13,10 +13,12 @@ SAME_INTERRUPT_SECONDS = 1.0
 def handle_stop_signals(handler: Callable[[int, FrameType | None], Any]) -> dict[signal.Signals, Any]:
     """Makes `handler` handle STOP_SIGNALS; returns the handlers before it.
 
-    SIGHUP, a closed terminal, is left ignored if it was ignored, as by nohup. Signals that the parent process had
+    SIGHUP, a closed terminal, stays ignored if it was ignored, as by nohup. Signals that the parent process had
     blocked are unblocked: a blocked signal never arrives, and the job would be killed when its time is over.
     """
-    numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    former = {number: signal.signal(number, handler) for number in numbers}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, earlier in former.items():
+        stays_ignored = number == signal.SIGHUP and earlier == signal.SIG_IGN
+        signal.signal(number, signal.SIG_IGN if stays_ignored else handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return former

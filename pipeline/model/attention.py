@@ -1,10 +1,12 @@
 """Chooses the kernel of attention, by time measured at the run's own shape: FlashAttention's or cuDNN's on CUDA,
 FlashAttention's or that of cpu_attention.py on CPU."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +21,11 @@ FLASH, CUDNN, BLOCKED = SDPBackend.FLASH_ATTENTION.name, SDPBackend.CUDNN_ATTENT
 WRONG_CUDNN = 91500
 """The newest cuDNN whose attention is wrong at lengths that are not multiples of 128 (pytorch issue 169849)."""
 SECONDS_EACH = 0.1
-"""Minimum seconds of measurement for each kernel."""
+"""Minimum seconds of measurement for each kernel on CPU."""
+DEVICE_PASSES = 10
+"""Measured passes of each kernel on CUDA."""
+WAIT_CYCLES = 10**8
+"""About 60 ms of a GPU's clock, in which the host launches the measured passes."""
 CLEARLY_FASTER = 0.8
 """BLOCKED is used if it takes less than this share of FlashAttention's time: noise must not change a run's bits."""
 BLOCKED_POSITIONS = 2 * ROWS
@@ -80,10 +86,29 @@ def measure(shape: AttentionShape, kernels: Sequence[SDPBackend], device: torch.
     for kernel in kernels:
         if kernel == SDPBackend.CUDNN_ATTENTION and not cudnn_is_right(torch.backends.cudnn.version()):
             continue
-        timer = Timer("run()", globals={"run": _passes(shape, device)}, num_threads=torch.get_num_threads())
+        run = _passes(shape, device)
         with suppress(RuntimeError), sdpa_kernel(kernel):  # "No available kernel"
-            seconds[kernel.name] = timer.blocked_autorange(min_run_time=SECONDS_EACH).median
+            run()
+            seconds[kernel.name] = _device_seconds(run) if device.type == "cuda" else _host_seconds(run)
     return seconds
+
+
+def _host_seconds(run: Callable[[], None]) -> float:
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=SECONDS_EACH).median
+
+
+def _device_seconds(run: Callable[[], None]) -> float:
+    """The median over some passes. They are queued behind a kernel that only waits: the time in which the host launches
+    kernels, which is longer than that of small ones, does not count, as in training, where the host is ahead."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(DEVICE_PASSES + 1)]
+    torch.cuda._sleep(WAIT_CYCLES)
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(first.elapsed_time(last) for first, last in pairwise(events)) / 1000
 
 
 def _passes(shape: AttentionShape, device: torch.device, blocked: bool = False) -> Callable[[], None]:

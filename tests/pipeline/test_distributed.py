@@ -197,6 +197,24 @@ def test_each_rank_of_a_node_sees_its_own_mig_instance(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == selected
 
 
+@pytest.mark.parametrize(
+    ("launcher", "gpus", "number", "left"),
+    [(None, 1, 0, None), (None, 8, 0, None), ("5", 8, 5, "5"), ("5", 1, 0, "0")],
+    ids=["one GPU, no launcher", "no launcher", "torchrun", "a task with one GPU of its own"],
+)
+def test_the_gpu_of_a_rank(
+    launcher: str | None, gpus: int, number: int, left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a launcher a process must not look like one of several ranks to accelerate."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", launcher or "")
+    if launcher is None:
+        monkeypatch.delenv("LOCAL_RANK")
+    assert select_device(int(launcher or 0)) == number
+    assert os.environ.get("LOCAL_RANK") == left
+
+
 def test_training_selects_it_before_a_module_makes_cuda_read_the_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

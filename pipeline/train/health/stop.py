@@ -112,7 +112,13 @@ class StopRequests:
             raise KeyboardInterrupt
 
     def pending(self) -> bool:
-        """True if this process was asked to stop."""
+        """True if this process was asked to stop; call it in every step.
+
+        The handlers are installed again: LLVM, with which Triton compiles, replaces them without Python's knowledge at
+        its first kernel. Then SIGUSR1 would do nothing, and SIGTERM end the run without a save, as it does until the
+        end of that step.
+        """
+        handle_stop_signals(self._remember)
         self._found = self._found or self._file.found()
         return self._signalled is not None or self._found
 

@@ -1,4 +1,4 @@
-"""A minute and a half of a real run: iGPT-S on CIFAR-10 through the command line, stopped by SIGUSR1, then evaluated."""
+"""A minute and a half of iGPT-S on CIFAR-10 through the command line, stopped by SIGUSR1, then evaluated."""
 
 import json
 import signal

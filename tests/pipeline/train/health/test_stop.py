@@ -1,5 +1,6 @@
 """Requests of users: files, which one rank looks for once a second, and signals."""
 
+import ctypes
 import json
 import os
 import signal
@@ -106,11 +107,27 @@ def test_a_signal_that_the_parent_process_had_blocked_asks_to_stop(
     assert requests.pending()
 
 
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_asks_to_stop_after_a_library_has_replaced_the_handlers(
+    number: signal.Signals, own_signals: None, tmp_path: Path
+) -> None:
+    """As LLVM does when Triton compiles its first kernel. Python does not know of it."""
+    requests = stop.StopRequests(tmp_path)
+    handlers_of_libc = ctypes.CDLL(None).signal
+    handlers_of_libc.argtypes, handlers_of_libc.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    handlers_of_libc(number, 1)  # SIG_IGN
+    signal.raise_signal(number)
+    assert not requests.pending(), "the signal is lost; from here on they arrive"
+    signal.raise_signal(number)
+    assert requests.pending()
+
+
 def test_a_closed_terminal_is_ignored_under_nohup(own_signals: None, tmp_path: Path) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     requests = stop.StopRequests(tmp_path)
-    signal.raise_signal(signal.SIGHUP)
-    assert not requests.pending()
+    for _ in range(2):  # pending() installs the handlers again
+        signal.raise_signal(signal.SIGHUP)
+        assert not requests.pending()
 
 
 def test_a_ctrl_c_that_torchrun_repeats_does_not_interrupt_and_a_later_one_does(
