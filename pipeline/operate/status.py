@@ -216,7 +216,7 @@ def describe(now: RunStatus) -> str:
         )
     share = f" ({now.step / now.steps:.1%})" if now.steps and now.step <= now.steps else ""
     of = f" of {now.steps:,}{share}" if now.steps else ""
-    lines = {"step": f"{now.step:,}{of}; started {now.starts} times"}
+    lines = {"step": f"{now.step:,}{of}; started {'once' if now.starts == 1 else f'{now.starts} times'}"}
     if now.row:
         lines |= _describe_metrics(now, running)
     retained = ", ".join(f"{step:,}" for step in steps[-SHOWN_CHECKPOINTS:])

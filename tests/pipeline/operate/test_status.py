@@ -167,7 +167,7 @@ def test_a_running_run_is_described_with_what_is_left_at_the_present_batch(tmp_p
         shown = describe(read_status(tmp_path)).splitlines()
     assert [line for line in shown if "written" not in line] == [
         "running",
-        "  step      40 of 100 (40.0%); started 1 times",
+        "  step      40 of 100 (40.0%); started once",
         "  loss      5.1235 nats per token, 20.0 images/s",
         "  valid     5.5000 nats per token at step 20",
         "  left      0.067 hours at this throughput",  # 60 steps of 80 images at 20 images/s are 240 s
