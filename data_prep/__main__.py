@@ -41,7 +41,17 @@ def _configured(command: str, description: str, arguments: list[str]) -> tuple["
     parser.add_argument("--out", type=str, required=True, help="file or folder to write")
     parser.add_argument("--part", type=int, default=1, help="number of the part to prepare, from 1 to --parts")
     parser.add_argument("--parts", type=int, default=1, help="number of parts; `join` joins them")
-    parser.add_class_arguments(DataConfig)
+    parser.add_class_arguments(DataConfig, skip={"exclude"})
+    parser.add_argument(
+        "--exclude",
+        type=str,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SHARDS_OR_FOLDER",
+        help="shard sets, whose split test counts, and folders of images: near-duplicates of their images are not "
+        "stored in train, nor in a valid that is held out of it",
+    )
     options = parse(parser, arguments)
     return fill(DataConfig, options), Path(options.out), Part(options.part, options.parts)
 

@@ -5,7 +5,10 @@ from typing import Any, Literal
 
 from data_prep.shards.addresses import hide_secrets
 from data_prep.sources.registry import SOURCES, kinds_with
+from data_prep.sources.where import Where
 
+DISTANCE = 10
+"""The default of exclude_distance; README.md has what it finds."""
 MAX_COLORS = 65_535  # tokens are uint16, and a model needs one more index for its start token
 
 
@@ -29,6 +32,9 @@ class SourceConfig:
     """hf_dataset: stream the images, without storing a copy of the dataset."""
     unlabelled: bool = False
     """stl10: add the 100,000 unlabelled images to train."""
+    where: str | None = None
+    """webdataset and hf_dataset: keep the images whose record fits, such as "width >= 64 and punsafe < 0.5". The names
+    are those of fields of the .json of each image (img2dataset), or of columns; see README.md."""
     tars_per_shard: int = 1
     """webdataset: number of tars whose images are mixed and written as one shard."""
     train_per_class: int = 1000
@@ -58,6 +64,8 @@ class SourceConfig:
                 raise ValueError(
                     f"source.{option.name} belongs to source.kind {' or '.join(kinds)}, not {self.kind}; remove it."
                 )
+        if self.where is not None:
+            Where(self.where)  # raises ValueError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +119,11 @@ class DataConfig:
     fold_valid: bool = False
     """Keep the held-out images in `train` too, as the paper does for its final models; then `valid` contains training
     images."""
+    exclude: list[str] = field(default_factory=list)
+    """Shard sets, whose split test counts, and folders of images: what is a near-duplicate of one of these images is
+    not stored in `train`, nor in a `valid` that is held out of it."""
+    exclude_distance: int = DISTANCE
+    """Bits of the 64 of a perceptual hash by which a near-duplicate may differ, 0 to 64."""
     max_skipped: float = 0.01
     """Largest share of the images, and of the tars, that may be skipped because they are damaged. If more are damaged,
     the job fails."""
@@ -128,6 +141,15 @@ class DataConfig:
             raise ValueError(f"max_skipped is {self.max_skipped}; it must be between 0 and 1.")
         if self.fold_valid and not self.valid_fraction:
             raise ValueError("fold_valid is true, but valid_fraction is 0; set valid_fraction, or remove fold_valid.")
+        if not 0 <= self.exclude_distance <= 64:
+            raise ValueError(
+                f"exclude_distance is {self.exclude_distance}; it must be between 0 and 64, the bits of a hash."
+            )
+        if self.exclude_distance != DISTANCE and not self.exclude:
+            raise ValueError(
+                f"exclude_distance is {self.exclude_distance}, but exclude is not set; set exclude, or remove "
+                f"exclude_distance."
+            )
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; it must be 0 (one per core) or more.")
 
@@ -135,7 +157,14 @@ class DataConfig:
         """The options that change the bytes of the result, in plain types, without the secrets of a URL."""
         values = asdict(self)
         values["source"]["path"] = hide_secrets(self.source.path) if self.source.path else self.source.path
+        values["exclude"] = [hide_secrets(place) for place in self.exclude]
         del values["workers"], values["max_skipped"]
+        # Absent unless set: sets that were prepared before these options existed are resumed and found finished.
+        for group, name in ((values, "exclude"), (values["source"], "where")):
+            if not group[name]:
+                del group[name]
+        if not self.exclude:
+            del values["exclude_distance"]
         return values
 
     @classmethod

@@ -58,6 +58,8 @@ def _originals(shard_set: ShardSet, split: str, count: int) -> tuple[np.ndarray 
     if source.fingerprint != manifest["source"]["fingerprint"]:
         return None, "without the source images: they have changed since the preparation."
     chosen = make_plan(source, config).splits[split]
+    if "excluded" in manifest and chosen.source_split == "train":
+        return None, "without the source images: some are excluded as near-duplicates."
     views = views_of(source, config, chosen.source_split)
     found: list[np.ndarray] = []
     for index, number in zip(chosen.source_indices, chosen.views, strict=True):

@@ -7,8 +7,9 @@ workers or parts, or on interruptions. A restart reuses the complete units (data
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -18,10 +19,11 @@ import numpy as np
 
 from data_prep.build.encode import Job, Outcome, encode_record
 from data_prep.build.encode_stream import encode_stream
+from data_prep.build.exclude import ExcludedSet, describe_excluded, open_excluded, read_excluded
 from data_prep.build.merge import join_shards
 from data_prep.build.parts import Part
 from data_prep.build.plan import Plan, Unit, all_units, make_plan
-from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, write_skips
+from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, add_counts, write_skips
 from data_prep.build.state import UnfinishedSet, finished
 from data_prep.common.files import read_json
 from data_prep.common.progress import progress
@@ -54,15 +56,20 @@ def prepare_shards(config: DataConfig, out: Path, part: Part) -> None:
         )
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is {out}, a file; it must be a folder.")
-    if finished(out, identity(config)):
+    excluded = open_excluded(config.exclude)
+    if finished(out, identity(config, excluded)):
         logger.info(f"{out} is finished: it was prepared with this configuration{_same_source(config, out)}.")
         return
     source = open_source(config.source)
     plan = make_plan(source, config)
     unfinished = UnfinishedSet(out)
-    unfinished.start(_plan_description(source, plan))
-    unfinished.start_part(part, config.max_skipped)
     workers = worker_count(config.workers)
+    near_duplicates = read_excluded(excluded, config, workers)
+    if near_duplicates is not None:
+        source = replace(source, near_duplicate=near_duplicates.match)
+    description = _plan_description(source, plan, excluded)
+    unfinished.start(description | describe_excluded(excluded, near_duplicates))
+    unfinished.start_part(part, config.max_skipped)
     palette = _palette(source, plan, out, workers)
     images = _write_units(Job(source, plan, palette, lookup_table(palette)), unfinished, part, workers)
     unfinished.finish_part(part, config.max_skipped, time.monotonic() - started, images)
@@ -88,25 +95,28 @@ def _same_source(config: DataConfig, out: Path) -> str:
     return ", from the same images"
 
 
-def identity(config: DataConfig) -> dict[str, Any]:
-    """The configuration, with the digest of `palette.file` in place of its path."""
+def identity(config: DataConfig, excluded: Sequence[ExcludedSet]) -> dict[str, Any]:
+    """The configuration, with the digests of `palette.file` and of the sets in `exclude` in place of their paths."""
     values = config.to_dict()
     if config.palette.file is not None:
         given = load_palette(Path(config.palette.file), config.palette.colors)
         values["palette"]["file"] = f"sha256 {palette_sha256(given)}"
+    if excluded:
+        values["exclude"] = [one.identity for one in excluded]
     return values
 
 
-def _plan_description(source: Source, plan: Plan) -> dict[str, Any]:
+def _plan_description(source: Source, plan: Plan, excluded: Sequence[ExcludedSet]) -> dict[str, Any]:
     """What must be equal for all parts, and what `join` needs for the manifest."""
     return {
-        "config": identity(plan.config),
+        "config": identity(plan.config, excluded),
         "source": {"name": source.name, "kind": plan.config.source.kind, "fingerprint": source.fingerprint}
         | source.facts,
         "classes": source.classes,
         "streams": sorted(plan.streams),
         "units": plan.units,
         "made_with": {name: version(name) for name in PACKAGES},
+        **({"filtered": source.filtered} if plan.config.source.where else {}),
     }
 
 
@@ -194,11 +204,13 @@ def _write_unit(job: Job, unfinished: UnfinishedSet, unit: Unit, outcomes: Itera
     digests: dict[str, list[np.ndarray]] = {}
     source_images, has_samples = 0, False
     skips: list[Skip] = []
+    filtered: dict[str, dict[str, int]] = {}
     with ExitStack() as open_shards:
         writers: dict[str, ShardWriter] = {}
         for outcome in outcomes:
             source_images += outcome.source_images
             skips += outcome.skips
+            filtered = add_counts(filtered, outcome.filtered)
             errors[outcome.split] = errors.get(outcome.split, 0) + outcome.squared_error
             if outcome.samples is not None and outcome.split == "train" and unit.number == 0 and not has_samples:
                 unfinished.save_samples(outcome.samples)
@@ -218,7 +230,7 @@ def _write_unit(job: Job, unfinished: UnfinishedSet, unit: Unit, outcomes: Itera
         for split, writer in writers.items()
     }
     labels = np.array(sorted(numbers - {UNLABELLED}), np.uint32)
-    result = {"shards": shards, "pictures": source_images, "skips": skips}
+    result = {"shards": shards, "pictures": source_images, "skips": skips, "filtered": filtered}
     joined = {split: np.concatenate(parts) for split, parts in digests.items()}
     unfinished.save_result(unit, result | {"palette_sha256": palette_sha256(job.palette)}, joined, labels)
     return result

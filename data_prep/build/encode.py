@@ -43,8 +43,10 @@ class Outcome:
     labels: np.ndarray
     """int32 (n,)."""
     source_images: int
-    """Number of source images processed, including skipped ones."""
+    """Number of source images processed, including skipped ones, without those that source.where excludes."""
     skips: list[Skip] = field(default_factory=list)
+    filtered: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By split of the source and reason: the number of images that source.where excludes."""
     squared_error: int = 0
     """Of the palette colors against the original pixels, summed over all channels of all pixels."""
     samples: Samples | None = None

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.build.encode import Job, Outcome, encoded, samples
 from data_prep.build.plan import Unit
-from data_prep.build.skips import DAMAGED_TAR, Skip, skip
+from data_prep.build.skips import Processed
 from data_prep.common.seeding import generator
 from data_prep.config import DataConfig
 from data_prep.images.crops import EVALUATION, make_cropper
@@ -38,6 +38,8 @@ def stream_views(source: Source, config: DataConfig, unit: Unit) -> Iterator[lis
         try:
             image = cropper.decoder(*(number for _, number in wanted))(item.content, item.name)
             views = [(split, cropper.crop(image, number, unit.number, position)) for split, number in wanted]
+            if original := source.original_of(image, unit.split):
+                raise BadImage(item.name, "near-duplicate", original)
         except BadImage as bad:
             yield bad
             continue
@@ -76,28 +78,27 @@ def encode_stream(job: Job, unit: Unit) -> Iterator[Outcome]:
 def _encoded(job: Job, unit: Unit) -> Iterator[Outcome]:
     """Up to IMAGES_PER_RECORD views at a time, in the order of the stream."""
     waiting: dict[str, list[View]] = {}
-    source_images = 0
-    skips: list[Skip] = []
+    processed = Processed(unit.split)
     for found in stream_views(job.source, job.plan.config, unit):
         if isinstance(found, BadImage):
-            skips.append(skip(unit.split, found))
-            source_images += found.reason != DAMAGED_TAR
+            processed.skip(found)
             continue
-        source_images += 1
+        processed.images += 1
         for view in found:
             waiting.setdefault(view[0], []).append(view)
             if len(waiting[view[0]]) == IMAGES_PER_RECORD:
-                yield _encoded_views(job, view[0], waiting.pop(view[0]), source_images, skips)
-                source_images, skips = 0, []
+                yield _encoded_views(job, view[0], waiting.pop(view[0]), processed)
+                processed = Processed(unit.split)
     for split, views in waiting.items():
-        yield _encoded_views(job, split, views, source_images, skips)
-        source_images, skips = 0, []
-    yield _encoded_views(job, unit.split, [], source_images, skips)
+        yield _encoded_views(job, split, views, processed)
+        processed = Processed(unit.split)
+    yield _encoded_views(job, unit.split, [], processed)
 
 
-def _encoded_views(job: Job, split: str, views: list[View], source_images: int, skips: list[Skip]) -> Outcome:
+def _encoded_views(job: Job, split: str, views: list[View], processed: Processed) -> Outcome:
     outcome = encoded(job, split, [view for _, view, _ in views], np.array([label for _, _, label in views], np.int32))
-    outcome.source_images, outcome.skips = source_images, skips
+    outcome.source_images, outcome.skips = processed.images, processed.skips
+    outcome.filtered = {processed.split: processed.filtered}
     outcome.samples = samples([view for _, view, _ in views], outcome)
     return outcome
 

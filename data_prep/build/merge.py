@@ -8,7 +8,17 @@ import numpy as np
 
 from data_prep.build.parts import Part
 from data_prep.build.plan import Unit, all_units
-from data_prep.build.skips import SKIPPED, Skip, SkipLimit, TooManySkips, count_skips, counts_by_reason, write_skips
+from data_prep.build.skips import (
+    NEAR_DUPLICATE,
+    SKIPPED,
+    Skip,
+    SkipLimit,
+    TooManySkips,
+    add_counts,
+    count_skips,
+    counts_by_reason,
+    write_skips,
+)
 from data_prep.build.state import UnfinishedSet
 from data_prep.common.files import write_json
 from data_prep.palette.codec import load_palette, palette_sha256
@@ -113,8 +123,22 @@ def _manifest(
         "classes": classes,
         "palette": {"file": PALETTE, "colors": len(palette), "sha256": palette_sha256(palette)},
         "skipped": counts_by_reason(skips),
+        **({"excluded": plan["excluded"]} if "excluded" in plan else {}),
+        **({"filtered": _filtered(plan, results)} if "filtered" in plan else {}),
         "splits": _splits(results, config["resolution"], skips, _images_in_train(results, UnfinishedSet(out))),
     }
+
+
+def _filtered(plan: dict[str, Any], results: dict[Unit, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """By split of the source and reason: the images that source.where excludes. Raises ValueError if it is all."""
+    filtered = add_counts(plan["filtered"], *(result["filtered"] for result in results.values()))
+    if "train" in filtered and not any("train" in result["shards"] for result in results.values()):
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in filtered["train"].items())
+        raise ValueError(
+            f"source.where {plan['config']['source']['where']!r} leaves no training image that can be used ({counts}); "
+            f"change it."
+        )
+    return filtered
 
 
 def classes_of(named: list[str], labels: np.ndarray) -> list[str]:
@@ -187,7 +211,11 @@ def _report(
 ) -> None:
     """labels: how many different ones occur."""
     splits, palette = manifest["splits"], manifest["palette"]
-    source_images, skipped = limit.images, len(limit.skips)
+    near_duplicates = sum(one["reason"] == NEAR_DUPLICATE for one in limit.skips)
+    source_images, skipped = limit.images, len(limit.skips) - near_duplicates
+    found = f", {near_duplicates:,} near-duplicates of excluded images" if "excluded" in manifest else ""
+    filtered = sum(sum(reasons.values()) for reasons in manifest.get("filtered", {}).values())
+    kept = f", after {filtered:,} that source.where excludes" if "filtered" in manifest else ""
     images = sum(split["images"] for split in splits.values())
     size = sum(shard["bytes"] for split in splits.values() for shard in split["shards"])
     seconds, timed = sum(seconds for seconds, _ in timings), sum(count for _, count in timings)
@@ -196,10 +224,12 @@ def _report(
     throughput = timed / max(seconds, 1e-9)
     lines = [
         f"{out}: finished in {parts}, {throughput:,.0f} images/s{' per part' if len(timings) > 1 else ''}",
-        f"  {source_images:,} source images, {skipped:,} skipped; {images:,} images stored, {size / 1e6:,.1f} MB",
+        f"  {source_images:,} source images{kept}, {skipped:,} skipped{found}; {images:,} images stored, "
+        f"{size / 1e6:,.1f} MB",
     ]
-    for split, reasons in manifest["skipped"].items():
-        lines.append(f"  {split:5} skipped: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}")
+    for key in ("skipped", "filtered"):
+        for split, reasons in manifest.get(key, {}).items():
+            lines.append(f"  {split:5} {key}: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}")
     for name, split in splits.items():
         error = split["palette_mean_squared_error"]
         unlabelled = sum(result["shards"].get(name, {}).get("unlabelled", 0) for result in results.values())

@@ -1,15 +1,21 @@
-"""Images and tars that could not be used: counted by reason, listed by name, and limited by max_skipped."""
+"""Images and tars that are not stored: counted by reason, listed by name, and limited by max_skipped.
+
+Near-duplicates are listed too, but not limited. What source.where excludes is only counted: it may be most images.
+"""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.common.files import atomic_write, to_json
 from data_prep.images.decode import BadImage
+from data_prep.sources.where import UNLISTED
 
 SKIPPED = "skipped.jsonl"
 DAMAGED_TAR = "damaged tar"
+NEAR_DUPLICATE = "near-duplicate"
+"""Listed, but not limited by max_skipped: these images can be used, and are excluded on request."""
 CHECKED_AFTER = 10_000
 """Images of streams after which a part checks its own share of skips; the total number of images is unknown."""
 
@@ -20,6 +26,26 @@ Skip = dict[str, str]
 def skip(split: str, bad: BadImage) -> Skip:
     """The line of skipped.jsonl for an image."""
     return {"split": split, "name": bad.name, "reason": bad.reason, "detail": bad.detail}
+
+
+@dataclass
+class Processed:
+    """What was read of a stream, and not stored."""
+
+    split: str
+    """Of the source."""
+    images: int = 0
+    """Images, without those that source.where excludes."""
+    skips: list[Skip] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)
+    """By reason, the images that source.where excludes."""
+
+    def skip(self, bad: BadImage) -> None:
+        if bad.reason in UNLISTED:
+            self.filtered[bad.reason] += 1
+            return
+        self.skips.append(skip(self.split, bad))
+        self.images += bad.reason != DAMAGED_TAR
 
 
 @dataclass
@@ -86,7 +112,7 @@ class SkipLimit:
 
     def _check(self, images: int | None, tars: int) -> None:
         damaged_tars = [one for one in self.skips if one["reason"] == DAMAGED_TAR]
-        bad_images = [one for one in self.skips if one["reason"] != DAMAGED_TAR]
+        bad_images = [one for one in self.skips if one["reason"] not in (DAMAGED_TAR, NEAR_DUPLICATE)]
         for found, count, what in ((damaged_tars, tars, "tars"), (bad_images, images, "images")):
             if found and count is not None and len(found) > self.share * count:
                 raise TooManySkips(self._sentence(found, f"{count:,} {what}"), self.skips)
@@ -113,6 +139,15 @@ def counts_by_reason(skips: Iterable[Skip]) -> dict[str, dict[str, int]]:
     for one in skips:
         counts.setdefault(one["split"], Counter())[one["reason"]] += 1
     return {split: dict(sorted(found.items())) for split, found in sorted(counts.items())}
+
+
+def add_counts(*counts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """The sums of {split: {reason: count}}, sorted."""
+    sums: dict[str, Counter[str]] = {}
+    for one in counts:
+        for split, reasons in one.items():
+            sums.setdefault(split, Counter()).update(reasons)
+    return {split: dict(sorted(found.items())) for split, found in sorted(sums.items())}
 
 
 def write_skips(path: Path, skips: list[Skip]) -> None:

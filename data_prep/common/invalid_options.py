@@ -4,7 +4,7 @@ jsonargparse's errors have only text. So after parsing has failed, the options a
 parser's type hints.
 """
 
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,7 +25,7 @@ TYPE_NAMES: dict[Any, str] = {
 
 def invalid_option(parser: ArgumentParser, files: Sequence[dict[str, Any]], arguments: Sequence[str]) -> str | None:
     """The error of the first invalid option in the configuration files' contents or on the command line."""
-    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    hints = {action.dest: _hint(action) for action in parser._actions}
     in_files = (option for content in files for option in _in_mapping(content, hints))
     for key, value in [*in_files, *_on_command_line(parser, arguments, hints)]:
         if key not in hints:
@@ -37,6 +37,11 @@ def invalid_option(parser: ArgumentParser, files: Sequence[dict[str, Any]], argu
         if not isinstance(value, dict) and _is_group(key, hints):
             return f"{key} is {found}; it must be keys and values"
     return None
+
+
+def _hint(action: Action) -> Any:
+    """The type of an option's value; None if it is not known. With nargs="+" it is a list of text."""
+    return list[str] if action.nargs == "+" else getattr(action, "_typehint", None)
 
 
 def name_missing_options(parser: ArgumentParser, message: str) -> str:
@@ -75,7 +80,7 @@ def _in_mapping(content: dict[str, Any], hints: dict[str, Any], prefix: str = ""
 def _on_command_line(
     parser: ArgumentParser, arguments: Sequence[str], hints: dict[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """Keys and values of the options `--key value` and `--key=value`; flags that take no value are skipped."""
+    """Keys and values of the options `--key value` and `--key=value`; flags without a value and lists are skipped."""
     options = {option: action for action in parser._actions for option in action.option_strings}
     rest = iter(arguments)
     for argument in rest:
@@ -83,7 +88,7 @@ def _on_command_line(
         if name not in options:
             if name.startswith("--"):
                 yield name.removeprefix("--"), None
-        elif options[name].nargs != 0:
+        elif options[name].nargs not in (0, "+"):
             key, text = options[name].dest, _Text(value if equals else next(rest, ""))
             yield from _in_mapping({key: _of_group(text) if _is_group(key, hints) else text}, hints)
 

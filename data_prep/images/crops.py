@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep.common.seeding import generator
 from data_prep.config import DataConfig
-from data_prep.images.decode import Decoder
+from data_prep.images.decode import BadImage, Decoder
 from data_prep.sources.base import Images, Source
 
 EVALUATION = -1
@@ -63,21 +63,23 @@ class Cropper:
 class ImageViews:
     """The views of one split's images, cropped on demand."""
 
-    def __init__(self, images: Images, cropper: Cropper, source: str) -> None:
-        """source: its name, for messages."""
+    def __init__(self, images: Images, cropper: Cropper, source: Source) -> None:
         self.images, self.labels, self.cropper, self.source = images, images.labels, cropper, source
 
     def view(self, index: int, number: int) -> np.ndarray:
         """View `number` (or EVALUATION) of image `index`: uint8 (R, R, 3).
 
-        Raises BadImage for an image that can't be used, and ValueError if the source returns another type or shape.
+        Raises BadImage for an image that can't be used or is a near-duplicate, and ValueError if the source returns
+        another type or shape.
         """
         image = self.images.image(index, self.cropper.decoder(number))
         if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
             raise ValueError(
-                f"{self.source} returns image {index} of {self.cropper.split} as {image.dtype} {image.shape}; it must "
-                f"be uint8 (height, width, 3)."
+                f"{self.source.name} returns image {index} of {self.cropper.split} as {image.dtype} {image.shape}; it "
+                f"must be uint8 (height, width, 3)."
             )
+        if original := self.source.original_of(image, self.cropper.split):
+            raise BadImage(self.images.name(index), "near-duplicate", original)
         return self.cropper.crop(image, number, index)
 
 
@@ -90,7 +92,7 @@ def make_cropper(source: Source, config: DataConfig, split: str) -> Cropper:
 
 def views_of(source: Source, config: DataConfig, split: str) -> ImageViews:
     """The views of one of the source's splits that has random access."""
-    return ImageViews(source.splits[split], make_cropper(source, config, split), source.name)
+    return ImageViews(source.splits[split], make_cropper(source, config, split), source)
 
 
 def evaluation_view(image: np.ndarray, resolution: int) -> np.ndarray:

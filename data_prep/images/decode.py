@@ -19,10 +19,20 @@ if TYPE_CHECKING:
     import PIL.Image
 
 Reason = Literal[
-    "not a picture", "unsupported", "truncated", "damaged", "too large", "empty", "unreadable", "damaged tar"
+    "not a picture",
+    "unsupported",
+    "truncated",
+    "damaged",
+    "too large",
+    "empty",
+    "unreadable",
+    "damaged tar",
+    "near-duplicate",
+    "filtered",
+    "no value",
 ]
 """Why something was skipped. unsupported: a form of a known format that can't be decoded; unreadable: its bytes could
-not be read; damaged tar: all after this position is lost."""
+not be read; damaged tar: all after this position is lost. The last three are usable images that the options exclude."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 """Formats that Pillow may open. Excluded: formats without a signature, since random bytes can pass for them, and EPS,
@@ -62,7 +72,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # what it logs of a fil
 
 
 class BadImage(ValueError):
-    """An image that can't be used."""
+    """An image that can't be used, or that the options exclude."""
 
     def __init__(self, name: str, reason: Reason, detail: str = "") -> None:
         self.name, self.reason, self.detail = name, reason, " ".join(detail.split())

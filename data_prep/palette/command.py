@@ -6,10 +6,12 @@ PALETTE.parts/00001-of-00004.npz      the colors in one part, and the number of 
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.build.exclude import open_excluded, read_excluded
 from data_prep.build.parts import Part
 from data_prep.build.plan import make_plan
 from data_prep.build.state import PLAN, share_plan
@@ -36,11 +38,15 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
         )
     source = open_source(config.source)
     plan = make_plan(source, config)
+    workers = worker_count(config.workers)
+    excluded = read_excluded(open_excluded(config.exclude), config, workers)
+    if excluded is not None:
+        source = replace(source, near_duplicate=excluded.match)
     out.parent.mkdir(parents=True, exist_ok=True)
     if part.count > 1:
         described = {"config": config.to_dict(), "source": {"fingerprint": source.fingerprint}, "parts": part.count}
         share_plan(_folder(out) / PLAN, _folder(out), described)
-    histogram, skipped = count_chunks(source, plan, part.of(fit_chunks(plan)), worker_count(config.workers))
+    histogram, skipped = count_chunks(source, plan, part.of(fit_chunks(plan)), workers)
     if part.count == 1:
         _save(out, fit_histogram(histogram, config, skipped))
         return

@@ -4,7 +4,7 @@ import hashlib
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,10 @@ class Images(Protocol):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """For messages."""
+        return f"image {index}"
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
         """uint8 (H, W, 3), RGB; `decode` decodes the contents of an image file. Raises BadImage if it can't be used."""
@@ -75,6 +79,18 @@ class Source:
     """Whether the images are already random crops, so that `random_crop: auto` does not crop them again."""
     facts: dict[str, Any] = field(default_factory=dict)
     """More entries for the manifest's `source`, in plain JSON types, such as the meaning of a label."""
+    filtered: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By split with random access: the numbers of images that source.where excludes, by reason."""
+    near_duplicate: Callable[[np.ndarray], str | None] | None = None
+    """Set by exclude: of which excluded image an image uint8 (H, W, 3) is a near-duplicate, if of any."""
+
+    def original_of(self, image: np.ndarray, split: str) -> str | None:
+        """The excluded image of which an image uint8 (H, W, 3) of a split of the source is a near-duplicate, if any.
+
+        Only `train` is searched, also for a `valid` that is held out of it: the source's own `valid` and `test` stay
+        complete, so that results on them can be compared.
+        """
+        return self.near_duplicate(image) if split == "train" and self.near_duplicate else None
 
     def check_labels(self, split: str, labels: np.ndarray) -> None:
         """Raises ValueError if one of a split's labels (n,) is neither UNLABELLED nor the number of a class."""
@@ -128,8 +144,11 @@ class ImageFiles(Images):
         self.folder, self.names, self.labels = folder, Names(names), labels.astype(np.int32)
         assert len(self.names) == len(self.labels)
 
+    def name(self, index: int) -> str:
+        return f"{self.folder}/{self.names[index]}"
+
     def image(self, index: int, decode: Decode) -> np.ndarray:
-        path = f"{self.folder}/{self.names[index]}"
+        path = self.name(index)
         try:
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123  (a Path and a buffer cost more than the read)
                 size = os.fstat(file.fileno()).st_size

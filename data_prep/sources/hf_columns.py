@@ -35,7 +35,7 @@ def label_column(features: Features, config: SourceConfig) -> str | None:
         return _choose("label_column", None, found, features, config)
     logger.warning(
         f"no column of {config.path!r} was recognized as labels, so all images are unlabelled; it has the columns "
-        f"{_listed(features)}; source.label_column may name one of type {LABEL_TYPES}"
+        f"{listed_columns(features)}; source.label_column may name one of type {LABEL_TYPES}"
     )
     return None
 
@@ -44,7 +44,7 @@ def has_label_type(feature: Any) -> bool:
     """Whether a column has classes, or strings, booleans or integers that can be numbered."""
     if hasattr(feature, "names"):
         return True
-    return _type(feature).startswith(("int", "uint", "bool", "string", "large_string"))
+    return type_name(feature).startswith(("int", "uint", "bool", "string", "large_string"))
 
 
 def _names_splits(feature: Any) -> bool:
@@ -53,7 +53,7 @@ def _names_splits(feature: Any) -> bool:
     return len(names) > 0 and all(SPLIT_WORD.search(name.lower()) for name in names)
 
 
-def _type(feature: Any) -> str:
+def type_name(feature: Any) -> str:
     import datasets
 
     if isinstance(feature, dict):
@@ -61,8 +61,8 @@ def _type(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def _listed(features: Features) -> str:
-    return ", ".join(f"{name} ({_type(feature)})" for name, feature in features.items())
+def listed_columns(features: Features) -> str:
+    return ", ".join(f"{name} ({type_name(feature)})" for name, feature in features.items())
 
 
 def _is_image(feature: Any) -> bool:
@@ -76,7 +76,7 @@ def _choose(option: str, wanted: str | None, fitting: list[str], features: Featu
     if wanted is not None:
         if wanted not in fitting:
             types = LABEL_TYPES if option == "label_column" else "Image"
-            choice = ", ".join(fitting) or f"of type {types}, and no column is: {_listed(features)}"
+            choice = ", ".join(fitting) or f"of type {types}, and no column is: {listed_columns(features)}"
             raise ValueError(f"source.{option} is {wanted!r}; in {config.path!r} it must be {choice}.")
         return wanted
     if len(fitting) != 1:

@@ -30,6 +30,8 @@ from data_prep.sources.hf_labels import (
     number_labels,
     read_labels,
 )
+from data_prep.sources.hf_where import check_columns, keep
+from data_prep.sources.where import Where
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 """Split: the names in a dataset that are taken for it."""
@@ -48,20 +50,26 @@ class TableImages(Images):
 
     def __init__(self, table: Any, image_column: str, labels: np.ndarray, name: str) -> None:
         """table: a datasets.Dataset whose images are not decoded; labels (N,)."""
-        self.table, self.image_column, self.name = table, image_column, name
+        self.table, self.image_column, self.split = table, image_column, name
         self.labels = labels.astype(np.int32)
 
+    def name(self, index: int) -> str:
+        return f"{self.split}[{index}]"
+
     def image(self, index: int, decode: Decode) -> np.ndarray:
-        name = f"{self.name}[{index}]"
+        name = self.name(index)
         return decode(_content(self.table[int(index)][self.image_column], name), name)
 
 
 class StreamImages:
     """One file of a streamed split."""
 
-    def __init__(self, stream: Any, image_column: str, labels: RowLabels | None, files: list[str], name: str) -> None:
+    def __init__(
+        self, stream: Any, image_column: str, labels: RowLabels | None, where: Where | None, files: list[str], name: str
+    ) -> None:
         """files: those on this machine that it may be, to name one that is damaged."""
         self.stream, self.image_column, self.labels, self.files, self.name = stream, image_column, labels, files, name
+        self.where = where
 
     def __iter__(self) -> Iterator[Encoded | BadImage]:
         rows = iter(self.stream)
@@ -75,6 +83,9 @@ class StreamImages:
                 end_reading(error)
                 refuse_damaged(self.files, completely=True)
                 raise ValueError(f"{name} can't be read ({_cause(error)}); run the command again.") from error
+            if self.where is not None and (refusal := self.where.refusal_of_any(row)):
+                yield BadImage(name, refusal)
+                continue
             label = UNLABELLED if self.labels is None else self.labels.number(row)
             try:
                 yield Encoded(name, _content(row[self.image_column], name), label)
@@ -97,6 +108,8 @@ class Split:
     """The classes that the numbers in the column of labels stand for; None if they are not declared."""
     folders: set[str]
     """Those of the classes that have a folder in this split, in a folder of images, which declares those of all."""
+    filtered: dict[str, int]
+    """By reason, the numbers of rows that source.where excludes and `data` lacks; empty for a stream."""
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -108,21 +121,25 @@ def open_source(config: SourceConfig) -> Source:
     features = _features(found["train"], config.path)
     images = image_column(features, config)
     labels = label_column(features, config)
+    where = None if config.where is None else Where(config.where)
     if builder is not None and config.streaming and hasattr(builder.config, "columns"):
-        builder.config.columns = [images] if labels is None else [images, labels]
+        used = [images, labels, *(where.columns if where else [])]
+        builder.config.columns = list(dict.fromkeys(column for column in used if column in features))
         found = builder.as_streaming_dataset()  # again: parquet files are then read without their other columns
     parts = []
     for split, names in SPLITS.items():
         name = next((name for name in names if name in found), None)
         if name is not None:
-            parts.append(_split(split, found[name], files.get(name, []), images, labels, config.path))
+            parts.append(_split(split, found[name], files.get(name, []), images, labels, where, config.path))
     column = None if labels is None else LabelColumn(labels, config.path)
     if _is_stream(parts[0].data):
-        return _streamed(config.path, parts, images, column)
+        return _streamed(config.path, parts, images, column, where)
     return _in_tables(config.path, parts, images, column)
 
 
-def _split(split: str, data: Any, files: list[str], images: str, labels: str | None, path: str) -> Split:
+def _split(
+    split: str, data: Any, files: list[str], images: str, labels: str | None, where: Where | None, path: str
+) -> Split:
     """Only the columns of images and labels are read: another one may be large, damaged, or need other packages."""
     features = _features(data, path)
     if images not in features:
@@ -135,8 +152,15 @@ def _split(split: str, data: Any, files: list[str], images: str, labels: str | N
             raise ValueError(f"source.label_column {labels!r} of {path!r} has another type in {split} than in train.")
         names = class_names(tables, labels) or declared_names(features[labels])
     folders = {PurePath(file).parent.name for file in files} & set(names or []) if of_folders else set()
-    data = data.select_columns([column for column in (images, labels) if column in features])
-    return Split(split, _undecoded(data, images), tables, labels in features, names, folders)
+    used, filtered = [images, labels], dict[str, int]()
+    if where is not None:
+        check_columns(where, features, split, path)
+        if _is_stream(data):
+            used += where.columns
+        else:
+            data, filtered = keep(where, data, split, path)
+    data = data.select_columns(list(dict.fromkeys(column for column in used if column in features)))
+    return Split(split, _undecoded(data, images), tables, labels in features, names, folders, filtered)
 
 
 def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn | None) -> Source:
@@ -161,10 +185,11 @@ def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn |
         labels = numbers.get(part.name, found[part.name].indices)
         splits[part.name] = TableImages(part.data, images, labels, f"{path} {part.name}")
     sizes = [f"{split} {len(images)}" for split, images in splits.items()]
-    return Source(Path(path).name, classes, splits, {}, fingerprint([*sizes, *classes]))
+    filtered = {part.name: part.filtered for part in parts if part.filtered}
+    return Source(Path(path).name, classes, splits, {}, fingerprint([*sizes, *classes]), filtered=filtered)
 
 
-def _streamed(path: str, parts: list[Split], images: str, column: LabelColumn | None) -> Source:
+def _streamed(path: str, parts: list[Split], images: str, column: LabelColumn | None, where: Where | None) -> Source:
     """The source of splits that are streamed.
 
     Classes that are not declared are read from the column of labels of the files on this machine; from elsewhere,
@@ -185,7 +210,7 @@ def _streamed(path: str, parts: list[Split], images: str, column: LabelColumn | 
                 classes = list(values.values())
             positions = column.positions(list(values.values()), classes, part.name)
             labels = RowLabels(column, part.name, dict(zip(values, positions, strict=True)) if values else None)
-        streams[part.name] = _streams(part, images, labels, f"{path} {part.name}")
+        streams[part.name] = _streams(part, images, labels, where, f"{path} {part.name}")
     sizes = [f"{split} {len(found)}" for split, found in streams.items()]
     return Source(Path(path).name, classes, {}, streams, fingerprint([*sizes, *classes]))
 
@@ -198,13 +223,13 @@ def _refuse_strings(part: Split, column: LabelColumn) -> None:
         )
 
 
-def _streams(part: Split, images: str, labels: RowLabels | None, name: str) -> list[ImageStream]:
+def _streams(part: Split, images: str, labels: RowLabels | None, where: Where | None, name: str) -> list[ImageStream]:
     """One stream for each file of a streamed split."""
     shards = [part.data.shard(part.data.num_shards, number) for number in range(part.data.num_shards)]
     one_each = len(part.files) == len(shards)
     files = [[file] for file in part.files] if one_each else [part.files] * len(shards)
     return [
-        StreamImages(shard, images, labels, files[number], f"{name}, file {number}" if len(shards) > 1 else name)
+        StreamImages(shard, images, labels, where, files[number], f"{name}, file {number}" if len(shards) > 1 else name)
         for number, shard in enumerate(shards)
     ]
 

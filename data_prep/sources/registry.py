@@ -34,12 +34,12 @@ SOURCES = {
     "webdataset": SourceKind(
         "data_prep.sources.webdataset_tars",
         "tars of images, such as img2dataset writes",
-        ("label_column", "tars_per_shard"),
+        ("label_column", "tars_per_shard", "where"),
     ),
     "hf_dataset": SourceKind(
         "data_prep.sources.hf_datasets",
         "a hub name, a save_to_disk folder or a folder of parquet files",
-        ("subset", "image_column", "label_column", "streaming"),
+        ("subset", "image_column", "label_column", "streaming", "where"),
     ),
 }
 """By value of `source.kind`, in the order in which messages list them."""

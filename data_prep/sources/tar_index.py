@@ -110,8 +110,11 @@ class TarImages(Images):
         self.offsets, self.sizes = offsets, sizes
         assert len(self.names) == len(offsets) == len(sizes) == len(labels)
 
+    def name(self, index: int) -> str:
+        return f"{self.file.name}/{self.names[index]}"
+
     def image(self, index: int, decode: Decode) -> np.ndarray:
-        name = f"{self.file.name}/{self.names[index]}"
+        name = self.name(index)
         size = int(self.sizes[index])
         try:
             content = self.file.read(int(self.offsets[index]), size)

@@ -10,7 +10,8 @@ import json
 import logging
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from data_prep.sources.base import MAX_CLASSES, UNLABELLED, Encoded, ImageStream
 from data_prep.sources.folders import SPLIT_WORD, SUFFIXES, TRAIN_WORDS, in_system_folder
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
+from data_prep.sources.where import Where
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +46,10 @@ LABEL_LIMIT = 1 << 24
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Lists the tars. Opens none of them, and sends no requests for remote tars.
+    """Lists the tars. Opens none of them, and sends no requests for remote tars; for source.where it reads the first.
 
-    Raises ValueError for a folder without tars, for tars of an ambiguous split, a missing tar, or unbalanced braces.
+    Raises ValueError for a folder without tars, for tars of an ambiguous split, a missing tar, unbalanced braces, or a
+    column of source.where that no image in the first tar has.
     """
     assert config.path is not None
     path = Path(config.path)
@@ -54,9 +57,12 @@ def open_source(config: SourceConfig) -> Source:
         tars, name = _tars_of_folder(path), path.resolve().name
     else:
         tars, name = {"train": _expanded(config.path)}, _name(hide_secrets(config.path))
+    where = None if config.where is None else Where(config.where)
+    if where is not None:
+        _check_columns(where, tars["train"])
     streams: dict[str, list[ImageStream]] = {
         split: [
-            Tars(found[first : first + config.tars_per_shard], config.label_column)
+            Tars(found[first : first + config.tars_per_shard], config.label_column, where)
             for first in range(0, len(found), config.tars_per_shard)
         ]
         for split, found in tars.items()
@@ -162,8 +168,8 @@ def _identities(tars: list[str]) -> list[str]:
 class Tars:
     """An `ImageStream`: one or more tars, read one after the other."""
 
-    def __init__(self, addresses: list[str], label_column: str | None) -> None:
-        self.addresses, self.label_column = addresses, label_column
+    def __init__(self, addresses: list[str], label_column: str | None, where: Where | None = None) -> None:
+        self.addresses, self.label_column, self.where = addresses, label_column, where
         first, last = hide_secrets(addresses[0]), hide_secrets(addresses[-1])
         self.name = first if first == last else f"{first} to {last}"
 
@@ -174,11 +180,20 @@ class Tars:
         as after a failure of the network, which is not damage.
         """
         for address in self.addresses:
-            yield from read_tar(address, self.label_column)
+            for sample in read_tar(address, self.label_column, self.where is not None):
+                if isinstance(sample, BadImage):
+                    yield sample
+                else:
+                    yield from sample.outcomes(self.label_column, self.where)
 
 
-def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadImage]:
-    """The images of one tar, with one image in memory at a time; see `Tars`."""
+def read_tar(
+    address: str, label_column: str | None, needs_json: bool = False
+) -> Generator["Sample | BadImage", None, None]:
+    """The samples of one tar, with one in memory at a time; then a BadImage if the tar is damaged.
+
+    needs_json: whether the .json is read too if it does not have the labels.
+    """
     labels, shown = "cls" if label_column is None else "json", hide_secrets(address)
     sample: Sample | None = None
     expects_label = label_column is not None
@@ -192,20 +207,23 @@ def read_tar(address: str, label_column: str | None) -> Iterator[Encoded | BadIm
                 if sample is None or key != sample.key or extension in sample.extensions:
                     if sample:
                         expects_label = expects_label or sample.label is not None
-                        yield from sample.outcomes(label_column)
+                        yield sample
                     sample = Sample(key, shown)
                 sample.extensions.append(extension)
                 if extension in IMAGE_EXTENSIONS[: sample.rank]:
                     sample.content, sample.name = tar.content(member, MEMBER_LIMIT), member.name
                     sample.rank = IMAGE_EXTENSIONS.index(extension)
-                elif extension == labels:
-                    sample.label = tar.content(member, LABEL_LIMIT)
+                elif extension == labels or (needs_json and extension == "json"):
+                    content = tar.content(member, LABEL_LIMIT)
+                    sample.label = content if extension == labels else sample.label
+                    sample.json = content if extension == "json" else sample.json
             if sample:
-                yield from sample.outcomes(label_column)
+                yield sample
         except DamagedTar as damage:
             # If images have labels, an image whose label is lost must not become an unlabelled image.
-            if sample and sample.content is not None and (sample.label is not None or not expects_label):
-                yield from sample.outcomes(label_column)
+            expected = [sample.label] * expects_label + [sample.json] * needs_json if sample else []
+            if sample and sample.content is not None and None not in expected:
+                yield sample
             yield BadImage(f"{shown} at byte {tar.offset}", "damaged tar", str(damage))
 
 
@@ -237,9 +255,11 @@ class Sample:
     content: bytes | None = None
     label: bytes | None = None
     """The content of the .cls, or of the .json if it has the labels."""
+    json: bytes | None = None
+    """The content of the .json, if it is needed."""
 
-    def outcomes(self, label_column: str | None) -> Iterator[Encoded | BadImage]:
-        """The image with its label, or the reason why it can't be used.
+    def outcomes(self, label_column: str | None, where: Where | None) -> Iterator[Encoded | BadImage]:
+        """The image with its label, or the reason why it can't be used or is excluded.
 
         Dots in the names of several images give them one key, such as www of www.site_1.jpg: each of them is counted.
         """
@@ -254,9 +274,45 @@ class Sample:
             return
         name = _printable(f"{self.name} in {self.shown}")
         try:
-            yield Encoded(name, self.content, _label(self.label, label_column))
+            refusal = None if where is None else where.refusal_of_any(self.columns())
+            if refusal is not None:
+                yield BadImage(name, refusal)
+            else:
+                yield Encoded(name, self.content, _label(self.label, label_column))
         except ValueError as error:
             yield BadImage(name, "damaged", str(error))
+
+    def columns(self) -> dict[str, Any]:
+        """The fields of the .json; none without it. Raises ValueError if it can't be read."""
+        return {} if self.json is None else _record(self.json)
+
+
+def _check_columns(where: Where, tars: list[str]) -> None:
+    """Raises ValueError for a column that no image in the first tar has, or if the first image has another type.
+
+    Reads no further than to the first image that has all columns. A tar without images is not the first.
+    """
+    for tar in tars:
+        name, found, row = "", dict[str, Any](), dict[str, Any]()
+        with closing(read_tar(tar, None, needs_json=True)) as samples:
+            for sample in samples:
+                if isinstance(sample, BadImage) or sample.content is None:
+                    continue
+                with suppress(ValueError):  # listed as damaged when its tar is prepared
+                    name, row = f"{sample.name} in {sample.shown}", sample.columns()
+                    found |= row
+                if all(row.get(column) is not None for column in where.columns):
+                    break
+        if name:
+            break
+    missing = [column for column in where.columns if column not in found]
+    if missing:
+        names = f"the fields {', '.join(sorted(found))}" if found else "no .json with fields"
+        raise ValueError(
+            f"source.where is {where.expression!r}, but no image in {hide_secrets(tar)} has {missing[0]!r}; its images "
+            f"have {_printable(names)}."
+        )
+    where.check(row, _printable(name))
 
 
 def _label(text: bytes | None, column: str | None) -> int:
@@ -277,13 +333,18 @@ def _label(text: bytes | None, column: str | None) -> int:
 def _column(text: bytes | None, column: str) -> Any:
     if text is None:
         raise ValueError("it has no .json with its label")
+    record = _record(text)
+    if column not in record:
+        raise ValueError(f"its .json has no field {column!r}")
+    return record[column]
+
+
+def _record(text: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("its .json can't be read") from error
-    if not isinstance(record, dict) or column not in record:
-        raise ValueError(f"its .json has no field {column!r}")
-    return record[column]
+    return record if isinstance(record, dict) else {}
 
 
 def _printable(text: str) -> str:
