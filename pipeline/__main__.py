@@ -67,6 +67,10 @@ COMMANDS: dict[str, tuple[str, Command | str]] = {
         "plot accuracy against validation loss over checkpoints and models",
         "results.report.compare:compare_command",
     ),
+    "scaling": (
+        "fit a scaling law over runs, and predict losses and compute-optimal models",
+        "scaling.command:scaling_command",
+    ),
     "complete": ("complete the lower halves of images", "evaluate.complete:complete_command"),
     "publish": (
         "publish a model, its results and a card to a hub or a folder",

@@ -17,7 +17,7 @@ from tests.launch import ROOT
 
 LAYERS = (
     ("pipeline.__main__", "data_prep.__main__"),
-    ("pipeline.evaluate", "pipeline.publish"),
+    ("pipeline.evaluate", "pipeline.publish", "pipeline.scaling"),
     ("pipeline.results",),
     ("pipeline.model_folder",),
     ("pipeline.train",),

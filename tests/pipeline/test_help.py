@@ -21,8 +21,8 @@ assert time.process_time() < 1
 sys.exit(code)
 """
 COMMANDS = {
-    "pipeline": ["train", "search", "plan", "export", "evaluate", "compare", "complete", "publish", "status",
-                 "preflight", "doctor"],
+    "pipeline": ["train", "search", "plan", "export", "evaluate", "compare", "scaling", "complete", "publish",
+                 "status", "preflight", "doctor"],
     "data_prep": ["palette", "shards", "join", "verify", "show"],
 }  # fmt: skip
 
