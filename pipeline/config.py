@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.layout import BatchConfig, ParallelConfig
 from pipeline.schedule import ScheduleConfig
+from pipeline.start import StartConfig
 from pipeline.value_checks import require_minimums, require_positive
 
 FLOAT8_MULTIPLE = 16
@@ -232,6 +233,7 @@ class TrainConfig:
     """Use deterministic kernels only: the same command computes the same bits each time, more slowly on CUDA."""
     model: ModelConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

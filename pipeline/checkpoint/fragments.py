@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -82,8 +82,40 @@ class Fragment:
         """Number of elements of the parameter, or of the part."""
         return prod(self.shape) // (self.part.ranks if self.part else 1)
 
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """These elements of the complete parameter: (length,)."""
+        own = self.part.of(parameter) if self.part else parameter
+        return own.reshape(-1)[self.start : self.start + self.length]
+
 
 Tensors = dict[str, torch.Tensor]
+
+
+class StateReader(Protocol):
+    """Reads weights and moments by parameter and range, from wherever they are stored."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter."""
+        ...
+
+    @property
+    def optimizer_step(self) -> float:
+        """Number of updates that Adam has made."""
+        ...
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there is a moving average of the weights."""
+        ...
+
+    def read(self, name: str, state: str = "weight") -> torch.Tensor:
+        """A complete parameter, or one of its moments: fp32, in its shape."""
+        ...
+
+    def fill(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
+        """Reads the elements of `wanted` into `target`, (wanted.length,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -170,9 +202,7 @@ class FragmentReader:
         if wanted.part in self._stored[wanted.name]:
             self._fill_same_part(target, wanted, state)
             return
-        parameter = self.read(wanted.name, state)
-        own = wanted.part.of(parameter) if wanted.part else parameter
-        target.copy_(own.reshape(-1)[wanted.start : wanted.start + wanted.length])
+        target.copy_(wanted.of(self.read(wanted.name, state)))
 
     def _fill_same_part(self, target: torch.Tensor, wanted: Fragment, state: str) -> None:
         """Reads from fragments of the same part, or of the complete parameter."""

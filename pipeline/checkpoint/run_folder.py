@@ -38,6 +38,8 @@ PALETTE_FILE = "palette.npy"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 FIXED_KEYS = ("seed", "model.", "objective.", "data.flip", "data.reflect_crop")
 """Keys that can't change when a run resumes: they determine the model and the data order."""
+START_KEYS = "start."
+"""Keys that can't change once a run has a checkpoint: they say what it started from."""
 LOCK_WAIT_FACTOR = 3
 """How many times health.hang_minutes a job waits for the lock: until then, the watchdog has ended waiting ranks."""
 HELD_BY_JOB = ", SLURM job "
@@ -81,11 +83,18 @@ class RunFolder:
         self._check_checkpoint_folder(config.checkpoint.folder)
 
     def _check_fixed_keys(self, config: TrainConfig) -> None:
+        fixed = (*FIXED_KEYS, START_KEYS) if committed(self.checkpoints) else FIXED_KEYS
         for key, (old, new) in changed_keys(self._earlier_config(), to_dict(config)).items():
-            if key.startswith(FIXED_KEYS):
+            if key.startswith(fixed) and not (key == "start.path" and self._is_recorded_origin(new)):
+                old, new = ("null" if value is None else value for value in (old, new))
                 raise ValueError(
                     f"{key} is {new}, but {self.path} was started with {old}; set it to {old}, or name a new --run."
                 )
+
+    def _is_recorded_origin(self, path: str | None) -> bool:
+        """Whether start.path names the recorded origin, as from another working directory."""
+        origin = self._read_record().get("origin") if (self.path / RECORD_FILE).exists() else None
+        return bool(path and origin and str(Path(path).absolute()) == origin["path"])
 
     def _earlier_config(self) -> dict[str, Any]:
         path = self.path / CONFIG_FILE
@@ -96,6 +105,7 @@ class RunFolder:
         if not isinstance(earlier, dict):
             raise ValueError(f"{path} is damaged: it has no keys and values; restore it from a copy.")
         earlier.setdefault("data", {}).setdefault("reflect_crop", 0)  # runs from before this key did not crop
+        earlier.setdefault("start", {"path": None, "moments": False, "position": False})  # they started from nothing
         earlier.setdefault("deterministic", False)  # nor were they asked to be deterministic
         earlier.setdefault("parallel", {}).setdefault("communication", "fp32")  # bf16 was not offered
         earlier.setdefault("ema", {}).setdefault("decay", 0.0)  # nor was an average of the weights

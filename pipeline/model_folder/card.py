@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import Row
+from pipeline.hub import HUB
 from pipeline.model_folder.licenses import check_license
 from pipeline.model_folder.training_record import TrainingRecord, averaged_text, read_training_record, unfinished
 
@@ -27,6 +28,8 @@ HUB_DATASETS = {
     "ImageNet": "ILSVRC/imagenet-1k",
 }
 """The hub's names of the data sources that it has."""
+TAKEN = {"moments": "Adam's moments", "position": "data position"}
+"""What a run may take beside the weights, by the option in `start`."""
 PAPER = "https://cdn.openai.com/papers/Generative_Pretraining_from_Pixels_V2.pdf"
 
 
@@ -137,15 +140,18 @@ def _training(record: TrainingRecord) -> str:
     packages = starts[-1]["packages"] if starts else {}
     averaged = averaged_text(record.averaged_steps, record.weights)
     of_run, is_ema = " of the run, not of the averaged weights" if averaged else "", record.weights == "ema"
+    origin = record.run.get("origin") or {}
+    before = origin["images"] if origin.get("position") else 0
     lines = {
         "Data": record.source,
         "Shard set": _short(checkpoint.get("shards_digest")),
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
+        "Started from": _started_from(origin),
         "Steps": f"{record.step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else ""),
         "Weights": averaged,
         "EMA decay": _chosen(settings, "ema", "decay") if is_ema else None,
-        "Images seen": f"{checkpoint['images']:,}",
+        "Images seen": f"{checkpoint['images']:,}" + (f", {before:,} of them before it started" if before else ""),
         "Batch": _chosen(settings, "batch", "global_size"),
         "Optimizer": _optimizer(settings),
         "Schedule": _schedule(settings),
@@ -154,7 +160,7 @@ def _training(record: TrainingRecord) -> str:
         f"Last training loss{of_run}": _last(rows, "loss"),
         f"Last validation loss{of_run}": _last(rows, "valid_loss"),
         "Last validation loss of the averaged weights": _last(rows, "valid_loss_ema") if is_ema else None,
-        "Training time (steps only)": _duration(rows),
+        "Training time (steps only)": _duration(rows, before),
         "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
         "Layout": _layout(settings),
         "Code": starts[-1]["code"] if starts else None,
@@ -170,6 +176,17 @@ def _short(digest: str | None) -> str | None:
 
 def _chosen(settings: dict[str, Any], section: str, key: str) -> Any:
     return settings.get(section, {}).get(key)
+
+
+def _started_from(origin: dict[str, Any]) -> str | None:
+    """The model of start.path by its name, not by its path on the disk of the training."""
+    if not origin:
+        return None
+    path, step = str(origin["path"]), origin.get("step")
+    name = path if path.startswith(HUB) else Path(origin.get("run") or origin["folder"]).name
+    also = "".join(f", {what}" for key, what in TAKEN.items() if origin.get(key))
+    resolution = f", {origin['resolution']}x{origin['resolution']} images"
+    return f"{name}{'' if step is None else f', step {step:,}'}{resolution} ({_short(origin['digest'])}): weights{also}"
 
 
 def _optimizer(settings: dict[str, Any]) -> str | None:
@@ -214,9 +231,9 @@ def _last(rows: list[Row], key: str) -> str | None:
     return f"{found[-1]:.4f} nats per token" if found else None
 
 
-def _duration(rows: list[Row]) -> str | None:
-    """The total time of the steps, without saving and validation."""
-    seconds, images = 0.0, 0
+def _duration(rows: list[Row], images: int) -> str | None:
+    """The total time of the steps, without saving and validation; images: seen before the first one."""
+    seconds = 0.0
     for row in rows:
         if row.get("images_per_second"):
             seconds += (row["images"] - images) / row["images_per_second"]

@@ -22,7 +22,7 @@ from transformers import GPT2LMHeadModel
 from data_prep.common.files import read_json, write_json
 from pipeline.model.recompute import recompute_blocks
 from pipeline.model_folder.convert import LoadedModel, load_model_folder, save_model_folder
-from pipeline.model_folder.lazy_weights import check_finite
+from pipeline.weights.folder_reader import check_finite
 
 HEAD_WEIGHTS = "class_head.safetensors"
 HEAD_FACTS = "class_head.json"

@@ -12,63 +12,44 @@ our own `model_type`, which transformers refuses, and our names and shapes.
 
 import copy
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import load_torch_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    ImageGPTConfig,
     ImageGPTForCausalImageModeling,
     ImageGPTImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from data_prep.common.files import atomic_folder, read_json, write_json
+from data_prep.common.files import atomic_folder, write_json
 from pipeline.model.gpt import build_model
 from pipeline.model.gpt_config import fixed_settings
-from pipeline.model_folder.files import WEIGHTS, WEIGHTS_INDEX, may_replace
-from pipeline.model_folder.lazy_weights import Weights, check_finite, fetching_model, stored_weights, write_weights
+from pipeline.model_folder.lazy_weights import Weights, fetching_model, stored_weights, write_weights
+from pipeline.weights.folder_reader import OLD_MASKS, PROJECTION, QUERIES_KEYS_VALUES, FolderReader, scaled_queries
+from pipeline.weights.folder_settings import (
+    BLOCK_OF_TYPE,
+    CONFIGS,
+    MASKED_TYPE,
+    one_line,
+    read_folder_settings,
+    shared_settings,
+)
+from pipeline.weights.model_files import may_replace
 
 CLASSES = {"imagegpt": ImageGPTForCausalImageModeling, "gpt2": GPT2LMHeadModel}
-CONFIGS = {"imagegpt": ImageGPTConfig, "gpt2": GPT2Config}
-BLOCK_OF_TYPE = {"imagegpt": "igpt", "gpt2": "gpt2"}
 TYPE_OF_BLOCK = {block: model_type for model_type, block in BLOCK_OF_TYPE.items()}
-MASKED_TYPE = "image_gpt_masked"
-
-SHARED_SETTINGS = (
-    "vocab_size",
-    "n_positions",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_inner",
-    "activation_function",
-    "layer_norm_epsilon",
-    "initializer_range",
-    "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx",
-)
-"""Settings with the same meaning in GPT2Config and ImageGPTConfig."""
-
-QUERIES_KEYS_VALUES = ".attn.c_attn.weight"
-PROJECTION = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
-OLD_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")
-"""Causal masks that old versions of transformers stored with the weights."""
 FROM_DISK = {"transformer": "disk", "lm_head": "cpu"}
 """A device map of transformers: the trunk's weights are read from disk as the model runs."""
 LOGITS_TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
@@ -131,56 +112,18 @@ def load_model_folder(folder: Path) -> LoadedModel:
 
     Raises ValueError, one sentence, if the folder has another model, or is damaged or incomplete.
     """
-    settings, palette = _read_settings(folder), _read_palette(folder)
-    model_type = settings["model_type"]
-    if model_type == MASKED_TYPE:
-        return _load_masked(folder, settings, palette)
-    try:
-        config = CONFIGS[model_type].from_dict(settings)
-    except Exception as error:  # transformers raises exceptions of its own for wrong types
-        raise ValueError(
-            f"{folder / 'config.json'} is not a valid {model_type} configuration: {_one_line(error)}."
-        ) from error
-    resolution = _check_fits(config, palette, folder)
-    theirs = _read_model(CLASSES[model_type], config, folder)
-    block = BLOCK_OF_TYPE[model_type]
-    ours = GPT2Config(**_shared(config), **fixed_settings(block, config.vocab_size - 1))
-    if block == "igpt":
-        ours.scale_attn_weights = True  # _imported_state takes the scale out of the queries' weights
-    state = _imported_state(theirs, block, folder)
-    del theirs
+    stored = read_folder_settings(folder)
+    weights = FolderReader(stored)
     with torch.device("meta"):
-        model = build_model(ours)
-    model.load_state_dict(state, assign=True)
-    return LoadedModel(model.eval(), ours, palette, resolution, block)
+        model = build_model(stored.config)
+    model.load_state_dict({name: weights.read(name) for name in weights.shapes}, assign=True)
+    block = stored.config.block
+    return LoadedModel(model.eval(), stored.config, stored.palette, stored.resolution, block, stored.mask_probability)
 
 
 def is_masked(config: GPT2Config) -> bool:
     """Whether a model predicts masked pixels from all other pixels."""
     return not getattr(config, "is_causal", True)
-
-
-def _load_masked(folder: Path, settings: dict[str, Any], palette: np.ndarray | None) -> LoadedModel:
-    try:
-        config = GPT2Config.from_dict({key: value for key, value in settings.items() if key != "model_type"})
-        probability = float(config.mask_probability)
-        model = build_model(config)
-    except Exception as error:  # transformers raises exceptions of its own for wrong types
-        raise ValueError(
-            f"{folder / 'config.json'} is not a valid {MASKED_TYPE} configuration: {_one_line(error)}."
-        ) from error
-    resolution = _check_fits(config, palette, folder)
-    try:
-        load_torch_model(model, folder if (folder / WEIGHTS_INDEX).is_file() else folder / WEIGHTS, strict=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"The weights in {folder} can't be read: {_one_line(error)}.") from error
-    for name, value in model.state_dict().items():
-        check_finite(name, value, folder)
-    return LoadedModel(model.eval(), config, palette, resolution, config.block, probability)
-
-
-def _shared(config: PreTrainedConfig) -> dict[str, Any]:
-    return {key: getattr(config, key) for key in SHARED_SETTINGS}
 
 
 # Writing
@@ -197,7 +140,7 @@ def _write_configs(model_type: str, config: GPT2Config, palette: np.ndarray, fol
         return
     settings = fixed_settings(config.block, config.colors)
     del settings["attn_implementation"]
-    theirs = CONFIGS[model_type](**_shared(config), **settings | {"use_cache": True})
+    theirs = CONFIGS[model_type](**shared_settings(config), **settings | {"use_cache": True})
     if model_type == "imagegpt":
         theirs.scale_attn_weights = False
     theirs.architectures = [CLASSES[model_type].__name__]
@@ -221,17 +164,11 @@ def _unchanged(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tens
 def _to_imagegpt(config: GPT2Config, name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """One of our weights with the name and the shape of ImageGPT, and queries that need no scale."""
     if name.endswith(QUERIES_KEYS_VALUES) and config.scale_attn_weights:
-        value = _scaled_queries(value, config, -0.5)
+        value = scaled_queries(value, config, -0.5)
     if PROJECTION.search(name):
         yield name.removesuffix("weight") + "bias", value.new_zeros(value.shape[0])
         value = value.t().contiguous()  # (out, in) to (in, out)
     yield name, value
-
-
-def _scaled_queries(value: torch.Tensor, config: PreTrainedConfig, power: float) -> torch.Tensor:
-    """The weight (3D, D) of queries, keys and values, with the queries times a power of the head width."""
-    queries, others = value.split([config.n_embd, 2 * config.n_embd])
-    return torch.cat([queries * (config.n_embd // config.n_head) ** power, others])
 
 
 def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder: Path) -> None:
@@ -264,65 +201,6 @@ def _check_logits(model: nn.Module, config: GPT2Config, model_type: str, folder:
 # Reading
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; give a model folder that `python -m pipeline export` wrote.")
-    settings = read_json(path)
-    model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if model_type not in (*CLASSES, MASKED_TYPE):
-        raise ValueError(f"{path} has model_type {model_type!r}; it must be imagegpt, gpt2 or {MASKED_TYPE}.")
-    if settings.get("add_cross_attention"):
-        raise ValueError(f"{path} has add_cross_attention true; it must be false.")
-    return settings
-
-
-def _read_palette(folder: Path) -> np.ndarray | None:
-    """The palette in preprocessor_config.json, float32 (V, 3); None if there is no such file or no palette in it."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return None
-    settings = read_json(path)
-    clusters = settings.get("clusters") if isinstance(settings, dict) else None
-    if clusters is None:
-        return None
-    try:
-        palette = np.asarray(clusters, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has clusters that are not numbers; each must be three numbers in [-1, 1].") from error
-    if palette.ndim != 2 or palette.shape[1] != 3 or not (np.abs(palette) <= 1).all():
-        raise ValueError(f"{path} has clusters of shape {palette.shape}; each must be three numbers in [-1, 1].")
-    return palette
-
-
-def _check_fits(config: PreTrainedConfig, palette: np.ndarray | None, folder: Path) -> int:
-    """The resolution. Raises ValueError if the configuration is not of an image model that matches the palette."""
-    path, colors = folder / "config.json", config.vocab_size - 1
-    if palette is not None and len(palette) != colors:
-        raise ValueError(
-            f"{path} has vocab_size {config.vocab_size}, but the palette has {len(palette)} colors; "
-            f"vocab_size must be the number of colors plus 1 for the start token."
-        )
-    is_text = config.model_type == "gpt2" and palette is None and getattr(config, "colors", 512) != colors
-    if is_text:
-        raise ValueError(
-            f"{path} has vocab_size {config.vocab_size} and the folder has no palette; an image model has vocab_size "
-            f"513, or clusters in preprocessor_config.json."
-        )
-    resolution = int(np.sqrt(config.n_positions))
-    if resolution**2 != config.n_positions:
-        raise ValueError(
-            f"{path} has n_positions {config.n_positions}; it must be a square number, one position per pixel."
-        )
-    if config.n_embd % config.n_head:
-        raise ValueError(f"{path} has n_embd {config.n_embd}; it must be a multiple of n_head, {config.n_head}.")
-    if config.activation_function not in ACT2FN:
-        raise ValueError(
-            f"{path} has activation_function {config.activation_function!r}, which transformers does not have."
-        )
-    return resolution
-
-
 def _read_model(
     kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, device_map: dict[str, str] | None = None
 ) -> PreTrainedModel:
@@ -339,7 +217,7 @@ def _read_model(
                 ignore_mismatched_sizes=True,
             )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"The weights in {folder} can't be read: {_one_line(error)}.") from error
+        raise ValueError(f"The weights in {folder} can't be read: {one_line(error)}.") from error
     unexpected = [name for name in report["unexpected_keys"] if not OLD_MASKS.search(name)]
     for problem, names in (
         ("lacks weights", report["missing_keys"]),
@@ -349,28 +227,6 @@ def _read_model(
         if names:
             raise ValueError(f"{folder} {problem}, such as {min(names)}; it must be a complete {kind.__name__}.")
     return model
-
-
-def _imported_state(theirs: PreTrainedModel, block: str, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in our shapes. Raises ValueError for NaN and Inf, and if a bias of the paper's block is not zero."""
-    state: dict[str, torch.Tensor] = {}
-    for name, value in theirs.state_dict().items():
-        check_finite(name, value, folder)
-        if block == "igpt" and name.endswith(".bias"):
-            if value.any():
-                raise ValueError(
-                    f"{folder} has a bias that is not zero, {name} (largest {value.abs().max():.2g}); "
-                    f"the paper's block has no biases, and in Image GPT checkpoints they are zero."
-                )
-            continue
-        if block == "igpt" and PROJECTION.search(name):
-            value = value.t().contiguous()  # (in, out) to (out, in)
-        if block == "igpt" and name.endswith(QUERIES_KEYS_VALUES) and not theirs.config.scale_attn_weights:
-            value = _scaled_queries(value, theirs.config, 0.5)
-        state[name] = value
-    if state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr():
-        state["lm_head.weight"] = state["lm_head.weight"].clone()  # tied in transformers, not in our model
-    return state
 
 
 @contextmanager
@@ -385,7 +241,3 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

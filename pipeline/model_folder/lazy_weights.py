@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.model.gpt import build_model
-from pipeline.model_folder.files import WEIGHTS_INDEX
+from pipeline.weights.folder_reader import check_finite
+from pipeline.weights.model_files import WEIGHTS_INDEX
 
 Weights = Mapping[str, torch.Tensor]
 """fp32 tensors on the CPU, by name; each may be read from disk on access."""
@@ -42,16 +43,6 @@ def stored_weights(folder: Path) -> Weights:
         with safe_open(str(file), framework="pt") as tensors:
             index |= {name: {"safetensors_file": str(file)} for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     return OffloadedWeightsLoader(index=index)
-
-
-def check_finite(name: str, value: torch.Tensor, where: object) -> None:
-    """Raises ValueError that names the weight if a value is NaN or Inf. `where`: the folder or model that has it."""
-    finite = torch.isfinite(value)
-    if not finite.all():
-        raise ValueError(
-            f"{where} has NaN or Inf in {int((~finite).sum()):,} of {value.numel():,} values of {name}; a model needs "
-            f"finite weights: export another checkpoint, or restore a copy."
-        )
 
 
 def write_weights(weights: Weights, shapes: Mapping[str, torch.Size], convert: Convert, folder: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_prep.common.files import file_sha256, locked
 from pipeline.hub import HUB, pull
-from pipeline.model_folder.files import model_digest
+from pipeline.weights.model_files import model_digest
 
 EXPORTED_FOLDER = "exported"
 MADE_FROM = ".made_from"

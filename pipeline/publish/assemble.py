@@ -9,13 +9,13 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.common.files import atomic_folder, read_json
 from pipeline.model_folder.card import CARD
-from pipeline.model_folder.files import NEEDED, WEIGHTS, WEIGHTS_INDEX, may_replace, model_digest
-from pipeline.model_folder.lazy_weights import check_finite
 from pipeline.model_folder.training_record import read_training_record
 from pipeline.publish.results_section import RESULTS, card_sections, eval_results
 from pipeline.results.curve import CURVE, draw_curve, has_losses
 from pipeline.results.schema import read_results
 from pipeline.results.task_files import read_task_files
+from pipeline.weights.folder_reader import check_finite
+from pipeline.weights.model_files import NEEDED, WEIGHTS, WEIGHTS_INDEX, may_replace, model_digest
 
 RESULT_FILES = (".json", ".png", ".html")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s\"'@]+@")

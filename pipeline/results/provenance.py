@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from data_prep.common.files import json_digest
 from data_prep.palette.codec import palette_sha256
-from pipeline.model_folder.files import model_digest
 from pipeline.model_folder.training_record import read_training_record
+from pipeline.weights.model_files import model_digest
 
 if TYPE_CHECKING:
     from pipeline.model_folder.convert import LoadedModel

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite
@@ -17,7 +17,7 @@ from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
 from pipeline.checkpoint.fragments import EMA, Tensors
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE
 from pipeline.checkpoint.probe import PROBE_TOKENS
-from pipeline.checkpoint.run_files import committed, step_folder, step_of
+from pipeline.checkpoint.run_files import STEP_NAME, committed, step_folder, step_of
 from pipeline.checkpoint.run_folder import RunFolder, check_shards
 from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
 from pipeline.rank_errors import reported_on_all_ranks
@@ -72,20 +72,31 @@ def newest_complete(folder: Path, ranks: Ranks) -> Checkpoint | None:
     complete. An unreadable file is not treated as damaged: raises as `verified`.
     """
     candidates = from_first(lambda: [str(path) for path in reversed(committed(folder))])
-    for candidate in candidates:
-        checkpoint, damage = verified(Path(candidate), ranks)
-        if damage is None:
-            return checkpoint
-        if ranks.is_first:
-            logger.warning(f"skipped the damaged checkpoint {candidate}: {damage}")
-    if candidates:
+    checkpoint, _ = newest_undamaged(candidates, ranks)
+    if candidates and checkpoint is None:
         raise reported_on_all_ranks(
             ValueError(
                 f"{folder} has {len(candidates)} checkpoints, and none is complete; restore one from a copy, or name a "
                 f"new --run."
             )
         )
-    return None
+    return checkpoint
+
+
+def newest_undamaged(candidates: list[str], ranks: Ranks) -> tuple[Checkpoint | None, list[str]]:
+    """The first of the folders, newest first, that is complete, or None; and what is damaged in those before it.
+
+    Logs the damaged checkpoints. Raises as `verified`.
+    """
+    damages: list[str] = []
+    for candidate in candidates:
+        checkpoint, damage = verified(Path(candidate), ranks)
+        if damage is None:
+            return checkpoint, damages
+        damages.append(damage)
+        if ranks.is_first:
+            logger.warning(f"skipped the damaged checkpoint {candidate}: {damage}")
+    return None, damages
 
 
 def verified(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, str | None]:
@@ -110,7 +121,7 @@ def _inspect(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, str | None]
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
             checkpoint = checkpoints.open_checkpoint(folder)
-            if checkpoint.record.step != step_of(folder):
+            if STEP_NAME.fullmatch(folder.name) and checkpoint.record.step != step_of(folder):
                 return checkpoint, f"its manifest is of step {checkpoint.record.step}"
             return checkpoint, checkpoint.damage(ranks.rank, ranks.count)
         except (ValueError, FileNotFoundError) as error:
@@ -252,7 +263,19 @@ class CheckpointManager:
         engine.restore(reader, record.step)
         with raise_on_all_ranks():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
-        self._check_checksums(checkpoint, engine)
+        self.verify_checksums(checkpoint, engine)
+        loss = self.verify_probe(checkpoint, engine)
+        if self.ranks.is_first:
+            logger.info(
+                f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the loss of the "
+                f"probe batch is {loss:.7f} (when saved: {record.probe_loss:.7f})"
+            )
+            self._log_average(checkpoint)
+        return Progress(record.step, record.images)
+
+    def verify_probe(self, checkpoint: Checkpoint, engine: Engine) -> float:
+        """The loss of the probe batch. Raises ValueError on every rank if it is not the stored one."""
+        record = checkpoint.record
         losses = gather(probe_loss(engine, self.inputs.held_out, record.probe_tokens))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
@@ -263,13 +286,7 @@ class CheckpointManager:
                         f"rank {rank}, and was {record.probe_loss:.7f} when it was saved."
                     )
                 )
-        if self.ranks.is_first:
-            logger.info(
-                f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the loss of the "
-                f"probe batch is {losses[0]:.7f} (when saved: {record.probe_loss:.7f})"
-            )
-            self._log_average(checkpoint)
-        return Progress(record.step, record.images)
+        return losses[0]
 
     def _log_average(self, checkpoint: Checkpoint) -> None:
         """Logs if an average of the weights starts here, or is dropped, because ema.decay has changed."""
@@ -284,8 +301,11 @@ class CheckpointManager:
                 f"the average of the weights (ema) in {checkpoint.folder} is dropped, because ema.decay is 0"
             )
 
-    def _check_checksums(self, checkpoint: Checkpoint, engine: Engine) -> None:
-        """Compares the checksums of the engine's state with the stored ones. Raises ValueError on every rank."""
+    def verify_checksums(self, checkpoint: Checkpoint, engine: Engine, states: Sequence[str] | None = None) -> None:
+        """Compares the checksums of the engine's state, or of these states, with the stored ones.
+
+        Raises ValueError on every rank.
+        """
         stored = checkpoint.record.fingerprints
         if not stored:
             return
@@ -293,7 +313,7 @@ class CheckpointManager:
         found = add_up(gather(checksums(self._tensors, index)))
         if not self.config.ema.decay:
             stored = {state: value for state, value in stored.items() if state != EMA}  # an average that is dropped
-        differing = ", ".join(state for state in stored if found.get(state) != stored[state])
+        differing = ", ".join(state for state in states or stored if found.get(state) != stored[state])
         if differing:
             raise reported_on_all_ranks(
                 ValueError(

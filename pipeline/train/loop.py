@@ -31,7 +31,7 @@ from pipeline.model.image_grid import completion_grid
 from pipeline.model.masks import Batch
 from pipeline.rank_errors import is_on_all_ranks, reported_on_all_ranks, reported_once_per_node
 from pipeline.schedule import learning_rate_at
-from pipeline.train.checkpointing import CheckpointManager, Progress, newest_complete, resume_at
+from pipeline.train.checkpointing import CheckpointManager, Progress
 from pipeline.train.data.verify import verify_shards
 from pipeline.train.engine.base import StepResult
 from pipeline.train.engine.build import build_engine
@@ -51,6 +51,7 @@ from pipeline.train.monitor.startup import StartClock
 from pipeline.train.monitor.summary import Throughput, describe, log_end, print_finished
 from pipeline.train.monitor.telemetry import NOT_EVALUATED, EvaluatedStep, StepClock, evaluated, open_telemetry
 from pipeline.train.setup import Inputs, check_inputs, choose_kernels, choose_reader
+from pipeline.train.start import check_origin, find_source, load
 from pipeline.train.validation import spread, validation_loss
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def train(config: TrainConfig, run: Path, command: list[str], resume_from: int |
         inputs = check_inputs(config, ranks)
         step = folder.resume_step(resume_from)
         folder.check(config, inputs.shards, step)
+        check_origin(inputs, folder)
         if ranks.device.type == "cuda":
             set_heartbeat_timeout(group_timeout(minutes), ranks)
     if step is None and folder.finished_steps() >= config.schedule.steps:
@@ -153,7 +155,7 @@ class Trainer:
         start_clock: StartClock,
         resume_from: int | None = None,
     ) -> None:
-        """Builds the engine, resumes from a checkpoint and logs the derived quantities.
+        """Builds the engine, loads what the run resumes or starts from, and logs the derived quantities.
 
         resume_from: the step of the checkpoint; None for the newest complete one.
         """
@@ -161,19 +163,16 @@ class Trainer:
         self.start_clock, self.run_folder = start_clock, folder
         config, ranks = self.config, self.ranks = inputs.config, inputs.ranks
         torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
-        if resume_from is None:
-            checkpoint = newest_complete(folder.checkpoints, ranks)
-        else:
-            checkpoint = resume_at(folder, resume_from, ranks)
+        source = find_source(folder, resume_from, inputs)
         start_clock.mark("verifying checkpoints")
         kernels = choose_kernels(inputs, folder)
-        self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
+        self.engine = build_engine(config, inputs.model_config, ranks, initial=source is None)
         start_clock.mark("model and engine")
         order, self.batches = choose_reader(inputs, self.engine)
         self.checkpoint_manager = CheckpointManager(
             folder.checkpoints, inputs, order, saved=lambda step: folder.note("running", checkpoint=step)
         )
-        self.progress = self.checkpoint_manager.load(checkpoint, self.engine) if checkpoint else Progress()
+        self.progress = load(source, self.checkpoint_manager, self.engine, folder)
         start_clock.mark("loading")
         self.throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
         start_clock.mark("peak of the device")

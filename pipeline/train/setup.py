@@ -121,18 +121,24 @@ def attention_seconds(
     return seconds
 
 
-def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
-    """The data order and its reader: by index from a folder, streamed from an address; with masks if masked."""
-    config, split, resolution = inputs.config, inputs.train_split, inputs.shards.resolution
+def data_order(inputs: Inputs) -> Order:
+    """The order in which the images are read: by index from a folder, streamed from an address."""
+    config, split = inputs.config, inputs.train_split
     augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
-    order: Order
-    batches: Batches
     if inputs.shards.address is None:
-        order = ImageOrder(split.record_images, config.seed, augmentation)
+        return ImageOrder(split.record_images, config.seed, augmentation)
+    shards = [shard["record_images"] for shard in split.shards]
+    return StreamOrder(shards, config.seed, config.parallel.data_ranks(inputs.ranks.count), augmentation)
+
+
+def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
+    """The data order and its reader; with masks if masked."""
+    split, resolution, order = inputs.train_split, inputs.shards.resolution, data_order(inputs)
+    batches: Batches
+    if isinstance(order, ImageOrder):
         batches = TrainingBatches(split, resolution, order, engine.data_rank, engine.data_ranks)
     else:
-        shards = [shard["record_images"] for shard in split.shards]
-        order = StreamOrder(shards, config.seed, engine.data_ranks, augmentation)
+        assert isinstance(order, StreamOrder)
         batches = StreamedBatches(split, resolution, order, engine.data_rank)
     if inputs.masks is not None:
         batches = MaskedBatches(batches, inputs.masks, engine.data_rank)

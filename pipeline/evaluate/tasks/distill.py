@@ -53,9 +53,9 @@ from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.objectives import softened_loss
 from pipeline.model_folder.classifier import HEAD_FACTS, LoadedClassifier, load_classifier
 from pipeline.model_folder.convert import LoadedModel
-from pipeline.model_folder.files import model_digest
 from pipeline.model_folder.resolve import model_folder
 from pipeline.results.figures import draw_or_log
+from pipeline.weights.model_files import model_digest
 
 FOLDER = "distilled"
 FIGURE = "distill.png"

@@ -75,10 +75,12 @@ def _check_options(config: TrainConfig, run: Path, resume_from: int | None) -> N
     """What `train` checks when it starts, other than ranks and devices. Raises ValueError naming the key."""
     from pipeline.checkpoint.run_folder import RunFolder
     from pipeline.training_set import open_training_set
+    from pipeline.weights.start import check_start
 
     shards = open_training_set(config)
     folder = RunFolder(run)
     folder.check(config, shards, folder.resume_step(resume_from))
+    check_start(config, shards, run, download=True)
     logger.info(f"preflight: {shards.path} fits the options: resolution {shards.resolution}, {shards.colors} colors")
 
 

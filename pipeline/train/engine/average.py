@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoint.fragments import EMA, FragmentReader
+from pipeline.checkpoint.fragments import EMA, StateReader
 from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine.deepspeed_internals import Partition, RankCoordinates
 
@@ -53,7 +53,7 @@ def exchange(optimizer: Any, model: nn.Module, coordinates: RankCoordinates) -> 
     internals.refresh_low_precision(optimizer)
 
 
-def fill(partition: Partition, reader: FragmentReader) -> None:
+def fill(partition: Partition, reader: StateReader) -> None:
     """Fills a partition's average from a checkpoint, or from the weights if the checkpoint has no average."""
     average = partition.flat(EMA)
     if not reader.has_average:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.checkpoint.fragments import FragmentReader, Tensors
+from pipeline.checkpoint.fragments import StateReader, Tensors
 from pipeline.model.masks import Batch
 from pipeline.model.sampling import NextScores
 
@@ -108,7 +108,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def restore(self, reader: FragmentReader, steps: int) -> None:
+    def restore(self, reader: StateReader, steps: int) -> None:
         """Restores weights, moments and step count from a checkpoint of any topology.
 
         With ema.decay, the average too; it starts from the weights if the checkpoint has none. Raises ValueError on

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
-from pipeline.checkpoint.fragments import FragmentReader, Tensors
+from pipeline.checkpoint.fragments import StateReader, Tensors
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
@@ -86,7 +86,7 @@ class DeepSpeedEngine(Engine):
     def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
         return snapshot.snapshot(self._engine.optimizer, self._model, self._coordinates, earlier)
 
-    def restore(self, reader: FragmentReader, steps: int) -> None:
+    def restore(self, reader: StateReader, steps: int) -> None:
         snapshot.restore(self._engine.optimizer, self._model, self._coordinates, reader)
         internals.set_progress(self._engine, steps, self._config.batch.images_after(steps))
 

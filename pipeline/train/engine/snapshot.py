@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoint.fragments import EMA, STATES, FragmentReader, Tensors
+from pipeline.checkpoint.fragments import EMA, STATES, StateReader, Tensors
 from pipeline.distributed import raise_on_all_ranks
 from pipeline.train.engine import average
 from pipeline.train.engine import deepspeed_internals as internals
@@ -53,7 +53,7 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def restore(optimizer: Any, model: nn.Module, coordinates: RankCoordinates, reader: FragmentReader) -> None:
+def restore(optimizer: Any, model: nn.Module, coordinates: RankCoordinates, reader: StateReader) -> None:
     """Fills a rank's weights and moments from a checkpoint of any topology; arguments as for `partitions_of`.
 
     The average of the weights, if the engine has one, is the checkpoint's, or starts from the weights if that has none.

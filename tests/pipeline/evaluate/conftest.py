@@ -13,7 +13,7 @@ from pipeline.evaluate.cache import TaskCache
 from pipeline.evaluate.context import Evaluation, start_accelerator
 from pipeline.evaluate.options import Sizes
 from pipeline.model_folder.convert import load_model_folder
-from pipeline.model_folder.files import model_digest
+from pipeline.weights.model_files import model_digest
 from tests.pipeline.evaluate.tiny_sets import (
     random_images,
     random_palette,

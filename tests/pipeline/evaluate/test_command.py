@@ -18,7 +18,7 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.registry import TASKS
 from pipeline.evaluate.request import Command
-from pipeline.model_folder.files import model_digest
+from pipeline.weights.model_files import model_digest
 from tests import launch
 from tests.pipeline.evaluate.tiny_sets import COLORS, random_images, random_palette, write_model, write_shard_set
 

@@ -18,7 +18,7 @@ from pipeline.evaluate.tasks.distill import Distill
 from pipeline.evaluate.tasks.fine_tune import FineTune
 from pipeline.model_folder.classifier import load_classifier
 from pipeline.model_folder.convert import load_model_folder
-from pipeline.model_folder.files import model_digest
+from pipeline.weights.model_files import model_digest
 from tests.pipeline.evaluate.tiny_sets import (
     RESOLUTION,
     random_palette,

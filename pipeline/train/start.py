@@ -1,0 +1,181 @@
+"""The state that a run begins with: its own newest checkpoint, what `start.path` names, or initial weights."""
+
+import logging
+from pathlib import Path
+
+from pipeline.checkpoint.format import Checkpoint, restore_random_states
+from pipeline.checkpoint.fragments import StateReader
+from pipeline.checkpoint.run_folder import RunFolder
+from pipeline.distributed import Ranks, from_first, gather, raise_on_all_ranks
+from pipeline.hub import HUB, pull
+from pipeline.rank_errors import reported_on_all_ranks
+from pipeline.train.checkpointing import CheckpointManager, Progress, newest_complete, newest_undamaged, resume_at
+from pipeline.train.engine.base import Engine
+from pipeline.train.setup import Inputs, data_order
+from pipeline.train.validation import probe_loss
+from pipeline.weights.start import (
+    Origin,
+    check_fits,
+    check_start,
+    checkpoint_origin,
+    checkpoints_in,
+    folder_origin,
+    reader_of,
+)
+
+logger = logging.getLogger(__name__)
+
+ORIGIN = "origin"
+"""What run.json calls the model that the run started from."""
+
+
+def check_origin(inputs: Inputs, run: RunFolder) -> None:
+    """Checks `start` before the ranks meet. Raises ValueError naming the key."""
+    start = inputs.config.start
+    origin = check_start(inputs.config, inputs.shards, run.path)
+    if origin is None or origin.checkpoint is None or not start.position:
+        return
+    order, record = data_order(inputs), origin.checkpoint.record
+    if order.fingerprint(record.images) == record.order_fingerprint:
+        return
+    warning = order.resume_warning(record.order_fingerprint, record.images)
+    if warning is None:
+        raise ValueError(
+            f"start.position is true, but start.path {start.path} has another data order than this run; set seed, "
+            f"data.flip and data.reflect_crop as there, or start.position to false."
+        )
+    if inputs.ranks.is_first:
+        logger.warning(warning)
+
+
+def find_source(run: RunFolder, resume_from: int | None, inputs: Inputs) -> Checkpoint | Origin | None:
+    """The run's own checkpoint, else the model of start.path, else None; each rank verifies a share of the files.
+
+    resume_from: the step of the run's checkpoint; None for the newest complete one. Raises ValueError on every rank.
+    """
+    ranks = inputs.ranks
+    if resume_from is not None:
+        return resume_at(run, resume_from, ranks)
+    checkpoint = newest_complete(run.checkpoints, ranks)
+    if checkpoint is not None:
+        return checkpoint
+    origin = _open_origin(inputs) if inputs.config.start.path is not None else None
+    if ranks.is_first and origin is None and run.recall(ORIGIN):
+        run.note("running", **{ORIGIN: None})  # of a start without any checkpoint
+    return origin
+
+
+def _open_origin(inputs: Inputs) -> Origin:
+    path, ranks = inputs.config.start.path, inputs.ranks
+    assert path is not None
+    if inputs.config.start.from_hub:
+        origin = _downloaded(path, ranks)
+    else:
+        checkpoints = from_first(lambda: _newest_first(path))
+        origin = _folder(path, Path(path)) if checkpoints is None else _undamaged(path, checkpoints, ranks)
+    with raise_on_all_ranks():
+        check_fits(origin, inputs.config, inputs.shards)
+    return origin
+
+
+def _downloaded(path: str, ranks: Ranks) -> Origin:
+    """Rank 0 downloads the model, so that hundreds of ranks do not ask the hub at the same time."""
+    folder = Path(from_first(lambda: str(pull(path.removeprefix(HUB)))))
+    with raise_on_all_ranks():
+        if not folder.is_dir():
+            raise ValueError(
+                f"start.path is {path}, which rank 0 downloaded to {folder}, but rank {ranks.rank} can't see it; set "
+                f"HF_HOME to a folder that all nodes share."
+            )
+    return _folder(path, folder)
+
+
+def _folder(path: str, folder: Path) -> Origin:
+    origin = None
+    with raise_on_all_ranks():
+        origin = folder_origin(path, folder)
+    assert origin is not None
+    return origin
+
+
+def _undamaged(path: str, checkpoints: list[str], ranks: Ranks) -> Origin:
+    checkpoint, damages = newest_undamaged(checkpoints, ranks)
+    if checkpoint is None:
+        raise reported_on_all_ranks(
+            ValueError(
+                f"start.path is {path}, which is damaged: {damages[0]}; restore it from a copy, or start from another "
+                f"model."
+            )
+        )
+    return checkpoint_origin(path, checkpoint)
+
+
+def _newest_first(path: str) -> list[str] | None:
+    checkpoints = checkpoints_in(path)
+    return None if checkpoints is None else [str(folder) for folder in reversed(checkpoints)]
+
+
+def load(source: Checkpoint | Origin | None, manager: CheckpointManager, engine: Engine, run: RunFolder) -> Progress:
+    """Fills the engine with what `find_source` found, and verifies it. Raises ValueError on every rank."""
+    if isinstance(source, Checkpoint):
+        return manager.load(source, engine)
+    return Progress() if source is None else _start(source, manager, engine, run)
+
+
+def _start(origin: Origin, manager: CheckpointManager, engine: Engine, run: RunFolder) -> Progress:
+    """Fills the engine from the origin, logs that and records it in run.json. Its steps are counted from 0."""
+    config, ranks, checkpoint = manager.config, manager.ranks, origin.checkpoint
+    start, reader = config.start, None
+    with raise_on_all_ranks():
+        reader = reader_of(origin, config)
+    assert reader is not None
+    engine.restore(reader, 0)
+    if start.position and checkpoint is not None:
+        with raise_on_all_ranks():
+            restore_random_states(checkpoint, ranks.rank, ranks.device)
+    loss = _verified_loss(origin, manager, engine)
+    facts = from_first(origin.facts) | {"moments": start.moments, "position": start.position, "probe_loss": loss}
+    if ranks.is_first:
+        _log(origin, facts, manager, reader)
+        run.note("running", **{ORIGIN: facts})
+    return Progress(0, checkpoint.record.images if start.position and checkpoint is not None else 0)
+
+
+def _verified_loss(origin: Origin, manager: CheckpointManager, engine: Engine) -> float:
+    """The loss of the probe batch. A checkpoint's checksums are compared and, where it is of the same images, its loss.
+
+    Raises ValueError on every rank if they differ.
+    """
+    checkpoint, config, inputs = origin.checkpoint, manager.config, manager.inputs
+    if checkpoint is None or origin.config.n_positions != inputs.model_config.n_positions:
+        return gather(probe_loss(engine, inputs.held_out))[0]
+    manager.verify_checksums(checkpoint, engine, None if config.start.moments else ["weight"])
+    same_masks = inputs.masks is None or config.start.position
+    if checkpoint.record.shards_digest == inputs.shards.digest and same_masks:
+        return manager.verify_probe(checkpoint, engine)
+    return gather(probe_loss(engine, inputs.held_out, checkpoint.record.probe_tokens))[0]
+
+
+def _log(origin: Origin, facts: dict[str, object], manager: CheckpointManager, reader: StateReader) -> None:
+    """One line about the origin, on rank 0; a warning if its palette is unknown."""
+    start, record = manager.config.start, origin.checkpoint.record if origin.checkpoint else None
+    resolution = manager.config.model.resolution
+    taken = ["the weights"]
+    if facts["resolution"] != resolution:
+        taken[0] += f" (position embeddings resampled from {facts['resolution']} to {resolution} pixels a side)"
+    taken += [f"Adam's moments after {reader.optimizer_step:,.0f} updates"] if start.moments else []
+    taken += ["the average of the weights"] if start.moments and manager.config.ema.decay and reader.has_average else []
+    taken += [f"the data position, {record.images:,} images"] if start.position and record else []
+    saved = "not recorded"
+    if record is not None:
+        same = record.shards_digest == manager.inputs.shards.digest
+        saved = f"when saved{'' if same else ', on another shard set'}: {record.probe_loss:.7f}"
+    step = f" (step {facts['step']:,})" if facts["step"] is not None else ""
+    logger.info(
+        f"started from {origin.folder}{step}, sha256 {str(facts['digest'])[:12]}: {', '.join(taken)}; the loss of the "
+        f"probe batch is {facts['probe_loss']:.7f} ({saved})"
+    )
+    if origin.palette_sha256 is None:
+        logger.warning(
+            f"start.path {start.path} has no palette, so whether it was trained with the shard set's was not checked"
+        )
