@@ -151,7 +151,8 @@ class ValidationConfig:
     every_steps: int = 5000
     """Steps between validations; the last step is always validated."""
     images: int = 5120
-    """Images of the `valid` split to evaluate, the same ones each time; all of them if the split is smaller."""
+    """Images of the `valid` split to evaluate, the same ones each time; all of them if the split is smaller. Of a
+    mixture, so many images of each set."""
 
     def __post_init__(self) -> None:
         require_minimums("validation", self, every_steps=1, images=1)
@@ -164,7 +165,7 @@ class SamplesConfig:
     every_steps: int = 50_000
     """Steps between completions; 0 for none. A masked_color model draws none."""
     images: int = 4
-    """Images of the `valid` split to complete, each twice."""
+    """Images of the `valid` split (of each set of a mixture) to complete, each twice."""
 
     def __post_init__(self) -> None:
         require_minimums("samples", self, every_steps=0, images=1)

@@ -91,12 +91,16 @@ class Telemetry:
 
     @_on_first_rank
     def validation(self, row: dict[str, Any]) -> None:
-        """Records a validation; row: step, images and valid_loss."""
+        """Records a validation; row: step, images, valid_loss and, for a mixture, valid_loss_by_set."""
         self._write(row)
+        by_set = row.get("valid_loss_by_set", {})
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
+        for name, loss in by_set.items():
+            self._board.add_scalar(f"valid/loss/{name}", loss, row["step"])
+        each = "".join(f"; {name} {loss:.4f}" for name, loss in by_set.items())
         logger.info(
             f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token (a uniform guess: "
-            f"{self._console.uniform_loss:.4f})"
+            f"{self._console.uniform_loss:.4f}){each}"
         )
 
     @_on_first_rank
