@@ -289,7 +289,7 @@ class CheckpointManager:
     def _check_origin(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
         made_with = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
-        check_shards(made_with, self.inputs.shards, checkpoint.folder)
+        check_shards(made_with, self.inputs.sets, checkpoint.folder)
         if self.order.fingerprint(record.images) == record.order_fingerprint:
             return
         warning = self.order.resume_warning(record.order_fingerprint, record.images)
@@ -309,8 +309,8 @@ class CheckpointManager:
             images=progress.images,
             topology={"ranks": self.ranks.count} | {key: getattr(self.config.parallel, key) for key in TOPOLOGY},
             model=self.inputs.model_config.to_dict(),
-            palette_sha256=self.inputs.shards.palette_sha256,
-            shards_digest=self.inputs.shards.digest,
+            palette_sha256=self.inputs.sets.palette_sha256,
+            shards_digest=self.inputs.sets.first.digest,
             order_fingerprint=self.order.fingerprint(progress.images),
             probe_loss=probe,
             precision=self.config.precision,

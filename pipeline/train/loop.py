@@ -73,7 +73,7 @@ def train(config: TrainConfig, run: Path, command: list[str], resume_from: int |
     with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
         step = folder.resume_step(resume_from)
-        folder.check(config, inputs.shards, step)
+        folder.check(config, inputs.sets, step)
         if ranks.device.type == "cuda":
             set_heartbeat_timeout(group_timeout(minutes), ranks)
     if step is None and folder.finished_steps() >= config.schedule.steps:
@@ -85,8 +85,8 @@ def train(config: TrainConfig, run: Path, command: list[str], resume_from: int |
     start_clock.mark("rendezvous")
     try:
         resume_from = from_first(partial(folder.resume_step, resume_from))  # a rank's own file may be an older copy
-        from_first(partial(folder.open, config, inputs.shards, command, ranks.count))
-        verify_shards(inputs.shards, folder, ranks)
+        from_first(partial(folder.open, config, inputs.sets, command, ranks.count))
+        verify_shards(inputs.sets, folder, ranks)
         watchdog = Watchdog(folder, ranks, minutes)
         set_group_timeout(group_timeout(minutes))
         start_clock.mark("shards' digests")
@@ -291,7 +291,8 @@ class Trainer:
     def record_skipped(self, row: dict[str, Any], reason: str) -> None:
         """Records a skipped step or a loss spike with its images. Raises Diverged after too many in a row."""
         start, stop = self.progress.images, row["images"]
-        images = self.inputs.train_split.locations(self.checkpoint_manager.order.image_numbers(start, stop - start))
+        numbers = self.checkpoint_manager.order.image_numbers(start, stop - start)
+        images = self.inputs.sets.locations(numbers)
         self.telemetry.skipped_step(row | {"reason": reason, "positions": [start, stop], "pictures": images})
         if self.step_filter.exhausted:
             raise Diverged(
@@ -355,10 +356,10 @@ class Trainer:
 
     def draw_samples(self) -> None:
         """Completes half images of the valid split."""
-        split, shards = self.inputs.valid_split, self.inputs.shards
+        split, sets = self.inputs.valid_split, self.inputs.sets
         tokens, _ = split.gather(spread(split.images, self.config.samples.images))
         drawn = self.engine.complete(tokens, SAMPLES_PER_IMAGE, self.config.seed, self.check_for_stop)
-        grid = completion_grid(tokens, drawn, shards.palette, shards.resolution)
+        grid = completion_grid(tokens, drawn, sets.palette, sets.resolution)
         self.telemetry.samples(self.progress.step, grid)
 
     def save(self) -> None:

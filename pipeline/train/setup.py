@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
-from data_prep.shards.reader import ShardSet, Split
+from data_prep.shards.reader import Split
 from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
@@ -23,29 +23,24 @@ from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.data.streaming import StreamedBatches
 from pipeline.train.engine.base import Engine
 from pipeline.train.engine.build import check_machine
-from pipeline.training_set import open_training_set
+from pipeline.training_set import TrainingSets, open_training_sets
 
 ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A configuration, checked against its shard set and the number of ranks."""
+    """A configuration, checked against its shard sets and the number of ranks."""
 
     config: TrainConfig
     model_config: GPT2Config
-    shards: ShardSet
+    sets: TrainingSets
     ranks: Ranks
 
     @cached_property
-    def train_split(self) -> Split:
-        """The training images."""
-        return self.shards.split("train")
-
-    @cached_property
     def valid_split(self) -> Split:
-        """The held-out images."""
-        return self.shards.split("valid")
+        """The held-out images of the first set: those of the probe batch and the samples."""
+        return self.sets.first.split("valid")
 
     @cached_property
     def held_out(self) -> HeldOutImages:
@@ -60,18 +55,20 @@ class Inputs:
 
 
 def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
-    """Opens the shard set and checks the configuration against it and the ranks. Raises ValueError naming the key."""
-    shards = open_training_set(config)
-    if shards.address is not None and shards.split("train").images < config.parallel.data_ranks(ranks.count):
-        raise ValueError(
-            f"{shards.path} has {shards.split('train').images} images in its split 'train'; streamed to "
-            f"{ranks.count} ranks it must have at least one image for each."
-        )
+    """Opens the shard sets; checks the configuration against them and the ranks. Raises ValueError naming the key."""
+    sets = open_training_sets(config)
+    for number, one in enumerate(sets.sets):
+        shards, key = one.shards, f"data.mixture[{number}].shards: " * sets.is_mixture
+        if shards.address is not None and shards.split("train").images < config.parallel.data_ranks(ranks.count):
+            raise ValueError(
+                f"{key}{shards.path} has {shards.split('train').images} images in its split 'train'; streamed to "
+                f"{ranks.count} ranks it must have at least one image for each."
+            )
     config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count))
     check_machine(config, ranks.device)
-    model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
+    model_config = gpt2_config(config.model, sets.colors, config.objective.kind)
     config.parallel.check_model(model_config.n_layer, model_config.n_head)
-    return Inputs(config, model_config, shards, ranks)
+    return Inputs(config, model_config, sets, ranks)
 
 
 def choose_kernels(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
@@ -123,16 +120,17 @@ def attention_seconds(
 
 def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
     """The data order and its reader: by index from a folder, streamed from an address; with masks if masked."""
-    config, split, resolution = inputs.config, inputs.train_split, inputs.shards.resolution
+    config, shards, resolution = inputs.config, inputs.sets.first, inputs.sets.resolution
+    split = shards.split("train")
     augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
     order: Order
     batches: Batches
-    if inputs.shards.address is None:
+    if shards.address is None:
         order = ImageOrder(split.record_images, config.seed, augmentation)
         batches = TrainingBatches(split, resolution, order, engine.data_rank, engine.data_ranks)
     else:
-        shards = [shard["record_images"] for shard in split.shards]
-        order = StreamOrder(shards, config.seed, engine.data_ranks, augmentation)
+        record_images = [shard["record_images"] for shard in split.shards]
+        order = StreamOrder(record_images, config.seed, engine.data_ranks, augmentation)
         batches = StreamedBatches(split, resolution, order, engine.data_rank)
     if inputs.masks is not None:
         batches = MaskedBatches(batches, inputs.masks, engine.data_rank)

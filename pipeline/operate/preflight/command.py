@@ -74,12 +74,14 @@ def preflight_command(arguments: list[str]) -> int:
 def _check_options(config: TrainConfig, run: Path, resume_from: int | None) -> None:
     """What `train` checks when it starts, other than ranks and devices. Raises ValueError naming the key."""
     from pipeline.checkpoint.run_folder import RunFolder
-    from pipeline.training_set import open_training_set
+    from pipeline.training_set import open_training_sets
 
-    shards = open_training_set(config)
+    sets = open_training_sets(config)
     folder = RunFolder(run)
-    folder.check(config, shards, folder.resume_step(resume_from))
-    logger.info(f"preflight: {shards.path} fits the options: resolution {shards.resolution}, {shards.colors} colors")
+    folder.check(config, sets, folder.resume_step(resume_from))
+    paths = ", ".join(str(one.shards.path) for one in sets.sets)
+    fit = "fits" if len(sets.sets) == 1 else "fit"
+    logger.info(f"preflight: {paths} {fit} the options: resolution {sets.resolution}, {sets.colors} colors")
 
 
 def _aggregate(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str]) -> int:

@@ -37,7 +37,11 @@ class Order(Protocol):
         ...
 
     def image_numbers(self, position: int, count: int) -> list[int]:
-        """Indices in file order of the images at positions [position, position + count)."""
+        """Indices of the images at positions [position, position + count): in file order; of a mixture, set by set."""
+        ...
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """Epochs of each set of a mixture when `position` images are read, by its name; empty for a single set."""
         ...
 
 
@@ -89,6 +93,10 @@ class ImageOrder:
     def image_numbers(self, position: int, count: int) -> list[int]:
         """Their indices in file order."""
         return [int(number) for number in self.at(position, count)[0]]
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """Empty: a single set."""
+        return {}
 
     def resume_warning(self, recorded: str, position: int) -> str | None:
         """The warning for a run that was streamed before; None for a run that read by index in another order."""

@@ -106,6 +106,10 @@ class StreamOrder:
         read = [self.at(rank, position // self.ranks, share)[0] for rank in range(self.ranks)]
         return [int(number) for number in np.concatenate(read)]
 
+    def epochs(self, position: int) -> dict[str, float]:
+        """Empty: a single set."""
+        return {}
+
     def fingerprint(self, position: int) -> str:
         """Number of ranks, and a digest of the next images of the first and last rank; position: of all ranks."""
         digest = hashlib.sha256()

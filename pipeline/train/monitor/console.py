@@ -21,7 +21,7 @@ class Console:
     def __init__(self, throughput: Throughput, inputs: Inputs, step: int) -> None:
         """step: the last one before this start."""
         batch, self._steps = inputs.config.batch, inputs.config.schedule.steps
-        self._throughput, self._batch, self._epoch_images = throughput, batch, inputs.train_split.images
+        self._throughput, self._batch, self._epoch_images = throughput, batch, inputs.sets.train_images
         self.uniform_loss = log(inputs.model_config.colors)
         self._images_left = batch.images_after(self._steps) - batch.images_after(min(step, self._steps))
         self._began, self._last_line, self._first = time.monotonic(), 0.0, step

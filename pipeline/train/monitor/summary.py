@@ -57,7 +57,7 @@ class Throughput:
 def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) -> str:
     """The derived quantities of a run, one per line; kernels: seconds of each attention kernel, if measured."""
     config, model_config, ranks = inputs.config, inputs.model_config, inputs.ranks
-    train_images = inputs.train_split.images
+    train_images = inputs.sets.train_images
     batch, schedule, parallel = config.batch, config.schedule, config.parallel
     data_ranks = parallel.data_ranks(ranks.count)
     accumulation = batch.accumulation_steps(data_ranks)
@@ -101,7 +101,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
     width = max(map(len, lines))
     summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]
     summary += [f"  attention: {attention.describe(kernels)}"] if kernels else []
-    return "\n".join([*summary, GUARANTEES] if inputs.shards.address is not None else summary)
+    return "\n".join([*summary, GUARANTEES] if inputs.sets.streamed else summary)
 
 
 def log_end(run: Path, step: int, finished: bool) -> None:
