@@ -39,15 +39,18 @@ def parse_run(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     )
     parser.add_class_arguments(TrainConfig)
     own = Path(value_of("--run", arguments) or ".") / "config.yaml"
-    given = {key for key in ("--data.shards", "--data.mixture") if value_of(key, arguments) is not None}
     if value_of("--config", arguments) is None and own.is_file():
         arguments = ["--config", str(own), *arguments]
-        if not given and value_of("--data", arguments) is None:
+        if not any(value_of(key, arguments) for key in ("--data.shards", "--data.mixture", "--data")):
             arguments += _recorded_shards(own)
-    if len(given) == 1:  # on the command line, one of the two replaces the other of a file
-        [other] = {"--data.shards", "--data.mixture"} - given
-        arguments = [*arguments, f"{other}=null"]
-    return parse(parser, arguments)
+    return parse(parser, with_one_kind_of_data(arguments))
+
+
+def with_one_kind_of_data(arguments: list[str]) -> list[str]:
+    """The arguments, in which data.shards or data.mixture replaces the other one of the --config file."""
+    given = {key for key in ("--data.shards", "--data.mixture") if value_of(key, arguments) is not None}
+    others = {"--data.shards", "--data.mixture"} - given if len(given) == 1 else ()
+    return [*arguments, *(f"{other}=null" for other in others)]
 
 
 def _recorded_shards(own: Path) -> list[str]:

@@ -132,6 +132,11 @@ class DataConfig:
         for number, entry in enumerate(self.mixture):
             require_at_least(f"data.mixture[{number}].weight", entry.weight, least)
 
+    @property
+    def paths(self) -> list[str]:
+        """Folder or URL of each shard set; empty if none is set."""
+        return [entry.shards for entry in self.mixture or []] or ([self.shards] if self.shards else [])
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

@@ -45,6 +45,9 @@ class CheckpointRecord:
     """Bytes and sha256 of each rank's file."""
     probe_tokens: int | None = None
     """Tokens of the probe batch; None, in older checkpoints, for a complete image."""
+    probe_batch: dict[str, Any] | None = None
+    """Tokens and masked pixels of the probe batch of a mixture, as its sets may change; None for a single set: an image
+    of the set `shards_digest`."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Checksums of all weights and moments, compared after every load; older checkpoints have none."""
 
@@ -143,7 +146,7 @@ def write_rank(
 def commit(folder: Path, record: CheckpointRecord) -> Path:
     """Writes the manifest and renames the folder; from then on the checkpoint is complete. One rank calls it."""
     manifest = folder / MANIFEST
-    content = json.loads(to_json(asdict(record)))
+    content = json.loads(to_json({key: value for key, value in asdict(record).items() if value is not None}))
     manifest.write_text(to_json(content | {"sha256": json_digest(content)}, indent=2) + "\n")
     flush_to_disk(manifest)
     flush_to_disk(folder)

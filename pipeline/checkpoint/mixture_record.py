@@ -1,6 +1,7 @@
-"""The history of a mixture in run.json (`mixture_history`): from which image on its shard sets had which weights."""
+"""The shard sets of a run in run.json: `shards`, and from which image on a mixture had which weights."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.training_set import TrainingSets
@@ -9,6 +10,27 @@ HISTORY = "mixture_history"
 Change = dict[str, Any]
 """An entry: `step` and `images` before the first image that was drawn from `sets`, each with name, digest and
 weight."""
+
+
+def describe_sets(sets: TrainingSets) -> dict[str, Any]:
+    """`shards` of run.json: path, digest, palette_sha256 and source of the first set.
+
+    A mixture adds `mixture`: of each set the same, and its name, weight, and images of train and valid.
+    """
+    facts = [
+        {
+            "path": one.shards.address or str(Path(one.shards.path).resolve()),
+            "digest": one.shards.digest,
+            "palette_sha256": one.shards.palette_sha256,
+            "source": one.shards.name,
+            "name": one.name,
+            "weight": one.weight,
+            "images": {split: one.shards.split(split).images for split in ("train", "valid")},
+        }
+        for one in sets.sets
+    ]
+    first = {key: facts[0][key] for key in ("path", "digest", "palette_sha256", "source")}
+    return first | ({"mixture": facts} if sets.is_mixture else {})
 
 
 def history_with(record: Mapping[str, Any], sets: TrainingSets, step: int, images: int) -> list[Change]:

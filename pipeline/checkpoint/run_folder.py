@@ -18,6 +18,7 @@ import yaml
 from data_prep.common.files import atomic_write, read_json, take_lock, write_json
 from data_prep.shards.addresses import hide_secrets
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
+from pipeline.checkpoint.mixture_record import HISTORY, describe_sets, earlier_history, history_with
 from pipeline.checkpoint.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -220,7 +221,9 @@ class RunFolder:
             "hardware": hardware(),
             "changes": {key: [_masked(value) for value in pair] for key, pair in changes.items()},
         }
-        self._record["shards"] = _facts_of(sets)
+        if sets.is_mixture and "shards" in self._record:
+            self._record.setdefault(HISTORY, earlier_history(self._record["shards"], sets))
+        self._record["shards"] = describe_sets(sets)
         self._record["starts"] = [*self._record.get("starts", []), start]
         steps = [step_of(folder) for folder in committed(self.checkpoints)]
         self._record.setdefault("checkpoint", max(steps, default=0))
@@ -242,6 +245,12 @@ class RunFolder:
         if self._record.get("status") == "running":
             with suppress(OSError):
                 self.note("failed", error=f"{type(error).__name__}: {error}")
+
+    def note_mixture(self, sets: TrainingSets, step: int, images: int) -> None:
+        """Records from which image on the sets have their weights, once the run knows where it continues."""
+        history = history_with(self._record, sets, step, images)
+        if history != self._record.get(HISTORY, []):
+            self.note("running", **{HISTORY: history})
 
     def resume_step(self, wanted: int | None) -> int | None:
         """The step of --resume_from; None if this job has resumed from it before, and was restarted since."""
@@ -316,23 +325,6 @@ def _locked(file: TextIO) -> bool:
 def _is_foreign(path: Path) -> bool:
     """Whether a file in a folder without a run is neither hidden nor written by the job scripts."""
     return not path.name.startswith(".") and path.name not in JOB_FILES
-
-
-def _facts_of(sets: TrainingSets) -> dict[str, Any]:
-    """Of the first set: path, digest, palette_sha256, source; a mixture adds those of all sets, with their weights."""
-    facts = [
-        {
-            "path": one.shards.address or str(Path(one.shards.path).resolve()),
-            "digest": one.shards.digest,
-            "palette_sha256": one.shards.palette_sha256,
-            "source": one.shards.name,
-            "name": one.name,
-            "weight": one.weight,
-        }
-        for one in sets.sets
-    ]
-    first = {key: value for key, value in facts[0].items() if key not in ("name", "weight")}
-    return first | ({"mixture": facts} if sets.is_mixture else {})
 
 
 def check_shards(recorded: dict[str, Any], sets: TrainingSets, where: Path) -> None:

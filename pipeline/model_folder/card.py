@@ -172,9 +172,11 @@ def _sets(record: TrainingRecord) -> str | None:
 def _changes(record: TrainingRecord) -> str | None:
     """From which image on which shares held, if they changed."""
     changes = record.mixture_history
-    return "; ".join(
-        f"{describe_weights(change['sets'])} from image {change['images']:,} on" for change in changes
-    ) if len(changes) > 1 else None
+    return (
+        "; ".join(f"{describe_weights(change['sets'])} from image {change['images']:,} on" for change in changes)
+        if len(changes) > 1
+        else None
+    )
 
 
 def _short(digest: str | None) -> str | None:

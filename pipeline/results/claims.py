@@ -58,8 +58,8 @@ def training_images_sentence(
         )
     mixed = len(trained_on) > 1
     if not measured_on <= set(trained_on):
-        trained_sets = "other shard sets" if mixed else "another shard set"
-        return f"It was trained on {trained_sets} than it was measured on: whether some images are in both was not checked."
+        other = "other shard sets" if mixed else "another shard set"
+        return f"It was trained on {other} than it was measured on: whether some images are in both was not checked."
     splits = dict.fromkeys(measured_split(result) for result in results.values())
     others = [split for split in splits if split != "train"]
     if not others:

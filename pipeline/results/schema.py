@@ -108,7 +108,9 @@ def read_dataset(folder: Path, digests: Collection[str]) -> dict[str, Any]:
     """`dataset` of the results.json in a folder; empty if there is none of one of these shard sets."""
     try:
         dataset = read_json(folder / RESULTS)["dataset"]
-        known = dataset["digest"] in digests and all(isinstance(dataset[k], dict) for k in ("images", "images_in_train"))
+        known = dataset["digest"] in digests and all(
+            isinstance(dataset[k], dict) for k in ("images", "images_in_train")
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return dataset if known else {}

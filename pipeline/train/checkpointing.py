@@ -16,10 +16,11 @@ from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
 from pipeline.checkpoint.fragments import Tensors
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE
-from pipeline.checkpoint.probe import PROBE_TOKENS
+from pipeline.checkpoint.probe import PROBE_TOKENS, as_json, from_json, probe_batch
 from pipeline.checkpoint.run_files import committed, step_folder, step_of
 from pipeline.checkpoint.run_folder import RunFolder, check_shards
 from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
+from pipeline.model.masks import Batch
 from pipeline.rank_errors import reported_on_all_ranks
 from pipeline.train.data.batches import Order
 from pipeline.train.engine.base import Engine
@@ -193,7 +194,7 @@ class CheckpointManager:
         """
         self.finish()
         began = time.monotonic()
-        probe, *others = gather(probe_loss(engine, self.inputs.held_out))
+        probe, *others = gather(probe_loss(engine, probe_batch(self.inputs.held_out[0])))
         if not all(map(isfinite, [probe, *others])):
             raise Diverged(
                 f"the loss of the probe batch at step {progress.step} is NaN or Inf (by rank: {[probe, *others]}); the "
@@ -253,7 +254,7 @@ class CheckpointManager:
         with raise_on_all_ranks():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
         self._check_checksums(checkpoint, engine)
-        losses = gather(probe_loss(engine, self.inputs.held_out, record.probe_tokens))
+        losses = gather(probe_loss(engine, self._probe_of(record)))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
             if not abs(loss - record.probe_loss) <= tolerance:
@@ -269,6 +270,13 @@ class CheckpointManager:
                 f"probe batch is {losses[0]:.7f} (when saved: {record.probe_loss:.7f})"
             )
         return Progress(record.step, record.images)
+
+    def _probe_of(self, record: CheckpointRecord) -> Batch:
+        """The probe batch that a checkpoint's loss is of."""
+        if record.probe_batch is not None:
+            return from_json(record.probe_batch)
+        of_sets = dict(zip(self.inputs.sets.digests, self.inputs.held_out, strict=True))
+        return probe_batch(of_sets[record.shards_digest], record.probe_tokens)
 
     def _check_checksums(self, checkpoint: Checkpoint, engine: Engine) -> None:
         """Compares the checksums of the engine's state with the stored ones. Raises ValueError on every rank."""
@@ -316,5 +324,6 @@ class CheckpointManager:
             precision=self.config.precision,
             files=files,
             probe_tokens=PROBE_TOKENS,
+            probe_batch=as_json(probe_batch(self.inputs.held_out[0])) if self.inputs.sets.is_mixture else None,
             fingerprints=sums,
         )

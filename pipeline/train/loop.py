@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from data_prep.common.exit_codes import FINISHED, STOPPED
@@ -51,7 +52,7 @@ from pipeline.train.monitor.startup import StartClock
 from pipeline.train.monitor.summary import Throughput, describe, log_end, print_finished
 from pipeline.train.monitor.telemetry import NOT_EVALUATED, EvaluatedStep, StepClock, evaluated, open_telemetry
 from pipeline.train.setup import Inputs, check_inputs, choose_kernels, choose_reader
-from pipeline.train.validation import spread, validation_loss
+from pipeline.train.validation import spread, validation_losses
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class Trainer:
             folder.checkpoints, inputs, order, saved=lambda step: folder.note("running", checkpoint=step)
         )
         self.progress = self.checkpoint_manager.load(checkpoint, self.engine) if checkpoint else Progress()
+        from_first(partial(folder.note_mixture, inputs.sets, self.progress.step, self.progress.images))
         start_clock.mark("loading")
         self.throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
         start_clock.mark("peak of the device")
@@ -279,7 +281,8 @@ class Trainer:
             "memory_bytes": flags.memory_bytes,
             "reserved_bytes": flags.reserved_bytes,
         }
-        self.telemetry.training_step(row, seconds, self.clock.pauses)
+        epochs = self.checkpoint_manager.order.epochs(self.progress.images + size)
+        self.telemetry.training_step(row, seconds, self.clock.pauses, epochs)
         if step == self.first_step:
             self.start_clock.mark("first step")
             self.telemetry.log(self.start_clock.describe())
@@ -350,14 +353,14 @@ class Trainer:
             raise StopRequested
 
     def validate(self) -> None:
-        """Computes the validation loss."""
-        loss = validation_loss(self.engine, self.inputs.held_out, self.config, self.ranks, self.check_for_stop)
-        self.telemetry.validation({"step": self.progress.step, "images": self.progress.images, "valid_loss": loss})
+        """Computes the validation loss of each set."""
+        losses = validation_losses(self.engine, self.inputs, self.check_for_stop)
+        self.telemetry.validation({"step": self.progress.step, "images": self.progress.images, **losses})
 
     def draw_samples(self) -> None:
-        """Completes half images of the valid split."""
-        split, sets = self.inputs.valid_split, self.inputs.sets
-        tokens, _ = split.gather(spread(split.images, self.config.samples.images))
+        """Completes half images of the valid split of each set."""
+        sets, count = self.inputs.sets, self.config.samples.images
+        tokens = np.concatenate([each.batch(spread(each.images, count)).tokens for each in self.inputs.held_out])
         drawn = self.engine.complete(tokens, SAMPLES_PER_IMAGE, self.config.seed, self.check_for_stop)
         grid = completion_grid(tokens, drawn, sets.palette, sets.resolution)
         self.telemetry.samples(self.progress.step, grid)

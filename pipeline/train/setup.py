@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
-from data_prep.shards.reader import Split
 from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
@@ -38,14 +37,9 @@ class Inputs:
     ranks: Ranks
 
     @cached_property
-    def valid_split(self) -> Split:
-        """The held-out images of the first set: those of the probe batch and the samples."""
-        return self.sets.first.split("valid")
-
-    @cached_property
-    def held_out(self) -> HeldOutImages:
-        """The held-out images as batches of the engine; with masks under the masked objective."""
-        return HeldOutImages(self.valid_split, self.masks)
+    def held_out(self) -> list[HeldOutImages]:
+        """The held-out images of each set as batches of the engine; with masks under the masked objective."""
+        return [HeldOutImages(one.shards.split("valid"), self.masks) for one in self.sets.sets]
 
     @cached_property
     def masks(self) -> Masks | None:

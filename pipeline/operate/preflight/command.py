@@ -62,7 +62,7 @@ def preflight_command(arguments: list[str]) -> int:
         node,
         nodes,
         run=run,
-        shards=config.data.shards,
+        shards=config.data.paths,
         accelerators=parsed.accelerators,
         seconds=parsed.seconds,
         checkpoints=checkpoints,
@@ -85,7 +85,8 @@ def _check_options(config: TrainConfig, run: Path, resume_from: int | None) -> N
 
 
 def _aggregate(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str]) -> int:
-    needed, digest = _needed_bytes(config, run), _digest_of(run)  # while the nodes run their checks
+    needed = _needed_bytes(config, run)  # while the nodes run their checks
+    digest = None if config.data.mixture else _digest_of(run)  # the sets of a mixture may change
     reports = [report for report in map(read_line, lines) if report is not None]
     diagnosis = diagnose(reports, nodes, needed, digest)
     for node, sentence in diagnosis.bad.items():
@@ -116,4 +117,4 @@ def _needed_bytes(config: TrainConfig, run: Path) -> float:
 def _digest_of(run: Path) -> str | None:
     record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
     shards = record.get("shards") if isinstance(record, dict) else None
-    return shards.get("digest") if isinstance(shards, dict) else None
+    return shards.get("digest") if isinstance(shards, dict) and "mixture" not in shards else None

@@ -77,17 +77,19 @@ class Telemetry:
                 raise self.failure
 
     @_on_first_rank
-    def training_step(self, row: dict[str, Any], seconds: float, pauses: float) -> None:
+    def training_step(self, row: dict[str, Any], seconds: float, pauses: float, epochs: dict[str, float]) -> None:
         """Records an optimizer step.
 
         row: the object for metrics.jsonl, keys in order; seconds: of the step; pauses: seconds so far in this start
-        for validation, samples and saves.
+        for validation, samples and saves; epochs: of each set of a mixture.
         """
         self._write(row)
         for key, value in row.items():
             if key != "step" and isfinite(value):
                 self._board.add_scalar(f"train/{key}", float(value), row["step"])
-        self.log(self._console.line(row, seconds, pauses))
+        for name, epoch in epochs.items():
+            self._board.add_scalar(f"train/epoch/{name}", epoch, row["step"])
+        self.log(self._console.line(row, seconds, pauses, epochs))
 
     @_on_first_rank
     def validation(self, row: dict[str, Any]) -> None:
