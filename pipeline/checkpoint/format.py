@@ -30,7 +30,7 @@ class CheckpointRecord:
 
     step: int
     images: int
-    """Images seen: the complete state of the data order."""
+    """Images seen: with `mixture`, the complete state of the data order."""
     topology: dict[str, Any]
     model: dict[str, Any]
     """The GPT2Config as a dict."""
@@ -47,6 +47,8 @@ class CheckpointRecord:
     """Tokens of the probe batch; None, in older checkpoints, for a complete image."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Checksums of all weights and moments, compared after every load; older checkpoints have none."""
+    mixture: list[dict[str, Any]] = field(default_factory=list)
+    """The history of a mixture: its segments, as in train/data/mixture_history.py; a run of one set has none."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def commit(folder: Path, record: CheckpointRecord) -> Path:
     """Writes the manifest and renames the folder; from then on the checkpoint is complete. One rank calls it."""
     manifest = folder / MANIFEST
     content = json.loads(to_json(asdict(record)))
+    if not record.mixture:
+        del content["mixture"]
     manifest.write_text(to_json(content | {"sha256": json_digest(content)}, indent=2) + "\n")
     flush_to_disk(manifest)
     flush_to_disk(folder)

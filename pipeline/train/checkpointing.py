@@ -22,6 +22,8 @@ from pipeline.checkpoint.run_folder import RunFolder, check_shards
 from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
 from pipeline.rank_errors import reported_on_all_ranks
 from pipeline.train.data.batches import Order
+from pipeline.train.data.mixture import MixtureOrder
+from pipeline.train.data.mixture_history import to_record
 from pipeline.train.engine.base import Engine
 from pipeline.train.health.diverged import Diverged
 from pipeline.train.setup import Inputs
@@ -253,7 +255,22 @@ class CheckpointManager:
         with raise_on_all_ranks():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
         self._check_checksums(checkpoint, engine)
-        losses = gather(probe_loss(engine, self.inputs.held_out, record.probe_tokens))
+        self._check_probe(checkpoint, engine)
+        return Progress(record.step, record.images)
+
+    def _check_probe(self, checkpoint: Checkpoint, engine: Engine) -> None:
+        """Compares the loss of the probe batch with the stored one, if its set is still read. Raises on every rank."""
+        record = checkpoint.record
+        images = self.inputs.probe_images(record.shards_digest)
+        if images is None:
+            if self.ranks.is_first:
+                logger.info(
+                    f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the probe "
+                    f"batch is of the set {record.shards_digest[:12]}, which is no longer in the mixture, so its loss "
+                    f"was not compared"
+                )
+            return
+        losses = gather(probe_loss(engine, images, record.probe_tokens))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
             if not abs(loss - record.probe_loss) <= tolerance:
@@ -268,7 +285,6 @@ class CheckpointManager:
                 f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the loss of the "
                 f"probe batch is {losses[0]:.7f} (when saved: {record.probe_loss:.7f})"
             )
-        return Progress(record.step, record.images)
 
     def _check_checksums(self, checkpoint: Checkpoint, engine: Engine) -> None:
         """Compares the checksums of the engine's state with the stored ones. Raises ValueError on every rank."""
@@ -288,7 +304,9 @@ class CheckpointManager:
 
     def _check_origin(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
-        made_with = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
+        made_with: dict[str, Any] = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
+        if record.mixture:
+            made_with["mixture"] = record.mixture[-1]["members"]
         check_shards(made_with, self.inputs.sets, checkpoint.folder)
         if self.order.fingerprint(record.images) == record.order_fingerprint:
             return
@@ -298,7 +316,7 @@ class CheckpointManager:
                 f"{checkpoint.folder} has another data order than this run; seed, data.flip, data.reflect_crop and "
                 f"numpy's random generator must be the same as when it was saved."
             )
-        if self.ranks.is_first:
+        if self.ranks.is_first and warning:
             logger.warning(warning)
 
     def _record(
@@ -317,4 +335,5 @@ class CheckpointManager:
             files=files,
             probe_tokens=PROBE_TOKENS,
             fingerprints=sums,
+            mixture=to_record(self.order.history) if isinstance(self.order, MixtureOrder) else [],
         )

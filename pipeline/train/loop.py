@@ -169,7 +169,7 @@ class Trainer:
         kernels = choose_kernels(inputs, folder)
         self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
         start_clock.mark("model and engine")
-        order, self.batches = choose_reader(inputs, self.engine)
+        order, self.batches = choose_reader(inputs, self.engine, checkpoint.record if checkpoint else None)
         self.checkpoint_manager = CheckpointManager(
             folder.checkpoints, inputs, order, saved=lambda step: folder.note("running", checkpoint=step)
         )
@@ -189,7 +189,7 @@ class Trainer:
         """Whether a request to stop ended the validation or the samples of the last step."""
         self.clock = StepClock()
         if ranks.is_first:
-            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels)}")
+            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels, order)}")
 
     def run(self) -> Progress:
         """Trains until the last step or a request to stop. A step is recorded before it is saved.
