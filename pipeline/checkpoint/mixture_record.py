@@ -1,15 +1,12 @@
-"""The shard sets of a run in run.json: `shards`, and from which image on a mixture had which weights."""
+"""What run.json has of the shard sets of a run, and of the changes of a mixture."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import WEIGHT_PARTS
 from pipeline.training_set import TrainingSets
-
-HISTORY = "mixture_history"
-Change = dict[str, Any]
-"""An entry: `step` and `images` before the first image that was drawn from `sets`, each with name, digest and
-weight."""
 
 
 def describe_sets(sets: TrainingSets) -> dict[str, Any]:
@@ -33,40 +30,29 @@ def describe_sets(sets: TrainingSets) -> dict[str, Any]:
     return first | ({"mixture": facts} if sets.is_mixture else {})
 
 
-def history_with(record: Mapping[str, Any], sets: TrainingSets, step: int, images: int) -> list[Change]:
-    """The history of a run that continues after `images` with these sets; empty if it never had a mixture.
+def changes(segments: Sequence[Mapping[str, Any]], images: float = inf) -> list[dict[str, Any]]:
+    """The sets that a run has read before `images`: `images` from which on, and `sets` with name, digest and weight.
 
-    record: run.json. Entries of images that the run has not seen, or sees again after a resume from an earlier step,
-    are dropped.
+    segments: `mixture` of checkpoint.json. Segments with the same sets and weights are one entry.
     """
-    weights = [{"name": each.name, "digest": each.shards.digest, "weight": each.weight} for each in sets.sets]
-    seen = [change for change in record.get(HISTORY, []) if change["images"] < images]
-    if not seen and not sets.is_mixture:
-        return []
-    if seen and seen[-1]["sets"] == weights:
-        return seen
-    return [*seen, {"step": step, "images": images, "sets": weights}]
+    names = {member["digest"]: member["name"] for segment in segments for member in segment["members"]}
+    found: list[dict[str, Any]] = []
+    for segment in segments:
+        sets = [
+            {"name": names[member["digest"]], "digest": member["digest"], "weight": member["parts"] / WEIGHT_PARTS}
+            for member in segment["members"]
+        ]
+        if segment["start"] < images and not (found and found[-1]["sets"] == sets):
+            found.append({"images": segment["start"], "sets": sets})
+    return found
 
 
-def earlier_history(shards: Mapping[str, Any], sets: TrainingSets) -> list[Change]:
-    """The history of a run that had one set, `shards` of its run.json, and resumes with a mixture."""
-    names = {each.shards.digest: each.name for each in sets.sets}
-    name = names.get(shards["digest"], shards.get("source", ""))
-    return [{"step": 0, "images": 0, "sets": [{"name": name, "digest": shards["digest"], "weight": 1.0}]}]
-
-
-def sets_until(history: Sequence[Change], images: int) -> list[dict[str, Any]]:
-    """Name, digest and weight of each set that images were drawn from before `images`; weight 0 if it was removed."""
-    seen = changes_until(history, images)
-    sets = {each["digest"]: each | {"weight": 0.0} for change in seen for each in change["sets"]}
-    return list((sets | {each["digest"]: each for change in seen[-1:] for each in change["sets"]}).values())
-
-
-def changes_until(history: Sequence[Change], images: int) -> list[Change]:
-    """The entries of a history before `images`."""
-    return [change for change in history if change["images"] < images]
+def sets_ever(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each set of `changes` with its last weight, which is 0 if the set was removed."""
+    sets = {each["digest"]: each | {"weight": 0.0} for change in found for each in change["sets"]}
+    return list((sets | {each["digest"]: each for change in found[-1:] for each in change["sets"]}).values())
 
 
 def describe_weights(sets: Sequence[Mapping[str, Any]]) -> str:
-    """ "imagenet 22%, web 78%": the sets of an entry with their shares of the images."""
+    """ "imagenet 22%, web 78%": sets with their shares of the images."""
     return ", ".join(f"{each['name']} {100 * each['weight']:.3g}%" for each in sets)

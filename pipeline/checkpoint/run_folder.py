@@ -18,7 +18,7 @@ import yaml
 from data_prep.common.files import atomic_write, read_json, take_lock, write_json
 from data_prep.shards.addresses import hide_secrets
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
-from pipeline.checkpoint.mixture_record import HISTORY, describe_sets, earlier_history, history_with
+from pipeline.checkpoint.mixture_record import describe_sets
 from pipeline.checkpoint.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -221,8 +221,6 @@ class RunFolder:
             "hardware": hardware(),
             "changes": {key: [_masked(value) for value in pair] for key, pair in changes.items()},
         }
-        if sets.is_mixture and "shards" in self._record:
-            self._record.setdefault(HISTORY, earlier_history(self._record["shards"], sets))
         self._record["shards"] = describe_sets(sets)
         self._record["starts"] = [*self._record.get("starts", []), start]
         steps = [step_of(folder) for folder in committed(self.checkpoints)]
@@ -245,12 +243,6 @@ class RunFolder:
         if self._record.get("status") == "running":
             with suppress(OSError):
                 self.note("failed", error=f"{type(error).__name__}: {error}")
-
-    def note_mixture(self, sets: TrainingSets, step: int, images: int) -> None:
-        """Records from which image on the sets have their weights, once the run knows where it continues."""
-        history = history_with(self._record, sets, step, images)
-        if history != self._record.get(HISTORY, []):
-            self.note("running", **{HISTORY: history})
 
     def resume_step(self, wanted: int | None) -> int | None:
         """The step of --resume_from; None if this job has resumed from it before, and was restarted since."""

@@ -171,12 +171,8 @@ def _sets(record: TrainingRecord) -> str | None:
 
 def _changes(record: TrainingRecord) -> str | None:
     """From which image on which shares held, if they changed."""
-    changes = record.mixture_history
-    return (
-        "; ".join(f"{describe_weights(change['sets'])} from image {change['images']:,} on" for change in changes)
-        if len(changes) > 1
-        else None
-    )
+    changes = [f"{describe_weights(c['sets'])} from image {c['images']:,} on" for c in record.mixture_changes]
+    return "; ".join(changes) if len(changes) > 1 else None
 
 
 def _short(digest: str | None) -> str | None:

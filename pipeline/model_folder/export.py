@@ -215,6 +215,8 @@ def _add_record(temporary: Path, checkpoints: Sequence[Checkpoint], name: str) -
         rows.writelines(lines_until(run / METRICS_FILE, checkpoint.record.step))
     copy_events(run / TENSORBOARD_FOLDER, training / TENSORBOARD_FOLDER, checkpoint.record.step)
     facts = {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS}
+    if checkpoint.record.mixture:
+        facts["mixture"] = checkpoint.record.mixture
     if len(checkpoints) > 1:
         facts["averaged_steps"] = [one.record.step for one in checkpoints]
     write_json(training / CHECKPOINT_FILE, facts)

@@ -9,7 +9,7 @@ import yaml
 
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_rows
-from pipeline.checkpoint.mixture_record import HISTORY, Change, changes_until, describe_weights, sets_until
+from pipeline.checkpoint.mixture_record import changes, describe_weights, sets_ever
 
 TRAINING_FOLDER = "training"
 CHECKPOINT_FILE, RUN_FILE, CONFIG_FILE = "checkpoint.json", "run.json", "config.yaml"
@@ -63,12 +63,12 @@ class TrainingRecord:
     @property
     def mixture(self) -> list[dict[str, Any]]:
         """Name, digest and weight of each shard set that it was trained on; empty if the run never had a mixture."""
-        return sets_until(self.run.get(HISTORY, []), self.checkpoint.get("images", 0))
+        return sets_ever(self.mixture_changes)
 
     @property
-    def mixture_history(self) -> list[Change]:
-        """The changes of the mixture up to the checkpoint, the first being its start."""
-        return changes_until(self.run.get(HISTORY, []), self.checkpoint.get("images", 0))
+    def mixture_changes(self) -> list[dict[str, Any]]:
+        """From which image on which sets had which weights; empty if the run never had a mixture."""
+        return changes(self.checkpoint.get("mixture", []), self.checkpoint.get("images", 0))
 
     @property
     def trained_on(self) -> list[str]:

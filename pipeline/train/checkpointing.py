@@ -23,6 +23,8 @@ from pipeline.distributed import Ranks, first_message, from_first, gather, raise
 from pipeline.model.masks import Batch
 from pipeline.rank_errors import reported_on_all_ranks
 from pipeline.train.data.batches import Order
+from pipeline.train.data.mixture import MixtureOrder
+from pipeline.train.data.mixture_history import to_record
 from pipeline.train.engine.base import Engine
 from pipeline.train.health.diverged import Diverged
 from pipeline.train.setup import Inputs
@@ -182,6 +184,11 @@ class CheckpointManager:
         minutes = self.config.checkpoint.every_minutes
         return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
 
+    @property
+    def mixture(self) -> list[dict[str, Any]]:
+        """The history of the mixture; empty for a run of one set."""
+        return to_record(self.order.history) if isinstance(self.order, MixtureOrder) else []
+
     def writing(self) -> bool:
         """Whether this rank's file of a checkpoint is still being written."""
         return self._pending is not None and not self._pending.written.done()
@@ -254,6 +261,12 @@ class CheckpointManager:
         with raise_on_all_ranks():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
         self._check_checksums(checkpoint, engine)
+        self._check_probe(checkpoint, engine)
+        return Progress(record.step, record.images)
+
+    def _check_probe(self, checkpoint: Checkpoint, engine: Engine) -> None:
+        """Compares the loss of the probe batch with the stored one. Raises ValueError on every rank."""
+        record = checkpoint.record
         losses = gather(probe_loss(engine, self._probe_of(record)))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
@@ -269,7 +282,6 @@ class CheckpointManager:
                 f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the loss of the "
                 f"probe batch is {losses[0]:.7f} (when saved: {record.probe_loss:.7f})"
             )
-        return Progress(record.step, record.images)
 
     def _probe_of(self, record: CheckpointRecord) -> Batch:
         """The probe batch that a checkpoint's loss is of."""
@@ -296,7 +308,9 @@ class CheckpointManager:
 
     def _check_origin(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
-        made_with = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
+        made_with: dict[str, Any] = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
+        if record.mixture:
+            made_with["mixture"] = record.mixture[-1]["members"]
         check_shards(made_with, self.inputs.sets, checkpoint.folder)
         if self.order.fingerprint(record.images) == record.order_fingerprint:
             return
@@ -306,7 +320,7 @@ class CheckpointManager:
                 f"{checkpoint.folder} has another data order than this run; seed, data.flip, data.reflect_crop and "
                 f"numpy's random generator must be the same as when it was saved."
             )
-        if self.ranks.is_first:
+        if self.ranks.is_first and warning:
             logger.warning(warning)
 
     def _record(
@@ -326,4 +340,5 @@ class CheckpointManager:
             probe_tokens=PROBE_TOKENS,
             probe_batch=as_json(probe_batch(self.inputs.held_out[0])) if self.inputs.sets.is_mixture else None,
             fingerprints=sums,
+            mixture=self.mixture,
         )

@@ -16,6 +16,7 @@ import torch
 
 from data_prep.common.exit_codes import FINISHED, STOPPED
 from pipeline.checkpoint.metrics_log import SKIPPED_FILE, last_steps
+from pipeline.checkpoint.mixture_record import changes
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import (
@@ -170,12 +171,13 @@ class Trainer:
         kernels = choose_kernels(inputs, folder)
         self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
         start_clock.mark("model and engine")
-        order, self.batches = choose_reader(inputs, self.engine)
+        order, self.batches = choose_reader(inputs, self.engine, checkpoint.record if checkpoint else None)
         self.checkpoint_manager = CheckpointManager(
             folder.checkpoints, inputs, order, saved=lambda step: folder.note("running", checkpoint=step)
         )
         self.progress = self.checkpoint_manager.load(checkpoint, self.engine) if checkpoint else Progress()
-        from_first(partial(folder.note_mixture, inputs.sets, self.progress.step, self.progress.images))
+        if history := changes(self.checkpoint_manager.mixture):
+            from_first(partial(folder.note, "running", mixture_history=history))
         start_clock.mark("loading")
         self.throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
         start_clock.mark("peak of the device")
@@ -191,7 +193,7 @@ class Trainer:
         """Whether a request to stop ended the validation or the samples of the last step."""
         self.clock = StepClock()
         if ranks.is_first:
-            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels)}")
+            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels, order)}")
 
     def run(self) -> Progress:
         """Trains until the last step or a request to stop. A step is recorded before it is saved.

@@ -1,5 +1,6 @@
 """Checks a configuration before any process group starts; chooses kernels and the data reader."""
 
+import logging
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
+from pipeline.checkpoint.format import CheckpointRecord
 from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
@@ -18,11 +20,15 @@ from pipeline.model.masks import Masks
 from pipeline.model.numerics import use_deterministic_kernels
 from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.data.masking import MaskedBatches
+from pipeline.train.data.mixture import MixtureBatches, MixtureOrder
+from pipeline.train.data.mixture_history import History, continued, describe_change, history_of
 from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.data.streaming import StreamedBatches
 from pipeline.train.engine.base import Engine
 from pipeline.train.engine.build import check_machine
 from pipeline.training_set import TrainingSets, open_training_sets
+
+logger = logging.getLogger(__name__)
 
 ATTENTION = "attention"
 
@@ -112,14 +118,20 @@ def attention_seconds(
     return seconds
 
 
-def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
-    """The data order and its reader: by index from a folder, streamed from an address; with masks if masked."""
+def choose_reader(inputs: Inputs, engine: Engine, record: CheckpointRecord | None) -> tuple[Order, Batches]:
+    """The data order and its reader: by index from a folder, streamed from an address; with masks if masked.
+
+    record: of the checkpoint from which the run resumes. After a mixture, a single set continues as a mixture of one.
+    """
     config, shards, resolution = inputs.config, inputs.sets.first, inputs.sets.resolution
-    split = shards.split("train")
+    split, is_mixture = shards.split("train"), inputs.sets.is_mixture or bool(record and record.mixture)
     augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
     order: Order
     batches: Batches
-    if shards.address is None:
+    if is_mixture:
+        order = mixture_order(inputs, engine.data_ranks, record)
+        batches = MixtureBatches(order, resolution, engine.data_rank, engine.data_ranks)
+    elif shards.address is None:
         order = ImageOrder(split.record_images, config.seed, augmentation)
         batches = TrainingBatches(split, resolution, order, engine.data_rank, engine.data_ranks)
     else:
@@ -127,5 +139,19 @@ def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
         order = StreamOrder(record_images, config.seed, engine.data_ranks, augmentation)
         batches = StreamedBatches(split, resolution, order, engine.data_rank)
     if inputs.masks is not None:
-        batches = MaskedBatches(batches, inputs.masks, engine.data_rank)
+        interleaved_ranks = engine.data_ranks if is_mixture else None
+        batches = MaskedBatches(batches, inputs.masks, engine.data_rank, interleaved_ranks)
     return order, batches
+
+
+def mixture_order(inputs: Inputs, data_ranks: int, record: CheckpointRecord | None) -> MixtureOrder:
+    """The order of a mixture, which continues where the checkpoint's stopped; rank 0 logs what changes."""
+    config, sets = inputs.config, inputs.sets
+    recorded: History = ()
+    if record is not None:
+        recorded = history_of(record.mixture, record.shards_digest, record.order_fingerprint)
+    history = continued(recorded, sets, data_ranks, record.images if record else 0, config.seed)
+    if recorded and recorded != history and inputs.ranks.is_first:
+        logger.info(describe_change(recorded[-1], history[-1]))
+    augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
+    return MixtureOrder(history, sets, config.seed, augmentation, recorded or None)

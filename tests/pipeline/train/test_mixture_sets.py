@@ -1,26 +1,26 @@
 """What a run on a mixture records of its sets: the loss of each, probes that outlive a set, the history of weights."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ImageGPTForCausalImageModeling
 
 from data_prep.shards.reader import open_shard_set
 from pipeline.model_folder.export import export, find_checkpoint
-from pipeline.operate.status import describe, read_status
-from pipeline.plan.command import plan_command
 from pipeline.train.validation import spread
-from tests.launch import run
 from tests.pipeline.conftest import TINY, Runner
 from tests.pipeline.evaluate.tiny_sets import COLORS, RESOLUTION, random_images, random_palette, write_shard_set
 
-SMALL = TINY | {"model.resolution": RESOLUTION, "schedule.steps": 8, "validation.every_steps": 8, "validation.images": 9}
+SMALL = TINY | {
+    "model.resolution": RESOLUTION,
+    "schedule.steps": 8,
+    "validation.every_steps": 8,
+    "validation.images": 9,
+}
 
 
 class MixtureRunner(Runner):
