@@ -122,6 +122,7 @@ def test_a_run_whose_sets_change_is_recorded(runner: MixtureRunner, tmp_path: Pa
         known = ["one", "two", *["three"] * changed]
         assert set(read_training_record(model).trained_on) == {digests[name] for name in known}
         card = (model / "README.md").read_text()
+        assert re.search(r"Last validation loss of each set \| \w+ \d\.\d{4}, two \d\.\d{4} \|", card)
         assert f"two, weight {0.75 if changed else 0.5}, sha256 {digests['two'][:12]}" in card
         assert ("one 50%, two 50% from image 0 on; three 25%, two 75% from image 64 on" in card) == changed
 
