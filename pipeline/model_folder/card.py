@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import Row
+from pipeline.checkpoint.mixture_record import describe_weights
 from pipeline.hub import HUB
 from pipeline.model_folder.licenses import check_license
 from pipeline.model_folder.training_record import TrainingRecord, averaged_text, read_training_record, unfinished
@@ -56,7 +57,7 @@ def write_card(
     earlier = _earlier_metadata(folder)
     license_id = license_id or earlier.license
     check_license(license_id, f"the license in the model's {CARD}")
-    known = [HUB_DATASETS[record.source]] if record.source in HUB_DATASETS else None
+    known = [HUB_DATASETS[source] for source in record.sources if source in HUB_DATASETS] or None
     metadata = ModelCardData(
         license=license_id,
         library_name=None if masked else "transformers",
@@ -144,7 +145,9 @@ def _training(record: TrainingRecord) -> str:
     before = origin["images"] if origin.get("position") else 0
     lines = {
         "Data": record.source,
-        "Shard set": _short(checkpoint.get("shards_digest")),
+        "Shard set": None if record.mixture else _short(checkpoint.get("shards_digest")),
+        "Shard sets": _sets(record),
+        "Shares of the sets": _changes(record),
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
         "Started from": _started_from(origin),
@@ -160,6 +163,7 @@ def _training(record: TrainingRecord) -> str:
         f"Last training loss{of_run}": _last(rows, "loss"),
         f"Last validation loss{of_run}": _last(rows, "valid_loss"),
         "Last validation loss of the averaged weights": _last(rows, "valid_loss_ema") if is_ema else None,
+        f"Last validation loss of each set{of_run}": _last_by_set(rows),
         "Training time (steps only)": _duration(rows, before),
         "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
         "Layout": _layout(settings),
@@ -168,6 +172,17 @@ def _training(record: TrainingRecord) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
     return f"## Training\n\n| | |\n|---|---|\n{table}"
+
+
+def _sets(record: TrainingRecord) -> str | None:
+    """The shard sets of a mixture with their weights and digests."""
+    return "; ".join(f"{s['name']}, weight {s['weight']:g}, {_short(s['digest'])}" for s in record.mixture)
+
+
+def _changes(record: TrainingRecord) -> str | None:
+    """From which image on which shares held, if they changed."""
+    changes = [f"{describe_weights(c['sets'])} from image {c['images']:,} on" for c in record.mixture_changes]
+    return "; ".join(changes) if len(changes) > 1 else None
 
 
 def _short(digest: str | None) -> str | None:
@@ -229,6 +244,13 @@ def _layout(settings: dict[str, Any]) -> str | None:
 def _last(rows: list[Row], key: str) -> str | None:
     found = [row[key] for row in rows if row.get(key) is not None]
     return f"{found[-1]:.4f} nats per token" if found else None
+
+
+def _last_by_set(rows: list[Row]) -> str:
+    """Of a mixture."""
+    found = [row["valid_loss_by_set"] for row in rows if row.get("valid_loss_by_set")]
+    each = {name: "NaN or Inf" if loss is None else f"{loss:.4f}" for name, loss in found[-1].items()} if found else {}
+    return ", ".join(f"{name} {loss}" for name, loss in each.items())
 
 
 def _duration(rows: list[Row], images: int) -> str | None:

@@ -3,9 +3,11 @@
 import logging
 from pathlib import Path
 
-from pipeline.checkpoint.format import Checkpoint, restore_random_states
+from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, restore_random_states
 from pipeline.checkpoint.fragments import StateReader
+from pipeline.checkpoint.probe import probe_batch
 from pipeline.checkpoint.run_folder import RunFolder
+from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, from_first, gather, raise_on_all_ranks
 from pipeline.hub import HUB, pull
 from pipeline.rank_errors import reported_on_all_ranks
@@ -32,10 +34,11 @@ ORIGIN = "origin"
 def check_origin(inputs: Inputs, run: RunFolder) -> None:
     """Checks `start` before the ranks meet. Raises ValueError naming the key."""
     start = inputs.config.start
-    origin = check_start(inputs.config, inputs.shards, run.path)
+    origin = check_start(inputs.config, inputs.sets, run.path)
     if origin is None or origin.checkpoint is None or not start.position:
         return
-    order, record = data_order(inputs), origin.checkpoint.record
+    record = origin.checkpoint.record
+    order = data_order(inputs, record)
     if order.fingerprint(record.images) == record.order_fingerprint:
         return
     warning = order.resume_warning(record.order_fingerprint, record.images)
@@ -44,7 +47,7 @@ def check_origin(inputs: Inputs, run: RunFolder) -> None:
             f"start.position is true, but start.path {start.path} has another data order than this run; set seed, "
             f"data.flip and data.reflect_crop as there, or start.position to false."
         )
-    if inputs.ranks.is_first:
+    if inputs.ranks.is_first and warning:
         logger.warning(warning)
 
 
@@ -74,7 +77,7 @@ def _open_origin(inputs: Inputs) -> Origin:
         checkpoints = from_first(lambda: _newest_first(path))
         origin = _folder(path, Path(path)) if checkpoints is None else _undamaged(path, checkpoints, ranks)
     with raise_on_all_ranks():
-        check_fits(origin, inputs.config, inputs.shards)
+        check_fits(origin, inputs.config, inputs.sets)
     return origin
 
 
@@ -115,6 +118,13 @@ def _newest_first(path: str) -> list[str] | None:
     return None if checkpoints is None else [str(folder) for folder in reversed(checkpoints)]
 
 
+def record_of(source: Checkpoint | Origin | None, config: TrainConfig) -> CheckpointRecord | None:
+    """The record of the checkpoint whose data position the run continues, if it does."""
+    if isinstance(source, Origin):
+        return source.checkpoint.record if source.checkpoint and config.start.position else None
+    return None if source is None else source.record
+
+
 def load(source: Checkpoint | Origin | None, manager: CheckpointManager, engine: Engine, run: RunFolder) -> Progress:
     """Fills the engine with what `find_source` found, and verifies it. Raises ValueError on every rank."""
     if isinstance(source, Checkpoint):
@@ -148,12 +158,13 @@ def _verified_loss(origin: Origin, manager: CheckpointManager, engine: Engine) -
     """
     checkpoint, config, inputs = origin.checkpoint, manager.config, manager.inputs
     if checkpoint is None or origin.config.n_positions != inputs.model_config.n_positions:
-        return gather(probe_loss(engine, inputs.held_out))[0]
+        return gather(probe_loss(engine, probe_batch(inputs.held_out[0])))[0]
     manager.verify_checksums(checkpoint, engine, None if config.start.moments else ["weight"])
     same_masks = inputs.masks is None or config.start.position
-    if checkpoint.record.shards_digest == inputs.shards.digest and same_masks:
+    record = checkpoint.record
+    if record.probe_batch is not None or (record.shards_digest in inputs.sets.digests and same_masks):
         return manager.verify_probe(checkpoint, engine)
-    return gather(probe_loss(engine, inputs.held_out, checkpoint.record.probe_tokens))[0]
+    return gather(probe_loss(engine, probe_batch(inputs.held_out[0], record.probe_tokens)))[0]
 
 
 def _log(origin: Origin, facts: dict[str, object], manager: CheckpointManager, reader: StateReader) -> None:
@@ -168,7 +179,7 @@ def _log(origin: Origin, facts: dict[str, object], manager: CheckpointManager, r
     taken += [f"the data position, {record.images:,} images"] if start.position and record else []
     saved = "not recorded"
     if record is not None:
-        same = record.shards_digest == manager.inputs.shards.digest
+        same = record.shards_digest in manager.inputs.sets.digests
         saved = f"when saved{'' if same else ', on another shard set'}: {record.probe_loss:.7f}"
     step = f" (step {facts['step']:,})" if facts["step"] is not None else ""
     logger.info(

@@ -15,13 +15,13 @@ from transformers import GPT2Config
 
 from data_prep.common.files import file_sha256, read_json
 from data_prep.palette.codec import palette_sha256
-from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.format import MANIFEST, Checkpoint, committed, open_checkpoint
 from pipeline.checkpoint.fragments import MOMENTS, Fragment, StateReader
 from pipeline.checkpoint.run_files import CHECKPOINTS_FOLDER, RECORD_FILE, run_of
 from pipeline.config import TrainConfig
 from pipeline.hub import HUB, parse_name, pull
 from pipeline.model.gpt_config import gpt2_config
+from pipeline.training_set import TrainingSets
 from pipeline.weights.folder_reader import FolderReader
 from pipeline.weights.folder_settings import FolderSettings, read_folder_settings
 from pipeline.weights.model_files import model_digest
@@ -80,7 +80,7 @@ class Origin:
         }
 
 
-def check_start(config: TrainConfig, shards: ShardSet, run: Path, *, download: bool = False) -> Origin | None:
+def check_start(config: TrainConfig, sets: TrainingSets, run: Path, *, download: bool = False) -> Origin | None:
     """Checks what can be known of `start` before the ranks meet. Raises ValueError naming the key.
 
     None if nothing is to be read: without start.path, if the run has checkpoints to resume from, and for a model on a
@@ -98,7 +98,7 @@ def check_start(config: TrainConfig, shards: ShardSet, run: Path, *, download: b
     origin = (
         folder_origin(start.path, pull(start.path.removeprefix(HUB))) if start.from_hub else find_origin(start.path)
     )
-    check_fits(origin, config, shards)
+    check_fits(origin, config, sets)
     return origin
 
 
@@ -160,11 +160,11 @@ def folder_origin(path: str, folder: Path) -> Origin:
     return Origin(path if path.startswith(HUB) else str(folder.absolute()), folder, settings.config, digest, settings)
 
 
-def check_fits(origin: Origin, config: TrainConfig, shards: ShardSet) -> None:
+def check_fits(origin: Origin, config: TrainConfig, sets: TrainingSets) -> None:
     """Raises ValueError, one sentence, if a run with this configuration and shard set can't start from the origin."""
-    _check_model(origin, config, gpt2_config(config.model, shards.colors, config.objective.kind))
-    _check_palette(origin, config.start.path, shards)
-    _check_state(origin, config, shards)
+    _check_model(origin, config, gpt2_config(config.model, sets.colors, config.objective.kind))
+    _check_palette(origin, config.start.path, sets)
+    _check_state(origin, config, sets)
 
 
 def _check_model(origin: Origin, config: TrainConfig, ours: GPT2Config) -> None:
@@ -188,7 +188,7 @@ def _check_model(origin: Origin, config: TrainConfig, ours: GPT2Config) -> None:
             )
 
 
-def _check_state(origin: Origin, config: TrainConfig, shards: ShardSet) -> None:
+def _check_state(origin: Origin, config: TrainConfig, sets: TrainingSets) -> None:
     """What start.moments and start.position need."""
     path, start, checkpoint = config.start.path, config.start, origin.checkpoint
     for key in ("moments", "position"):
@@ -203,28 +203,34 @@ def _check_state(origin: Origin, config: TrainConfig, shards: ShardSet) -> None:
             f"start.moments is true, but start.path {path} has resolution {resolution} and model.resolution is "
             f"{config.model.resolution}; moments of position embeddings can't be resampled: set start.moments to false."
         )
-    if start.position and checkpoint and checkpoint.record.shards_digest != shards.digest:
+    if not start.position or checkpoint is None:
+        return
+    before = checkpoint.record.set_digests
+    if not set(before) & set(sets.digests):
         raise ValueError(
-            f"start.position is true, but start.path {path} was trained on the shard set "
-            f"{checkpoint.record.shards_digest[:12]}, and {shards.path} is {shards.digest[:12]}; set data.shards to "
-            f"that set, or start.position to false."
+            f"start.position is true, but start.path {path} was trained on {_shortened(before)}, and the shard sets of "
+            f"this run are {_shortened(sets.digests)}; name at least one of those, or set start.position to false."
         )
+
+
+def _shortened(digests: list[str]) -> str:
+    return ", ".join(digest[:12] for digest in digests)
 
 
 def _constant(model: GPT2Config, name: str) -> Any:
     return model.n_inner or 4 * model.n_embd if name == "n_inner" else getattr(model, name)
 
 
-def _check_palette(origin: Origin, path: str | None, shards: ShardSet) -> None:
+def _check_palette(origin: Origin, path: str | None, sets: TrainingSets) -> None:
     if origin.palette_sha256 is None:
-        if origin.config.vocab_size - 1 != shards.colors:
+        if origin.config.vocab_size - 1 != sets.colors:
             raise ValueError(
-                f"{shards.path} has {shards.colors} colors, but start.path {path} has {origin.config.vocab_size - 1}; "
-                f"start from a model of the same palette."
+                f"{sets.first.path} has {sets.colors} colors, but start.path {path} has "
+                f"{origin.config.vocab_size - 1}; start from a model of the same palette."
             )
-    elif origin.palette_sha256 != shards.palette_sha256:
+    elif origin.palette_sha256 != sets.palette_sha256:
         raise ValueError(
-            f"{shards.path} has the palette {shards.palette_sha256[:12]}, but start.path {path} was trained with the "
+            f"{sets.first.path} has the palette {sets.palette_sha256[:12]}, but start.path {path} was trained with the "
             f"palette {origin.palette_sha256[:12]}; the palettes must be the same."
         )
 

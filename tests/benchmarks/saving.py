@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipeline.checkpoint.probe import probe_batch
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.distributed import describe_ranks
@@ -40,7 +41,7 @@ def trainer_on(shards: Path, folder: Path, asynchronous: bool) -> Trainer:
     inputs = check_inputs(config, ranks)
     start_group(ranks)
     runs = RunFolder(folder)
-    runs.open(config, inputs.shards, [], 1)
+    runs.open(config, inputs.sets, [], 1)
     trainer = Trainer(inputs, runs, StopRequests(folder), Watchdog(runs, ranks, minutes=0), StartClock())
     trainer.engine.step(trainer.batches.at(0, 1), 1e-3)
     return trainer
@@ -61,7 +62,7 @@ def measure(shards: Path, folder: Path, asynchronous: bool) -> None:
         all_threads.append(time.process_time() - began_all)
         trainer.checkpoint_manager.finish()
         began = time.perf_counter()
-        probe_loss(trainer.engine, trainer.inputs.held_out)
+        probe_loss(trainer.engine, probe_batch(trainer.inputs.held_out[0]))
         probes.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stall, probe = sum(stalls) / SAVES, sum(probes) / SAVES
