@@ -62,7 +62,7 @@ def preflight_command(arguments: list[str]) -> int:
         node,
         nodes,
         run=run,
-        shards=config.data.shards,
+        shards=_shard_paths(config),
         accelerators=parsed.accelerators,
         seconds=parsed.seconds,
         checkpoints=checkpoints,
@@ -85,7 +85,7 @@ def _check_options(config: TrainConfig, run: Path, resume_from: int | None) -> N
 
 
 def _aggregate(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str]) -> int:
-    needed, digest = _needed_bytes(config, run), _digest_of(run)  # while the nodes run their checks
+    needed, digest = _needed_bytes(config, run), _digest_of(config, run)  # while the nodes run their checks
     reports = [report for report in map(read_line, lines) if report is not None]
     diagnosis = diagnose(reports, nodes, needed, digest)
     for node, sentence in diagnosis.bad.items():
@@ -113,7 +113,17 @@ def _needed_bytes(config: TrainConfig, run: Path) -> float:
     return float(one * max(1, config.checkpoint.keep_last + 1 - existing))
 
 
-def _digest_of(run: Path) -> str | None:
+def _shard_paths(config: TrainConfig) -> list[str]:
+    """The paths or URLs of the shard sets."""
+    if config.data.mixture is not None:
+        return [entry.shards for entry in config.data.mixture]
+    return [config.data.shards] if config.data.shards is not None else []
+
+
+def _digest_of(config: TrainConfig, run: Path) -> str | None:
+    """The digest that the shard set of the run must have; None with a mixture, whose sets may change."""
     record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
     shards = record.get("shards") if isinstance(record, dict) else None
-    return shards.get("digest") if isinstance(shards, dict) else None
+    if config.data.mixture is not None or not isinstance(shards, dict) or "mixture" in shards:
+        return None
+    return shards.get("digest")
