@@ -99,7 +99,8 @@ set_training_options() {
   else
     names+=(RUNS) things+=(runs) options+=(--run)
   fi
-  if [[ " ${given[*]}" = *\ --@(config|data.shards|data=|data\ )* ]] || grep -q '^data:.*shards' "$recipe"; then
+  if [[ " ${given[*]}" = *\ --@(config|data.shards|data.mixture|data=|data\ )* ]] ||
+    grep -Eq '^data:.*shards|^ +mixture:' "$recipe"; then
     : # the user's, or the recipe's
   elif [ -n "$SHARDS" ]; then
     resolution=$(value_of --model.resolution "${given[@]}")

@@ -22,8 +22,8 @@ from tests.pipeline.train.data.mixture_sets import RESOLUTION, write_numbered_se
 from tests.pipeline.train.test_resume import wait_for_step
 
 IMAGES = {"a": 350, "b": 270}
-BATCH = 40
-STEPS = 250
+BATCH = 200
+STEPS = 50
 """10,000 images."""
 
 RECORDING = """
@@ -79,9 +79,10 @@ class MixtureRunner(Runner):
             "model__resolution": RESOLUTION,
             "model__layers": 1,
             "batch__global_size": BATCH,
-            "batch__micro_size": 10,
+            "batch__micro_size": 50,
             "schedule__steps": STEPS,
-            "checkpoint__every_steps": 10,
+            "checkpoint__every_steps": 2,
+            "checkpoint__keep_last": 5,
             "validation__every_steps": 1000,
             **overrides,
         }
@@ -138,14 +139,14 @@ def test_ten_kills_on_any_ranks_leave_the_images_of_an_unbroken_run(root: Path, 
         assert numbers.tolist() == alone.image_numbers(0, len(numbers))
     moments, target = random.Random(7), 0
     for kill in range(10):
-        target = min(target + moments.randint(8, 28), STEPS - 2)
+        target = min(target + moments.randint(1, 6), STEPS - 2)
         processes = runner.begin("killed", (1, 2, 4)[kill % 3], weights)
         wait_for_step(runner.folder / "killed", target)
         time.sleep(moments.uniform(0, 0.05))
         runner.kill(processes)
     for ranks in (2, 4):
-        runner.go_on(f"of {ranks}", ranks, weights, schedule__steps=60)
-        assert np.array_equal(runner.images(f"of {ranks}", 60), expected[: 60 * BATCH])
+        runner.go_on(f"of {ranks}", ranks, weights, schedule__steps=10)
+        assert np.array_equal(runner.images(f"of {ranks}", 10), expected[: 10 * BATCH])
     runner.go_on("killed", 2, weights)
     assert np.array_equal(runner.images("killed"), expected)
 
@@ -157,11 +158,11 @@ def test_changed_weights_take_effect_from_the_next_image(
 ) -> None:
     runner = MixtureRunner(root, tmp_path)
     a, b = (f"{server.url}/{name}" if name in streamed else str(root / name) for name in IMAGES)
-    first = runner.go_on("run", 2, {a: 0.7, b: 0.3}, schedule__steps=60)
-    before = runner.images("run", 60)
+    first = runner.go_on("run", 2, {a: 0.7, b: 0.3}, schedule__steps=12)
+    before = runner.images("run", 12)
     assert "epochs of each set at the end of the run: a 4.80 (weight 0.7), b 2.67 (weight 0.3)" in first.output
-    second = runner.go_on("run", 2, {a: 0.2, b: 0.8}, schedule__steps=120)
-    images = runner.images("run", 120)
+    second = runner.go_on("run", 2, {a: 0.2, b: 0.8}, schedule__steps=24)
+    images = runner.images("run", 24)
     assert np.array_equal(images[: len(before)], before)
     assert np.bincount(images[2400:, 0][:2000]).tolist() == [400, 1600]
     check_epochs(images)
@@ -169,43 +170,43 @@ def test_changed_weights_take_effect_from_the_next_image(
         "the mixture changes from image 2,400 on: a 0.7 -> 0.2, b 0.3 -> 0.8; images read so far: a 1," in second.output
     )
     # a kill after the change, then an earlier checkpoint: the images are those that followed it
-    last = runner.go_on("run", 2, {a: 0.2, b: 0.8}, resume_from=110, schedule__steps=120)
+    last = runner.go_on("run", 2, {a: 0.2, b: 0.8}, resume_from=22, schedule__steps=24)
     assert "the mixture changes" not in last.output
-    assert np.array_equal(runner.images("run", 120), images)
+    assert np.array_equal(runner.images("run", 24), images)
 
 
 @pytest.mark.slow
 def test_one_set_streamed_and_one_local_through_kills(root: Path, server: Server, tmp_path: Path) -> None:
     runner, weights = MixtureRunner(root, tmp_path), {f"{server.url}/a": 0.7, str(root / "b"): 0.3}
-    runner.go_on("unbroken", 2, weights, schedule__steps=100)
-    expected = runner.images("unbroken", 100)
+    runner.go_on("unbroken", 2, weights, schedule__steps=20)
+    expected = runner.images("unbroken", 20)
     check_epochs(expected)
     moments = random.Random(3)
-    for target in (12, 35, 70):
-        processes = runner.begin("killed", 2, weights, schedule__steps=100)
+    for target in (3, 8, 14):
+        processes = runner.begin("killed", 2, weights, schedule__steps=20)
         wait_for_step(runner.folder / "killed", target)
         time.sleep(moments.uniform(0, 0.05))
         runner.kill(processes)
-    runner.go_on("killed", 2, weights, schedule__steps=100)
-    assert np.array_equal(runner.images("killed", 100), expected)
+    runner.go_on("killed", 2, weights, schedule__steps=20)
+    assert np.array_equal(runner.images("killed", 20), expected)
     assert runner.losses("killed") == runner.losses("unbroken")
-    runner.go_on("more ranks", 2, weights, schedule__steps=50)
-    runner.go_on("more ranks", 4, weights, schedule__steps=100)
-    check_epochs(runner.images("more ranks", 100))
+    runner.go_on("more ranks", 2, weights, schedule__steps=10)
+    runner.go_on("more ranks", 4, weights, schedule__steps=20)
+    check_epochs(runner.images("more ranks", 20))
 
 
 @pytest.mark.slow
 def test_a_run_of_one_set_resumes_as_a_mixture_and_back(root: Path, tmp_path: Path) -> None:
     runner, a, b = MixtureRunner(root, tmp_path), str(root / "a"), str(root / "b")
     single = {"data__shards": a, "data__mixture": "null"}
-    runner.go_on("run", 1, {a: 1}, schedule__steps=10, **single)
-    finished = runner.go_on("run", 1, {b: 1, a: 3}, schedule__steps=60)
+    runner.go_on("run", 1, {a: 1}, schedule__steps=2, **single)
+    finished = runner.go_on("run", 1, {b: 1, a: 3}, schedule__steps=12)
     assert "the mixture changes from image 400 on: a 1 -> 0.75, b none -> 0.25" in finished.output
-    finished = runner.go_on("run", 2, {a: 1}, schedule__steps=70, **single)
+    finished = runner.go_on("run", 2, {a: 1}, schedule__steps=14, **single)
     assert "the mixture changes from image 2,400 on: b 0.25 -> none, a 0.75 -> 1" in finished.output
     rows = runner.losses("run")
-    assert len(rows) == 70
-    processes = runner.begin("run", 1, {b: 1}, schedule__steps=80)
+    assert len(rows) == 14
+    processes = runner.begin("run", 1, {b: 1}, schedule__steps=16)
     refused = finish(processes, runner.folder / "run.logs")
     assert refused.codes == [2]
     assert "data.mixture has none of the shard sets" in refused.output
