@@ -84,10 +84,10 @@ def test_the_loss_of_each_set_is_that_of_the_set_alone(layout: dict[str, Any], r
 
 def test_a_run_whose_sets_change_is_recorded(runner: MixtureRunner, tmp_path: Path) -> None:
     """The second start has no longer the set of the probe batch of the checkpoint that it resumes from."""
-    samples = {"samples__every_steps": 8, "samples__images": 3}
-    runner.check_trains("run", 1, data__mixture=runner.mixture(one=0.5, two=0.5), **samples)
+    samples, saves = {"samples__every_steps": 8, "samples__images": 3}, {"checkpoint__every_steps": 8}
+    runner.check_trains("run", 1, data__mixture=runner.mixture(one=0.5, two=0.5), **samples, **saves)
     sample = np.asarray(Image.open(tmp_path / "run/samples/step-00000008.png"))
-    runner.check_trains("run", 1, data__mixture=runner.mixture(three=1, two=3), schedule__steps=12)
+    runner.check_trains("run", 1, data__mixture=runner.mixture(three=1, two=3), schedule__steps=12, **saves)
     resumed = (tmp_path / "run.logs/rank-0.log").read_text()
     [now, saved] = re.search(r"loss of the probe batch is ([\d.]+) \(when saved: ([\d.]+)\)", resumed).groups()
     assert float(now) == pytest.approx(float(saved), abs=1e-5)
@@ -123,6 +123,7 @@ def test_a_run_whose_sets_change_is_recorded(runner: MixtureRunner, tmp_path: Pa
         assert set(read_training_record(model).trained_on) == {digests[name] for name in known}
         card = (model / "README.md").read_text()
         assert re.search(r"Last validation loss of each set \| \w+ \d\.\d{4}, two \d\.\d{4} \|", card)
+        assert f"| Data | one {'0' if changed else '50'}%, dots (two) {'75' if changed else '50'}%" in card
         assert f"two, weight {0.75 if changed else 0.5}, sha256 {digests['two'][:12]}" in card
         assert ("one 50%, two 50% from image 0 on; three 25%, two 75% from image 64 on" in card) == changed
 
