@@ -21,6 +21,7 @@ from pipeline.distributed import Ranks
 from pipeline.model.gpt import build_model, initialize
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.model_folder.convert import save_model_folder
+from pipeline.operate.preflight.command import preflight_command
 from pipeline.train.data.batches import ImageOrder
 from pipeline.train.setup import check_inputs
 from pipeline.train.start import check_origin
@@ -287,3 +288,8 @@ def test_a_run_with_checkpoints_keeps_its_origin(runner: Runner, trunk: Runner, 
         f"start.path is {origins['larger']}, but {path} was started with {origins['folder']}; set it to "
         f"{origins['folder']}, or name a new --run."
     )
+
+
+def test_the_login_node_refuses_a_bad_path(runner: Runner) -> None:
+    with pytest.raises(ValueError, match="start.path is /nowhere, which does not exist; give a run, a checkpoint,"):
+        preflight_command(runner.arguments("run", start__path="/nowhere")[3:])
