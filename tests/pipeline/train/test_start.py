@@ -291,5 +291,5 @@ def test_a_run_with_checkpoints_keeps_its_origin(runner: Runner, trunk: Runner, 
 
 
 def test_the_login_node_refuses_a_bad_path(runner: Runner) -> None:
-    with pytest.raises(ValueError, match="start.path is /nowhere, which does not exist; give a run, a checkpoint,"):
+    with pytest.raises(ValueError, match=r"start\.path is /nowhere, which does not exist; give a run, a checkpoint,"):
         preflight_command(runner.arguments("run", start__path="/nowhere")[3:])
