@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from data_prep.common.files import read_json
+from data_prep.shards.reader import open_shard_set
+from pipeline.command_line import parse_training
 from pipeline.hub import _check_cached
 from pipeline.model_folder.resolve import model_folder
+from pipeline.weights.model_files import model_digest
+from pipeline.weights.start import check_start
 from tests.hub_server import Hub
-from tests.pipeline.publish.conftest import REPOSITORY, TO_HUB, publish
+from tests.pipeline.conftest import Runner
+from tests.pipeline.publish.conftest import REPOSITORY, TO_HUB, environment, publish
 
 
 def test_offline_the_cache_answers(hub: Hub, models: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +89,33 @@ def test_a_hub_that_never_answers_is_one_sentence(
             else:
                 model_folder(Path(f"hub:{REPOSITORY}"))
     assert ("retrying in" in caplog.text) == to_hub
+
+
+def test_a_run_starts_from_a_hub(hub: Hub, models: dict[int, Path], shards: Path, tmp_path: Path) -> None:
+    """On the login node the model is downloaded; before the ranks meet only its name is checked."""
+    publish(models[40], *TO_HUB)
+    arguments = Runner(shards, tmp_path).arguments("run", start__path=f"hub:{REPOSITORY}")
+    config, run = parse_training(arguments[3:])
+    assert check_start(config, open_shard_set(str(shards)), run) is None
+    assert not any("config.json" in request for request in hub.requests)
+    origin = check_start(config, open_shard_set(str(shards)), run, download=True)
+    assert origin is not None
+    facts = origin.facts()
+    assert (facts["path"], facts["step"]) == (f"hub:{REPOSITORY}", 40)
+    assert facts["digest"] == model_digest(models[40])
+
+
+@pytest.mark.slow
+def test_ranks_start_from_a_hub(
+    hub: Hub, models: dict[int, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(models[40], *TO_HUB)
+    for name, value in environment(hub, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    runner = Runner(shards, tmp_path)
+    path = f"hub:{REPOSITORY}"
+    finished = runner.train("run", 2, start__path=path, batch__micro_size=2, schedule__steps=5, parallel__zero_stage=3)
+    assert finished.codes == [0, 0], "\n".join(finished.outputs)
+    assert "(step 40), sha256 " in finished.output
+    assert read_json(runner.folder / "run/run.json")["origin"]["path"] == path
+    assert runner.losses("run")[0] < 3
