@@ -179,7 +179,9 @@ def read_excluded(excluded: Sequence[ExcludedSet], config: DataConfig, workers: 
         names += [one.contents.name(index) for index, _ in found]
         looks += [look for _, look in found]
     codes = np.array([look.code for look in looks], np.uint64)
-    return NearDuplicates(codes, np.stack([look.thumbnail for look in looks]), Names(names), config.exclude_distance)
+    return NearDuplicates(
+        codes, np.stack([look.thumbnail.ravel() for look in looks]), Names(names), config.exclude_distance
+    )
 
 
 def _hash(one: ExcludedSet, max_skipped: float, workers: int) -> list[tuple[int, Look]]:

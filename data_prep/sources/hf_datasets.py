@@ -122,6 +122,8 @@ def open_source(config: SourceConfig) -> Source:
     images = image_column(features, config)
     labels = label_column(features, config)
     where = None if config.where is None else Where(config.where)
+    if where is not None:
+        check_columns(where, features, "train", config.path)
     if builder is not None and config.streaming and hasattr(builder.config, "columns"):
         used = [images, labels, *(where.columns if where else [])]
         builder.config.columns = list(dict.fromkeys(column for column in used if column in features))

@@ -267,4 +267,4 @@ def _calculated(left: Evaluate, right: Evaluate, calculate: Operation, names: Na
 
 def _mismatch(what: str, values: tuple[Any, Any], names: Names) -> WrongTypes:
     one, other = (f"{name} ({_kind(value)})" for name, value in zip(names, values, strict=True))
-    return WrongTypes(f"it {what} {one} and {other}")
+    return WrongTypes(f"it {what} {one} {'with' if what == 'compares' else 'and'} {other}")
