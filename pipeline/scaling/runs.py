@@ -137,10 +137,11 @@ def _read(folder: Path, name: str) -> Run:
     if not (folder / RECORD_FILE).is_file():
         raise ValueError(f"{folder} has no {RECORD_FILE}; it must be the folder of a run that was started.")
     record, settings = _record(folder), _settings(folder)
-    if (settings.get("start") or {}).get("path"):
+    start = settings.get("start") or {}
+    if start.get("path") and not (start.get("moments") and start.get("position")):
         raise ValueError(
-            f"{folder} started from the weights of {settings['start']['path']} (start.path); a scaling law describes "
-            f"runs that started from initial weights."
+            f"{folder} started from the weights of {start['path']} (start.path); a scaling law describes runs from "
+            f"initial weights, and branches of them with start.moments and start.position."
         )
     model = _section(ModelConfig, settings, "model", folder)
     schedule = _section(ScheduleConfig, settings, "schedule", folder)
@@ -167,12 +168,18 @@ def _equal(shards: dict[str, Any], settings: dict[str, Any], model: ModelConfig)
         "palette": shards.get("palette_sha256"),
         "resolution": model.resolution,
         "objective": objective_name(kind, masked),
-        "training data": shards["digest"],
+        "training data": _data_name(shards),
         "block": model.block,
         "augmentation": f"flip {data.get('flip', False)}, reflect_crop {data.get('reflect_crop', 0)}",
         "dropout": model.dropout,
         "validation images": validation.get("images", ValidationConfig().images),
     }
+
+
+def _data_name(shards: dict[str, Any]) -> str:
+    """The digest of the shard set; of a mixture those of all sets, with their weights."""
+    sets = shards.get("mixture") or []
+    return " + ".join(f"{one['weight']} x {one['digest'][:12]}" for one in sets) or shards["digest"]
 
 
 def objective_name(kind: str, mask_probability: float) -> str:

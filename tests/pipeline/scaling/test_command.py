@@ -1,6 +1,7 @@
 """`python -m pipeline scaling` on run folders of a known law: what it finds, writes and refuses."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +17,11 @@ from pipeline import costs
 from pipeline.checkpoint.metrics_log import to_line
 from pipeline.config import ModelConfig, ObjectiveConfig, to_dict
 from pipeline.model.gpt_config import gpt2_config
+from pipeline.plan.command import plan_command
+from pipeline.plan.hardware import hardware_of
+from pipeline.plan.layouts import Cluster
 from pipeline.scaling.accuracy import Probed, rank_correlation, read_accuracies
+from pipeline.scaling.budget import gpu_seconds_of
 from pipeline.scaling.command import scaling_command
 from pipeline.scaling.figures import draw_accuracy
 from pipeline.scaling.law import fit
@@ -178,9 +183,16 @@ BAD: dict[str, tuple[Broken, str]] = {
         "{1} has validation images 64, but {0} has 5120; the losses of one fit must be of the same validation images.",
     ),
     "start": (
-        lambda runs: nothing(change_config(runs[1], "start", path="other/run")),
-        "{1} started from the weights of other/run (start.path); a scaling law describes runs that started from "
-        "initial weights.",
+        lambda runs: nothing(change_config(runs[1], "start", path="other/run", moments=True, position=False)),
+        "{1} started from the weights of other/run (start.path); a scaling law describes runs from initial weights, "
+        "and branches of them with start.moments and start.position.",
+    ),
+    "mixture": (
+        lambda runs: nothing(
+            change_json(runs[1] / "run.json", mixture=[{"digest": d * 64, "weight": w} for d, w in (("c", 0.7), ("d", 0.3))])
+        ),
+        "{1} has training data 0.7 x cccccccccccc + 0.3 x dddddddddddd, but {0} has dddddddddddd; the losses of one "
+        "fit must be of the same training data.",
     ),
     "no run": (
         lambda runs: nothing((runs[1] / "run.json").unlink()),
@@ -271,6 +283,26 @@ def test_one_number_of_images_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"no size that was trained on different numbers of images.*other schedule\.steps"
     ):
         scaling_command([*map(str, runs), "--out", str(tmp_path / "out")])
+
+
+def test_a_decay_branch_counts_with_the_images_of_its_trunk(runs: Callable[[], list[Path]]) -> None:
+    folders = runs()
+    change_config(folders[1], "start", path="trunk/checkpoints/step-00001000", moments=True, position=True)
+    assert len(select(read_runs(folders), "decayed").points) == 8
+
+
+def test_gpu_seconds_are_those_of_the_fastest_layout_of_plan(
+    grid: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = read_runs(grid[-1:])[0]
+    cluster = Cluster(costs.ACCELERATORS["h100-80gb"], 2, 8, hardware_of(costs.ACCELERATORS["h100-80gb"]))
+    config = config_of(12, 384, 200)
+    seconds = gpu_seconds_of(config, cluster)(config.model, run)
+    options = ["--model.layers", "12", "--model.width", "384", "--model.heads", "6", "--model.resolution", "16"]
+    batch = ["--batch.global_size", "64", "--schedule.steps", "200", "--schedule.warmup_steps", "20"]
+    assert plan_command(["--accelerator", "h100-80gb", "--ranks", "2", *options, *batch]) == 0
+    fastest = re.search(r"layouts that fit, by estimated speed\n +([\d.]+) s", capsys.readouterr().out)
+    assert fastest and seconds == pytest.approx(float(fastest[1]) * 2 / 64, abs=0.0005 * 2 / 64 * 1.01)
 
 
 @pytest.mark.slow
