@@ -159,6 +159,7 @@ def nothing(_made: object) -> list[str]:
     return []
 
 
+MIXTURE = [{"digest": "c" * 64, "weight": 0.7}, {"digest": "d" * 64, "weight": 0.3}]
 BAD: dict[str, tuple[Broken, str]] = {
     "palette": (
         lambda runs: nothing(change_json(runs[2] / "run.json", palette_sha256="b" * 64)),
@@ -188,9 +189,7 @@ BAD: dict[str, tuple[Broken, str]] = {
         "and branches of them with start.moments and start.position.",
     ),
     "mixture": (
-        lambda runs: nothing(
-            change_json(runs[1] / "run.json", mixture=[{"digest": d * 64, "weight": w} for d, w in (("c", 0.7), ("d", 0.3))])
-        ),
+        lambda runs: nothing(change_json(runs[1] / "run.json", mixture=MIXTURE)),
         "{1} has training data 0.7 x cccccccccccc + 0.3 x dddddddddddd, but {0} has dddddddddddd; the losses of one "
         "fit must be of the same training data.",
     ),
