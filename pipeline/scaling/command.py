@@ -44,6 +44,8 @@ class Command:
     points: Literal["auto", "decayed", "constant"] = "auto"
     """The losses of the fit. decayed: the ends of runs with decay cosine, linear or wsd; constant: the losses at a
     constant learning rate after the warm-up. auto: decayed if they are enough for a fit, else constant."""
+    min_images: int = 0
+    """Losses of fewer images are excluded: the first ones at a constant learning rate follow no power law."""
     gpu: str | None = None
     """The accelerator of budget_gpu_hours, as in `plan --accelerator`; its speed is the one that `plan` estimates."""
     ranks: int = 8
@@ -63,6 +65,7 @@ class Command:
             raise ValueError(f"--gpu is {self.gpu}, and only --budget_gpu_hours uses it; set both or neither.")
         if self.gpu not in (None, "cpu", *costs.ACCELERATORS):
             raise ValueError(f"--gpu is {self.gpu!r}; it must be one of {_known()}.")
+        require_at_least("--min_images", self.min_images, 0)
         require_at_least("--ranks", self.ranks, 1)
         require_at_least("--resamples", self.resamples, 50)
 
@@ -87,7 +90,7 @@ def scaling_command(arguments: list[str]) -> int:
     runs = read_runs(parsed.runs)
     for path, config in configs.items():
         _require_same_kind(path, config, runs[0])
-    selected = select(runs, None if command.points == "auto" else command.points)
+    selected = select(runs, None if command.points == "auto" else command.points, command.min_images)
     require_enough(selected)
     fitted_part, largest = held_out(selected)
     for note in selected.notes:

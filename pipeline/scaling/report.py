@@ -29,6 +29,8 @@ NUMBERS, PAGE = "scaling.json", "scaling.md"
 BY_FLOPS, BY_IMAGES, ISOFLOPS, ACCURACY = "loss_by_flops.png", "loss_by_images.png", "isoflops.png", "accuracy.png"
 FAR = 10.0
 """FLOPs over those of the largest run from which a note warns of the extrapolation."""
+MISFIT = 0.01
+"""Root mean square of the residuals of log L from which a note proposes to exclude losses."""
 KINDS = {"decayed": "ends of decaying learning rates", "constant": "constant learning rates after the warm-up"}
 
 
@@ -122,14 +124,13 @@ def write_study(study: Study, sizes: Family, out: Path) -> None:
 def _facts(study: Study) -> list[str]:
     """The points, the held-out run, the exponents of the compute-optimal frontier, and the accuracies."""
     selected, points, held = study.selected, study.selected.points, study.held_out
-    spread = float(np.sqrt((residuals(study.fitted.law, points) ** 2).mean()))
     counts = sorted({run.parameters for run in selected.runs})
     images = [f"{int(count):,}" for count in (points.images.min(), points.images.max())]
     size, data = (study.fitted.interval(of) for of in (size_exponent, data_exponent))
     facts = [
         f"{len(points)} losses of {len(selected.runs)} runs and {len(counts)} sizes, {short(counts[0])} to "
         f"{short(counts[-1])} parameters, {' to '.join(images)} images; {KINDS[selected.kind]}",
-        f"the law misses them by {spread:.2%} (root mean square)",
+        f"the law misses them by {_spread(study):.2%} (root mean square)",
         f"held out: {held.run}, {short(held.parameters)} parameters, {held.images:,} images, {held.times_flops:.3g} "
         f"times the FLOPs of the largest run in the fit: predicted {_with_ends(held.predicted)}, measured "
         f"{held.measured:.4f}, error {held.error:+.2%}"
@@ -143,6 +144,11 @@ def _facts(study: Study) -> list[str]:
             shown = "" if correlation is None else f", rank correlation with the loss {correlation:.2f}"
             facts.append(f"accuracy: {len(own)} of {name}, best {percent(max(one.accuracy for one in own))}{shown}")
     return facts
+
+
+def _spread(study: Study) -> float:
+    """The root mean square of the residuals of log L."""
+    return float(np.sqrt((residuals(study.fitted.law, study.selected.points) ** 2).mean()))
 
 
 def size_exponent(law: Law) -> float:
@@ -204,7 +210,12 @@ def _names(dataclass_: type) -> list[str]:
 
 def _notes(study: Study) -> list[str]:
     """What limits the numbers."""
-    law, notes = study.fitted.law, []
+    law, notes, missed = study.fitted.law, [], _spread(study)
+    if missed > MISFIT:
+        notes.append(
+            f"the law misses the losses by {missed:.2%}: if the early ones deviate in {BY_IMAGES}, exclude them with "
+            f"--min_images."
+        )
     for name in law.at_bound():
         notes.append(f"{name} is at the bound of the search, {getattr(law, name):.3g}: the runs do not determine it.")
     for one in study.predictions:

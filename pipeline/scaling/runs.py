@@ -67,8 +67,11 @@ class Run:
     def decays(self) -> bool:
         return self.schedule.decay != "constant"
 
-    def rows(self, kind: Kind) -> list[Row]:
-        """The validation rows that a law of this kind describes."""
+    def rows(self, kind: Kind, min_images: int = 0) -> list[Row]:
+        """The validation rows that a law of this kind describes, from this many images on."""
+        return [row for row in self._rows(kind) if row["images"] >= min_images]
+
+    def _rows(self, kind: Kind) -> list[Row]:
         steps = self.schedule.steps
         if kind == "decayed":
             return [row for row in self.validations if self.decays and row["step"] == steps][-1:]
@@ -134,10 +137,11 @@ def _read(folder: Path, name: str) -> Run:
     if not (folder / RECORD_FILE).is_file():
         raise ValueError(f"{folder} has no {RECORD_FILE}; it must be the folder of a run that was started.")
     record, settings = _record(folder), _settings(folder)
-    if (settings.get("start") or {}).get("path"):
+    start = settings.get("start") or {}
+    if start.get("path") and not (start.get("moments") and start.get("position")):
         raise ValueError(
-            f"{folder} started from the weights of {settings['start']['path']} (start.path); a scaling law describes "
-            f"runs that started from initial weights."
+            f"{folder} started from the weights of {start['path']} (start.path); a scaling law describes runs from "
+            f"initial weights, and branches of them with start.moments and start.position."
         )
     model = _section(ModelConfig, settings, "model", folder)
     schedule = _section(ScheduleConfig, settings, "schedule", folder)
@@ -164,12 +168,18 @@ def _equal(shards: dict[str, Any], settings: dict[str, Any], model: ModelConfig)
         "palette": shards.get("palette_sha256"),
         "resolution": model.resolution,
         "objective": objective_name(kind, masked),
-        "training data": shards["digest"],
+        "training data": _data_name(shards),
         "block": model.block,
         "augmentation": f"flip {data.get('flip', False)}, reflect_crop {data.get('reflect_crop', 0)}",
         "dropout": model.dropout,
         "validation images": validation.get("images", ValidationConfig().images),
     }
+
+
+def _data_name(shards: dict[str, Any]) -> str:
+    """The digest of the shard set; of a mixture those of all sets, with their weights."""
+    sets = shards.get("mixture") or []
+    return " + ".join(f"{one['weight']} x {one['digest'][:12]}" for one in sets) or shards["digest"]
 
 
 def objective_name(kind: str, mask_probability: float) -> str:
@@ -230,11 +240,14 @@ def _colors(folder: Path) -> int:
         ) from error
 
 
-def select(runs: Sequence[Run], wanted: Kind | None) -> Selected:
-    """The points of a kind: of the wanted one, or of the one with the most sizes, and decayed if both have as many."""
+def select(runs: Sequence[Run], wanted: Kind | None, min_images: int = 0) -> Selected:
+    """The points of the wanted kind; None: of the one that is enough for a fit, and of decayed if both are.
+
+    min_images: losses of fewer images are excluded.
+    """
     kinds: tuple[Kind, ...] = (wanted,) if wanted else ("decayed", "constant")
-    found = [_of_kind(runs, kind) for kind in kinds]
-    return max(found, key=lambda selected: (_fits(selected), len({run.parameters for run in selected.runs})))
+    found = [_of_kind(runs, kind, min_images) for kind in kinds]
+    return next(filter(_fits, found), max(found, key=lambda selected: len({run.parameters for run in selected.runs})))
 
 
 def _fits(selected: Selected) -> bool:
@@ -246,23 +259,25 @@ def _fits(selected: Selected) -> bool:
     return True
 
 
-def _of_kind(runs: Sequence[Run], kind: Kind) -> Selected:
+def _of_kind(runs: Sequence[Run], kind: Kind, min_images: int) -> Selected:
     chosen: list[Run] = []
     rows, notes = [], []
     for run in runs:
-        own = run.rows(kind)
+        own = run.rows(kind, min_images)
         if own:
             rows += [(run.parameters, row["images"], row["valid_loss"], len(chosen)) for row in own]
             chosen.append(run)
         else:
-            notes.append(f"{run.name} is skipped: {_why_none(run, kind)}.")
+            notes.append(f"{run.name} is skipped: {_why_none(run, kind, min_images)}.")
     table = np.array(rows, dtype=float).reshape(-1, 4)
     points = Points(table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(int))
     return Selected(kind, chosen, points, notes)
 
 
-def _why_none(run: Run, kind: Kind) -> str:
+def _why_none(run: Run, kind: Kind, min_images: int) -> str:
     """Why a run has no point of a kind."""
+    if run.rows(kind):
+        return f"its losses are of fewer than {min_images:,} images (--min_images)"
     decay, steps = run.schedule.decay, run.schedule.steps
     if kind == "constant":
         if decay in ("constant", "wsd"):

@@ -1,7 +1,9 @@
 """`python -m pipeline scaling` on run folders of a known law: what it finds, writes and refuses."""
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,20 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline import costs
 from pipeline.checkpoint.metrics_log import to_line
-from pipeline.config import ObjectiveConfig, to_dict
+from pipeline.config import ModelConfig, ObjectiveConfig, to_dict
+from pipeline.model.gpt_config import gpt2_config
+from pipeline.plan.command import plan_command
+from pipeline.plan.hardware import hardware_of
+from pipeline.plan.layouts import Cluster
+from pipeline.scaling.accuracy import Probed, rank_correlation, read_accuracies
+from pipeline.scaling.budget import gpu_seconds_of
 from pipeline.scaling.command import scaling_command
-from tests.pipeline.scaling.synthetic import TRUE, change_json, config_of, parameters_of, write_grid, write_run
+from pipeline.scaling.figures import draw_accuracy
+from pipeline.scaling.law import fit
+from pipeline.scaling.runs import read_runs, select
+from tests.pipeline.scaling.synthetic import TRUE, WARMUP, change_json, config_of, parameters_of, write_grid, write_run
 
 BUDGETS = (200, 600, 2000, 6000, 20000)
 FILES = {"loss_by_flops.png", "loss_by_images.png", "isoflops.png", "scaling.md", "scaling.json"}
@@ -72,7 +84,12 @@ def test_the_law_of_synthetic_runs(grid: list[Path], tmp_path: Path, capsys: pyt
 
     small, large = found["optima"]
     for optimum in (small, large):
-        assert optimum["loss"]["value"] < min(float(TRUE.loss(n, 1e17 / (6 * 256 * n))) for n in (1e5, 1e8)) + 1
+        model = ModelConfig(**optimum["nearest"]["model"])
+        flops = costs.flops_per_token(gpt2_config(model)) * 256 * optimum["nearest_images"]
+        assert flops == pytest.approx(optimum["budget"])
+        assert optimum["loss"]["value"] < float(
+            TRUE.loss(3 * optimum["parameters"]["value"], optimum["images"]["value"] / 3)
+        )
     grown = np.log(large["parameters"]["value"] / small["parameters"]["value"]) / np.log(10)
     assert grown == pytest.approx(TRUE.beta / (TRUE.alpha + TRUE.beta), abs=0.03)
 
@@ -85,26 +102,36 @@ def test_the_law_of_synthetic_runs(grid: list[Path], tmp_path: Path, capsys: pyt
     assert str(target) in output
 
 
-def test_a_constant_rate_gives_many_points_and_the_decay_none(tmp_path: Path) -> None:
-    runs = write_grid(tmp_path, (6000,), 0.001, decay="wsd")
-    found = scaling(runs, tmp_path / "out")
-    assert found["kind"] == "constant"
-    assert max(point["images"] for point in found["points"]) == 64 * 5400, "the decay begins at step 5,400"
-    assert found["law"]["E"]["value"] == pytest.approx(TRUE.E, rel=0.02), "losses of the decay are 3% lower"
+def test_a_constant_rate_gives_many_points_and_warm_up_and_decay_none(tmp_path: Path) -> None:
+    selected = select(read_runs(write_grid(tmp_path, (6000,), 0.001, decay="wsd")), None)
+    assert selected.kind == "constant", "one number of images is not enough for a fit of ends"
+    images = selected.points.images
+    assert images.min() > 64 * WARMUP and images.max() == 64 * 5400, "the decay begins at step 5,400"
+    assert abs(fit(selected.points).E / TRUE.E - 1) < 0.02, "losses of the decay are 3% lower"
+    assert select(selected.runs, "constant", 100_000).points.images.min() >= 100_000
+    ends = select(selected.runs, "decayed")
+    assert set(ends.points.images) == {64 * 6000} and len(ends.points) == 7
 
 
-def test_accuracy_against_loss(grid: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [
-        Path(shutil.copytree(run, tmp_path / run.name)) for run in grid if "-20000" in run.name or "-600" in run.name
-    ]
-    for place, run in enumerate(run for run in runs if run.name.endswith("-20000")):
-        add_probes(run, 0.3 + 0.05 * place)
-    found = scaling(runs, tmp_path / "out")
-    assert len(found["accuracies"]) == 21
-    assert (tmp_path / "out/accuracy.png").is_file()
-    assert (
-        "accuracy: 21 of the runs' probes, best 60.0 %, rank correlation with the loss -0." in capsys.readouterr().out
-    )
+def test_accuracy_against_loss(grid: list[Path], tmp_path: Path) -> None:
+    folders = [Path(shutil.copytree(run, tmp_path / run.name)) for run in grid if run.name.endswith("-20000")]
+    for place, folder in enumerate(folders):
+        add_probes(folder, 0.3 + 0.05 * place)
+    accuracies = read_accuracies(read_runs(folders), [])
+    assert len(accuracies) == 21
+    assert rank_correlation(accuracies) == pytest.approx(spearman(accuracies))
+    middle = accuracies[1]
+    assert (middle.step, middle.accuracy) == (10000, 0.15)
+    assert middle.valid_loss == pytest.approx(1.05 * TRUE.loss(middle.parameters, 640_000), rel=0.01)
+    draw_accuracy(accuracies, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+
+def spearman(accuracies: list[Probed]) -> float:
+    """Pearson's correlation of the ranks; equal accuracies share a rank."""
+    losses, fractions = (np.array([getattr(one, key) for one in accuracies]) for key in ("valid_loss", "accuracy"))
+    ranks = [[np.mean(np.flatnonzero(np.sort(each) == value)) for value in each] for each in (losses, fractions)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 Broken = Callable[[list[Path]], list[str]]
@@ -132,6 +159,7 @@ def nothing(_made: object) -> list[str]:
     return []
 
 
+MIXTURE = [{"digest": "c" * 64, "weight": 0.7}, {"digest": "d" * 64, "weight": 0.3}]
 BAD: dict[str, tuple[Broken, str]] = {
     "palette": (
         lambda runs: nothing(change_json(runs[2] / "run.json", palette_sha256="b" * 64)),
@@ -156,9 +184,14 @@ BAD: dict[str, tuple[Broken, str]] = {
         "{1} has validation images 64, but {0} has 5120; the losses of one fit must be of the same validation images.",
     ),
     "start": (
-        lambda runs: nothing(change_config(runs[1], "start", path="other/run")),
-        "{1} started from the weights of other/run (start.path); a scaling law describes runs that started from "
-        "initial weights.",
+        lambda runs: nothing(change_config(runs[1], "start", path="other/run", moments=True, position=False)),
+        "{1} started from the weights of other/run (start.path); a scaling law describes runs from initial weights, "
+        "and branches of them with start.moments and start.position.",
+    ),
+    "mixture": (
+        lambda runs: nothing(change_json(runs[1] / "run.json", mixture=MIXTURE)),
+        "{1} has training data 0.7 x cccccccccccc + 0.3 x dddddddddddd, but {0} has dddddddddddd; the losses of one "
+        "fit must be of the same training data.",
     ),
     "no run": (
         lambda runs: nothing((runs[1] / "run.json").unlink()),
@@ -251,12 +284,28 @@ def test_one_number_of_images_is_refused(tmp_path: Path) -> None:
         scaling_command([*map(str, runs), "--out", str(tmp_path / "out")])
 
 
+def test_a_decay_branch_counts_with_the_images_of_its_trunk(runs: Callable[[], list[Path]]) -> None:
+    folders = runs()
+    change_config(folders[1], "start", path="trunk/checkpoints/step-00001000", moments=True, position=True)
+    assert len(select(read_runs(folders), "decayed").points) == 8
+
+
+def test_gpu_seconds_are_those_of_the_fastest_layout_of_plan(
+    grid: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = read_runs(grid[-1:])[0]
+    cluster = Cluster(costs.ACCELERATORS["h100-80gb"], 2, 8, hardware_of(costs.ACCELERATORS["h100-80gb"]))
+    config = config_of(12, 384, 200)
+    seconds = gpu_seconds_of(config, cluster)(config.model, run)
+    options = ["--model.layers", "12", "--model.width", "384", "--model.heads", "6", "--model.resolution", "16"]
+    batch = ["--batch.global_size", "64", "--schedule.steps", "200", "--schedule.warmup_steps", "20"]
+    assert plan_command(["--accelerator", "h100-80gb", "--ranks", "2", *options, *batch]) == 0
+    fastest = re.search(r"layouts that fit, by estimated speed\n +([\d.]+) s", capsys.readouterr().out)
+    assert fastest and seconds == pytest.approx(float(fastest[1]) * 2 / 64, abs=0.0005 * 2 / 64 * 1.01)
+
+
 @pytest.mark.slow
 def test_a_million_steps_are_read_in_seconds(grid: list[Path], tmp_path: Path) -> None:
-    import time
-
-    from pipeline.scaling.runs import read_runs
-
     run = Path(shutil.copytree(grid[0], tmp_path / "long"))
     row = {"loss": 2.5, "learning_rate": 1e-3, "grad_norm": 0.5, "applied": True, "images_per_second": 1234.5}
     with (run / "metrics.jsonl").open("w") as rows:

@@ -77,8 +77,8 @@ def test_exponents_at_the_bounds_of_the_search_are_named() -> None:
 
 def test_intervals_contain_the_truth_and_repeat_with_the_seed() -> None:
     points = grid(0.001, seed=1)
-    first, second = (fit_with_resamples(points, 50) for _ in range(2))
-    assert first.resamples == second.resamples
+    first = fit_with_resamples(points, 50)
+    assert fit_with_resamples(points, 3).resamples == first.resamples[:3]
     for name in ("E", "alpha", "beta"):
         interval = first.interval(lambda law, name=name: getattr(law, name))
         assert interval.low < getattr(TRUE, name) < interval.high
@@ -86,14 +86,6 @@ def test_intervals_contain_the_truth_and_repeat_with_the_seed() -> None:
     prediction = first.prediction(1e8, 1e7)
     assert prediction.low < float(TRUE.loss(1e8, 1e7)) < prediction.high
     assert prediction.high - prediction.low > 1.5 * 0.001 * prediction.value, "the noise of a run is part of it"
-
-
-def test_more_noise_gives_wider_intervals() -> None:
-    widths = []
-    for noise in (0.0005, 0.004):
-        interval = fit_with_resamples(grid(noise), 50).interval(lambda law: law.E)
-        widths.append(interval.high - interval.low)
-    assert widths[1] > 3 * widths[0]
 
 
 @pytest.mark.slow
