@@ -175,6 +175,8 @@ def read_excluded(excluded: Sequence[ExcludedSet], config: DataConfig, workers: 
     names: list[str] = []
     looks: list[Look] = []
     for one in excluded:
+        if isinstance(one.contents, StoredImages) and one.contents.shard_set.address is None:
+            one.contents.shard_set.verify([SPLIT])  # of a remote set, each file is compared as it is downloaded
         found = _hash(one, config.max_skipped, workers)
         names += [one.contents.name(index) for index, _ in found]
         looks += [look for _, look in found]

@@ -64,7 +64,7 @@ def count_chunks(source: Source, plan: Plan, chunks: Sequence[Chunk], workers: i
             skipped.merge(of_chunk)
             advance(int(counts.sum()) // plan.config.resolution**2)
     if skipped.reasons and histogram.any():
-        logger.info(f"palette: {skipped.reasons.total():,} images can't be used, {skipped}; `shards` lists them")
+        logger.info(f"palette: {skipped.reasons.total():,} images are not used, {skipped}; `shards` reports them")
     return histogram, skipped
 
 

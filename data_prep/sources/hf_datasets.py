@@ -83,7 +83,7 @@ class StreamImages:
                 end_reading(error)
                 refuse_damaged(self.files, completely=True)
                 raise ValueError(f"{name} can't be read ({_cause(error)}); run the command again.") from error
-            if self.where is not None and (refusal := self.where.refusal_of_any(row)):
+            if self.where is not None and (refusal := self.where.refusal_of_untyped(row)):
                 yield BadImage(name, refusal)
                 continue
             label = UNLABELLED if self.labels is None else self.labels.number(row)

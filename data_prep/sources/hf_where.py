@@ -47,7 +47,7 @@ def keep(where: Where, data: Any, split: str, path: str) -> tuple[Any, dict[str,
     columns = data.select_columns(where.columns).with_format("arrow")
     rows = (row for batch in columns.iter(BATCH) for row in batch.to_pylist())
     for number, row in enumerate(rows):
-        refusal = where.refusal_of_any(row)
+        refusal = where.refusal_of_untyped(row)
         if refusal is None:
             kept.append(number)
         else:

@@ -274,7 +274,7 @@ class Sample:
             return
         name = _printable(f"{self.name} in {self.shown}")
         try:
-            refusal = None if where is None else where.refusal_of_any(self.columns())
+            refusal = None if where is None else where.refusal_of_untyped(self.columns())
             if refusal is not None:
                 yield BadImage(name, refusal)
             else:

@@ -76,12 +76,6 @@ class Where:
                 f"source.where is {expression!r}, which is not an expression ({reason}){_allowed()}"
             ) from None
 
-    def __getstate__(self) -> str:
-        return self.expression
-
-    def __setstate__(self, expression: str) -> None:
-        self.__init__(expression)  # type: ignore[misc]
-
     def refusal(self, row: Row) -> Reason | None:
         """Why a record is not kept; None if it is. Raises WrongTypes."""
         kept = self._evaluate(row)
@@ -89,7 +83,7 @@ class Where:
             return NO_VALUE
         return None if kept else FILTERED
 
-    def refusal_of_any(self, row: Row) -> Reason | None:
+    def refusal_of_untyped(self, row: Row) -> Reason | None:
         """Like `refusal`, but a value of a wrong type is a missing one."""
         try:
             return self.refusal(row)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_prep.images.crops import EVALUATION, Cropper, ImageViews, area_resize, evaluation_view
-from data_prep.sources.base import ImageArray
+from data_prep.sources.base import ImageArray, Source
 
 
 def make_cropper(**changes: object) -> Cropper:
@@ -77,5 +77,6 @@ def test_which_images_are_cropped(random_crop: str, side: int, cropped: bool) ->
 
 
 def test_views_of_images_in_any_order() -> None:
-    views = ImageViews(ImageArray(np.stack([noise(20, 20)] * 3), np.arange(3)), make_cropper(resolution=10), "noise")
+    source = Source("noise", [], {}, {}, "")
+    views = ImageViews(ImageArray(np.stack([noise(20, 20)] * 3), np.arange(3)), make_cropper(resolution=10), source)
     assert views.view(2, EVALUATION).shape == (10, 10, 3)

@@ -180,6 +180,7 @@ def test_another_expression_is_another_set(options: list[Any], tmp_path: Path, r
     )
 
 
+@pytest.mark.slow
 def test_workers_and_parts_give_the_same_bytes(options: list[Any], tmp_path: Path, run: Run) -> None:
     options += ["--source.where", "width != 13"]
     assert run("palette", *options, "--out", tmp_path / "palette.npy").code == 0
