@@ -3,8 +3,8 @@
 Candidates are real models: integer layers and a width that its heads divide. Their widths follow the runs' (a straight
 line of log width over log parameters), so the family keeps the proportions that the law was fitted on. FLOPs are
 counted with attention and head (pipeline/costs.py). GPU-hours are those of the fastest layout that fits, by the
-simulator of `plan`. A smooth curve through the candidates' costs gives the cost of an image at any size; each size gets
-as many images as the budget pays, and the one of the lowest loss is the optimum.
+simulator of `plan`. Between candidates the cost of an image is interpolated; each size gets as many images as the
+budget pays, and the one of the lowest loss is the optimum.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,14 +60,16 @@ class Optimum:
 class Family:
     """Candidates by size, and the cost of an image at sizes between them."""
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
+    def __init__(self, candidates: Sequence[Candidate], smooth: bool) -> None:
+        """smooth: whether a polynomial evens out the steps of integer layers and widths; else the costs are exact."""
         self.candidates = candidates
         own = np.log([candidate.parameters for candidate in candidates])
         costs_ = np.log([candidate.cost for candidate in candidates])
-        degree = min(DEGREE, len(candidates) - 1)
-        self.parameters = np.exp(np.linspace(own[0], own[-1], SIZES))
+        sizes = np.linspace(own[0], own[-1], SIZES)
+        even = np.polyfit(own, costs_, min(DEGREE, len(candidates) - 1)) if smooth else None
+        self.parameters = np.exp(sizes)
         """Sizes that are compared: float64 (SIZES,)."""
-        self.cost = np.exp(np.polyval(np.polyfit(own, costs_, degree), np.log(self.parameters)))
+        self.cost = np.exp(np.interp(sizes, own, costs_) if even is None else np.polyval(even, sizes))
         """Of an image, FLOPs or GPU-seconds: float64 (SIZES,)."""
 
     def best(self, law: Law, budget: float) -> tuple[int, float]:
@@ -81,10 +83,10 @@ class Family:
         return min(self.candidates, key=lambda candidate: abs(np.log(candidate.parameters / parameters)))
 
 
-def family(runs: Sequence[Run], cost: Callable[[ModelConfig, Run], float | None]) -> Family | None:
+def family(runs: Sequence[Run], cost: Callable[[ModelConfig, Run], float | None], smooth: bool) -> Family | None:
     """Models like the runs' at other sizes; None if none can be trained.
 
-    cost: of an image in training; None if the model can't be trained.
+    cost: of an image in training; None if the model can't be trained. smooth: as in Family.
     """
     from pipeline.model.gpt_config import gpt2_config
 
@@ -102,7 +104,7 @@ def family(runs: Sequence[Run], cost: Callable[[ModelConfig, Run], float | None]
             if price is not None:
                 shape = gpt2_config(model, largest.shape.colors)
                 found[layers, width] = Candidate(model, costs.parameter_count(shape), price)
-    return Family(sorted(found.values(), key=lambda candidate: candidate.parameters)) if found else None
+    return Family(sorted(found.values(), key=lambda candidate: candidate.parameters), smooth) if found else None
 
 
 def _shape(parameters: float, width: float, run: Run) -> tuple[int, int]:

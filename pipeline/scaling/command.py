@@ -115,7 +115,7 @@ def _fit_and_write(
     accuracies = read_accuracies(runs, command.results)
     without = fit_with_resamples(fitted_part.points, command.resamples)
     fitted = fit_with_resamples(selected.points, command.resamples)
-    sizes = family(selected.runs, flops_of)
+    sizes = family(selected.runs, flops_of, smooth=True)
     assert sizes is not None
     study = Study(
         selected,
@@ -181,7 +181,7 @@ def _optima(
     if command.budget_gpu_hours:
         run = selected.runs[selected.largest]
         config = next(iter(configs.values()), TrainConfig(model=run.model))
-        by_hours = family(selected.runs, gpu_seconds_of(config, _cluster(command)))
+        by_hours = family(selected.runs, gpu_seconds_of(config, _cluster(command)), smooth=False)
         if by_hours is None:
             raise ValueError(
                 f"--ranks is {command.ranks}; no layout of batch.global_size {config.batch.global_size} divides or "
