@@ -123,6 +123,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """An exponential moving average of the weights, which is validated beside them and saved in checkpoints."""
+
+    decay: float = 0.0
+    """After each applied step, average = decay * average + (1 - decay) * weights, in fp32, from the initial weights on;
+    such as 0.999; 0 for no average."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay is {self.decay}; it must be at least 0 (no average) and below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
@@ -221,6 +234,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -252,6 +266,11 @@ class TrainConfig:
                 f"model.dropout is {self.model.dropout}; with parallel.tensor_parallel "
                 f"{self.parallel.tensor_parallel} it must be 0: the ranks that share a matrix would not drop "
                 f"the same elements."
+            )
+        if self.ema.decay and self.parallel.nvme_path is not None:
+            raise ValueError(
+                f"ema.decay is {self.ema.decay}; with parallel.nvme_path it must be 0: DeepSpeed's buffers for NVMe "
+                f"hold four tensors of a partition: weights, gradients and two moments; the average would be a fifth."
             )
         if self.precision == "fp8":
             self._check_float8()

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import GPT2Config
 
-STATE_BYTES = 12
-"""Bytes of a parameter in a checkpoint: fp32 master weight and two moments."""
+STATE_BYTES, AVERAGE_BYTES = 12, 4
+"""Bytes of a parameter in a checkpoint: fp32 master weight and two moments; and the weight's moving average."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ ACCELERATORS = {
 """Accelerators with published peaks; on any other device the peak is measured."""
 
 MEASURE_SECONDS = 0.3
+
+
+def state_bytes(ema_decay: float) -> int:
+    """Bytes of a parameter in a run's checkpoint."""
+    return STATE_BYTES + (AVERAGE_BYTES if ema_decay else 0)
 
 
 def parameter_count(config: GPT2Config) -> int:

@@ -1,8 +1,9 @@
 """Checksums over a model's state that do not depend on the topology; every load is verified with them.
 
-The checksum of the weights, and of each moment, is a sum modulo 2^64 over all elements. Each element's bits are
-multiplied by a number derived from its position in the parameter, and each parameter's sum by a number derived from its
-name. The ranks' sums add up to the checksum for any partitioning. A changed, lost or misplaced element changes it.
+The checksum of the weights, of each moment, and of the weights' moving average if there is one, is a sum modulo 2^64
+over all elements. Each element's bits are multiplied by a number derived from its position in the parameter, and each
+parameter's sum by a number derived from its name. The ranks' sums add up to the checksum for any partitioning. A
+changed, lost or misplaced element changes it.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.checkpoint.fragments import STATES, Fragment, Tensors
+from pipeline.checkpoint.fragments import EMA, STATES, Fragment, Tensors
 
 CHUNK = 1 << 18
 """Elements processed at a time, to stay in the processor's cache."""
@@ -21,18 +22,20 @@ MODULUS = 1 << 64
 
 
 def checksums(tensors: Tensors, index: list[dict[str, Any]]) -> dict[str, str]:
-    """Checksums of a snapshot on the host, by state (weight, exp_avg, exp_avg_sq): 16 hexadecimal digits."""
+    """Checksums of a snapshot on the host, by state (weight, exp_avg, exp_avg_sq, ema): 16 hexadecimal digits."""
     sums = dict.fromkeys(STATES, 0)
     for fragment in map(Fragment.from_entry, index):
         positions, factor = _positions(fragment), _factor(fragment.name)
-        for state in STATES:
-            sums[state] += factor * _weighted_sum(tensors[fragment.key(state)].numpy(), fragment.start, positions)
+        for state in (*STATES, EMA) if fragment.key(EMA) in tensors else STATES:
+            added = factor * _weighted_sum(tensors[fragment.key(state)].numpy(), fragment.start, positions)
+            sums[state] = sums.get(state, 0) + added
     return {state: f"{value % MODULUS:016x}" for state, value in sums.items()}
 
 
 def add_up(parts: list[dict[str, str]]) -> dict[str, str]:
-    """The checksums of the complete state, from those of each rank."""
-    return {state: f"{sum(int(part[state], 16) for part in parts) % MODULUS:016x}" for state in STATES}
+    """The checksums of the complete state, from those of each rank; one that holds no fragment has no average."""
+    states = [state for state in (*STATES, EMA) if any(state in part for part in parts)]
+    return {state: f"{sum(int(part.get(state, '0'), 16) for part in parts) % MODULUS:016x}" for state in states}
 
 
 def _factor(name: str) -> int:

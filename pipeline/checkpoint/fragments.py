@@ -17,6 +17,8 @@ from safetensors import safe_open
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = ("weight", *MOMENTS)
 """The fp32 weight and Adam's first and second moment."""
+EMA = "ema"
+"""A further state in runs with ema.decay: the exponential moving average of the weight."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,13 @@ class FragmentReader:
         self._stored: dict[str, dict[Part | None, list[Stored]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """The shape of every parameter."""
+        self.has_average = True
+        """Whether there is a moving average of the weights."""
         for number, file in enumerate(self._files):
+            keys = set(file.keys())
             for entry in json.loads(file.metadata()["index"]):
                 fragment = Fragment.from_entry(entry)
+                self.has_average = self.has_average and fragment.key(EMA) in keys
                 fragments = self._stored.setdefault(fragment.name, {}).setdefault(fragment.part, [])
                 fragments.append(Stored(fragment, number, entry["step"]))
                 self.shapes[fragment.name] = fragment.shape
@@ -140,7 +146,7 @@ class FragmentReader:
         return steps.pop()
 
     def read(self, name: str, state: str = "weight") -> torch.Tensor:
-        """A complete parameter, or one of its moments: fp32, in its shape."""
+        """A complete parameter, one of its moments, or its average (EMA): fp32, in its shape."""
         shape = self.shapes[name]
         parameter = torch.empty(shape)
         for part in self._stored[name]:

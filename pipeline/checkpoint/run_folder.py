@@ -98,6 +98,7 @@ class RunFolder:
         earlier.setdefault("data", {}).setdefault("reflect_crop", 0)  # runs from before this key did not crop
         earlier.setdefault("deterministic", False)  # nor were they asked to be deterministic
         earlier.setdefault("parallel", {}).setdefault("communication", "fp32")  # bf16 was not offered
+        earlier.setdefault("ema", {}).setdefault("decay", 0.0)  # nor was an average of the weights
         return earlier
 
     def finished_steps(self) -> int:

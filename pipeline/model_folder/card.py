@@ -135,14 +135,16 @@ def _training(record: TrainingRecord) -> str:
         return ""
     checkpoint, settings, starts, rows = record.checkpoint, record.settings, record.run.get("starts", []), record.rows
     packages = starts[-1]["packages"] if starts else {}
-    of_run = " of the run, not of the averaged weights" if record.averaged_steps else ""
+    averaged = averaged_text(record.averaged_steps, record.weights)
+    of_run, is_ema = " of the run, not of the averaged weights" if averaged else "", record.weights == "ema"
     lines = {
         "Data": record.source,
         "Shard set": _short(checkpoint.get("shards_digest")),
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
         "Steps": f"{record.step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else ""),
-        "Weights": averaged_text(record.averaged_steps),
+        "Weights": averaged,
+        "EMA decay": _chosen(settings, "ema", "decay") if is_ema else None,
         "Images seen": f"{checkpoint['images']:,}",
         "Batch": _chosen(settings, "batch", "global_size"),
         "Optimizer": _optimizer(settings),
@@ -151,6 +153,7 @@ def _training(record: TrainingRecord) -> str:
         "Precision": settings.get("precision"),
         f"Last training loss{of_run}": _last(rows, "loss"),
         f"Last validation loss{of_run}": _last(rows, "valid_loss"),
+        "Last validation loss of the averaged weights": _last(rows, "valid_loss_ema") if is_ema else None,
         "Training time (steps only)": _duration(rows),
         "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
         "Layout": _layout(settings),

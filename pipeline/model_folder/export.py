@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from data_prep.palette.codec import load_palette, palette_sha256
 from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, committed, open_checkpoint, step_folder, step_of
+from pipeline.checkpoint.fragments import EMA
 from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, lines_until
 from pipeline.checkpoint.probe import HeldOutImages, probe_batch
 from pipeline.checkpoint.run_files import run_of
@@ -31,6 +32,8 @@ from pipeline.model_folder.training_record import CHECKPOINT_FILE, TRAINING_FOLD
 
 logger = logging.getLogger(__name__)
 
+Kind = Literal["raw", "ema"]
+"""Which weights of a checkpoint: those that were trained, or their exponential moving average."""
 CHECKPOINT_FACTS = ("step", "images", "palette_sha256", "shards_digest", "precision")
 """What a model folder records of its checkpoint; none of it depends on the number of ranks."""
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 5e-2}
@@ -71,10 +74,11 @@ def find_checkpoints(source: Path, steps: Sequence[int]) -> list[Checkpoint]:
     return [find_checkpoint(source, step, "--average") for step in sorted(steps)]
 
 
-def export(checkpoint: Checkpoint, folder: Path, earlier: Sequence[Checkpoint] = ()) -> None:
+def export(checkpoint: Checkpoint, folder: Path, earlier: Sequence[Checkpoint] = (), kind: Kind = "raw") -> None:
     """Writes the model folder atomically, after checks of the logits and, if the shard set is available, the probe.
 
-    earlier: checkpoints of the same run; with them the model has the mean of all weights.
+    earlier: checkpoints of the same run; with them the model has the mean of all raw weights. Raises ValueError if the
+    checkpoint has no weights of this kind.
     """
     run = run_of(checkpoint.folder)
     record = checkpoint.record
@@ -84,30 +88,35 @@ def export(checkpoint: Checkpoint, folder: Path, earlier: Sequence[Checkpoint] =
             f"{run / PALETTE_FILE} has the palette {palette_sha256(palette)[:12]}, but {checkpoint.folder} was trained "
             f"with {record.palette_sha256[:12]}; restore the run's palette."
         )
-    weights = AveragedWeights([*earlier, checkpoint]) if earlier else CheckpointWeights(checkpoint)
+    weights = AveragedWeights([*earlier, checkpoint]) if earlier else CheckpointWeights(checkpoint, kind)
     model = fetching_model(weights.config, weights)
     if is_masked(model.config):
         model.config.mask_probability = _run_config(run)["objective"]["mask_probability"]
     loss = _recomputed_probe_loss(model, record, run)
     if loss is not None:
-        _check_probe_loss(loss, [*earlier, checkpoint])
+        _check_probe_loss(loss, [*earlier, checkpoint], kind)
     save_model_folder(
         model,
         model.config,
         palette,
         folder,
         weights=weights,
-        add_files=lambda temporary: _add_record(temporary, [*earlier, checkpoint], folder.resolve().name),
+        add_files=lambda temporary: _add_record(temporary, [*earlier, checkpoint], kind, folder.resolve().name),
     )
 
 
 class CheckpointWeights(Mapping[str, torch.Tensor]):
     """A checkpoint's fp32 weights by name, each assembled from its fragments on access."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError if its parameters do not match its configuration."""
+    def __init__(self, checkpoint: Checkpoint, kind: Kind = "raw") -> None:
+        """Raises ValueError if its parameters do not match its configuration, or if it has no weights of this kind."""
         self.config = GPT2Config.from_dict(checkpoint.record.model)
-        self._reader = checkpoint.reader(mapped=False)
+        self._reader, self._state = checkpoint.reader(mapped=False), EMA if kind == "ema" else "weight"
+        if kind == "ema" and not self._reader.has_average:
+            raise ValueError(
+                f"--weights is ema, but {checkpoint.folder} has no average of the weights, because its run had "
+                f"ema.decay 0; omit --weights, or choose a checkpoint that was saved with ema.decay above 0."
+            )
         with torch.device("meta"):
             self._names = dict(build_model(self.config).named_parameters())
         for name, parameter in self._names.items():
@@ -117,7 +126,7 @@ class CheckpointWeights(Mapping[str, torch.Tensor]):
                 )
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._reader.read(name)
+        return self._reader.read(name, self._state)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -166,12 +175,20 @@ def _recomputed_probe_loss(model: GPT2LMHeadModel, record: CheckpointRecord, run
     return _probe_loss(model, shards, run, record.probe_tokens)
 
 
-def _check_probe_loss(loss: float, checkpoints: Sequence[Checkpoint]) -> None:
-    """Compares the loss of the exported weights with the stored one; an average's is logged beside all stored ones."""
+def _check_probe_loss(loss: float, checkpoints: Sequence[Checkpoint], kind: Kind) -> None:
+    """Compares the loss of raw weights with the stored one; an average's is logged beside all stored ones.
+
+    Checkpoints store the loss of the raw weights only.
+    """
     record, run = checkpoints[-1].record, run_of(checkpoints[-1].folder)
     if len(checkpoints) > 1:
         each = ", ".join(f"{one.record.probe_loss:.5f} at step {one.record.step:,}" for one in checkpoints)
         logger.info(f"loss of the probe batch, nats per token: {each}; {loss:.5f} with the average of their weights")
+    elif kind == "ema":
+        logger.info(
+            f"loss of the probe batch at step {record.step:,}, nats per token: {record.probe_loss:.5f} with the raw "
+            f"weights, {loss:.5f} with their moving average"
+        )
     elif not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:
         raise ValueError(
             f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
@@ -195,7 +212,7 @@ def _run_config(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / CONFIG_FILE).read_text())
 
 
-def _add_record(temporary: Path, checkpoints: Sequence[Checkpoint], name: str) -> None:
+def _add_record(temporary: Path, checkpoints: Sequence[Checkpoint], kind: Kind, name: str) -> None:
     """Adds the training record: the run's record, configuration, metrics and events, and the card of `name`."""
     checkpoint = checkpoints[-1]
     run = run_of(checkpoint.folder)
@@ -209,5 +226,7 @@ def _add_record(temporary: Path, checkpoints: Sequence[Checkpoint], name: str) -
     facts = {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS}
     if len(checkpoints) > 1:
         facts["averaged_steps"] = [one.record.step for one in checkpoints]
+    if kind == "ema":
+        facts["weights"] = kind
     write_json(training / CHECKPOINT_FILE, facts)
     write_card(temporary, name)

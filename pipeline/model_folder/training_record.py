@@ -42,6 +42,11 @@ class TrainingRecord:
         return self.checkpoint.get("averaged_steps", [])
 
     @property
+    def weights(self) -> str:
+        """Which weights of the checkpoint: raw, or ema for their exponential moving average."""
+        return self.checkpoint.get("weights", "raw")
+
+    @property
     def planned_steps(self) -> int | None:
         """schedule.steps."""
         return (self.settings.get("schedule") or {}).get("steps")
@@ -64,8 +69,10 @@ def read_training_record(folder: Path) -> TrainingRecord:
     )
 
 
-def averaged_text(steps: Sequence[int]) -> str | None:
-    """What averaged weights are; None if no steps were averaged."""
+def averaged_text(steps: Sequence[int], weights: str) -> str | None:
+    """What averaged weights are; None if neither steps were averaged nor the weights are a moving average."""
+    if weights == "ema":
+        return "the exponential moving average of the trained weights (EMA)"
     return f"the mean of those at steps {', '.join(f'{step:,}' for step in steps)}" if steps else None
 
 

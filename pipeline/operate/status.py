@@ -250,7 +250,8 @@ def _describe_metrics(now: RunStatus, running: bool) -> dict[str, str]:
     lines = {"loss": f"{_nats(now.row['loss'])}, {speed:,.1f} images/s"}
     valid = read_last_row(metrics, "valid_loss")
     if valid is not None:
-        lines["valid"] = f"{_nats(valid['valid_loss'])} at step {valid['step']:,}"
+        average = f" ({_nats(valid['valid_loss_ema'])} with averaged weights)" if "valid_loss_ema" in valid else ""
+        lines["valid"] = f"{_nats(valid['valid_loss'])}{average} at step {valid['step']:,}"
     written = metrics.stat().st_mtime
     lines["written"] = f"{time.strftime(TIME, time.localtime(written))}, {_ago(time.time() - written)} ago"
     images = _images_left(now)

@@ -160,7 +160,7 @@ def _model_facts(
     flops, peak = images * model.n_positions * per_token, cluster.accelerator.bf16_flops
     tokens = config.batch.global_size * model.n_positions
     hours = chosen.seconds * images / config.batch.global_size / 3600
-    size = parameters * costs.STATE_BYTES
+    size = parameters * costs.state_bytes(config.ema.decay)
     own, pinned = size / cluster.ranks, not cluster.on_cpu
     kept = snapshot_bytes(config, model, cluster.ranks, pinned)
     epochs = f", {images / train_images:.1f} epochs of {train_images:,}" if train_images else ""

@@ -68,6 +68,8 @@ def _of_stage(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool, 
     kind = "cpu" if on_cpu else "accelerator"
     always, backward, update = _state(config, held, parallel.data_ranks(ranks), on_cpu)
     always["libraries"] = FIXED_BYTES[kind]
+    if config.ema.decay and (on_cpu or parallel.offload == "none"):
+        always["averaged weights"] = 4 * held / (parallel.data_ranks(ranks) if parallel.zero_stage else 1)
     saved = saved_bytes(config, model, on_cpu)
     micro_batches = config.batch.accumulation_steps(parallel.data_ranks(ranks))
     in_flight = min(parallel.pipeline_stages - stage, micro_batches)

@@ -5,7 +5,7 @@ method. tests/pipeline/plan/test_passes.py counts the bytes of real engines. Two
 computes with (all of its stage, also under ZeRO), and those whose optimizer state it owns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config import TrainConfig
 
@@ -21,6 +21,8 @@ FIND_NON_FINITE = 2 * READ
 """Minimum and maximum (has_inf_or_nan of runtime/utils)."""
 ADAM = 7 * 4
 """torch's fused AdamW: reads gradient, weight and two moments, writes all but the gradient."""
+AVERAGE = 3 * 4
+"""The moving average of the weights: reads it and the weight, writes it."""
 SCALED = 4
 """The gradient, which the fused AdamW writes too if it clips it."""
 
@@ -80,6 +82,15 @@ def _without_zero(fp32: bool) -> Passes:
 
 def passes_of(config: TrainConfig) -> Passes:
     """The passes of a run's layout; those of several ranks, and a gradient that is clipped."""
+    passes = _of_layout(config)
+    if not config.ema.decay:
+        return passes
+    if config.parallel.zero_stage == 0:
+        return replace(passes, step=passes.step + AVERAGE)
+    return replace(passes, owned=passes.owned + AVERAGE)
+
+
+def _of_layout(config: TrainConfig) -> Passes:
     stage, fp32 = config.parallel.zero_stage, config.precision == "fp32"
     bf16_messages = config.parallel.communication == "bf16"
     if stage == 0:

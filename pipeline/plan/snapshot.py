@@ -1,4 +1,4 @@
-"""The host memory that a rank keeps for its snapshots, the copies of its fragments of weights and moments."""
+"""The host memory that a rank keeps for its snapshots, the copies of its fragments of weights, moments and average."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import GPT2Config
 
 STATES = 3
-"""The fp32 weight and two moments of each fragment, a tensor each."""
+"""The fp32 weight and two moments of each fragment, a tensor each; the weight's moving average is one more."""
 
 
 def snapshot_bytes(config: TrainConfig, model: GPT2Config, ranks: int, pinned: bool) -> float:
@@ -26,7 +26,8 @@ def snapshot_bytes(config: TrainConfig, model: GPT2Config, ranks: int, pinned: b
     matrices, others = _sizes(model, parallel.tensor_parallel)
     cut = _cut_each if parallel.zero_stage in (0, 3) else _cut_together
     lengths = [*cut(matrices, parts), *cut(others, parts)]
-    return sum(STATES * (_power_of_two(4 * length) if pinned else 4 * length) for length in lengths) / parts
+    states = STATES + (1 if config.ema.decay else 0)
+    return sum(states * (_power_of_two(4 * length) if pinned else 4 * length) for length in lengths) / parts
 
 
 def _sizes(model: GPT2Config, tensor: int) -> tuple[list[int], list[int]]:

@@ -19,9 +19,14 @@ def has_losses(rows: list[Row]) -> bool:
     return bool(_with(rows, "loss"))
 
 
-def valid_loss_at(rows: list[Row], step: int | None) -> float | None:
+VALID_LOSSES = {"raw": "valid_loss", "ema": "valid_loss_ema"}
+"""Keys of the validation loss of the weights, and of their moving average."""
+
+
+def valid_loss_at(rows: list[Row], step: int | None, weights: str = "raw") -> float | None:
     """The validation loss that the run logged at a step, nats per token; None if there is none or it is NaN or Inf."""
-    found = [row["valid_loss"] for row in _with(rows, "valid_loss") if row["step"] == step]
+    key = VALID_LOSSES[weights]
+    found = [row[key] for row in _with(rows, key) if row["step"] == step]
     return found[-1] if found else None
 
 
@@ -32,16 +37,16 @@ def _with(rows: list[Row], key: str) -> list[Row]:
 
 def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, path: Path) -> None:
     """Draws the losses in metrics.jsonl over the images seen; density: its result, if measured, for the baselines."""
-    validation = _with(rows, "valid_loss")
     images, low, mean, high = summarized(rows)
     figure, axes = new_figure()
     axes.fill_between(images, low, high, color=ACCENT, alpha=0.18, linewidth=0)
     axes.plot(images, mean, color=ACCENT, linewidth=1.6, label="training")
-    if validation:
-        axes.plot(
-            [row["images"] for row in validation], [row["valid_loss"] for row in validation],
-            "o-", color="#111111", markersize=4, linewidth=1, label="validation",
-        )  # fmt: skip
+    for key, style, label in (("valid_loss", "o-", "validation"), ("valid_loss_ema", "s--", "validation, EMA")):
+        if validation := _with(rows, key):
+            axes.plot(
+                [row["images"] for row in validation], [row[key] for row in validation],
+                style, color="#111111", markersize=4, linewidth=1, label=label,
+            )  # fmt: skip
     compared = density if density and not density.get("masked") else None  # a masked model sees other pixels
     label_line(axes, compared["uniform_nats_per_color"] if compared else math.log(colors), "uniform", BASELINES[1])
     if compared:
@@ -56,7 +61,7 @@ def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, pat
 
 def describe_curve(rows: list[Row], density: dict[str, Any] | None) -> tuple[str, str]:
     """The alternative text and the caption of the figure."""
-    losses, validation = _with(rows, "loss"), _with(rows, "valid_loss")
+    losses, validation, averaged = (_with(rows, key) for key in ("loss", "valid_loss", "valid_loss_ema"))
     alternative = (
         f"Line chart of the loss over the images seen: from {losses[0]['loss']:.3f} to {losses[-1]['loss']:.3f} nats "
         f"per color in training after {losses[-1]['images']:,} images"
@@ -65,6 +70,9 @@ def describe_curve(rows: list[Row], density: dict[str, Any] | None) -> tuple[str
     if validation:
         alternative += f", {validation[-1]['valid_loss']:.3f} on the validation split"
         caption += " and on the validation split"
+    if averaged:
+        alternative += f" ({averaged[-1]['valid_loss_ema']:.3f} with the moving average of the weights)"
+        caption += ", there also with the moving average of the weights (EMA)"
     lines = (
         f"Below a dashed line the model is better than this baseline, as measured on {density['split']}."
         if density and not density.get("masked")

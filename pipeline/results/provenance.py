@@ -40,6 +40,8 @@ class ModelFacts:
     training_commands: tuple[str, ...]
     averaged_steps: tuple[int, ...] = ()
     """The steps whose weights were averaged, if they were."""
+    weights: str = "raw"
+    """ema if the weights are the moving average of the run's."""
 
 
 def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
@@ -65,6 +67,7 @@ def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
         metrics=record.metrics,
         training_commands=tuple(dict.fromkeys(" ".join(start["command"]) for start in record.run.get("starts", []))),
         averaged_steps=tuple(record.averaged_steps),
+        weights=record.weights,
     )
 
 
@@ -73,4 +76,4 @@ def untrained(facts: ModelFacts, seed: int) -> ModelFacts:
     digest = json_digest([facts.digest, "initial weights", seed])
     return replace(facts, digest=digest, checkpoint_step=None, planned_steps=None, images_seen=None,
                    source=INITIAL_WEIGHTS, started_from=None, metrics=None, training_commands=(),
-                   averaged_steps=())  # fmt: skip
+                   averaged_steps=(), weights="raw")  # fmt: skip

@@ -4,8 +4,9 @@
     model           digest, block, objective, parameters, layers, width, heads, resolution, palette_sha256,
                     checkpoint_step, planned_steps (of its schedule), images_seen, source (its training data),
                     shards_digest (of its training set), started_from (the model whose weights its training started
-                    from) (2), averaged_steps (whose weights were averaged; [] if none) (2), valid_loss (logged by the
-                    run at that step, nats per token; null for averaged weights); null where unknown
+                    from) (2), averaged_steps (whose weights were averaged; [] if none) (2), weights (raw, or ema: the
+                    run's moving average) (2), valid_loss (of these weights, logged by the run at that step, nats per
+                    token; null for the average of steps); null where unknown
     dataset         name, digest, resolution, colors, classes, images (by split), images_in_train (images of valid and
                     test whose tokens a training image has too; a split is absent if not counted) (2)
     not_run         names of the tasks that the last command to write this file had not run yet
@@ -74,10 +75,11 @@ def write_results(
     """Writes results.json into the folder."""
     rows = list(read_rows(facts.metrics)) if facts.metrics else []
     model = {key: value for key, value in asdict(facts).items() if key not in ("metrics", "training_commands")}
+    valid_loss = None if facts.averaged_steps else valid_loss_at(rows, facts.checkpoint_step, facts.weights)
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "model": model | {"valid_loss": None if facts.averaged_steps else valid_loss_at(rows, facts.checkpoint_step)},
+        "model": model | {"valid_loss": valid_loss},
         "dataset": dataset_of(shards),
         "not_run": list(not_run),
         "tasks": measured.tasks,

@@ -14,7 +14,7 @@ from data_prep.common.exit_codes import Failed
 from pipeline.checkpoint import format as checkpoints
 from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
-from pipeline.checkpoint.fragments import Tensors
+from pipeline.checkpoint.fragments import EMA, Tensors
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE
 from pipeline.checkpoint.probe import PROBE_TOKENS
 from pipeline.checkpoint.run_files import committed, step_folder, step_of
@@ -268,7 +268,21 @@ class CheckpointManager:
                 f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the loss of the "
                 f"probe batch is {losses[0]:.7f} (when saved: {record.probe_loss:.7f})"
             )
+            self._log_average(checkpoint)
         return Progress(record.step, record.images)
+
+    def _log_average(self, checkpoint: Checkpoint) -> None:
+        """Logs if an average of the weights starts here, or is dropped, because ema.decay has changed."""
+        saved, decay = EMA in checkpoint.record.fingerprints, self.config.ema.decay
+        if decay and not saved:
+            logger.warning(
+                f"{checkpoint.folder} has no average of the weights (ema): it starts from the weights of step "
+                f"{checkpoint.record.step}"
+            )
+        if saved and not decay:
+            logger.warning(
+                f"the average of the weights (ema) in {checkpoint.folder} is dropped, because ema.decay is 0"
+            )
 
     def _check_checksums(self, checkpoint: Checkpoint, engine: Engine) -> None:
         """Compares the checksums of the engine's state with the stored ones. Raises ValueError on every rank."""
@@ -277,6 +291,8 @@ class CheckpointManager:
             return
         self._tensors, index = engine.snapshot(self._tensors)
         found = add_up(gather(checksums(self._tensors, index)))
+        if not self.config.ema.decay:
+            stored = {state: value for state, value in stored.items() if state != EMA}  # an average that is dropped
         differing = ", ".join(state for state in stored if found.get(state) != stored[state])
         if differing:
             raise reported_on_all_ranks(

@@ -29,7 +29,7 @@ from pipeline.distributed import (
 )
 from pipeline.model.image_grid import completion_grid
 from pipeline.model.masks import Batch
-from pipeline.rank_errors import is_on_all_ranks, reported_once_per_node
+from pipeline.rank_errors import is_on_all_ranks, reported_on_all_ranks, reported_once_per_node
 from pipeline.schedule import learning_rate_at
 from pipeline.train.checkpointing import CheckpointManager, Progress, newest_complete, resume_at
 from pipeline.train.data.verify import verify_shards
@@ -346,12 +346,17 @@ class Trainer:
     def check_for_stop(self) -> None:
         """Raises StopRequested on all ranks if one was asked to stop; all ranks call it."""
         if all_reduce_max([self.stop.pending()])[0]:
-            raise StopRequested
+            raise reported_on_all_ranks(StopRequested())
 
     def validate(self) -> None:
-        """Computes the validation loss."""
-        loss = validation_loss(self.engine, self.inputs.held_out, self.config, self.ranks, self.check_for_stop)
-        self.telemetry.validation({"step": self.progress.step, "images": self.progress.images, "valid_loss": loss})
+        """Computes the validation loss of the weights, and that of their average if there is one."""
+        loss = partial(validation_loss, self.engine, self.inputs.held_out, self.config, self.ranks, self.check_for_stop)
+        row = {"step": self.progress.step, "images": self.progress.images, "valid_loss": loss()}
+        if self.config.ema.decay:
+            self.watchdog.enter("validation", self.progress.step)
+            with self.engine.averaged():
+                row["valid_loss_ema"] = loss()
+        self.telemetry.validation(row)
 
     def draw_samples(self) -> None:
         """Completes half images of the valid split."""

@@ -106,7 +106,8 @@ def _needed_bytes(config: TrainConfig, run: Path) -> float:
     from pipeline import costs
     from pipeline.model.gpt_config import gpt2_config
 
-    one = costs.STATE_BYTES * costs.parameter_count(gpt2_config(config.model, objective=config.objective.kind))
+    parameters = costs.parameter_count(gpt2_config(config.model, objective=config.objective.kind))
+    one = costs.state_bytes(config.ema.decay) * parameters
     existing = len(list((run / "checkpoints").glob("step-*[0-9]")))
     return float(one * max(1, config.checkpoint.keep_last + 1 - existing))
 

@@ -105,7 +105,7 @@ def _training_images(facts: ModelFacts, shards: ShardSet, tasks: Results) -> str
 
 def _header(facts: ModelFacts, shards: ShardSet, tasks: Results) -> dict[str, str]:
     planned = "" if facts.checkpoint_step is None or facts.planned_steps is None else f" of {facts.planned_steps:,}"
-    averaged = {"Weights": steps} if (steps := averaged_text(facts.averaged_steps)) else {}
+    averaged = {"Weights": steps} if (steps := averaged_text(facts.averaged_steps, facts.weights)) else {}
     return {
         "Parameters": f"{facts.parameters:,}",
         "Layers × width × heads": f"{facts.layers} × {facts.width} × {facts.heads}",

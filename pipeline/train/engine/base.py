@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ class Engine(ABC):
 
     @abstractmethod
     def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
-        """This rank's fragments of fp32 weights and moments, copied to the host, and their index.
+        """This rank's fragments of fp32 weights, moments and average, copied to the host, and their index.
 
         earlier: tensors of an earlier snapshot, to be overwritten.
         """
@@ -110,7 +111,16 @@ class Engine(ABC):
     def restore(self, reader: FragmentReader, steps: int) -> None:
         """Restores weights, moments and step count from a checkpoint of any topology.
 
-        Raises ValueError on every rank if the checkpoint's parameters are not the model's.
+        With ema.decay, the average too; it starts from the weights if the checkpoint has none. Raises ValueError on
+        every rank if the checkpoint's parameters are not the model's.
+        """
+
+    @abstractmethod
+    def averaged(self) -> AbstractContextManager[None]:
+        """In this context, forward passes use the moving average of the weights; needs ema.decay.
+
+        Every rank enters it. Afterwards the weights are as before, bit for bit, unless an error ended it that not
+        every rank raised.
         """
 
     @abstractmethod

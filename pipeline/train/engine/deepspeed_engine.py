@@ -3,7 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from math import nan
 from typing import Any
@@ -19,8 +19,9 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
 from pipeline.model.masks import Batch
+from pipeline.rank_errors import is_on_all_ranks
+from pipeline.train.engine import average, offload, snapshot
 from pipeline.train.engine import deepspeed_internals as internals
-from pipeline.train.engine import offload, snapshot
 from pipeline.train.engine.base import NOT_FINITE, Accept, Engine, StepDecision, StepResult, accept_finite
 from pipeline.train.engine.compilation import RecompileWatch, is_on
 from pipeline.train.engine.deepspeed_config import clips_in_update, new_optimizer
@@ -52,7 +53,7 @@ class DeepSpeedEngine(Engine):
         """Initializes DeepSpeed with the module and an optimizer of the named parameters."""
         optimizer = new_optimizer(self._config, parameters)
         clip_norm = self._config.optimizer.clip_norm if clips_in_update(self._config) else 0.0
-        self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm, clip_norm)
+        self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm, clip_norm, self._config.ema.decay)
         internals.import_muon_uncompiled()
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory tables and layers
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -89,6 +90,23 @@ class DeepSpeedEngine(Engine):
         snapshot.restore(self._engine.optimizer, self._model, self._coordinates, reader)
         internals.set_progress(self._engine, steps, self._config.batch.images_after(steps))
 
+    def _start_average(self) -> None:
+        """Starts the average of the weights, if there is one; called at the end of the construction."""
+        if self._config.ema.decay:
+            average.start(self._engine.optimizer, self._model, self._coordinates)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        state = (self._engine.optimizer, self._model, self._coordinates)
+        average.exchange(*state)
+        try:
+            yield
+        except Exception as error:
+            if is_on_all_ranks(error):  # after an error of one rank, the others would wait for it
+                average.exchange(*state)
+            raise
+        average.exchange(*state)
+
     def forward_seconds(self) -> float:
         return self._timer.read()
 
@@ -119,14 +137,21 @@ class ConditionalStep:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, observe: Callable[[], tuple[float, float]], clip_norm: float = 0.0
+        self,
+        optimizer: torch.optim.Optimizer,
+        observe: Callable[[], tuple[float, float]],
+        clip_norm: float = 0.0,
+        decay: float = 0.0,
     ) -> None:
         """observe: returns the loss and gradient norm of the step, once all gradients are computed.
 
         clip_norm: the norm to which the fused update itself clips, without another pass over the gradients; 0: it
         doesn't clip, because DeepSpeed has clipped the gradients, or because nothing is clipped.
+
+        decay: of the average of the weights, which follows each update; 0: there is no average.
         """
         self._optimizer, self._observe, self._update, self._clip_norm = optimizer, observe, optimizer.step, clip_norm
+        self._decay = decay
         self._accept: Accept | None = None
         self._decision: StepDecision | None = None
         self._seen = (nan, nan)
@@ -153,6 +178,8 @@ class ConditionalStep:
             self._clip(self._seen[1])
         if self._decision is None or self._decision.apply:
             self._update()
+            if self._decay and self._decision is not None:
+                average.update(self._optimizer, self._decay)
 
     def _clip(self, norm: float) -> None:
         """Makes the fused update divide gradients by the excess of their norm, with DeepSpeed's epsilon."""

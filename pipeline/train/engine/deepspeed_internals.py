@@ -300,8 +300,8 @@ def step_count(optimizer: Any, step: float, device: torch.device) -> Any:
 def refresh_low_precision(optimizer: Any) -> None:
     """Recomputes the weights of the forward pass from the fp32 weights."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        # A forward pass without a backward pass leaves weights gathered, which would stay as they are.
+        optimizer.parameter_offload.partition_all_parameters()
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             with _in_memory(optimizer, number):
                 optimizer._reassign_or_swap_out_partitioned_parameters(number)

@@ -91,6 +91,7 @@ class PipelineEngine(DeepSpeedEngine):
         self.data_rank = self._engine.grid.get_data_parallel_id()
         self.work = f"stage {self._engine.stage_id}"
         self._coordinates = internals.RankCoordinates(self.data_rank, self.data_ranks, parts={})
+        self._start_average()
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         return self._evaluate(batch, self._image_nats, ()).double().cpu().numpy()

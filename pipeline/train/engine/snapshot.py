@@ -1,4 +1,4 @@
-"""Copies a rank's weights and moments to the host, and restores them from a checkpoint of any topology."""
+"""Copies a rank's weights, moments and average to the host, and restores them from a checkpoint of any topology."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoint.fragments import STATES, FragmentReader, Tensors
+from pipeline.checkpoint.fragments import EMA, STATES, FragmentReader, Tensors
 from pipeline.distributed import raise_on_all_ranks
+from pipeline.train.engine import average
 from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine.deepspeed_internals import RankCoordinates
 
@@ -27,7 +28,7 @@ def snapshot(
         for fragment in partition.fragments:
             if fragment.part is None and not coordinates.writes_replicated:
                 continue
-            for state in STATES:
+            for state in (*STATES, EMA) if EMA in partition.state else STATES:
                 flat = partition.flat(state).detach()
                 cut = flat.narrow(0, fragment.offset, fragment.length)
                 key = fragment.key(state)
@@ -55,6 +56,7 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 def restore(optimizer: Any, model: nn.Module, coordinates: RankCoordinates, reader: FragmentReader) -> None:
     """Fills a rank's weights and moments from a checkpoint of any topology; arguments as for `partitions_of`.
 
+    The average of the weights, if the engine has one, is the checkpoint's, or starts from the weights if that has none.
     Raises ValueError if the checkpoint's parameters are not the model's.
     """
     names = {name for name, _ in model.named_parameters()}
@@ -71,4 +73,6 @@ def restore(optimizer: Any, model: nn.Module, coordinates: RankCoordinates, read
                 flat = partition.flat(state)
                 for fragment in partition.fragments:
                     reader.fill(flat.narrow(0, fragment.offset, fragment.length), fragment, state)
+            if EMA in partition.state:
+                average.fill(partition, reader)
     internals.refresh_low_precision(optimizer)

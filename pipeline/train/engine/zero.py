@@ -49,6 +49,7 @@ class ZeroEngine(DeepSpeedEngine):
         self._model = self._engine.module
         self._loss = torch.zeros(1, device=ranks.device)
         self._own_norm: torch.Tensor | None = None
+        self._start_average()
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         self._engine.eval()

@@ -64,6 +64,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
     parameters = costs.parameter_count(model_config)
     images = batch.images_after(schedule.steps)
     total_flops = images * throughput.tokens_per_image * throughput.flops_per_token
+    state = "weights, moments and average" if config.ema.decay else "weights and moments"
     lines = {
         "model": f"{parameters:,} parameters: {model_config.n_layer} layers, width {model_config.n_embd}, "
         f"{model_config.n_head} heads, block {model_config.block}, {config.precision}",
@@ -80,13 +81,18 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
         "MFU": f"(6 x matmul parameters + 12 x layers x tokens x width) FLOP a token, full attention, over "
         f"{throughput.peak_flops / 1e12:.3g} TFLOP/s of {ranks.count} ranks ({throughput.peak_source})",
         "memory": f"ZeRO stage {parallel.zero_stage} over {data_ranks} data-parallel ranks on {ranks.device.type}; "
-        f"weights and moments {parameters * costs.STATE_BYTES / 1e9:.3g} GB in total, the size of a checkpoint",
+        f"{state} {parameters * costs.state_bytes(config.ema.decay) / 1e9:.3g} GB in total, the size of a checkpoint",
         "health": f"the run ends after {config.health.max_skipped} skipped steps in a row, or "
         f"{config.health.hang_minutes:g} minutes without progress; loss spikes beyond "
         f"{config.health.spike_sigmas:g} sigma are {'skipped' if config.health.skip_spikes else 'applied and logged'}",
         "compile": compilation.describe(config, ranks.device),
         "threads": f"{torch.get_num_threads()} per rank, on {len(os.sched_getaffinity(0))} CPUs",
     }
+    if config.ema.decay:
+        lines["average"] = (
+            f"exponential moving average of the weights, decay {config.ema.decay:g}: over about the last "
+            f"{1 / (1 - config.ema.decay):,.0f} steps, 4 bytes a parameter over the data-parallel ranks"
+        )
     if config.precision == "fp8":
         lines["float8"] = float8.describe(config, ranks.device)
     if parallel.pipeline_stages > 1:

@@ -91,11 +91,15 @@ class Telemetry:
 
     @_on_first_rank
     def validation(self, row: dict[str, Any]) -> None:
-        """Records a validation; row: step, images and valid_loss."""
+        """Records a validation; row: step, images, valid_loss, and valid_loss_ema if the weights are averaged."""
         self._write(row)
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
+        average = ""
+        if "valid_loss_ema" in row:
+            self._board.add_scalar("valid/loss_ema", row["valid_loss_ema"], row["step"])
+            average = f", {row['valid_loss_ema']:.4f} with the average of the weights"
         logger.info(
-            f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token (a uniform guess: "
+            f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token{average} (a uniform guess: "
             f"{self._console.uniform_loss:.4f})"
         )
 
