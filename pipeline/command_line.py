@@ -1,5 +1,6 @@
 """Parses the options of `train`, and of commands that take the same options."""
 
+import json
 from pathlib import Path
 
 import yaml
@@ -40,18 +41,36 @@ def parse_run(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     own = Path(value_of("--run", arguments) or ".") / "config.yaml"
     if value_of("--config", arguments) is None and own.is_file():
         arguments = ["--config", str(own), *arguments]
-        if value_of("--data.shards", arguments) is None and value_of("--data", arguments) is None:
+        if not any(value_of(key, arguments) for key in ("--data.shards", "--data.mixture", "--data")):
             arguments += _recorded_shards(own)
-    return parse(parser, arguments)
+    return parse(parser, with_one_kind_of_data(arguments))
+
+
+def with_one_kind_of_data(arguments: list[str]) -> list[str]:
+    """The arguments, in which data.shards or data.mixture replaces the other one of the --config file."""
+    given = {key for key in ("--data.shards", "--data.mixture") if value_of(key, arguments) is not None}
+    others = {"--data.shards", "--data.mixture"} - given if len(given) == 1 else ()
+    return [*arguments, *(f"{other}=null" for other in others)]
 
 
 def _recorded_shards(own: Path) -> list[str]:
-    """The shard set as run.json has it, if config.yaml names it relative to another working directory."""
+    """The shard sets as run.json has them, if config.yaml names them relative to another working directory."""
     try:
-        shards = yaml.safe_load(own.read_text())["data"]["shards"]
-        recorded = read_json(own.with_name("run.json"))["shards"]["path"]
-        if "://" not in shards and not Path(shards).exists() and Path(recorded).exists():
-            return ["--data.shards", str(recorded)]
+        data, recorded = yaml.safe_load(own.read_text())["data"], read_json(own.with_name("run.json"))["shards"]
+        if data.get("mixture"):
+            wanted, known = data["mixture"], recorded["mixture"]
+            if len(wanted) == len(known):
+                pairs = zip(wanted, known, strict=True)
+                moved = [entry | {"shards": _where(entry["shards"], one["path"])} for entry, one in pairs]
+                return ["--data.mixture", json.dumps(moved)] if moved != wanted else []
+        elif (path := _where(data["shards"], recorded["path"])) != data["shards"]:
+            return ["--data.shards", path]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         pass  # a damaged file has its own message later
     return []
+
+
+def _where(shards: str, recorded: str) -> str:
+    """The path of a shard set, or the recorded one if it is only there."""
+    gone = "://" not in shards and not Path(shards).exists() and Path(recorded).exists()
+    return str(recorded) if gone else shards

@@ -6,12 +6,17 @@ The docstring below a field is its line of --help.
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from data_prep.shards.addresses import hide_secrets
 from pipeline.layout import BatchConfig, ParallelConfig
 from pipeline.schedule import ScheduleConfig
-from pipeline.value_checks import require_minimums, require_positive
+from pipeline.value_checks import require_at_least, require_minimums, require_positive
 
 FLOAT8_MULTIPLE = 16
 """The dimensions of a float8 matrix product must be multiples of this: the widths, and the tokens of a micro-batch."""
+
+
+WEIGHT_PARTS = 1_000_000
+"""The weights of a mixture are rounded to multiples of one part in this many."""
 
 
 class ModelShape(NamedTuple):
@@ -86,12 +91,25 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureEntry:
+    """A shard set of a mixture."""
+
+    shards: str
+    """Folder or URL of the shard set, as data.shards."""
+    weight: float
+    """Share of the images that come from this set, relative to the other weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The training data."""
 
     shards: str | None = None
     """Folder of a shard set (python -m data_prep shards), or its URL: https://host/set, s3://bucket/set,
     hf://datasets/owner/name/set, 'pipe:ssh HOST cat /sets/{}'. From a URL, `train` is streamed."""
+    mixture: list[MixtureEntry] | None = None
+    """Several shard sets instead of `shards`, each with a weight: [{shards: PATH, weight: 0.7}, {shards: PATH, weight:
+    0.3}]; on the command line as JSON. Weights are relative to their sum."""
     flip: bool = False
     """Mirror half of the training images, chosen at random by seed and position in the data order."""
     reflect_crop: int = 0
@@ -100,6 +118,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_minimums("data", self, reflect_crop=0)
+        if self.mixture is None:
+            return
+        if self.shards is not None:
+            raise ValueError(
+                f"data.shards is {hide_secrets(self.shards)} and data.mixture is set too; set one of the two."
+            )
+        if not self.mixture:
+            raise ValueError("data.mixture is an empty list; it must name at least one shard set with its weight.")
+        for number, entry in enumerate(self.mixture):
+            require_positive(f"data.mixture[{number}].weight", entry.weight)
+        least = sum(entry.weight for entry in self.mixture) / WEIGHT_PARTS
+        for number, entry in enumerate(self.mixture):
+            require_at_least(f"data.mixture[{number}].weight", entry.weight, least)
+
+    @property
+    def paths(self) -> list[str]:
+        """Folder or URL of each shard set; empty if none is set."""
+        return [entry.shards for entry in self.mixture or []] or ([self.shards] if self.shards else [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +200,8 @@ class ValidationConfig:
     every_steps: int = 5000
     """Steps between validations; the last step is always validated."""
     images: int = 5120
-    """Images of the `valid` split to evaluate, the same ones each time; all of them if the split is smaller."""
+    """Images of the `valid` split to evaluate, the same ones each time; all of them if the split is smaller. Of a
+    mixture, so many images of each set."""
 
     def __post_init__(self) -> None:
         require_minimums("validation", self, every_steps=1, images=1)
@@ -177,7 +214,7 @@ class SamplesConfig:
     every_steps: int = 50_000
     """Steps between completions; 0 for none. A masked_color model draws none."""
     images: int = 4
-    """Images of the `valid` split to complete, each twice."""
+    """Images of the `valid` split (of each set of a mixture) to complete, each twice."""
 
     def __post_init__(self) -> None:
         require_minimums("samples", self, every_steps=0, images=1)

@@ -30,7 +30,7 @@ class CheckpointRecord:
 
     step: int
     images: int
-    """Images seen: the complete state of the data order."""
+    """Images seen: with `mixture`, the complete state of the data order."""
     topology: dict[str, Any]
     model: dict[str, Any]
     """The GPT2Config as a dict."""
@@ -45,8 +45,13 @@ class CheckpointRecord:
     """Bytes and sha256 of each rank's file."""
     probe_tokens: int | None = None
     """Tokens of the probe batch; None, in older checkpoints, for a complete image."""
+    probe_batch: dict[str, Any] | None = None
+    """Tokens and masked pixels of the probe batch of a mixture, as its sets may change; None for a single set: an image
+    of the set `shards_digest`."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Checksums of all weights and moments, compared after every load; older checkpoints have none."""
+    mixture: list[dict[str, Any]] = field(default_factory=list)
+    """The history of a mixture: its segments, as in train/data/mixture_history.py; a run of one set has none."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,8 @@ def write_rank(
 def commit(folder: Path, record: CheckpointRecord) -> Path:
     """Writes the manifest and renames the folder; from then on the checkpoint is complete. One rank calls it."""
     manifest = folder / MANIFEST
-    content = json.loads(to_json(asdict(record)))
+    # What a run of one set does not have is left out, so that its manifest is that of earlier versions.
+    content = json.loads(to_json({key: value for key, value in asdict(record).items() if value not in (None, [])}))
     manifest.write_text(to_json(content | {"sha256": json_digest(content)}, indent=2) + "\n")
     flush_to_disk(manifest)
     flush_to_disk(folder)

@@ -1,5 +1,7 @@
 """The probe batch: tokens of a held-out image. Every checkpoint stores its loss, and every load compares it."""
 
+from typing import Any
+
 import numpy as np
 
 from data_prep.shards.reader import Split
@@ -23,6 +25,17 @@ class HeldOutImages:
         if self._masks is None:
             return Batch(tokens)
         return Batch(tokens, self._masks.draw("valid", numbers, tokens.shape[1]))
+
+
+def as_json(probe: Batch) -> dict[str, Any]:
+    """A probe batch for checkpoint.json: its tokens, and its masked pixels or None."""
+    return {"tokens": probe.tokens.tolist(), "masked": None if probe.masked is None else probe.masked.tolist()}
+
+
+def from_json(stored: dict[str, Any]) -> Batch:
+    """The batch that `as_json` describes."""
+    masked = stored["masked"]
+    return Batch(np.array(stored["tokens"], np.uint16), None if masked is None else np.array(masked, bool))
 
 
 def probe_batch(held_out: HeldOutImages, tokens: int | None = PROBE_TOKENS) -> Batch:

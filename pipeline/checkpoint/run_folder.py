@@ -17,8 +17,8 @@ import yaml
 
 from data_prep.common.files import atomic_write, read_json, take_lock, write_json
 from data_prep.shards.addresses import hide_secrets
-from data_prep.shards.reader import ShardSet
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
+from pipeline.checkpoint.mixture_record import describe_sets
 from pipeline.checkpoint.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -31,6 +31,7 @@ from pipeline.checkpoint.run_files import (
     step_of,
 )
 from pipeline.config import TrainConfig, changed_keys, to_dict
+from pipeline.training_set import TrainingSets
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._record: dict[str, Any] = {}
 
-    def check(self, config: TrainConfig, shards: ShardSet, resume_from: int | None = None) -> None:
+    def check(self, config: TrainConfig, sets: TrainingSets, resume_from: int | None = None) -> None:
         """Raises ValueError or OSError if this configuration can't start or resume in the folder. Writes nothing.
 
         resume_from: the step of the checkpoint to resume from; None for the newest.
@@ -71,7 +72,7 @@ class RunFolder:
         if (self.path / CONFIG_FILE).exists():
             self._check_fixed_keys(config)
             if (self.path / RECORD_FILE).exists():
-                check_shards(self._read_record()["shards"], shards, self.path / RECORD_FILE)
+                check_shards(self._read_record()["shards"], sets, self.path / RECORD_FILE)
             self._check_saved()
             self._check_step(config, resume_from)
         elif resume_from is not None:
@@ -193,7 +194,7 @@ class RunFolder:
             )
         return record
 
-    def open(self, config: TrainConfig, shards: ShardSet, command: list[str], ranks: int) -> None:
+    def open(self, config: TrainConfig, sets: TrainingSets, command: list[str], ranks: int) -> None:
         """Creates or reopens the folder, and logs the changes of the configuration since the last start.
 
         Raises ValueError if another process trains in it. A SLURM job waits for ranks of an earlier job that still run
@@ -211,7 +212,7 @@ class RunFolder:
         with atomic_write(self.path / CONFIG_FILE) as temporary:
             temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         with atomic_write(self.path / PALETTE_FILE) as temporary, temporary.open("wb") as file:
-            np.save(file, shards.palette)
+            np.save(file, sets.palette)
         start = {
             "time": _now(),
             "command": [hide_secrets(word) for word in command],
@@ -221,12 +222,7 @@ class RunFolder:
             "hardware": hardware(),
             "changes": {key: [_masked(value) for value in pair] for key, pair in changes.items()},
         }
-        self._record["shards"] = {
-            "path": shards.address or str(Path(shards.path).resolve()),
-            "digest": shards.digest,
-            "palette_sha256": shards.palette_sha256,
-            "source": shards.name,
-        }
+        self._record["shards"] = describe_sets(sets)
         self._record["starts"] = [*self._record.get("starts", []), start]
         steps = [step_of(folder) for folder in committed(self.checkpoints)]
         self._record.setdefault("checkpoint", max(steps, default=0))
@@ -324,18 +320,30 @@ def _is_foreign(path: Path) -> bool:
     return not path.name.startswith(".") and path.name not in JOB_FILES
 
 
-def check_shards(recorded: dict[str, str], shards: ShardSet, where: Path) -> None:
-    """Raises ValueError naming both digests if a run or checkpoint was made with another palette or shard set."""
-    if recorded["palette_sha256"] != shards.palette_sha256:
+def check_shards(recorded: dict[str, Any], sets: TrainingSets, where: Path) -> None:
+    """Raises ValueError naming both digests if a run or checkpoint was made with another palette or other shard sets.
+
+    recorded: palette_sha256 and digest of its first set, and a list of such objects as `mixture` if there were several.
+    Sets may come and go, but one must stay: it shows that this is the same run.
+    """
+    if recorded["palette_sha256"] != sets.palette_sha256:
         raise ValueError(
-            f"{shards.path} has the palette {shards.palette_sha256[:12]}, but {where} was made with the palette "
+            f"{sets.first.path} has the palette {sets.palette_sha256[:12]}, but {where} was made with the palette "
             f"{recorded['palette_sha256'][:12]}; the palettes must be the same."
         )
-    if recorded["digest"] != shards.digest:
+    before = [one["digest"] for one in recorded.get("mixture") or [recorded]]
+    if set(before) & set(sets.digests):
+        return
+    made_with = ", ".join(digest[:12] for digest in before)
+    if sets.is_mixture or len(before) > 1:
         raise ValueError(
-            f"{shards.path} is the shard set {shards.digest[:12]}, but {where} was made with "
-            f"{recorded['digest'][:12]}; set data.shards to the set that the run started with, or start a new run."
+            f"{'data.mixture' if sets.is_mixture else sets.first.path} has none of the shard sets {made_with} that "
+            f"{where} was made with; keep at least one of them, or start a new run."
         )
+    raise ValueError(
+        f"{sets.first.path} is the shard set {sets.first.digest[:12]}, but {where} was made with {made_with}; set "
+        f"data.shards to the set that the run started with, or start a new run."
+    )
 
 
 def code_version() -> str:

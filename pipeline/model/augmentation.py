@@ -14,7 +14,7 @@ class Changes:
     corners: np.ndarray
     """int16 (B, 2): row and column of the padded image at which the crop starts."""
 
-    def __getitem__(self, which: slice) -> "Changes":
+    def __getitem__(self, which: slice | np.ndarray) -> "Changes":
         return Changes(self.mirrored[which], self.corners[which])
 
     @classmethod

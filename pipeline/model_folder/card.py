@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import Row
+from pipeline.checkpoint.mixture_record import describe_weights
 from pipeline.model_folder.licenses import check_license
 from pipeline.model_folder.training_record import TrainingRecord, averaged_text, read_training_record, unfinished
 
@@ -53,7 +54,7 @@ def write_card(
     earlier = _earlier_metadata(folder)
     license_id = license_id or earlier.license
     check_license(license_id, f"the license in the model's {CARD}")
-    known = [HUB_DATASETS[record.source]] if record.source in HUB_DATASETS else None
+    known = [HUB_DATASETS[source] for source in record.sources if source in HUB_DATASETS] or None
     metadata = ModelCardData(
         license=license_id,
         library_name=None if masked else "transformers",
@@ -139,7 +140,9 @@ def _training(record: TrainingRecord) -> str:
     of_run, is_ema = " of the run, not of the averaged weights" if averaged else "", record.weights == "ema"
     lines = {
         "Data": record.source,
-        "Shard set": _short(checkpoint.get("shards_digest")),
+        "Shard set": None if record.mixture else _short(checkpoint.get("shards_digest")),
+        "Shard sets": _sets(record),
+        "Shares of the sets": _changes(record),
         "Palette": _short(checkpoint.get("palette_sha256")),
         "Objective": _chosen(settings, "objective", "kind"),
         "Steps": f"{record.step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else ""),
@@ -162,6 +165,17 @@ def _training(record: TrainingRecord) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
     return f"## Training\n\n| | |\n|---|---|\n{table}"
+
+
+def _sets(record: TrainingRecord) -> str | None:
+    """The shard sets of a mixture with their weights and digests."""
+    return "; ".join(f"{s['name']}, weight {s['weight']:g}, {_short(s['digest'])}" for s in record.mixture)
+
+
+def _changes(record: TrainingRecord) -> str | None:
+    """From which image on which shares held, if they changed."""
+    changes = [f"{describe_weights(c['sets'])} from image {c['images']:,} on" for c in record.mixture_changes]
+    return "; ".join(changes) if len(changes) > 1 else None
 
 
 def _short(digest: str | None) -> str | None:

@@ -17,13 +17,13 @@ from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, committed, open_checkpoint, step_folder, step_of
 from pipeline.checkpoint.fragments import EMA
 from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, lines_until
-from pipeline.checkpoint.probe import HeldOutImages, probe_batch
+from pipeline.checkpoint.probe import HeldOutImages, from_json, probe_batch
 from pipeline.checkpoint.run_files import run_of
 from pipeline.checkpoint.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PALETTE_FILE, RECORD_FILE
 from pipeline.config import ObjectiveConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model
-from pipeline.model.masks import Masks
+from pipeline.model.masks import Batch, Masks
 from pipeline.model_folder.card import write_card
 from pipeline.model_folder.convert import is_masked, save_model_folder
 from pipeline.model_folder.lazy_weights import fetching_model
@@ -162,7 +162,11 @@ class AveragedWeights(Mapping[str, torch.Tensor]):
 @torch.no_grad()
 def _recomputed_probe_loss(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) -> float | None:
     """The loss of the probe batch, in nats per token; None, which is logged, if the shard set is not available."""
-    shards_path = read_json(run / RECORD_FILE)["shards"]["path"]
+    if record.probe_batch is not None:
+        return _loss_of(model, from_json(record.probe_batch))
+    recorded = read_json(run / RECORD_FILE)["shards"]
+    paths = {each["digest"]: each["path"] for each in recorded.get("mixture", [])}
+    shards_path = paths.get(record.shards_digest, recorded["path"])
     shown = hide_secrets(shards_path)
     try:
         shards = open_shard_set(shards_path)
@@ -201,11 +205,15 @@ def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path, tokens_read
     config, split = _run_config(run), shards.split("valid")
     objective = ObjectiveConfig(**config["objective"])
     masks = Masks(config["seed"], objective.mask_probability) if objective.kind == "masked_color" else None
-    probe = probe_batch(HeldOutImages(split, masks), tokens_read)
+    return _loss_of(model, probe_batch(HeldOutImages(split, masks), tokens_read))
+
+
+def _loss_of(model: GPT2LMHeadModel, probe: Batch) -> float:
+    """Nats per token of a batch."""
     tokens = torch.from_numpy(probe.tokens.astype(np.int64))
     masked = None if probe.masked is None else torch.from_numpy(probe.masked)
-    inputs, targets = objectives.inputs_and_targets(tokens, masked, shards.colors)
-    return float(objectives.image_loss(model(inputs).logits, targets, shards.colors).mean())
+    inputs, targets = objectives.inputs_and_targets(tokens, masked, model.config.colors)
+    return float(objectives.image_loss(model(inputs).logits, targets, model.config.colors).mean())
 
 
 def _run_config(run: Path) -> dict[str, Any]:
@@ -224,6 +232,8 @@ def _add_record(temporary: Path, checkpoints: Sequence[Checkpoint], kind: Kind, 
         rows.writelines(lines_until(run / METRICS_FILE, checkpoint.record.step))
     copy_events(run / TENSORBOARD_FOLDER, training / TENSORBOARD_FOLDER, checkpoint.record.step)
     facts = {key: getattr(checkpoint.record, key) for key in CHECKPOINT_FACTS}
+    if checkpoint.record.mixture:
+        facts["mixture"] = checkpoint.record.mixture
     if len(checkpoints) > 1:
         facts["averaged_steps"] = [one.record.step for one in checkpoints]
     if kind == "ema":

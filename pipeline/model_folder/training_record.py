@@ -9,6 +9,7 @@ import yaml
 
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_rows
+from pipeline.checkpoint.mixture_record import changes, describe_weights, sets_ever
 
 TRAINING_FOLDER = "training"
 CHECKPOINT_FILE, RUN_FILE, CONFIG_FILE = "checkpoint.json", "run.json", "config.yaml"
@@ -53,8 +54,32 @@ class TrainingRecord:
 
     @property
     def source(self) -> str | None:
-        """The name of the training dataset."""
-        return self.run.get("shards", {}).get("source")
+        """The name of the training dataset; those of a mixture with their shares."""
+        return describe_weights(self.mixture) or self.run.get("shards", {}).get("source")
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the training datasets: one, or those of a mixture."""
+        shards = self.run.get("shards", {})
+        names = {each["digest"]: each["source"] for each in shards.get("mixture", [])}
+        found = [names.get(each["digest"], each["name"]) for each in self.mixture] or [shards.get("source")]
+        return [name for name in dict.fromkeys(found) if name]
+
+    @property
+    def mixture(self) -> list[dict[str, Any]]:
+        """Name, digest and weight of each shard set that it was trained on; empty if the run never had a mixture."""
+        return sets_ever(self.mixture_changes)
+
+    @property
+    def mixture_changes(self) -> list[dict[str, Any]]:
+        """From which image on which sets had which weights; empty if the run never had a mixture."""
+        return changes(self.checkpoint.get("mixture", []), self.checkpoint.get("images", 0))
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Digests of the shard sets that it was trained on; empty if they are not recorded."""
+        alone = self.checkpoint.get("shards_digest")
+        return [each["digest"] for each in self.mixture] or ([alone] if alone else [])
 
 
 def read_training_record(folder: Path) -> TrainingRecord:

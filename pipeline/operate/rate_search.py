@@ -24,7 +24,7 @@ from pipeline.command_line import parse_training
 from pipeline.config import TrainConfig, changed_keys, to_dict
 from pipeline.operate.run_process import RunProcess
 from pipeline.operate.status import read_status
-from pipeline.training_set import open_training_set
+from pipeline.training_set import open_training_sets
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def search_command(arguments: list[str]) -> int:
             f"checkpoint.folder is {config.checkpoint.folder}, which can be of one run alone, and the sweep starts "
             f"several; remove it."
         )
-    open_training_set(config)
+    open_training_sets(config)
     folder.mkdir(parents=True, exist_ok=True)
     trials: list[Trial] = []
     process = RunProcess()

@@ -251,7 +251,9 @@ def _describe_metrics(now: RunStatus, running: bool) -> dict[str, str]:
     valid = read_last_row(metrics, "valid_loss")
     if valid is not None:
         average = f" ({_nats(valid['valid_loss_ema'])} with averaged weights)" if "valid_loss_ema" in valid else ""
-        lines["valid"] = f"{_nats(valid['valid_loss'])}{average} at step {valid['step']:,}"
+        by_set = valid.get("valid_loss_by_set") or {}
+        each = "".join(f"; {name}: {_nats(loss)}" for name, loss in by_set.items())
+        lines["valid"] = f"{_nats(valid['valid_loss'])}{average} at step {valid['step']:,}{each}"
     written = metrics.stat().st_mtime
     lines["written"] = f"{time.strftime(TIME, time.localtime(written))}, {_ago(time.time() - written)} ago"
     images = _images_left(now)

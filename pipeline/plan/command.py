@@ -6,13 +6,14 @@ from typing import Any
 
 from data_prep.common.command_line import fill, new_parser, parse, value_of
 from data_prep.common.files import write_json
-from data_prep.shards.reader import open_shard_set
 from pipeline import costs
-from pipeline.config import TrainConfig, require_resolution
+from pipeline.command_line import with_one_kind_of_data
+from pipeline.config import TrainConfig
 from pipeline.plan.block_times import MEASURED_PRECISION, BlockTimes, read_block_times
 from pipeline.plan.hardware import CPU, hardware_of
 from pipeline.plan.layouts import Cluster, Layout, alternatives, fits, lay_out
 from pipeline.plan.snapshot import snapshot_bytes
+from pipeline.training_set import TrainingSets, open_training_sets
 from pipeline.value_checks import require_at_least, require_positive
 
 DISK_BYTES_A_SECOND = 1e9
@@ -54,7 +55,7 @@ def plan_command(arguments: list[str]) -> int:
         )
     parser.add_argument("--json", type=str, default=None, help="Also write the plan to this JSON file.")
     parser.add_class_arguments(TrainConfig)
-    parsed = parse(parser, arguments)
+    parsed = parse(parser, with_one_kind_of_data(arguments))
     config, cluster = fill(TrainConfig, parsed), _cluster(parsed)
     if cluster.block_times and config.precision != MEASURED_PRECISION:
         raise ValueError(
@@ -102,15 +103,13 @@ def _accelerator(name: str) -> costs.Accelerator:
 def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     from pipeline.model.gpt_config import gpt2_config
 
-    shards = open_shard_set(config.data.shards) if config.data.shards else None
-    if shards:
-        require_resolution(config, shards.resolution, shards.path)
-    model = gpt2_config(config.model, shards.colors if shards else 512, config.objective.kind)
+    sets = open_training_sets(config) if config.data.paths else None
+    model = gpt2_config(config.model, sets.colors if sets else 512, config.objective.kind)
     layouts = sorted(alternatives(config, model, cluster), key=lambda layout: layout.seconds)
     chosen = _chosen(config, model, cluster, layouts)
     data_ranks = config.parallel.data_ranks(cluster.ranks)
     facts = {
-        **_model_facts(config, model, cluster, chosen, shards.split("train").images if shards else None),
+        **_model_facts(config, model, cluster, chosen, sets),
         "ranks": f"{cluster.ranks} ranks = {data_ranks} data-parallel x "
         f"{config.parallel.pipeline_stages} pipeline stages x {config.parallel.tensor_parallel} tensor-parallel",
         "layout": chosen.name(),
@@ -153,7 +152,7 @@ def _chosen(config: TrainConfig, model: Any, cluster: Cluster, layouts: list[Lay
 
 
 def _model_facts(
-    config: TrainConfig, model: Any, cluster: Cluster, chosen: Layout, train_images: int | None
+    config: TrainConfig, model: Any, cluster: Cluster, chosen: Layout, sets: TrainingSets | None
 ) -> dict[str, str]:
     parameters, per_token = costs.parameter_count(model), costs.flops_per_token(model)
     images = config.batch.images_after(config.schedule.steps)
@@ -163,7 +162,7 @@ def _model_facts(
     size = parameters * costs.state_bytes(config.ema.decay)
     own, pinned = size / cluster.ranks, not cluster.on_cpu
     kept = snapshot_bytes(config, model, cluster.ranks, pinned)
-    epochs = f", {images / train_images:.1f} epochs of {train_images:,}" if train_images else ""
+    epochs = f", {_epochs(images, sets)}" if sets else ""
     return {
         "model": f"{parameters:,} parameters: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, "
         f"{model.n_positions} positions, {config.precision}",
@@ -180,6 +179,15 @@ def _model_facts(
         f"node); training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy (at 20 GB/s), or "
         f"{own / DISK_BYTES_A_SECOND:.1f} s for the disk if not asynchronous (at 1 GB/s)",
     }
+
+
+def _epochs(images: int, sets: TrainingSets) -> str:
+    """Of a single set, or of each set of a mixture with its share of the images."""
+    counts = [one.shards.split("train").images for one in sets.sets]
+    epochs = [f"{images * one.weight / n:.1f} epochs of {n:,}" for one, n in zip(sets.sets, counts, strict=True)]
+    if not sets.is_mixture:
+        return epochs[0]
+    return "; ".join(f"{one.name} {one.weight:.1%}, {text}" for one, text in zip(sets.sets, epochs, strict=True))
 
 
 def _blocks(config: TrainConfig, cluster: Cluster) -> str:

@@ -53,7 +53,7 @@ def card_sections(folder: Path) -> list[str]:
     }
     shown = [_figure(name, alternatives.get(name, "")) for name in figures if name != CURVE]
     side = math.isqrt(read_json(folder / "config.json")["n_positions"])
-    trained_on, started_from = record.checkpoint.get("shards_digest"), (record.settings.get("start") or {}).get("path")
+    trained_on, started_from = record.trained_on, (record.settings.get("start") or {}).get("path")
     about = training_images_sentence(results, trained_on, started_from, read_dataset(folder / RESULTS, trained_on))
     lead = f"Images of {side}x{side} pixels. {about}" if results else ""
     excluded = [f"{name} {reason}" for name, reason in unreadable.items()]

@@ -1,6 +1,6 @@
 """Sentences of the report and the card that follow from the results: on which images, and where a baseline wins."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pipeline.results.headline import Headline, Results, headlines_of, images_of, measured_split
@@ -29,7 +29,7 @@ def value_of(result: dict[str, Any], key: str) -> float | None:
 
 def training_images_sentence(
     results: Results,
-    trained_on: str | None,
+    trained_on: Collection[str],
     started_from: str | None,
     dataset: Mapping[str, Any],
     *,
@@ -37,9 +37,9 @@ def training_images_sentence(
 ) -> str:
     """Whether the model was trained on the images that were measured, as far as it is recorded.
 
-    trained_on: digest of the shard set of the training, None if unknown. started_from: the model that the training
-    started from, if any. dataset: `images` and `images_in_train` by split, as in results.json; may be empty. trained:
-    False for initial weights. "" if there are no results.
+    trained_on: digests of the training's shard sets, several for a mixture; empty if unknown. started_from: the model
+    that the training started from, if any. dataset: `images` and `images_in_train` by split, as in results.json; may be
+    empty. trained: False for initial weights. "" if there are no results.
     """
     if not results:
         return ""
@@ -51,30 +51,32 @@ def training_images_sentence(
             "Its training started from another model's weights, and it is not recorded here which images that model "
             "was trained on: some of the measured images may be among them."
         )
-    if trained_on is None:
+    if not trained_on:
         return (
             "The model does not record the images that it was trained on: some of the measured images may be among "
             "them."
         )
-    if measured_on != {trained_on}:
-        return (
-            "It was trained on another shard set than it was measured on: whether some images are in both was not "
-            "checked."
-        )
+    mixed = len(trained_on) > 1
+    if not measured_on <= set(trained_on):
+        other = "other shard sets" if mixed else "another shard set"
+        return f"It was trained on {other} than it was measured on: whether some images are in both was not checked."
     splits = dict.fromkeys(measured_split(result) for result in results.values())
     others = [split for split in splits if split != "train"]
     if not others:
         return "The numbers were measured on train, the images that it was trained on."
     seen = [result["title"] for result in results.values() if measured_split(result) == "train"]
     of_train = f" The numbers of {_listed(seen)} are of train, the images that it was trained on." if seen else ""
-    return f"The numbers were measured on {_listed(others)}{_also_in_train(others, dataset)}.{of_train}"
+    where = f"{_listed(others)} of a shard set that it was trained on" if mixed else _listed(others)
+    unchecked = "; whether its other training sets have images of them too was not checked" if mixed else ""
+    also = _also_in_train(others, dataset if len(measured_on) == 1 else {}, mixed)
+    return f"The numbers were measured on {where}{also}{unchecked}.{of_train}"
 
 
-def _also_in_train(splits: list[str], dataset: Mapping[str, Any]) -> str:
-    """The end of a sentence: how many images of these splits are also in train."""
+def _also_in_train(splits: list[str], dataset: Mapping[str, Any], mixed: bool) -> str:
+    """The end of a sentence: how many images of these splits are also in train; mixed: in that of this set alone."""
     counts = {split: value_of(dataset.get("images_in_train", {}), split) for split in splits}
     if all(count == 0 for count in counts.values()):
-        return ", whose images it was not trained on"
+        return ", whose images are not in its train" if mixed else ", whose images it was not trained on"
     images = {split: value_of(dataset.get("images", {}), split) or 0 for split in splits}
     counted = [
         f"{n:,.0f} of the {images[split]:,.0f} images of {split}" for split, n in counts.items() if n is not None

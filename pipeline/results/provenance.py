@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_prep.common.files import json_digest
 from data_prep.palette.codec import palette_sha256
@@ -42,6 +42,13 @@ class ModelFacts:
     """The steps whose weights were averaged, if they were."""
     weights: str = "raw"
     """ema if the weights are the moving average of the run's."""
+    mixture: tuple[dict[str, Any], ...] = ()
+    """Name, digest and weight of each shard set that it was trained on, if there were several."""
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Digests of the shard sets that it was trained on; empty if they are not recorded."""
+        return [each["digest"] for each in self.mixture] or ([self.shards_digest] if self.shards_digest else [])
 
 
 def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
@@ -61,13 +68,14 @@ def model_facts(folder: Path, model: "LoadedModel") -> ModelFacts:
         checkpoint_step=record.step,
         planned_steps=record.planned_steps,
         images_seen=record.checkpoint.get("images"),
-        shards_digest=record.checkpoint.get("shards_digest"),
+        shards_digest=None if record.mixture else record.checkpoint.get("shards_digest"),
         source=record.source,
         started_from=(record.settings.get("start") or {}).get("path"),
         metrics=record.metrics,
         training_commands=tuple(dict.fromkeys(" ".join(start["command"]) for start in record.run.get("starts", []))),
         averaged_steps=tuple(record.averaged_steps),
         weights=record.weights,
+        mixture=tuple(record.mixture),
     )
 
 

@@ -3,7 +3,8 @@
     format, version    "image-gpt-results", 2 (of a task: task_files.py); 1 had no keys that are marked (2)
     model           digest, block, objective, parameters, layers, width, heads, resolution, palette_sha256,
                     checkpoint_step, planned_steps (of its schedule), images_seen, source (its training data),
-                    shards_digest (of its training set), started_from (the model whose weights its training started
+                    shards_digest (of its training set; null for a mixture), mixture (its training sets: name, digest,
+                    weight; absent if there is one set) (2), started_from (the model whose weights its training started
                     from) (2), averaged_steps (whose weights were averaged; [] if none) (2), weights (raw, or ema: the
                     run's moving average) (2), valid_loss (of these weights, logged by the run at that step, nats per
                     token; null for the average of steps); null where unknown
@@ -21,7 +22,7 @@
 The file is written atomically after each task.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def write_results(
     rows = list(read_rows(facts.metrics)) if facts.metrics else []
     model = {key: value for key, value in asdict(facts).items() if key not in ("metrics", "training_commands")}
     valid_loss = None if facts.averaged_steps else valid_loss_at(rows, facts.checkpoint_step, facts.weights)
+    if not facts.mixture:
+        del model["mixture"]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -103,11 +106,13 @@ def dataset_of(shards: ShardSet) -> dict[str, Any]:
     }
 
 
-def read_dataset(folder: Path, digest: str | None) -> dict[str, Any]:
-    """`dataset` of the results.json in a folder; empty if there is none of the shard set `digest` that can be read."""
+def read_dataset(folder: Path, digests: Collection[str]) -> dict[str, Any]:
+    """`dataset` of the results.json in a folder; empty if there is none of one of these shard sets."""
     try:
         dataset = read_json(folder / RESULTS)["dataset"]
-        known = dataset["digest"] == digest and all(isinstance(dataset[k], dict) for k in ("images", "images_in_train"))
+        known = dataset["digest"] in digests and all(
+            isinstance(dataset[k], dict) for k in ("images", "images_in_train")
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return dataset if known else {}

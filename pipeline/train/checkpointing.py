@@ -16,12 +16,15 @@ from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
 from pipeline.checkpoint.fragments import EMA, Tensors
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE
-from pipeline.checkpoint.probe import PROBE_TOKENS
+from pipeline.checkpoint.probe import PROBE_TOKENS, as_json, from_json, probe_batch
 from pipeline.checkpoint.run_files import committed, step_folder, step_of
 from pipeline.checkpoint.run_folder import RunFolder, check_shards
 from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
+from pipeline.model.masks import Batch
 from pipeline.rank_errors import reported_on_all_ranks
 from pipeline.train.data.batches import Order
+from pipeline.train.data.mixture import MixtureOrder
+from pipeline.train.data.mixture_history import to_record
 from pipeline.train.engine.base import Engine
 from pipeline.train.health.diverged import Diverged
 from pipeline.train.setup import Inputs
@@ -181,6 +184,11 @@ class CheckpointManager:
         minutes = self.config.checkpoint.every_minutes
         return minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
 
+    @property
+    def mixture(self) -> list[dict[str, Any]]:
+        """The history of the mixture; empty for a run of one set."""
+        return to_record(self.order.history) if isinstance(self.order, MixtureOrder) else []
+
     def writing(self) -> bool:
         """Whether this rank's file of a checkpoint is still being written."""
         return self._pending is not None and not self._pending.written.done()
@@ -193,7 +201,7 @@ class CheckpointManager:
         """
         self.finish()
         began = time.monotonic()
-        probe, *others = gather(probe_loss(engine, self.inputs.held_out))
+        probe, *others = gather(probe_loss(engine, probe_batch(self.inputs.held_out[0])))
         if not all(map(isfinite, [probe, *others])):
             raise Diverged(
                 f"the loss of the probe batch at step {progress.step} is NaN or Inf (by rank: {[probe, *others]}); the "
@@ -253,7 +261,13 @@ class CheckpointManager:
         with raise_on_all_ranks():
             checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
         self._check_checksums(checkpoint, engine)
-        losses = gather(probe_loss(engine, self.inputs.held_out, record.probe_tokens))
+        self._check_probe(checkpoint, engine)
+        return Progress(record.step, record.images)
+
+    def _check_probe(self, checkpoint: Checkpoint, engine: Engine) -> None:
+        """Compares the loss of the probe batch with the stored one. Raises ValueError on every rank."""
+        record = checkpoint.record
+        losses = gather(probe_loss(engine, self._probe_of(record)))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
         for rank, loss in enumerate(losses):
             if not abs(loss - record.probe_loss) <= tolerance:
@@ -269,7 +283,13 @@ class CheckpointManager:
                 f"probe batch is {losses[0]:.7f} (when saved: {record.probe_loss:.7f})"
             )
             self._log_average(checkpoint)
-        return Progress(record.step, record.images)
+
+    def _probe_of(self, record: CheckpointRecord) -> Batch:
+        """The probe batch that a checkpoint's loss is of."""
+        if record.probe_batch is not None:
+            return from_json(record.probe_batch)
+        of_sets = dict(zip(self.inputs.sets.digests, self.inputs.held_out, strict=True))
+        return probe_batch(of_sets[record.shards_digest], record.probe_tokens)
 
     def _log_average(self, checkpoint: Checkpoint) -> None:
         """Logs if an average of the weights starts here, or is dropped, because ema.decay has changed."""
@@ -304,8 +324,10 @@ class CheckpointManager:
 
     def _check_origin(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
-        made_with = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
-        check_shards(made_with, self.inputs.shards, checkpoint.folder)
+        made_with: dict[str, Any] = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
+        if record.mixture:
+            made_with["mixture"] = record.mixture[-1]["members"]
+        check_shards(made_with, self.inputs.sets, checkpoint.folder)
         if self.order.fingerprint(record.images) == record.order_fingerprint:
             return
         warning = self.order.resume_warning(record.order_fingerprint, record.images)
@@ -314,7 +336,7 @@ class CheckpointManager:
                 f"{checkpoint.folder} has another data order than this run; seed, data.flip, data.reflect_crop and "
                 f"numpy's random generator must be the same as when it was saved."
             )
-        if self.ranks.is_first:
+        if self.ranks.is_first and warning:
             logger.warning(warning)
 
     def _record(
@@ -325,12 +347,14 @@ class CheckpointManager:
             images=progress.images,
             topology={"ranks": self.ranks.count} | {key: getattr(self.config.parallel, key) for key in TOPOLOGY},
             model=self.inputs.model_config.to_dict(),
-            palette_sha256=self.inputs.shards.palette_sha256,
-            shards_digest=self.inputs.shards.digest,
+            palette_sha256=self.inputs.sets.palette_sha256,
+            shards_digest=self.inputs.sets.first.digest,
             order_fingerprint=self.order.fingerprint(progress.images),
             probe_loss=probe,
             precision=self.config.precision,
             files=files,
             probe_tokens=PROBE_TOKENS,
+            probe_batch=as_json(probe_batch(self.inputs.held_out[0])) if self.inputs.sets.is_mixture else None,
             fingerprints=sums,
+            mixture=self.mixture,
         )

@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from data_prep.common.exit_codes import FINISHED, STOPPED
 from pipeline.checkpoint.metrics_log import SKIPPED_FILE, last_steps
+from pipeline.checkpoint.mixture_record import changes
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import (
@@ -51,7 +53,7 @@ from pipeline.train.monitor.startup import StartClock
 from pipeline.train.monitor.summary import Throughput, describe, log_end, print_finished
 from pipeline.train.monitor.telemetry import NOT_EVALUATED, EvaluatedStep, StepClock, evaluated, open_telemetry
 from pipeline.train.setup import Inputs, check_inputs, choose_kernels, choose_reader
-from pipeline.train.validation import spread, validation_loss
+from pipeline.train.validation import spread, validation_losses
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ def train(config: TrainConfig, run: Path, command: list[str], resume_from: int |
     with reported_once_per_node(ranks.local_rank):
         inputs = check_inputs(config, ranks)
         step = folder.resume_step(resume_from)
-        folder.check(config, inputs.shards, step)
+        folder.check(config, inputs.sets, step)
         if ranks.device.type == "cuda":
             set_heartbeat_timeout(group_timeout(minutes), ranks)
     if step is None and folder.finished_steps() >= config.schedule.steps:
@@ -85,8 +87,8 @@ def train(config: TrainConfig, run: Path, command: list[str], resume_from: int |
     start_clock.mark("rendezvous")
     try:
         resume_from = from_first(partial(folder.resume_step, resume_from))  # a rank's own file may be an older copy
-        from_first(partial(folder.open, config, inputs.shards, command, ranks.count))
-        verify_shards(inputs.shards, folder, ranks)
+        from_first(partial(folder.open, config, inputs.sets, command, ranks.count))
+        verify_shards(inputs.sets, folder, ranks)
         watchdog = Watchdog(folder, ranks, minutes)
         set_group_timeout(group_timeout(minutes))
         start_clock.mark("shards' digests")
@@ -169,11 +171,13 @@ class Trainer:
         kernels = choose_kernels(inputs, folder)
         self.engine = build_engine(config, inputs.model_config, ranks, initial=checkpoint is None)
         start_clock.mark("model and engine")
-        order, self.batches = choose_reader(inputs, self.engine)
+        order, self.batches = choose_reader(inputs, self.engine, checkpoint.record if checkpoint else None)
         self.checkpoint_manager = CheckpointManager(
             folder.checkpoints, inputs, order, saved=lambda step: folder.note("running", checkpoint=step)
         )
         self.progress = self.checkpoint_manager.load(checkpoint, self.engine) if checkpoint else Progress()
+        if history := changes(self.checkpoint_manager.mixture):
+            from_first(partial(folder.note, "running", mixture_history=history))
         start_clock.mark("loading")
         self.throughput = Throughput.measure(inputs.model_config, config.precision, ranks)
         start_clock.mark("peak of the device")
@@ -189,7 +193,7 @@ class Trainer:
         """Whether a request to stop ended the validation or the samples of the last step."""
         self.clock = StepClock()
         if ranks.is_first:
-            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels)}")
+            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels, order)}")
 
     def run(self) -> Progress:
         """Trains until the last step or a request to stop. A step is recorded before it is saved.
@@ -279,7 +283,8 @@ class Trainer:
             "memory_bytes": flags.memory_bytes,
             "reserved_bytes": flags.reserved_bytes,
         }
-        self.telemetry.training_step(row, seconds, self.clock.pauses)
+        epochs = self.checkpoint_manager.order.epochs(self.progress.images + size)
+        self.telemetry.training_step(row, seconds, self.clock.pauses, epochs)
         if step == self.first_step:
             self.start_clock.mark("first step")
             self.telemetry.log(self.start_clock.describe())
@@ -291,7 +296,8 @@ class Trainer:
     def record_skipped(self, row: dict[str, Any], reason: str) -> None:
         """Records a skipped step or a loss spike with its images. Raises Diverged after too many in a row."""
         start, stop = self.progress.images, row["images"]
-        images = self.inputs.train_split.locations(self.checkpoint_manager.order.image_numbers(start, stop - start))
+        numbers = self.checkpoint_manager.order.image_numbers(start, stop - start)
+        images = self.inputs.sets.locations(numbers)
         self.telemetry.skipped_step(row | {"reason": reason, "positions": [start, stop], "pictures": images})
         if self.step_filter.exhausted:
             raise Diverged(
@@ -349,21 +355,21 @@ class Trainer:
             raise reported_on_all_ranks(StopRequested())
 
     def validate(self) -> None:
-        """Computes the validation loss of the weights, and that of their average if there is one."""
-        loss = partial(validation_loss, self.engine, self.inputs.held_out, self.config, self.ranks, self.check_for_stop)
-        row = {"step": self.progress.step, "images": self.progress.images, "valid_loss": loss()}
+        """Computes the validation loss of each set, and that of the averaged weights if there are such."""
+        losses = validation_losses(self.engine, self.inputs, self.check_for_stop)
+        row = {"step": self.progress.step, "images": self.progress.images, **losses}
         if self.config.ema.decay:
             self.watchdog.enter("validation", self.progress.step)
             with self.engine.averaged():
-                row["valid_loss_ema"] = loss()
+                row["valid_loss_ema"] = validation_losses(self.engine, self.inputs, self.check_for_stop)["valid_loss"]
         self.telemetry.validation(row)
 
     def draw_samples(self) -> None:
-        """Completes half images of the valid split."""
-        split, shards = self.inputs.valid_split, self.inputs.shards
-        tokens, _ = split.gather(spread(split.images, self.config.samples.images))
+        """Completes half images of the valid split of each set."""
+        sets, count = self.inputs.sets, self.config.samples.images
+        tokens = np.concatenate([each.batch(spread(each.images, count)).tokens for each in self.inputs.held_out])
         drawn = self.engine.complete(tokens, SAMPLES_PER_IMAGE, self.config.seed, self.check_for_stop)
-        grid = completion_grid(tokens, drawn, shards.palette, shards.resolution)
+        grid = completion_grid(tokens, drawn, sets.palette, sets.resolution)
         self.telemetry.samples(self.progress.step, grid)
 
     def save(self) -> None:

@@ -1,5 +1,6 @@
 """Checks a configuration before any process group starts; chooses kernels and the data reader."""
 
+import logging
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
-from data_prep.shards.reader import ShardSet, Split
+from pipeline.checkpoint.format import CheckpointRecord
 from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
@@ -19,38 +20,32 @@ from pipeline.model.masks import Masks
 from pipeline.model.numerics import use_deterministic_kernels
 from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.data.masking import MaskedBatches
+from pipeline.train.data.mixture import MixtureBatches, MixtureOrder
+from pipeline.train.data.mixture_history import History, continued, describe_change, history_of
 from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.data.streaming import StreamedBatches
 from pipeline.train.engine.base import Engine
 from pipeline.train.engine.build import check_machine
-from pipeline.training_set import open_training_set
+from pipeline.training_set import TrainingSets, open_training_sets
+
+logger = logging.getLogger(__name__)
 
 ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A configuration, checked against its shard set and the number of ranks."""
+    """A configuration, checked against its shard sets and the number of ranks."""
 
     config: TrainConfig
     model_config: GPT2Config
-    shards: ShardSet
+    sets: TrainingSets
     ranks: Ranks
 
     @cached_property
-    def train_split(self) -> Split:
-        """The training images."""
-        return self.shards.split("train")
-
-    @cached_property
-    def valid_split(self) -> Split:
-        """The held-out images."""
-        return self.shards.split("valid")
-
-    @cached_property
-    def held_out(self) -> HeldOutImages:
-        """The held-out images as batches of the engine; with masks under the masked objective."""
-        return HeldOutImages(self.valid_split, self.masks)
+    def held_out(self) -> list[HeldOutImages]:
+        """The held-out images of each set as batches of the engine; with masks under the masked objective."""
+        return [HeldOutImages(one.shards.split("valid"), self.masks) for one in self.sets.sets]
 
     @cached_property
     def masks(self) -> Masks | None:
@@ -60,18 +55,20 @@ class Inputs:
 
 
 def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
-    """Opens the shard set and checks the configuration against it and the ranks. Raises ValueError naming the key."""
-    shards = open_training_set(config)
-    if shards.address is not None and shards.split("train").images < config.parallel.data_ranks(ranks.count):
-        raise ValueError(
-            f"{shards.path} has {shards.split('train').images} images in its split 'train'; streamed to "
-            f"{ranks.count} ranks it must have at least one image for each."
-        )
+    """Opens the shard sets; checks the configuration against them and the ranks. Raises ValueError naming the key."""
+    sets = open_training_sets(config)
+    for number, one in enumerate(sets.sets):
+        shards, key = one.shards, f"data.mixture[{number}].shards: " * sets.is_mixture
+        if shards.address is not None and shards.split("train").images < config.parallel.data_ranks(ranks.count):
+            raise ValueError(
+                f"{key}{shards.path} has {shards.split('train').images} images in its split 'train'; streamed to "
+                f"{ranks.count} ranks it must have at least one image for each."
+            )
     config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count))
     check_machine(config, ranks.device)
-    model_config = gpt2_config(config.model, shards.colors, config.objective.kind)
+    model_config = gpt2_config(config.model, sets.colors, config.objective.kind)
     config.parallel.check_model(model_config.n_layer, model_config.n_head)
-    return Inputs(config, model_config, shards, ranks)
+    return Inputs(config, model_config, sets, ranks)
 
 
 def choose_kernels(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
@@ -121,19 +118,40 @@ def attention_seconds(
     return seconds
 
 
-def choose_reader(inputs: Inputs, engine: Engine) -> tuple[Order, Batches]:
-    """The data order and its reader: by index from a folder, streamed from an address; with masks if masked."""
-    config, split, resolution = inputs.config, inputs.train_split, inputs.shards.resolution
+def choose_reader(inputs: Inputs, engine: Engine, record: CheckpointRecord | None) -> tuple[Order, Batches]:
+    """The data order and its reader: by index from a folder, streamed from an address; with masks if masked.
+
+    record: of the checkpoint from which the run resumes. After a mixture, a single set continues as a mixture of one.
+    """
+    config, shards, resolution = inputs.config, inputs.sets.first, inputs.sets.resolution
+    split, is_mixture = shards.split("train"), inputs.sets.is_mixture or bool(record and record.mixture)
     augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
     order: Order
     batches: Batches
-    if inputs.shards.address is None:
+    if is_mixture:
+        order = mixture_order(inputs, engine.data_ranks, record)
+        batches = MixtureBatches(order, resolution, engine.data_rank, engine.data_ranks)
+    elif shards.address is None:
         order = ImageOrder(split.record_images, config.seed, augmentation)
         batches = TrainingBatches(split, resolution, order, engine.data_rank, engine.data_ranks)
     else:
-        shards = [shard["record_images"] for shard in split.shards]
-        order = StreamOrder(shards, config.seed, engine.data_ranks, augmentation)
+        record_images = [shard["record_images"] for shard in split.shards]
+        order = StreamOrder(record_images, config.seed, engine.data_ranks, augmentation)
         batches = StreamedBatches(split, resolution, order, engine.data_rank)
     if inputs.masks is not None:
-        batches = MaskedBatches(batches, inputs.masks, engine.data_rank)
+        interleaved_ranks = engine.data_ranks if is_mixture else None
+        batches = MaskedBatches(batches, inputs.masks, engine.data_rank, interleaved_ranks)
     return order, batches
+
+
+def mixture_order(inputs: Inputs, data_ranks: int, record: CheckpointRecord | None) -> MixtureOrder:
+    """The order of a mixture, which continues where the checkpoint's stopped; rank 0 logs what changes."""
+    config, sets = inputs.config, inputs.sets
+    recorded: History = ()
+    if record is not None:
+        recorded = history_of(record.mixture, record.shards_digest, record.order_fingerprint)
+    history = continued(recorded, sets, data_ranks, record.images if record else 0, config.seed)
+    if recorded and recorded != history and inputs.ranks.is_first:
+        logger.info(describe_change(recorded[-1], history[-1]))
+    augmentation = Augmentation(config.data.flip, config.data.reflect_crop)
+    return MixtureOrder(history, sets, config.seed, augmentation, recorded or None)

@@ -1,14 +1,17 @@
 """The validation loss on fixed held-out images, computed by all ranks together."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.checkpoint.probe import PROBE_TOKENS, HeldOutImages, probe_batch
+from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, mean_over_ranks
+from pipeline.model.masks import Batch
 from pipeline.train.engine.base import Engine
+from pipeline.train.setup import Inputs
 
 CHUNK_MICRO_BATCHES = 8
 """Micro-batches per pipeline stage between two checks for a request to stop."""
@@ -18,6 +21,19 @@ def spread(available: int, wanted: int) -> np.ndarray:
     """Indices of `wanted` images (or all) spread evenly over a split: int64 (n,)."""
     count = min(available, wanted)
     return np.arange(count, dtype=np.int64) * available // count
+
+
+def validation_losses(engine: Engine, inputs: Inputs, check: Callable[[], None]) -> dict[str, Any]:
+    """valid_loss, the mean of the sets' losses with the mixture's weights, and valid_loss_by_set for a mixture.
+
+    Each set's loss is that of validation.images of its own images, as if it were the run's only set. check: as for
+    validation_loss.
+    """
+    sets, config, ranks = inputs.sets, inputs.config, inputs.ranks
+    losses = [validation_loss(engine, held_out, config, ranks, check) for held_out in inputs.held_out]
+    mean = sum(one.weight * loss for one, loss in zip(sets.sets, losses, strict=True))
+    by_set = {one.name: loss for one, loss in zip(sets.sets, losses, strict=True)}
+    return {"valid_loss": mean} | ({"valid_loss_by_set": by_set} if sets.is_mixture else {})
 
 
 def validation_loss(
@@ -45,6 +61,6 @@ def validation_loss(
     return float(mean_over_ranks(total).item() * engine.data_ranks / len(chosen))
 
 
-def probe_loss(engine: Engine, held_out: HeldOutImages, tokens: int | None = PROBE_TOKENS) -> float:
+def probe_loss(engine: Engine, probe: Batch) -> float:
     """Nats per token of the probe batch: the same on every rank and topology."""
-    return float(engine.evaluate(probe_batch(held_out, tokens)).mean())
+    return float(engine.evaluate(probe).mean())

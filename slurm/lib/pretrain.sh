@@ -91,6 +91,7 @@ dry_run() {
 set_training_options() {
   local recipe=$2 given=("${@:3}") names=() things=() options=() resolution
   SHARD_SET=$(value_of --data.shards "${given[@]}")
+  SHARD_SET=${SHARD_SET:-$(value_of --data.mixture "${given[@]}")}
   TRAINING=(--config "$recipe")
   if [ -n "$(value_of --run "${given[@]}")" ]; then
     : # the user's
@@ -99,7 +100,8 @@ set_training_options() {
   else
     names+=(RUNS) things+=(runs) options+=(--run)
   fi
-  if [[ " ${given[*]}" = *\ --@(config|data.shards|data=|data\ )* ]] || grep -q '^data:.*shards' "$recipe"; then
+  if [[ " ${given[*]}" = *\ --@(config|data.shards|data.mixture|data=|data\ )* ]] ||
+    grep -Eq '^(data:| +)[^#]*shards:' "$recipe"; then
     : # the user's, or the recipe's
   elif [ -n "$SHARDS" ]; then
     resolution=$(value_of --model.resolution "${given[@]}")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipeline.checkpoint.probe import probe_batch
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.distributed import describe_ranks
@@ -61,7 +62,7 @@ def measure(shards: Path, folder: Path, asynchronous: bool) -> None:
         all_threads.append(time.process_time() - began_all)
         trainer.checkpoint_manager.finish()
         began = time.perf_counter()
-        probe_loss(trainer.engine, trainer.inputs.held_out)
+        probe_loss(trainer.engine, probe_batch(trainer.inputs.held_out[0]))
         probes.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stall, probe = sum(stalls) / SAVES, sum(probes) / SAVES

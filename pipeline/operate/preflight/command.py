@@ -62,7 +62,7 @@ def preflight_command(arguments: list[str]) -> int:
         node,
         nodes,
         run=run,
-        shards=config.data.shards,
+        shards=config.data.paths,
         accelerators=parsed.accelerators,
         seconds=parsed.seconds,
         checkpoints=checkpoints,
@@ -74,16 +74,19 @@ def preflight_command(arguments: list[str]) -> int:
 def _check_options(config: TrainConfig, run: Path, resume_from: int | None) -> None:
     """What `train` checks when it starts, other than ranks and devices. Raises ValueError naming the key."""
     from pipeline.checkpoint.run_folder import RunFolder
-    from pipeline.training_set import open_training_set
+    from pipeline.training_set import open_training_sets
 
-    shards = open_training_set(config)
+    sets = open_training_sets(config)
     folder = RunFolder(run)
-    folder.check(config, shards, folder.resume_step(resume_from))
-    logger.info(f"preflight: {shards.path} fits the options: resolution {shards.resolution}, {shards.colors} colors")
+    folder.check(config, sets, folder.resume_step(resume_from))
+    paths = ", ".join(str(one.shards.path) for one in sets.sets)
+    fit = "fits" if len(sets.sets) == 1 else "fit"
+    logger.info(f"preflight: {paths} {fit} the options: resolution {sets.resolution}, {sets.colors} colors")
 
 
 def _aggregate(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str]) -> int:
-    needed, digest = _needed_bytes(config, run), _digest_of(run)  # while the nodes run their checks
+    needed = _needed_bytes(config, run)  # while the nodes run their checks
+    digest = None if config.data.mixture else _digest_of(run)  # the sets of a mixture may change
     reports = [report for report in map(read_line, lines) if report is not None]
     diagnosis = diagnose(reports, nodes, needed, digest)
     for node, sentence in diagnosis.bad.items():
@@ -115,4 +118,4 @@ def _needed_bytes(config: TrainConfig, run: Path) -> float:
 def _digest_of(run: Path) -> str | None:
     record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
     shards = record.get("shards") if isinstance(record, dict) else None
-    return shards.get("digest") if isinstance(shards, dict) else None
+    return shards.get("digest") if isinstance(shards, dict) and "mixture" not in shards else None

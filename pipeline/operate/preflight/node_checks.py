@@ -3,11 +3,12 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.common.files import json_digest
 from data_prep.shards.format import record_crc32
 from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.operate.preflight.all_reduce import AllReduceCheck
@@ -18,7 +19,7 @@ RECORDS = 8
 
 
 def check_node(
-    node: str, nodes: list[str], run: Path, shards: str | None, accelerators: int, seconds: float, checkpoints: Path
+    node: str, nodes: list[str], run: Path, shards: Sequence[str], accelerators: int, seconds: float, checkpoints: Path
 ) -> Report:
     """Checks this node, one of `nodes`, which all run the same checks at the same time.
 
@@ -37,7 +38,7 @@ def check_node(
             reason = outcome.message or f"it took more than {seconds:g} s"
             report.faults["accelerators"] = f"the all-reduce between its accelerators failed: {reason}"
     _record_fault(report, "run", lambda: _check_run(report, run, checkpoints))
-    if shards is not None:
+    if shards:
         _record_fault(report, "shards", lambda: _check_shards(report, shards))
     if not report.all_reduce_ok and "accelerators" not in report.faults:
         for number, other, pair in pair_checks(nodes, node, port, accelerators, seconds / 2):
@@ -89,12 +90,12 @@ def _check_run(report: Report, run: Path, checkpoints: Path) -> None:
     report.free_bytes = shutil.disk_usage(existing).free
 
 
-def _check_shards(report: Report, path: str) -> None:
-    """Opens the set, which checks that each file exists and has its size, and reads records of a local one."""
-    shards = open_shard_set(path)
-    report.digest = shards.digest
-    if shards.address is None:
-        for name in ("train", "valid"):
+def _check_shards(report: Report, paths: Sequence[str]) -> None:
+    """Opens the sets, which checks that each file exists and has its size, and reads records of the local ones."""
+    sets = [open_shard_set(path) for path in paths]
+    report.digest = sets[0].digest if len(sets) == 1 else json_digest([shards.digest for shards in sets])
+    for shards in sets:
+        for name in ("train", "valid") if shards.address is None else ():
             _check_records(shards, name)
 
 

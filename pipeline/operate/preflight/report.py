@@ -15,7 +15,7 @@ class Report:
     faults: dict[str, str] = field(default_factory=dict)
     """A sentence for each failed check, by its kind: "shards", "run" or "accelerators"."""
     digest: str | None = None
-    """Digest of the shard set that the node reads."""
+    """Digest of the shard set that the node reads; of a mixture, of the digests of its sets."""
     free_bytes: int | None = None
     """Free bytes on the run's disk."""
     all_reduce_ok: bool = True

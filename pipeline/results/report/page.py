@@ -100,7 +100,7 @@ def _section(render: Section, result: dict[str, Any], folder: Path) -> str:
 
 def _training_images(facts: ModelFacts, shards: ShardSet, tasks: Results) -> str:
     trained = facts.source != INITIAL_WEIGHTS
-    return training_images_sentence(tasks, facts.shards_digest, facts.started_from, dataset_of(shards), trained=trained)
+    return training_images_sentence(tasks, facts.trained_on, facts.started_from, dataset_of(shards), trained=trained)
 
 
 def _header(facts: ModelFacts, shards: ShardSet, tasks: Results) -> dict[str, str]:

@@ -37,7 +37,11 @@ class Order(Protocol):
         ...
 
     def image_numbers(self, position: int, count: int) -> list[int]:
-        """Indices in file order of the images at positions [position, position + count)."""
+        """Indices of the images at positions [position, position + count): in file order; of a mixture, set by set."""
+        ...
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """Epochs of each set of a mixture when `position` images are read, by its name; empty for a single set."""
         ...
 
 
@@ -90,6 +94,10 @@ class ImageOrder:
         """Their indices in file order."""
         return [int(number) for number in self.at(position, count)[0]]
 
+    def epochs(self, position: int) -> dict[str, float]:
+        """Empty: a single set."""
+        return {}
+
     def resume_warning(self, recorded: str, position: int) -> str | None:
         """The warning for a run that was streamed before; None for a run that read by index in another order."""
         if not recorded.startswith(STREAMED):
@@ -119,12 +127,10 @@ def window_starts(record_images: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], ends[WINDOW_RECORDS - 1 : -1 : WINDOW_RECORDS]])
 
 
-class TrainingBatches:
-    """Reads a data-parallel rank's share of each batch, in a thread and one batch ahead."""
+class ReadAhead:
+    """Reads each batch in a thread, and one batch ahead; a subclass says how."""
 
-    def __init__(self, split: Split, resolution: int, order: ImageOrder, rank: int, ranks: int) -> None:
-        self._split, self._resolution, self._order = split, resolution, order
-        self._rank, self._ranks = rank, ranks
+    def __init__(self) -> None:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
 
@@ -132,14 +138,30 @@ class TrainingBatches:
         """This rank's share of the global batch that starts at `position`: global_size / ranks images."""
         wanted = (position, global_size)
         is_ahead = self._ahead is not None and self._ahead[0] == wanted
-        batch = self._ahead[1].result() if self._ahead and is_ahead else self._read(*wanted)
+        reading = self._ahead[1] if self._ahead and is_ahead else self._reader.submit(self._read, *wanted)
+        batch = reading.result()
         following = (position + global_size, global_size)
         self._ahead = (following, self._reader.submit(self._read, *following))
         return batch
 
     def close(self) -> None:
         """Stops the reading thread."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._stop()
+
+    def _stop(self, wait: bool = True) -> None:
+        self._reader.shutdown(wait=wait, cancel_futures=True)
+
+    def _read(self, position: int, global_size: int) -> Batch:
+        raise NotImplementedError
+
+
+class TrainingBatches(ReadAhead):
+    """Reads a data-parallel rank's share of each batch of a local shard set."""
+
+    def __init__(self, split: Split, resolution: int, order: ImageOrder, rank: int, ranks: int) -> None:
+        super().__init__()
+        self._split, self._resolution, self._order = split, resolution, order
+        self._rank, self._ranks = rank, ranks
 
     def _read(self, position: int, global_size: int) -> Batch:
         share = global_size // self._ranks

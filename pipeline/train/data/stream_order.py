@@ -8,7 +8,7 @@ window. At the end of its part it continues with its part of the next epoch, so 
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -28,16 +28,71 @@ class Part:
     """First image of each record that is this rank's; 0, except where the part starts inside a record."""
     stop_rows: np.ndarray
     """One past this rank's last image of each record."""
+    chosen: dict[int, np.ndarray] = field(default_factory=dict)
+    """By index in `records`: the images of a record of which some are read already; rows are then those of the rest."""
 
     def window(self, number: int) -> "Part":
         """The records of one window."""
-        window = slice(number * WINDOW_RECORDS, (number + 1) * WINDOW_RECORDS)
-        return Part(self.records[window], self.first_rows[window], self.stop_rows[window])
+        return self._slice(number * WINDOW_RECORDS, (number + 1) * WINDOW_RECORDS)
+
+    def after(self, number: int) -> "Part":
+        """The records of all windows after this one."""
+        return self._slice((number + 1) * WINDOW_RECORDS, len(self.records))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of images of each record."""
+        return self.stop_rows - self.first_rows
 
     @property
     def images(self) -> int:
         """Number of images."""
-        return int((self.stop_rows - self.first_rows).sum())
+        return int(self.sizes.sum())
+
+    def rows(self, index: int) -> np.ndarray | slice:
+        """The images of a record that are read."""
+        rows = slice(int(self.first_rows[index]), int(self.stop_rows[index]))
+        return self.chosen[index][rows] if index in self.chosen else rows
+
+    def between(self, first: int, stop: int) -> "Part":
+        """The images [first, stop), in read order."""
+        ends = np.cumsum(self.sizes)
+        begin = int(np.searchsorted(ends, first, side="right"))
+        end = int(np.searchsorted(ends, stop, side="left")) + 1 if stop > first else begin
+        part, before = self._slice(begin, end), (ends - self.sizes)[begin:end]
+        first_rows = part.first_rows + np.maximum(first - before, 0)
+        return Part(part.records, first_rows, np.minimum(part.first_rows + stop - before, part.stop_rows), part.chosen)
+
+    def choose(self, images: np.ndarray) -> "Part":
+        """Some of the images, by their sorted indices in read order."""
+        starts = np.cumsum(self.sizes) - self.sizes
+        of_record = np.searchsorted(starts, images, side="right") - 1
+        kept, counts = np.unique(of_record, return_counts=True)
+        chosen = {}
+        for index, record in enumerate(kept):
+            within = images[of_record == record] - starts[record] + self.first_rows[record]
+            chosen[index] = self.chosen[record][within] if record in self.chosen else within
+        return Part(self.records[kept], np.zeros_like(counts), counts, chosen)
+
+    @classmethod
+    def join(cls, parts: Sequence["Part"]) -> "Part":
+        """Concatenates them."""
+        starts = np.cumsum([0, *(len(part.records) for part in parts)])
+        return cls(
+            np.concatenate([part.records for part in parts]),
+            np.concatenate([part.first_rows for part in parts]),
+            np.concatenate([part.stop_rows for part in parts]),
+            {
+                int(start) + i: rows
+                for start, part in zip(starts, parts, strict=False)
+                for i, rows in part.chosen.items()
+            },
+        )
+
+    def _slice(self, first: int, stop: int) -> "Part":
+        own = slice(first, stop)
+        chosen = {index - first: rows for index, rows in self.chosen.items() if first <= index < stop}
+        return Part(self.records[own], self.first_rows[own], self.stop_rows[own], chosen)
 
 
 @dataclass(frozen=True)
@@ -79,7 +134,7 @@ class StreamOrder:
         while count:
             epoch, in_epoch = divmod(position, self._stop(rank) - self._stop(rank - 1))
             part = self.part(rank, epoch)
-            starts = window_starts(part.stop_rows - part.first_rows)
+            starts = window_starts(part.sizes)
             window = int(np.searchsorted(starts, in_epoch, side="right")) - 1
             first = in_epoch - int(starts[window])
             taken = min(count, len(self.window(rank, epoch, window).shuffled) - first)
@@ -96,7 +151,7 @@ class StreamOrder:
         indices, changes = [], []
         for key, chosen in self.slices(rank, position, count):
             window = self.window(rank, *key)
-            indices.append(self._indices(window.part)[window.shuffled[chosen]])
+            indices.append(self.indices(window.part)[window.shuffled[chosen]])
             changes.append(window.changes[chosen])
         return np.concatenate(indices), Changes.join(changes)
 
@@ -105,6 +160,10 @@ class StreamOrder:
         share = count // self.ranks
         read = [self.at(rank, position // self.ranks, share)[0] for rank in range(self.ranks)]
         return [int(number) for number in np.concatenate(read)]
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """Empty: a single set."""
+        return {}
 
     def fingerprint(self, position: int) -> str:
         """Number of ranks, and a digest of the next images of the first and last rank; position: of all ranks."""
@@ -129,17 +188,14 @@ class StreamOrder:
         """One past the rank's last image in the sequence of an epoch."""
         return (rank + 1) * self.images // self.ranks
 
-    def _new_part(self, rank: int, epoch: int) -> Part:
+    def whole(self, epoch: int) -> Part:
+        """The records of an epoch, of which each rank reads a part."""
         shards = generator(self._seed, "shards", epoch).permutation(len(self._shards))
         records = np.concatenate([np.arange(self._first_record[s], self._first_record[s + 1]) for s in shards])
-        images = self._record_images[records]
-        ends = np.cumsum(images)
-        first_image, stop_image = self._stop(rank - 1), self._stop(rank)
-        first = int(np.searchsorted(ends, first_image, side="right"))
-        own = slice(first, int(np.searchsorted(ends, stop_image, side="left")) + 1)
-        before = (ends - images)[own]
-        first_rows = np.maximum(first_image - before, 0)
-        return Part(records[own], first_rows, np.minimum(stop_image - before, images[own]))
+        return Part(records, np.zeros_like(records), self._record_images[records])
+
+    def _new_part(self, rank: int, epoch: int) -> Part:
+        return self.whole(epoch).between(self._stop(rank - 1), self._stop(rank))
 
     def _new_window(self, rank: int, epoch: int, number: int) -> Window:
         part = self.part(rank, epoch).window(number)
@@ -147,8 +203,10 @@ class StreamOrder:
         shuffled = draw.permutation(part.images)
         return Window(part, shuffled, self.augmentation.draw(draw, part.images))
 
-    def _indices(self, part: Part) -> np.ndarray:
+    def indices(self, part: Part) -> np.ndarray:
         """Indices in file order of the images of a part, in read order."""
-        starts = self._first_image[part.records]
-        ranges = zip(starts + part.first_rows, starts + part.stop_rows, strict=True)
-        return np.concatenate([np.arange(first, stop) for first, stop in ranges])
+        images = [
+            np.arange(self._first_image[record], self._first_image[record + 1])[part.rows(index)]
+            for index, record in enumerate(part.records)
+        ]
+        return np.concatenate(images)

@@ -18,6 +18,7 @@ from data_prep.shards.reader import Split
 from data_prep.shards.remote import address_of, open_remote
 from pipeline.model.masks import Batch
 from pipeline.train.data.batches import WINDOW_RECORDS
+from pipeline.train.data.mixture_stream import MixtureStream
 from pipeline.train.data.stream_order import StreamOrder
 
 GUARANTEES = f"""\
@@ -40,7 +41,7 @@ class StreamedBatches:
     Two windows are in memory: 128 records, 67 MB at 32x32.
     """
 
-    def __init__(self, split: Split, resolution: int, order: StreamOrder, rank: int) -> None:
+    def __init__(self, split: Split, resolution: int, order: StreamOrder | MixtureStream, rank: int) -> None:
         self._split, self._resolution, self._order, self._rank = split, resolution, order, rank
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream")
         self._windows: dict[Key, Future[np.ndarray]] = {}
@@ -54,13 +55,17 @@ class StreamedBatches:
         A pure function of (seed, position, ranks). Each rank's own position is position / ranks, so global_size may
         change between steps. Raises ValueError or OSError naming what could not be read.
         """
-        own_position, share = position // self._order.ranks, global_size // self._order.ranks
+        ranks = self._order.ranks
+        return Batch(self.read(position // ranks, global_size // ranks))
+
+    def read(self, position: int, count: int) -> np.ndarray:
+        """uint16 (count, T): some images of this rank; position: as of `slices` of the order. Raises as `at`."""
         batch = []
-        for key, chosen in self._order.slices(self._rank, own_position, share):
+        for key, chosen in self._order.slices(self._rank, position, count):
             window = self._order.window(self._rank, *key)
             images = self._window(key)[window.shuffled[chosen]]
             batch.append(self._order.augmentation.apply(images, window.changes[chosen], self._resolution))
-        return Batch(np.concatenate(batch))
+        return np.concatenate(batch)
 
     def close(self) -> None:
         """Stops the reading thread at its next record, without waiting for a connection that may hang."""
@@ -88,11 +93,11 @@ class StreamedBatches:
         part = self._order.window(self._rank, *key).part
         tokens = np.empty((part.images, self._split.positions), PIXELS_DTYPE)
         filled = 0
-        for first, stop in zip(part.first_rows, part.stop_rows, strict=True):
+        for index, images in enumerate(part.sizes):
             if self._closing.is_set():
                 raise ValueError("the batches were closed.")
-            tokens[filled : filled + stop - first] = next(records)[first:stop]
-            filled += stop - first
+            tokens[filled : filled + images] = next(records)[part.rows(index)]
+            filled += images
         self._next_of_records = self._order.following(self._rank, *key)
         return tokens
 
@@ -106,7 +111,7 @@ class StreamedBatches:
         epoch, window = key
         records = self._order.part(self._rank, epoch).records[window * WINDOW_RECORDS :]
         shards = np.searchsorted(self._split.shard_starts, records, side="right") - 1
-        for run in np.split(records, np.flatnonzero(np.diff(shards)) + 1):
+        for run in np.split(records, np.flatnonzero((np.diff(shards) != 0) | (np.diff(records) != 1)) + 1):
             yield from read_records(self._split, int(run[0]), int(run[-1]) + 1)
 
 

@@ -17,6 +17,7 @@ from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, from_first
 from pipeline.model import attention
+from pipeline.train.data.batches import Order
 from pipeline.train.data.streaming import GUARANTEES
 from pipeline.train.engine import compilation, float8
 from pipeline.train.setup import Inputs
@@ -54,10 +55,10 @@ class Throughput:
         }
 
 
-def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) -> str:
+def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], order: Order) -> str:
     """The derived quantities of a run, one per line; kernels: seconds of each attention kernel, if measured."""
     config, model_config, ranks = inputs.config, inputs.model_config, inputs.ranks
-    train_images = inputs.train_split.images
+    train_images = inputs.sets.train_images
     batch, schedule, parallel = config.batch, config.schedule, config.parallel
     data_ranks = parallel.data_ranks(ranks.count)
     accumulation = batch.accumulation_steps(data_ranks)
@@ -88,6 +89,10 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
         "compile": compilation.describe(config, ranks.device),
         "threads": f"{torch.get_num_threads()} per rank, on {len(os.sched_getaffinity(0))} CPUs",
     }
+    if epochs := order.epochs(images):
+        weights = {one.name: one.weight for one in inputs.sets.sets}
+        each = (f"{name} {epoch:.2f} (weight {weights[name]:g})" for name, epoch in epochs.items())
+        lines["mixture"] = f"epochs of each set at the end of the run: {', '.join(each)}"
     if config.ema.decay:
         lines["average"] = (
             f"exponential moving average of the weights, decay {config.ema.decay:g}: over about the last "
@@ -107,7 +112,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float]) 
     width = max(map(len, lines))
     summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]
     summary += [f"  attention: {attention.describe(kernels)}"] if kernels else []
-    return "\n".join([*summary, GUARANTEES] if inputs.shards.address is not None else summary)
+    return "\n".join([*summary, GUARANTEES] if inputs.sets.streamed else summary)
 
 
 def log_end(run: Path, step: int, finished: bool) -> None:

@@ -77,30 +77,37 @@ class Telemetry:
                 raise self.failure
 
     @_on_first_rank
-    def training_step(self, row: dict[str, Any], seconds: float, pauses: float) -> None:
+    def training_step(self, row: dict[str, Any], seconds: float, pauses: float, epochs: dict[str, float]) -> None:
         """Records an optimizer step.
 
         row: the object for metrics.jsonl, keys in order; seconds: of the step; pauses: seconds so far in this start
-        for validation, samples and saves.
+        for validation, samples and saves; epochs: of each set of a mixture.
         """
         self._write(row)
         for key, value in row.items():
             if key != "step" and isfinite(value):
                 self._board.add_scalar(f"train/{key}", float(value), row["step"])
-        self.log(self._console.line(row, seconds, pauses))
+        for name, epoch in epochs.items():
+            self._board.add_scalar(f"train/epoch/{name}", epoch, row["step"])
+        self.log(self._console.line(row, seconds, pauses, epochs))
 
     @_on_first_rank
     def validation(self, row: dict[str, Any]) -> None:
-        """Records a validation; row: step, images, valid_loss, and valid_loss_ema if the weights are averaged."""
+        """Records a validation; row: step, images, valid_loss, valid_loss_by_set for a mixture, and valid_loss_ema if
+        the weights are averaged."""
         self._write(row)
+        by_set = row.get("valid_loss_by_set", {})
         self._board.add_scalar("valid/loss", row["valid_loss"], row["step"])
         average = ""
         if "valid_loss_ema" in row:
             self._board.add_scalar("valid/loss_ema", row["valid_loss_ema"], row["step"])
             average = f", {row['valid_loss_ema']:.4f} with the average of the weights"
+        for name, loss in by_set.items():
+            self._board.add_scalar(f"valid/loss/{name}", loss, row["step"])
+        each = "".join(f"; {name} {loss:.4f}" for name, loss in by_set.items())
         logger.info(
             f"step {row['step']}: validation loss {row['valid_loss']:.4f} nats/token{average} (a uniform guess: "
-            f"{self._console.uniform_loss:.4f})"
+            f"{self._console.uniform_loss:.4f}){each}"
         )
 
     @_on_first_rank

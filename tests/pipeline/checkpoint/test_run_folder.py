@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from data_prep.common.files import locked
-from data_prep.shards.reader import ShardSet, open_shard_set
 from pipeline.checkpoint import run_folder
 from pipeline.checkpoint.metrics_log import drop_rows_after
 from pipeline.checkpoint.run_files import committed, lock_holder, run_of
@@ -21,11 +20,12 @@ from pipeline.checkpoint.run_folder import RunFolder, code_version
 from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from pipeline.operate.status import read_status
 from pipeline.schedule import ScheduleConfig
+from pipeline.training_set import TrainingSets, open_training_sets
 
 
 @pytest.fixture(scope="module")
-def shard_set(shards: Path) -> ShardSet:
-    return open_shard_set(str(shards))
+def sets(shards: Path) -> TrainingSets:
+    return open_training_sets(replace(configured(), data=DataConfig(shards=str(shards))))
 
 
 def configured(steps: int = 40, folder: str | None = None) -> TrainConfig:
@@ -38,13 +38,13 @@ def configured(steps: int = 40, folder: str | None = None) -> TrainConfig:
 
 
 @pytest.fixture
-def trained(tmp_path: Path, shard_set: ShardSet) -> Callable[..., Path]:
+def trained(tmp_path: Path, sets: TrainingSets) -> Callable[..., Path]:
     """Makes a run that was killed after 35 steps, with these checkpoints."""
 
     def make(*steps: int, folder: str | None = None, status: Any = "running") -> Path:
         run = RunFolder(tmp_path / "run")
-        run.check(configured(folder=folder), shard_set)
-        run.open(configured(folder=folder), shard_set, [], 1)
+        run.check(configured(folder=folder), sets)
+        run.open(configured(folder=folder), sets, [], 1)
         rows = ({"step": step, "images": step, "loss": 2.0, "applied": True} for step in range(1, 36))
         (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for step in steps:
@@ -56,20 +56,20 @@ def trained(tmp_path: Path, shard_set: ShardSet) -> Callable[..., Path]:
     return make
 
 
-def test_a_killed_run_whose_checkpoints_are_gone_is_refused(trained: Callable[..., Path], shard_set: ShardSet) -> None:
+def test_a_killed_run_whose_checkpoints_are_gone_is_refused(trained: Callable[..., Path], sets: TrainingSets) -> None:
     """Its disk may be missing; from step 1 it would erase its metrics and samples."""
     run = trained(10, 20, 30)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ValueError, match=r"has trained 35 steps, but .*/checkpoints has no checkpoint; mount"):
-        RunFolder(run).check(configured(), shard_set)
+        RunFolder(run).check(configured(), sets)
     (run / "checkpoints").symlink_to("/nowhere/disk")
     with pytest.raises(ValueError, match=r"checkpoints \(a link to /nowhere/disk\) has no checkpoint"):
-        RunFolder(run).check(configured(), shard_set)
+        RunFolder(run).check(configured(), sets)
 
 
 @pytest.mark.parametrize(("every_steps", "refused"), [(10, True), (50, False)])
 def test_of_an_earlier_version_the_interval_shows_a_save(
-    every_steps: int, refused: bool, trained: Callable[..., Path], shard_set: ShardSet
+    every_steps: int, refused: bool, trained: Callable[..., Path], sets: TrainingSets
 ) -> None:
     run = trained()
     record = json.loads((run / "run.json").read_text())
@@ -79,35 +79,35 @@ def test_of_an_earlier_version_the_interval_shows_a_save(
     (run / "config.yaml").write_text(config.replace("every_steps: 10", f"every_steps: {every_steps}", 1))
     if refused:
         with pytest.raises(ValueError, match="has trained 35 steps"):
-            RunFolder(run).check(configured(), shard_set)
+            RunFolder(run).check(configured(), sets)
     else:
-        RunFolder(run).check(configured(), shard_set)
+        RunFolder(run).check(configured(), sets)
 
 
-def test_a_run_killed_before_its_first_save_starts_again(trained: Callable[..., Path], shard_set: ShardSet) -> None:
-    RunFolder(trained()).check(configured(), shard_set)
+def test_a_run_killed_before_its_first_save_starts_again(trained: Callable[..., Path], sets: TrainingSets) -> None:
+    RunFolder(trained()).check(configured(), sets)
 
 
-def test_fewer_steps_than_the_run_has_are_refused(trained: Callable[..., Path], shard_set: ShardSet) -> None:
+def test_fewer_steps_than_the_run_has_are_refused(trained: Callable[..., Path], sets: TrainingSets) -> None:
     run = RunFolder(trained(10, 30))
     with pytest.raises(ValueError, match=r"schedule.steps is 20, but .* resumes at step 30; set it to at least 30"):
-        run.check(configured(steps=20), shard_set)
-    run.check(configured(steps=30), shard_set)
-    run.check(configured(steps=20), shard_set, resume_from=10)
+        run.check(configured(steps=20), sets)
+    run.check(configured(steps=30), sets)
+    run.check(configured(steps=20), sets, resume_from=10)
     with pytest.raises(ValueError, match=r"--resume_from is 20, but .* has none of this step; it has 10, 30"):
-        run.check(configured(), shard_set, resume_from=20)
+        run.check(configured(), sets, resume_from=20)
     with pytest.raises(ValueError, match=r"--resume_from is 20, but .* is a new run; remove --resume_from"):
-        RunFolder(run.path.parent / "new").check(configured(), shard_set, resume_from=20)
+        RunFolder(run.path.parent / "new").check(configured(), sets, resume_from=20)
 
 
 def test_a_restarted_job_does_not_resume_from_the_earlier_step_again(
-    trained: Callable[..., Path], shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., Path], sets: TrainingSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(trained(10, 30))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run.resume_step(10) == 10, "its first start ended before it resumed"
-    run.open(configured(), shard_set, [], 1)
+    run.open(configured(), sets, [], 1)
     run.note_resumed(10)
     run.close()
     assert run.resume_step(10) is None
@@ -118,11 +118,11 @@ def test_a_restarted_job_does_not_resume_from_the_earlier_step_again(
 
 
 def test_a_launcher_that_restarts_its_ranks_resumes_from_the_earlier_step_once(
-    trained: Callable[..., Path], shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., Path], sets: TrainingSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(trained(10, 30))
     monkeypatch.setattr(run_folder, "launcher_start", lambda: "2026-01-31T12:00:00Z")
-    run.open(configured(), shard_set, [], 1)
+    run.open(configured(), sets, [], 1)
     run.note_resumed(10)
     run.close()
     assert run.resume_step(10) == 10, "a first start"
@@ -133,10 +133,10 @@ def test_a_launcher_that_restarts_its_ranks_resumes_from_the_earlier_step_once(
 
 
 def test_a_run_that_went_back_to_an_earlier_step_shows_that_step(
-    trained: Callable[..., Path], shard_set: ShardSet
+    trained: Callable[..., Path], sets: TrainingSets
 ) -> None:
     run = RunFolder(trained(10, 30))
-    run.open(configured(), shard_set, [], 1)
+    run.open(configured(), sets, [], 1)
     run.note("stopped", step=35)
     drop_rows_after(run.path / "metrics.jsonl", 10)
     run.note_resumed(10)
@@ -144,10 +144,10 @@ def test_a_run_that_went_back_to_an_earlier_step_shows_that_step(
     assert read_status(run.path).step == 10
 
 
-def test_secrets_of_changed_urls_are_not_recorded(trained: Callable[..., Path], shard_set: ShardSet) -> None:
+def test_secrets_of_changed_urls_are_not_recorded(trained: Callable[..., Path], sets: TrainingSets) -> None:
     run = RunFolder(trained())
     config = replace(configured(), data=DataConfig(shards="https://user:secret@host/set?token=secret"))
-    run.open(config, shard_set, [], 1)
+    run.open(config, sets, [], 1)
     run.close()
     record = (run.path / "run.json").read_text()
     assert json.loads(record)["starts"][-1]["changes"]["data.shards"] == ["set", "https://host/set?..."]
@@ -155,7 +155,7 @@ def test_secrets_of_changed_urls_are_not_recorded(trained: Callable[..., Path], 
 
 
 def test_checkpoints_may_be_on_another_disk(
-    trained: Callable[..., Path], shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., Path], sets: TrainingSets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = trained(10, 20, folder="disk/saves")
@@ -165,9 +165,9 @@ def test_checkpoints_may_be_on_another_disk(
         assert run_of(folder / "step-00000010") == run
     monkeypatch.chdir("/")
     for again in ("disk/saves", None, str(tmp_path / "disk/saves")):
-        RunFolder(run).check(configured(folder=again), shard_set)
+        RunFolder(run).check(configured(folder=again), sets)
     with pytest.raises(ValueError, match=rf"checkpoint.folder is /elsewhere, but .* in {tmp_path}/disk/saves; leave"):
-        RunFolder(run).check(configured(folder="/elsewhere"), shard_set)
+        RunFolder(run).check(configured(folder="/elsewhere"), sets)
 
 
 @pytest.mark.parametrize(
@@ -178,22 +178,26 @@ def test_checkpoints_may_be_on_another_disk(
     ],
 )
 def test_a_folder_of_checkpoints_belongs_to_one_run(
-    make: Callable[[Path], None], message: str, tmp_path: Path, shard_set: ShardSet
+    make: Callable[[Path], None], message: str, tmp_path: Path, sets: TrainingSets
 ) -> None:
     make(tmp_path / "saves")
     with pytest.raises(ValueError, match=message):
-        RunFolder(tmp_path / "run").check(configured(folder=str(tmp_path / "saves")), shard_set)
+        RunFolder(tmp_path / "run").check(configured(folder=str(tmp_path / "saves")), sets)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_used_with_a_warning(
-    number: int, tmp_path: Path, shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    number: int,
+    tmp_path: Path,
+    sets: TrainingSets,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def flock(*arguments: object) -> None:
         raise OSError(number, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    RunFolder(tmp_path / "run").open(configured(), shard_set, [], 1)
+    RunFolder(tmp_path / "run").open(configured(), sets, [], 1)
     assert f"{tmp_path / 'run/.lock'} can't be locked (Function not implemented): the file system has no" in caplog.text
     with locked(tmp_path / "cache/.lock", "the cache"):
         assert f"{tmp_path / 'cache/.lock'} can't be locked" in caplog.text
@@ -201,15 +205,15 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
         lock_holder(tmp_path / "run")
 
 
-def test_who_holds_the_lock_is_known_and_asking_does_not_take_it(tmp_path: Path, shard_set: ShardSet) -> None:
+def test_who_holds_the_lock_is_known_and_asking_does_not_take_it(tmp_path: Path, sets: TrainingSets) -> None:
     assert lock_holder(tmp_path / "run") is None
     run = RunFolder(tmp_path / "run")
-    run.open(configured(), shard_set, [], 1)
+    run.open(configured(), sets, [], 1)
     holder = lock_holder(tmp_path / "run")
     assert holder is not None
     assert holder.startswith("process ")
     with pytest.raises(ValueError, match="is being trained by another process"):
-        RunFolder(tmp_path / "run").open(configured(), shard_set, [], 1)
+        RunFolder(tmp_path / "run").open(configured(), sets, [], 1)
     run.close()
     assert lock_holder(tmp_path / "run") is None
 

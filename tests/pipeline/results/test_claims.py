@@ -94,18 +94,25 @@ def test_one_image_is_shown_without_an_error() -> None:
 @pytest.mark.parametrize(
     ("results", "arguments", "sentence"),
     [
-        ({}, ("ours", None), ""),
-        ([density(2.0)], ("ours", None),
+        ({}, (["ours"], None), ""),
+        ([density(2.0)], (["ours"], None),
          "The numbers were measured on test, whose images it was not trained on."),
-        ([PROBED, density(2.0, "valid")], ("ours", None),
+        ([PROBED, density(2.0, "valid")], (["ours"], None),
          "on test and valid; 0 of the 100 images of test and 5 of the 50 images of valid are also in train."),
-        ([density(2.0, "valid2")], ("ours", None), "on valid2; whether images of valid2 are also in train was not"),
-        ([PROBED, density(2.0, "train")], ("ours", None),
+        ([density(2.0, "valid2")], (["ours"], None), "on valid2; whether images of valid2 are also in train was not"),
+        ([PROBED, density(2.0, "train")], (["ours"], None),
          "not trained on. The numbers of Density are of train, the images that it was trained on."),
-        ([density(2.0, "train")], ("ours", None), "measured on train, the images that it was trained on."),
-        ([PROBED], ("theirs", None), "trained on another shard set than it was measured on"),
-        ([PROBED], (None, None), "does not record the images that it was trained on"),
-        ([PROBED], ("ours", "hub:lab/model"), "training started from another model's weights"),
+        ([density(2.0, "train")], (["ours"], None), "measured on train, the images that it was trained on."),
+        ([PROBED], (["theirs"], None), "trained on another shard set than it was measured on"),
+        ([PROBED], ([], None), "does not record the images that it was trained on"),
+        ([PROBED], (["ours"], "hub:lab/model"), "training started from another model's weights"),
+        ([density(2.0)], (["theirs", "ours"], None),
+         "The numbers were measured on test of a shard set that it was trained on, whose images are not in its train; "
+         "whether its other training sets have images of them too was not checked."),
+        ([density(2.0, "valid")], (["theirs", "ours"], None),
+         "trained on; 5 of the 50 images of valid are also in train; whether its other training sets have"),
+        ([density(2.0, "train")], (["theirs", "ours"], None), "measured on train, the images that it was trained on."),
+        ([PROBED], (["theirs", "others"], None), "trained on other shard sets than it was measured on"),
     ],
 )  # fmt: skip
 def test_whether_it_was_trained_on_the_images(results: Any, arguments: tuple, sentence: str) -> None:
@@ -113,7 +120,7 @@ def test_whether_it_was_trained_on_the_images(results: Any, arguments: tuple, se
     dataset = {"images": {"test": 100, "valid": 50}, "images_in_train": {"test": 0, "valid": 5}}
     found = training_images_sentence(by_task, *arguments, dataset)
     assert found == sentence or (sentence and sentence in found)
-    assert "not trained" in training_images_sentence({"density": density(2.0)}, None, None, {}, trained=False)
+    assert "not trained" in training_images_sentence({"density": density(2.0)}, [], None, {}, trained=False)
 
 
 def test_published_numbers_are_beside_the_same_measurement_only() -> None:

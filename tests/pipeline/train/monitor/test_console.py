@@ -28,7 +28,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def console_after(step: int, batch: BatchConfig, steps: int = 100) -> console.Console:
     config = SimpleNamespace(batch=batch, schedule=ScheduleConfig(steps=steps, warmup_steps=0))
     inputs: Any = SimpleNamespace(
-        config=config, train_split=SimpleNamespace(images=400), model_config=SimpleNamespace(colors=512)
+        config=config, sets=SimpleNamespace(train_images=400), model_config=SimpleNamespace(colors=512)
     )
     return console.Console(THROUGHPUT, inputs, step)
 
