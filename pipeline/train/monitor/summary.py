@@ -20,6 +20,7 @@ from pipeline.model import attention
 from pipeline.train.data.batches import Order
 from pipeline.train.data.streaming import GUARANTEES
 from pipeline.train.engine import compilation, float8
+from pipeline.train.probe.report import cost
 from pipeline.train.setup import Inputs
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,8 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
             f"exponential moving average of the weights, decay {config.ema.decay:g}: over about the last "
             f"{1 / (1 - config.ema.decay):,.0f} steps, 4 bytes a parameter over the data-parallel ranks"
         )
+    if inputs.probe is not None:
+        lines["probe"] = cost(inputs)
     if config.precision == "fp8":
         lines["float8"] = float8.describe(config, ranks.device)
     if parallel.pipeline_stages > 1:
