@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint.checksums import add_up, checksums
-from pipeline.checkpoint.fragments import STATES, Fragment, Part
+from pipeline.checkpoint.fragments import EMA, STATES, Fragment, Part
 from pipeline.checkpoint.probe import PROBE_TOKENS, HeldOutImages, probe_batch
 from pipeline.model.masks import Batch
 from tests.launch import run
@@ -89,6 +89,17 @@ def test_checksums_are_the_same_on_any_layout(state_dict: State) -> None:
             for part in parts
         ]
         assert of_ranks(state_dict, [[*cut[0], *rest], cut[1]]) == expected
+
+
+def test_a_rank_without_fragments_does_not_hide_the_average() -> None:
+    """And without an average there is no checksum of one."""
+    fragment = Fragment("norm", (7,), 0, 7, 0)
+    entry = {"name": "norm", "shape": [7], "start": 0, "length": 7, "part": None}
+    tensors = {fragment.key(state): torch.arange(7.0) for state in (*STATES, EMA)}
+    whole, nothing = checksums(tensors, [entry]), checksums({}, [])
+    assert add_up([whole, nothing]) == whole
+    assert set(whole) == {*STATES, EMA} and len(set(whole.values())) == 1
+    assert set(add_up([nothing])) == set(STATES)
 
 
 def test_a_changed_a_swapped_and_a_lost_element_change_the_checksum(state_dict: State) -> None:

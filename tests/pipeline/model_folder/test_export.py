@@ -100,9 +100,17 @@ def test_the_average_of_checkpoints_is_numpys_mean(finished_run: Runner, tmp_pat
         (["--average", "20,20"], "--average is 20,20; it must be two or more steps, each once, such as"),
         (["--average", "20,25"], "has no checkpoint of this step; it has 20, 30, 40."),
         (["--average", "20,30", "--step", "20"], "--step and --average both name checkpoints; give one of them."),
+        (
+            ["--average", "20,30", "--weights", "ema"],
+            "--average takes the mean of raw weights, and --weights is ema; give",
+        ),
+        (["--weights", "ema"], "step-00000040 has no average of the weights, because its run had ema.decay 0; omit"),
+        (["--weights", "mean"], "--weights is mean; it must be one of raw, ema (see python -m pipeline export --help)"),
     ],
 )
-def test_steps_that_can_not_be_averaged(options: list[str], message: str, finished_run: Runner, tmp_path: Path) -> None:
+def test_weights_that_can_not_be_exported(
+    options: list[str], message: str, finished_run: Runner, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         export_command([str(finished_run.folder / "reference"), "--out", str(tmp_path / "model"), *options])
     assert not (tmp_path / "model").exists()

@@ -55,3 +55,19 @@ def test_the_runs_validation_loss_at_a_step() -> None:
     assert valid_loss_at([*rows, {"step": 5, "images": 50, "loss": 9.0}], 5) == 1.5
     assert valid_loss_at(rows[2:], 5) is None
     assert valid_loss_at(rows, 6) is None
+    assert (
+        valid_loss_at([*rows, {"step": 5, "images": 50, "valid_loss": 2.0, "valid_loss_ema": 1.25}], 5, "ema") == 1.25
+    )
+    assert valid_loss_at(rows, 5, "ema") is None
+
+
+def test_the_loss_of_averaged_weights_is_drawn_too(tmp_path: Path) -> None:
+    rows = training_rows(9)
+    plain = [{"step": step, "images": 10 * step, "valid_loss": 2.0} for step in (3, 6)]
+    averaged = [row | {"valid_loss_ema": 1.5 + row["step"] / 10} for row in plain]
+    draw_curve([*rows, *plain], 512, None, tmp_path / "plain.png")
+    draw_curve([*rows, *averaged], 512, None, tmp_path / "averaged.png")
+    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "averaged.png").read_bytes()
+    alternative, caption = describe_curve([*rows, *averaged], None)
+    assert "2.000 on the validation split (2.100 with the moving average of the weights)." in alternative
+    assert "there also with the moving average of the weights (EMA); lower is better" in caption

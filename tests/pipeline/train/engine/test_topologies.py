@@ -1,6 +1,6 @@
 """The same run on other ranks, ZeRO stages and accumulations; and against a plain torch loop without DeepSpeed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log
 from pathlib import Path
 from typing import Literal
@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from data_prep.shards.reader import open_shard_set
@@ -29,6 +30,7 @@ def train_plainly(
     weight_decay: float = 0.0,
     sizes: Sequence[int] = (8,) * 40,
     decay: Literal["cosine", "constant"] = "cosine",
+    after_step: Callable[[nn.Module], None] = lambda model: None,
 ) -> list[float]:
     """The losses of 40 steps of AdamW with clipping, written with torch alone; sizes: images of each step."""
     torch.set_num_threads(1)
@@ -54,6 +56,7 @@ def train_plainly(
         if clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
+        after_step(model)
         losses.append(loss.item())
     return losses
 
