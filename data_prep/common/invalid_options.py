@@ -6,10 +6,11 @@ parser's type hints.
 
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -33,7 +34,7 @@ def invalid_option(parser: ArgumentParser, files: Sequence[dict[str, Any]], argu
             return f"{key} is not a known key" + (f"; did you mean {near[0]}?" if near else "")
         found = "null" if value is None else repr(value)
         if hints[key] is not None and not _fits(value, hints[key]):
-            return f"{key} is {found}; it must be {expected(hints[key])}"
+            return _invalid_entry(key, value, hints[key]) or f"{key} is {found}; it must be {expected(hints[key])}"
         if not isinstance(value, dict) and _is_group(key, hints):
             return f"{key} is {found}; it must be keys and values"
     return None
@@ -55,7 +56,47 @@ def expected(hint: Any) -> str:
         return " or ".join(expected(part) for part in arguments if part is not NoneType)
     if get_origin(hint) is tuple:
         return f"[{', '.join(map(expected, arguments))}]"
+    if (entry := _entry_type(hint)) is not None:
+        keys = (f"{name}: {expected(part)}" for name, part in get_type_hints(entry).items())
+        return f"a list of {{{', '.join(keys)}}}"
     return TYPE_NAMES.get(get_origin(hint) or hint, "of another type")
+
+
+def _entry_type(hint: Any) -> Any:
+    """The dataclass of the entries, if the type is a list of them, or null; else None."""
+    for part in (hint, *get_args(hint)):
+        entry = get_args(part)[0] if get_origin(part) is list else None
+        if is_dataclass(entry):
+            return entry
+    return None
+
+
+def _invalid_entry(key: str, value: Any, hint: Any) -> str | None:
+    """The error of the first invalid entry of a list of dataclasses; None if the value is no such list."""
+    entry_type = _entry_type(hint)
+    entries = _parsed(value) if isinstance(value, _Text) else value
+    if entry_type is None or not isinstance(entries, list):
+        return None
+    hints = get_type_hints(entry_type)
+    for number, entry in enumerate(entries):
+        name = f"{key}[{number}]"
+        if not isinstance(entry, dict):
+            return f"{name} is {entry!r}; it must be keys and values, {' and '.join(hints)}"
+        for unknown in (part for part in entry if part not in hints):
+            return f"{name}.{unknown} is not a known key; an entry has {' and '.join(hints)}"
+        for part, part_hint in hints.items():
+            if part not in entry:
+                return f"{name}.{part} is missing; it must be {expected(part_hint)}"
+            if not _fits(entry[part], part_hint):
+                return f"{name}.{part} is {entry[part]!r}; it must be {expected(part_hint)}"
+    return None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def _is_group(key: str, hints: dict[str, Any]) -> bool:

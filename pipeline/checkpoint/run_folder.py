@@ -307,6 +307,10 @@ def _job() -> str | None:
 
 def _masked(value: Any) -> Any:
     """A value of the configuration without the secrets of URLs."""
+    if isinstance(value, list):
+        return [_masked(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _masked(each) for key, each in value.items()}
     return hide_secrets(value) if isinstance(value, str) else value
 
 

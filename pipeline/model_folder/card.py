@@ -156,6 +156,7 @@ def _training(record: TrainingRecord) -> str:
         "Precision": settings.get("precision"),
         f"Last training loss{of_run}": _last(rows, "loss"),
         f"Last validation loss{of_run}": _last(rows, "valid_loss"),
+        f"Last validation loss of each set{of_run}": _last_by_set(rows),
         "Last validation loss of the averaged weights": _last(rows, "valid_loss_ema") if is_ema else None,
         "Training time (steps only)": _duration(rows),
         "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
@@ -226,6 +227,13 @@ def _layout(settings: dict[str, Any]) -> str | None:
 def _last(rows: list[Row], key: str) -> str | None:
     found = [row[key] for row in rows if row.get(key) is not None]
     return f"{found[-1]:.4f} nats per token" if found else None
+
+
+def _last_by_set(rows: list[Row]) -> str:
+    """Of a mixture."""
+    found = [row["valid_loss_by_set"] for row in rows if row.get("valid_loss_by_set")]
+    each = {name: "NaN or Inf" if loss is None else f"{loss:.4f}" for name, loss in found[-1].items()} if found else {}
+    return ", ".join(f"{name} {loss}" for name, loss in each.items())
 
 
 def _duration(rows: list[Row]) -> str | None:

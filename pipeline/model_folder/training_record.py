@@ -54,16 +54,25 @@ class TrainingRecord:
 
     @property
     def source(self) -> str | None:
-        """The name of the training dataset; those of a mixture with their shares."""
-        return describe_weights(self.mixture) or self.run.get("shards", {}).get("source")
+        """The name of the training dataset; those of a mixture, with the names of their sets and their shares."""
+        known = self._sources_of_sets
+        sets = [
+            each | {"name": f"{known[each['digest']]} ({each['name']})"} if each["digest"] in known else each
+            for each in self.mixture
+        ]
+        return describe_weights(sets) or self.run.get("shards", {}).get("source")
 
     @property
     def sources(self) -> list[str]:
         """The names of the training datasets: one, or those of a mixture."""
-        shards = self.run.get("shards", {})
-        names = {each["digest"]: each["source"] for each in shards.get("mixture", [])}
-        found = [names.get(each["digest"], each["name"]) for each in self.mixture] or [shards.get("source")]
+        alone = self.run.get("shards", {}).get("source")
+        found = [self._sources_of_sets.get(each["digest"]) for each in self.mixture] or [alone]
         return [name for name in dict.fromkeys(found) if name]
+
+    @property
+    def _sources_of_sets(self) -> dict[str, str]:
+        """By digest; a set that was removed from the mixture is not known."""
+        return {each["digest"]: each["source"] for each in self.run.get("shards", {}).get("mixture", [])}
 
     @property
     def mixture(self) -> list[dict[str, Any]]:

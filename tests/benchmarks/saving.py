@@ -41,7 +41,7 @@ def trainer_on(shards: Path, folder: Path, asynchronous: bool) -> Trainer:
     inputs = check_inputs(config, ranks)
     start_group(ranks)
     runs = RunFolder(folder)
-    runs.open(config, inputs.shards, [], 1)
+    runs.open(config, inputs.sets, [], 1)
     trainer = Trainer(inputs, runs, StopRequests(folder), Watchdog(runs, ranks, minutes=0), StartClock())
     trainer.engine.step(trainer.batches.at(0, 1), 1e-3)
     return trainer

@@ -80,6 +80,19 @@ def test_a_job_starts_a_process_a_rank_on_neighbors(
     assert ranks.endswith(f"-m pipeline {train} --model.layers 2"), "the site's paths, unless others are given"
 
 
+def test_a_mixture_replaces_the_sites_shard_set(stubs: Path, tmp_path: Path) -> None:
+    """As an option, or in a recipe; a comment in the recipe, as of igpt_xl, does not."""
+    mixture = '[{"shards":"/a","weight":1}]'
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data:\n  mixture:\n    - {shards: /a, weight: 1}\n")
+    site = {"RUNS": str(tmp_path / "runs"), "SHARDS": "/shards"}
+    for options in (["--data.mixture", mixture], [f"--data.mixture={mixture}"], ["--config", str(recipe)]):
+        subprocess.run([SCRIPTS / "pretrain_xl.sh", *options], env={**os.environ, **JOB, **site}, check=True)
+    ranks = [line for line in stubs.read_text().splitlines() if line.startswith("srun") and "-m pipeline train" in line]
+    assert len(ranks) == 3
+    assert not any("--data.shards" in line for line in ranks)
+
+
 @pytest.mark.parametrize(
     ("granted", "sentence"),
     [

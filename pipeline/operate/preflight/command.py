@@ -87,8 +87,7 @@ def _check_options(config: TrainConfig, run: Path, resume_from: int | None) -> N
 
 
 def _aggregate(config: TrainConfig, run: Path, nodes: list[str], lines: Iterable[str]) -> int:
-    needed = _needed_bytes(config, run)  # while the nodes run their checks
-    digest = None if config.data.mixture else _digest_of(run)  # the sets of a mixture may change
+    needed, digest = _needed_bytes(config, run), _digest_of(config, run)  # while the nodes run their checks
     reports = [report for report in map(read_line, lines) if report is not None]
     diagnosis = diagnose(reports, nodes, needed, digest)
     for node, sentence in diagnosis.bad.items():
@@ -117,7 +116,10 @@ def _needed_bytes(config: TrainConfig, run: Path) -> float:
     return float(one * max(1, config.checkpoint.keep_last + 1 - existing))
 
 
-def _digest_of(run: Path) -> str | None:
+def _digest_of(config: TrainConfig, run: Path) -> str | None:
+    """The digest that the shard set of the run must have; None with a mixture, whose sets may change."""
     record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
     shards = record.get("shards") if isinstance(record, dict) else None
-    return shards.get("digest") if isinstance(shards, dict) and "mixture" not in shards else None
+    if config.data.mixture is not None or not isinstance(shards, dict) or "mixture" in shards:
+        return None
+    return shards.get("digest")

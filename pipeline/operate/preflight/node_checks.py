@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ RECORDS = 8
 
 
 def check_node(
-    node: str, nodes: list[str], run: Path, shards: Sequence[str], accelerators: int, seconds: float, checkpoints: Path
+    node: str, nodes: list[str], run: Path, shards: list[str], accelerators: int, seconds: float, checkpoints: Path
 ) -> Report:
     """Checks this node, one of `nodes`, which all run the same checks at the same time.
 
@@ -90,10 +90,11 @@ def _check_run(report: Report, run: Path, checkpoints: Path) -> None:
     report.free_bytes = shutil.disk_usage(existing).free
 
 
-def _check_shards(report: Report, paths: Sequence[str]) -> None:
-    """Opens the sets, which checks that each file exists and has its size, and reads records of the local ones."""
+def _check_shards(report: Report, paths: list[str]) -> None:
+    """Opens the sets, which checks that each file exists and has its size, and reads records of local ones."""
     sets = [open_shard_set(path) for path in paths]
-    report.digest = sets[0].digest if len(sets) == 1 else json_digest([shards.digest for shards in sets])
+    digests = [shards.digest for shards in sets]
+    report.digest = digests[0] if len(digests) == 1 else json_digest(digests)
     for shards in sets:
         for name in ("train", "valid") if shards.address is None else ():
             _check_records(shards, name)

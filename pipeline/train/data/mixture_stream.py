@@ -90,7 +90,10 @@ class MixtureStream:
 
     def weakened(self, position: int) -> bool:
         """Whether images of the epoch at `position` are read twice or not at all: it began in another kind of order."""
-        epoch = position // self.images
+        epoch, before = position // self.images, len(self._history) - 2
+        if before >= 0 and self._history[before].single and self._stop[before] == epoch * self.images:
+            ranks = self._history[before].ranks  # a rank with a larger part may be behind the epoch's end
+            return ranks is not None and bool(self._lane_counts(before, position, position).any())
         return any(self._remaining(stage, epoch) is None for stage in self._stages(epoch)[:-1])
 
     def _begin(self, stage: int, epoch: int) -> int:

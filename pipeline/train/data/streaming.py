@@ -27,6 +27,12 @@ GUARANTEES = f"""\
       images seen, but reads some images of that epoch twice and skips others;
     images are shuffled within windows of {WINDOW_RECORDS} consecutive records; the order of the shards is random;
     shards are not verified before the first step; each record is verified by its checksum as it is read."""
+GUARANTEES_IN_MIXTURE = f"""\
+  train of some sets is streamed:
+    the order of a streamed set depends on the number of data-parallel ranks; if that changes, the ranks divide anew
+      what is left of the set's epoch, so that none of its images is read twice or skipped;
+    its images are shuffled within windows of {WINDOW_RECORDS} consecutive records; the order of its shards is random;
+    its shards are not verified before the first step; each record is verified by its checksum as it is read."""
 Key = tuple[int, int]
 """Epoch, and number of the window in the rank's part of that epoch."""
 

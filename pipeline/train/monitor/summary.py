@@ -18,7 +18,7 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, from_first
 from pipeline.model import attention
 from pipeline.train.data.batches import Order
-from pipeline.train.data.streaming import GUARANTEES
+from pipeline.train.data.streaming import GUARANTEES, GUARANTEES_IN_MIXTURE
 from pipeline.train.engine import compilation, float8
 from pipeline.train.probe.report import cost
 from pipeline.train.setup import Inputs
@@ -115,7 +115,9 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
     width = max(map(len, lines))
     summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]
     summary += [f"  attention: {attention.describe(kernels)}"] if kernels else []
-    return "\n".join([*summary, GUARANTEES] if inputs.sets.streamed else summary)
+    if inputs.sets.streamed:
+        summary.append(GUARANTEES_IN_MIXTURE if epochs else GUARANTEES)
+    return "\n".join(summary)
 
 
 def log_end(run: Path, step: int, finished: bool) -> None:
