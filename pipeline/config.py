@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from data_prep.shards.addresses import hide_secrets
 from pipeline.layout import BatchConfig, ParallelConfig
+from pipeline.probe_config import ProbeConfig
 from pipeline.schedule import ScheduleConfig
 from pipeline.start import StartConfig
 from pipeline.value_checks import require_at_least, require_minimums, require_positive
@@ -286,6 +287,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 

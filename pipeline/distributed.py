@@ -1,5 +1,6 @@
 """The ranks of a run: this process's rank, and collectives over small values and errors."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -8,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -208,6 +210,22 @@ def gather(value: T) -> list[T]:
     box: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(box, value, group=_host_group)
     return box
+
+
+def exchange(sent: list[np.ndarray | None], expected: dict[int, tuple[int, ...]]) -> dict[int, np.ndarray]:
+    """Sends an array to each of the first ranks, and returns those that this rank was sent, by sender; all call it.
+
+    sent: float32, one for each receiver in rank order, None for nothing; expected: the shapes by sender.
+    """
+    ranks = dist.get_world_size()
+    given = [np.empty(0, np.float32) if array is None else array.ravel() for array in sent]
+    given += [np.empty(0, np.float32)] * (ranks - len(given))
+    sizes = [math.prod(expected[rank]) if rank in expected else 0 for rank in range(ranks)]
+    received = torch.empty(sum(sizes), dtype=torch.float32)
+    outgoing = torch.from_numpy(np.concatenate(given))
+    dist.all_to_all_single(received, outgoing, sizes, list(map(len, given)), group=_host_group)
+    parts = received.split(sizes)
+    return {rank: parts[rank].view(shape).numpy() for rank, shape in expected.items()}
 
 
 def first_message(message: str | None) -> str | None:

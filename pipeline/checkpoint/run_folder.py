@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -31,6 +32,7 @@ from pipeline.checkpoint.run_files import (
     step_of,
 )
 from pipeline.config import TrainConfig, changed_keys, to_dict
+from pipeline.probe_config import ProbeConfig
 from pipeline.training_set import TrainingSets
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,7 @@ class RunFolder:
         earlier.setdefault("deterministic", False)  # nor were they asked to be deterministic
         earlier.setdefault("parallel", {}).setdefault("communication", "fp32")  # bf16 was not offered
         earlier.setdefault("ema", {}).setdefault("decay", 0.0)  # nor was an average of the weights
+        earlier.setdefault("probe", asdict(ProbeConfig()))  # nor were they probed
         return earlier
 
     def finished_steps(self) -> int:

@@ -254,6 +254,9 @@ def _describe_metrics(now: RunStatus, running: bool) -> dict[str, str]:
         by_set = valid.get("valid_loss_by_set") or {}
         each = "".join(f"; {name}: {_nats(loss)}" for name, loss in by_set.items())
         lines["valid"] = f"{_nats(valid['valid_loss'])}{average} at step {valid['step']:,}{each}"
+    if (probe := read_last_row(metrics, "probe_accuracy")) is not None:
+        accuracy = "NaN or Inf" if probe["probe_accuracy"] is None else f"{probe['probe_accuracy']:.1%}"
+        lines["probe"] = f"{accuracy} at layer {probe['probe_layer']}, at step {probe['step']:,}"
     written = metrics.stat().st_mtime
     lines["written"] = f"{time.strftime(TIME, time.localtime(written))}, {_ago(time.time() - written)} ago"
     images = _images_left(now)

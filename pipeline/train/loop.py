@@ -1,4 +1,4 @@
-"""The training loop: read, step, record, validate, sample, save, until the last step or a request to stop.
+"""The training loop: read, step, record, validate, sample, probe, save, until the last step or a request to stop.
 
 Start at Trainer.run.
 """
@@ -52,6 +52,7 @@ from pipeline.train.monitor.profiler import Profiler
 from pipeline.train.monitor.startup import StartClock
 from pipeline.train.monitor.summary import Throughput, describe, log_end, print_finished
 from pipeline.train.monitor.telemetry import NOT_EVALUATED, EvaluatedStep, StepClock, evaluated, open_telemetry
+from pipeline.train.probe.measure import probe
 from pipeline.train.setup import Inputs, check_inputs, choose_kernels, choose_reader
 from pipeline.train.start import check_origin, find_source, load, record_of
 from pipeline.train.validation import spread, validation_losses
@@ -189,7 +190,7 @@ class Trainer:
         self.first_step, self.last_step = self.progress.step + 1, config.schedule.steps
         self.save_pending = False
         self.interrupted = False
-        """Whether a request to stop ended the validation or the samples of the last step."""
+        """Whether a request to stop ended the evaluation of the last step."""
         self.clock = StepClock()
         if ranks.is_first:
             logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels, order)}")
@@ -330,7 +331,7 @@ class Trainer:
             check_replicas(self.engine, self.progress.step)
 
     def evaluate(self, done: EvaluatedStep = NOT_EVALUATED) -> None:
-        """Validates and draws samples, if they are due and not done; a request to stop ends both."""
+        """Validates, draws samples and probes, if that is due and not done; a request to stop ends it."""
         step = self.progress.step
         try:
             if self.is_due(self.config.validation.every_steps) and not done.validated:
@@ -339,12 +340,16 @@ class Trainer:
             if self.is_due(self.config.samples.every_steps) and self.inputs.masks is None and not done.sampled:
                 self.watchdog.enter("samples", step)
                 self.draw_samples()
+            if self.inputs.probe and self.is_due(self.config.probe.every_steps) and not done.probed:
+                self.watchdog.enter("probe", step)
+                accuracies = probe(self.engine, self.inputs, self.check_for_stop)
+                self.telemetry.probe({"step": step, "images": self.progress.images, **accuracies})
         except StopRequested:
             self.interrupted = True
             self.telemetry.log(f"a request to stop ended the evaluation of step {step}; the next start repeats it")
 
     def evaluate_loaded_step(self) -> None:
-        """Validates and samples the loaded step if due and not recorded, as when a request to stop had ended that."""
+        """Evaluates the loaded step if due and not recorded, as when a request to stop had ended that."""
         if self.progress.step:
             self.evaluate(from_first(partial(evaluated, self.run_folder.path, self.progress.step)))
 

@@ -18,6 +18,7 @@ from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Masks
 from pipeline.model.numerics import use_deterministic_kernels
+from pipeline.probe_images import ProbeImages, open_probe_images
 from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.data.masking import MaskedBatches
 from pipeline.train.data.mixture import MixtureBatches, MixtureOrder
@@ -41,6 +42,8 @@ class Inputs:
     model_config: GPT2Config
     sets: TrainingSets
     ranks: Ranks
+    probe: ProbeImages | None = None
+    """The labelled images of the probe, if the run has one."""
 
     @cached_property
     def held_out(self) -> list[HeldOutImages]:
@@ -68,7 +71,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     check_machine(config, ranks.device)
     model_config = gpt2_config(config.model, sets.colors, config.objective.kind)
     config.parallel.check_model(model_config.n_layer, model_config.n_head)
-    return Inputs(config, model_config, sets, ranks)
+    return Inputs(config, model_config, sets, ranks, open_probe_images(config, sets))
 
 
 def choose_kernels(inputs: Inputs, folder: RunFolder) -> dict[str, float]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline.command_line import parse_training
+from pipeline.costs import flops_per_token
 from pipeline.model.gpt import build_model
 from pipeline.model.gpt_config import gpt2_config
 from tests.benchmarks import recipe_scale
@@ -41,6 +42,16 @@ def test_a_recipe_builds_the_published_model(path: Path) -> None:
         model = build_model(gpt2_config(config.model, 512, config.objective.kind))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert f"{parameters:,} parameters" in header(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_probes_of_a_recipe_cost_less_than_a_hundredth_of_its_training(path: Path) -> None:
+    config, _ = parse_training(["--config", str(path), "--run", "RUN"])
+    model, steps = gpt2_config(config.model, 512, config.objective.kind), config.schedule.steps
+    training = config.batch.images_after(steps) * model.n_positions * flops_per_token(model)
+    probes = config.probe.count(steps) * config.probe.flops(model, classes=1000)
+    print(f"{path.stem}: {probes / training:.3%}")
+    assert 0.001 < probes / training < 0.01
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

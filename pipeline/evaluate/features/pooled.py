@@ -1,14 +1,12 @@
 """Pooled features of every layer, computed in one forward pass over a split and cached on disk.
 
-The feature of layer l is the mean over positions of the input of attention block l after its ln_1, l = 0 .. L-1; layer
-L is the mean after ln_f (Chen et al. 2020, section 3.3). The sequence is the one of training, [SOS, x0 .. x(n-2)];
-without SOS every color would be at the wrong position.
+The layers are those of model/layer_features.py. The sequence is the one of training, [SOS, x0 .. x(n-2)]; without SOS
+every color would be at the wrong position.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from torch import nn
 from data_prep.common.files import json_digest
 from pipeline.evaluate.cache import TaskCache, Write
 from pipeline.evaluate.context import Evaluation, ImageSubset
+from pipeline.model.layer_features import layer_norms, observed_layers, pooled
 
 
 @contextmanager
@@ -27,24 +26,20 @@ def hooked_layers(
 
     take: a function of a layer's features (B, T, D) after its norm.
     """
-    norms = [*(block.ln_1 for block in model.transformer.h), model.transformer.ln_f]
     taken = [torch.empty(0)] * len(layers)
 
-    def store(position: int, _module: nn.Module, _inputs: tuple[torch.Tensor], normed: torch.Tensor) -> None:
-        taken[position] = take(normed)
+    def store(layer: int, normed: torch.Tensor) -> None:
+        taken[layers.index(layer)] = take(normed)
 
-    with ExitStack() as hooks:
-        for position, layer in enumerate(layers):
-            hooks.enter_context(norms[layer].register_forward_hook(partial(store, position)))
+    with observed_layers(model, layers, store):
         yield taken
 
 
 @contextmanager
 def pooled_layers(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Context in which each forward pass of `model` fills the yielded list with L+1 tensors (B, D), fp32."""
-    every = range(len(model.transformer.h) + 1)
-    with hooked_layers(model, every, lambda normed: normed.mean(dim=1, dtype=torch.float32)) as pooled:
-        yield pooled
+    with hooked_layers(model, range(len(layer_norms(model))), pooled) as features:
+        yield features
 
 
 def pooled_features(evaluation: Evaluation, images: ImageSubset, draw: int = 0) -> np.ndarray:
@@ -59,11 +54,11 @@ def pooled_features(evaluation: Evaluation, images: ImageSubset, draw: int = 0) 
 
     def fill(write: Write, done: set[int]) -> None:
         model = evaluation.model.model
-        with torch.inference_mode(), evaluation.accelerator.autocast(), pooled_layers(model) as pooled:
+        with torch.inference_mode(), evaluation.accelerator.autocast(), pooled_layers(model) as layers:
             for rows, tokens in evaluation.batches(images, f"features of {images.split.name}", done):
                 inputs, _ = evaluation.inputs_and_targets(tokens, images.indices[rows], draw)  # (B, T)
                 model.transformer(inputs)
-                features = torch.stack(pooled)  # (L+1, B, D)
+                features = torch.stack(layers)  # (L+1, B, D)
                 if not torch.isfinite(features).all():
                     raise ValueError(
                         f"the model's features are NaN or Inf on images of {images.split.name}; evaluate another "

@@ -74,10 +74,12 @@ def preflight_command(arguments: list[str]) -> int:
 def _check_options(config: TrainConfig, run: Path, resume_from: int | None) -> None:
     """What `train` checks when it starts, other than ranks and devices. Raises ValueError naming the key."""
     from pipeline.checkpoint.run_folder import RunFolder
+    from pipeline.probe_images import open_probe_images
     from pipeline.training_set import open_training_sets
     from pipeline.weights.start import check_start
 
     sets = open_training_sets(config)
+    open_probe_images(config, sets)
     folder = RunFolder(run)
     folder.check(config, sets, folder.resume_step(resume_from))
     check_start(config, sets, run, download=True)

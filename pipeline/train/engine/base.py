@@ -94,6 +94,11 @@ class Engine(ABC):
         """Nats per token of each image, float64 (B,); every rank calls it with the same number of images B."""
 
     @abstractmethod
+    def features(self, batch: Batch) -> dict[int, np.ndarray]:
+        """Pooled features of each image, float32 (B, D), by layer (model/layer_features.py): of the layers that this
+        rank computes. Every rank calls it with the same number of images B."""
+
+    @abstractmethod
     def complete(self, tokens: np.ndarray, samples: int, seed: int, check: Check = unchecked) -> np.ndarray:
         """Samples new lower halves for images uint16 (B, T): uint16 (B, samples, T), the same on every rank.
 

@@ -18,6 +18,7 @@ from pipeline.checkpoint.fragments import StateReader, Tensors
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.model import objectives
+from pipeline.model.layer_features import layer_norms, observed_layers, pooled
 from pipeline.model.masks import Batch
 from pipeline.rank_errors import is_on_all_ranks
 from pipeline.train.engine import average, offload, snapshot
@@ -82,6 +83,15 @@ class DeepSpeedEngine(Engine):
         if self._recompile_watch is not None:
             self._recompile_watch.check()
         return result
+
+    def features(self, batch: Batch) -> dict[int, np.ndarray]:
+        """With the forward passes of `evaluate`, so that a probe has no collectives that a validation has not."""
+        norms = layer_norms(self._model)
+        own = [layer for layer, norm in enumerate(norms) if not any(weight.is_meta for weight in norm.parameters())]
+        rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in own}
+        with observed_layers(self._model, own, lambda layer, normed: rows[layer].append(pooled(normed))):
+            self.evaluate(batch)
+        return {layer: torch.cat(parts)[: len(batch)].cpu().numpy() for layer, parts in rows.items()}
 
     def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
         return snapshot.snapshot(self._engine.optimizer, self._model, self._coordinates, earlier)

@@ -20,6 +20,7 @@ from pipeline.model import attention
 from pipeline.train.data.batches import Order
 from pipeline.train.data.streaming import GUARANTEES, GUARANTEES_IN_MIXTURE
 from pipeline.train.engine import compilation, float8
+from pipeline.train.probe.report import cost
 from pipeline.train.setup import Inputs
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,8 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
         weights = {one.name: one.weight for one in inputs.sets.sets}
         each = (f"{name} {epoch:.2f} (weight {weights[name]:g})" for name, epoch in epochs.items())
         lines["mixture"] = f"epochs of each set at the end of the run: {', '.join(each)}"
+    if inputs.probe is not None:
+        lines["probe"] = cost(inputs)
     if config.precision == "fp8":
         lines["float8"] = float8.describe(config, ranks.device)
     if parallel.pipeline_stages > 1:

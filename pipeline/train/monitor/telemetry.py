@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
@@ -19,12 +20,14 @@ from pipeline.checkpoint.metrics_log import (
     SKIPPED_FILE,
     TENSORBOARD_FOLDER,
     drop_rows_after,
+    read_backwards,
     read_last_row,
     to_line,
 )
 from pipeline.distributed import Ranks, raise_on_all_ranks
 from pipeline.train.health.step_filter import DESCRIPTIONS
 from pipeline.train.monitor.console import Console
+from pipeline.train.probe import report
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,21 @@ class Telemetry:
         )
 
     @_on_first_rank
+    def probe(self, row: dict[str, Any]) -> None:
+        """Records a probe; row: step, images, probe_accuracy, probe_layer, probe_accuracy_by_layer."""
+        self._write(row)
+        step, by_layer = row["step"], row["probe_accuracy_by_layer"]
+        scalars = {"accuracy": row["probe_accuracy"], "best_layer": row["probe_layer"]}
+        scalars |= {f"layer/{layer:02}": accuracy for layer, accuracy in enumerate(by_layer)}
+        for name, value in scalars.items():
+            self._board.add_scalar(f"probe/{name}", value, step)
+        self._board.add_image("probe/accuracy_by_depth", report.figure(row), step, dataformats="HWC")
+        logger.info(f"step {step}: {report.sentence(row)}")
+        newest = list(islice(read_backwards(self._run / METRICS_FILE, "probe_accuracy"), report.FALLING + 1))
+        if (message := report.warning(newest)) is not None:
+            logger.warning(message)
+
+    @_on_first_rank
     def skipped_step(self, row: dict[str, Any]) -> None:
         """Records a skipped step, or an applied loss spike; row: the step's row with its reason and images."""
         with (self._run / SKIPPED_FILE).open("a") as rows:
@@ -167,10 +185,11 @@ def open_telemetry(run: Path, step: int, console: Console, ranks: Ranks) -> Tele
 
 
 class EvaluatedStep(NamedTuple):
-    """Whether a step was validated, and sampled."""
+    """Whether a step was validated, sampled, and probed."""
 
     validated: bool = False
     sampled: bool = False
+    probed: bool = False
 
 
 NOT_EVALUATED = EvaluatedStep()
@@ -178,8 +197,10 @@ NOT_EVALUATED = EvaluatedStep()
 
 def evaluated(run: Path, step: int) -> EvaluatedStep:
     """What a run has recorded of the evaluation of its last step."""
-    row = read_last_row(run / METRICS_FILE, "valid_loss")
-    return EvaluatedStep(row is not None and row["step"] == step, _sample(run, step).exists())
+    validated, probed = (
+        (read_last_row(run / METRICS_FILE, key) or {}).get("step") == step for key in ("valid_loss", "probe_accuracy")
+    )
+    return EvaluatedStep(validated, _sample(run, step).exists(), probed)
 
 
 class StepClock:
