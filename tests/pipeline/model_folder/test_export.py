@@ -105,7 +105,7 @@ def test_the_average_of_checkpoints_is_numpys_mean(finished_run: Runner, tmp_pat
             "--average takes the mean of raw weights, and --weights is ema; give",
         ),
         (["--weights", "ema"], "step-00000040 has no average of the weights, because its run had ema.decay 0; omit"),
-        (["--weights", "mean"], "--weights is mean; it must be one of raw, ema (see python -m pipeline export --help)"),
+        (["--weights", "mean"], "weights is 'mean'; it must be one of raw, ema (see python -m pipeline export --help)"),
     ],
 )
 def test_weights_that_can_not_be_exported(
