@@ -47,7 +47,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor": (2, {"parallel.tensor_parallel": 2}),
     "stages and data": (4, {"parallel.pipeline_stages": 2}),
 }
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name not in ("1 rank", "4 ranks")]
+SLOW = {name: pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS}
 
 
 class ProbeRunner(Runner):
@@ -121,7 +121,8 @@ def reference(model: Path, shards: Path) -> list[float]:
     return accuracies
 
 
-@pytest.mark.parametrize("layout", ["4 ranks", *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1 rank"])
 def test_the_accuracies_are_those_of_scikit_learn_and_of_one_rank(runner: ProbeRunner, layout: str) -> None:
     alone, row = runner.probe_on("1 rank"), runner.probe_on(layout)
     export(find_checkpoint(runner.folder / "run"), runner.folder / "model")
@@ -148,7 +149,7 @@ def test_a_masked_model_sees_all_pixels(runner: ProbeRunner, layout: str) -> Non
     assert found[0]["probe_accuracy_by_layer"][0] > 0.5
 
 
-@pytest.mark.parametrize("layout", ["1 rank", *OTHERS])
+@pytest.mark.parametrize("layout", ["ZeRO-3", *(SLOW[name] for name in LAYOUTS if name != "ZeRO-3")])
 def test_probes_change_nothing(runner: ProbeRunner, layout: str) -> None:
     dropout = 0 if layout == "tensor" else 0.1  # its random numbers must not be moved either
     common = {"schedule__steps": 2 * STEPS, "model__dropout": dropout, "validation__every_steps": 3}

@@ -31,8 +31,8 @@ def without_labels(folder: Path) -> Path:
     return folder
 
 
-def chosen(shards: Path | list[Path], **options: object) -> ProbeImages:
-    data = DataConfig(shards=str(shards)) if isinstance(shards, Path) else mixture(shards)
+def chosen(training: Path | list[Path], **options: object) -> ProbeImages:
+    data = DataConfig(shards=str(training)) if isinstance(training, Path) else mixture(training)
     probe = ProbeConfig(**{"every_steps": 5, "train_images": 30, "test_images": 20} | options)  # type: ignore[arg-type]
     config = TrainConfig(model=ModelConfig(layers=1, width=8, heads=1, resolution=RESOLUTION), data=data, probe=probe)
     images = open_probe_images(config, open_training_sets(config))
