@@ -201,7 +201,5 @@ def test_a_request_to_stop_ends_a_probe_and_the_next_start_repeats_it(runner: Pr
     assert processes[0].wait() == 75
     assert "a request to stop ended the evaluation of step 1" in (runner.folder / "logs/rank-0.log").read_text()
     assert not [row for row in runner.rows("run") if "probe_accuracy" in row]
-    rows = runner.train_with(
-        "run", **{key: value for key, value in options.items() if key.startswith(("schedule.st", "probe"))}
-    )
+    rows = runner.train_with("run", schedule__steps=2, probe__every_steps=1, **FEW)
     assert [row["step"] for row in rows if "probe_accuracy" in row] == [1, 2]
