@@ -90,15 +90,29 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
         "compile": compilation.describe(config, ranks.device),
         "threads": f"{torch.get_num_threads()} per rank, on {len(os.sched_getaffinity(0))} CPUs",
     }
+    epochs = order.epochs(images)
+    lines |= _options_in_use(inputs, epochs)
+    width = max(map(len, lines))
+    summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]
+    summary += [f"  attention: {attention.describe(kernels)}"] if kernels else []
+    if inputs.sets.streamed:
+        summary.append(GUARANTEES_IN_MIXTURE if epochs else GUARANTEES)
+    return "\n".join(summary)
+
+
+def _options_in_use(inputs: Inputs, epochs: dict[str, float]) -> dict[str, str]:
+    """The lines of options that are off by default; epochs: of each set of a mixture, at the end of the run."""
+    config, ranks, parallel, lines = inputs.config, inputs.ranks, inputs.config.parallel, {}
+    accumulation = config.batch.accumulation_steps(parallel.data_ranks(ranks.count))
+    if epochs:
+        weights = {one.name: one.weight for one in inputs.sets.sets}
+        each = (f"{name} {epoch:.2f} (weight {weights[name]:g})" for name, epoch in epochs.items())
+        lines["mixture"] = f"epochs of each set at the end of the run: {', '.join(each)}"
     if config.ema.decay:
         lines["average"] = (
             f"exponential moving average of the weights, decay {config.ema.decay:g}: over about the last "
             f"{1 / (1 - config.ema.decay):,.0f} steps, 4 bytes a parameter over the data-parallel ranks"
         )
-    if epochs := order.epochs(images):
-        weights = {one.name: one.weight for one in inputs.sets.sets}
-        each = (f"{name} {epoch:.2f} (weight {weights[name]:g})" for name, epoch in epochs.items())
-        lines["mixture"] = f"epochs of each set at the end of the run: {', '.join(each)}"
     if inputs.probe is not None:
         lines["probe"] = cost(inputs)
     if config.precision == "fp8":
@@ -112,12 +126,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
         lines["messages"] = f"gradients are summed over the data-parallel ranks in {parallel.communication}"
     if config.deterministic:
         lines["deterministic"] = "torch's deterministic kernels only; cuDNN's attention is excluded"
-    width = max(map(len, lines))
-    summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]
-    summary += [f"  attention: {attention.describe(kernels)}"] if kernels else []
-    if inputs.sets.streamed:
-        summary.append(GUARANTEES_IN_MIXTURE if epochs else GUARANTEES)
-    return "\n".join(summary)
+    return lines
 
 
 def log_end(run: Path, step: int, finished: bool) -> None:

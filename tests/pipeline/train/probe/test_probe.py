@@ -28,6 +28,8 @@ LAYERS, STEPS = 3, 4
 TOLERANCE = 0.003
 """Of an accuracy: 0.3 points."""
 PROBED = {"probe.train_images": 300, "probe.test_images": 400}
+FEW = {"probe.train_images": 40, "probe.test_images": 20}
+"""Where the accuracies are not compared."""
 SMALL = TINY | {
     "model.resolution": RESOLUTION,
     "model.layers": LAYERS,
@@ -154,7 +156,7 @@ def test_probes_change_nothing(runner: ProbeRunner, layout: str) -> None:
     dropout = 0 if layout == "tensor" else 0.1  # its random numbers must not be moved either
     common = {"schedule__steps": 2 * STEPS, "model__dropout": dropout, "validation__every_steps": 3}
     without = runner.train_with("without", layout, **common)
-    probed = runner.train_with("with", layout, **common, probe__every_steps=2, **PROBED)
+    probed = runner.train_with("with", layout, **common, probe__every_steps=2, **FEW)
     assert len([row for row in probed if "probe_accuracy" in row]) == STEPS
     kinds = ("loss", "grad_norm", "valid_loss")
     values = [[[row[kind] for row in rows if kind in row] for kind in kinds] for rows in (without, probed)]
@@ -167,9 +169,9 @@ def test_probes_change_nothing(runner: ProbeRunner, layout: str) -> None:
 
 
 def test_what_a_run_shows(runner: ProbeRunner) -> None:
-    runner.train_with("run", schedule__steps=2, probe__every_steps=1, **PROBED)
+    runner.train_with("run", schedule__steps=2, probe__every_steps=1, **FEW)
     log = (runner.folder / "run.logs/rank-0.log").read_text()
-    assert "2 probes of 4 layers, every 1 steps: 300 images in 3 classes and 2 x 400 held-out ones of" in log
+    assert "2 probes of 4 layers, every 1 steps: 40 images in 3 classes and 2 x 20 held-out ones of" in log
     assert "step 2: probe accuracy" in log
     events = EventAccumulator(str(runner.folder / "run/tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
@@ -199,7 +201,5 @@ def test_a_request_to_stop_ends_a_probe_and_the_next_start_repeats_it(runner: Pr
     assert processes[0].wait() == 75
     assert "a request to stop ended the evaluation of step 1" in (runner.folder / "logs/rank-0.log").read_text()
     assert not [row for row in runner.rows("run") if "probe_accuracy" in row]
-    rows = runner.train_with(
-        "run", **{key: value for key, value in options.items() if key.startswith(("schedule.st", "probe"))}
-    )
+    rows = runner.train_with("run", schedule__steps=2, probe__every_steps=1, **FEW)
     assert [row["step"] for row in rows if "probe_accuracy" in row] == [1, 2]
