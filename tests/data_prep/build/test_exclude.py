@@ -84,7 +84,7 @@ def test_near_duplicates_are_listed_and_not_stored(
     assert sizes["test"] == 12
     assert sizes["train"] + sizes["valid"] == 48 - len(wanted)
     manifest = shard_set.manifest
-    assert manifest["excluded"]["images"] == 4
+    assert manifest["excluded"]["hashed"] == 4
     assert [(one["name"], one["images"]) for one in manifest["excluded"]["sets"]] == [("theirs", 5)]
     assert sum(sum(reasons.values()) for reasons in manifest["skipped"].values()) == len(wanted)
     assert str(tmp_path) not in json.dumps([manifest["excluded"], manifest["config"]["exclude"]])
@@ -110,6 +110,7 @@ def test_a_shard_set_is_compared_as_it_is_stored(
     assert all(f" of {tmp_path / 'set'}, " in line["detail"] for line in skipped(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_interruptions_workers_and_parts_change_nothing(
     tmp_path: Path, options: list[str], excluded: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,30 @@ def test_interruptions_workers_and_parts_change_nothing(
     assert run("shards", *options, "--out", out).code == 0
     assert files_of(out) == files_of(tmp_path / "one") == files_of(tmp_path / "parts")
     assert "is finished" in run("shards", *options, "--out", out).err
+
+
+def test_parts_of_a_palette_have_the_same_excluded_images(
+    tmp_path: Path, options: list[str], excluded: Path, small: Small, run: Run
+) -> None:
+    """The folder may move; an image of it may not change, even to one of the same size."""
+
+    def part(number: int, folder: Path) -> Any:
+        more = ["--part", number, "--parts", 2, "--exclude_distance", 9]
+        return run("palette", *options, "--exclude", folder, *more, "--out", tmp_path / "palette.npy")
+
+    page = Image.fromarray(small[0][7])
+    page.save(excluded / "page.bmp")
+    assert part(1, excluded).code == 0
+    Image.fromarray(small[0][8]).save(excluded / "page.bmp")
+    assert_one_sentence(part(2, excluded), "was prepared with excluded.hashes_sha256", "but it is now")
+    page.save(excluded / "page.bmp")
+    (tmp_path / "moved").mkdir()
+    moved = shutil.move(excluded, tmp_path / "moved" / excluded.name)
+    assert part(2, moved).code == 0
+    assert run("join", tmp_path / "palette.npy").code == 0
+    whole = ["--exclude", moved, "--exclude_distance", 9]
+    assert run("palette", *options, *whole, "--out", tmp_path / "whole.npy").code == 0
+    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "palette.npy").read_bytes()
 
 
 def test_without_the_option_the_manifest_has_nothing_of_it(shards: Path) -> None:
