@@ -295,19 +295,17 @@ def _check_columns(where: Where, tars: list[str]) -> None:
     Reads no further than to the first image that has all columns. A tar without images is not the first.
     """
     for tar in tars:
-        has_images, name, found, row = False, "", dict[str, Any](), dict[str, Any]()
+        name, found, row = "", dict[str, Any](), dict[str, Any]()
         with closing(read_tar(tar, None, needs_json=True)) as samples:
             for sample in samples:
                 if isinstance(sample, BadImage) or sample.content is None:
                     continue
-                has_images = True
                 with suppress(ValueError):  # listed as damaged when its tar is prepared
-                    row = sample.columns()
-                    name = f"{sample.name} in {sample.shown}"
+                    name, row = f"{sample.name} in {sample.shown}", sample.columns()
                     found |= row
                 if all(row.get(column) is not None for column in where.columns):
                     break
-        if has_images:
+        if name:
             break
     missing = [column for column in where.columns if column not in found]
     if missing:
