@@ -57,7 +57,7 @@ def skipped(out: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["folder", "tars"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("tars", marks=pytest.mark.slow)])
 def test_near_duplicates_are_listed_and_not_stored(
     kind: str, tmp_path: Path, options: list[str], excluded: Path, small: Small, run: Run
 ) -> None:
