@@ -20,7 +20,7 @@ from data_prep.common.progress import progress
 from data_prep.common.workers import in_workers
 from data_prep.config import DataConfig
 from data_prep.images.decode import BadImage, Decoder
-from data_prep.images.near_duplicates import Look, NearDuplicates, look_of
+from data_prep.images.near_duplicates import THUMBNAIL, Look, NearDuplicates, look_of
 from data_prep.palette.codec import decode
 from data_prep.shards.addresses import hide_secrets
 from data_prep.shards.format import MANIFEST
@@ -99,8 +99,12 @@ class ExcludedSet:
 class Hashed(NamedTuple):
     """A chunk of excluded images."""
 
-    looks: list[tuple[int, Look]]
-    """With their numbers; flat images are missing."""
+    numbers: np.ndarray
+    """int64 (n,): of the images that are usable and not flat; the others are not hashed."""
+    codes: np.ndarray
+    """uint64 (n,)."""
+    thumbnails: np.ndarray
+    """uint8 (n, 192)."""
     bad: list[BadImage]
 
 
@@ -173,35 +177,35 @@ def read_excluded(excluded: Sequence[ExcludedSet], config: DataConfig, workers: 
     if not excluded:
         return None
     names: list[str] = []
-    looks: list[Look] = []
+    hashed: list[Hashed] = []
     for one in excluded:
         if isinstance(one.contents, StoredImages) and one.contents.shard_set.address is None:
             one.contents.shard_set.verify([SPLIT])  # of a remote set, each file is compared as it is downloaded
         found = _hash(one, config.max_skipped, workers)
-        names += [one.contents.name(index) for index, _ in found]
-        looks += [look for _, look in found]
-    codes = np.array([look.code for look in looks], np.uint64)
-    return NearDuplicates(
-        codes, np.stack([look.thumbnail.ravel() for look in looks]), Names(names), config.exclude_distance
-    )
+        names += [one.contents.name(index) for chunk in found for index in chunk.numbers.tolist()]
+        hashed += found
+    codes = np.concatenate([chunk.codes for chunk in hashed])
+    thumbnails = np.concatenate([chunk.thumbnails for chunk in hashed])
+    return NearDuplicates(codes, thumbnails, Names(names), config.exclude_distance)
 
 
-def _hash(one: ExcludedSet, max_skipped: float, workers: int) -> list[tuple[int, Look]]:
-    """The number and the look of each usable image."""
+def _hash(one: ExcludedSet, max_skipped: float, workers: int) -> list[Hashed]:
+    """The chunks of a set, in order."""
     images = len(one.contents)
     chunks = [range(start, min(start + CHUNK, images)) for start in range(0, images, CHUNK)]
-    limit, looks = SkipLimit(max_skipped, images), list[tuple[int, Look]]()
+    limit, kept = SkipLimit(max_skipped, images), list[Hashed]()
     hashed = in_workers(_hash_chunk, one, chunks, workers)
     try:
         with progress("exclude", images, "images") as advance, closing(hashed):
             for chunk, found in zip(chunks, hashed, strict=True):
-                looks += found.looks
+                kept.append(found)
                 limit.add(len(chunk), [skip("excluded", bad) for bad in found.bad])
                 advance(len(chunk))
     except TooManySkips as error:
         raise ValueError(f"exclude {one.path}: {error}.") from error
-    flat = images - len(looks) - len(limit.skips)
-    if not looks:
+    used = sum(len(found.codes) for found in kept)
+    flat = images - used - len(limit.skips)
+    if not used:
         raise ValueError(
             f"exclude {one.path} has {images:,} images, all of them flat or unusable; it must have others."
         )
@@ -209,17 +213,25 @@ def _hash(one: ExcludedSet, max_skipped: float, workers: int) -> list[tuple[int,
         f"exclude {one.path}: {images:,} images of a {one.kind}, {flat:,} flat and {len(limit.skips):,} unusable ones "
         f"are not searched"
     )
-    return looks
+    return kept
 
 
 def _hash_chunk(one: ExcludedSet, indices: range) -> Hashed:
-    hashed = Hashed([], [])
+    """Arrays, as a look has five times the bytes that are compared."""
+    looks: list[tuple[int, Look]] = []
+    bad: list[BadImage] = []
     for index, image in zip(indices, one.contents.images(indices), strict=True):
         if isinstance(image, BadImage):
-            hashed.bad.append(image)
+            bad.append(image)
         elif not (look := look_of(image)).is_flat:
-            hashed.looks.append((index, look))
-    return hashed
+            looks.append((index, look))
+    thumbnails = np.array([look.thumbnail for _, look in looks], np.uint8)
+    return Hashed(
+        np.array([index for index, _ in looks], np.int64),
+        np.array([look.code for _, look in looks], np.uint64),
+        thumbnails.reshape(len(looks), 3 * THUMBNAIL**2),
+        bad,
+    )
 
 
 def describe_excluded(excluded: Sequence[ExcludedSet], near_duplicates: NearDuplicates | None) -> dict[str, Any]:
@@ -230,7 +242,7 @@ def describe_excluded(excluded: Sequence[ExcludedSet], near_duplicates: NearDupl
     sets = [{"name": one.name, "kind": one.kind, "images": len(one.contents), "sha256": one.digest} for one in excluded]
     return {
         "excluded": {
-            "images": len(near_duplicates.codes),
+            "hashed": len(near_duplicates.codes),
             "hashes_sha256": hashes.hexdigest(),
             "sets": sets,
         }

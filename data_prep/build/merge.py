@@ -27,6 +27,7 @@ from data_prep.shards.format import FORMAT, MANIFEST, PALETTE, VERSION
 from data_prep.shards.overlap import Overlap
 from data_prep.shards.reader import open_shard_set
 from data_prep.sources.base import MAX_CLASSES
+from data_prep.sources.where import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -130,15 +131,27 @@ def _manifest(
 
 
 def _filtered(plan: dict[str, Any], results: dict[Unit, dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By split of the source and reason: the images that source.where excludes. Raises ValueError if it is all."""
+    """By split of the source and reason: the images that source.where excludes.
+
+    Raises ValueError if it is all images of a split.
+    """
     filtered = add_counts(plan["filtered"], *(result["filtered"] for result in results.values()))
-    if "train" in filtered and not any("train" in result["shards"] for result in results.values()):
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in filtered["train"].items())
+    empty = next((split for split in filtered if not _has_images(split, results)), None)
+    if empty is not None:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in filtered[empty].items())
         raise ValueError(
-            f"source.where {plan['config']['source']['where']!r} leaves no training image that can be used ({counts}); "
-            f"change it."
+            f"source.where {quoted(plan['config']['source']['where'])} leaves no image of {empty} that can be used "
+            f"({counts}); change it."
         )
     return filtered
+
+
+def _has_images(split: str, results: dict[Unit, dict[str, Any]]) -> bool:
+    """Whether images of a split of the source are stored; those of valid may be in train."""
+    if split == "train":
+        return any("train" in result["shards"] for result in results.values())
+    own = [result for unit, result in results.items() if unit.split == split]
+    return not own or any(result["shards"] for result in own)
 
 
 def classes_of(named: list[str], labels: np.ndarray) -> list[str]:

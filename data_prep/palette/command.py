@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.build.exclude import open_excluded, read_excluded
+from data_prep.build.build import identity
+from data_prep.build.exclude import describe_excluded, open_excluded, read_excluded
 from data_prep.build.parts import Part
 from data_prep.build.plan import make_plan
 from data_prep.build.state import PLAN, share_plan
@@ -39,12 +40,14 @@ def prepare_palette(config: DataConfig, out: Path, part: Part) -> None:
     source = open_source(config.source)
     plan = make_plan(source, config)
     workers = worker_count(config.workers)
-    excluded = read_excluded(open_excluded(config.exclude), config, workers)
-    if excluded is not None:
-        source = replace(source, near_duplicate=excluded.match)
+    excluded = open_excluded(config.exclude)
+    near_duplicates = read_excluded(excluded, config, workers)
+    if near_duplicates is not None:
+        source = replace(source, near_duplicate=near_duplicates.match)
     out.parent.mkdir(parents=True, exist_ok=True)
     if part.count > 1:
-        described = {"config": config.to_dict(), "source": {"fingerprint": source.fingerprint}, "parts": part.count}
+        compared = {"config": identity(config, excluded), "source": {"fingerprint": source.fingerprint}}
+        described = compared | {"parts": part.count} | describe_excluded(excluded, near_duplicates)
         share_plan(_folder(out) / PLAN, _folder(out), described)
     histogram, skipped = count_chunks(source, plan, part.of(fit_chunks(plan)), workers)
     if part.count == 1:
@@ -77,7 +80,8 @@ def join_palette(out: Path) -> None:
     for file in files:
         with np.load(file, allow_pickle=False) as arrays:
             histogram[arrays["codes"]] += arrays["counts"]
-    _save(out, fit_histogram(histogram, DataConfig.from_dict(described["config"])))
+    without = {key: value for key, value in described["config"].items() if not key.startswith("exclude")}
+    _save(out, fit_histogram(histogram, DataConfig.from_dict(without)))  # the colors are counted, so none is excluded
     shutil.rmtree(_folder(out))
 
 

@@ -109,7 +109,9 @@ class Split:
     folders: set[str]
     """Those of the classes that have a folder in this split, in a folder of images, which declares those of all."""
     filtered: dict[str, int]
-    """By reason, the numbers of rows that source.where excludes and `data` lacks; empty for a stream."""
+    """By reason, the numbers of rows that source.where excludes; empty for a stream."""
+    kept: list[int] | None
+    """The rows that source.where keeps, of a split with random access; None for all."""
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -154,19 +156,22 @@ def _split(
             raise ValueError(f"source.label_column {labels!r} of {path!r} has another type in {split} than in train.")
         names = class_names(tables, labels) or declared_names(features[labels])
     folders = {PurePath(file).parent.name for file in files} & set(names or []) if of_folders else set()
-    used, filtered = [images, labels], dict[str, int]()
+    used, filtered, kept = [images, labels], dict[str, int](), None
     if where is not None:
         check_columns(where, features, split, path)
         if _is_stream(data):
             used += where.columns
         else:
-            data, filtered = keep(where, data, split, path)
+            kept, filtered = keep(where, data, split, path)
     data = data.select_columns(list(dict.fromkeys(column for column in used if column in features)))
-    return Split(split, _undecoded(data, images), tables, labels in features, names, folders, filtered)
+    return Split(split, _undecoded(data, images), tables, labels in features, names, folders, filtered, kept)
 
 
 def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn | None) -> Source:
-    """The source of splits with random access."""
+    """The source of splits with random access.
+
+    Classes are numbered before source.where excludes rows, as in streams, so that they do not depend on it.
+    """
     classes: list[str] = []
     found: dict[str, SplitLabels] = {}
     numbers: dict[str, np.ndarray] = {}
@@ -185,7 +190,10 @@ def _in_tables(path: str, parts: list[Split], images: str, column: LabelColumn |
     splits: dict[str, Images] = {}
     for part in parts:
         labels = numbers.get(part.name, found[part.name].indices)
-        splits[part.name] = TableImages(part.data, images, labels, f"{path} {part.name}")
+        data = part.data
+        if part.kept is not None:
+            data, labels = data.select(part.kept), labels[part.kept]
+        splits[part.name] = TableImages(data, images, labels, f"{path} {part.name}")
     sizes = [f"{split} {len(images)}" for split, images in splits.items()]
     filtered = {part.name: part.filtered for part in parts if part.filtered}
     return Source(Path(path).name, classes, splits, {}, fingerprint([*sizes, *classes]), filtered=filtered)

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from data_prep.sources.hf_columns import Features, listed_columns, type_name
-from data_prep.sources.where import Where
+from data_prep.sources.where import Where, quoted
 
 BATCH = 10_000
 """Rows whose columns are in memory at a time."""
@@ -18,13 +18,13 @@ def check_columns(where: Where, features: Features, split: str, path: str) -> No
     for column in where.columns:
         if column not in features:
             raise ValueError(
-                f"source.where is {where.expression!r}, but {path!r} has no column {column!r} in {split}; it has "
+                f"source.where is {quoted(where.expression)}, but {path!r} has no column {column!r} in {split}; it has "
                 f"{listed_columns(features)}."
             )
         row[column] = _example(features[column])
         if row[column] is None:
             raise ValueError(
-                f"source.where is {where.expression!r}, but the column {column!r} of {path!r} has the type "
+                f"source.where is {quoted(where.expression)}, but the column {column!r} of {path!r} has the type "
                 f"{type_name(features[column])}; it must have numbers, strings or booleans."
             )
     where.check(row, f"{path!r}")
@@ -37,8 +37,8 @@ def _example(feature: Any) -> Any:
     return next((value for start, value in EXAMPLES.items() if kind.startswith(start)), None)
 
 
-def keep(where: Where, data: Any, split: str, path: str) -> tuple[Any, dict[str, int]]:
-    """The rows of a datasets.Dataset that fit, and the numbers of the others by reason.
+def keep(where: Where, data: Any, split: str, path: str) -> tuple[list[int], dict[str, int]]:
+    """The numbers of the rows of a datasets.Dataset that fit, and by reason how many do not.
 
     Raises ValueError if none fits.
     """
@@ -55,7 +55,7 @@ def keep(where: Where, data: Any, split: str, path: str) -> tuple[Any, dict[str,
     if not kept and refused:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in refused.items())
         raise ValueError(
-            f"source.where {where.expression!r} keeps none of the {len(data):,} images in {split} of {path!r} "
+            f"source.where {quoted(where.expression)} keeps none of the {len(data):,} images in {split} of {path!r} "
             f"({counts}); change it."
         )
-    return data.select(kept), dict(refused)
+    return kept, dict(refused)

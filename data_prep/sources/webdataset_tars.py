@@ -24,7 +24,7 @@ from data_prep.sources.base import MAX_CLASSES, UNLABELLED, Encoded, ImageStream
 from data_prep.sources.folders import SPLIT_WORD, SUFFIXES, TRAIN_WORDS, in_system_folder
 from data_prep.sources.image_folder import SPLITS
 from data_prep.sources.tar_stream import MEMBER_LIMIT, DamagedTar, Tar
-from data_prep.sources.where import Where
+from data_prep.sources.where import Where, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,11 @@ LABEL_LIMIT = 1 << 24
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Lists the tars. Opens none of them, and sends no requests for remote tars; for source.where it reads the first.
+    """Lists the tars. Opens none of them, and sends no requests for remote tars; for source.where it reads the first
+    of each split.
 
     Raises ValueError for a folder without tars, for tars of an ambiguous split, a missing tar, unbalanced braces, or a
-    column of source.where that no image in the first tar has.
+    column of source.where that no image in the first tar of a split has.
     """
     assert config.path is not None
     path = Path(config.path)
@@ -59,7 +60,8 @@ def open_source(config: SourceConfig) -> Source:
         tars, name = {"train": _expanded(config.path)}, _name(hide_secrets(config.path))
     where = None if config.where is None else Where(config.where)
     if where is not None:
-        _check_columns(where, tars["train"])
+        for found in tars.values():
+            _check_columns(where, found)
     streams: dict[str, list[ImageStream]] = {
         split: [
             Tars(found[first : first + config.tars_per_shard], config.label_column, where)
@@ -288,7 +290,7 @@ class Sample:
 
 
 def _check_columns(where: Where, tars: list[str]) -> None:
-    """Raises ValueError for a column that no image in the first tar has, or if the first image has another type.
+    """Raises ValueError for a column that no image in the first tar has, or if the last image read has another type.
 
     Reads no further than to the first image that has all columns. A tar without images is not the first.
     """
@@ -309,8 +311,8 @@ def _check_columns(where: Where, tars: list[str]) -> None:
     if missing:
         names = f"the fields {', '.join(sorted(found))}" if found else "no .json with fields"
         raise ValueError(
-            f"source.where is {where.expression!r}, but no image in {hide_secrets(tar)} has {missing[0]!r}; its images "
-            f"have {_printable(names)}."
+            f"source.where is {quoted(where.expression)}, but no image in {hide_secrets(tar)} has {missing[0]!r}; "
+            f"its images have {_printable(names)}."
         )
     where.check(row, _printable(name))
 

@@ -18,6 +18,8 @@ ALLOWED = (
 )
 MAX_CHARACTERS = 1_000
 """Of an expression; a longer one would nest deeper than Python's parser goes."""
+SHOWN_CHARACTERS = 100
+"""Of an expression, or of a part of it, in a message."""
 FILTERED: Reason = "filtered"
 NO_VALUE: Reason = "no value"
 UNLISTED = (FILTERED, NO_VALUE)
@@ -41,6 +43,7 @@ ARITHMETIC: dict[type, Operation] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+SIGNS: dict[type, Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
 NUMBER, STRING, BOOLEAN = KINDS = ("a number", "a string", "a boolean")
 ORDERED = dict.fromkeys(("<", "<=", ">", ">="), (NUMBER, STRING)) | {"in": (STRING,), "not in": (STRING,)}
 """The kinds of values that a comparison takes, both sides of one kind; others take all."""
@@ -73,7 +76,7 @@ class Where:
         except (SyntaxError, RecursionError, MemoryError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply"
             raise ValueError(
-                f"source.where is {expression!r}, which is not an expression ({reason}){_allowed()}"
+                f"source.where is {quoted(expression)}, which is not an expression ({reason}){_allowed()}"
             ) from None
 
     def refusal(self, row: Row) -> Reason | None:
@@ -96,8 +99,8 @@ class Where:
             self.refusal(row)
         except WrongTypes as error:
             raise ValueError(
-                f"source.where is {self.expression!r}, but for {name} {error}; compare numbers with numbers, and "
-                f"strings with strings."
+                f"source.where is {quoted(self.expression)}, but for {name} {error}; compare numbers with numbers, "
+                f"and strings with strings."
             ) from error
 
     def _compile(self, node: ast.expr, wanted: Literal["condition", "value"]) -> Evaluate:
@@ -112,7 +115,7 @@ class Where:
         if isinstance(node, ast.Compare):
             return self._comparisons(node)
         value = self._value(node)
-        return _condition(value, ast.unparse(node)) if wanted == "condition" else value
+        return _condition(value, _text(node)) if wanted == "condition" else value
 
     def _value(self, node: ast.expr) -> Evaluate:
         if isinstance(node, ast.Name):
@@ -120,12 +123,10 @@ class Where:
             return _column(node.id)
         if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool | int | float | str)):
             return lambda row: node.value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-            zero = ast.Constant(0)
-            operation = ast.Sub() if isinstance(node.op, ast.USub) else ast.Add()
-            return self._value(ast.copy_location(ast.BinOp(zero, operation, node.operand), node))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
+            return _signed(self._value(node.operand), SIGNS[type(node.op)], _text(node.operand))
         if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-            names = ast.unparse(node.left), ast.unparse(node.right)
+            names = _text(node.left), _text(node.right)
             return _calculated(self._value(node.left), self._value(node.right), ARITHMETIC[type(node.op)], names)
         return self._refuse(node, "this is not allowed")
 
@@ -141,7 +142,7 @@ class Where:
 
     def _comparison(self, left: ast.expr, kind: ast.cmpop, right: ast.expr) -> Evaluate:
         sign, compare = COMPARISONS[type(kind)]
-        names = ast.unparse(left), ast.unparse(right)
+        names = _text(left), _text(right)
         if _is_none(left) or _is_none(right):
             if sign not in ("==", "!="):
                 self._refuse(left, f"None is compared by {sign}; use == or !=")
@@ -150,21 +151,36 @@ class Where:
         one = self._compile(left, "value")
         if sign in ("in", "not in") and isinstance(right, ast.Tuple | ast.List):
             return _listed(one, self._constants(right), compare, names)
+        if sign in ("in", "not in") and isinstance(right, ast.Constant) and isinstance(right.value, str):
+            item = quoted(right.value)
+            self._refuse(
+                right, f"{sign} needs a list or a column; write [{item}] or ({item},), or 'part' {sign} column"
+            )
         many = self._compile(right, "value")
         return _compared(one, many, sign, compare, names)
 
     def _constants(self, node: ast.Tuple | ast.List) -> list[Any]:
-        try:
-            values = list(ast.literal_eval(node))
-        except ValueError:
-            values = []
+        values = [_constant(item) for item in node.elts]
         if len({_kind(value) for value in values}) != 1 or _kind(values[0]) not in KINDS:
             self._refuse(node, "a list must have numbers alone, or strings alone")
         return values
 
     def _refuse(self, node: ast.expr, why: str) -> Any:
         part = ast.get_source_segment(self.expression.strip(), node) or ast.unparse(node)
-        raise ValueError(f"source.where is {self.expression!r}, with {part!r}: {why}{_allowed()}")
+        raise ValueError(f"source.where is {quoted(self.expression)}, with {quoted(part)}: {why}{_allowed()}")
+
+
+def quoted(text: str) -> str:
+    """A text in quotes, for messages; of a long one, the beginning."""
+    return repr(_shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+
+
+def _text(node: ast.expr) -> str:
+    return _shortened(ast.unparse(node))
 
 
 def _allowed() -> str:
@@ -177,6 +193,14 @@ def _kind(value: Any) -> str:
     if isinstance(value, int | float):
         return NUMBER
     return STRING if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _constant(node: ast.expr) -> Any:
+    """The value of a constant, or of a number with a sign; None for anything else."""
+    if isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
+        number = _constant(node.operand)
+        return SIGNS[type(node.op)](number) if _kind(number) == NUMBER else None
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 def _is_none(node: ast.expr) -> bool:
@@ -242,6 +266,18 @@ def _listed(left: Evaluate, values: list[Any], compare: Operation, names: Names)
         return compare(one, values)
 
     return comparison
+
+
+def _signed(operand: Evaluate, apply: Callable[[Any], Any], name: str) -> Evaluate:
+    def value(row: Row) -> Any:
+        one = operand(row)
+        if one is None:
+            return None
+        if _kind(one) != NUMBER:
+            raise WrongTypes(f"it puts a sign before {name} ({_kind(one)})")
+        return apply(one)
+
+    return value
 
 
 def _calculated(left: Evaluate, right: Evaluate, calculate: Operation, names: Names) -> Evaluate:

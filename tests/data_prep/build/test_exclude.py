@@ -57,11 +57,12 @@ def skipped(out: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["folder", "tars"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("tars", marks=pytest.mark.slow)])
 def test_near_duplicates_are_listed_and_not_stored(
     kind: str, tmp_path: Path, options: list[str], excluded: Path, small: Small, run: Run
 ) -> None:
-    """Of train and of the valid that is held out of it; a copy in the source's own test stays."""
+    """Of train and of the valid that is held out of it; a copy in the source's own test stays. max_skipped does not
+    limit them."""
     if kind == "tars":
         for split, rest in (("train", range(1, 5)), ("test", range(1))):
             members = [(f"{i}.png", encode_image(small[0][i])) for i in range(60) if i % 5 in rest]
@@ -69,7 +70,7 @@ def test_near_duplicates_are_listed_and_not_stored(
             (tmp_path / f"tars/{split}/0.tar").write_bytes(tar_bytes(members))
         options += ["--source.kind", "webdataset", "--source.path", str(tmp_path / "tars")]
     out = tmp_path / "out"
-    result = run("shards", *options, "--exclude", excluded, "--out", out)
+    result = run("shards", *options, "--max_skipped", 0, "--exclude", excluded, "--out", out)
     assert result.code == 0, result.err
     wanted = expected(small, excluded)
     assert set(COPIED) <= set(wanted) and len(wanted) < 6
@@ -84,7 +85,7 @@ def test_near_duplicates_are_listed_and_not_stored(
     assert sizes["test"] == 12
     assert sizes["train"] + sizes["valid"] == 48 - len(wanted)
     manifest = shard_set.manifest
-    assert manifest["excluded"]["images"] == 4
+    assert manifest["excluded"]["hashed"] == 4
     assert [(one["name"], one["images"]) for one in manifest["excluded"]["sets"]] == [("theirs", 5)]
     assert sum(sum(reasons.values()) for reasons in manifest["skipped"].values()) == len(wanted)
     assert str(tmp_path) not in json.dumps([manifest["excluded"], manifest["config"]["exclude"]])
@@ -110,6 +111,7 @@ def test_a_shard_set_is_compared_as_it_is_stored(
     assert all(f" of {tmp_path / 'set'}, " in line["detail"] for line in skipped(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_interruptions_workers_and_parts_change_nothing(
     tmp_path: Path, options: list[str], excluded: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,16 +151,34 @@ def test_interruptions_workers_and_parts_change_nothing(
     assert "is finished" in run("shards", *options, "--out", out).err
 
 
+def test_parts_of_a_palette_have_the_same_excluded_images(
+    tmp_path: Path, options: list[str], excluded: Path, small: Small, run: Run
+) -> None:
+    """The folder may move; an image of it may not change, even to one of the same size."""
+
+    def part(number: int, folder: Path) -> Any:
+        more = ["--part", number, "--parts", 2, "--exclude_distance", 9]
+        return run("palette", *options, "--exclude", folder, *more, "--out", tmp_path / "palette.npy")
+
+    page = Image.fromarray(small[0][7])
+    page.save(excluded / "page.bmp")
+    assert part(1, excluded).code == 0
+    Image.fromarray(small[0][8]).save(excluded / "page.bmp")
+    assert_one_sentence(part(2, excluded), "was prepared with excluded.hashes_sha256", "but it is now")
+    page.save(excluded / "page.bmp")
+    (tmp_path / "moved").mkdir()
+    moved = shutil.move(excluded, tmp_path / "moved" / excluded.name)
+    assert part(2, moved).code == 0
+    assert run("join", tmp_path / "palette.npy").code == 0
+    whole = ["--exclude", moved, "--exclude_distance", 9]
+    assert run("palette", *options, *whole, "--out", tmp_path / "whole.npy").code == 0
+    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "palette.npy").read_bytes()
+
+
 def test_without_the_option_the_manifest_has_nothing_of_it(shards: Path) -> None:
     manifest = json.loads((shards / "shards.json").read_text())
     assert not {"exclude", "exclude_distance", "where"} & {*manifest["config"], *manifest["config"]["source"]}
     assert not {"excluded", "filtered"} & manifest.keys()
-
-
-def test_near_duplicates_are_not_limited_by_max_skipped(
-    tmp_path: Path, options: list[str], excluded: Path, run: Run
-) -> None:
-    assert run("shards", *options, "--max_skipped", 0, "--exclude", excluded, "--out", tmp_path / "out").code == 0
 
 
 def test_what_is_refused(

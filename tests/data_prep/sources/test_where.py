@@ -33,6 +33,8 @@ ROW = {"width": 64, "height": 48, "punsafe": 0.25, "license": "cc0", "nsfw": Fal
         ("32 <= height < 48", FILTERED),
         ("width / height < 1.4 and width * height == 3072", None),
         ("-width + height == -16", None),
+        ("height in (+48, - -3)", None),
+        ("-absent > 3", NO_VALUE),
         ("not (width == 64)", FILTERED),
         ("license in ('cc0', 'cc-by')", None),
         ("height not in [48, -5]", FILTERED),
@@ -111,6 +113,13 @@ def test_random_expressions_agree_with_python() -> None:
         ("width in ()", ["'()': a list must have"]),
         ("width in (height, 3)", ["'(height, 3)': a list must have"]),
         ("width in (1 + 2j, 3)", ["a list must have"]),
+        ("width in ({[1]},)", ["'({[1]},)': a list must have"]),
+        ("width in (-'a',)", ["a list must have"]),
+        (
+            "license in ('cc-by-nc')",
+            ["\"'cc-by-nc'\": in needs a list", "write ['cc-by-nc'] or ('cc-by-nc',), or 'part' in"],
+        ),
+        ("license not in 'cc0'", ["not in needs a list", "or 'part' not in column"]),
         ("width > 3j", ["'3j': this is not allowed"]),
         ("width > 3; height", ["is not an expression"]),
         ("not " * 200 + "nsfw", None),
@@ -128,6 +137,16 @@ def test_expressions_that_are_refused(expression: str, words: list[str] | None) 
         SourceConfig(kind="webdataset", path="tars", where=expression)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "characters" in str(caught.value) or "names of columns, numbers, strings" in str(caught.value)
+
+
+def test_long_expressions_are_shortened_in_messages() -> None:
+    for expression in ("width > 3 and " * 60 + "len(caption)", "width in (" + "1, " * 300 + "'a')", "width >" * 140):
+        with pytest.raises(ValueError, match=r" \.\.\.['\"]") as caught:
+            Where(expression)
+        assert len(str(caught.value)) < 500
+    with pytest.raises(ValueError, match=r" \.\.\. \(a number\) with 'a' \(a string\)") as caught:
+        Where("width + 1" * 1 + " + width" * 100 + " > 'a'").check({"width": 1}, "1.jpg")
+    assert len(str(caught.value)) < 400
 
 
 @pytest.fixture
@@ -199,6 +218,7 @@ def test_workers_and_parts_give_the_same_bytes(options: list[Any], tmp_path: Pat
         ("wdth > 3", ["no image in", "00000.tar has 'wdth'; its images have the fields caption, punsafe, width."]),
         ("width > '3'", ["it compares width (a number) with '3' (a string)"]),
         ("caption + 3 > 3", ["it calculates with caption (a string) and 3 (a number)"]),
+        ("-caption > 3", ["it puts a sign before caption (a string)"]),
         ("caption", ["caption is a string where a condition is needed"]),
         ("width in ('a', 'b')", ["it compares width (a number) with 'a' (a string)"]),
         ("'a' in width", ["it compares 'a' (a string) with width (a number)"]),
@@ -210,6 +230,33 @@ def test_expressions_that_do_not_fit_the_tars(
 ) -> None:
     assert_one_sentence(run("shards", *options, "--source.where", expression, "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists() or "width > 60" in expression
+
+
+def test_each_split_has_the_columns_and_images(options: list[Any], tars: Path, tmp_path: Path, run: Run) -> None:
+    """A test whose images all lack a column, or are all excluded, would vanish from the set."""
+    for split, number in (("train", 0), ("test", 2)):
+        (tars / split).mkdir()
+        (tars / f"0000{number}.tar").rename(tars / split / "0.tar")
+    (tars / "00001.tar").unlink()
+    options += ["--max_skipped", 0.5]
+    refused = run("shards", *options, "--source.where", "width < 40", "--out", tmp_path / "out")
+    assert_one_sentence(refused, "'width < 40' leaves no image of test that can be used (20 filtered); change it.")
+    assert not (tmp_path / "out/shards.json").exists()
+    png = next(tars.parent.rglob("0.tar")).read_bytes()[512:1024]
+    (tars / "test/0.tar").write_bytes(tar_bytes([("040.png", png), ("040.json", b'{"height": 3}')]))
+    refused = run("shards", *options, "--source.where", "width < 50", "--out", tmp_path / "other")
+    assert_one_sentence(refused, "no image in", "test/0.tar has 'width'; its images have the fields height.")
+
+
+def test_the_image_of_the_compared_record_is_named(options: list[Any], tars: Path, tmp_path: Path, run: Run) -> None:
+    """No image has both columns, and the last .json is damaged: the last record that was read is compared."""
+    records = [b'{"height": 5}', b'{"width": "a"}', b"{"]
+    members = [
+        (f"{n}.{kind}", data) for n, text in enumerate(records) for kind, data in (("png", b"x"), ("json", text))
+    ]
+    (tars / "00000.tar").write_bytes(tar_bytes(members))
+    result = run("shards", *options, "--source.where", "width > 3 or height > 9", "--out", tmp_path / "out")
+    assert_one_sentence(result, "but for 1.png in", "it compares width (a string) with 3 (a number)")
 
 
 def test_other_sources_have_no_columns(folder: Path, tmp_path: Path, run: Run) -> None:
@@ -276,6 +323,24 @@ def test_tables_keep_what_fits(parquet: Path, small: Small) -> None:
 def test_expressions_that_do_not_fit_the_table(parquet: Path, expression: str, message: str, streaming: bool) -> None:
     with pytest.raises(ValueError, match=message):
         open_source(SourceConfig(kind="hf_dataset", path=str(parquet), where=expression, streaming=streaming))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_classes_do_not_depend_on_streaming(parquet: Path, small: Small, named: bool) -> None:
+    """Also if source.where drops a class."""
+    if not named:
+        table = datasets.Dataset.from_parquet(str(parquet / "train.parquet"), cache_dir=str(parquet.parent))
+        values = [["a", "b", "c"][number] for number in table["label"]]
+        table.remove_columns("label").add_column("label", values).to_parquet(parquet / "train.parquet")
+        (parquet / "test.parquet").unlink()
+    kept = [index for index in range(40) if small[1][index] != 0]
+    where = f"width in {[*kept, 41, 42]}"
+    options: dict[str, Any] = {"kind": "hf_dataset", "path": str(parquet), "where": where, "label_column": "label"}
+    table, stream = (open_source(SourceConfig(**options, streaming=streaming)) for streaming in (False, True))
+    labels = [item.label for item in stream.streams["train"][0] if hasattr(item, "label")]
+    assert table.splits["train"].labels.tolist() == labels == small[1][kept].tolist()
+    assert table.classes == stream.classes
+    assert len(table.splits["train"]) == len(kept) and table.splits["train"].name(0).endswith("train[0]")
 
 
 def test_a_table_of_which_nothing_is_kept(parquet: Path) -> None:
