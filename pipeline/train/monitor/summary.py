@@ -56,8 +56,8 @@ class Throughput:
         }
 
 
-def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], order: Order) -> str:
-    """The derived quantities of a run, one per line; kernels: seconds of each attention kernel, if measured."""
+def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], order: Order, end: int) -> str:
+    """The derived quantities, one per line; kernels: measured seconds of each; end: position after the last step."""
     config, model_config, ranks = inputs.config, inputs.model_config, inputs.ranks
     train_images = inputs.sets.train_images
     batch, schedule, parallel = config.batch, config.schedule, config.parallel
@@ -95,10 +95,8 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
             f"exponential moving average of the weights, decay {config.ema.decay:g}: over about the last "
             f"{1 / (1 - config.ema.decay):,.0f} steps, 4 bytes a parameter over the data-parallel ranks"
         )
-    if epochs := order.epochs(images):
-        weights = {one.name: one.weight for one in inputs.sets.sets}
-        each = (f"{name} {epoch:.2f} (weight {weights[name]:g})" for name, epoch in epochs.items())
-        lines["mixture"] = f"epochs of each set at the end of the run: {', '.join(each)}"
+    if epochs := order.epochs(end):
+        lines["mixture"] = f"epochs of each set at the end of the run: {_each_epoch(epochs, inputs)}"
     if inputs.probe is not None:
         lines["probe"] = cost(inputs)
     if config.precision == "fp8":
@@ -118,6 +116,11 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
     if inputs.sets.streamed:
         summary.append(GUARANTEES_IN_MIXTURE if epochs else GUARANTEES)
     return "\n".join(summary)
+
+
+def _each_epoch(epochs: dict[str, float], inputs: Inputs) -> str:
+    weights = {one.name: one.weight for one in inputs.sets.sets}
+    return ", ".join(f"{name} {epoch:.2f} (weight {weights[name]:g})" for name, epoch in epochs.items())
 
 
 def log_end(run: Path, step: int, finished: bool) -> None:
