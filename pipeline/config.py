@@ -354,6 +354,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain lists and dicts: the content of config.yaml."""
     plain = asdict(config)
     plain["optimizer"]["betas"] = list(config.optimizer.betas)
+    plain["start"]["path"] = config.start.resolved_path
     return plain
 
 

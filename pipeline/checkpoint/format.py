@@ -46,8 +46,8 @@ class CheckpointRecord:
     probe_tokens: int | None = None
     """Tokens of the probe batch; None, in older checkpoints, for a complete image."""
     probe_batch: dict[str, Any] | None = None
-    """Tokens and masked pixels of the probe batch of a mixture, as its sets may change; None for a single set: an image
-    of the set `shards_digest`."""
+    """Tokens and masked pixels of the probe batch of a mixture, as its sets may change, or of a masked run; None for a
+    next_color run of a single set, and in older masked checkpoints: an image of the set `shards_digest`."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Checksums of all weights and moments, compared after every load; older checkpoints have none."""
     mixture: list[dict[str, Any]] = field(default_factory=list)

@@ -96,8 +96,8 @@ class RunFolder:
 
     def _is_recorded_origin(self, path: str | None) -> bool:
         """Whether start.path names the recorded origin, as from another working directory."""
-        origin = self._read_record().get("origin") if (self.path / RECORD_FILE).exists() else None
-        return bool(path and origin and str(Path(path).absolute()) == origin["path"])
+        origin = (self._read_record() if (self.path / RECORD_FILE).exists() else {}).get("origin")
+        return bool(path and origin and Path(path).resolve() == Path(origin["path"]).resolve())
 
     def _earlier_config(self) -> dict[str, Any]:
         path = self.path / CONFIG_FILE

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,7 +187,13 @@ def _check_probe_loss(loss: float, checkpoints: Sequence[Checkpoint], kind: Kind
     """
     record, run = checkpoints[-1].record, run_of(checkpoints[-1].folder)
     if len(checkpoints) > 1:
-        each = ", ".join(f"{one.record.probe_loss:.5f} at step {one.record.step:,}" for one in checkpoints)
+        if not isfinite(loss):
+            raise ValueError(
+                f"{run}: the average of the weights gives the probe batch a loss of {loss}; it must be finite: choose "
+                f"other steps for --average."
+            )
+        same = [one.record for one in checkpoints if _probe_of(one.record) == _probe_of(record)]  # a mixture may change
+        each = ", ".join(f"{one.probe_loss:.5f} at step {one.step:,}" for one in same)
         logger.info(f"loss of the probe batch, nats per token: {each}; {loss:.5f} with the average of their weights")
     elif kind == "ema":
         logger.info(
@@ -198,6 +205,11 @@ def _check_probe_loss(loss: float, checkpoints: Sequence[Checkpoint], kind: Kind
             f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
             f"step {record.step} was saved; the checkpoint does not have the trained weights."
         )
+
+
+def _probe_of(record: CheckpointRecord) -> tuple[str, int | None, dict[str, Any] | None]:
+    """What determines the probe batch of a run's checkpoint."""
+    return record.shards_digest, record.probe_tokens, record.probe_batch
 
 
 def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path, tokens_read: int | None) -> float:

@@ -176,6 +176,22 @@ def _set_aside(run: RunFolder, step: int) -> None:
     logger.warning(f"the checkpoints after step {step} ({names}) and the metrics were set aside in {aside}")
 
 
+def compare_order(order: Order, record: CheckpointRecord, subject: str, otherwise: str = "") -> str:
+    """Compares a run's data order with that of a checkpoint. Returns a warning if it is weaker, or an empty string.
+
+    Raises ValueError if it is another one; subject and otherwise: the start and the end of its sentence.
+    """
+    if order.fingerprint(record.images) == record.order_fingerprint:
+        return ""
+    warning = order.resume_warning(record.order_fingerprint, record.images)
+    if warning is None:
+        raise ValueError(
+            f"{subject} has another data order than this run; seed, data.flip, data.reflect_crop and numpy's random "
+            f"generator must be the same as when it was saved{otherwise}."
+        )
+    return warning
+
+
 class CheckpointManager:
     """Saves and loads a run's checkpoints."""
 
@@ -278,7 +294,7 @@ class CheckpointManager:
                 f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the loss of the "
                 f"probe batch is {loss:.7f} (when saved: {record.probe_loss:.7f})"
             )
-            self._log_average(checkpoint)
+            self.log_average(checkpoint)
         return Progress(record.step, record.images)
 
     def verify_probe(self, checkpoint: Checkpoint, engine: Engine) -> float:
@@ -303,7 +319,7 @@ class CheckpointManager:
         of_sets = dict(zip(self.inputs.sets.digests, self.inputs.held_out, strict=True))
         return probe_batch(of_sets[record.shards_digest], record.probe_tokens)
 
-    def _log_average(self, checkpoint: Checkpoint) -> None:
+    def log_average(self, checkpoint: Checkpoint) -> None:
         """Logs if an average of the weights starts here, or is dropped, because ema.decay has changed."""
         saved, decay = EMA in checkpoint.record.fingerprints, self.config.ema.decay
         if decay and not saved:
@@ -343,20 +359,14 @@ class CheckpointManager:
         if record.mixture:
             made_with["mixture"] = record.mixture[-1]["members"]
         check_shards(made_with, self.inputs.sets, checkpoint.folder)
-        if self.order.fingerprint(record.images) == record.order_fingerprint:
-            return
-        warning = self.order.resume_warning(record.order_fingerprint, record.images)
-        if warning is None:
-            raise ValueError(
-                f"{checkpoint.folder} has another data order than this run; seed, data.flip, data.reflect_crop and "
-                f"numpy's random generator must be the same as when it was saved."
-            )
+        warning = compare_order(self.order, record, str(checkpoint.folder))
         if self.ranks.is_first and warning:
             logger.warning(warning)
 
     def _record(
         self, progress: Progress, probe: float, files: dict[str, dict[str, Any]], sums: dict[str, str]
     ) -> CheckpointRecord:
+        stores_probe = self.inputs.sets.is_mixture or self.inputs.masks is not None
         return CheckpointRecord(
             step=progress.step,
             images=progress.images,
@@ -369,7 +379,7 @@ class CheckpointManager:
             precision=self.config.precision,
             files=files,
             probe_tokens=PROBE_TOKENS,
-            probe_batch=as_json(probe_batch(self.inputs.held_out[0])) if self.inputs.sets.is_mixture else None,
+            probe_batch=as_json(probe_batch(self.inputs.held_out[0])) if stores_probe else None,
             fingerprints=sums,
             mixture=self.mixture,
         )

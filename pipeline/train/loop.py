@@ -193,7 +193,9 @@ class Trainer:
         """Whether a request to stop ended the evaluation of the last step."""
         self.clock = StepClock()
         if ranks.is_first:
-            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels, order)}")
+            images_after = config.batch.images_after
+            end = self.progress.images + max(images_after(self.last_step) - images_after(self.progress.step), 0)
+            logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels, order, end)}")
 
     def run(self) -> Progress:
         """Trains until the last step or a request to stop. A step is recorded before it is saved.

@@ -1,6 +1,9 @@
 """The state that a run begins with: its own newest checkpoint, what `start.path` names, or initial weights."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, restore_random_states
@@ -11,7 +14,14 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, from_first, gather, raise_on_all_ranks
 from pipeline.hub import HUB, pull
 from pipeline.rank_errors import reported_on_all_ranks
-from pipeline.train.checkpointing import CheckpointManager, Progress, newest_complete, newest_undamaged, resume_at
+from pipeline.train.checkpointing import (
+    CheckpointManager,
+    Progress,
+    compare_order,
+    newest_complete,
+    newest_undamaged,
+    resume_at,
+)
 from pipeline.train.engine.base import Engine
 from pipeline.train.setup import Inputs, data_order
 from pipeline.train.validation import probe_loss
@@ -33,22 +43,19 @@ ORIGIN = "origin"
 
 def check_origin(inputs: Inputs, run: RunFolder) -> None:
     """Checks `start` before the ranks meet. Raises ValueError naming the key."""
-    start = inputs.config.start
     origin = check_start(inputs.config, inputs.sets, run.path)
-    if origin is None or origin.checkpoint is None or not start.position:
-        return
+    if origin is not None:
+        _compare_order(origin, inputs)
+
+
+def _compare_order(origin: Origin, inputs: Inputs) -> str:
+    """As `compare_order`, if the run continues the origin's data order."""
+    start = inputs.config.start
+    if origin.checkpoint is None or not start.position:
+        return ""
     record = origin.checkpoint.record
-    order = data_order(inputs, record)
-    if order.fingerprint(record.images) == record.order_fingerprint:
-        return
-    warning = order.resume_warning(record.order_fingerprint, record.images)
-    if warning is None:
-        raise ValueError(
-            f"start.position is true, but start.path {start.path} has another data order than this run; set seed, "
-            f"data.flip and data.reflect_crop as there, or start.position to false."
-        )
-    if inputs.ranks.is_first and warning:
-        logger.warning(warning)
+    subject = f"start.position is true, but start.path {start.path}"
+    return compare_order(data_order(inputs, record), record, subject, "; or set start.position to false")
 
 
 def find_source(run: RunFolder, resume_from: int | None, inputs: Inputs) -> Checkpoint | Origin | None:
@@ -63,9 +70,15 @@ def find_source(run: RunFolder, resume_from: int | None, inputs: Inputs) -> Chec
     if checkpoint is not None:
         return checkpoint
     origin = _open_origin(inputs) if inputs.config.start.path is not None else None
-    if ranks.is_first and origin is None and run.recall(ORIGIN):
-        run.note("running", **{ORIGIN: None})  # of a start without any checkpoint
+    if origin is None:
+        from_first(lambda: _forget_origin(run))
     return origin
+
+
+def _forget_origin(run: RunFolder) -> None:
+    """Removes the origin of an earlier start that ended before its first checkpoint, and named another start.path."""
+    if run.recall(ORIGIN):
+        run.note("running", **{ORIGIN: None})
 
 
 def _open_origin(inputs: Inputs) -> Origin:
@@ -78,6 +91,9 @@ def _open_origin(inputs: Inputs) -> Origin:
         origin = _folder(path, Path(path)) if checkpoints is None else _undamaged(path, checkpoints, ranks)
     with raise_on_all_ranks():
         check_fits(origin, inputs.config, inputs.sets)
+        warning = _compare_order(origin, inputs)  # of an older checkpoint than check_origin's, if that is damaged
+        if ranks.is_first and warning:
+            logger.warning(warning)
     return origin
 
 
@@ -136,23 +152,61 @@ def _start(origin: Origin, manager: CheckpointManager, engine: Engine, run: RunF
     """Fills the engine from the origin, logs that and records it in run.json. Its steps are counted from 0."""
     config, ranks, checkpoint = manager.config, manager.ranks, origin.checkpoint
     start, reader = config.start, None
-    with raise_on_all_ranks():
+    with raise_on_all_ranks(), _explaining_deletion(origin):
         reader = reader_of(origin, config)
     assert reader is not None
+    digest = _common_digest(origin, ranks)
+    facts = from_first(partial(origin.facts, digest)) | {"moments": start.moments, "position": start.position}
     engine.restore(reader, 0)
     if start.position and checkpoint is not None:
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), _explaining_deletion(origin):
             restore_random_states(checkpoint, ranks.rank, ranks.device)
-    loss = _verified_loss(origin, manager, engine)
-    facts = from_first(origin.facts) | {"moments": start.moments, "position": start.position, "probe_loss": loss}
+    facts |= {"probe_loss": _verified_loss(origin, manager, engine)}
     if ranks.is_first:
         _log(origin, facts, manager, reader)
-        run.note("running", **{ORIGIN: facts})
+        if start.moments and checkpoint is not None:
+            manager.log_average(checkpoint)
+    from_first(partial(run.note, "running", **{ORIGIN: facts}))
     return Progress(0, checkpoint.record.images if start.position and checkpoint is not None else 0)
 
 
+@contextmanager
+def _explaining_deletion(origin: Origin) -> Iterator[None]:
+    """The run of a checkpoint may delete it (checkpoint.keep_last) while it is read here."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if origin.checkpoint is None:
+            raise
+        raise ValueError(
+            f"{origin.folder} was deleted by its run; name a checkpoint that it keeps (checkpoint.keep_every)."
+        ) from error
+
+
+def _common_digest(origin: Origin, ranks: Ranks) -> str:
+    """The digest of what all ranks read; the first rank of each node computes it.
+
+    Raises ValueError on every rank if nodes have different copies.
+    """
+    digest = None
+    with raise_on_all_ranks(), _explaining_deletion(origin):
+        if ranks.is_first or ranks.local_rank == 0:
+            digest = origin.digest()
+    digests = gather(digest)
+    assert digests[0] is not None
+    for rank, other in enumerate(digests):
+        if other not in (None, digests[0]):
+            raise reported_on_all_ranks(
+                ValueError(
+                    f"start.path is {origin.path}, but rank 0 reads a model of sha256 {digests[0][:12]} there and rank "
+                    f"{rank} one of {other[:12]}; all nodes must have the same model: name a folder that they share."
+                )
+            )
+    return digests[0]
+
+
 def _verified_loss(origin: Origin, manager: CheckpointManager, engine: Engine) -> float:
-    """The loss of the probe batch. A checkpoint's checksums are compared and, where it is of the same images, its loss.
+    """The loss of the probe batch. A checkpoint's checksums are compared and, where its batch is known, its loss.
 
     Raises ValueError on every rank if they differ.
     """
@@ -160,11 +214,15 @@ def _verified_loss(origin: Origin, manager: CheckpointManager, engine: Engine) -
     if checkpoint is None or origin.config.n_positions != inputs.model_config.n_positions:
         return gather(probe_loss(engine, probe_batch(inputs.held_out[0])))[0]
     manager.verify_checksums(checkpoint, engine, None if config.start.moments else ["weight"])
-    same_masks = inputs.masks is None or config.start.position
     record = checkpoint.record
-    if record.probe_batch is not None or (record.shards_digest in inputs.sets.digests and same_masks):
+    if _knows_probe(record, inputs):
         return manager.verify_probe(checkpoint, engine)
     return gather(probe_loss(engine, probe_batch(inputs.held_out[0], record.probe_tokens)))[0]
+
+
+def _knows_probe(record: CheckpointRecord, inputs: Inputs) -> bool:
+    """Whether the probe batch is in the checkpoint, or is an image of one of the run's sets without masks."""
+    return record.probe_batch is not None or (record.shards_digest in inputs.sets.digests and inputs.masks is None)
 
 
 def _log(origin: Origin, facts: dict[str, object], manager: CheckpointManager, reader: StateReader) -> None:
@@ -179,8 +237,8 @@ def _log(origin: Origin, facts: dict[str, object], manager: CheckpointManager, r
     taken += [f"the data position, {record.images:,} images"] if start.position and record else []
     saved = "not recorded"
     if record is not None:
-        same = record.shards_digest in manager.inputs.sets.digests
-        saved = f"when saved{'' if same else ', on another shard set'}: {record.probe_loss:.7f}"
+        same_batch = facts["resolution"] == resolution and _knows_probe(record, manager.inputs)
+        saved = f"when saved{'' if same_batch else ', of another probe batch'}: {record.probe_loss:.7f}"
     step = f" (step {facts['step']:,})" if facts["step"] is not None else ""
     logger.info(
         f"started from {origin.folder}{step}, sha256 {str(facts['digest'])[:12]}: {', '.join(taken)}; the loss of the "

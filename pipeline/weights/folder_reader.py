@@ -48,8 +48,8 @@ class FolderReader:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
         """The shape of every parameter."""
         self._tensors = {name: tensor for name, tensor in self._open().items() if not OLD_MASKS.search(name)}
-        if settings.ties_head and "lm_head.weight" not in self._tensors:
-            self._tensors["lm_head.weight"] = self._tensors.get("transformer.wte.weight")
+        if settings.ties_head and "transformer.wte.weight" in self._tensors:
+            self._tensors.setdefault("lm_head.weight", self._tensors["transformer.wte.weight"])
         biases = {name for name in self._tensors if self._is_imagegpt and self._is_absent_bias(name)}
         self._check_names(biases)
         for name in sorted(biases):
@@ -99,13 +99,13 @@ class FolderReader:
             for name in WEIGHT_FILES:
                 index = self._folder / f"{name}.index.json"
                 if index.is_file():
-                    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                    names = _listed_files(index)
                 elif (self._folder / name).is_file():
                     names = [name]
                 else:
                     continue
                 return {key: value for file in names for key, value in _open_file(self._folder / file).items()}
-        except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
             raise self._unreadable(error) from error
         raise ValueError(f"The weights in {self._folder} can't be read: it has neither {' nor '.join(WEIGHT_FILES)}.")
 
@@ -146,7 +146,18 @@ def _open_file(file: Path) -> dict[str, Any]:
         tensors = safe_open(str(file), framework="pt")
         return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     # Files of torch before 1.6 are no archives, and can't be mapped.
-    return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    stored = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
+        raise ValueError(f"{file.name} has other things than weights; it must have tensors by their names")
+    return stored
+
+
+def _listed_files(index: Path) -> list[str]:
+    content = json.loads(index.read_text())
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ValueError(f"{index.name} has no weight_map, which must have the file of each weight by its name")
+    return sorted(set(listed.values()))
 
 
 def scaled_queries(value: torch.Tensor, config: PreTrainedConfig, power: float, first: int = 0) -> torch.Tensor:

@@ -62,19 +62,23 @@ class Origin:
         """The checkpoint; None for a model folder."""
         return self.source if isinstance(self.source, Checkpoint) else None
 
-    def facts(self) -> dict[str, Any]:
-        """What run.json records. The digest is of the checkpoint's manifest, which has those of all its files, or of
-        the model folder; to compute the latter, all weights are read."""
+    def digest(self) -> str:
+        """sha256 of the checkpoint's manifest, which has those of all its files, or of the model folder, of which all
+        weights are read."""
+        return model_digest(self.folder) if self.checkpoint is None else file_sha256(self.folder / MANIFEST)
+
+    def facts(self, digest: str) -> dict[str, Any]:
+        """What run.json records."""
         record = self.source.record if isinstance(self.source, Checkpoint) else None
-        exported = self.folder / RECORDED_STEP
+        exported, run = self.folder / RECORDED_STEP, run_of(self.folder)
         known = read_json(exported) if record is None and exported.is_file() else {}
         return {
             "path": self.path,
             "folder": str(self.folder.resolve()),
-            "run": str(run_of(self.folder).resolve()) if record else None,
+            "run": str(run.resolve()) if record and (run / RECORD_FILE).is_file() else None,
             "step": record.step if record else known.get("step"),
             "images": record.images if record else known.get("images"),
-            "digest": file_sha256(self.folder / MANIFEST) if record else model_digest(self.folder),
+            "digest": digest,
             "palette_sha256": self.palette_sha256,
             "resolution": isqrt(self.config.n_positions),
         }

@@ -57,6 +57,7 @@ class MixtureOrder:
 
     def read_of_set(self, number: int, position: int) -> int:
         """Images of a set that are read when `position` images are, in total."""
+        assert position >= self._segment.start
         return self._consumed[number] + self._pattern.count(number, position - self._segment.start)
 
     def image_numbers(self, position: int, count: int) -> list[int]:

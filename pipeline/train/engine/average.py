@@ -3,7 +3,7 @@
 After each applied step: average = decay * average + (1 - decay) * weights. It starts equal to the initial weights.
 There is no bias correction and no warm-up of the decay, as by default in timm: the initial weights' share after n steps
 is decay^n. A skipped step changes nothing. Each rank averages the partition that it updates, so the average takes 4
-bytes a parameter where the moments take 8, and is divided over the ranks as they are.
+bytes a parameter where the moments take 8, and is divided over the ranks as they are (with ZeRO-0 not at all).
 
 The average is a state of DeepSpeed's optimizer beside Adam's moments, which neither torch nor DeepSpeed reads.
 """

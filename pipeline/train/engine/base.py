@@ -130,7 +130,10 @@ class Engine(ABC):
 
     @abstractmethod
     def replica_checksums(self) -> dict[str, str]:
-        """Checksums of this rank's weights by replica name: ranks with the same name must have the same checksum."""
+        """Checksums of this rank's weights by replica name: ranks with the same name must have the same checksum.
+
+        Under ZeRO-0 the average, which every rank updates by itself, has one too.
+        """
 
     @abstractmethod
     def forward_seconds(self) -> float:

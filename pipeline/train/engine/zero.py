@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
+from pipeline.checkpoint.fragments import EMA
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.model.decoding import Decoder
@@ -72,6 +73,9 @@ class ZeroEngine(DeepSpeedEngine):
         held: dict[str, list[torch.Tensor]] = {REPLICATED: []}
         for name, parameter in self._model.named_parameters():
             held.setdefault(self.work if name in self._coordinates.parts else REPLICATED, []).append(parameter)
+        if self._config.parallel.zero_stage == 0 and self._config.ema.decay:
+            state = (self._engine.optimizer, self._model, self._coordinates)
+            held[f"average, {self.work}"] = [one.flat(EMA) for one in internals.partitions_of(*state)]
         return {name: weights_checksum(parameters) for name, parameters in held.items()}
 
     def _train(self, batch: Batch) -> torch.Tensor:

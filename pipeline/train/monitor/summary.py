@@ -56,8 +56,8 @@ class Throughput:
         }
 
 
-def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], order: Order) -> str:
-    """The derived quantities of a run, one per line; kernels: seconds of each attention kernel, if measured."""
+def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], order: Order, end: int) -> str:
+    """The derived quantities, one per line; kernels: measured seconds of each; end: position after the last step."""
     config, model_config, ranks = inputs.config, inputs.model_config, inputs.ranks
     train_images = inputs.sets.train_images
     batch, schedule, parallel = config.batch, config.schedule, config.parallel
@@ -90,7 +90,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
         "compile": compilation.describe(config, ranks.device),
         "threads": f"{torch.get_num_threads()} per rank, on {len(os.sched_getaffinity(0))} CPUs",
     }
-    epochs = order.epochs(images)
+    epochs = order.epochs(end)
     lines |= _options_in_use(inputs, epochs)
     width = max(map(len, lines))
     summary = [f"  {key:<{width}}  {text}" for key, text in lines.items()]

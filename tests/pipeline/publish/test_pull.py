@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import constants
 
 from data_prep.common.files import read_json
-from data_prep.shards.reader import open_shard_set
 from pipeline.command_line import parse_training
 from pipeline.hub import _check_cached
 from pipeline.model_folder.resolve import model_folder
+from pipeline.training_set import open_training_sets
 from pipeline.weights.model_files import model_digest
 from pipeline.weights.start import check_start
 from tests.hub_server import Hub
@@ -96,11 +96,11 @@ def test_a_run_starts_from_a_hub(hub: Hub, models: dict[int, Path], shards: Path
     publish(models[40], *TO_HUB)
     arguments = Runner(shards, tmp_path).arguments("run", start__path=f"hub:{REPOSITORY}")
     config, run = parse_training(arguments[3:])
-    assert check_start(config, open_shard_set(str(shards)), run) is None
+    assert check_start(config, open_training_sets(config), run) is None
     assert not any("config.json" in request for request in hub.requests)
-    origin = check_start(config, open_shard_set(str(shards)), run, download=True)
+    origin = check_start(config, open_training_sets(config), run, download=True)
     assert origin is not None
-    facts = origin.facts()
+    facts = origin.facts(origin.digest())
     assert (facts["path"], facts["step"]) == (f"hub:{REPOSITORY}", 40)
     assert facts["digest"] == model_digest(models[40])
 

@@ -128,6 +128,27 @@ def test_a_run_whose_sets_change_is_recorded(runner: MixtureRunner, tmp_path: Pa
         assert ("one 50%, two 50% from image 0 on; three 25%, two 75% from image 64 on" in card) == changed
 
 
+@pytest.mark.parametrize(
+    "weights", [{"one": 1, "two": 3}, pytest.param({"one": 1, "two": 1}, marks=pytest.mark.slow)], ids=str
+)
+def test_a_start_continues_a_mixture_as_a_resume_does(runner: MixtureRunner, weights: dict[str, float]) -> None:
+    """Position, images and epochs of each set; with other weights and with the same ones."""
+    keys = {"schedule__decay": "constant", "schedule__warmup_steps": 0, "checkpoint__every_steps": 8}
+    runner.check_trains("trunk", 1, data__mixture=runner.mixture(one=1, two=1), **keys)
+    branch = {"start__path": runner.folder / "trunk", "start__moments": "true", "start__position": "true"}
+    keys["data__mixture"] = runner.mixture(**weights)
+    runner.check_trains("branch", 1, **keys | branch, schedule__steps=4)
+    runner.check_trains("trunk", 1, **keys, schedule__steps=12)
+    assert runner.losses("branch") == pytest.approx(runner.losses("trunk")[8:], abs=1e-6)
+    for name in ("branch", "trunk"):
+        log = (runner.folder / f"{name}.logs/rank-0.log").read_text()
+        planned = re.search(r"at the end of the run: one ([-.\d]+) .*, two ([-.\d]+) \(", log).groups()
+        events = EventAccumulator(str(runner.folder / name / "tensorboard")).Reload()
+        read = [events.Scalars(f"train/epoch/{one}")[-1].value for one in ("one", "two")]
+        assert list(map(float, planned)) == pytest.approx(read, abs=0.006)
+        assert sum(read) * 60 == pytest.approx(96), "8 steps of the trunk and 4 of the branch, of 8 images each"
+
+
 def completions_height(images: int) -> int:
     """Of the grid of completions."""
     tokens = np.zeros((images, RESOLUTION**2), np.uint16)

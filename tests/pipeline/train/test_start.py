@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGP
 
 from data_prep.common.files import json_digest, read_json
 from data_prep.shards.reader import open_shard_set
+from pipeline.checkpoint.format import open_checkpoint
+from pipeline.checkpoint.fragments import EMA
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.command_line import parse_training
 from pipeline.config import ModelConfig, TrainConfig
@@ -22,12 +25,16 @@ from pipeline.model.gpt import build_model, initialize
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.model_folder.convert import save_model_folder
 from pipeline.operate.preflight.command import preflight_command
+from pipeline.train import start
 from pipeline.train.data.batches import ImageOrder
 from pipeline.train.setup import check_inputs
 from pipeline.train.start import check_origin
+from pipeline.weights.model_files import model_digest
+from pipeline.weights.start import checkpoint_origin, folder_origin, reader_of
 from tests.launch import run
 from tests.pipeline.checkpoint.test_any_topology import TOPOLOGIES
 from tests.pipeline.conftest import Runner, made_once
+from tests.pipeline.train.test_ema import averaged_plainly, checkpoints_of, difference, weights_of
 
 CONSTANT = {"schedule__decay": "constant", "schedule__warmup_steps": 0, "batch__micro_size": 2}
 TRUNK = {**CONSTANT, "schedule__steps": 30, "checkpoint__keep_last": 3}
@@ -104,6 +111,50 @@ def test_a_resumed_run_does_not_need_its_origin(runner: Runner, trunk: Runner) -
     assert read_json(runner.folder / "run/run.json")["origin"]["step"] == 20
 
 
+def test_a_branch_of_a_run_with_an_average(runner: Runner) -> None:
+    """With moments it takes the average too; weights only, its average starts from the weights."""
+    average = {"ema__decay": 0.9, "checkpoint__every_steps": 1, "checkpoint__keep_every": 1}
+    keys, path = {**CONSTANT, **average}, runner.folder / "trunk/checkpoints/step-00000004"
+    branch = {**keys, "schedule__steps": 2, "start__path": path, "start__position": True}
+    moments = {**branch, "start__moments": True}
+    output = train_in_order(
+        runner,
+        "1 rank",
+        {
+            "trunk": {**keys, "schedule__steps": 6},
+            "moments": moments,
+            "weights": branch,
+            "without": {**moments, "ema__decay": 0},
+        },
+    )
+    assert "Adam's moments after 4 updates, the average of the weights, the data position" in output
+    assert output.count("is dropped, because ema.decay is 0") == 1
+    trunk, with_moments, weights = (checkpoints_of(runner, name) for name in ("trunk", "moments", "weights"))
+    assert with_moments[-1].record.fingerprints == trunk[-1].record.fingerprints, "moments and average, bit for bit"
+    steps = (weights_of(one) for one in weights)
+    expected = averaged_plainly(weights_of(trunk[3]), steps)
+    assert difference(weights_of(weights[-1], EMA), expected) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_masked_branch_of_another_mask_probability(runner: Runner) -> None:
+    """The probe batch is in the checkpoint with its masks; in older checkpoints it is not, and is not compared."""
+    masked = {**CONSTANT, "objective__kind": "masked_color", "schedule__steps": 2}
+    runner.check_trains("trunk", 1, **masked)
+    path = runner.folder / "trunk/checkpoints/step-00000002"
+    content = read_json(path / "checkpoint.json")
+    assert len(content["probe_batch"]["masked"][0]) == len(content["probe_batch"]["tokens"][0])
+    branch = {**masked, "objective__mask_probability": 0.4, "start__path": path}
+    finished = runner.train("branch", 1, **branch, start__position=True)
+    assert finished.codes == [0], finished.output
+    assert f"(when saved: {content['probe_loss']:.7f})" in finished.output
+    del content["sha256"], content["probe_batch"]
+    (path / "checkpoint.json").write_text(json.dumps(content | {"sha256": json_digest(content)}))
+    finished = runner.train("older", 1, **branch, start__position=True)
+    assert finished.codes == [0], finished.output
+    assert f"(when saved, of another probe batch: {content['probe_loss']:.7f})" in finished.output
+
+
 def save_imagegpt(folder: Path, palette: np.ndarray, **shape: int) -> ImageGPTForCausalImageModeling:
     """A random model of transformers' own class, in the format of OpenAI's releases; its head is not zero."""
     settings = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": len(palette) + 1, **shape}
@@ -160,7 +211,7 @@ def refusal(runner: Runner, name: str = "run", **keys: object) -> str:
         }
         inputs = check_inputs(replace(config, **changes), Ranks(0, 1, 0, torch.device("cpu")))
         folder = RunFolder(runner.folder / name)
-        folder.check(inputs.config, inputs.shards)
+        folder.check(inputs.config, inputs.sets)
         check_origin(inputs, folder)
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
@@ -209,11 +260,11 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     ),
     "another shard set": (
         {"start__position": True, "data__shards": "{other shards}"},
-        "start.position is true, but start.path {trunk} was trained on the shard set",
+        "start.position is true, but start.path {trunk} was trained on ",
     ),
     "another seed": (
         {"start__position": True, "seed": 1},
-        "start.position is true, but start.path {trunk} has another data order than this run; set seed, data.flip and",
+        "start.position is true, but start.path {trunk} has another data order than this run; seed, data.flip,",
     ),
     "a run without checkpoints": (
         {"start__path": "{empty}"},
@@ -288,6 +339,45 @@ def test_a_run_with_checkpoints_keeps_its_origin(runner: Runner, trunk: Runner, 
         f"start.path is {origins['larger']}, but {path} was started with {origins['folder']}; set it to "
         f"{origins['folder']}, or name a new --run."
     )
+
+
+def test_nodes_must_read_the_same_model(origins: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = folder_origin(str(origins["folder"]), origins["folder"])
+    digest, ranks = model_digest(origins["folder"]), Ranks(0, 3, 0, torch.device("cpu"))
+    monkeypatch.setattr(start, "raise_on_all_ranks", nullcontext)
+    monkeypatch.setattr(start, "gather", lambda own: [own, None, digest])
+    assert start._common_digest(origin, ranks) == digest
+    monkeypatch.setattr(start, "gather", lambda own: [own, None, "f" * 64])
+    with pytest.raises(ValueError) as caught:
+        start._common_digest(origin, ranks)
+    assert str(caught.value) == (
+        f"start.path is {origins['folder']}, but rank 0 reads a model of sha256 {digest[:12]} there and rank 2 one of "
+        f"ffffffffffff; all nodes must have the same model: name a folder that they share."
+    )
+
+
+def test_a_checkpoint_that_its_run_deletes(trunk: Runner, tmp_path: Path) -> None:
+    shutil.copytree(trunk.folder / "trunk/checkpoints/step-00000030", tmp_path / "step-00000030")
+    origin = checkpoint_origin(str(tmp_path), open_checkpoint(tmp_path / "step-00000030"))
+    shutil.rmtree(tmp_path / "step-00000030")
+    with pytest.raises(ValueError) as caught, start._explaining_deletion(origin):
+        reader_of(origin, tiny_config(tuple(Runner(trunk.shards, Path("runs")).arguments("run")[3:])))
+    assert str(caught.value) == (
+        f"{tmp_path}/step-00000030 was deleted by its run; name a checkpoint that it keeps (checkpoint.keep_every)."
+    )
+
+
+def test_a_relative_path_means_the_same_from_another_directory(
+    runner: Runner, origins: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(origins["folder"].parent)
+    config = parse_training(runner.arguments("run", start__path="folder")[3:])[0]
+    folder = RunFolder(runner.folder / "run")
+    folder.open(config, check_inputs(config, Ranks(0, 1, 0, torch.device("cpu"))).sets, [], 1)
+    folder.close()
+    assert f"path: {origins['folder']}\n" in (folder.path / "config.yaml").read_text()
+    monkeypatch.chdir(runner.folder)
+    assert list(folder.changes(config)) == ["start.path"]
 
 
 def test_the_login_node_refuses_a_bad_path(runner: Runner) -> None:

@@ -87,3 +87,36 @@ def test_rows_that_no_fragment_needs_are_not_read(tmp_path: Path) -> None:
     reader.fill(torch.empty(3200), Fragment(name, (128, 32), 0, 3200, 0), "weight")
     with pytest.raises(ValueError, match=f"has NaN or Inf in 32 of 64 values of {name}"):
         reader.fill(torch.empty(40), Fragment(name, (128, 32), 3190, 40, 0), "weight")
+
+
+def test_a_tied_model_without_its_embedding(tmp_path: Path) -> None:
+    their_model("gpt2").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.wte.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights, such as lm_head\.weight; it must be a complete GPT2"):
+        FolderReader(read_folder_settings(tmp_path))
+
+
+@pytest.mark.parametrize("stored", [{"state_dict": {}}, [torch.zeros(1)]], ids=["nested", "list"])
+def test_a_file_of_other_things_than_weights(stored: object, tmp_path: Path) -> None:
+    their_model("igpt").config.save_pretrained(tmp_path)
+    torch.save(stored, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError) as caught:
+        FolderReader(read_folder_settings(tmp_path))
+    assert str(caught.value) == (
+        f"The weights in {tmp_path} can't be read: pytorch_model.bin has other things than weights; it must have "
+        f"tensors by their names."
+    )
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_lists_no_files(content: str, tmp_path: Path) -> None:
+    their_model("igpt").config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        FolderReader(read_folder_settings(tmp_path))
+    assert str(caught.value) == (
+        f"The weights in {tmp_path} can't be read: model.safetensors.index.json has no weight_map, which must have the "
+        f"file of each weight by its name."
+    )
