@@ -30,16 +30,23 @@ class Probed:
     """A fraction: of the best layer, on the probe's test images or on the validation split."""
 
 
-def read_accuracies(runs: Sequence[Run], results: Sequence[Path]) -> list[Probed]:
-    """All accuracies with a validation loss. Raises ValueError if the results can't be compared."""
-    found = [probed for run in runs for probed in _of_run(run)]
+def read_accuracies(runs: Sequence[Run], results: Sequence[Path]) -> tuple[list[Probed], list[str]]:
+    """All accuracies with a validation loss, and a note if the probes' are left out because they can't be compared.
+
+    Raises ValueError if the results can't be: of other shard sets or options (pipeline/results/report/compare.py).
+    """
+    by_run = {run.name: (run.probe, own) for run in runs if (own := _of_run(run))}
+    same = len({probe for probe, _ in by_run.values()}) <= 1
+    found = [probed for _, own in by_run.values() for probed in own if same]
+    shown = (f"{name} {train}, {test} of {data[:12]}" for name, ((train, test, data), _) in by_run.items())
+    notes = [f"the probes' accuracies are left out: they are of other images ({'; '.join(shown)})."] * (not same)
     measured = {str(folder): read_checkpoints(folder, TASK, []) for folder in results}
     for line in lines_of(measured, TASK)[0] if measured else []:
         for point in line.points:
             if point.valid_accuracy is not None:
                 values = point.step, point.parameters, point.valid_loss, point.valid_accuracy
                 found.append(Probed(Path(line.name).resolve().name, "evaluate", *values))
-    return found
+    return found, notes
 
 
 def _of_run(run: Run) -> list[Probed]:

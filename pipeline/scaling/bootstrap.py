@@ -6,7 +6,8 @@ drawn once for the run. Parameters and images stay as they are, so no resample l
 
 A Huber loss of so small a delta is almost a sum of absolute values, and its minimum passes through five points, as many
 as numbers are fitted. The five residuals nearest to 0 are therefore not drawn: with them, intervals are too narrow
-(McKean and Schrader 1987, "Least absolute errors analysis of variance").
+(McKean and Schrader 1987, "Least absolute errors analysis of variance"). If fewer than ten others are left, there are
+no intervals: resamples of so few residuals say nothing of the law's error.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from pipeline.scaling.law import PARAMETERS, Law, Points, fit, residuals
 
 RESAMPLES = 200
 CONFIDENCE = 0.95
+FEWEST = 10
+"""Residuals to draw from, without which there are no intervals."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,13 @@ class Interval:
     """A value with the ends of its 95% interval."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    """None, as `high`, if there are too few points for intervals."""
+    high: float | None
+
+    def shown(self, form: Callable[[float], str]) -> str:
+        """ "3.1 to 3.4", or "no interval"; form: of a number."""
+        return "no interval" if self.low is None or self.high is None else f"{form(self.low)} to {form(self.high)}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Fitted:
 
     law: Law
     resamples: list[Law]
+    """Empty if there are too few points for intervals."""
     noise: np.ndarray
     """The residuals of log L that are drawn: float64 (n - 5,)."""
 
@@ -51,21 +60,26 @@ class Fitted:
 
 
 def interval_of(value: float, resampled: Sequence[float] | np.ndarray) -> Interval:
-    """The middle 95% of the resampled values."""
+    """The middle 95% of the resampled values; without any, no interval."""
+    if not len(resampled):
+        return Interval(value, None, None)
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(value, float(low), float(high))
 
 
 def fit_with_resamples(points: Points, count: int = RESAMPLES, seed: int = 0) -> Fitted:
-    """Fits the law, and `count` resamples of it; the same seed gives the same resamples."""
+    """Fits the law, and `count` resamples of it; the same seed gives the same resamples.
+
+    No resamples for fewer than FEWEST residuals that can be drawn.
+    """
     law, generator = fit(points), np.random.default_rng(seed)
     errors, expected = residuals(law, points), law.loss(points.parameters, points.images)
     drawable = np.ones(len(points), dtype=bool)
     drawable[np.argsort(np.abs(errors))[:PARAMETERS]] = False
     of_run = [points.runs == run for run in np.unique(points.runs)]
     pool = [errors[own & drawable] for own in of_run if (own & drawable).any()]
-    laws = []
-    for _ in range(count):
+    laws: list[Law] = []
+    for _ in range(count if drawable.sum() >= FEWEST else 0):
         drawn = np.empty(len(points))
         for own in of_run:
             other, places = pool[generator.integers(len(pool))], np.arange(own.sum())

@@ -21,7 +21,7 @@ from pipeline.scaling.law import Law
 from pipeline.scaling.runs import Run
 
 if TYPE_CHECKING:
-    from pipeline.plan.layouts import Cluster
+    from pipeline.plan.layouts import Cluster, Layout
 
 BELOW, ABOVE, CANDIDATES = 10.0, 1e4, 120
 """Candidates have from a tenth of the smallest run's parameters to 10,000 times the largest's."""
@@ -55,6 +55,8 @@ class Optimum:
     """What the budget pays of the nearest candidate."""
     at_end: bool
     """Whether the largest or smallest size is the best: the optimum may lie beyond."""
+    training: str = ""
+    """For GPU-hours: batch, precision and layout of the nearest candidate."""
 
 
 class Family:
@@ -102,7 +104,7 @@ def family(runs: Sequence[Run], cost: Callable[[ModelConfig, Run], float | None]
             model = replace(largest.model, size=None, layers=layers, width=width, heads=heads)
             price = cost(model, largest)
             if price is not None:
-                shape = gpt2_config(model, largest.shape.colors)
+                shape = gpt2_config(model, largest.shape.colors, largest.objective)
                 found[layers, width] = Candidate(model, costs.parameter_count(shape), price)
     return Family(sorted(found.values(), key=lambda candidate: candidate.parameters), smooth) if found else None
 
@@ -121,7 +123,7 @@ def flops_of(model: ModelConfig, run: Run) -> float:
     """Training FLOPs of an image."""
     from pipeline.model.gpt_config import gpt2_config
 
-    shape = gpt2_config(model, run.shape.colors)
+    shape = gpt2_config(model, run.shape.colors, run.objective)
     return costs.flops_per_token(shape) * shape.n_positions
 
 
@@ -130,18 +132,24 @@ def gpu_seconds_of(config: TrainConfig, cluster: "Cluster") -> Callable[[ModelCo
 
     config: batch and precision of the training.
     """
+
+    def seconds(model: ModelConfig, run: Run) -> float | None:
+        layout = fastest_layout(config, cluster, model, run)
+        return None if layout is None else layout.seconds * cluster.ranks / config.batch.global_size
+
+    return seconds
+
+
+def fastest_layout(config: TrainConfig, cluster: "Cluster", model: ModelConfig, run: Run) -> "Layout | None":
+    """The fastest layout that fits; None if none does. run: one of the fit, for its colors and objective."""
     from pipeline.model.gpt_config import gpt2_config
     from pipeline.plan.layouts import alternatives, fits
 
-    def seconds(model: ModelConfig, run: Run) -> float | None:
-        shape = gpt2_config(model, run.shape.colors)
-        with suppress(ValueError):  # a width that fp8 can't have
-            layouts = alternatives(replace(config, model=model), shape, cluster)
-            fastest = min((layout.seconds for layout in layouts if fits(layout, cluster)), default=None)
-            return None if fastest is None else fastest * cluster.ranks / config.batch.global_size
-        return None
-
-    return seconds
+    shape = gpt2_config(model, run.shape.colors, run.objective)
+    with suppress(ValueError):  # a width that fp8 can't have
+        layouts = alternatives(replace(config, model=model), shape, cluster)
+        return min((one for one in layouts if fits(one, cluster)), key=lambda one: one.seconds, default=None)
+    return None
 
 
 def optimum(fitted: Fitted, sizes: Family, budget: float, unit: str) -> Optimum:
@@ -151,7 +159,11 @@ def optimum(fitted: Fitted, sizes: Family, budget: float, unit: str) -> Optimum:
     """
     total = budget * (3600 if unit == "GPU-hours" else 1)
     (chosen, loss), others = sizes.best(fitted.law, total), [sizes.best(law, total) for law in fitted.resamples]
-    parameters, images, places = sizes.parameters, total / sizes.cost, [place for place, _ in others]
+    parameters, images, places = (
+        sizes.parameters,
+        total / sizes.cost,
+        np.array([place for place, _ in others], dtype=int),
+    )
     nearest = sizes.nearest(parameters[chosen])
     return Optimum(
         budget, unit,

@@ -3,14 +3,23 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data_prep.common.command_line import fill, new_parser, parse
 from pipeline import costs
 from pipeline.config import TrainConfig
-from pipeline.scaling.runs import Run, Selected, held_out, objective_name, read_runs, require_enough, select
+from pipeline.scaling.runs import (
+    Run,
+    Selected,
+    augmentation_name,
+    held_out,
+    objective_name,
+    read_runs,
+    require_enough,
+    select,
+)
 from pipeline.value_checks import require_at_least, require_positive
 
 if TYPE_CHECKING:
@@ -92,6 +101,12 @@ def scaling_command(arguments: list[str]) -> int:
         _require_same_kind(path, config, runs[0])
     selected = select(runs, None if command.points == "auto" else command.points, command.min_images)
     require_enough(selected)
+    trained = runs[0].equal["training data"]
+    selected.notes.extend(
+        f"{path} is taken as one of the runs' training data, {trained[:12] if len(trained) == 64 else trained}: its "
+        f"shard sets are not read."
+        for path in configs
+    )
     fitted_part, largest = held_out(selected)
     for note in selected.notes:
         logger.warning(note)
@@ -112,9 +127,10 @@ def _fit_and_write(
     from pipeline.scaling.budget import family, flops_of
     from pipeline.scaling.report import Study, hold_out_of, write_study
 
-    accuracies = read_accuracies(runs, command.results)
-    without = fit_with_resamples(fitted_part.points, command.resamples)
-    fitted = fit_with_resamples(selected.points, command.resamples)
+    accuracies, notes = read_accuracies(runs, command.results)
+    selected.notes.extend(notes)
+    without = fit_with_resamples(fitted_part.independent(), command.resamples)
+    fitted = fit_with_resamples(selected.independent(), command.resamples)
     sizes = family(selected.runs, flops_of, smooth=True)
     assert sizes is not None
     study = Study(
@@ -144,10 +160,13 @@ def _read_config(path: Path) -> TrainConfig:
 
 def _require_same_kind(path: str, config: TrainConfig, run: Run) -> None:
     """Raises ValueError if a configuration's loss is not one that the law of these runs describes."""
+    data = config.data
     wanted = {
         "resolution": ("model.resolution", config.model.resolution),
         "objective": ("objective", objective_name(config.objective.kind, config.objective.mask_probability)),
         "block": ("model.block", config.model.block),
+        "dropout": ("model.dropout", config.model.dropout),
+        "augmentation": ("augmentation", augmentation_name(data.flip, data.reflect_crop)),
     }
     for key, (option, value) in wanted.items():
         if value != run.equal[key]:
@@ -175,19 +194,25 @@ def _predict(path: str, config: TrainConfig, selected: Selected, fitted: "Fitted
 def _optima(
     command: Command, selected: Selected, fitted: "Fitted", by_flops: "Family", configs: dict[str, TrainConfig]
 ) -> list["Optimum"]:
-    from pipeline.scaling.budget import family, gpu_seconds_of, optimum
+    from pipeline.scaling.budget import family, fastest_layout, gpu_seconds_of, optimum
 
     found = [optimum(fitted, by_flops, budget, "FLOP") for budget in command.budget_flops]
     if command.budget_gpu_hours:
         run = selected.runs[selected.largest]
-        config = next(iter(configs.values()), TrainConfig(model=run.model))
-        by_hours = family(selected.runs, gpu_seconds_of(config, _cluster(command)), smooth=False)
+        config = next(iter(configs.values()), TrainConfig(model=run.model, batch=run.batch, precision=run.precision))
+        cluster = _cluster(command)
+        by_hours = family(selected.runs, gpu_seconds_of(config, cluster), smooth=False)
         if by_hours is None:
             raise ValueError(
                 f"--ranks is {command.ranks}; no layout of batch.global_size {config.batch.global_size} divides or "
                 f"fits on so many {command.gpu}: choose a divisor of the batch."
             )
-        found += [optimum(fitted, by_hours, budget, "GPU-hours") for budget in command.budget_gpu_hours]
+        for budget in command.budget_gpu_hours:
+            best = optimum(fitted, by_hours, budget, "GPU-hours")
+            layout = fastest_layout(config, cluster, best.nearest.model, run)
+            assert layout is not None
+            training = f"batch {config.batch.global_size}, {config.precision}, {layout.name()}"
+            found.append(replace(best, training=training))
     return found
 
 

@@ -28,6 +28,8 @@ MOST_STARTS, FEW_ITERATIONS, FINALISTS = 60, 50, 5
 """Of the 300 starts the 60 with the lowest losses get 50 iterations each, and the five best of these are finished."""
 BOUNDS = ((-12.0, 4.0), (-12.0, 4.0), (-12.0, 4.0), (0.01, 3.0), (0.01, 3.0))
 """Of log A' and log B' (at the middle of the data), log E, alpha and beta; logs are relative to the mean loss."""
+OFF = 1e-4
+"""Fraction of the loss, at the middle of the data, below which a term of the law is as good as absent."""
 PARAMETERS = 5
 """Numbers that are fitted."""
 
@@ -66,11 +68,6 @@ class Law:
         """The loss in nats per token, broadcast over both arguments."""
         of_size, of_data = np.power(parameters, -self.alpha), np.power(images, -self.beta)
         return np.asarray(self.E + self.A * of_size + self.B * of_data)
-
-    def at_bound(self) -> list[str]:
-        """Names of the exponents that the search left at its bounds: the data does not determine them."""
-        low, high = BOUNDS[3]
-        return [name for name in ("alpha", "beta") if not 1.01 * low < getattr(self, name) < 0.99 * high]
 
 
 class _Objective:
@@ -148,6 +145,17 @@ def _minimize(objective: _Objective, start: np.ndarray, iterations: int = 500) -
         options={"maxiter": iterations, "ftol": 1e-12, "gtol": 1e-8},
     )  # fmt: skip
     return float(found.fun), found.x
+
+
+def at_bound(law: Law, points: Points) -> list[str]:
+    """Names of the numbers that are at a bound of the search, or whose term is as good as absent from the losses.
+
+    The data does not determine these. points: those of the fit.
+    """
+    values = dict(zip(("A", "B", "E", "alpha", "beta"), _Objective(points).values(law), strict=True))
+    low, high = BOUNDS[3]
+    exponents = [name for name in ("alpha", "beta") if not 1.01 * low < values[name] < 0.99 * high]
+    return [name for name in ("E", "A", "B") if not np.log(OFF) < values[name] < BOUNDS[0][1] - 0.01] + exponents
 
 
 def residuals(law: Law, points: Points) -> np.ndarray:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.common.files import atomic_write, write_json
-from pipeline.results.text import number, percent
+from pipeline.results.text import MISSING, number, percent
 from pipeline.scaling.accuracy import Probed, rank_correlation
-from pipeline.scaling.bootstrap import Fitted, Interval
+from pipeline.scaling.bootstrap import FEWEST, Fitted, Interval
 from pipeline.scaling.budget import Family, Optimum
 from pipeline.scaling.figures import draw_accuracy, draw_isoflops, draw_loss_by_flops, draw_loss_by_images, short
-from pipeline.scaling.law import Law, residuals
+from pipeline.scaling.law import PARAMETERS, Law, at_bound, residuals
 from pipeline.scaling.runs import Selected
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,9 @@ class HoldOut:
     error: float
     """Predicted over measured, minus 1."""
     mean_error: float
-    """Mean of the absolute errors over all points of the run."""
+    """Mean of the absolute errors over all points that are left out."""
+    also: list[str]
+    """Other runs that are left out: they share steps with it, such as branches of its trunk."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,12 @@ def hold_out_of(fitted: Fitted, rest: Selected, largest: Selected) -> HoldOut:
     parameters, images, measured = (float(values[last]) for values in (points.parameters, points.images, points.losses))
     predicted = fitted.prediction(parameters, images)
     errors = np.exp(-residuals(fitted.law, points)) - 1
+    own = int(points.runs[last])
+    also = [largest.runs[run].name for run in np.unique(points.runs) if run != own]
     return HoldOut(
-        largest.runs[int(points.runs[0])].name, int(parameters), int(images),
+        largest.runs[own].name, int(parameters), int(images),
         float(largest.flops().max() / rest.flops().max()), predicted, measured, float(errors[last]),
-        float(np.abs(errors).mean()),
+        float(np.abs(errors).mean()), also,
     )  # fmt: skip
 
 
@@ -134,6 +138,7 @@ def _facts(study: Study) -> list[str]:
         f"held out: {held.run}, {short(held.parameters)} parameters, {held.images:,} images, {held.times_flops:.3g} "
         f"times the FLOPs of the largest run in the fit: predicted {_with_ends(held.predicted)}, measured "
         f"{held.measured:.4f}, error {held.error:+.2%}"
+        + (f"; {', '.join(held.also)} left out with it, which share its steps" if held.also else "")
         + (f" (mean over its losses {held.mean_error:.2%})" if selected.kind == "constant" else ""),
         f"compute-optimal: parameters grow as FLOPs^{_with_ends(size, 2)}, images as FLOPs^{_with_ends(data, 2)}",
     ]
@@ -162,7 +167,7 @@ def data_exponent(law: Law) -> float:
 
 
 def _with_ends(value: Interval, digits: int = 4) -> str:
-    return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+    return f"{value.value:.{digits}f} ({value.shown(lambda end: f'{end:.{digits}f}')})"
 
 
 def _tables(study: Study) -> list[Table]:
@@ -175,7 +180,7 @@ def _tables(study: Study) -> list[Table]:
         rows = [
             [
                 one.config, f"{one.parameters:,}", f"{one.images:,}", f"{one.flops:.2e}", f"{one.loss.value:.4f}",
-                f"{one.loss.low:.4f}", f"{one.loss.high:.4f}", f"{one.times_flops:.3g}",
+                number(one.loss.low), number(one.loss.high), f"{one.times_flops:.3g}",
             ]
             for one in study.predictions
         ]  # fmt: skip
@@ -185,19 +190,22 @@ def _tables(study: Study) -> list[Table]:
         rows = [
             [
                 f"{one.budget:.3g} {one.unit}", *_counts(one.parameters), *_counts(one.images),
-                f"{one.loss.value:.4f}", f"{one.loss.low:.4f} to {one.loss.high:.4f}",
+                f"{one.loss.value:.4f}", one.loss.shown(lambda end: f"{end:.4f}"),
                 f"{one.nearest.model.layers} x {one.nearest.model.width}", short(one.nearest.parameters),
                 short(one.nearest_images),
             ]
             for one in study.optima
         ]  # fmt: skip
         head = ["budget", "parameters", "95%", "images", "95%", "loss", "95%", "layers x width", "has", "images"]
+        if any(one.training for one in study.optima):
+            head.append("trained with")
+            rows = [[*row, one.training or MISSING] for row, one in zip(rows, study.optima, strict=True)]
         tables.append(Table("Compute-optimal", head, rows))
     return tables
 
 
 def _counts(count: Interval) -> tuple[str, str]:
-    return short(count.value), f"{short(count.low)} to {short(count.high)}"
+    return short(count.value), count.shown(short)
 
 
 def _law(fitted: Fitted) -> dict[str, Interval]:
@@ -216,7 +224,11 @@ def _notes(study: Study) -> list[str]:
             f"the law misses the losses by {missed:.2%}: if the early ones deviate in {BY_IMAGES}, exclude them with "
             f"--min_images."
         )
-    for name in law.at_bound():
+    if not study.fitted.resamples:
+        notes.append(
+            f"no interval: {len(study.selected.points)} points; 95% intervals need at least {FEWEST + PARAMETERS}."
+        )
+    for name in at_bound(law, study.selected.points):
         notes.append(f"{name} is at the bound of the search, {getattr(law, name):.3g}: the runs do not determine it.")
     for one in study.predictions:
         if not one.same_schedule:

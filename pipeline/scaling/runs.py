@@ -4,35 +4,46 @@ A law describes losses of one kind of training. After a decay the loss is lower 
 many images, so the two are never in one fit:
 
     decayed    the last loss of a finished run with decay cosine, linear or wsd: one point a run
-    constant   the losses after the warm-ups at the peak learning rate (constant, or wsd before its decay)
+    constant   the losses after the warm-ups while the learning rate has stayed at its peak (constant, or wsd before its
+               decay)
+
+Which steps these are is read from the rates of metrics.jsonl: config.yaml has the schedule of the last resume only.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import yaml
 
-from data_prep.common.files import read_json
 from pipeline import costs
 from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_backwards
 from pipeline.checkpoint.run_files import CONFIG_FILE, RECORD_FILE
 from pipeline.config import ModelConfig, ValidationConfig
 from pipeline.layout import BatchConfig
+from pipeline.probe_config import ProbeConfig
 from pipeline.scaling.law import Points
+from pipeline.scaling.run_folder import (
+    read_colors,
+    read_rates,
+    read_record,
+    read_section,
+    read_settings,
+    read_validations,
+    steady_steps,
+)
 from pipeline.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
 
 Kind = Literal["decayed", "constant"]
-PALETTE_FILE = "palette.npy"
 EQUAL = ("palette", "resolution", "objective", "training data", "block", "augmentation", "dropout", "validation images")
 """What the runs of a fit have in common, in the order in which it is compared."""
-T = TypeVar("T")
+NO_RATE = 0.01
+"""Fraction of the peak up to which a learning rate has decayed."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,16 @@ class Run:
     """Rows with a finite validation loss, oldest first."""
     last_step: int
     """The last step with a row of its own."""
+    rates: np.ndarray
+    """Step and learning rate of each training row, oldest first: float64 (n, 2)."""
+    seed: int
+    precision: Literal["fp32", "bf16", "fp8"]
+    probe: tuple[Any, ...]
+    """What accuracies of the probe depend on: numbers of images and the set they are of."""
+    trunk: Path
+    """The run whose first steps this one has: of a branch the end of its chain of origins, else its own folder."""
+    notes: list[str]
+    """What could not be checked."""
 
     @cached_property
     def parameters(self) -> int:
@@ -64,6 +85,11 @@ class Run:
         return costs.flops_per_token(self.shape) * self.shape.n_positions
 
     @property
+    def objective(self) -> str:
+        """objective.kind."""
+        return getattr(self.shape, "objective", "next_color")
+
+    @property
     def decays(self) -> bool:
         return self.schedule.decay != "constant"
 
@@ -72,11 +98,11 @@ class Run:
         return [row for row in self._rows(kind) if row["images"] >= min_images]
 
     def _rows(self, kind: Kind) -> list[Row]:
-        steps = self.schedule.steps
         if kind == "decayed":
-            return [row for row in self.validations if self.decays and row["step"] == steps][-1:]
-        first = max(self.schedule.warmup_steps, self.batch.warmup_steps)
-        last = {"constant": steps, "wsd": steps - (self.schedule.decay_steps or 0)}.get(self.schedule.decay, 0)
+            ends = self.decays and len(self.rates) > 0 and self.rates[-1, 1] <= NO_RATE * self.rates[:, 1].max()
+            return [row for row in self.validations if ends and row["step"] == self.schedule.steps][-1:]
+        first, last = steady_steps(self.rates)
+        first = max(first, self.batch.warmup_steps)
         return [row for row in self.validations if first < row["step"] <= last]
 
 
@@ -95,6 +121,20 @@ class Selected:
     def flops(self) -> np.ndarray:
         """Training FLOPs of each point: float64 (n,)."""
         return self.points.images * np.array([run.flops_per_image for run in self.runs])[self.points.runs]
+
+    def groups(self) -> np.ndarray:
+        """The group of each point, int64 (n,): runs that share steps are not independent of each other.
+
+        Branches of one trunk share its steps. At a constant rate, so do runs of one size and seed.
+        """
+        keys = [
+            (run.parameters, run.seed) if self.kind == "constant" else (str(run.trunk),) for run in self.runs
+        ]  # fmt: skip
+        return np.array([keys.index(key) for key in keys], dtype=int)[self.points.runs]
+
+    def independent(self) -> Points:
+        """The points with their groups in place of their runs."""
+        return replace(self.points, runs=self.groups())
 
     @property
     def largest(self) -> int:
@@ -136,16 +176,12 @@ def _read(folder: Path, name: str) -> Run:
 
     if not (folder / RECORD_FILE).is_file():
         raise ValueError(f"{folder} has no {RECORD_FILE}; it must be the folder of a run that was started.")
-    record, settings = _record(folder), _settings(folder)
-    start = settings.get("start") or {}
-    if start.get("path") and not (start.get("moments") and start.get("position")):
-        raise ValueError(
-            f"{folder} started from the weights of {start['path']} (start.path); a scaling law describes runs from "
-            f"initial weights, and branches of them with start.moments and start.position."
-        )
-    model = _section(ModelConfig, settings, "model", folder)
-    schedule = _section(ScheduleConfig, settings, "schedule", folder)
-    validations = list(_validations(folder))[::-1]
+    record, settings = read_record(folder), read_settings(folder)
+    _check_start(folder, settings)
+    model = read_section(ModelConfig, settings, "model", folder)
+    equal = _equal(folder, record, settings, model)
+    schedule = read_section(ScheduleConfig, settings, "schedule", folder)
+    validations = list(read_validations(folder))[::-1]
     if not validations:
         raise ValueError(
             f"{folder / METRICS_FILE} has no row with a finite valid_loss; a fit needs the runs' validation losses: "
@@ -154,14 +190,75 @@ def _read(folder: Path, name: str) -> Run:
     last = next(read_backwards(folder / METRICS_FILE, "step"), validations[-1])
     kind = (settings.get("objective") or {}).get("kind", "next_color")
     return Run(
-        name, folder, model, schedule, _section(BatchConfig, settings, "batch", folder),
-        _equal(record["shards"], settings, model), gpt2_config(model, _colors(folder), kind), validations,
-        int(last["step"]),
+        name, folder, model, schedule, read_section(BatchConfig, settings, "batch", folder),
+        equal, gpt2_config(model, read_colors(folder), kind), validations, int(last["step"]), read_rates(folder),
+        settings.get("seed", 0), settings.get("precision", "bf16"), _probe(settings, record["shards"]),
+        *_trunk(folder, record, settings, equal),
     )  # fmt: skip
 
 
-def _equal(shards: dict[str, Any], settings: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """The values under EQUAL."""
+def _check_start(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError if a run did not start from initial weights, and is not a branch of one that did."""
+    start = settings.get("start") or {}
+    if start.get("path") and not (start.get("moments") and start.get("position")):
+        raise ValueError(
+            f"{folder} started from the weights of {start['path']} (start.path); a scaling law describes runs from "
+            f"initial weights, and branches of them with start.moments and start.position."
+        )
+
+
+def _trunk(
+    folder: Path, record: dict[str, Any], settings: dict[str, Any], equal: dict[str, Any]
+) -> tuple[Path, list[str]]:
+    """Follows the origins of a decay branch to the run from initial weights, with a note if it can't be read.
+
+    Raises ValueError if one of them can't be in a fit with the branch.
+    """
+    trunk, name = folder.resolve(), folder.name
+    seen = {trunk}
+    while (settings.get("start") or {}).get("path"):
+        origin = record.get("origin") or {}
+        found = Path(origin.get("run") or settings["start"]["path"])
+        known = "run" in origin and origin["run"] is not None and found not in seen
+        if not known or not (found / RECORD_FILE).is_file() or not (found / CONFIG_FILE).is_file():
+            return found, [f"{name} is a branch of {found}, which can't be read: its data and its start are unchecked."]
+        trunk, record, settings = found, read_record(found), read_settings(found)
+        seen.add(trunk)
+        _check_start(trunk, settings)
+        theirs = _equal(trunk, record, settings, read_section(ModelConfig, settings, "model", trunk))
+        for key in EQUAL[:-1]:  # the branch may be validated on other images
+            if theirs[key] != equal[key]:
+                raise ValueError(
+                    f"{folder} has {key} {_shown(equal[key])}, but its trunk {trunk} has {_shown(theirs[key])}; a "
+                    f"branch must have the {key} of its trunk: omit it."
+                )
+        step = origin.get("step") or 0
+        rates = read_rates(trunk)
+        before = rates[rates[:, 0] <= step]
+        if len(before) and steady_steps(before)[1] < before[-1, 0]:
+            raise ValueError(
+                f"{folder} is a branch of {trunk} at step {step:,}, where the learning rate had left its peak; a "
+                f"branch must begin at the peak rate: omit it."
+            )
+    return trunk, []
+
+
+def _probe(settings: dict[str, Any], shards: dict[str, Any]) -> tuple[Any, ...]:
+    """Numbers of images of the probe, and its set: a path, or the training data."""
+    probe = settings.get("probe") or {}
+    default = ProbeConfig()
+    images = (probe.get(key, getattr(default, key)) for key in ("train_images", "test_images"))
+    return *images, probe.get("shards") or _data_name(shards)
+
+
+def _equal(folder: Path, record: dict[str, Any], settings: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """The values under EQUAL. Raises ValueError if the training data changed within the run."""
+    shards, history = record["shards"], record.get("mixture_history") or []
+    if len(history) > 1:
+        raise ValueError(
+            f"{folder} changed its mixture at image {history[1]['images']:,} (mixture_history of {RECORD_FILE}); a "
+            f"scaling law describes runs of one mixture: omit it."
+        )
     objective, data, validation = (settings.get(key) or {} for key in ("objective", "data", "validation"))
     kind, masked = objective.get("kind", "next_color"), objective.get("mask_probability", 0.15)
     return {
@@ -170,7 +267,7 @@ def _equal(shards: dict[str, Any], settings: dict[str, Any], model: ModelConfig)
         "objective": objective_name(kind, masked),
         "training data": _data_name(shards),
         "block": model.block,
-        "augmentation": f"flip {data.get('flip', False)}, reflect_crop {data.get('reflect_crop', 0)}",
+        "augmentation": augmentation_name(data.get("flip", False), data.get("reflect_crop", 0)),
         "dropout": model.dropout,
         "validation images": validation.get("images", ValidationConfig().images),
     }
@@ -182,62 +279,14 @@ def _data_name(shards: dict[str, Any]) -> str:
     return " + ".join(f"{one['weight']} x {one['digest'][:12]}" for one in sets) or shards["digest"]
 
 
+def augmentation_name(flip: bool, reflect_crop: int) -> str:
+    """How images are augmented."""
+    return f"flip {flip}, reflect_crop {reflect_crop}"
+
+
 def objective_name(kind: str, mask_probability: float) -> str:
     """An objective, with what its loss depends on."""
     return kind if kind == "next_color" else f"{kind} ({mask_probability} masked)"
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        record = read_json(folder / RECORD_FILE)
-        if not isinstance(record["shards"]["digest"], str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / RECORD_FILE} is damaged: it has no record of a run's shard set; restore it from a copy."
-        ) from error
-    return record
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no {CONFIG_FILE}; restore it from a copy, or omit the run.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: it is not YAML; restore it from a copy.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is damaged: it has no keys and values; restore it from a copy.")
-    return settings
-
-
-def _section(section: type[T], settings: dict[str, Any], key: str, folder: Path) -> T:
-    """A section of config.yaml; keys of other versions are ignored."""
-    known = {field.name for field in fields(section)}  # type: ignore[arg-type]
-    try:
-        return section(**{name: value for name, value in settings[key].items() if name in known})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is damaged in {key} ({error}); restore it from a copy.") from error
-
-
-def _validations(folder: Path) -> Iterator[Row]:
-    """Rows with a finite validation loss, newest first."""
-    path = folder / METRICS_FILE
-    for row in read_backwards(path, "valid_loss", path.stat().st_size if path.is_file() else 0):
-        loss, images = row["valid_loss"], row.get("images")
-        if isinstance(loss, float) and isinstance(images, int) and 0 < loss < np.inf and images > 0:
-            yield row
-
-
-def _colors(folder: Path) -> int:
-    """Colors of the run's palette."""
-    try:
-        return len(np.load(folder / PALETTE_FILE, allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder / PALETTE_FILE} can't be read; copy it from the run's shard set, whose palette it is."
-        ) from error
 
 
 def select(runs: Sequence[Run], wanted: Kind | None, min_images: int = 0) -> Selected:
@@ -261,7 +310,7 @@ def _fits(selected: Selected) -> bool:
 
 def _of_kind(runs: Sequence[Run], kind: Kind, min_images: int) -> Selected:
     chosen: list[Run] = []
-    rows, notes = [], []
+    rows, notes = [], [note for run in runs for note in run.notes]
     for run in runs:
         own = run.rows(kind, min_images)
         if own:
@@ -281,13 +330,15 @@ def _why_none(run: Run, kind: Kind, min_images: int) -> str:
     decay, steps = run.schedule.decay, run.schedule.steps
     if kind == "constant":
         if decay in ("constant", "wsd"):
-            return "it has no validation loss between its warm-up and its decay"
+            return "it has no validation loss after its warm-up and before its learning rate left the peak"
         return f"its learning rate falls ({decay}) from the warm-up on, and this fit is of constant rates"
     if not run.decays:
         return "its learning rate is constant, and this fit is of decayed ends"
     if run.last_step < steps:
         return f"it is at step {run.last_step:,} of {steps:,}, and a run with decay {decay} counts at its end only"
-    return f"it has no validation loss at its end, step {steps:,}"
+    if not any(row["step"] == steps for row in run.validations):
+        return f"it has no validation loss at its end, step {steps:,}"
+    return f"its learning rate had not decayed at its end, step {steps:,}"
 
 
 MIN_SIZES, MIN_POINTS = 3, 6
@@ -316,8 +367,12 @@ def require_enough(selected: Selected, without: str = "") -> None:
 
 
 def held_out(selected: Selected) -> tuple[Selected, Selected]:
-    """The points without those of the largest run, and those of the largest. Raises ValueError if too few are left."""
-    inside = selected.points.runs != selected.largest
+    """The points without those of the largest run and of runs that share its steps, and those that are left out.
+
+    Raises ValueError if too few are left.
+    """
+    groups = selected.groups()
+    inside = groups != groups[selected.points.runs == selected.largest][0]
     rest, largest = selected.points.where(inside), selected.points.where(~inside)
     fitted = Selected(selected.kind, selected.runs, rest, selected.notes)
     require_enough(fitted, selected.runs[selected.largest].name)

@@ -16,7 +16,7 @@ from pipeline.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfi
 from pipeline.layout import BatchConfig
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.scaling.law import Law
-from pipeline.schedule import ScheduleConfig
+from pipeline.schedule import ScheduleConfig, learning_rate_at
 
 TRUE = Law(E=2.0, A=12.0, B=60.0, alpha=0.28, beta=0.34)
 SHAPES = ((2, 32), (2, 64), (4, 64), (4, 128), (8, 128), (8, 256), (12, 384))
@@ -67,7 +67,8 @@ def write_run(
                 loss *= 1.05
             if decay == "wsd" and step > steps - steps // 10:
                 loss *= 0.97
-            rows.write(to_line({"step": step, "images": images, "loss": loss, "learning_rate": 1e-3, "applied": True}))
+            rate = learning_rate_at(step, 1e-3, config.schedule)
+            rows.write(to_line({"step": step, "images": images, "loss": loss, "learning_rate": rate, "applied": True}))
             rows.write(to_line({"step": step, "images": images, "valid_loss": loss}))
     return folder
 

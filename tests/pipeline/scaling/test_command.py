@@ -15,17 +15,20 @@ import yaml
 
 from pipeline import costs
 from pipeline.checkpoint.metrics_log import to_line
-from pipeline.config import ModelConfig, ObjectiveConfig, to_dict
+from pipeline.config import ModelConfig, ObjectiveConfig, TrainConfig, to_dict
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.plan.command import plan_command
 from pipeline.plan.hardware import hardware_of
 from pipeline.plan.layouts import Cluster
 from pipeline.scaling.accuracy import Probed, rank_correlation, read_accuracies
-from pipeline.scaling.budget import gpu_seconds_of
-from pipeline.scaling.command import scaling_command
+from pipeline.scaling.bootstrap import Fitted, fit_with_resamples
+from pipeline.scaling.budget import family, flops_of, gpu_seconds_of
+from pipeline.scaling.command import Command, _optima, scaling_command
 from pipeline.scaling.figures import draw_accuracy
 from pipeline.scaling.law import fit
-from pipeline.scaling.runs import read_runs, select
+from pipeline.scaling.report import hold_out_of
+from pipeline.scaling.runs import held_out, read_runs, select
+from pipeline.schedule import learning_rate_at
 from tests.pipeline.scaling.synthetic import TRUE, WARMUP, change_json, config_of, parameters_of, write_grid, write_run
 
 BUDGETS = (200, 600, 2000, 6000, 20000)
@@ -117,7 +120,8 @@ def test_accuracy_against_loss(grid: list[Path], tmp_path: Path) -> None:
     folders = [Path(shutil.copytree(run, tmp_path / run.name)) for run in grid if run.name.endswith("-20000")]
     for place, folder in enumerate(folders):
         add_probes(folder, 0.3 + 0.05 * place)
-    accuracies = read_accuracies(read_runs(folders), [])
+    accuracies, notes = read_accuracies(read_runs(folders), [])
+    assert not notes
     assert len(accuracies) == 21
     assert rank_correlation(accuracies) == pytest.approx(spearman(accuracies))
     middle = accuracies[1]
@@ -125,6 +129,13 @@ def test_accuracy_against_loss(grid: list[Path], tmp_path: Path) -> None:
     assert middle.valid_loss == pytest.approx(1.05 * TRUE.loss(middle.parameters, 640_000), rel=0.01)
     draw_accuracy(accuracies, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    change_config(folders[1], "probe", every_steps=5000, train_images=100)
+    other, notes = read_accuracies(read_runs(folders), [])
+    assert (
+        other == []
+        and "left out: they are of other images" in notes[0]
+        and f"{folders[1].name} 100, 2000 of" in notes[0]
+    )
 
 
 def spearman(accuracies: list[Probed]) -> float:
@@ -157,6 +168,22 @@ def predicted(runs: list[Path], **changed: Any) -> list[str]:
 
 def nothing(_made: object) -> list[str]:
     return []
+
+
+def note(run: Path, **values: Any) -> None:
+    """Changes keys of run.json."""
+    path = run / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def branch(runs: list[Path], at: int, which: int = 1) -> Path:
+    """Makes a run a branch of a new wsd trunk of 2,000 steps, which decays from 1,800 on."""
+    trunk = runs[0].parent / "trunk"
+    if not trunk.exists():
+        write_run(trunk, config_of(2, 32, 2000, "wsd"))
+    change_config(runs[which], "start", path=f"{trunk}/checkpoints/step-{at}", moments=True, position=True)
+    note(runs[which], origin={"run": str(trunk.resolve()), "step": at, "images": 64 * at})
+    return trunk
 
 
 MIXTURE = [{"digest": "c" * 64, "weight": 0.7}, {"digest": "d" * 64, "weight": 0.3}]
@@ -192,6 +219,21 @@ BAD: dict[str, tuple[Broken, str]] = {
         lambda runs: nothing(change_json(runs[1] / "run.json", mixture=MIXTURE)),
         "{1} has training data 0.7 x cccccccccccc + 0.3 x dddddddddddd, but {0} has dddddddddddd; the losses of one "
         "fit must be of the same training data.",
+    ),
+    "a mixture that changed": (
+        lambda runs: nothing(note(runs[1], mixture_history=[{"images": 0, "sets": []}, {"images": 6400, "sets": []}])),
+        "{1} changed its mixture at image 6,400 (mixture_history of run.json); a scaling law describes runs of one "
+        "mixture: omit it.",
+    ),
+    "a trunk of other data": (
+        lambda runs: nothing(change_json(branch(runs, at=1000) / "run.json", digest="c" * 64)),
+        "{1} has training data dddddddddddd, but its trunk {trunk} has cccccccccccc; a branch must have the training "
+        "data of its trunk: omit it.",
+    ),
+    "a branch of a decayed rate": (
+        lambda runs: nothing(branch(runs, at=1950)),
+        "{1} is a branch of {trunk} at step 1,950, where the learning rate had left its peak; a branch must begin at "
+        "the peak rate: omit it.",
     ),
     "no run": (
         lambda runs: nothing((runs[1] / "run.json").unlink()),
@@ -238,6 +280,11 @@ BAD: dict[str, tuple[Broken, str]] = {
         "--predict {parent}/config.yaml has objective masked_color (0.15 masked), but the runs have next_color; a "
         "prediction must be of the same objective.",
     ),
+    "prediction with dropout": (
+        lambda runs: predicted(runs, model=replace(config_of(2, 32, 200).model, dropout=0.1)),
+        "--predict {parent}/config.yaml has model.dropout 0.1, but the runs have 0.0; a prediction must be of the same "
+        "dropout.",
+    ),
     "no configuration": (
         lambda runs: ["--predict", "missing.yaml"],
         "--predict is missing.yaml, which is not a file; it must be a YAML file of `train`, see configs/.",
@@ -272,7 +319,7 @@ def test_invalid_input_is_one_sentence_and_writes_nothing(
     options = change(folders)
     with pytest.raises(ValueError) as error:
         scaling_command([*map(str, folders), "--out", str(tmp_path / "out"), *options])
-    assert str(error.value) == sentence.format(*given, parent=tmp_path)
+    assert str(error.value) == sentence.format(*given, parent=tmp_path, trunk=(tmp_path / "trunk").resolve())
     assert not (tmp_path / "out").exists()
 
 
@@ -287,7 +334,77 @@ def test_one_number_of_images_is_refused(tmp_path: Path) -> None:
 def test_a_decay_branch_counts_with_the_images_of_its_trunk(runs: Callable[[], list[Path]]) -> None:
     folders = runs()
     change_config(folders[1], "start", path="trunk/checkpoints/step-00001000", moments=True, position=True)
-    assert len(select(read_runs(folders), "decayed").points) == 8
+    selected = select(read_runs(folders), "decayed")
+    assert len(selected.points) == 8
+    name = folders[1].name
+    assert selected.notes == [
+        f"{name} is a branch of trunk/checkpoints/step-00001000, which can't be read: its data and its start are "
+        f"unchecked."
+    ]
+
+
+def test_branches_of_one_trunk_are_held_out_together_and_drawn_together(runs: Callable[[], list[Path]]) -> None:
+    folders = runs()
+    for which in (6, 7):
+        branch(folders, at=1000, which=which)
+    selected = select(read_runs(folders), "decayed")
+    groups = selected.groups()
+    assert groups[6] == groups[7] and len(set(groups)) == 7
+    assert len(selected.independent()) == 8 and set(selected.independent().runs) == set(groups)
+    rest, largest = held_out(selected)
+    assert (len(rest.points), len(largest.points)) == (6, 2)
+    law = fit_with_resamples(rest.points, 50)
+    assert hold_out_of(law, rest, largest).also == [folders[6].name]
+
+
+def append_rows(run: Path, config: TrainConfig, first: int) -> None:
+    """Resumes a run with another schedule, which config.yaml has from then on."""
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    with (run / "metrics.jsonl").open("a") as rows:
+        for step in range(first + 50, config.schedule.steps + 1, 50):
+            rate = learning_rate_at(step, 1e-3, config.schedule)
+            rows.write(to_line({"step": step, "images": 64 * step, "loss": 2.5, "learning_rate": rate}))
+            rows.write(to_line({"step": step, "images": 64 * step, "valid_loss": 2.5}))
+
+
+def test_losses_of_an_earlier_schedule_are_taken_by_the_rates_that_were_used(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "wsd", config_of(2, 32, 1000, "wsd"))
+    append_rows(run, config_of(2, 32, 2000, "wsd"), 1000)
+    resumed = read_runs([run])[0]
+    assert [row["step"] for row in resumed.rows("constant")] == list(range(100, 901, 50))
+    assert [row["step"] for row in resumed.rows("decayed")] == [2000]
+    run = write_run(tmp_path / "cosine", config_of(2, 32, 1000, "cosine"))
+    append_rows(run, config_of(2, 32, 2000, "constant"), 1000)
+    assert read_runs([run])[0].rows("constant") == [] == read_runs([run])[0].rows("decayed")
+    run = write_run(tmp_path / "shortened", config_of(2, 32, 1000, "constant"))
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config_of(2, 32, 1000, "cosine"))))
+    assert read_runs([run])[0].rows("decayed") == [], "its rate had not decayed at step 1,000"
+
+
+def test_sizes_of_a_masked_family_cost_what_the_runs_cost(tmp_path: Path) -> None:
+    objective = ObjectiveConfig(kind="masked_color")
+    made = [write_run(tmp_path / f"w{width}", config_of(2, width, 200, objective=objective)) for width in (32, 64)]
+    for run in read_runs(made):
+        assert flops_of(run.model, run) == run.flops_per_image
+    candidate = family(read_runs(made), flops_of, smooth=False)
+    assert candidate is not None
+    one = candidate.candidates[40]
+    shape = gpt2_config(one.model, 512, "masked_color")
+    assert one.parameters == costs.parameter_count(shape)
+    assert one.cost == costs.flops_per_token(shape) * shape.n_positions
+
+
+def test_gpu_hours_are_those_of_the_largest_runs_batch_and_precision(grid: list[Path], tmp_path: Path) -> None:
+    runs = read_runs(grid[-15:])
+    selected = select(runs, "decayed")
+    command = Command(
+        predict=[], budget_flops=[], budget_gpu_hours=[10.0], results=[], out=tmp_path / "out", gpu="h100-80gb", ranks=1
+    )
+    fitted = Fitted(TRUE, [], np.zeros(1))
+    sizes = family(runs, flops_of, smooth=True)
+    assert sizes is not None
+    best = _optima(command, selected, fitted, sizes, {})[0]
+    assert best.training.startswith("batch 64, bf16, ZeRO-")
 
 
 def test_gpu_seconds_are_those_of_the_fastest_layout_of_plan(

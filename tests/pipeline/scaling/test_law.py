@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
+from pipeline.config import ModelConfig
 from pipeline.scaling.bootstrap import fit_with_resamples
-from pipeline.scaling.law import DELTA, Law, Points, fit
+from pipeline.scaling.budget import Candidate, Family, optimum
+from pipeline.scaling.law import DELTA, Law, Points, at_bound, fit
 from tests.pipeline.scaling.synthetic import TRUE
 
+MODEL = ModelConfig(layers=2, width=32, heads=1)
 SIZES, IMAGES = np.geomspace(7e4, 2e7, 7), np.geomspace(1.3e4, 1.3e6, 5)
 
 
@@ -70,9 +73,27 @@ def test_an_outlier_hardly_moves_the_fit() -> None:
     assert_recovered(fit(points))
 
 
-def test_exponents_at_the_bounds_of_the_search_are_named() -> None:
-    assert TRUE.at_bound() == []
-    assert Law(2.0, 1.0, 1.0, 0.01, 3.0).at_bound() == ["alpha", "beta"]
+def test_numbers_at_the_bounds_of_the_search_are_named() -> None:
+    points = grid(0.0)
+    assert at_bound(TRUE, points) == []
+    assert at_bound(Law(2.0, 1.0, 1.0, 0.01, 3.0), points) == ["B", "alpha", "beta"]
+    assert at_bound(Law(2.0, 1e-9, 60.0, 0.28, 0.34), points) == ["A"], "the term is switched off"
+    assert at_bound(Law(1e-5, 12.0, 60.0, 0.28, 0.34), points) == ["E"]
+
+
+def test_fewer_than_ten_residuals_give_no_interval() -> None:
+    points = grid(0.001, sizes=SIZES[::3], images=IMAGES[[0, 1, 2, 4]])
+    assert len(points) == 12
+    found = fit_with_resamples(points, 50)
+    interval = found.interval(lambda law: law.E)
+    assert (interval.low, interval.high) == (None, None) and interval.shown(str) == "no interval"
+    assert found.prediction(1e7, 1e6).low is None
+    assert (
+        optimum(
+            found, Family([Candidate(MODEL, 10**6, 1e9), Candidate(MODEL, 10**8, 1e11)], True), 1e16, "FLOP"
+        ).loss.low
+        is None
+    )
 
 
 def test_intervals_contain_the_truth_and_repeat_with_the_seed() -> None:
