@@ -1,6 +1,7 @@
 """Mixtures: exact proportions, each set's own order, none lost or repeated at any change, and invalid input."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,10 +87,41 @@ def test_every_thousand_images_have_the_proportions(weights: list[float], exact:
         assert (windows == 1000 * shares[0]).all()
     for offset in (0, 1, 999, 1000, 123_456, 1_234_567):
         assert pattern.count(0, offset) == (pattern.at(0, offset) == 0).sum()
-    for lanes in (1, 3, 4):
-        at = np.flatnonzero(drawn == 1)[100:700]
-        expected = np.bincount(at % lanes, minlength=lanes)
-        assert (pattern.by_lane(1, 100, 100 + len(at), lanes) == expected).all()
+    places = np.flatnonzero(np.tile(drawn, 3) == 1)
+    for lanes in (1, 3, 4, 127):
+        for first, stop in ((0, 5), (100, 700), (900, 2_500), (1, len(places))):
+            expected = np.bincount(places[first:stop] % lanes, minlength=lanes)
+            assert (pattern.by_lane(1, first, stop, lanes) == expected).all()
+            for lane in {0, lanes - 1}:
+                in_lane = [pattern.in_lane(1, images, lane, lanes) for images in (first, stop)]
+                assert in_lane[1] - in_lane[0] == expected[lane]
+
+
+def test_lanes_are_counted_in_one_pass() -> None:
+    """For weights that are no thousandths and many ranks, over many cycles: once 50 s and 500 MB."""
+    pattern, lanes = Pattern(SEED, weight_parts([1.28 / 101.28, 100 / 101.28])), 127
+    began = time.process_time()
+    by_lane = pattern.by_lane(1, 7, 10**9, lanes)
+    assert time.process_time() - began < 2
+    cycle = int((pattern.at(0, pattern.period) == 1).sum()) * lanes
+    assert pattern.by_lane(1, 0, cycle, lanes).tolist() == [cycle // lanes] * lanes
+    assert by_lane.sum() == 10**9 - 7
+    for lane in (0, 5, 126):
+        assert by_lane[lane] == pattern.in_lane(1, 10**9, lane, lanes) - pattern.in_lane(1, 7, lane, lanes)
+
+
+def test_a_small_share_may_miss_some_ranks(root: Path, server: Server) -> None:
+    """One slot of a thousand is on the same one of eight ranks in each block."""
+    sets, reading = opener(root, server, "a")({"a": 0.001, "b": 0.999}), Reading(SEED)
+    order = reading.go_on(sets, ranks=8, steps=500, per_rank=1)
+    stream = order.orders[0]
+    assert isinstance(stream, mixture_stream.MixtureStream)
+    [own] = [rank for rank in range(8) if stream.meets(rank)]
+    assert len(reading.check_epochs(sets.digests[0], IMAGES["a"])) == 4
+    epoch, window = stream.following(own, 0, 99)
+    assert (epoch, window) == (1, 0)
+    with pytest.raises(AssertionError):
+        stream.following((own + 1) % 8, 0, 99)
 
 
 def test_seven_to_three_over_ten_thousand_images() -> None:
@@ -185,6 +217,17 @@ def test_nothing_is_lost_or_repeated_when_sets_weights_and_ranks_change(
     assert len(reading.history) == 5
 
 
+def test_the_set_of_an_image_does_not_depend_on_the_ranks_before(root: Path, server: Server) -> None:
+    sets, reading = opener(root, server, "a")({"a": 0.7, "b": 0.3}), Reading(SEED)
+    for ranks in (4, 2, 4, 2, 1, 8, 2, 4, 8, 2):
+        reading.go_on(sets, ranks, steps=200 // ranks, per_rank=1)
+    of_set = [sets.digests.index(digest) for digest, _ in reading.read]
+    assert of_set == Pattern(SEED, weight_parts([0.7, 0.3])).at(0, 2000).tolist()
+    assert np.bincount(of_set[:1000]).tolist() == np.bincount(of_set[1000:]).tolist() == [700, 300]
+    assert len(reading.history) == 10
+    assert not reading.warnings
+
+
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 200))])
 def test_random_histories_are_exact(seed: int, root: Path, server: Server) -> None:
     random = np.random.default_rng(seed)
@@ -238,7 +281,7 @@ def test_a_run_of_one_set_continues_as_a_mixture(streamed: str, root: Path, serv
     reading.check_epochs(open_shard_set(root / "b").digest, IMAGES["b"])
     assert order.epochs(2040) == {"b": 1000 / 61, "a": 1040 / 97}
     line = describe_change(history_of([], digest, alone.fingerprint(40))[-1], reading.history[-1])
-    assert "from image 40 on: a 1 -> 0.5, b none -> 0.5; images read so far: a 40" in line
+    assert "from image 40 on: a 1 -> 0.5, b 0.5 added; images read so far: a 40" in line
     reading.go_on(sets({"a": 1}), 2, 10, 2)
     reading.check_epochs(digest, IMAGES["a"])
 

@@ -201,9 +201,9 @@ def test_a_run_of_one_set_resumes_as_a_mixture_and_back(root: Path, tmp_path: Pa
     single = {"data__shards": a, "data__mixture": "null"}
     runner.go_on("run", 1, {a: 1}, schedule__steps=2, **single)
     finished = runner.go_on("run", 1, {b: 1, a: 3}, schedule__steps=12)
-    assert "the mixture changes from image 400 on: a 1 -> 0.75, b none -> 0.25" in finished.output
+    assert "the mixture changes from image 400 on: a 1 -> 0.75, b 0.25 added" in finished.output
     finished = runner.go_on("run", 2, {a: 1}, schedule__steps=14, **single)
-    assert "the mixture changes from image 2,400 on: b 0.25 -> none, a 0.75 -> 1" in finished.output
+    assert "the mixture changes from image 2,400 on: b 0.25 removed, a 0.75 -> 1" in finished.output
     rows = runner.losses("run")
     assert len(rows) == 14
     processes = runner.begin("run", 1, {b: 1}, schedule__steps=16)
