@@ -42,9 +42,13 @@ class MixtureOrder:
         self._segment = history[-1]
         self._pattern = self._segment.pattern(seed)
         self.splits: list[Split] = [one.shards.split("train") for one in sets.sets]
+        members = [member.digest for member in self._segment.members]
+        self._members = [members.index(digest) for digest in sets.digests]
+        """Of each set the number that it has in the pattern."""
+        self._numbers = np.argsort(self._members)
         self._skipped = [
-            self._pattern.count(number, self._segment.start) - self._segment.consumed.get(digest, 0)
-            for number, digest in enumerate(sets.digests)
+            self._pattern.count(member, self._segment.start) - self._segment.consumed.get(digest, 0)
+            for member, digest in zip(self._members, sets.digests, strict=True)
         ]
         """Images of each set in the pattern before the segment, less those that were really read of it."""
         self._starts = np.cumsum([0, *(split.images for split in self.splits)])
@@ -57,11 +61,11 @@ class MixtureOrder:
 
     def sets_at(self, position: int, count: int) -> np.ndarray:
         """The number of the set of each image at positions [position, position + count)."""
-        return self._pattern.at(position, count)
+        return self._numbers[self._pattern.at(position, count)]
 
     def read_of_set(self, number: int, position: int) -> int:
         """Images of a set that are read when `position` images are, in total."""
-        return self._pattern.count(number, position) - self._skipped[number]
+        return self._pattern.count(self._members[number], position) - self._skipped[number]
 
     def image_numbers(self, position: int, count: int) -> list[int]:
         """The indices of the images in the training images of all sets, set by set, each in file order."""

@@ -39,6 +39,7 @@ class Segment:
     start: int
     """The first image's position."""
     members: tuple[Member, ...]
+    """In the order of their digests."""
     consumed: dict[str, int]
     """Images of each set that the run had read before, by digest; also of sets that are no longer in the mixture."""
     ranks: int | None
@@ -85,10 +86,13 @@ def continued(history: History, sets: TrainingSets, ranks: int, position: int, s
 
     ranks: data-parallel ranks. An empty history is that of a new run.
     """
-    parts = weight_parts([one.weight for one in sets.sets])
+    ordered = sorted(
+        sets.sets, key=lambda one: one.shards.digest
+    )  # so that their order in data.mixture does not matter
+    parts = weight_parts([one.weight for one in ordered])
     members = tuple(
         Member(one.shards.digest, one.name, part, one.shards.address is not None, one.shards.name)
-        for one, part in zip(sets.sets, parts, strict=True)
+        for one, part in zip(ordered, parts, strict=True)
     )
     lanes = ranks if sets.streamed else None
     if not history:

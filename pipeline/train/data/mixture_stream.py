@@ -1,8 +1,9 @@
 """The order of a streamed set of a mixture: each data-parallel rank reads its own part of each epoch.
 
 A rank reads the images of the set that fall to its lane of the mixture (the positions from the segment's start on that
-are its rank modulo the number of ranks). How many these are in an epoch follows from the pattern, so the parts of an epoch have these sizes. If the
-mixture or the number of ranks changes within an epoch, what all ranks have left of it is divided anew.
+are its rank modulo the number of ranks). How many these are in an epoch follows from the pattern, so the parts of an
+epoch have these sizes. If the mixture or the number of ranks changes within an epoch, what all ranks have left of it is
+divided anew.
 """
 
 import hashlib

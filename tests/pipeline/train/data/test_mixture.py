@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from pipeline.train.data.mixture_history import (
 from pipeline.train.data.mixture_pattern import Pattern, weight_parts
 from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.setup import check_inputs
-from pipeline.training_set import TrainingSets, open_training_sets
+from pipeline.training_set import TrainingSets, open_training_sets, unique_names
 from tests.http_server import Server, serve
 from tests.pipeline.train.data.mixture_sets import RESOLUTION, write_numbered_set
 
@@ -221,8 +222,10 @@ def test_the_set_of_an_image_does_not_depend_on_the_ranks_before(root: Path, ser
     sets, reading = opener(root, server, "a")({"a": 0.7, "b": 0.3}), Reading(SEED)
     for ranks in (4, 2, 4, 2, 1, 8, 2, 4, 8, 2):
         reading.go_on(sets, ranks, steps=200 // ranks, per_rank=1)
-    of_set = [sets.digests.index(digest) for digest, _ in reading.read]
-    assert of_set == Pattern(SEED, weight_parts([0.7, 0.3])).at(0, 2000).tolist()
+    unbroken = Reading(SEED)
+    unbroken.go_on(sets, ranks=1, steps=2000, per_rank=1)
+    of_set, expected = ([sets.digests.index(digest) for digest, _ in one.read] for one in (reading, unbroken))
+    assert of_set == expected
     assert np.bincount(of_set[:1000]).tolist() == np.bincount(of_set[1000:]).tolist() == [700, 300]
     assert len(reading.history) == 10
     assert not reading.warnings
@@ -301,16 +304,54 @@ def test_another_order_is_refused_and_weaker_guarantees_are_logged(root: Path, s
     assert continued(order.history, streamed, 2, 40, SEED) is order.history
 
 
-def test_names_are_the_last_parts_of_paths_and_unique(root: Path, server: Server, tmp_path: Path) -> None:
-    other = write_numbered_set(tmp_path / "a", 9, 20)
+def test_names_do_not_depend_on_the_order_of_the_sets(root: Path, server: Server, tmp_path: Path) -> None:
+    other = write_numbered_set(tmp_path / "other/a", 9, 20)
     entries = [(str(root / "a"), 1.0), (f"{server.url}/b", 2.0), (str(other), 1.0)]
     sets = open_training_sets(configured(entries))
-    assert [one.name for one in sets.sets] == ["a", "b", "a-2"]
+    assert [one.name for one in sets.sets] == [f"{root.name}/a", "b", "other/a"]
+    assert [one.name for one in open_training_sets(configured(entries[::-1])).sets] == [
+        "other/a",
+        "b",
+        f"{root.name}/a",
+    ]
     assert [one.weight for one in sets.sets] == [0.25, 0.5, 0.25]
     assert sets.locations([0, 97, 97 + 61])[::2] == [
-        "a: train-000000.tar record 0 image 0",
-        "a-2: train-000000.tar record 0 image 0",
+        f"{root.name}/a: train-000000.tar record 0 image 0",
+        "other/a: train-000000.tar record 0 image 0",
     ]
+    recorded = {sets.digests[0]: "a", "0" * 64: "b"}
+    assert [one.name for one in sets.named(recorded).sets] == ["a", f"{server.url.partition('//')[2]}/b", "other/a"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["https://user:TOKEN@host", "https://user:TOKEN@host/"], ["source 00000", "source 11111"]),
+        (["https://user:TOKEN@host/x/64", "https://user:TOKEN@other/x/64"], ["host/x/64", "other/x/64"]),
+        (["s3://b/set#x", "https://host/web?sig=1"], ["set", "web"]),
+        (["pipe:cat {}", "/data/64"], ["source", "64"]),
+        (["/x/64", "/x/y/64"], ["x/64", "y/64"]),
+    ],
+)
+def test_names_have_no_secrets(paths: list[str], names: list[str]) -> None:
+    sets = [SimpleNamespace(path=path, name="source", digest=str(n) * 64) for n, path in enumerate(paths)]
+    found = unique_names(sets, {})  # type: ignore[arg-type]
+    assert [name[: len(expected)] for name, expected in zip(found, names, strict=True)] == names
+    assert unique_names(sets[::-1], {}) == found[::-1]  # type: ignore[arg-type]
+
+
+def test_another_order_of_the_sets_changes_nothing(root: Path, server: Server) -> None:
+    names = {"a": 0.5, "b": 0.3, "c": 0.2}
+    readings = [Reading(SEED), Reading(SEED)]
+    for order in (list(names), ["c", "a", "b"], ["b", "c", "a"]):
+        for reading, chosen in zip(readings, (order, list(names)), strict=True):
+            reading.go_on(opener(root, server, "a")({name: names[name] for name in chosen}), 2, 20, 2, files=True)
+    assert readings[0].read == readings[1].read
+    assert len(readings[0].history) == 1
+    before = readings[0].history[-1]
+    after = continued(readings[0].history, opener(root, server, "a")({"b": 0.6, "c": 0.4}), 2, 240, SEED)[-1]
+    line = describe_change(before, after)
+    assert all(change in line for change in ("a 0.5 removed", "b 0.3 -> 0.6", "c 0.2 -> 0.4"))
 
 
 @pytest.mark.parametrize("weight", [0.0, -0.1, float("nan"), float("inf")])
