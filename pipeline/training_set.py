@@ -100,7 +100,8 @@ def open_training_sets(config: TrainConfig) -> TrainingSets:
         shards = open_shard_set(config.data.shards)
         require_resolution(config, shards.resolution, shards.path)
         _require_images(shards, "")
-        return TrainingSets((WeightedSet(*unique_names([shards], {}), shards, 1.0),), is_mixture=False)
+        [name] = unique_names([shards], {})
+        return TrainingSets((WeightedSet(name, shards, 1.0),), is_mixture=False)
     opened: list[ShardSet] = []
     for number, entry in enumerate(config.data.mixture):
         key = f"data.mixture[{number}]"
