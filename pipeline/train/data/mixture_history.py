@@ -86,9 +86,7 @@ def continued(history: History, sets: TrainingSets, ranks: int, position: int, s
 
     ranks: data-parallel ranks. An empty history is that of a new run.
     """
-    ordered = sorted(
-        sets.sets, key=lambda one: one.shards.digest
-    )  # so that their order in data.mixture does not matter
+    ordered = sorted(sets.sets, key=lambda one: one.shards.digest)  # their order in data.mixture does not matter
     parts = weight_parts([one.weight for one in ordered])
     members = tuple(
         Member(one.shards.digest, one.name, part, one.shards.address is not None, one.shards.name)
