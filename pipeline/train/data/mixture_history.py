@@ -115,17 +115,15 @@ def describe_change(before: Segment, after: Segment) -> str:
     """One line: what changes from the next image on, and how many images of each set the run has read."""
     old = {member.digest: member for member in before.members}
     new = {member.digest: member for member in after.members}
+    names = {digest: digest[:12] for digest in after.consumed} | {one.digest: one.name for one in (old | new).values()}
     changes = []
-    for digest in dict.fromkeys([*old, *new]):
-        name, shares = (new.get(digest) or old[digest]).name, [one[digest].share for one in (old, new) if digest in one]
+    for digest, name in sorted(names.items(), key=lambda item: item[1]):
+        shares = [one[digest].share for one in (old, new) if digest in one]
         if len(shares) == 1:
             changes.append(f"{name} {shares[0]} {'added' if digest in new else 'removed'}")
-        elif shares[0] != shares[1]:
+        elif len(set(shares)) == 2:
             changes.append(f"{name} {shares[0]} -> {shares[1]}")
     if not changes:
         changes = ["the weights stay" + (f", {after.ranks} data-parallel ranks stream" if after.ranks else "")]
-    read = ", ".join(
-        f"{(new.get(digest) or old.get(digest) or Member(digest, digest[:12], 0, False)).name} {count:,}"
-        for digest, count in after.consumed.items()
-    )
+    read = ", ".join(sorted(f"{names[digest]} {count:,}" for digest, count in after.consumed.items()))
     return f"the mixture changes from image {after.start:,} on: {', '.join(changes)}; images read so far: {read}"
