@@ -1,8 +1,9 @@
 """Opens the shard sets of a training configuration: one, or those of a mixture."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import PurePath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -15,7 +16,7 @@ class WeightedSet:
     """A shard set and its share of the training images."""
 
     name: str
-    """The last part of its path; if several sets have the same, with a number behind it."""
+    """The last part of its path; if several sets have the same, with the parts before it; as in `unique_names`."""
     shards: ShardSet
     weight: float
     """Share of the training images; the weights of all sets add up to 1."""
@@ -61,6 +62,12 @@ class TrainingSets:
         """Images in the train splits of all sets."""
         return sum(one.shards.split("train").images for one in self.sets)
 
+    def named(self, recorded: Mapping[str, str]) -> "TrainingSets":
+        """The same sets, with the names by digest that a run has given them before."""
+        names = unique_names([one.shards for one in self.sets], recorded)
+        sets = (replace(one, name=name) for one, name in zip(self.sets, names, strict=True))
+        return replace(self, sets=tuple(sets))
+
     def locations(self, numbers: Sequence[int]) -> list[str]:
         """Locations of training images, numbered set by set, for messages; of a mixture with the name of the set."""
         splits = [one.shards.split("train") for one in self.sets]
@@ -93,7 +100,8 @@ def open_training_sets(config: TrainConfig) -> TrainingSets:
         shards = open_shard_set(config.data.shards)
         require_resolution(config, shards.resolution, shards.path)
         _require_images(shards, "")
-        return TrainingSets((WeightedSet(_last_part(shards), shards, 1.0),), is_mixture=False)
+        [name] = unique_names([shards], {})
+        return TrainingSets((WeightedSet(name, shards, 1.0),), is_mixture=False)
     opened: list[ShardSet] = []
     for number, entry in enumerate(config.data.mixture):
         key = f"data.mixture[{number}]"
@@ -105,7 +113,7 @@ def open_training_sets(config: TrainConfig) -> TrainingSets:
         opened.append(shards)
     total = sum(entry.weight for entry in config.data.mixture)
     weights = [entry.weight / total for entry in config.data.mixture]
-    return TrainingSets(tuple(map(WeightedSet, _unique_names(opened), opened, weights)), is_mixture=True)
+    return TrainingSets(tuple(map(WeightedSet, unique_names(opened, {}), opened, weights)), is_mixture=True)
 
 
 def _check_member(config: TrainConfig, shards: ShardSet, key: str, before: list[ShardSet]) -> None:
@@ -137,17 +145,33 @@ def _require_images(shards: ShardSet, prefix: str) -> None:
             )
 
 
-def _last_part(shards: ShardSet) -> str:
-    """The last part of a set's path or URL; of a pipe the name of its source."""
-    last = PurePath(str(shards.path).partition("?")[0]).name
-    return shards.name if str(shards.path).startswith("pipe:") or not last else last
+def unique_names(sets: Sequence[ShardSet], recorded: Mapping[str, str]) -> list[str]:
+    """Names of the sets, which do not depend on their order; recorded: names that sets have already, by digest.
+
+    The last part of the path or URL; of sets that would have the same, as many of the last parts as they differ in.
+    """
+    parts, lengths = [_parts(one) for one in sets], [1] * len(sets)
+    while True:
+        ends = ["/".join(all_parts[-length:]) for all_parts, length in zip(parts, lengths, strict=True)]
+        names = [recorded.get(one.digest, end) for one, end in zip(sets, ends, strict=True)]
+        taken = [*names, *(name for digest, name in recorded.items() if digest not in {one.digest for one in sets})]
+        same = [i for i, one in enumerate(sets) if one.digest not in recorded and taken.count(names[i]) > 1]
+        if not any(lengths[i] < len(parts[i]) for i in same):
+            break
+        for i in same:
+            lengths[i] += 1
+    return [
+        f"{name} {one.digest[:6]}" if i in same else name for i, (name, one) in enumerate(zip(names, sets, strict=True))
+    ]
 
 
-def _unique_names(sets: list[ShardSet]) -> list[str]:
-    names: list[str] = []
-    for last in map(_last_part, sets):
-        name, number = last, 2
-        while name in names:
-            name, number = f"{last}-{number}", number + 1
-        names.append(name)
-    return names
+def _parts(shards: ShardSet) -> list[str]:
+    """The parts of a set's path, or the host and those of its URL; without a path the name of its source."""
+    path = str(shards.path)
+    if path.startswith("pipe:"):
+        return [shards.name]
+    if "://" not in path:
+        return list(Path(path).absolute().parts[1:]) or [shards.name]
+    url = urlsplit(path)
+    parts = [part for part in url.path.split("/") if part]
+    return [url.netloc.rpartition("@")[2], *parts] if parts else [shards.name]

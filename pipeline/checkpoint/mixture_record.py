@@ -1,10 +1,11 @@
-"""What run.json has of the shard sets of a run, and of the changes of a mixture."""
+"""What run.json and checkpoints have of the shard sets of a run, and of the changes of a mixture."""
 
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.format import CheckpointRecord
 from pipeline.config import WEIGHT_PARTS
 from pipeline.training_set import TrainingSets
 
@@ -31,17 +32,25 @@ def describe_sets(sets: TrainingSets) -> dict[str, Any]:
 
 
 def changes(segments: Sequence[Mapping[str, Any]], images: float = inf) -> list[dict[str, Any]]:
-    """The sets that a run has read before `images`: `images` from which on, and `sets` with name, digest and weight.
+    """The sets that a run has read before `images`: `images` from which on, and `sets` with name, digest,
+    weight and source.
 
     segments: `mixture` of checkpoint.json. Segments with the same sets and weights are one entry.
     """
     names = {member["digest"]: member["name"] for segment in segments for member in segment["members"]}
+    sources = {one["digest"]: one.get("source", "") for segment in segments for one in segment["members"]}
     found: list[dict[str, Any]] = []
     for segment in segments:
         sets = [
-            {"name": names[member["digest"]], "digest": member["digest"], "weight": member["parts"] / WEIGHT_PARTS}
+            {
+                "name": names[member["digest"]],
+                "digest": member["digest"],
+                "weight": member["parts"] / WEIGHT_PARTS,
+                "source": sources[member["digest"]],
+            }
             for member in segment["members"]
         ]
+        sets.sort(key=lambda one: one["name"])
         if segment["start"] < images and not (found and found[-1]["sets"] == sets):
             found.append({"images": segment["start"], "sets": sets})
     return found
@@ -56,3 +65,41 @@ def sets_ever(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def describe_weights(sets: Sequence[Mapping[str, Any]]) -> str:
     """ "imagenet 22%, web 78%": sets with their shares of the images."""
     return ", ".join(f"{each['name']} {100 * each['weight']:.3g}%" for each in sets)
+
+
+def names_of(segments: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The names by digest that a mixture's history has of its sets; segments: `mixture` of checkpoint.json."""
+    members = (one for segment in segments if not segment["single"] for one in segment["members"])
+    return {member["digest"]: member["name"] for member in members}
+
+
+def made_with(record: CheckpointRecord) -> dict[str, Any]:
+    """The sets that a checkpoint's run read last, as for `check_shards`."""
+    found = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
+    return found | ({"mixture": record.mixture[-1]["members"]} if record.mixture else {})
+
+
+def check_shards(recorded: dict[str, Any], sets: TrainingSets, where: Path) -> None:
+    """Raises ValueError naming both digests if a run or checkpoint was made with another palette or other shard sets.
+
+    recorded: palette_sha256 and digest of its first set, and a list of such objects as `mixture` if there were several.
+    Sets may come and go, but one must stay: it shows that this is the same run.
+    """
+    if recorded["palette_sha256"] != sets.palette_sha256:
+        raise ValueError(
+            f"{sets.first.path} has the palette {sets.palette_sha256[:12]}, but {where} was made with the palette "
+            f"{recorded['palette_sha256'][:12]}; the palettes must be the same."
+        )
+    before = [one["digest"] for one in recorded.get("mixture") or [recorded]]
+    if set(before) & set(sets.digests):
+        return
+    made_with = ", ".join(digest[:12] for digest in before)
+    if sets.is_mixture or len(before) > 1:
+        raise ValueError(
+            f"{'data.mixture' if sets.is_mixture else sets.first.path} has none of the shard sets {made_with} that "
+            f"{where} was made with; keep at least one of them, or start a new run."
+        )
+    raise ValueError(
+        f"{sets.first.path} is the shard set {sets.first.digest[:12]}, but {where} was made with {made_with}; set "
+        f"data.shards to the set that the run started with, or start a new run."
+    )

@@ -18,8 +18,9 @@ import yaml
 
 from data_prep.common.files import atomic_write, read_json, take_lock, write_json
 from data_prep.shards.addresses import hide_secrets
+from pipeline.checkpoint.format import Checkpoint, open_checkpoint
 from pipeline.checkpoint.metrics_log import METRICS_FILE, read_last_row
-from pipeline.checkpoint.mixture_record import describe_sets
+from pipeline.checkpoint.mixture_record import check_shards, describe_sets, made_with, names_of
 from pipeline.checkpoint.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -75,8 +76,11 @@ class RunFolder:
             raise ValueError(f"--run is {self.path}, but {parent} is not writable; name another folder.")
         if (self.path / CONFIG_FILE).exists():
             self._check_fixed_keys(config)
-            if (self.path / RECORD_FILE).exists():
-                check_shards(self._read_record()["shards"], sets, self.path / RECORD_FILE)
+            record = self._read_record() if (self.path / RECORD_FILE).exists() else None
+            if checkpoint := self._checkpoint(resume_from):
+                check_shards(made_with(checkpoint.record), sets, checkpoint.folder)
+            elif record:
+                check_shards(record["shards"], sets, self.path / RECORD_FILE)
             self._check_saved()
             self._check_step(config, resume_from)
         elif resume_from is not None:
@@ -114,6 +118,24 @@ class RunFolder:
         earlier.setdefault("ema", {}).setdefault("decay", 0.0)  # nor was an average of the weights
         earlier.setdefault("probe", asdict(ProbeConfig()))  # nor were they probed
         return earlier
+
+    def _checkpoint(self, resume_from: int | None) -> Checkpoint | None:
+        """The one to resume from, whose sets may be others than those of a later start; None if none can be read."""
+        for folder in reversed(committed(self.checkpoints)):
+            if resume_from in (None, step_of(folder)):
+                with suppress(ValueError, OSError):
+                    return open_checkpoint(folder)
+        return None
+
+    def names_of_sets(self, resume_from: int | None) -> dict[str, str]:
+        """The names by digest of the sets of a mixture, as recorded in the checkpoint to resume from, or in run.json.
+
+        Raises as `check`.
+        """
+        if checkpoint := self._checkpoint(resume_from):
+            return names_of(checkpoint.record.mixture)
+        shards = self._read_record()["shards"] if (self.path / RECORD_FILE).exists() else {}
+        return {one["digest"]: one["name"] for one in shards.get("mixture", [])}
 
     def finished_steps(self) -> int:
         """The steps of a finished run; 0 for an unfinished one."""
@@ -335,32 +357,6 @@ def _locked(file: TextIO) -> bool:
 def _is_foreign(path: Path) -> bool:
     """Whether a file in a folder without a run is neither hidden nor written by the job scripts."""
     return not path.name.startswith(".") and path.name not in JOB_FILES
-
-
-def check_shards(recorded: dict[str, Any], sets: TrainingSets, where: Path) -> None:
-    """Raises ValueError naming both digests if a run or checkpoint was made with another palette or other shard sets.
-
-    recorded: palette_sha256 and digest of its first set, and a list of such objects as `mixture` if there were several.
-    Sets may come and go, but one must stay: it shows that this is the same run.
-    """
-    if recorded["palette_sha256"] != sets.palette_sha256:
-        raise ValueError(
-            f"{sets.first.path} has the palette {sets.palette_sha256[:12]}, but {where} was made with the palette "
-            f"{recorded['palette_sha256'][:12]}; the palettes must be the same."
-        )
-    before = [one["digest"] for one in recorded.get("mixture") or [recorded]]
-    if set(before) & set(sets.digests):
-        return
-    made_with = ", ".join(digest[:12] for digest in before)
-    if sets.is_mixture or len(before) > 1:
-        raise ValueError(
-            f"{'data.mixture' if sets.is_mixture else sets.first.path} has none of the shard sets {made_with} that "
-            f"{where} was made with; keep at least one of them, or start a new run."
-        )
-    raise ValueError(
-        f"{sets.first.path} is the shard set {sets.first.digest[:12]}, but {where} was made with {made_with}; set "
-        f"data.shards to the set that the run started with, or start a new run."
-    )
 
 
 def code_version() -> str:

@@ -162,6 +162,9 @@ def _training(record: TrainingRecord) -> str:
         "Precision": settings.get("precision"),
         f"Last training loss{of_run}": _last(rows, "loss"),
         f"Last validation loss{of_run}": _last(rows, "valid_loss"),
+        "Mean of the sets": "with the weights of that time; another change of them changes it"
+        if record.mixture
+        else None,
         "Last validation loss of the averaged weights": _last(rows, "valid_loss_ema") if is_ema else None,
         f"Last validation loss of each set{of_run}": _last_by_set(rows),
         "Training time (steps only)": _duration(rows, before),
@@ -175,8 +178,12 @@ def _training(record: TrainingRecord) -> str:
 
 
 def _sets(record: TrainingRecord) -> str | None:
-    """The shard sets of a mixture with their weights and digests."""
-    return "; ".join(f"{s['name']}, weight {s['weight']:g}, {_short(s['digest'])}" for s in record.mixture)
+    """The shard sets of a mixture with their last weights, the images that were read, and their digests."""
+    read = record.images_of_sets
+    return "; ".join(
+        f"{one['name']}, weight {one['weight']:g}, {read.get(one['digest'], 0):,} images read, {_short(one['digest'])}"
+        for one in record.mixture
+    )
 
 
 def _changes(record: TrainingRecord) -> str | None:

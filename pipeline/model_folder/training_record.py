@@ -10,6 +10,7 @@ import yaml
 from data_prep.common.files import read_json
 from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_rows
 from pipeline.checkpoint.mixture_record import changes, describe_weights, sets_ever
+from pipeline.train.data.mixture_history import Segment
 
 TRAINING_FOLDER = "training"
 CHECKPOINT_FILE, RUN_FILE, CONFIG_FILE = "checkpoint.json", "run.json", "config.yaml"
@@ -71,12 +72,20 @@ class TrainingRecord:
 
     @property
     def _sources_of_sets(self) -> dict[str, str]:
-        """By digest; a set that was removed from the mixture is not known."""
-        return {each["digest"]: each["source"] for each in self.run.get("shards", {}).get("mixture", [])}
+        """By digest, also of sets that were removed from the mixture."""
+        run = {each["digest"]: each["source"] for each in self.run.get("shards", {}).get("mixture", [])}
+        return run | {each["digest"]: each["source"] for each in self.mixture if each["source"]}
+
+    @property
+    def images_of_sets(self) -> dict[str, int]:
+        """Images that were read of each set of a mixture, by digest; empty if the run never had a mixture."""
+        segments, images = self.checkpoint.get("mixture", []), self.checkpoint.get("images", 0)
+        read = [Segment.from_dict(segment) for segment in segments if segment["start"] <= images]
+        return read[-1].consumed_at(images, self.settings.get("seed", 0)) if read else {}
 
     @property
     def mixture(self) -> list[dict[str, Any]]:
-        """Name, digest and weight of each shard set that it was trained on; empty if the run never had a mixture."""
+        """Name, digest, weight and source of each shard set that it was trained on; empty if it never had a mixture."""
         return sets_ever(self.mixture_changes)
 
     @property

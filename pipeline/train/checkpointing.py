@@ -16,9 +16,10 @@ from pipeline.checkpoint.checksums import add_up, checksums
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord
 from pipeline.checkpoint.fragments import EMA, Tensors
 from pipeline.checkpoint.metrics_log import METRICS_FILE, SKIPPED_FILE
+from pipeline.checkpoint.mixture_record import check_shards
 from pipeline.checkpoint.probe import PROBE_TOKENS, as_json, from_json, probe_batch
 from pipeline.checkpoint.run_files import STEP_NAME, committed, step_folder, step_of
-from pipeline.checkpoint.run_folder import RunFolder, check_shards
+from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.distributed import Ranks, first_message, from_first, gather, raise_on_all_ranks
 from pipeline.model.masks import Batch
 from pipeline.rank_errors import reported_on_all_ranks

@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ def train(config: TrainConfig, run: Path, command: list[str], resume_from: int |
         inputs = check_inputs(config, ranks)
         step = folder.resume_step(resume_from)
         folder.check(config, inputs.sets, step)
+        inputs = replace(inputs, sets=inputs.sets.named(folder.names_of_sets(step)))
         check_origin(inputs, folder)
         if ranks.device.type == "cuda":
             set_heartbeat_timeout(group_timeout(minutes), ranks)

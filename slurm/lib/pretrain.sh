@@ -101,7 +101,7 @@ set_training_options() {
     names+=(RUNS) things+=(runs) options+=(--run)
   fi
   if [[ " ${given[*]}" = *\ --@(config|data.shards|data.mixture|data=|data\ )* ]] ||
-    grep -Eq '^(data:| +)[^#]*shards:' "$recipe"; then
+    sed -n '/^data:/,/^[^ #]/{/^data:/p;/^ /p}' "$recipe" | grep -Eq '^[^#]*shards:'; then
     : # the user's, or the recipe's
   elif [ -n "$SHARDS" ]; then
     resolution=$(value_of --model.resolution "${given[@]}")

@@ -94,6 +94,24 @@ def test_a_mixture_replaces_the_sites_shard_set(stubs: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("recipe", "given"),
+    [
+        ("data:\n  reflect_crop: 0\nprobe:\n  shards: /labelled\n", True),
+        ("data: {reflect_crop: 0} # shards: /none\nprobe: {shards: /labelled}\n", True),
+        ("probe:\n  shards: /labelled\ndata:\n  # a comment\n  shards: /own\n", False),
+        ("data: {shards: /own}\n", False),
+    ],
+)
+def test_only_sets_below_data_replace_the_sites(recipe: str, given: bool, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    words = f'for lib in {SCRIPTS}/lib/*.sh; do . "$lib"; done; RUNS=/runs SHARDS=/sets'
+    words += f'; set_training_options train {tmp_path}/recipe.yaml; echo "${{TRAINING[*]}}"'
+    done = subprocess.run(["bash", "-O", "extglob", "-c", words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("--data.shards /sets" in done.stdout) == given
+
+
+@pytest.mark.parametrize(
     ("granted", "sentence"),
     [
         ({"SLURM_NTASKS": "3"}, "the job has 3 tasks (--ntasks) on 2 nodes; each node must run as many: give sbatch"),

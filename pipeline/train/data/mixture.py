@@ -42,7 +42,15 @@ class MixtureOrder:
         self._segment = history[-1]
         self._pattern = self._segment.pattern(seed)
         self.splits: list[Split] = [one.shards.split("train") for one in sets.sets]
-        self._consumed = [self._segment.consumed.get(digest, 0) for digest in sets.digests]
+        members = [member.digest for member in self._segment.members]
+        self._members = [members.index(digest) for digest in sets.digests]
+        """Of each set the number that it has in the pattern."""
+        self._numbers = np.argsort(self._members)
+        self._skipped = [
+            self._pattern.count(member, self._segment.start) - self._segment.consumed.get(digest, 0)
+            for member, digest in zip(self._members, sets.digests, strict=True)
+        ]
+        """Images of each set in the pattern before the segment, less those that were really read of it."""
         self._starts = np.cumsum([0, *(split.images for split in self.splits)])
         self.orders = [
             ImageOrder(split.record_images, seed, self.augmentation)
@@ -53,12 +61,12 @@ class MixtureOrder:
 
     def sets_at(self, position: int, count: int) -> np.ndarray:
         """The number of the set of each image at positions [position, position + count)."""
-        return self._pattern.at(position - self._segment.start, count)
+        return self._numbers[self._pattern.at(position, count)]
 
     def read_of_set(self, number: int, position: int) -> int:
         """Images of a set that are read when `position` images are, in total."""
         assert position >= self._segment.start
-        return self._consumed[number] + self._pattern.count(number, position - self._segment.start)
+        return self._pattern.count(self._members[number], position) - self._skipped[number]
 
     def image_numbers(self, position: int, count: int) -> list[int]:
         """The indices of the images in the training images of all sets, set by set, each in file order."""
@@ -88,8 +96,9 @@ class MixtureOrder:
     def fingerprint(self, position: int) -> str:
         """A digest of the pattern from `position` on, and one of each set's own next images."""
         own = [
-            f"{digest[:16]}={STREAMED * (split.address is not None)}{self._next_images(number, position)}"
-            for number, (digest, split) in enumerate(zip(self._sets.digests, self.splits, strict=True))
+            f"{digest[:16]}={STREAMED * isinstance(order, MixtureStream)}"
+            f"{order.fingerprint(self.read_of_set(number, position))}"
+            for number, (digest, order) in enumerate(zip(self._sets.digests, self.orders, strict=True))
         ]
         return f"{MIXTURE}{self._next_sets(self.history, position)}/{','.join(own)}"
 
@@ -123,23 +132,20 @@ class MixtureOrder:
 
     def _expected(self, number: int, recorded: str, position: int) -> str:
         """The end of the fingerprint that a set had if its order is still the same."""
-        if self._recorded[-1].single and recorded.startswith(STREAMED):
+        split, read = self.splits[number], self.read_of_set(number, position)
+        if not recorded.startswith(STREAMED):
+            return ImageOrder(split.record_images, self._seed, self.augmentation).fingerprint(read)
+        if self._recorded[-1].single:
             ranks = int(recorded.removeprefix(STREAMED).partition("/")[0])
-            return StreamOrder(_records(self.splits[number]), self._seed, ranks, self.augmentation).fingerprint(
-                position
-            )
-        return self._next_images(number, position)
+            return StreamOrder(_records(split), self._seed, ranks, self.augmentation).fingerprint(position)
+        digest = self._sets.digests[number]
+        return MixtureStream(self._recorded, digest, _records(split), self._seed, self.augmentation).fingerprint(read)
 
     def _next_sets(self, history: History, position: int) -> str:
         """Digest of the sets of the next images, in the last segment of a history."""
-        of_set = history[-1].pattern(self._seed).at(position - history[-1].start, BLOCK)
+        of_set = history[-1].pattern(self._seed).at(position, BLOCK)
         digests = [member.digest for member in history[-1].members]
         return hashlib.sha256(" ".join(digests[number] for number in of_set).encode()).hexdigest()[:16]
-
-    def _next_images(self, number: int, position: int) -> str:
-        """Digest of a set's images from where it is at a position, as it would be read by index."""
-        order = ImageOrder(self.splits[number].record_images, self._seed, self.augmentation)
-        return order.fingerprint(self.read_of_set(number, position))
 
 
 def _records(split: Split) -> list[list[int]]:

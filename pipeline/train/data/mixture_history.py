@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.config import WEIGHT_PARTS
 from pipeline.train.data.batches import STREAMED
-from pipeline.train.data.mixture_pattern import Pattern, weight_parts
+from pipeline.train.data.mixture_pattern import Pattern, pattern_of, weight_parts
 from pipeline.training_set import TrainingSets
 
 
@@ -22,6 +23,13 @@ class Member:
     parts: int
     """Its millionths of the images."""
     streamed: bool
+    source: str = ""
+    """Name of its dataset."""
+
+    @property
+    def share(self) -> str:
+        """Its share of the images, for messages."""
+        return f"{self.parts / WEIGHT_PARTS:g}"
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Segment:
     start: int
     """The first image's position."""
     members: tuple[Member, ...]
+    """In the order of their digests."""
     consumed: dict[str, int]
     """Images of each set that the run had read before, by digest; also of sets that are no longer in the mixture."""
     ranks: int | None
@@ -44,13 +53,16 @@ class Segment:
         return cls(**plain | {"members": tuple(Member(**member) for member in plain["members"])})
 
     def pattern(self, seed: int) -> Pattern:
-        """Which set each image comes from, by its offset from `start`."""
-        return Pattern(seed, [member.parts for member in self.members])
+        """Which set each image comes from, by its position in the run: it goes on where the ranks change."""
+        return pattern_of(seed, tuple(member.parts for member in self.members))
 
     def consumed_at(self, position: int, seed: int) -> dict[str, int]:
         """Images of each set that are read when `position` images are, in total; position: from `start` on."""
-        pattern, offset = self.pattern(seed), position - self.start
-        read = {member.digest: pattern.count(number, offset) for number, member in enumerate(self.members)}
+        pattern = self.pattern(seed)
+        read = {
+            member.digest: pattern.count(number, position) - pattern.count(number, self.start)
+            for number, member in enumerate(self.members)
+        }
         return self.consumed | {digest: self.consumed.get(digest, 0) + count for digest, count in read.items()}
 
 
@@ -74,10 +86,11 @@ def continued(history: History, sets: TrainingSets, ranks: int, position: int, s
 
     ranks: data-parallel ranks. An empty history is that of a new run.
     """
-    parts = weight_parts([one.weight for one in sets.sets])
+    ordered = sorted(sets.sets, key=lambda one: one.shards.digest)  # their order in data.mixture does not matter
+    parts = weight_parts([one.weight for one in ordered])
     members = tuple(
-        Member(one.shards.digest, one.name, part, one.shards.address is not None)
-        for one, part in zip(sets.sets, parts, strict=True)
+        Member(one.shards.digest, one.name, part, one.shards.address is not None, one.shards.name)
+        for one, part in zip(ordered, parts, strict=True)
     )
     lanes = ranks if sets.streamed else None
     if not history:
@@ -102,15 +115,15 @@ def describe_change(before: Segment, after: Segment) -> str:
     """One line: what changes from the next image on, and how many images of each set the run has read."""
     old = {member.digest: member for member in before.members}
     new = {member.digest: member for member in after.members}
+    names = {digest: digest[:12] for digest in after.consumed} | {one.digest: one.name for one in (old | new).values()}
     changes = []
-    for digest in dict.fromkeys([*old, *new]):
-        weights = [f"{one[digest].parts / 1e6:g}" if digest in one else "none" for one in (old, new)]
-        if weights[0] != weights[1]:
-            changes.append(f"{(new.get(digest) or old[digest]).name} {weights[0]} -> {weights[1]}")
+    for digest, name in sorted(names.items(), key=lambda item: item[1]):
+        shares = [one[digest].share for one in (old, new) if digest in one]
+        if len(shares) == 1:
+            changes.append(f"{name} {shares[0]} {'added' if digest in new else 'removed'}")
+        elif len(set(shares)) == 2:
+            changes.append(f"{name} {shares[0]} -> {shares[1]}")
     if not changes:
         changes = ["the weights stay" + (f", {after.ranks} data-parallel ranks stream" if after.ranks else "")]
-    read = ", ".join(
-        f"{(new.get(digest) or old.get(digest) or Member(digest, digest[:12], 0, False)).name} {count:,}"
-        for digest, count in after.consumed.items()
-    )
+    read = ", ".join(sorted(f"{names[digest]} {count:,}" for digest, count in after.consumed.items()))
     return f"the mixture changes from image {after.start:,} on: {', '.join(changes)}; images read so far: {read}"

@@ -7,9 +7,10 @@ window. At the end of its part it continues with its part of the next epoch, so 
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class Part:
     stop_rows: np.ndarray
     """One past this rank's last image of each record."""
     chosen: dict[int, np.ndarray] = field(default_factory=dict)
-    """By index in `records`: the images of a record of which some are read already; rows are then those of the rest."""
+    """By index in `records`, ascending: the images of a record of which some are read already; rows are then those of
+    the rest."""
 
     def window(self, number: int) -> "Part":
         """The records of one window."""
@@ -44,10 +46,19 @@ class Part:
         """Number of images of each record."""
         return self.stop_rows - self.first_rows
 
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """One past the last image of each record, in read order."""
+        return np.cumsum(self.sizes)
+
+    @cached_property
+    def _chosen_indices(self) -> list[int]:
+        return list(self.chosen)
+
     @property
     def images(self) -> int:
         """Number of images."""
-        return int(self.sizes.sum())
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def rows(self, index: int) -> np.ndarray | slice:
         """The images of a record that are read."""
@@ -56,21 +67,21 @@ class Part:
 
     def between(self, first: int, stop: int) -> "Part":
         """The images [first, stop), in read order."""
-        ends = np.cumsum(self.sizes)
+        ends = self._ends
         begin = int(np.searchsorted(ends, first, side="right"))
         end = int(np.searchsorted(ends, stop, side="left")) + 1 if stop > first else begin
-        part, before = self._slice(begin, end), (ends - self.sizes)[begin:end]
+        part = self._slice(begin, end)
+        before = ends[begin:end] - part.sizes
         first_rows = part.first_rows + np.maximum(first - before, 0)
         return Part(part.records, first_rows, np.minimum(part.first_rows + stop - before, part.stop_rows), part.chosen)
 
     def choose(self, images: np.ndarray) -> "Part":
         """Some of the images, by their sorted indices in read order."""
-        starts = np.cumsum(self.sizes) - self.sizes
-        of_record = np.searchsorted(starts, images, side="right") - 1
+        of_record = np.searchsorted(self._ends, images, side="right")
         kept, counts = np.unique(of_record, return_counts=True)
+        rows = images - (self._ends - self.stop_rows)[of_record]
         chosen = {}
-        for index, record in enumerate(kept):
-            within = images[of_record == record] - starts[record] + self.first_rows[record]
+        for index, (record, within) in enumerate(zip(kept, np.split(rows, np.cumsum(counts)[:-1]), strict=True)):
             chosen[index] = self.chosen[record][within] if record in self.chosen else within
         return Part(self.records[kept], np.zeros_like(counts), counts, chosen)
 
@@ -90,8 +101,9 @@ class Part:
         )
 
     def _slice(self, first: int, stop: int) -> "Part":
-        own = slice(first, stop)
-        chosen = {index - first: rows for index, rows in self.chosen.items() if first <= index < stop}
+        own, indices = slice(first, stop), self._chosen_indices
+        within = indices[bisect_left(indices, first) : bisect_left(indices, stop)]
+        chosen = {index - first: self.chosen[index] for index in within}
         return Part(self.records[own], self.first_rows[own], self.stop_rows[own], chosen)
 
 

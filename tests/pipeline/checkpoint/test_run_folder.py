@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from data_prep.common.files import locked
+from data_prep.common.files import json_digest, locked
 from pipeline.checkpoint import run_folder
 from pipeline.checkpoint.metrics_log import drop_rows_after
 from pipeline.checkpoint.run_files import committed, lock_holder, run_of
 from pipeline.checkpoint.run_folder import RunFolder, code_version
-from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
+from pipeline.config import CheckpointConfig, DataConfig, MixtureEntry, ModelConfig, TrainConfig
 from pipeline.operate.status import read_status
 from pipeline.schedule import ScheduleConfig
 from pipeline.training_set import TrainingSets, open_training_sets
+from tests.pipeline.train.data.mixture_sets import RESOLUTION, write_numbered_set
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +230,44 @@ def test_the_commit_of_an_outer_repository_is_not_ours(tmp_path: Path, monkeypat
     inner = tmp_path / "pipeline/checkpoint/run_folder.py"
     monkeypatch.setattr(run_folder, "__file__", str(inner))
     assert len(code_version()) == 40
+
+
+def test_sets_are_compared_with_those_of_the_checkpoint(tmp_path: Path) -> None:
+    """A start that ends before its first save changes run.json, but not what the run was trained on."""
+    names = ("a", "b", "c")
+    paths = {name: str(write_numbered_set(tmp_path / name, mark, 20)) for mark, name in enumerate(names)}
+
+    def opened(*chosen: str) -> tuple[TrainConfig, TrainingSets]:
+        mixture = [MixtureEntry(shards=paths[name], weight=1) for name in chosen]
+        model = ModelConfig(layers=1, width=32, heads=2, resolution=RESOLUTION)
+        config = replace(configured(), model=model, data=DataConfig(mixture=mixture))
+        return config, open_training_sets(config)
+
+    def start(*chosen: str, resume_from: int | None = None) -> RunFolder:
+        run, (config, sets) = RunFolder(tmp_path / "run"), opened(*chosen)
+        run.check(config, sets, resume_from)
+        run.open(config, sets, [], 1)
+        run.close()
+        return run
+
+    def save(step: int, run: RunFolder, *chosen: str) -> None:
+        _, sets = opened(*chosen)
+        members = [{"digest": one.shards.digest, "name": f"my {one.name}"} for one in sets.sets]
+        record = {"palette_sha256": sets.palette_sha256, "shards_digest": sets.first.digest, "step": step}
+        rest = {"topology": {}, "model": {}, "files": {}, "order_fingerprint": "", "precision": ""}
+        record |= rest | {"images": step, "probe_loss": 0.0, "mixture": [{"members": members, "single": False}]}
+        folder = run.checkpoints / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.json").write_text(json.dumps(record | {"sha256": json_digest(record)}))
+
+    save(10, start("a"), "a")
+    start("a", "b")
+    with pytest.raises(ValueError, match=r"step-00000010 was made with; keep at least one of them"):
+        start("b")
+    run = start("a")
+    assert run.names_of_sets(None) == {opened("a")[1].first.digest: "my a"}
+    save(20, run, "b", "c")
+    with pytest.raises(ValueError, match=r"step-00000020 was made with"):
+        start("a")
+    start("a", resume_from=10)
+    assert list(run.names_of_sets(10).values()) == ["my a"]

@@ -123,8 +123,13 @@ def test_a_run_whose_sets_change_is_recorded(runner: MixtureRunner, tmp_path: Pa
         assert set(read_training_record(model).trained_on) == {digests[name] for name in known}
         card = (model / "README.md").read_text()
         assert re.search(r"Last validation loss of each set \| \w+ \d\.\d{4}, two \d\.\d{4} \|", card)
-        assert f"| Data | one {'0' if changed else '50'}%, dots (two) {'75' if changed else '50'}%" in card
-        assert f"two, weight {0.75 if changed else 0.5}, sha256 {digests['two'][:12]}" in card
+        data = "dots (one) 0%, dots (two) 75%, dots (three) 25%" if changed else "dots (one) 50%, dots (two) 50%"
+        assert f"| Data | {data} |" in card
+        read = read_training_record(model).images_of_sets
+        assert sum(read.values()) == 8 * step
+        assert (read.get(digests["three"], 0) > 0) == changed
+        assert f"two, weight {0.75 if changed else 0.5}, {read[digests['two']]:,} images read, sha256" in card
+        assert "Mean of the sets | with the weights of that time" in card
         assert ("one 50%, two 50% from image 0 on; three 25%, two 75% from image 64 on" in card) == changed
 
 

@@ -1,8 +1,10 @@
 """Mixtures: exact proportions, each set's own order, none lost or repeated at any change, and invalid input."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from pipeline.train.data.mixture_history import (
 from pipeline.train.data.mixture_pattern import Pattern, weight_parts
 from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.setup import check_inputs
-from pipeline.training_set import TrainingSets, open_training_sets
+from pipeline.training_set import TrainingSets, open_training_sets, unique_names
 from tests.http_server import Server, serve
 from tests.pipeline.train.data.mixture_sets import RESOLUTION, write_numbered_set
 
@@ -86,10 +88,41 @@ def test_every_thousand_images_have_the_proportions(weights: list[float], exact:
         assert (windows == 1000 * shares[0]).all()
     for offset in (0, 1, 999, 1000, 123_456, 1_234_567):
         assert pattern.count(0, offset) == (pattern.at(0, offset) == 0).sum()
-    for lanes in (1, 3, 4):
-        at = np.flatnonzero(drawn == 1)[100:700]
-        expected = np.bincount(at % lanes, minlength=lanes)
-        assert (pattern.by_lane(1, 100, 100 + len(at), lanes) == expected).all()
+    places = np.flatnonzero(np.tile(drawn, 3) == 1)
+    for lanes in (1, 3, 4, 127):
+        for first, stop in ((0, 5), (100, 700), (900, 2_500), (1, len(places))):
+            expected = np.bincount(places[first:stop] % lanes, minlength=lanes)
+            assert (pattern.by_lane(1, first, stop, lanes) == expected).all()
+            for lane in {0, lanes - 1}:
+                in_lane = [pattern.in_lane(1, images, lane, lanes) for images in (first, stop)]
+                assert in_lane[1] - in_lane[0] == expected[lane]
+
+
+def test_lanes_are_counted_in_one_pass() -> None:
+    """For weights that are no thousandths and many ranks, over many cycles: once 50 s and 500 MB."""
+    pattern, lanes = Pattern(SEED, weight_parts([1.28 / 101.28, 100 / 101.28])), 127
+    began = time.process_time()
+    by_lane = pattern.by_lane(1, 7, 10**9, lanes)
+    assert time.process_time() - began < 2
+    cycle = int((pattern.at(0, pattern.period) == 1).sum()) * lanes
+    assert pattern.by_lane(1, 0, cycle, lanes).tolist() == [cycle // lanes] * lanes
+    assert by_lane.sum() == 10**9 - 7
+    for lane in (0, 5, 126):
+        assert by_lane[lane] == pattern.in_lane(1, 10**9, lane, lanes) - pattern.in_lane(1, 7, lane, lanes)
+
+
+def test_a_small_share_may_miss_some_ranks(root: Path, server: Server) -> None:
+    """One slot of a thousand is on the same one of eight ranks in each block."""
+    sets, reading = opener(root, server, "a")({"a": 0.001, "b": 0.999}), Reading(SEED)
+    order = reading.go_on(sets, ranks=8, steps=500, per_rank=1)
+    stream = order.orders[0]
+    assert isinstance(stream, mixture_stream.MixtureStream)
+    [own] = [rank for rank in range(8) if stream.meets(rank)]
+    assert len(reading.check_epochs(sets.digests[0], IMAGES["a"])) == 4
+    epoch, window = stream.following(own, 0, 99)
+    assert (epoch, window) == (1, 0)
+    with pytest.raises(AssertionError):
+        stream.following((own + 1) % 8, 0, 99)
 
 
 def test_seven_to_three_over_ten_thousand_images() -> None:
@@ -185,6 +218,19 @@ def test_nothing_is_lost_or_repeated_when_sets_weights_and_ranks_change(
     assert len(reading.history) == 5
 
 
+def test_the_set_of_an_image_does_not_depend_on_the_ranks_before(root: Path, server: Server) -> None:
+    sets, reading = opener(root, server, "a")({"a": 0.7, "b": 0.3}), Reading(SEED)
+    for ranks in (4, 2, 4, 2, 1, 8, 2, 4, 8, 2):
+        reading.go_on(sets, ranks, steps=200 // ranks, per_rank=1)
+    unbroken = Reading(SEED)
+    unbroken.go_on(sets, ranks=1, steps=2000, per_rank=1)
+    of_set, expected = ([sets.digests.index(digest) for digest, _ in one.read] for one in (reading, unbroken))
+    assert of_set == expected
+    assert np.bincount(of_set[:1000]).tolist() == np.bincount(of_set[1000:]).tolist() == [700, 300]
+    assert len(reading.history) == 10
+    assert not reading.warnings
+
+
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 200))])
 def test_random_histories_are_exact(seed: int, root: Path, server: Server) -> None:
     random = np.random.default_rng(seed)
@@ -238,7 +284,7 @@ def test_a_run_of_one_set_continues_as_a_mixture(streamed: str, root: Path, serv
     reading.check_epochs(open_shard_set(root / "b").digest, IMAGES["b"])
     assert order.epochs(2040) == {"b": 1000 / 61, "a": 1040 / 97}
     line = describe_change(history_of([], digest, alone.fingerprint(40))[-1], reading.history[-1])
-    assert "from image 40 on: a 1 -> 0.5, b none -> 0.5; images read so far: a 40" in line
+    assert "from image 40 on: a 1 -> 0.5, b 0.5 added; images read so far: a 40" in line
     reading.go_on(sets({"a": 1}), 2, 10, 2)
     reading.check_epochs(digest, IMAGES["a"])
 
@@ -258,16 +304,54 @@ def test_another_order_is_refused_and_weaker_guarantees_are_logged(root: Path, s
     assert continued(order.history, streamed, 2, 40, SEED) is order.history
 
 
-def test_names_are_the_last_parts_of_paths_and_unique(root: Path, server: Server, tmp_path: Path) -> None:
-    other = write_numbered_set(tmp_path / "a", 9, 20)
+def test_names_do_not_depend_on_the_order_of_the_sets(root: Path, server: Server, tmp_path: Path) -> None:
+    other = write_numbered_set(tmp_path / "other/a", 9, 20)
     entries = [(str(root / "a"), 1.0), (f"{server.url}/b", 2.0), (str(other), 1.0)]
     sets = open_training_sets(configured(entries))
-    assert [one.name for one in sets.sets] == ["a", "b", "a-2"]
+    assert [one.name for one in sets.sets] == [f"{root.name}/a", "b", "other/a"]
+    assert [one.name for one in open_training_sets(configured(entries[::-1])).sets] == [
+        "other/a",
+        "b",
+        f"{root.name}/a",
+    ]
     assert [one.weight for one in sets.sets] == [0.25, 0.5, 0.25]
     assert sets.locations([0, 97, 97 + 61])[::2] == [
-        "a: train-000000.tar record 0 image 0",
-        "a-2: train-000000.tar record 0 image 0",
+        f"{root.name}/a: train-000000.tar record 0 image 0",
+        "other/a: train-000000.tar record 0 image 0",
     ]
+    recorded = {sets.digests[0]: "a", "0" * 64: "b"}
+    assert [one.name for one in sets.named(recorded).sets] == ["a", f"{server.url.partition('//')[2]}/b", "other/a"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["https://user:TOKEN@host", "https://user:TOKEN@host/"], ["source 00000", "source 11111"]),
+        (["https://user:TOKEN@host/x/64", "https://user:TOKEN@other/x/64"], ["host/x/64", "other/x/64"]),
+        (["s3://b/set#x", "https://host/web?sig=1"], ["set", "web"]),
+        (["pipe:cat {}", "/data/64"], ["source", "64"]),
+        (["/x/64", "/x/y/64"], ["x/64", "y/64"]),
+    ],
+)
+def test_names_have_no_secrets(paths: list[str], names: list[str]) -> None:
+    sets = [SimpleNamespace(path=path, name="source", digest=str(n) * 64) for n, path in enumerate(paths)]
+    found = unique_names(sets, {})  # type: ignore[arg-type]
+    assert [name[: len(expected)] for name, expected in zip(found, names, strict=True)] == names
+    assert unique_names(sets[::-1], {}) == found[::-1]  # type: ignore[arg-type]
+
+
+def test_another_order_of_the_sets_changes_nothing(root: Path, server: Server) -> None:
+    names = {"a": 0.5, "b": 0.3, "c": 0.2}
+    readings = [Reading(SEED), Reading(SEED)]
+    for order in (list(names), ["c", "a", "b"], ["b", "c", "a"]):
+        for reading, chosen in zip(readings, (order, list(names)), strict=True):
+            reading.go_on(opener(root, server, "a")({name: names[name] for name in chosen}), 2, 20, 2, files=True)
+    assert readings[0].read == readings[1].read
+    assert len(readings[0].history) == 1
+    before = readings[0].history[-1]
+    after = continued(readings[0].history, opener(root, server, "a")({"b": 0.6, "c": 0.4}), 2, 240, SEED)[-1]
+    line = describe_change(before, after)
+    assert all(change in line for change in ("a 0.5 removed", "b 0.3 -> 0.6", "c 0.2 -> 0.4"))
 
 
 @pytest.mark.parametrize("weight", [0.0, -0.1, float("nan"), float("inf")])
