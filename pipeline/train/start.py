@@ -152,7 +152,7 @@ def _start(origin: Origin, manager: CheckpointManager, engine: Engine, run: RunF
 
 
 def _verified_loss(origin: Origin, manager: CheckpointManager, engine: Engine) -> float:
-    """The loss of the probe batch. A checkpoint's checksums are compared and, where it is of the same images, its loss.
+    """The loss of the check image. A checkpoint's checksums are compared and, where it is of the same images, its loss.
 
     Raises ValueError on every rank if they differ.
     """
@@ -184,7 +184,7 @@ def _log(origin: Origin, facts: dict[str, object], manager: CheckpointManager, r
     step = f" (step {facts['step']:,})" if facts["step"] is not None else ""
     logger.info(
         f"started from {origin.folder}{step}, sha256 {str(facts['digest'])[:12]}: {', '.join(taken)}; the loss of the "
-        f"probe batch is {facts['probe_loss']:.7f} ({saved})"
+        f"check image is {facts['probe_loss']:.7f} ({saved})"
     )
     if origin.palette_sha256 is None:
         logger.warning(
