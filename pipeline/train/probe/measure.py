@@ -94,7 +94,7 @@ def score_layers(
             tried = attempt(partial(_score, in_order, images, ranks.device))
         found = gather((tried.result, tried.error is not None))
         tried.value(any(failed for _, failed in found))  # an error of one rank ends the probe on all
-        scores |= dict(zip(layers, (score for score, _ in found[: len(layers)]), strict=True))
+        scores |= dict(zip(layers, (score or NO_SCORE for score, _ in found[: len(layers)]), strict=True))
     return scores
 
 
