@@ -43,6 +43,8 @@ def parse_run(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         arguments = ["--config", str(own), *arguments]
         if not any(value_of(key, arguments) for key in ("--data.shards", "--data.mixture", "--data")):
             arguments += _recorded_shards(own)
+        if not any(value_of(key, arguments) for key in ("--probe.shards", "--probe")):
+            arguments += _recorded_probe_shards(own)
     return parse(parser, with_one_kind_of_data(arguments))
 
 
@@ -67,6 +69,17 @@ def _recorded_shards(own: Path) -> list[str]:
             return ["--data.shards", path]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         pass  # a damaged file has its own message later
+    return []
+
+
+def _recorded_probe_shards(own: Path) -> list[str]:
+    """probe.shards as run.json has it, if config.yaml names it relative to another working directory."""
+    try:
+        wanted, recorded = yaml.safe_load(own.read_text())["probe"]["shards"], read_json(own.with_name("run.json"))
+        if (path := _where(wanted, recorded["probe_shards"])) != wanted:
+            return ["--probe.shards", path]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        pass  # a damaged file has its own message later; without probe.shards there is nothing to find
     return []
 
 

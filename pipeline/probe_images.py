@@ -43,6 +43,8 @@ class ProbeImages:
     """Held-out images that choose the L2 strength of each layer, and the layer."""
     test: LabelledImages
     """Other held-out images, on which the accuracy is measured."""
+    valid_in_train: int | None
+    """How many images of the split valid are also in train; None if they were not counted."""
 
     def __len__(self) -> int:
         return len(self.train) + len(self.choice) + len(self.test)
@@ -67,13 +69,14 @@ def open_probe_images(config: TrainConfig, sets: TrainingSets) -> ProbeImages | 
     """Chooses the images of the probe; None if the run has no probe.
 
     The choice depends on the shard set and the numbers of images alone, so probes of several runs are comparable.
-    Raises ValueError naming the key if no set is labelled, if probe.shards does not fit the training set, or if the
-    set has too few labelled images or classes.
+    Raises ValueError naming the key if no set is labelled, if probe.shards does not fit the training set, if its images
+    of valid are all in train, or if it has too few labelled images or classes.
     """
     wanted = config.probe
     if not wanted.every_steps:
         return None
     shards = _open_own(config, sets) if wanted.shards is not None else _first_labelled(config, sets)
+    _check_held_out(shards)
     train, held_out = (
         _candidates(shards.split(name), images)
         for name, images in (("train", wanted.train_images), ("valid", 2 * wanted.test_images))
@@ -100,7 +103,20 @@ def open_probe_images(config: TrainConfig, sets: TrainingSets) -> ProbeImages | 
             f"valid, half of which choose L2 strength and layer; {_advice(len(held_out) // 2, 1)}."
         )
     choice, test = (held_out[start::2][: wanted.test_images] for start in (0, 1))
-    return ProbeImages(shards.path, _balanced(train, wanted.train_images), choice, test)
+    return ProbeImages(
+        shards.path, _balanced(train, wanted.train_images), choice, test, shards.images_in_train.get("valid")
+    )
+
+
+def _check_held_out(shards: ShardSet) -> None:
+    """Raises ValueError if the images of valid are also in train, so that none is held out."""
+    config, images = shards.manifest.get("config", {}), shards.split("valid").images
+    if config.get("fold_valid") or (images and shards.images_in_train.get("valid") == images):
+        raise ValueError(
+            f"{shards.path} has its images of valid in train too{' (fold_valid)' * bool(config.get('fold_valid'))}, so "
+            f"none is held out from the probe; name another labelled set of the same palette and resolution as "
+            f"probe.shards, or set probe.every_steps to 0."
+        )
 
 
 def _advice(most: int, least: int) -> str:

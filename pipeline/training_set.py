@@ -32,7 +32,7 @@ class TrainingSets:
 
     @property
     def first(self) -> ShardSet:
-        """The first set: the probe batch of checkpoints is an image of its valid split."""
+        """The first set: the check image of checkpoints is an image of its valid split."""
         return self.sets[0].shards
 
     @property

@@ -39,14 +39,14 @@ class CheckpointRecord:
     order_fingerprint: str
     """Digest of the images that come next; compared when a run resumes."""
     probe_loss: float
-    """Nats per token of the probe batch; compared after every load."""
+    """Nats per token of the check image; compared after every load."""
     precision: str
     files: dict[str, dict[str, Any]]
     """Bytes and sha256 of each rank's file."""
     probe_tokens: int | None = None
-    """Tokens of the probe batch; None, in older checkpoints, for a complete image."""
+    """Tokens of the check image; None, in older checkpoints, for a complete image."""
     probe_batch: dict[str, Any] | None = None
-    """Tokens and masked pixels of the probe batch of a mixture, as its sets may change, or of a masked run; None for a
+    """Tokens and masked pixels of the check image of a mixture, as its sets may change, or of a masked run; None for a
     next_color run of a single set, and in older masked checkpoints: an image of the set `shards_digest`."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Checksums of all weights and moments, compared after every load; older checkpoints have none."""

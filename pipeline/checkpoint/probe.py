@@ -1,4 +1,4 @@
-"""The probe batch: tokens of a held-out image. Every checkpoint stores its loss, and every load compares it."""
+"""The check image: tokens of a held-out image. Every checkpoint stores its loss, and every load compares it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from data_prep.shards.reader import Split
 from pipeline.model.masks import Batch, Masks
 
 PROBE_TOKENS = 64
-"""Tokens of the probe batch; few, because every save waits for their forward pass. The probe loss verifies the weights
+"""Tokens of the check image; few, because every save waits for their forward pass. The probe loss verifies the weights
 that the forward pass reads; the checksums verify every single element."""
 
 
@@ -28,7 +28,7 @@ class HeldOutImages:
 
 
 def as_json(probe: Batch) -> dict[str, Any]:
-    """A probe batch for checkpoint.json: its tokens, and its masked pixels or None."""
+    """A check image for checkpoint.json: its tokens, and its masked pixels or None."""
     return {"tokens": probe.tokens.tolist(), "masked": None if probe.masked is None else probe.masked.tolist()}
 
 

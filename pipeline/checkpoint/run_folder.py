@@ -258,6 +258,8 @@ class RunFolder:
             "changes": {key: [_masked(value) for value in pair] for key, pair in changes.items()},
         }
         self._record["shards"] = describe_sets(sets)
+        if (own := config.probe.shards) is not None:
+            self._record["probe_shards"] = own if "://" in own else str(Path(own).resolve())
         self._record["starts"] = [*self._record.get("starts", []), start]
         steps = [step_of(folder) for folder in committed(self.checkpoints)]
         self._record.setdefault("checkpoint", max(steps, default=0))

@@ -162,7 +162,7 @@ class AveragedWeights(Mapping[str, torch.Tensor]):
 
 @torch.no_grad()
 def _recomputed_probe_loss(model: GPT2LMHeadModel, record: CheckpointRecord, run: Path) -> float | None:
-    """The loss of the probe batch, in nats per token; None, which is logged, if the shard set is not available."""
+    """The loss of the check image, in nats per token; None, which is logged, if the shard set is not available."""
     if record.probe_batch is not None:
         return _loss_of(model, from_json(record.probe_batch))
     recorded = read_json(run / RECORD_FILE)["shards"]
@@ -172,10 +172,10 @@ def _recomputed_probe_loss(model: GPT2LMHeadModel, record: CheckpointRecord, run
     try:
         shards = open_shard_set(shards_path)
     except (ValueError, OSError):
-        logger.warning(f"the shard set {shown} is not available, so the loss of the probe batch was not checked")
+        logger.warning(f"the shard set {shown} is not available, so the loss of the check image was not checked")
         return None
     if shards.digest != record.shards_digest:
-        logger.warning(f"{shown} is now another shard set, so the loss of the probe batch was not checked")
+        logger.warning(f"{shown} is now another shard set, so the loss of the check image was not checked")
         return None
     return _probe_loss(model, shards, run, record.probe_tokens)
 
@@ -189,31 +189,31 @@ def _check_probe_loss(loss: float, checkpoints: Sequence[Checkpoint], kind: Kind
     if len(checkpoints) > 1:
         if not isfinite(loss):
             raise ValueError(
-                f"{run}: the average of the weights gives the probe batch a loss of {loss}; it must be finite: choose "
+                f"{run}: the average of the weights gives the check image a loss of {loss}; it must be finite: choose "
                 f"other steps for --average."
             )
         same = [one.record for one in checkpoints if _probe_of(one.record) == _probe_of(record)]  # a mixture may change
         each = ", ".join(f"{one.probe_loss:.5f} at step {one.step:,}" for one in same)
-        logger.info(f"loss of the probe batch, nats per token: {each}; {loss:.5f} with the average of their weights")
+        logger.info(f"loss of the check image, nats per token: {each}; {loss:.5f} with the average of their weights")
     elif kind == "ema":
         logger.info(
-            f"loss of the probe batch at step {record.step:,}, nats per token: {record.probe_loss:.5f} with the raw "
+            f"loss of the check image at step {record.step:,}, nats per token: {record.probe_loss:.5f} with the raw "
             f"weights, {loss:.5f} with their moving average"
         )
     elif not abs(loss - record.probe_loss) <= PROBE_TOLERANCE[record.precision]:
         raise ValueError(
-            f"{run}: the exported weights give the probe batch a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
+            f"{run}: the exported weights give the check image a loss of {loss:.5f}, but {record.probe_loss:.5f} when "
             f"step {record.step} was saved; the checkpoint does not have the trained weights."
         )
 
 
 def _probe_of(record: CheckpointRecord) -> tuple[str, int | None, dict[str, Any] | None]:
-    """What determines the probe batch of a run's checkpoint."""
+    """What determines the check image of a run's checkpoint."""
     return record.shards_digest, record.probe_tokens, record.probe_batch
 
 
 def _probe_loss(model: GPT2LMHeadModel, shards: ShardSet, run: Path, tokens_read: int | None) -> float:
-    """Nats per token of the probe batch, computed as in training."""
+    """Nats per token of the check image, computed as in training."""
     config, split = _run_config(run), shards.split("valid")
     objective = ObjectiveConfig(**config["objective"])
     masks = Masks(config["seed"], objective.mask_probability) if objective.kind == "masked_color" else None

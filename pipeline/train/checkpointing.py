@@ -34,7 +34,7 @@ from pipeline.train.validation import probe_loss
 logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 2e-2}
-"""Nats per token by which the probe loss may differ after a load. Another topology sums in another order, and ZeRO-0
+"""Nats per token by which the check loss may differ after a load. Another topology sums in another order, and ZeRO-0
 keeps fp32 between products where the other stages round to bf16: 0.015 at most in a thousand probes of 64 tokens. An
 fp8 run is evaluated in bf16."""
 READ_ATTEMPTS, READ_PAUSE = 3, 2.0
@@ -62,7 +62,7 @@ class Pending:
 
     progress: Progress
     probe: float
-    """The loss of the probe batch."""
+    """The loss of the check image."""
     written: Future[dict[str, Any]]
     """Bytes, sha256 and checksums of this rank's file, once it is written."""
     began: float
@@ -224,7 +224,7 @@ class CheckpointManager:
     def save(self, engine: Engine, progress: Progress) -> None:
         """Copies the state to the host and starts writing it in a thread; `finish` commits it.
 
-        First finishes the previous save, and raises its errors. Raises Diverged on every rank if the probe loss is NaN
+        First finishes the previous save, and raises its errors. Raises Diverged on every rank if the check loss is NaN
         or Inf.
         """
         self.finish()
@@ -232,7 +232,7 @@ class CheckpointManager:
         probe, *others = gather(probe_loss(engine, probe_batch(self.inputs.held_out[0])))
         if not all(map(isfinite, [probe, *others])):
             raise Diverged(
-                f"the loss of the probe batch at step {progress.step} is NaN or Inf (by rank: {[probe, *others]}); the "
+                f"the loss of the check image at step {progress.step} is NaN or Inf (by rank: {[probe, *others]}); the "
                 f"step was not saved, and the checkpoints in {self.folder} are older; try a lower "
                 f"optimizer.learning_rate or a longer warm-up."
             )
@@ -293,13 +293,13 @@ class CheckpointManager:
         if self.ranks.is_first:
             logger.info(
                 f"resumed from {checkpoint.folder}: step {record.step}, {record.images:,} images seen; the loss of the "
-                f"probe batch is {loss:.7f} (when saved: {record.probe_loss:.7f})"
+                f"check image is {loss:.7f} (when saved: {record.probe_loss:.7f})"
             )
             self.log_average(checkpoint)
         return Progress(record.step, record.images)
 
     def verify_probe(self, checkpoint: Checkpoint, engine: Engine) -> float:
-        """The loss of the probe batch. Raises ValueError on every rank if it is not the stored one."""
+        """The loss of the check image. Raises ValueError on every rank if it is not the stored one."""
         record = checkpoint.record
         losses = gather(probe_loss(engine, self._probe_of(record)))
         tolerance = max(PROBE_TOLERANCE[record.precision], PROBE_TOLERANCE[self.config.precision])
@@ -307,14 +307,14 @@ class CheckpointManager:
             if not abs(loss - record.probe_loss) <= tolerance:
                 raise reported_on_all_ranks(
                     ValueError(
-                        f"{checkpoint.folder} was not restored correctly: the loss of the probe batch is {loss:.7f} on "
+                        f"{checkpoint.folder} was not restored correctly: the loss of the check image is {loss:.7f} on "
                         f"rank {rank}, and was {record.probe_loss:.7f} when it was saved."
                     )
                 )
         return losses[0]
 
     def _probe_of(self, record: CheckpointRecord) -> Batch:
-        """The probe batch that a checkpoint's loss is of."""
+        """The check image that a checkpoint's loss is of."""
         if record.probe_batch is not None:
             return from_json(record.probe_batch)
         of_sets = dict(zip(self.inputs.sets.digests, self.inputs.held_out, strict=True))

@@ -347,7 +347,8 @@ class Trainer:
             if self.inputs.probe and self.is_due(self.config.probe.every_steps) and not done.probed:
                 self.watchdog.enter("probe", step)
                 accuracies = probe(self.engine, self.inputs, self.check_for_stop)
-                self.telemetry.probe({"step": step, "images": self.progress.images, **accuracies})
+                row = {"step": step, "images": self.progress.images, **accuracies}
+                self.telemetry.probe(row, self.config.probe.test_images)
         except StopRequested:
             self.interrupted = True
             self.telemetry.log(f"a request to stop ended the evaluation of step {step}; the next start repeats it")

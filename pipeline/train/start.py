@@ -206,7 +206,7 @@ def _common_digest(origin: Origin, ranks: Ranks) -> str:
 
 
 def _verified_loss(origin: Origin, manager: CheckpointManager, engine: Engine) -> float:
-    """The loss of the probe batch. A checkpoint's checksums are compared and, where its batch is known, its loss.
+    """The loss of the check image. A checkpoint's checksums are compared and, where its batch is known, its loss.
 
     Raises ValueError on every rank if they differ.
     """
@@ -221,7 +221,7 @@ def _verified_loss(origin: Origin, manager: CheckpointManager, engine: Engine) -
 
 
 def _knows_probe(record: CheckpointRecord, inputs: Inputs) -> bool:
-    """Whether the probe batch is in the checkpoint, or is an image of one of the run's sets without masks."""
+    """Whether the check image is in the checkpoint, or is an image of one of the run's sets without masks."""
     return record.probe_batch is not None or (record.shards_digest in inputs.sets.digests and inputs.masks is None)
 
 
@@ -238,11 +238,11 @@ def _log(origin: Origin, facts: dict[str, object], manager: CheckpointManager, r
     saved = "not recorded"
     if record is not None:
         same_batch = facts["resolution"] == resolution and _knows_probe(record, manager.inputs)
-        saved = f"when saved{'' if same_batch else ', of another probe batch'}: {record.probe_loss:.7f}"
+        saved = f"when saved{'' if same_batch else ', of another check image'}: {record.probe_loss:.7f}"
     step = f" (step {facts['step']:,})" if facts["step"] is not None else ""
     logger.info(
         f"started from {origin.folder}{step}, sha256 {str(facts['digest'])[:12]}: {', '.join(taken)}; the loss of the "
-        f"probe batch is {facts['probe_loss']:.7f} ({saved})"
+        f"check image is {facts['probe_loss']:.7f} ({saved})"
     )
     if origin.palette_sha256 is None:
         logger.warning(

@@ -62,5 +62,5 @@ def validation_loss(
 
 
 def probe_loss(engine: Engine, probe: Batch) -> float:
-    """Nats per token of the probe batch: the same on every rank and topology."""
+    """Nats per token of the check image: the same on every rank and topology."""
     return float(engine.evaluate(probe).mean())

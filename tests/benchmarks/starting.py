@@ -30,7 +30,6 @@ def start(folder: Path, steps: int) -> tuple[str, dict[str, str]]:
     keys = {
         "model.resolution": 16, "schedule.steps": steps, "schedule.warmup_steps": 0, "batch.global_size": 1,
         "batch.micro_size": 1, "validation.images": 1, "checkpoint.every_steps": 1, "samples.every_steps": 0,
-        "probe.every_steps": 0,
     }  # fmt: skip
     overrides = [f"--{key}={value}" for key, value in keys.items()]
     own = ["--config", "configs/igpt_s.yaml", "--run", folder / "run", "--data.shards", folder / "shards", *overrides]

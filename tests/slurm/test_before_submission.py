@@ -233,9 +233,7 @@ def test_a_dry_run_reports_each_error_in_one_sentence(
         program.chmod(0o755)
     site = {"RUNS": str(tmp_path / "runs"), "SHARDS": str(shards), "ACCELERATORS_PER_NODE": "0", **variables}
     site = {key: str(bare) if value == "BARE" else value for key, value in site.items()}
-    finished = run_script(
-        "pretrain_s.sh", "--dry-run", "--model.resolution=8", "--probe.every_steps=0", *options, **site
-    )
+    finished = run_script("pretrain_s.sh", "--dry-run", "--model.resolution=8", *options, **site)
     assert finished.returncode == 2
     [sentence] = finished.stderr.splitlines()
     assert message in sentence
@@ -245,29 +243,22 @@ def test_a_dry_run_reports_each_error_in_one_sentence(
 
 def test_a_dry_run_without_errors_prints_the_plan_and_asks_slurm(sbatch: Path, shards: Path, tmp_path: Path) -> None:
     site = {"RUNS": str(tmp_path / "runs"), "SHARDS": str(shards), "ACCELERATORS_PER_NODE": "2"}
-    finished = run_script("pretrain_s.sh", "--test", "--model.resolution=8", "--probe.every_steps=0", **site)
+    finished = run_script("pretrain_s.sh", "--test", "--model.resolution=8", **site)
     assert finished.returncode == 0, finished.stderr
     assert f"run {tmp_path}/runs/igpt_s, shard set {shards}\n" in finished.stdout
     assert "1 nodes of 2 ranks (sbatch --nodes=N changes the nodes): ACCELERATORS_PER_NODE is 2" in finished.stdout
     assert "micro-batches" in finished.stdout
-    assert sbatch.read_text() == f"--test-only {SCRIPTS}/pretrain_s.sh --model.resolution=8 --probe.every_steps=0\n"
+    assert sbatch.read_text() == f"--test-only {SCRIPTS}/pretrain_s.sh --model.resolution=8\n"
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_takes_sbatchs_number_of_nodes(sbatch: Path, shards: Path, tmp_path: Path) -> None:
     site = {"RUNS": str(tmp_path / "runs"), "SHARDS": str(shards), "ACCELERATORS_PER_NODE": "2"}
-    finished = run_script(
-        "pretrain_s.sh", "--dry-run", "--nodes=4", "--model.resolution=8", "--probe.every_steps=0", **site
-    )
+    finished = run_script("pretrain_s.sh", "--dry-run", "--nodes=4", "--model.resolution=8", **site)
     assert finished.returncode == 0, finished.stderr
     assert "4 nodes of 2 ranks" in finished.stdout
-    assert (
-        sbatch.read_text()
-        == f"--test-only --nodes=4 {SCRIPTS}/pretrain_s.sh --model.resolution=8 --probe.every_steps=0\n"
-    )
-    finished = run_script(
-        "pretrain_s.sh", "--dry-run", "--nodes=many", "--model.resolution=8", "--probe.every_steps=0", **site
-    )
+    assert sbatch.read_text() == f"--test-only --nodes=4 {SCRIPTS}/pretrain_s.sh --model.resolution=8\n"
+    finished = run_script("pretrain_s.sh", "--dry-run", "--nodes=many", "--model.resolution=8", **site)
     assert (finished.returncode, finished.stderr) == (2, "error: --nodes is many; it must be a number of nodes.\n")
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
@@ -114,8 +113,11 @@ class Telemetry:
         )
 
     @_on_first_rank
-    def probe(self, row: dict[str, Any]) -> None:
-        """Records a probe; row: step, images, probe_accuracy, probe_layer, probe_accuracy_by_layer."""
+    def probe(self, row: dict[str, Any], test_images: int) -> None:
+        """Records a probe; row: step, images, probe_accuracy, probe_layer, probe_accuracy_by_layer.
+
+        test_images: on how many the accuracies were measured.
+        """
         self._write(row)
         step, by_layer = row["step"], row["probe_accuracy_by_layer"]
         scalars = {"accuracy": row["probe_accuracy"], "best_layer": row["probe_layer"]}
@@ -124,8 +126,8 @@ class Telemetry:
             self._board.add_scalar(f"probe/{name}", value, step)
         self._board.add_image("probe/accuracy_by_depth", report.figure(row), step, dataformats="HWC")
         logger.info(f"step {step}: {report.sentence(row)}")
-        newest = list(islice(read_backwards(self._run / METRICS_FILE, "probe_accuracy"), report.FALLING + 1))
-        if (message := report.warning(newest)) is not None:
+        newest = read_backwards(self._run / METRICS_FILE, "probe_accuracy")
+        if (message := report.warning(newest, test_images)) is not None:
             logger.warning(message)
 
     @_on_first_rank

@@ -7,19 +7,23 @@ the layers that it computes), and of one layer those of all images; Gram matrice
 deep models: 8 (L+1) D^2 bytes instead of 4 N (L+1) D / ranks.
 """
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.distributed import exchange, gather
+from pipeline.distributed import Attempt, attempt, exchange, gather
 from pipeline.model.masks import Batch
 from pipeline.probe_images import ProbeImages
 from pipeline.train.engine.base import Engine
 from pipeline.train.probe.ridge import NO_SCORE, LayerScore, Rows, score_layer
 from pipeline.train.setup import Inputs
 from pipeline.train.validation import CHUNK_MICRO_BATCHES
+
+logger = logging.getLogger(__name__)
 
 Check = Callable[[], None]
 
@@ -84,17 +88,30 @@ def score_layers(
         sent = [features[layer] if senders[engine.data_rank, layer] == ranks.rank else None for layer in layers]
         expected = {} if own is None else {rank: shapes[own] for (_, of), rank in senders.items() if of == own}
         shares = exchange(sent, expected)
-        score = NO_SCORE
+        tried: Attempt[LayerScore] = Attempt()
         if own is not None:
             in_order = [shares[senders[data_rank, own]] for data_rank in range(engine.data_ranks)]
-            score = _score(np.concatenate(in_order)[: len(images)], images, ranks.device)
-        scores |= dict(zip(layers, gather(score)[: len(layers)], strict=True))
+            tried = attempt(partial(_score, in_order, images, ranks.device))
+        found = gather((tried.result, tried.error is not None))
+        tried.value(any(failed for _, failed in found))  # an error of one rank ends the probe on all
+        scores |= dict(zip(layers, (score or NO_SCORE for score, _ in found[: len(layers)]), strict=True))
     return scores
 
 
-def _score(features: np.ndarray, images: ProbeImages, device: torch.device) -> LayerScore:
-    """The score of a layer by its features of all images, float32 (N, D)."""
+def _score(shares: list[np.ndarray], images: ProbeImages, device: torch.device) -> LayerScore:
+    """The score of a layer by each data-parallel rank's share of its features, float32 (n, D); together all images'.
+
+    Computed on the CPU if the device has too little memory or its eigendecomposition fails; NO_SCORE, which is logged,
+    if the CPU fails too: a probe must not end a run.
+    """
     parts = images.train, images.choice, images.test
+    features = np.concatenate(shares)[: len(images)]
     of_parts = np.split(features, np.cumsum(list(map(len, parts)))[:-1])
     train, choice, test = (Rows(rows, part.labels) for rows, part in zip(of_parts, parts, strict=True))
-    return score_layer(train, choice, test, device)
+    for where in (device, torch.device("cpu")):
+        try:
+            return score_layer(train, choice, test, where)
+        except (torch.OutOfMemoryError, MemoryError, torch.linalg.LinAlgError) as error:
+            failure = f"the classifier of a layer could not be fitted on {where} ({type(error).__name__}: {error})"
+            logger.warning(" ".join(failure.split()))
+    return NO_SCORE

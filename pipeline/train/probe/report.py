@@ -1,5 +1,6 @@
 """How a probe is shown: its line among the derived quantities, the console line, the figure, and when it is falling."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from pipeline.train.setup import Inputs
 
 FALLING = 3
 """A warning is logged when the accuracy has fallen for so many probes in a row."""
+STANDARD_ERRORS = 2
+"""And by more than so many standard errors of the accuracy."""
 INCHES, DOTS_PER_INCH = (7.0, 3.8), 100
 COLOR = "#1f5fa8"
 
@@ -24,8 +27,15 @@ def cost(inputs: Inputs) -> str:
     return (
         f"{count:,} probes of {model.n_layer + 1} layers, every {options.every_steps:,} steps: "
         f"{options.train_images:,} images in {images.classes:,} classes and 2 x {options.test_images:,} held-out ones "
-        f"of {images.path}; {one:.3g} FLOP each, together {count * one / trained:.2%} of the training's FLOP"
+        f"of {images.path}{_copies(images.valid_in_train)}; "
+        f"{one:.3g} FLOP each, together {count * one / trained:.2%} of the training's FLOP"
     )
+
+
+def _copies(valid_in_train: int | None) -> str:
+    """What is known of held-out images that are also in train."""
+    counted = "not counted how many" if valid_in_train is None else f"{valid_in_train:,}"
+    return f" ({counted} images of valid are also in train)"
 
 
 def sentence(row: Row) -> str:
@@ -42,13 +52,31 @@ def percent(accuracy: float) -> str:
     return "NaN" if np.isnan(accuracy) else f"{accuracy:.1%}"
 
 
-def warning(newest: list[Row]) -> str | None:
-    """A warning if the accuracy has fallen FALLING times in a row; newest: FALLING + 1 probes, the newest first."""
-    accuracies = [row["probe_accuracy"] for row in newest]
-    if len(newest) <= FALLING or None in accuracies or accuracies != sorted(set(accuracies)):
+def warning(newest: Iterable[Row], test_images: int) -> str | None:
+    """A warning at the first probe of a fall that is neither short nor within the noise of so many test images.
+
+    newest: the probes, the newest first; read as far as the accuracy falls.
+    """
+    fall: list[Row] = []  # the newest first
+    for row in newest:
+        if row["probe_accuracy"] is None or (fall and row["probe_accuracy"] <= fall[-1]["probe_accuracy"]):
+            break
+        fall.append(row)
+    if not _is_fall(fall, test_images) or _is_fall(fall[1:], test_images):  # the probe before has warned
         return None
-    falling = ", ".join(f"{row['probe_accuracy']:.1%} at step {row['step']:,}" for row in reversed(newest))
-    return f"the probe accuracy has fallen for {FALLING} probes in a row: {falling}"
+    falling = ", ".join(f"{row['probe_accuracy']:.1%} at step {row['step']:,}" for row in reversed(fall))
+    return (
+        f"the probe accuracy has fallen for {len(fall) - 1} probes in a row, by more than {STANDARD_ERRORS} standard "
+        f"errors of {test_images:,} images: {falling}"
+    )
+
+
+def _is_fall(fall: list[Row], test_images: int) -> bool:
+    """Whether these falling probes, the newest first, are a fall to warn of."""
+    if len(fall) <= FALLING:
+        return False
+    last, first = fall[0]["probe_accuracy"], fall[-1]["probe_accuracy"]
+    return bool(first - last > STANDARD_ERRORS * (first * (1 - first) / test_images) ** 0.5)
 
 
 def figure(row: dict[str, Any]) -> np.ndarray:

@@ -49,8 +49,9 @@ class Ridge:
         counts = torch.bincount(classes).double()
         weights = (len(classes) / (len(counts) * counts))[classes]  # (N,), their sum is N
         self._mean = weights @ features / len(classes)  # (D,)
-        weighted = weights[:, None] * (features - self._mean)
-        eigenvalues, self._vectors = torch.linalg.eigh(weighted.T @ (features - self._mean))
+        centred = features.sub_(self._mean)  # in place: these are the largest tensors
+        weighted = weights[:, None] * centred
+        eigenvalues, self._vectors = torch.linalg.eigh(weighted.T @ centred)
         self._eigenvalues = eigenvalues.clamp(min=0)
         targets = functional.one_hot(classes, len(counts)).double()  # (N, C)
         self._targets = self._vectors.T @ (weighted.T @ targets)  # (D, C); the intercept is 1 / C for every class
@@ -66,7 +67,7 @@ class Ridge:
         return torch.stack(found).cpu().numpy()
 
     def _put(self, features: np.ndarray) -> torch.Tensor:
-        """float64, on the device."""
+        """A copy in float64, on the device."""
         return torch.from_numpy(features).to(self._device).double()
 
 

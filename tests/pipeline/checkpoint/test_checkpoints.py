@@ -90,7 +90,7 @@ def test_without_a_complete_checkpoint_the_run_does_not_start_from_scratch(run_a
             "was not restored correctly: the checksums of exp_avg_sq differ",
             marks=pytest.mark.slow,
         ),
-        ("weight", False, "was not restored correctly: the loss of the probe batch is"),
+        ("weight", False, "was not restored correctly: the loss of the check image is"),
     ],
 )
 def test_a_forged_file_with_a_valid_digest_is_found(

@@ -1,4 +1,4 @@
-"""How a load is verified: checksums that do not depend on the layout, and a probe batch that is part of an image."""
+"""How a load is verified: checksums that do not depend on the layout, and a check image that is part of an image."""
 
 from pathlib import Path
 

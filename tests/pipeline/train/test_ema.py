@@ -125,7 +125,7 @@ def check_export(runner: Runner, name: str, tmp_path: Path, tolerance: float) ->
     out, source = tmp_path / f"{name} model", runner.folder / name
     finished = run(1, "-m", "pipeline", "export", source, "--out", out, "--weights", "ema", logs=tmp_path / "export")
     assert finished.codes == [0], finished.output
-    assert re.search(r"loss of the probe batch at step \d+, nats per token: .* with the raw weights, ", finished.output)
+    assert re.search(r"loss of the check image at step \d+, nats per token: .* with the raw weights, ", finished.output)
     last = [row for row in runner.rows(name) if "valid_loss" in row][-1]
     found = nats_by_transformers(out, runner.shards, images=33)
     assert found == pytest.approx(last["valid_loss_ema"], abs=tolerance)

@@ -83,13 +83,13 @@ def test_the_loss_of_each_set_is_that_of_the_set_alone(layout: dict[str, Any], r
 
 
 def test_a_run_whose_sets_change_is_recorded(runner: MixtureRunner, tmp_path: Path) -> None:
-    """The second start has no longer the set of the probe batch of the checkpoint that it resumes from."""
+    """The second start has no longer the set of the check image of the checkpoint that it resumes from."""
     samples, saves = {"samples__every_steps": 8, "samples__images": 3}, {"checkpoint__every_steps": 8}
     runner.check_trains("run", 1, data__mixture=runner.mixture(one=0.5, two=0.5), **samples, **saves)
     sample = np.asarray(Image.open(tmp_path / "run/samples/step-00000008.png"))
     runner.check_trains("run", 1, data__mixture=runner.mixture(three=1, two=3), schedule__steps=12, **saves)
     resumed = (tmp_path / "run.logs/rank-0.log").read_text()
-    [now, saved] = re.search(r"loss of the probe batch is ([\d.]+) \(when saved: ([\d.]+)\)", resumed).groups()
+    [now, saved] = re.search(r"loss of the check image is ([\d.]+) \(when saved: ([\d.]+)\)", resumed).groups()
     assert float(now) == pytest.approx(float(saved), abs=1e-5)
     assert sample.shape[0] == completions_height(images=6), "three images of each of two sets"
 

@@ -138,7 +138,7 @@ def test_a_branch_of_a_run_with_an_average(runner: Runner) -> None:
 
 @pytest.mark.slow
 def test_a_masked_branch_of_another_mask_probability(runner: Runner) -> None:
-    """The probe batch is in the checkpoint with its masks; in older checkpoints it is not, and is not compared."""
+    """The check image is in the checkpoint with its masks; in older checkpoints it is not, and is not compared."""
     masked = {**CONSTANT, "objective__kind": "masked_color", "schedule__steps": 2}
     runner.check_trains("trunk", 1, **masked)
     path = runner.folder / "trunk/checkpoints/step-00000002"
@@ -152,7 +152,7 @@ def test_a_masked_branch_of_another_mask_probability(runner: Runner) -> None:
     (path / "checkpoint.json").write_text(json.dumps(content | {"sha256": json_digest(content)}))
     finished = runner.train("older", 1, **branch, start__position=True)
     assert finished.codes == [0], finished.output
-    assert f"(when saved, of another probe batch: {content['probe_loss']:.7f})" in finished.output
+    assert f"(when saved, of another check image: {content['probe_loss']:.7f})" in finished.output
 
 
 def save_imagegpt(folder: Path, palette: np.ndarray, **shape: int) -> ImageGPTForCausalImageModeling:

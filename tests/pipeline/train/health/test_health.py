@@ -105,7 +105,7 @@ def test_a_model_with_a_nan_loss_is_not_saved(runner: Runner) -> None:
     finished = train_ill(runner, "run", "broken", 0, (10, 10), ranks=1, checkpoint__every_steps=5)
     assert finished.codes == [1]
     assert (
-        "error: the loss of the probe batch at step 10 is NaN or Inf (by rank: [nan]); the step was not saved"
+        "error: the loss of the check image at step 10 is NaN or Inf (by rank: [nan]); the step was not saved"
         in finished.output
     )
     assert saved(runner) == ["step-00000005"]

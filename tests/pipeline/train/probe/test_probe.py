@@ -172,6 +172,7 @@ def test_what_a_run_shows(runner: ProbeRunner) -> None:
     runner.train_with("run", schedule__steps=2, probe__every_steps=1, **FEW)
     log = (runner.folder / "run.logs/rank-0.log").read_text()
     assert "2 probes of 4 layers, every 1 steps: 40 images in 3 classes and 2 x 20 held-out ones of" in log
+    assert f"of {runner.shards} (not counted how many images of valid are also in train); " in log
     assert "step 2: probe accuracy" in log
     events = EventAccumulator(str(runner.folder / "run/tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
@@ -203,3 +204,45 @@ def test_a_request_to_stop_ends_a_probe_and_the_next_start_repeats_it(runner: Pr
     assert not [row for row in runner.rows("run") if "probe_accuracy" in row]
     rows = runner.train_with("run", schedule__steps=2, probe__every_steps=1, **FEW)
     assert [row["step"] for row in rows if "probe_accuracy" in row] == [1, 2]
+
+
+@pytest.mark.slow
+def test_with_compile_the_features_are_the_eager_ones_and_nothing_is_compiled_again(runner: ProbeRunner) -> None:
+    runner.train_with("run", schedule__steps=STEPS)
+    found = {}
+    for compiled in ("true", "false"):
+        shutil.copytree(runner.folder / "run", runner.folder / compiled)
+        probed = {"schedule__steps": STEPS + 3, "probe__every_steps": 1, **PROBED}
+        found[compiled] = [
+            row for row in runner.train_with(compiled, **probed, compile=compiled) if "probe_layer" in row
+        ]
+        assert "compiled a block again" not in (runner.folder / f"{compiled}.logs/rank-0.log").read_text()
+    assert [row["step"] for row in found["true"]] == [STEPS, STEPS + 1, STEPS + 2, STEPS + 3]
+    assert found["true"][0] == found["false"][0], "of the checkpoint's weights"
+
+
+@pytest.mark.slow
+def test_with_bf16_the_accuracies_are_almost_those_of_fp32(runner: ProbeRunner) -> None:
+    runner.train_with("run", schedule__steps=STEPS)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        shutil.copytree(runner.folder / "run", runner.folder / precision)
+        probed = {"schedule__steps": STEPS + 1, "probe__every_steps": STEPS, **PROBED}
+        rows = runner.train_with(precision, **probed, precision=precision)
+        found[precision] = next(row["probe_accuracy_by_layer"] for row in rows if "probe_layer" in row)
+    print(found)
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], abs=0.03)
+
+
+@pytest.mark.slow
+def test_a_mixture_is_probed_on_a_set_of_its_own(runner: ProbeRunner) -> None:
+    for number, name in enumerate(("one", "two")):
+        splits = {split: random_images(60, 10 + number, unlabelled=60) for split in ("train", "valid")}
+        write_shard_set(runner.folder / name, splits, random_palette())
+    mixture = json.dumps([{"shards": str(runner.folder / name), "weight": 1} for name in ("one", "two")])
+    data = {"data__shards": "null", "data__mixture": mixture, "probe__shards": runner.shards}
+    rows = runner.train_with("run", schedule__steps=2, probe__every_steps=1, **data, **PROBED)
+    assert [row["step"] for row in rows if "probe_accuracy" in row] == [1, 2]
+    assert f"held-out ones of {runner.shards} (" in (runner.folder / "run.logs/rank-0.log").read_text()
+    assert json.loads((runner.folder / "run/run.json").read_text())["probe_shards"] == str(runner.shards)

@@ -41,6 +41,33 @@ def chosen(training: Path | list[Path], **options: object) -> ProbeImages:
     return images
 
 
+def with_facts(folder: Path, in_train: int, **config: object) -> Path:
+    """A set whose manifest counts images of valid that are also in train."""
+    manifest = read_json(labelled(folder) / "shards.json")
+    manifest["splits"]["valid"]["images_in_train"] = in_train
+    write_json(folder / "shards.json", manifest | {"config": config})
+    return folder
+
+
+@pytest.mark.parametrize(("in_train", "folded", "reason"), [(60, True, " (fold_valid)"), (60, False, "")])
+def test_images_that_are_not_held_out_are_refused(in_train: int, folded: bool, reason: str, tmp_path: Path) -> None:
+    folder = with_facts(tmp_path / "set", in_train, fold_valid=folded)
+    sentence = (
+        f"{folder} has its images of valid in train too{reason}, so none is held out from the probe; name another "
+        f"labelled set of the same palette and resolution as probe.shards, or set probe.every_steps to 0."
+    )
+    for options in ({}, {"shards": str(folder)}):
+        with pytest.raises(ValueError, match="none is held out") as caught:
+            chosen(folder, **options)
+        assert str(caught.value) == sentence
+    assert chosen(folder, shards=str(labelled(tmp_path / "other", train=121))).path == tmp_path / "other"
+
+
+def test_copies_are_counted(tmp_path: Path) -> None:
+    assert chosen(with_facts(tmp_path / "some", 7)).valid_in_train == 7
+    assert chosen(labelled(tmp_path / "unknown")).valid_in_train is None
+
+
 def mixture(folders: list[Path]) -> DataConfig:
     return DataConfig(mixture=[MixtureEntry(shards=str(folder), weight=1) for folder in folders])
 

@@ -67,13 +67,23 @@ def rows(*accuracies: float | None) -> list[dict]:
 
 
 def test_a_warning_after_three_falls_in_a_row() -> None:
-    found = warning(rows(0.5, 0.41, 0.4, 0.3)[::-1])
+    found = warning(rows(0.3, 0.5, 0.41, 0.4, 0.3)[::-1], 100)
     assert found == (
-        "the probe accuracy has fallen for 3 probes in a row: 50.0% at step 0, 41.0% at step 10, 40.0% at step 20, "
-        "30.0% at step 30"
+        "the probe accuracy has fallen for 3 probes in a row, by more than 2 standard errors of 100 images: 50.0% at "
+        "step 10, 41.0% at step 20, 40.0% at step 30, 30.0% at step 40"
     )
     for not_falling in ((0.5, 0.4, 0.3), (0.5, 0.4, 0.4, 0.3), (0.3, 0.4, 0.3, 0.2), (0.5, None, 0.3, 0.2)):
-        assert warning(rows(*not_falling)[::-1]) is None
+        assert warning(rows(*not_falling)[::-1], 100) is None
+
+
+def test_falls_within_noise_give_no_warning_and_a_fall_gives_one() -> None:
+    falling = rows(0.5, 0.49, 0.48, 0.47, 0.41, 0.3, 0.2)  # two standard errors of 500 images: 4.5 points
+    warned = [warning(falling[:end][::-1], 500) is not None for end in range(1, len(falling) + 1)]
+    assert warned == [False, False, False, False, True, False, False]
+    assert warning(falling[:4][::-1], 50_000) is not None
+    again = rows(0.5, 0.4, 0.3, 0.2, 0.1, 0.5, 0.4, 0.3, 0.2, 0.1)
+    warned = [warning(again[:end][::-1], 500) is not None for end in range(1, len(again) + 1)]
+    assert [number for number, found in enumerate(warned) if found] == [3, 8]
 
 
 def test_the_figure_is_an_image(tmp_path: Path) -> None:
