@@ -47,6 +47,10 @@ class BatchConfig:
         growing = min(steps, self.warmup_steps)
         return sum(map(self.size_at, range(1, growing + 1))) + (steps - growing) * self.global_size
 
+    def images_between(self, first: int, last: int) -> int:
+        """Images of the steps after `first`, up to `last`; 0 if there are none."""
+        return max(self.images_after(last) - self.images_after(first), 0)
+
     def accumulation_steps(self, data_ranks: int) -> int:
         """Micro-batches of a rank in a step of global_size. Raises ValueError if a batch size is not divisible."""
         images = self.micro_size * data_ranks

@@ -190,13 +190,11 @@ class Trainer:
         start_clock.mark("metrics")
         self.profiler, self.slow_ranks = Profiler(folder.path, config.profile, ranks), SlowRanks(ranks)
         self.first_step, self.last_step = self.progress.step + 1, config.schedule.steps
-        self.save_pending = False
-        self.interrupted = False
-        """Whether a request to stop ended the evaluation of the last step."""
+        self.save_pending, self.interrupted = False, False
+        """interrupted: whether a request to stop ended the evaluation of the last step."""
         self.clock = StepClock()
         if ranks.is_first:
-            images_after = config.batch.images_after
-            end = self.progress.images + max(images_after(self.last_step) - images_after(self.progress.step), 0)
+            end = self.progress.images + config.batch.images_between(self.progress.step, self.last_step)
             logger.info(f"derived quantities of the run:\n{describe(inputs, self.throughput, kernels, order, end)}")
 
     def run(self) -> Progress:

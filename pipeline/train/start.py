@@ -206,7 +206,7 @@ def _common_digest(origin: Origin, ranks: Ranks) -> str:
 
 
 def _verified_loss(origin: Origin, manager: CheckpointManager, engine: Engine) -> float:
-    """The loss of the check image. A checkpoint's checksums are compared and, where its batch is known, its loss.
+    """The loss of the check image. A checkpoint's checksums are compared and, where its image is known, its loss.
 
     Raises ValueError on every rank if they differ.
     """

@@ -1,7 +1,6 @@
 """`python -m pipeline scaling` on run folders of a known law: what it finds, writes and refuses."""
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -17,13 +16,9 @@ from pipeline import costs
 from pipeline.checkpoint.metrics_log import to_line
 from pipeline.config import ModelConfig, ObjectiveConfig, TrainConfig, to_dict
 from pipeline.model.gpt_config import gpt2_config
-from pipeline.plan.command import plan_command
-from pipeline.plan.hardware import hardware_of
-from pipeline.plan.layouts import Cluster
 from pipeline.scaling.accuracy import Probed, rank_correlation, read_accuracies
-from pipeline.scaling.bootstrap import Fitted, fit_with_resamples
-from pipeline.scaling.budget import family, flops_of, gpu_seconds_of
-from pipeline.scaling.command import Command, _optima, scaling_command
+from pipeline.scaling.bootstrap import fit_with_resamples
+from pipeline.scaling.command import scaling_command
 from pipeline.scaling.figures import draw_accuracy
 from pipeline.scaling.law import fit
 from pipeline.scaling.report import hold_out_of
@@ -33,12 +28,6 @@ from tests.pipeline.scaling.synthetic import TRUE, WARMUP, change_json, config_o
 
 BUDGETS = (200, 600, 2000, 6000, 20000)
 FILES = {"loss_by_flops.png", "loss_by_images.png", "isoflops.png", "scaling.md", "scaling.json"}
-
-
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """35 finished cosine runs, with errors of 0.1%."""
-    return write_grid(tmp_path_factory.mktemp("grid"), BUDGETS, 0.001)
 
 
 @pytest.fixture
@@ -379,46 +368,6 @@ def test_losses_of_an_earlier_schedule_are_taken_by_the_rates_that_were_used(tmp
     run = write_run(tmp_path / "shortened", config_of(2, 32, 1000, "constant"))
     (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config_of(2, 32, 1000, "cosine"))))
     assert read_runs([run])[0].rows("decayed") == [], "its rate had not decayed at step 1,000"
-
-
-def test_sizes_of_a_masked_family_cost_what_the_runs_cost(tmp_path: Path) -> None:
-    objective = ObjectiveConfig(kind="masked_color")
-    made = [write_run(tmp_path / f"w{width}", config_of(2, width, 200, objective=objective)) for width in (32, 64)]
-    for run in read_runs(made):
-        assert flops_of(run.model, run) == run.flops_per_image
-    candidate = family(read_runs(made), flops_of, smooth=False)
-    assert candidate is not None
-    one = candidate.candidates[40]
-    shape = gpt2_config(one.model, 512, "masked_color")
-    assert one.parameters == costs.parameter_count(shape)
-    assert one.cost == costs.flops_per_token(shape) * shape.n_positions
-
-
-def test_gpu_hours_are_those_of_the_largest_runs_batch_and_precision(grid: list[Path], tmp_path: Path) -> None:
-    runs = read_runs(grid[-15:])
-    selected = select(runs, "decayed")
-    command = Command(
-        predict=[], budget_flops=[], budget_gpu_hours=[10.0], results=[], out=tmp_path / "out", gpu="h100-80gb", ranks=1
-    )
-    fitted = Fitted(TRUE, [], np.zeros(1))
-    sizes = family(runs, flops_of, smooth=True)
-    assert sizes is not None
-    best = _optima(command, selected, fitted, sizes, {})[0]
-    assert best.training.startswith("batch 64, bf16, ZeRO-")
-
-
-def test_gpu_seconds_are_those_of_the_fastest_layout_of_plan(
-    grid: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = read_runs(grid[-1:])[0]
-    cluster = Cluster(costs.ACCELERATORS["h100-80gb"], 2, 8, hardware_of(costs.ACCELERATORS["h100-80gb"]))
-    config = config_of(12, 384, 200)
-    seconds = gpu_seconds_of(config, cluster)(config.model, run)
-    options = ["--model.layers", "12", "--model.width", "384", "--model.heads", "6", "--model.resolution", "16"]
-    batch = ["--batch.global_size", "64", "--schedule.steps", "200", "--schedule.warmup_steps", "20"]
-    assert plan_command(["--accelerator", "h100-80gb", "--ranks", "2", *options, *batch]) == 0
-    fastest = re.search(r"layouts that fit, by estimated speed\n +([\d.]+) s", capsys.readouterr().out)
-    assert fastest and seconds == pytest.approx(float(fastest[1]) * 2 / 64, abs=0.0005 * 2 / 64 * 1.01)
 
 
 @pytest.mark.slow
