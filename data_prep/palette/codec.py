@@ -53,9 +53,9 @@ def parse_palette(content: bytes, name: str, colors: int) -> np.ndarray:
         raise ValueError(f"{name} is not a valid .npy file ({what}); it must be a palette.npy.") from error
     found = f"{palette.dtype} {palette.shape}" if isinstance(palette, np.ndarray) else "an archive"
     if not isinstance(palette, np.ndarray) or palette.dtype != np.float32 or palette.shape != (colors, 3):
-        raise ValueError(
-            f"{name} contains {found}; it must contain float32 ({colors}, 3) in [-1, 1], with palette.colors rows."
-        )
+        rows = palette.shape[0] if isinstance(palette, np.ndarray) and palette.shape[1:] == (3,) else None
+        mend = f"set palette.colors to {rows}, or name another file" if rows else "with palette.colors rows"
+        raise ValueError(f"{name} contains {found}; it must contain float32 ({colors}, 3) in [-1, 1]: {mend}.")
     if not (np.abs(palette) <= 1).all():
         raise ValueError(f"{name} has values outside [-1, 1]; it must contain colors scaled to [-1, 1].")
     return palette

@@ -142,8 +142,8 @@ class ShardSet:
         """Raises ValueError naming the existing splits."""
         if name not in self.manifest["splits"]:
             raise ValueError(
-                f"{self.path} has no split {name!r}; it has {', '.join(self.splits)}: choose one of these, or prepare "
-                f"the set again from a source with {name} images."
+                f"{self.path} has no split {name!r}; it has {', '.join(self.splits)}: choose one of these where the "
+                f"split is an option, use another set, or prepare this one again from a source with {name} images."
             )
         folder = self.path if isinstance(self.path, Path) else cache_folder(self.digest)
         return Split(name, folder, self.manifest["splits"][name]["shards"], self.resolution**2, self.address)

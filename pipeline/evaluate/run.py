@@ -21,6 +21,7 @@ from pipeline.evaluate.task import Task
 from pipeline.memory_errors import with_batch_size_advice
 from pipeline.model.gpt import initialize
 from pipeline.model_folder.resolve import model_folder
+from pipeline.model_folder.training_record import averaged_text
 from pipeline.results.provenance import ModelFacts, model_facts, untrained
 from pipeline.results.report.page import REPORT, write_report
 from pipeline.results.task_files import FORMAT, VERSION, is_later, version_of
@@ -88,9 +89,10 @@ def _start(request: Request, shards: ShardSet) -> tuple[Evaluation, ModelFacts]:
 def _describe(facts: ModelFacts, evaluation: Evaluation) -> str:
     planned = "" if facts.planned_steps is None else f" of {facts.planned_steps:,}"
     step = "" if facts.checkpoint_step is None else f" at step {facts.checkpoint_step:,}{planned}"
+    averaged = f" (weights: {text})" if (text := averaged_text(facts.averaged_steps, facts.weights)) else ""
     ranks = evaluation.accelerator.num_processes
     return (
-        f"model {facts.digest[:12]}{step}: {facts.parameters:,} parameters, "
+        f"model {facts.digest[:12]}{step}{averaged}: {facts.parameters:,} parameters, "
         f"{facts.layers} layers of width {facts.width}; "
         f"shard set {evaluation.shards.digest[:12]} ({evaluation.shards.name}); "
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {evaluation.accelerator.device.type}"

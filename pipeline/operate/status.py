@@ -250,9 +250,9 @@ def _describe_metrics(now: RunStatus, running: bool) -> dict[str, str]:
     lines = {"loss": f"{_nats(now.row['loss'])}, {speed:,.1f} images/s"}
     valid = read_last_row(metrics, "valid_loss")
     if valid is not None:
-        average = f" ({_nats(valid['valid_loss_ema'])} with averaged weights)" if "valid_loss_ema" in valid else ""
+        average = f", {_loss(valid['valid_loss_ema'])} with averaged weights," if "valid_loss_ema" in valid else ""
         by_set = valid.get("valid_loss_by_set") or {}
-        each = "".join(f"; {name}: {_nats(loss)}" for name, loss in by_set.items())
+        each = "".join(f"; {name} {_loss(loss)}" for name, loss in by_set.items())
         lines["valid"] = f"{_nats(valid['valid_loss'])}{average} at step {valid['step']:,}{each}"
     if (probe := read_last_row(metrics, "probe_accuracy")) is not None:
         accuracy = "NaN or Inf" if probe["probe_accuracy"] is None else f"{probe['probe_accuracy']:.1%}"
@@ -269,6 +269,10 @@ def _describe_metrics(now: RunStatus, running: bool) -> dict[str, str]:
 
 def _nats(loss: float | None) -> str:
     return "NaN or Inf" if loss is None else f"{loss:.4f} nats per token"
+
+
+def _loss(loss: float | None) -> str:
+    return "NaN or Inf" if loss is None else f"{loss:.4f}"
 
 
 def _ago(seconds: float) -> str:

@@ -235,7 +235,8 @@ def _check_palette(origin: Origin, path: str | None, sets: TrainingSets) -> None
     elif origin.palette_sha256 != sets.palette_sha256:
         raise ValueError(
             f"{sets.first.path} has the palette {sets.palette_sha256[:12]}, but start.path {path} was trained with the "
-            f"palette {origin.palette_sha256[:12]}; the palettes must be the same."
+            f"palette {origin.palette_sha256[:12]}; prepare the shard set with palette.file of that model's run "
+            f"(palette.npy)."
         )
 
 

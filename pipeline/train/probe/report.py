@@ -13,6 +13,8 @@ FALLING = 3
 """A warning is logged when the accuracy has fallen for so many probes in a row."""
 STANDARD_ERRORS = 2
 """And by more than so many standard errors of the accuracy."""
+MOST_SHOWN = 9
+"""Layers that the console shows; of a deeper model, the first and the last."""
 INCHES, DOTS_PER_INCH = (7.0, 3.8), 100
 COLOR = "#1f5fa8"
 
@@ -41,9 +43,11 @@ def _copies(valid_in_train: int | None) -> str:
 def sentence(row: Row) -> str:
     """The console line of a probe, after its step."""
     by_layer = row["probe_accuracy_by_layer"]
+    each = ", ".join(map(percent, by_layer))
+    ends = f"layer 0: {percent(by_layer[0])}, layer {len(by_layer) - 1}: {percent(by_layer[-1])}"
     return (
-        f"probe accuracy {percent(row['probe_accuracy'])} at layer {row['probe_layer']} (layer 0: "
-        f"{percent(by_layer[0])}, layer {len(by_layer) - 1}: {percent(by_layer[-1])})"
+        f"probe accuracy {percent(row['probe_accuracy'])} at layer {row['probe_layer']}, which other images chose ("
+        + (f"by layer: {each})" if len(by_layer) <= MOST_SHOWN else f"{ends})")
     )
 
 
