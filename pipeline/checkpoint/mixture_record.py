@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoint.format import CheckpointRecord
 from pipeline.config import WEIGHT_PARTS
 from pipeline.training_set import TrainingSets
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint.format import CheckpointRecord  # it imports torch, which takes seconds
 
 
 def describe_sets(sets: TrainingSets) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def names_of(segments: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {member["digest"]: member["name"] for member in members}
 
 
-def made_with(record: CheckpointRecord) -> dict[str, Any]:
+def made_with(record: "CheckpointRecord") -> dict[str, Any]:
     """The sets that a checkpoint's run read last, as for `check_shards`."""
     found = {"palette_sha256": record.palette_sha256, "digest": record.shards_digest}
     return found | ({"mixture": record.mixture[-1]["members"]} if record.mixture else {})
