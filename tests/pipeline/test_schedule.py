@@ -45,6 +45,15 @@ def test_the_learning_rate_is_transformers_schedule_one_step_on(decay: str, shap
         )
 
 
+def test_twelve_steps_of_a_run_and_its_decay_branch_by_hand() -> None:
+    """Two steps of warm-up, four of decay; the branch is a run of its own that begins after step 8."""
+    complete = ScheduleConfig(steps=12, warmup_steps=2, decay="wsd", decay_steps=4)
+    branch = ScheduleConfig(steps=4, warmup_steps=0, decay="linear")
+    decay = [0.75, 0.5, 0.25, 0.0]
+    assert [learning_rate_at(step, 1.0, complete) for step in range(1, 13)] == [0.5, *7 * [1.0], *decay]
+    assert [learning_rate_at(step, 1.0, branch) for step in range(1, 5)] == decay
+
+
 def test_no_warm_up_starts_at_the_peak() -> None:
     schedule = ScheduleConfig(steps=10, warmup_steps=0, decay="constant")
     assert learning_rate_at(1, 0.5, schedule) == 0.5
