@@ -16,7 +16,7 @@ from pipeline.checkpoint.checksums import checksums
 from pipeline.checkpoint.format import rank_file, write_rank
 from pipeline.checkpoint.fragments import FragmentReader
 from pipeline.checkpoint.probe import PROBE_TOKENS
-from pipeline.config import BatchConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from pipeline.config import BatchConfig, EmaConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from pipeline.model import objectives
 from pipeline.model.gpt import build_model, initialize
 from pipeline.model.gpt_config import gpt2_config
@@ -42,7 +42,7 @@ WAITING = "synchronizing CUDA operation"
 """Part of torch's warning in sync debug mode."""
 
 
-def training(precision: str, zero_stage: int, compiled: bool, recompute: bool) -> TrainConfig:
+def training(precision: str, zero_stage: int, compiled: bool, recompute: bool, average: bool = False) -> TrainConfig:
     """The configuration of an engine."""
     return TrainConfig(
         model=MODEL,
@@ -51,6 +51,7 @@ def training(precision: str, zero_stage: int, compiled: bool, recompute: bool) -
         precision=precision,  # type: ignore[arg-type]
         compile=compiled,
         parallel=ParallelConfig(zero_stage=zero_stage, recompute=recompute),  # type: ignore[arg-type]
+        ema=EmaConfig(decay=0.5 if average else 0.0),
     )
 
 
@@ -91,20 +92,26 @@ def torchs_linear() -> Iterator[None]:
 
 
 def check_engine(
-    precision: str = "bf16", zero_stage: int = 1, compiled: bool = False, recompute: bool = False
+    precision: str = "bf16",
+    zero_stage: int = 1,
+    compiled: bool = False,
+    recompute: bool = False,
+    average: bool = False,
 ) -> Iterator[Row]:
     """All that a run does with an engine; see the module."""
     with torchs_linear():
-        yield from _check_engine(precision, zero_stage, compiled, recompute)
+        yield from _check_engine(precision, zero_stage, compiled, recompute, average)
 
 
-def _check_engine(precision: str, zero_stage: int, compiled: bool, recompute: bool) -> Iterator[Row]:
+def _check_engine(precision: str, zero_stage: int, compiled: bool, recompute: bool, average: bool) -> Iterator[Row]:
     name = f"engine zero-{zero_stage} {precision}{' compiled' * compiled}{' recompute' * recompute}"
+    name += " average" * average
     if TOY and zero_stage == 3 and compiled:
         yield known(name, "not at toy size")  # a CPU takes half a minute to compile it
         return
     compiled = compiled or (precision == "fp8" and not TOY)  # what a CPU emulates takes a minute to compile
-    engine = build_engine(training(precision, zero_stage, compiled, recompute), gpt2_config(MODEL), start_alone())
+    config = training(precision, zero_stage, compiled, recompute, average)
+    engine = build_engine(config, gpt2_config(MODEL), start_alone())
     batch = Batch(tokens())
     before = compiled_graphs()
     losses = [engine.step(batch, LEARNING_RATE).loss]
@@ -117,6 +124,8 @@ def _check_engine(precision: str, zero_stage: int, compiled: bool, recompute: bo
         yield Row(made > 0, f"{name}: graphs after the first step", str(made), "> 0")
         yield equal(f"{name}: recompiles in the other steps", compiled_graphs() - graphs, 0)
     yield from _check_evaluation(name, engine, batch, precision)
+    if average:
+        yield from _check_average(name, engine, batch, precision)
     yield from _check_restoration(name, engine, batch, precision)
     if compiled:
         yield equal(f"{name}: recompiles in evaluation, probe and later", compiled_graphs() - graphs, 0)
@@ -134,6 +143,19 @@ def _check_evaluation(name: str, engine: Engine, batch: Batch, precision: str) -
     yield at_most(f"{name}: evaluation of an odd number", np.abs(odd[:MICRO] - part).max(), REPEATED[precision])
     probe = probe_loss(engine, batch)
     yield at_most(f"{name}: probe, {probe:.4f}, repeated", abs(probe - probe_loss(engine, batch)), REPEATED[precision])
+    features = engine.features(batch[:MICRO])
+    yield equal(f"{name}: layers with features", sorted(features), list(range(MODEL.shape.layers + 1)))
+    yield equal(f"{name}: features finite", all(np.isfinite(layer).all() for layer in features.values()), True)
+
+
+def _check_average(name: str, engine: Engine, batch: Batch, precision: str) -> Iterator[Row]:
+    """The average of the weights in their place, and the weights again."""
+    raw, before = probe_loss(engine, batch), checksums(*engine.snapshot())
+    with engine.averaged():
+        averaged = probe_loss(engine, batch)
+    yield Row(averaged > raw, f"{name}: loss with the average, {raw:.4f} without", f"{averaged:.4f}", "> without")
+    yield equal(f"{name}: checksums after the exchange", checksums(*engine.snapshot()) == before, True)
+    yield at_most(f"{name}: probe after the exchange", abs(probe_loss(engine, batch) - raw), REPEATED[precision])
 
 
 def _check_host_waits(name: str, engine: Engine, batch: Batch, zero_stage: int) -> Iterator[Row]:

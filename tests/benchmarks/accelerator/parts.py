@@ -48,9 +48,11 @@ CHECKS = (
     _engine("zero-1 bf16 compiled", 90, compiled=True),
     _engine("zero-1 fp8", 90, precision="fp8"),
     _engine("zero-1 bf16 recompute", recompute=True),
+    _engine("zero-1 bf16 average", average=True),
     _engine("zero-0 bf16", zero_stage=0),
     _engine("zero-2 bf16", zero_stage=2),
     _engine("zero-3 bf16", zero_stage=3),
+    _engine("zero-3 bf16 average", zero_stage=3, average=True),
     _engine("zero-3 bf16 compiled", 90, zero_stage=3, compiled=True),
     Part("stop and watchdog", f"{HERE}.processes:check_stop_and_watchdog", 120),
 )
