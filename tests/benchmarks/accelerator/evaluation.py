@@ -45,4 +45,5 @@ def evaluate_run(run: Path, shards: Path) -> Iterator[Row]:
     yield known("evaluate: s", time.monotonic() - began)
     found = {content["task"]: content["summary"] for content in read_task_files(out)[0].values()}
     for name in str(OPTIONS["tasks"]).split(","):
-        yield Row(name in found, f"evaluate: {name}", found.get(name, "none"), "a result")
+        yield equal(f"evaluate: {name}, a result", name in found, True)
+        yield known(f"evaluate: {name}", found.get(name, "none"))

@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from data_prep.common.files import read_json
 from pipeline.command_line import parse_training
 from pipeline.hub import _check_cached
+from pipeline.model_folder.export import find_checkpoint
 from pipeline.model_folder.resolve import model_folder
 from pipeline.training_set import open_training_sets
 from pipeline.weights.model_files import model_digest
@@ -107,7 +108,12 @@ def test_a_run_starts_from_a_hub(hub: Hub, models: dict[int, Path], shards: Path
 
 @pytest.mark.slow
 def test_ranks_start_from_a_hub(
-    hub: Hub, models: dict[int, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub,
+    finished_run: Runner,
+    models: dict[int, Path],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     publish(models[40], *TO_HUB)
     for name, value in environment(hub, tmp_path).items():
@@ -117,5 +123,7 @@ def test_ranks_start_from_a_hub(
     finished = runner.train("run", 2, start__path=path, batch__micro_size=2, schedule__steps=5, parallel__zero_stage=3)
     assert finished.codes == [0, 0], "\n".join(finished.outputs)
     assert "(step 40), sha256 " in finished.output
-    assert read_json(runner.folder / "run/run.json")["origin"]["path"] == path
-    assert runner.losses("run")[0] < 3
+    origin = read_json(runner.folder / "run/run.json")["origin"]
+    assert origin["path"] == path
+    published = find_checkpoint(finished_run.folder / "reference", 40).record
+    assert origin["probe_loss"] == pytest.approx(published.probe_loss, abs=1e-5)
