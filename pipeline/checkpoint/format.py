@@ -153,7 +153,7 @@ def write_rank(
 def commit(folder: Path, record: CheckpointRecord) -> Path:
     """Writes the manifest and renames the folder; from then on the checkpoint is complete. One rank calls it."""
     manifest = folder / MANIFEST
-    # What a run of one set does not have is left out, so that its manifest is that of earlier versions.
+    # What a run of one set does not have is omitted, so that its manifest is that of earlier versions.
     content = json.loads(to_json({key: value for key, value in asdict(record).items() if value not in (None, [])}))
     manifest.write_text(to_json(content | {"sha256": json_digest(content)}, indent=2) + "\n")
     flush_to_disk(manifest)

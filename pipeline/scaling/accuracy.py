@@ -31,7 +31,7 @@ class Probed:
 
 
 def read_accuracies(runs: Sequence[Run], results: Sequence[Path]) -> tuple[list[Probed], list[str]]:
-    """All accuracies with a validation loss, and a note if the probes' are left out because they can't be compared.
+    """All accuracies with a validation loss, and a note if the probes' are excluded because they can't be compared.
 
     Raises ValueError if the results can't be: of other shard sets or options (pipeline/results/report/compare.py).
     """
@@ -39,7 +39,7 @@ def read_accuracies(runs: Sequence[Run], results: Sequence[Path]) -> tuple[list[
     same = len({probe for probe, _ in by_run.values()}) <= 1
     found = [probed for _, own in by_run.values() for probed in own if same]
     shown = (f"{name} {train}, {test} of {data[:12]}" for name, ((train, test, data), _) in by_run.items())
-    notes = [f"the probes' accuracies are left out: they are of other images ({'; '.join(shown)})."] * (not same)
+    notes = [f"the probes' accuracies are excluded: they are of other images ({'; '.join(shown)})."] * (not same)
     measured = {str(folder): read_checkpoints(folder, TASK, []) for folder in results}
     for line in lines_of(measured, TASK)[0] if measured else []:
         for point in line.points:

@@ -49,9 +49,9 @@ class HoldOut:
     error: float
     """Predicted over measured, minus 1."""
     mean_error: float
-    """Mean of the absolute errors over all points that are left out."""
+    """Mean of the absolute errors over all points that are excluded."""
     also: list[str]
-    """Other runs that are left out: they share steps with it, such as branches of its trunk."""
+    """Other runs that are excluded: they share steps with it, such as branches of its trunk."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _facts(study: Study) -> list[str]:
         f"held out: {held.run}, {short(held.parameters)} parameters, {held.images:,} images, {held.times_flops:.3g} "
         f"times the FLOPs of the largest run in the fit: predicted {_with_ends(held.predicted)}, measured "
         f"{held.measured:.4f}, error {held.error:+.2%}"
-        + (f"; {', '.join(held.also)} left out with it, which share its steps" if held.also else "")
+        + (f"; {', '.join(held.also)} excluded with it, which share its steps" if held.also else "")
         + (f" (mean over its losses {held.mean_error:.2%})" if selected.kind == "constant" else ""),
         f"compute-optimal: parameters grow as FLOPs^{_with_ends(size, 2)}, images as FLOPs^{_with_ends(data, 2)}",
     ]

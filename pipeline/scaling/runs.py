@@ -367,7 +367,7 @@ def require_enough(selected: Selected, without: str = "") -> None:
 
 
 def held_out(selected: Selected) -> tuple[Selected, Selected]:
-    """The points without those of the largest run and of runs that share its steps, and those that are left out.
+    """The points without those of the largest run and of runs that share its steps, and those that are excluded.
 
     Raises ValueError if too few are left.
     """

@@ -122,7 +122,7 @@ def test_accuracy_against_loss(grid: list[Path], tmp_path: Path) -> None:
     other, notes = read_accuracies(read_runs(folders), [])
     assert (
         other == []
-        and "left out: they are of other images" in notes[0]
+        and "excluded: they are of other images" in notes[0]
         and f"{folders[1].name} 100, 2000 of" in notes[0]
     )
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ from pipeline.train.data.mixture_pattern import Pattern, weight_parts
 from pipeline.train.data.stream_order import StreamOrder
 from pipeline.train.setup import check_inputs
 from pipeline.training_set import TrainingSets, open_training_sets, unique_names
-from tests.http_server import Server, serve
+from tests.http_server import Server
 from tests.pipeline.train.data.mixture_sets import RESOLUTION, write_numbered_set
 
 IMAGES = {"a": 97, "b": 61, "c": 44}
@@ -45,20 +45,6 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (batches, stream_order, streaming, mixture_stream):
         monkeypatch.setattr(module, "WINDOW_RECORDS", 3)
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixture")
-    for mark, (name, images) in enumerate(IMAGES.items()):
-        write_numbered_set(folder / name, mark, images)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[Server]:
-    with serve(root) as server:
-        yield server
 
 
 def configured(entries: list[tuple[str, float]], **data: object) -> TrainConfig:

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import pytest
 
 from data_prep.shards.reader import open_shard_set
 from pipeline.train.data.batches import ImageOrder
-from tests.http_server import Server, serve
+from tests.http_server import Server
 from tests.launch import Finished, finish, start
 from tests.pipeline.conftest import Runner
-from tests.pipeline.train.data.mixture_sets import RESOLUTION, write_numbered_set
+from tests.pipeline.train.data.mixture_sets import RESOLUTION
 from tests.pipeline.train.test_resume import wait_for_step
 
 IMAGES = {"a": 350, "b": 270}
@@ -47,20 +46,6 @@ def record(trainer, done):
 Trainer.read_batch = record
 runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
 """
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixture")
-    for mark, (name, images) in enumerate(IMAGES.items()):
-        write_numbered_set(folder / name, mark, images)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[Server]:
-    with serve(root) as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)
