@@ -7,6 +7,8 @@
 #                 speed with the seconds that are left; needs no network, but the wheels that make accelerator-wheels
 #                 WHEELS_PYTHON=3.12 gathers on a machine that has one; TOY=--toy tries it on a CPU
 # make bench-accelerator   speed only, in nine minutes
+# make evidence   CIFAR10=cifar-10-python.tar.gz: trains small models and shows which findings of the paper they repeat;
+#                 hours on two cores, can be stopped and started again; IMAGES=128000 continues the models
 # make soak       KILLS=50 SEED=0: kills runs at random moments, resumes them, and compares the losses
 # make lint       style and types
 
@@ -21,12 +23,17 @@ WHEELS_PYTHON ?= 3.12
 SECONDS ?= 180
 OUT ?= out/accelerator$(if $(TOY),-toy)
 CIFAR10_JPEG ?=
+EVIDENCE ?= out/evidence
+CIFAR10 ?=
+CIFAR10_RECIPE ?= configs/data/cifar10.yaml
+IMAGES ?= 64000
+JOBS ?= 2
 KILLS ?= 50
 SEED ?= 0
 # Idle threads sleep instead of spinning: two ranks share two cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-all bench accelerator-wheels accelerator-data accelerator-packages check-accelerator \
+.PHONY: demo test test-all bench evidence accelerator-wheels accelerator-data accelerator-packages check-accelerator \
     bench-accelerator soak lint set-up
 .DELETE_ON_ERROR:
 
@@ -111,6 +118,15 @@ check-accelerator bench-accelerator: $(if $(TOY),$(SET_UP),accelerator-packages)
 
 bench-accelerator: SECONDS := 540
 bench-accelerator: ONLY := --only speed
+
+# CIFAR10: the official archive, or with CIFAR10_RECIPE=configs/data/image_folder.yaml a folder of train/<class>/* and
+# test/<class>/*. JOBS: processes at a time.
+evidence: $(SET_UP)
+	@test -f $(EVIDENCE)/shards/shards.json || test -n "$(CIFAR10)" || \
+	    { echo "error: name the archive of CIFAR-10: CIFAR10=cifar-10-python.tar.gz"; exit 2; }
+	@test -f $(EVIDENCE)/shards/shards.json || $(BIN)/python -m data_prep shards --config $(CIFAR10_RECIPE) \
+	    --source.path "$(CIFAR10)" --resolution 16 --out $(EVIDENCE)/shards
+	$(BIN)/python -m tests.benchmarks.evidence --shards $(EVIDENCE)/shards --out $(EVIDENCE) --images $(IMAGES) --jobs $(JOBS)
 
 soak: $(SET_UP)
 	$(BIN)/python -m tests.soak --kills $(KILLS) --seed $(SEED)
