@@ -29,12 +29,12 @@ def test_every_job_comes_after_what_it_needs_and_branches_begin_at_checkpoints()
     assert len(set(names)) == len(names)
     for number, job in enumerate(jobs):
         assert set(job.needs) <= set(names[:number]), job.name
-    assert [branch_step(images) % 400 for images in lengths(256_000)] == [0] * 5
+    assert not any(branch_step(images) % 800 for images in lengths(256_000))
     assert all(images % BATCH == 0 for images in lengths(256_000))
 
 
 def test_a_length_that_no_branch_has_is_an_error():
-    with pytest.raises(ValueError, match="--images is 50000; it must be 16000 times a power of two, such as 64000"):
+    with pytest.raises(ValueError, match="--images is 50000; it must be 8000 times a power of two, such as 64000"):
         lengths(50_000)
 
 

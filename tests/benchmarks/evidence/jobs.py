@@ -1,15 +1,15 @@
 """The commands that `make evidence` runs, and which of them needs which.
 
-Each model is one trunk at a constant learning rate, and a decay branch off it for each number of images: 16,000,
-32,000, 64,000 and so on. A finished model is the end of a branch. A longer `--images` continues the trunks.
+Each model is one trunk at a constant learning rate, and a decay branch off it for each number of images: 8,000, 16,000,
+32,000 and so on. A finished model is the end of a branch. A longer `--images` continues the trunks.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BATCH = 32
-SHORTEST = 16_000
+BATCH = 8
+SHORTEST = 8_000
 """Images of the shortest finished model; the others double it."""
 DECAY = 0.2
 """Share of its images over which a branch decays."""
