@@ -38,6 +38,7 @@ def train_curves(layout: str, folder: Path) -> Runner:
     """Trains a run of each kind, named after it, one after the other in the same processes."""
     runner, (ranks, settings) = Runner(SHARDS, folder), LAYOUTS[layout]
     settings = {"schedule__steps": STEPS, "batch__micro_size": 2, "optimizer__learning_rate": 0.003, **settings}
+    settings |= {"optimizer__clip_norm": 0.5, "optimizer__weight_decay": 0.1}  # most norms are larger: it clips
     settings |= {"checkpoint__every_steps": STEPS, "validation__every_steps": 10, "validation__images": 13}
     words = []
     for kind in KINDS:
