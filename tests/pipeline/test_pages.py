@@ -36,7 +36,8 @@ RUN_PAGES = [
     "slurm/README.md",
 ]
 """In this order: later pages use what the earlier ones wrote."""
-PAGES = [*RUN_PAGES, "pipeline/scaling/README.md", "configs/README.md", "tests/README.md", "CONTRIBUTING.md"]
+PAGES = [*RUN_PAGES, "pipeline/scaling/README.md", "configs/README.md", "tests/README.md", "tests/golden/README.md"]
+PAGES += ["CONTRIBUTING.md"]
 README_LINES = 150
 OWN_OPTIONS = {"--help"}
 SCRIPT_COMMANDS = {
