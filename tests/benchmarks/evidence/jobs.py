@@ -1,15 +1,15 @@
 """The commands that `make evidence` runs, and which of them needs which.
 
-Each model is one trunk at a constant learning rate, and a decay branch off it for each number of images: 8,000, 16,000,
-32,000 and so on. A finished model is the end of a branch. A longer `--images` continues the trunks.
+Each model is one trunk at a constant learning rate, and a decay branch off it for each number of images: 16,000,
+32,000, 64,000 and so on. A finished model is the end of a branch. A longer `--images` continues the trunks.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BATCH = 8
-SHORTEST = 8_000
+BATCH = 32
+SHORTEST = 16_000
 """Images of the shortest finished model; the others double it."""
 DECAY = 0.2
 """Share of its images over which a branch decays."""
@@ -33,10 +33,10 @@ class Model:
         return self.recipe + (f"-seed{self.seed}" if self.seed else "")
 
 
-LARGEST = Model("next_color_2.7m")
-MASKED = Model("masked_color_1m")
-FINE_TUNED = (Model("next_color_1m"), MASKED)
-SIZES = (Model("next_color_0.1m"), Model("next_color_0.4m"), Model("next_color_1m"), LARGEST)
+LARGEST = Model("next_color_2.9m")
+MASKED = Model("masked_color_1.3m")
+FINE_TUNED = (Model("next_color_1.3m"), MASKED)
+SIZES = (Model("next_color_0.1m"), Model("next_color_0.4m"), Model("next_color_1.3m"), LARGEST)
 REPEATED = (Model("next_color_0.1m", 1), Model("next_color_0.4m", 1))
 """Second seeds, of the sizes that cost little."""
 
