@@ -17,6 +17,8 @@ BIN := .venv/bin
 SET_UP := .venv/.set-up
 DEMO ?= out/demo
 RANKS ?= 2
+# Training images of the demo's linear probes, of 10,000.
+PROBED ?= 3000
 PARTS ?=
 WHEELS := out/accelerator-wheels
 WHEELS_PYTHON ?= 3.12
@@ -46,7 +48,7 @@ $(SET_UP): requirements.txt
 
 demo: $(SET_UP)
 	@echo "Five to ten minutes on two cores: cuts small images out of photographs, trains a toy Image GPT on $(RANKS) ranks"
-	@echo "with ZeRO, exports and probes it, and completes half images. Expect colors and edges, not objects."
+	@echo "with ZeRO, exports and probes it, and completes half images. Expect edges and textures, not objects."
 	@echo "An earlier demo in $(DEMO) is resumed; make demo RESTART=1 starts over."
 	$(if $(RESTART)$(ANEW),rm -rf $(DEMO))
 	$(BIN)/python -m data_prep shards --config configs/data/demo.yaml --out $(DEMO)/shards
@@ -55,8 +57,11 @@ demo: $(SET_UP)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) -m -- pipeline train \
 	    --config configs/demo.yaml --run $(DEMO)/run --data.shards $(DEMO)/shards
 	$(BIN)/python -m pipeline export $(DEMO)/run --out $(DEMO)/model
+	$(BIN)/python -m pipeline evaluate $(DEMO)/model --shards $(DEMO)/shards --tasks linear_probe --weights random \
+	    --train_images $(PROBED) --out $(DEMO)/results/random_weights
 	$(BIN)/python -m pipeline evaluate $(DEMO)/model --shards $(DEMO)/shards \
-	    --tasks density,linear_probe,completions --completions.distance_images 0 --out $(DEMO)/results
+	    --tasks density,linear_probe,completions --train_images $(PROBED) --completions.distance_images 0 \
+	    --out $(DEMO)/results
 	@echo
 	@echo "Done. Results:"
 	@echo "  report       $(DEMO)/results/report.html"

@@ -43,6 +43,12 @@ class SourceConfig:
     """photographs: validation crops from the upper half of the right 30% of each photograph."""
     test_per_class: int = 200
     """photographs: test crops from the lower half of the right 30% of each photograph."""
+    regions: Literal["sides", "grid"] = "sides"
+    """photographs: where the crops of each split are from. sides: as above. grid: from the cells of a grid of 4 x 4;
+    in each row and column two cells are for train, one for valid and one for test."""
+    equalized_side: int = 0
+    """photographs: 0 stores crops in color; N makes them N x N pixels in gray with equalized histograms: all crops have
+    the same grays, each as often, so that only their arrangement tells the classes apart. Set it to resolution."""
 
     def __post_init__(self) -> None:
         if self.kind not in SOURCES:
@@ -58,6 +64,8 @@ class SourceConfig:
         for name in ("train_per_class", "valid_per_class", "test_per_class", "tars_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"source.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.equalized_side <= 1024:
+            raise ValueError(f"source.equalized_side is {self.equalized_side}; it must be between 0 and 1024.")
         for option in fields(self):
             kinds = kinds_with(option.name)
             if kinds and self.kind not in kinds and getattr(self, option.name) != option.default:
@@ -150,6 +158,11 @@ class DataConfig:
                 f"exclude_distance is {self.exclude_distance}, but exclude is not set; set exclude, or remove "
                 f"exclude_distance."
             )
+        if self.source.equalized_side not in (0, self.resolution):
+            raise ValueError(
+                f"source.equalized_side is {self.source.equalized_side}, but resolution is {self.resolution}; set both "
+                f"to the same number of pixels, since resized crops would not have equal histograms."
+            )
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; it must be 0 (one per core) or more.")
 
@@ -160,9 +173,11 @@ class DataConfig:
         values["exclude"] = [hide_secrets(place) for place in self.exclude]
         del values["workers"], values["max_skipped"]
         # Absent unless set: sets that were prepared before these options existed are resumed and found finished.
-        for group, name in ((values, "exclude"), (values["source"], "where")):
+        for group, name in ((values, "exclude"), (values["source"], "where"), (values["source"], "equalized_side")):
             if not group[name]:
                 del group[name]
+        if self.source.regions == "sides":
+            del values["source"]["regions"]
         if not self.exclude:
             del values["exclude_distance"]
         return values

@@ -3,6 +3,12 @@
 Each photograph is a class. Training windows are in its left 70%, validation windows in the upper half of the right
 30%, and test windows in the lower half of the right 30%. Windows that cross a border are dropped, so no pixel is in
 two splits. The smallest of these parts, 136 x 150 pixels of the cat, has room for windows of 64 pixels.
+
+With `source.regions: grid` the windows are in the cells of a grid of 4 x 4 instead (GRID), so that the splits share no
+pixel but show similar parts. The smallest cell, 112 x 75 pixels of the cat, has room for windows of 48 pixels.
+
+With `source.equalized_side` the windows are gray, and each brightness occurs equally often in every window. Then color
+histograms are equal for all windows, and only the arrangement of the pixels tells the photographs apart.
 """
 
 from functools import lru_cache
@@ -12,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import SourceConfig
+from data_prep.images.crops import area_resize
 from data_prep.images.decode import Decode, Decoder
 from data_prep.sources.base import Images, Source, fingerprint
 
@@ -30,6 +37,16 @@ PHOTOGRAPHS = {
 TRAIN_PART = 0.7
 SMALLEST, LARGEST = 64, 256
 """A window's side in pixels."""
+GRID = (
+    ("train", "test", "valid", "train"),
+    ("valid", "train", "train", "test"),
+    ("test", "train", "train", "valid"),
+    ("train", "valid", "test", "train"),
+)
+"""The split of each cell, with `regions: grid`."""
+SMALLEST_IN_CELL = 48
+LUMINANCE = (299, 587, 114)
+"""Weights of red, green and blue (Rec. 601), in thousandths: sums of integers are the same on every machine."""
 WINDOW_SEED = 0
 """The windows are part of the dataset: they do not depend on the configuration's seed."""
 
@@ -37,29 +54,42 @@ WINDOW_SEED = 0
 class Windows(Images):
     """Square windows of a few photographs."""
 
-    def __init__(self, files: list[Path], labels: np.ndarray, boxes: np.ndarray) -> None:
-        """labels: the index of the photograph (N,); boxes: left, top, side in pixels (N, 3)."""
+    def __init__(self, files: list[Path], labels: np.ndarray, boxes: np.ndarray, equalized_side: int = 0) -> None:
+        """labels: the index of the photograph (N,); boxes: left, top, side in pixels (N, 3).
+
+        equalized_side: the side in pixels of gray windows with equalized histograms; 0 for color at full size."""
         self.files, self.boxes, self.labels = files, boxes, labels.astype(np.int32)
+        self.equalized_side = equalized_side
 
     def image(self, index: int, decode: Decode) -> np.ndarray:
-        """The window at full size; `decode` is not used, since the boxes are for the full size."""
+        """The window; `decode` is not used, since the boxes are for the full size."""
         left, top, side = self.boxes[index]
-        return _photograph(self.files[self.labels[index]])[top : top + side, left : left + side]
+        window = _photograph(self.files[self.labels[index]])[top : top + side, left : left + side]
+        return equalized(area_resize(window, self.equalized_side)) if self.equalized_side else window
 
 
 def open_source(config: SourceConfig) -> Source:
-    """Draws `train_per_class`, `valid_per_class`, `test_per_class` windows of 64 to 256 pixels per photograph."""
+    """Draws `train_per_class`, `valid_per_class`, `test_per_class` windows of up to 256 pixels per photograph."""
     files = [_package_folder(package) / name for package, name in PHOTOGRAPHS.values()]
     counts = {"train": config.train_per_class, "valid": config.valid_per_class, "test": config.test_per_class}
     sizes = [_photograph(file).shape[:2] for file in files]
-    drawn = [draw_windows(height, width, counts, label) for label, (height, width) in enumerate(sizes)]
+    draw = draw_in_cells if config.regions == "grid" else draw_windows
+    drawn = [draw(height, width, counts, label) for label, (height, width) in enumerate(sizes)]
     splits: dict[str, Images] = {
         split: Windows(
-            files, np.repeat(np.arange(len(files)), count), np.concatenate([boxes[split] for boxes in drawn])
+            files,
+            np.repeat(np.arange(len(files)), count),
+            np.concatenate([boxes[split] for boxes in drawn]),
+            config.equalized_side,
         )
         for split, count in counts.items()
     }
-    return Source("photographs", list(PHOTOGRAPHS), splits, {}, fingerprint([*PHOTOGRAPHS, counts]), cropped=True)
+    changes = [
+        *(["grid"] if config.regions == "grid" else []),
+        *([f"equalized {config.equalized_side}"] if config.equalized_side else []),
+    ]
+    known = fingerprint([*PHOTOGRAPHS, counts, *changes])
+    return Source("photographs", list(PHOTOGRAPHS), splits, {}, known, cropped=True)
 
 
 def parts(height: int, width: int) -> dict[str, tuple[int, int, int, int]]:
@@ -85,6 +115,33 @@ def draw_windows(height: int, width: int, counts: dict[str, int], label: int) ->
             if inside and len(accepted[split]) < counts[split]:
                 accepted[split].append((left, top, side))
     return {split: np.array(boxes) for split, boxes in accepted.items()}
+
+
+def draw_in_cells(height: int, width: int, counts: dict[str, int], label: int) -> dict[str, np.ndarray]:
+    """Random windows within the cells of GRID, `counts` of each split: left, top, side as int64 (count, 3)."""
+    cell_height, cell_width = height // len(GRID), width // len(GRID)
+    boxes = {}
+    for split, count in counts.items():
+        random = np.random.default_rng([WINDOW_SEED, label, list(counts).index(split)])
+        cells = np.argwhere(np.array(GRID) == split)  # (cells, 2): row and column
+        rows, columns = cells[random.integers(0, len(cells), count)].T  # (count,)
+        sides = random.integers(SMALLEST_IN_CELL, min(LARGEST, cell_height, cell_width) + 1, count)
+        left = columns * cell_width + random.integers(0, cell_width - sides + 1)
+        top = rows * cell_height + random.integers(0, cell_height - sides + 1)
+        boxes[split] = np.stack([left, top, sides], axis=1)
+    return boxes
+
+
+def equalized(window: np.ndarray) -> np.ndarray:
+    """A window uint8 (S, S, 3) in gray with an equalized histogram, of the same shape.
+
+    A pixel's gray is its rank by luminance, from 0 for the darkest to 255 for the brightest. Equal ones are ranked in
+    reading order, so that every window has exactly the same grays: at 16 x 16 pixels, each of the 256 once.
+    """
+    luminance = window.reshape(-1, 3).astype(np.int64) @ np.array(LUMINANCE)  # (S * S,)
+    grays = np.empty(len(luminance), np.uint8)
+    grays[np.argsort(luminance, kind="stable")] = np.arange(len(luminance)) * 256 // len(luminance)
+    return np.repeat(grays.reshape(*window.shape[:2], 1), 3, axis=2)
 
 
 def _package_folder(package: str) -> Path:

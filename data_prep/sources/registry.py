@@ -21,7 +21,7 @@ SOURCES = {
     "photographs": SourceKind(
         "data_prep.sources.photographs",
         "crops of the photographs in scikit-image and scikit-learn",
-        ("train_per_class", "valid_per_class", "test_per_class"),
+        ("train_per_class", "valid_per_class", "test_per_class", "regions", "equalized_side"),
         has_path=False,
     ),
     "image_folder": SourceKind("data_prep.sources.image_folder", "PATH/train/<class>/*, optionally valid/ and test/"),

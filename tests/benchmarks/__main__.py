@@ -72,7 +72,7 @@ def reading(shards: Path) -> Row:
 def data_rates(folder: Path) -> Iterator[str]:
     """Encoding and reading."""
     shards = folder / "shards"
-    options = ["--config", "configs/data/demo.yaml", "--resolution", 32, "--out", shards]
+    options = ["--source.kind=photographs", "--resolution", 32, "--out", shards]
     prepared = run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs")
     assert prepared.codes == [0] and (shards / MANIFEST).exists(), prepared.output
     yield HEAD

@@ -30,7 +30,7 @@ LAYERS, WIDTH, RESOLUTION, PICTURES, BATCH = 24, 16, 6, 2_500, 250
 
 def evaluation_in(folder: Path) -> Evaluation:
     """A model of 24 layers with initial weights, and images, written into `folder`."""
-    options = ["--config", "configs/data/demo.yaml", "--resolution", RESOLUTION, "--out", folder / "shards"]
+    options = ["--source.kind=photographs", "--resolution", RESOLUTION, "--out", folder / "shards"]
     prepared = run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs")
     assert prepared.codes == [0], prepared.output
     shards = open_shard_set(folder / "shards")

@@ -79,7 +79,7 @@ def table(folder: Path) -> Iterator[str]:
         "thread | of all threads until the loop goes on | MB before | MB peak |"
     )
     yield "|---|---|---|---|---|---|---|---|"
-    options = ["--config", "configs/data/demo.yaml", "--resolution", 16, "--out", folder / "shards"]
+    options = ["--source.kind=photographs", "--resolution", 16, "--out", folder / "shards"]
     assert run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs").codes == [0]
     for kind in ("synchronous", "asynchronous"):
         own = [folder / "shards", folder / kind, kind]

@@ -15,7 +15,7 @@ WORDS = re.compile(r"the first step ended ([\d.]+) s after the command started \
 
 def table(folder: Path) -> Iterator[str]:
     """Lines: the phases of each start."""
-    options = ["--config", "configs/data/demo.yaml", "--resolution", 16, "--out", folder / "shards"]
+    options = ["--source.kind=photographs", "--resolution", 16, "--out", folder / "shards"]
     assert run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs").codes == [0]
     for number, name in enumerate(("fresh", "resumed"), 1):
         total, phases = start(folder, number)
