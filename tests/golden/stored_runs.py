@@ -98,7 +98,7 @@ def format_of(checkpoint: Path) -> dict[str, Any]:
     for name in manifest["files"]:
         with safe_open(str(checkpoint / name), framework="np") as file:
             metadata = file.metadata()
-            entries += json.loads(metadata.pop("index"))
+            entries += [entry | {"part": None} for entry in json.loads(metadata.pop("index"))]  # a part only if split
             assert not metadata
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 name, at, rest = key.partition("@")
