@@ -7,7 +7,7 @@
 #                 speed with the seconds that are left; needs no network, but the wheels that make accelerator-wheels
 #                 WHEELS_PYTHON=3.12 gathers on a machine that has one; TOY=--toy tries it on a CPU
 # make bench-accelerator   speed only, in nine minutes
-# make evidence   CIFAR10=cifar-10-python.tar.gz: trains small models and shows which findings of the paper they repeat;
+# make evidence   CIFAR10=cifar-10-python.tar.gz: trains small models and measures what the paper found with large ones;
 #                 hours on two cores, can be stopped and started again; IMAGES=128000 continues the models
 # make soak       KILLS=50 SEED=0: kills runs at random moments, resumes them, and compares the losses
 # make lint       style and types
@@ -128,9 +128,9 @@ bench-accelerator: ONLY := --only speed
 # test/<class>/*. JOBS: processes at a time.
 evidence: $(SET_UP)
 	@test -f $(EVIDENCE)/shards/shards.json || test -n "$(CIFAR10)" || \
-	    { echo "error: name the archive of CIFAR-10: CIFAR10=cifar-10-python.tar.gz"; exit 2; }
-	@test -f $(EVIDENCE)/shards/shards.json || $(BIN)/python -m data_prep shards --config $(CIFAR10_RECIPE) \
-	    --source.path "$(CIFAR10)" --resolution 16 --out $(EVIDENCE)/shards
+	    { echo "error: name the archive of CIFAR-10: CIFAR10=cifar-10-python.tar.gz (or a folder of images, see Makefile)"; exit 2; }
+	@test -z "$(CIFAR10)" || $(BIN)/python -m data_prep shards --config $(CIFAR10_RECIPE) --source.path "$(CIFAR10)" \
+	    --resolution 16 --out $(EVIDENCE)/shards
 	$(BIN)/python -m tests.benchmarks.evidence --shards $(EVIDENCE)/shards --out $(EVIDENCE) --images $(IMAGES) --jobs $(JOBS)
 
 soak: $(SET_UP)

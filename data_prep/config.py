@@ -38,17 +38,19 @@ class SourceConfig:
     tars_per_shard: int = 1
     """webdataset: number of tars whose images are mixed and written as one shard."""
     train_per_class: int = 1000
-    """photographs: training crops from the left 70% of each photograph."""
+    """photographs: training crops of each photograph; `regions` says from where."""
     valid_per_class: int = 100
-    """photographs: validation crops from the upper half of the right 30% of each photograph."""
+    """photographs: validation crops of each photograph."""
     test_per_class: int = 200
-    """photographs: test crops from the lower half of the right 30% of each photograph."""
+    """photographs: test crops of each photograph."""
     regions: Literal["sides", "grid"] = "sides"
-    """photographs: where the crops of each split are from. sides: as above. grid: from the cells of a grid of 4 x 4;
-    in each row and column two cells are for train, one for valid and one for test."""
+    """photographs: where the crops of each split are from. sides: train from the left 70% of a photograph, valid from
+    the upper half of the rest, test from the lower half. grid: from the cells of a grid of 4 x 4; in each row and
+    column two cells are for train, one for valid and one for test."""
     equalized_side: int = 0
-    """photographs: 0 stores crops in color; N makes them N x N pixels in gray with equalized histograms: all crops have
-    the same grays, each as often, so that only their arrangement tells the classes apart. Set it to resolution."""
+    """photographs: 0 stores crops in color; N makes them gray, N x N pixels, with equalized histograms: every crop has
+    the same number of pixels of each gray, so that only their arrangement tells the classes apart. It must equal
+    resolution."""
 
     def __post_init__(self) -> None:
         if self.kind not in SOURCES:

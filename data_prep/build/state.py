@@ -182,7 +182,7 @@ def refuse_difference(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -
     """Raises ValueError naming the first key by which two configurations differ."""
     flat_theirs, flat_ours = _flat(theirs), _flat(ours)
     for key in [*flat_ours, *flat_theirs]:
-        there, here = flat_theirs.get(key), flat_ours.get(key)
+        there, here = (flat.get(key, "its default") for flat in (flat_theirs, flat_ours))
         if there != here and key == "source.fingerprint":
             raise ValueError(
                 f"--out {out} was started with other images than the source has now; choose another folder."

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 def draw_depth(models: Sequence[dict[str, Any]], baselines: Mapping[str, float], path: Path) -> None:
-    """Accuracy on valid of the linear probe against relative depth, a line a model; dashed with random weights."""
+    """Accuracy on valid of the linear probe against relative depth, a line a model; dotted with initial weights."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for number, one in enumerate(models):
@@ -20,6 +20,6 @@ def draw_depth(models: Sequence[dict[str, Any]], baselines: Mapping[str, float],
     for name, accuracy in baselines.items():
         axes.axhline(100 * accuracy, color="0.6", linewidth=0.8)
         axes.text(1.0, 100 * accuracy, name, color="0.4", fontsize=8, ha="right", va="bottom")
-    axes.set(xlabel="layer / number of layers", ylabel="linear probe, accuracy in percent")
-    axes.legend(title="dotted: random weights", frameon=False, fontsize=8)
+    axes.set(xlabel="layer / number of layers", ylabel="linear probe, accuracy on valid in percent")
+    axes.legend(title="dotted: initial weights", frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)

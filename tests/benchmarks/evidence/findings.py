@@ -19,35 +19,43 @@ from pipeline.checkpoint.metrics_log import read_rows
 from pipeline.config import ModelConfig
 from pipeline.costs import parameter_count
 from pipeline.model.gpt_config import gpt2_config
-from pipeline.results.text import percent
+from pipeline.results.text import number, percent
 from tests.benchmarks.evidence.figures import draw_depth
-from tests.benchmarks.evidence.jobs import FINE_TUNED, MASKED, REPEATED, SIZES, Model, Places
+from tests.benchmarks.evidence.jobs import FINE_TUNED, MASKED, SECOND_SEEDS, SIZES, Model, Places
 
+PIXELS = "raw pixels"
 NUMBERS, PAGE, DEPTH = "findings.json", "findings.md", "accuracy_by_depth.png"
 COLUMNS = {
     "name": "model", "parameters": "parameters", "images": "images", "valid_loss": "valid loss", "ridge": "ridge probe",
-    "probe": "linear probe", "layer": "best layer", "first": "first", "last": "last", "random": "random weights",
-    "fine_tuned": "fine-tuned", "from_scratch": "from scratch",
+    "probe": "linear probe (95%)", "layer": "its layer", "first": "first layer", "best": "best layer",
+    "last": "last layer", "random": "initial weights", "fine_tuned": "fine-tuned",
+    "from_initial": "fine-tuned from initial weights",
 }  # fmt: skip
 """Keys of `measured` that the table shows, with their titles."""
+NOTES = (
+    "valid loss: nats per token; of the masked model on masked pixels, so it is not comparable with the others",
+    "ridge probe: 1,500 images of valid, other images choose its layer; +- 2.5 points (95%)",
+    "linear probe, initial weights, fine-tuned: test, 10,000 images; first, best and last layer: valid, 5,000 images",
+    "learning rates were searched for 0.1m and 0.4m only, after 8,000 images",
+)
 
 
-def write_findings(places: Places, ends: Sequence[int], cpu_seconds: float) -> None:
-    """Writes and prints what is measured so far; `ends` are the images of the finished models, the longest last."""
-    models = [measured(places, model, images) for model in (*SIZES, MASKED, *REPEATED) for images in ends]
-    models = [one for one in models if one["valid_loss"] is not None]
-    points = [point for model in SIZES for point in probes(places, model, ends)]
-    baselines = _baselines(places, ends[-1])
-    longest = {one["name"]: one for one in models if one["images"] == ends[-1]}
+def write_findings(places: Places, counts: Sequence[int], cpu_seconds: float) -> None:
+    """Writes and prints what is measured so far; counts: images of the finished models, the largest last."""
+    known = [measured(places, model, images) for model in (*SIZES, MASKED, *SECOND_SEEDS) for images in counts]
+    models = [one for one in known if one["valid_loss"] is not None]
+    points = [point for model in SIZES for point in probes(places, model, counts)]
+    baselines = _baselines(places, counts[-1])
     held_out = _read(places.out / "scaling" / "scaling.json").get("held_out")
-    findings = {name: text for name, text in sentences(longest, points, baselines, held_out) if text}
-    lines = [*_table(models), "", *(f"- linear probe on {name}: {percent(own)}" for name, own in baselines.items())]
-    lines += [f"- {name}: {text}" for name, text in findings.items()]
+    findings = dict(sentences(models, points, baselines, counts[-1], held_out))
+    lines = [*_table(models), "", *(f"- {note}" for note in NOTES)] if models else ["No model is finished yet."]
+    lines += [f"- linear probe on {name}: {percent(own['test'])}" for name, own in baselines.items()]
+    lines += ["", *(f"- {name}: {text or 'not measured yet'}" for name, text in findings.items())]
     lines += [f"- cost: {cpu_seconds / 3600:.1f} CPU-hours"]
     print("\n".join(lines), flush=True)
-    drawn = [one for one in longest.values() if one["accuracy_by_layer"]]
+    drawn = [one for one in models if one["images"] == counts[-1] and one["accuracy_by_layer"]]
     if drawn:
-        draw_depth(drawn, baselines, places.out / DEPTH)
+        draw_depth(drawn, {name: own["valid"] for name, own in baselines.items()}, places.out / DEPTH)
     with atomic_write(places.out / PAGE) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     content = {"models": models, "points": points, "baselines": baselines, "findings": findings}
@@ -57,30 +65,32 @@ def write_findings(places: Places, ends: Sequence[int], cpu_seconds: float) -> N
 def measured(places: Places, model: Model, images: int) -> dict[str, Any]:
     """What is known of a finished model: the loss in nats per token, accuracies as fractions.
 
-    `ridge` is the last probe of the training; `probe`, `random`, `fine_tuned` and `from_scratch` are on test, `first`,
-    `last` and `..._by_layer` on valid.
+    `ridge` is the last probe of the training, on valid; `probe`, `random`, `fine_tuned` and `from_initial` are on test;
+    `first`, `best`, `last` and `..._by_layer` on valid.
     """
     run, results = places.branch(model, images), places.results(model, images)
     random_weights = results / "random_weights"
     rows = _rows(run)
     probe, random = (_read(folder / "linear_probe.json") for folder in (results, random_weights))
-    by_layer = probe.get("valid_accuracy_by_layer") or [None]
+    by_layer = probe["valid_accuracy_by_layer"] if probe else []
+    tuned, initial = (_read(folder / "fine_tune.json") for folder in (results, random_weights))
     return {
         "name": model.name,
         "parameters": _parameters(run),
         "images": images,
         "valid_loss": _last(rows, "valid_loss"),
         "ridge": _last(rows, "probe_accuracy"),
-        "probe": probe.get("test_accuracy"),
-        "interval": probe.get("test_accuracy_interval"),
-        "layer": probe.get("best_layer"),
-        "first": by_layer[0],
-        "last": by_layer[-1],
-        "random": random.get("test_accuracy"),
-        "fine_tuned": _read(results / "fine_tune.json").get("test_accuracy"),
-        "from_scratch": _read(random_weights / "fine_tune.json").get("test_accuracy"),
-        "accuracy_by_layer": probe.get("valid_accuracy_by_layer") or [],
-        "random_accuracy_by_layer": random.get("valid_accuracy_by_layer") or [],
+        "probe": probe["test_accuracy"] if probe else None,
+        "interval": probe["test_accuracy_interval"] if probe else None,
+        "layer": probe["best_layer"] if probe else None,
+        "first": by_layer[0] if by_layer else None,
+        "best": max(by_layer) if by_layer else None,
+        "last": by_layer[-1] if by_layer else None,
+        "random": random["test_accuracy"] if random else None,
+        "fine_tuned": tuned["test_accuracy"] if tuned else None,
+        "from_initial": initial["test_accuracy"] if initial else None,
+        "accuracy_by_layer": by_layer,
+        "random_accuracy_by_layer": random["valid_accuracy_by_layer"] if random else [],
     }
 
 
@@ -96,49 +106,54 @@ def probes(places: Places, model: Model, ends: Sequence[int]) -> Iterator[dict[s
 
 
 def sentences(
-    longest: dict[str, dict[str, Any]],
+    models: Sequence[dict[str, Any]],
     points: Sequence[dict[str, Any]],
-    baselines: dict[str, float],
+    baselines: dict[str, dict[str, float]],
+    images: int,
     held_out: dict[str, Any] | None,
 ) -> Iterator[tuple[str, str | None]]:
-    """Each finding with what came out; None for what is not measured. `longest`: the models of most images by name."""
+    """Each finding with what came out; None for what is not measured. images: of the longest finished models."""
+    longest = {one["name"]: one for one in models if one["images"] == images}
     sizes = [longest[model.name] for model in SIZES if model.name in longest]
     by_depth = [_by_depth(one["name"], one["accuracy_by_layer"]) for one in sizes if one["accuracy_by_layer"]]
-    yield "accuracy by depth", "; ".join(by_depth)
+    yield "accuracy by depth, valid", "; ".join(by_depth) or None
     yield "accuracy against loss", _by_loss(points)
-    yield "accuracy at equal images", _accuracies(sizes, "ridge")
-    equal = at_equal_loss(points)
-    if equal:
-        by_size = ", ".join(f"{name} {percent(accuracy)}" for name, accuracy in equal[1].items())
-        yield "accuracy at equal loss", f"at {equal[0]:.3f} nats {by_size}"
+    yield f"accuracy after {images:,} images, ridge probe", _accuracies(sizes, "ridge")
+    yield "accuracy at equal loss, ridge probe of finished models", at_equal_loss(models)
+    yield "second seeds", _second_seeds(longest)
     tuned, masked = (longest.get(model.name, {}) for model in FINE_TUNED)
-    if tuned.get("fine_tuned") and baselines:
-        kinds = {"fine-tuned": "fine_tuned", "from scratch": "from_scratch", "linear probe": "probe"}
-        shown = [f"{kind} {percent(tuned[key])}" for kind, key in kinds.items() if tuned[key] is not None]
-        yield "fine-tuning", ", ".join((*shown, f"raw pixels {percent(baselines['raw pixels'])}"))
+    kinds = {"fine-tuned": "fine_tuned", "from initial weights": "from_initial", "linear probe": "probe"}
+    shown = [f"{kind} {percent(tuned[key])}" for kind, key in kinds.items() if tuned.get(key) is not None]
+    pixels = [f"raw pixels {percent(own['test'])}" for name, own in baselines.items() if name == PIXELS]
+    yield f"fine-tuning {FINE_TUNED[0].name}", ", ".join((*shown, *pixels)) if tuned.get("fine_tuned") else None
     yield "masked against next color, linear probe", _accuracies([tuned, masked], "probe")
     yield "masked against next color, fine-tuned", _accuracies([tuned, masked], "fine_tuned")
-    if held_out:
-        yield (
-            "scaling law",
-            (
-                f"predicts {held_out['predicted']['value']:.4f} for {held_out['run']}, measured "
-                f"{held_out['measured']:.4f}: error {held_out['error']:+.2%}"
-            ),
-        )
+    yield "scaling law", _prediction(held_out) if held_out else None
 
 
-def at_equal_loss(points: Sequence[dict[str, Any]]) -> tuple[float, dict[str, float]] | None:
-    """The lowest loss that all sizes reach, and the accuracy of each there, interpolated between its probes."""
-    curves: dict[str, list[tuple[float, float]]] = {model.name: [] for model in SIZES}
-    for point in points:
-        curves[point["name"]].append((point["valid_loss"], point["accuracy"]))
+def _prediction(held_out: dict[str, Any]) -> str:
+    """Of the largest size, by a law of the others."""
+    loss = held_out["predicted"]
+    ends = f"{number(loss['low'])} to {number(loss['high'])}"
+    return (
+        f"of the other sizes, predicts {loss['value']:.4f} (95%: {ends}) for {held_out['run']}, measured "
+        f"{held_out['measured']:.4f}: error {held_out['error']:+.2%}"
+    )
+
+
+def at_equal_loss(models: Sequence[dict[str, Any]]) -> str | None:
+    """Accuracies at the lowest loss that all sizes reached, interpolated between each size's finished models."""
+    curves = {model.name: [] for model in SIZES}  # type: dict[str, list[tuple[float, float]]]
+    for one in models:
+        if one["name"] in curves and one["ridge"] is not None:
+            curves[one["name"]].append((one["valid_loss"], one["ridge"]))
     if not all(curves.values()):
         return None
     loss = max(min(curve)[0] for curve in curves.values())
     if any(max(curve)[0] < loss for curve in curves.values()):
-        return None
-    return loss, {name: float(np.interp(loss, *zip(*sorted(curve), strict=True))) for name, curve in curves.items()}
+        return "there is no loss that all sizes passed"
+    found = {name: float(np.interp(loss, *zip(*sorted(curve), strict=True))) for name, curve in curves.items()}
+    return f"at {loss:.3f} nats " + ", ".join(f"{name} {percent(accuracy)}" for name, accuracy in found.items())
 
 
 def _by_depth(name: str, accuracies: Sequence[float]) -> str:
@@ -149,10 +164,27 @@ def _by_depth(name: str, accuracies: Sequence[float]) -> str:
 
 
 def _by_loss(points: Sequence[dict[str, Any]]) -> str | None:
-    if len(points) < 3:
-        return None
-    correlation = float(spearmanr(*([point[key] for point in points] for key in ("valid_loss", "accuracy"))).statistic)
-    return f"rank correlation {correlation:.2f} over {len(points)} probes"
+    """Rank correlations over all probes during training, which are not independent, and within each size."""
+    texts = [f"over all {len(points)} probes {_rank_correlation(points)}"]
+    for model in SIZES:
+        own = [point for point in points if point["name"] == model.name]
+        texts += [f"{model.name} {_rank_correlation(own)}"] if len(own) > 2 else []
+    return f"rank correlation {', '.join(texts)}" if len(points) > 2 else None
+
+
+def _rank_correlation(points: Sequence[dict[str, Any]]) -> str:
+    losses, accuracies = ([point[key] for point in points] for key in ("valid_loss", "accuracy"))
+    return f"{float(spearmanr(losses, accuracies).statistic):.2f}"
+
+
+def _second_seeds(longest: dict[str, dict[str, Any]]) -> str | None:
+    texts = []
+    for model in SECOND_SEEDS:
+        one, other = longest.get(model.recipe), longest.get(model.name)
+        if one and other:
+            loss, points = other["valid_loss"] - one["valid_loss"], 100 * (other["ridge"] - one["ridge"])
+            texts.append(f"{model.name}: loss {loss:+.4f}, ridge probe {points:+.1f} points against seed 0")
+    return "; ".join(texts) or None
 
 
 def _accuracies(models: Iterable[dict[str, Any]], key: str) -> str | None:
@@ -160,12 +192,16 @@ def _accuracies(models: Iterable[dict[str, Any]], key: str) -> str | None:
     return ", ".join(known) if len(known) > 1 else None
 
 
-def _baselines(places: Places, images: int) -> dict[str, float]:
-    """Test accuracies of the linear probe on raw pixels and on color histograms; they are equal for all models."""
+def _baselines(places: Places, images: int) -> dict[str, dict[str, float]]:
+    """Accuracies of the linear probe on raw pixels and on color histograms; they are equal for all models."""
     found = (_read(places.results(model, images) / "linear_probe.json") for model in SIZES)
     probe = next(filter(None, found), None)
-    keys = {"raw pixels": "raw_pixel_test_accuracy", "color histograms": "color_histogram_test_accuracy"}
-    return {name: probe[key] for name, key in keys.items()} if probe else {}
+    if probe is None:
+        return {}
+    keys = {PIXELS: "raw_pixel", "color histograms": "color_histogram"}
+    return {
+        name: {split: probe[f"{key}_{split}_accuracy"] for split in ("valid", "test")} for name, key in keys.items()
+    }
 
 
 def _parameters(run: Path) -> int | None:
@@ -178,7 +214,7 @@ def _parameters(run: Path) -> int | None:
 
 
 def _table(models: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [[_cell(key, one[key]) for key in COLUMNS] for one in models]
+    rows = [[_with_interval(one) if key == "probe" else _cell(key, one[key]) for key in COLUMNS] for one in models]
     return [f"| {' | '.join(row)} |" for row in (list(COLUMNS.values()), ["---"] * len(COLUMNS), *rows)]
 
 
@@ -190,6 +226,12 @@ def _cell(key: str, value: Any) -> str:
     if key == "valid_loss":
         return f"{value:.4f}"
     return str(value) if key in ("name", "layer") else percent(value)
+
+
+def _with_interval(one: dict[str, Any]) -> str:
+    if one["probe"] is None:
+        return ""
+    return percent(one["probe"]) + (f" ({' to '.join(map(percent, one['interval']))})" if one["interval"] else "")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,17 +4,17 @@ Each model is one trunk at a constant learning rate, and a decay branch off it f
 32,000, 64,000 and so on. A finished model is the end of a branch. A longer `--images` continues the trunks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 BATCH = 32
 SHORTEST = 16_000
 """Images of the shortest finished model; the others double it."""
-DECAY = 0.2
+DECAY_SHARE = 0.2
 """Share of its images over which a branch decays."""
-IMAGES = ("--train_images", "10000", "--valid_images", "5000", "--test_images", "10000", "--precision", "bf16")
-"""Labelled images of the linear probes and of fine-tuning."""
+EVALUATION = ("--train_images", "10000", "--valid_images", "5000", "--test_images", "10000", "--precision", "bf16")
+"""Labelled images of the linear probes and of fine-tuning, and the precision of their forward passes."""
 FINE_TUNE = (
     "--fine_tune.learning_rates", "[0.001]", "--fine_tune.epochs", "6", "--fine_tune.reflect_crop", "2",
 )  # fmt: skip
@@ -37,18 +37,20 @@ LARGEST = Model("next_color_2.9m")
 MASKED = Model("masked_color_1.3m")
 FINE_TUNED = (Model("next_color_1.3m"), MASKED)
 SIZES = (Model("next_color_0.1m"), Model("next_color_0.4m"), Model("next_color_1.3m"), LARGEST)
-REPEATED = (Model("next_color_0.1m", 1), Model("next_color_0.4m", 1))
-"""Second seeds, of the sizes that cost little."""
+SECOND_SEEDS = (Model("next_color_0.1m", 1), Model("next_color_0.4m", 1))
+"""Of the sizes that cost little."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command, `python -m pipeline WORDS`."""
+    """One command, `python -m pipeline ARGUMENTS`."""
 
     name: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     needs: tuple[str, ...] = field(default=())
     """Names of the jobs that have to be finished before."""
+    inputs: tuple[Path, ...] = field(default=())
+    """Files that must not change once the job was started: the recipe, and the manifest of the shard set."""
 
 
 @dataclass(frozen=True)
@@ -72,44 +74,56 @@ class Places:
 
 
 def lengths(images: int) -> list[int]:
-    """The numbers of images of finished models up to `images`. Raises ValueError if `images` is not one of them."""
-    found = [SHORTEST]
+    """The numbers of images of finished models up to `images`.
+
+    Raises ValueError if `images` is not one of them, or the shortest: a scaling law needs several.
+    """
+    found = [SHORTEST, 2 * SHORTEST]
     while found[-1] < images:
         found.append(2 * found[-1])
     if found[-1] != images:
-        raise ValueError(f"--images is {images}; it must be {SHORTEST} times a power of two, such as 64000.")
+        raise ValueError(f"--images is {images}; it must be {SHORTEST} times 2, 4, 8 and so on, such as 64000.")
     return found
+
+
+def recipe(model: Model) -> Path:
+    """Its YAML file, from the root of the repository."""
+    return Path(f"configs/cifar10/{model.recipe}.yaml")
+
+
+def trained_steps(arguments: Sequence[str]) -> int:
+    """The steps that a trunk's arguments name; 0 for none."""
+    return int(arguments[arguments.index("--schedule.steps") + 1]) if "--schedule.steps" in arguments else 0
 
 
 def branch_step(images: int) -> int:
     """The trunk's step at which the branch of a length begins."""
-    return round(images * (1 - DECAY) / BATCH)
+    return round(images * (1 - DECAY_SHARE) / BATCH)
 
 
 def all_jobs(places: Places, images: int) -> list[Job]:
-    """All jobs, those that others wait for longest first."""
+    """All jobs, each after those it needs; the longest chains first."""
     ends = lengths(images)
-    models = [LARGEST, *(model for model in SIZES if model != LARGEST), MASKED, *REPEATED]
+    models = [LARGEST, *(model for model in SIZES if model != LARGEST), MASKED, *SECOND_SEEDS]
     jobs = [_trunk(places, model, images) for model in models]
     for model in models:
-        own = ends if model in (*SIZES, *REPEATED) else ends[-1:]
+        own = ends if model in (*SIZES, *SECOND_SEEDS) else ends[-1:]
         jobs += [_branch(places, model, length) for length in own]
-    jobs += [_probe(places, model, images) for model in (*SIZES, MASKED)]
-    jobs += [_random_weights(places, model, images) for model in SIZES]
+    jobs += [of(places, model, images) for model in (*SIZES, MASKED) for of in (_random_weights, _probe)]
     jobs += [_fine_tune(places, model, images) for model in FINE_TUNED]
     jobs += [_from_scratch(places, FINE_TUNED[0], images)]
     return [*jobs, *_summaries(places, ends)]
 
 
 def _train(places: Places, model: Model, run: Path, *options: object) -> tuple[str, ...]:
-    config = f"configs/cifar10/{model.recipe}.yaml"
-    words = ("train", "--config", config, "--data.shards", places.shards, "--run", run, "--seed", model.seed, *options)
-    return tuple(map(str, words))
+    words = ("train", "--config", recipe(model), "--data.shards", places.shards, "--run", run, "--seed", model.seed)
+    return tuple(map(str, (*words, *options)))
 
 
 def _trunk(places: Places, model: Model, images: int) -> Job:
     run = places.trunk(model)
-    return Job(run.name, _train(places, model, run, "--schedule.steps", branch_step(images)))
+    inputs = (recipe(model), places.shards / "shards.json")
+    return Job(run.name, _train(places, model, run, "--schedule.steps", branch_step(images)), inputs=inputs)
 
 
 def _branch(places: Places, model: Model, images: int) -> Job:
@@ -121,17 +135,18 @@ def _branch(places: Places, model: Model, images: int) -> Job:
         "--schedule.steps", steps, "--schedule.warmup_steps", 0, "--schedule.decay", "linear",
         "--probe.every_steps", steps, "--validation.every_steps", steps, "--checkpoint.every_steps", steps,
     )  # fmt: skip
-    return Job(run.name, _train(places, model, run, *options), (trunk.name,))
+    return Job(run.name, _train(places, model, run, *options), (trunk.name,), (recipe(model),))
 
 
 def _evaluate(places: Places, model: Model, images: int, task: str, out: Path, *options: str) -> tuple[str, ...]:
     words = ("evaluate", places.branch(model, images), "--shards", places.shards, "--tasks", task, "--out", out)
-    return tuple(map(str, (*words, *IMAGES, *options)))
+    return tuple(map(str, (*words, *EVALUATION, *options)))
 
 
 def _probe(places: Places, model: Model, images: int) -> Job:
     branch, out = places.branch(model, images), places.results(model, images)
-    return Job(f"probe-{branch.name}", _evaluate(places, model, images, "linear_probe", out), (branch.name,))
+    needs = (branch.name, f"probe-{model.name}-random")  # the report then has a column of random weights
+    return Job(f"probe-{branch.name}", _evaluate(places, model, images, "linear_probe", out), needs)
 
 
 def _random_weights(places: Places, model: Model, images: int) -> Job:
@@ -154,7 +169,7 @@ def _from_scratch(places: Places, model: Model, images: int) -> Job:
 
 def _summaries(places: Places, ends: list[int]) -> Iterator[Job]:
     """The scaling law of the finished models, and their accuracy against their loss."""
-    runs = [places.branch(model, length) for model in (*SIZES, *REPEATED) for length in ends]
+    runs = [places.branch(model, length) for model in (*SIZES, *SECOND_SEEDS) for length in ends]
     words = ("scaling", *runs, "--points", "decayed", "--out", places.out / "scaling")
     yield Job("scaling", tuple(map(str, words)), tuple(run.name for run in runs))
     results = [places.results(model, ends[-1]) for model in SIZES]
