@@ -1,4 +1,4 @@
-"""The curves of short runs: of which runs they are, how a run's is read, and what is not as it was stored."""
+"""Short runs: how they are trained, how their curves are read, and which values differ from the stored ones."""
 
 import hashlib
 import json
@@ -77,12 +77,13 @@ def exact_of(runner: Runner, name: str, after: int = 0) -> Exact:
 
 
 def _step_digest(recorded: Iterable[Mapping[str, Any]], step: int) -> str:
-    """Of a step's images in the order of the global batch: each data-parallel rank has the next share of it."""
+    """The digest of a step's images in the order of the global batch: each data-parallel rank has the next share."""
     shares: dict[int, list[str]] = {}
     for row in recorded:
         if row["step"] == step:  # the stages and tensor-parallel ranks of a data-parallel rank read the same
             assert shares.setdefault(row["data_rank"], row["images"]) == row["images"], f"step {step}: ranks differ"
     images = [image for rank in sorted(shares) for image in shares[rank]]
+    assert images, f"step {step}: no recorded images"
     return hashlib.sha256("".join(images).encode()).hexdigest()[:16]
 
 
@@ -91,11 +92,17 @@ def relative(found: list[float], stored: list[float]) -> list[float]:
     return [abs(a - b) / abs(b) for a, b in zip(found, stored, strict=True)]
 
 
+def count_changes(found: Mapping[str, list[Any]], stored: Mapping[str, list[Any]]) -> list[str]:
+    """A sentence for each key with another number of values than stored; a key that is absent has none."""
+    counts = {key: (len(found.get(key, [])), len(stored.get(key, []))) for key in sorted(found.keys() | stored.keys())}
+    return [f"{key} has {new} values, stored {old}" for key, (new, old) in counts.items() if new != old]
+
+
 def changes(found: Curve, stored: Curve, first: int = 1) -> list[str]:
-    """A sentence for each list that differs by more than its tolerance; first: the step of the first loss."""
-    if {key: len(values) for key, values in found.items()} != {key: len(values) for key, values in stored.items()}:
-        return [f"the curve has the keys {sorted(found)} in other numbers than the stored {sorted(stored)}"]
-    sentences = []
+    """A sentence for each list that differs by more than its tolerance, or only those of `count_changes` if there are
+    any; first: the step of the first loss."""
+    if sentences := count_changes(found, stored):
+        return sentences
     for key, tolerance in TOLERANCES.items():
         differences = relative(found.get(key, []), stored.get(key, []))
         beyond = [number for number, difference in enumerate(differences) if not difference <= tolerance]
@@ -110,14 +117,16 @@ def changes(found: Curve, stored: Curve, first: int = 1) -> list[str]:
 
 
 def exact_changes(found: Exact, stored: Exact) -> list[str]:
-    """A sentence for each key that differs at all, or the learning rate by more than its tolerance."""
-    sentences = []
-    for key in sorted(found.keys() | stored.keys()):
-        pairs = list(zip(found.get(key, []), stored.get(key, []), strict=True))
-        tolerance = RATE_TOLERANCE if key == "learning_rate" else None
-        beyond = [
-            pair for pair in pairs if (pair[0] != pair[1] if tolerance is None else abs(pair[0] - pair[1]) > tolerance)
-        ]
+    """A sentence for each key that differs at all, or the learning rate by more than its tolerance; or only those of
+    `count_changes` if there are any."""
+    if sentences := count_changes(found, stored):
+        return sentences
+    for key in sorted(found):
+        pairs = list(zip(found[key], stored[key], strict=True))
+        if key == "learning_rate":
+            beyond = [pair for pair in pairs if not abs(pair[0] - pair[1]) <= RATE_TOLERANCE]  # NaN is beyond it
+        else:
+            beyond = [pair for pair in pairs if pair[0] != pair[1]]
         if beyond:
             sentences.append(
                 f"{key}: {len(beyond)} of {len(pairs)} steps differ, first {beyond[0][0]}, stored {beyond[0][1]}"
@@ -130,7 +139,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: Mapping[str, Mapping[str, list[Any]]]) -> None:
-    """As JSON with one list a line, and floats with nine digits, which determine an fp32 number."""
+    """Writes JSON with one list a line, and floats with nine digits, which determine an fp32 number."""
     groups = []
     for name, lists in content.items():
         lines = [f"  {json.dumps(key)}: {json.dumps([_rounded(key, value) for value in lists[key]])}" for key in lists]

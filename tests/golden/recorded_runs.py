@@ -1,7 +1,7 @@
 """python -m tests.golden.recorded_runs FILE: as tests.pipeline.train.several_runs, and records the images of each step.
 
-Each rank writes images-RANK.jsonl to the run's folder: of each step its data-parallel rank, and a digest of each of its
-images.
+Each rank writes images-RANK.jsonl to the run's folder: one line a step, with the step, its data-parallel rank, and a
+digest of each of its images.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class RecordingTrainer(loop.Trainer):
 
 
 def digests(batch: Batch) -> list[str]:
-    """Of each image's tokens, and of its masked pixels if there are masks."""
+    """A digest of each image's tokens, and of its masked pixels if there are masks."""
     masks = [b""] * len(batch.tokens) if batch.masked is None else [mask.tobytes() for mask in batch.masked]
     tokens = [image.astype("<u2").tobytes() for image in batch.tokens]
     return [hashlib.sha256(both[0] + both[1]).hexdigest() for both in zip(tokens, masks, strict=True)]

@@ -19,7 +19,7 @@ from tests.launch import ROOT
 from tests.pipeline.conftest import Runner
 
 RUNS, EXPECTED = FOLDER / "runs", "expected.json"
-LOGITS: tuple[Kind, ...] = ("raw", "ema")
+WEIGHTS: tuple[Kind, ...] = ("raw", "ema")
 """The weights that are exported."""
 SAVED, LAST = 8, 20
 """The step of the stored checkpoint, and the last of the run."""
@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def names() -> list[str]:
-    """Of the stored runs, oldest first: they are numbered."""
+    """The names of the stored runs, which are numbers, oldest first."""
     return sorted((folder.name for folder in RUNS.glob("*")), key=int)
 
 
@@ -60,7 +60,7 @@ def resume(stored: Path, layout: str, folder: Path) -> Runner:
     return Runner(shards, folder)
 
 
-def make(folder: Path, out: Path) -> None:
+def store_run(folder: Path, out: Path) -> None:
     """Trains a run on two ranks and writes to `out` what a kill after its first checkpoint would have left."""
     runner = Runner(SHARDS.relative_to(ROOT), folder)
     train_recorded(2, [runner.arguments("run", **SETTINGS)[3:]], folder)
@@ -117,12 +117,23 @@ def _types(content: dict[str, Any]) -> dict[str, str]:
     return {key: type(value).__name__ for key, value in sorted(content.items())}
 
 
-def keys_of(run: Path) -> dict[str, set[str]]:
-    """The keys of a run's config.yaml, run.json and metrics.jsonl."""
+def keys_of(run: Path, resumed: Path | None = None) -> dict[str, set[str]]:
+    """The keys of a run's config.yaml, run.json and metrics.jsonl.
+
+    resumed: the stored run that `run` continues. Only the keys that the resume wrote are returned: `run` keeps the
+    stored rows, and the values of run.json that the resume does not write.
+    """
+    config = yaml.safe_load((run / "config.yaml").read_text())  # each start writes it anew
+    record = json.loads((run / "run.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    if resumed is not None:
+        stored = json.loads((resumed / "run.json").read_text())
+        record = {key: value for key, value in record.items() if value != stored.get(key)}
+        rows = [row for row in rows if row["step"] > SAVED]
+    groups = {key: value for key, value in config.items() if isinstance(value, dict)}
+    last_start, shards = record.get("starts", [{}])[-1], record.get("shards", {})
     return {
-        "config.yaml": {f"{group}.{key}" for group, keys in config.items() if isinstance(keys, dict) for key in keys},
-        "run.json": set(json.loads((run / "run.json").read_text())),
+        "config.yaml": {*config, *(f"{group}.{key}" for group in groups for key in groups[group])},
+        "run.json": {*record, *(f"starts.{key}" for key in last_start), *(f"shards.{key}" for key in shards)},
         "metrics.jsonl": {key for row in rows for key in row},
     }
