@@ -141,7 +141,7 @@ def test_interruptions_workers_and_parts_change_nothing(
     (excluded / "first.jpg").rename(tmp_path / "first.jpg")
     assert_one_sentence(run("shards", *options, "--out", out), "was prepared with exclude ['folder theirs sha256")
     without = run("shards", *options[:-4], *options[-2:], "--out", out)
-    assert_one_sentence(without, "was prepared with exclude ['folder theirs sha256", "but it is now None")
+    assert_one_sentence(without, "was prepared with exclude ['folder theirs sha256", "but it is now its default")
     (tmp_path / "first.jpg").rename(excluded / "first.jpg")
     assert_one_sentence(
         run("shards", *options, "--exclude_distance", 4, "--out", out), "exclude_distance 10, but it is now 4"

@@ -195,7 +195,7 @@ def test_another_expression_is_another_set(options: list[Any], tmp_path: Path, r
     other = run("shards", *options, "--source.where", "width < 41", "--out", tmp_path / "out")
     assert_one_sentence(other, "source.where width < 40, but it is now width < 41; choose another folder")
     assert_one_sentence(
-        run("shards", *options, "--out", tmp_path / "out"), "source.where width < 40, but it is now None"
+        run("shards", *options, "--out", tmp_path / "out"), "source.where width < 40, but it is now its default"
     )
 
 
