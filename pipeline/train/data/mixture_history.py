@@ -53,7 +53,7 @@ class Segment:
         return cls(**plain | {"members": tuple(Member(**member) for member in plain["members"])})
 
     def pattern(self, seed: int) -> Pattern:
-        """Which set each image comes from, by its position in the run: it goes on where the ranks change."""
+        """Which set each image comes from, by its position in the run; it does not restart where the ranks change."""
         return pattern_of(seed, tuple(member.parts for member in self.members))
 
     def consumed_at(self, position: int, seed: int) -> dict[str, int]:

@@ -5,7 +5,6 @@ during training), `baselines`, `findings` (a text for each finding) and `cpu_hou
 table. What is not measured yet is null.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 from scipy.stats import spearmanr
 
 from data_prep.common.files import atomic_write, read_json, write_json
-from pipeline.checkpoint.metrics_log import read_rows
+from pipeline.checkpoint.metrics_log import read_last_row, read_rows
 from pipeline.config import ModelConfig
 from pipeline.costs import parameter_count
 from pipeline.model.gpt_config import gpt2_config
@@ -70,7 +69,6 @@ def measured(places: Places, model: Model, images: int) -> dict[str, Any]:
     """
     run, results = places.branch(model, images), places.results(model, images)
     random_weights = results / "random_weights"
-    rows = _rows(run)
     probe, random = (_read(folder / "linear_probe.json") for folder in (results, random_weights))
     by_layer = probe["valid_accuracy_by_layer"] if probe else []
     tuned, initial = (_read(folder / "fine_tune.json") for folder in (results, random_weights))
@@ -78,8 +76,8 @@ def measured(places: Places, model: Model, images: int) -> dict[str, Any]:
         "name": model.name,
         "parameters": _parameters(run),
         "images": images,
-        "valid_loss": _last(rows, "valid_loss"),
-        "ridge": _last(rows, "probe_accuracy"),
+        "valid_loss": _last(run, "valid_loss"),
+        "ridge": _last(run, "probe_accuracy"),
         "probe": probe["test_accuracy"] if probe else None,
         "interval": probe["test_accuracy_interval"] if probe else None,
         "layer": probe["best_layer"] if probe else None,
@@ -243,6 +241,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
     return list(read_rows(path)) if path.exists() else []
 
 
-def _last(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]
-    return values[-1] if values else None
+def _last(run: Path, key: str) -> float | None:
+    path = run / "metrics.jsonl"
+    row = read_last_row(path, key) if path.exists() else None
+    return None if row is None else row[key]
