@@ -1,0 +1,100 @@
+"""How peers are installed and measured, with scripts that stand in for them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.peers import install, measure
+from tests.benchmarks.peers.measure import Script, compare
+
+WORKS = """
+import os, subprocess, sys, time
+from tests.benchmarks.peers.turn import serve
+
+turns = 0
+def turn():
+    global turns
+    turns += 1
+    print("a library's chatter")
+    os.system("echo more of it")
+    with open(sys.argv[1], "a") as log:
+        log.write(sys.argv[2])
+    if sys.argv[2] == "b":  # CPU time of a child process that has ended, and of one that still runs
+        subprocess.run([sys.executable, "-c", "sum(range(10**7))"])
+    return {"work": 100.0 * turns, "threads": os.environ["OMP_NUM_THREADS"]}
+
+serve(turn)
+"""
+FAILS = """
+from tests.benchmarks.peers.turn import serve
+turns = 0
+def turn():
+    global turns
+    turns += 1
+    if turns == 3:
+        raise ValueError("no third | turn")
+    return 1.0
+serve(turn)
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose modules can be run: works, fails, hangs, and one that needs a package that is not there."""
+    (tmp_path / "works.py").write_text(WORKS)
+    (tmp_path / "fails.py").write_text(FAILS)
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "lacks.py").write_text("import a_package_that_does_not_exist\n")
+    return tmp_path
+
+
+def script(folder: Path, module: str, *arguments: object, environment: str | None = None) -> Script:
+    """One whose module lies in `folder`."""
+    path = (("PYTHONPATH", f"{measure.ROOT}:{folder}"),)
+    return Script(f"the {module}", module, arguments, environment, path)
+
+
+def test_scripts_take_turns_alternately_and_the_first_is_not_counted(scripts: Path) -> None:
+    """Two scripts: the order of their turns, their figures, threads, and the CPU time of a child."""
+    log = scripts / "log"
+    a, b = compare(script(scripts, "works", log, "a"), script(scripts, "works", log, "b"), turns=2, threads=1)
+    assert log.read_text() == "ababab"
+    assert a.error is None and a.turns["work"] == [200.0, 300.0] and a.turns["threads"] == ["1", "1"]
+    assert a.rates() == [200.0 / a.turns["seconds"][0], 300.0 / a.turns["seconds"][1]]
+    assert min(b.turns["cpu_seconds"]) > 5 * max(a.turns["cpu_seconds"])
+
+
+def test_a_script_that_fails_is_named_with_its_error_and_the_others_are_measured(scripts: Path) -> None:
+    """Failing at start, in a turn, by hanging, and for want of an environment."""
+    ours = script(scripts, "works", scripts / "log", "a")
+    peers = [script(scripts, name) for name in ("fails", "lacks")]
+    missing = script(scripts, "works", scripts / "log", "c", environment="nobody")
+    measured = compare(ours, *peers, missing, turns=3)
+    table = list(measure.lines("reading", "images/s", measured))
+    assert [line.split(" | ")[3:5] for line in table] == [
+        ["the fails", "fails: ValueError: no third / turn"],
+        ["the lacks", "fails: ModuleNotFoundError: No module named 'a_package_that_does_not_exist'"],
+        ["the works", "fails: .venv-peers/nobody does not exist; `make peers` creates it"],
+    ]
+    assert len(measured[0].turns["work"]) == 3
+    (hanging,) = compare(script(scripts, "hangs"), seconds=0.5)
+    assert hanging.error == "it took more than 0 s" or hanging.error == "it took more than 1 s"
+
+
+def test_an_environment_sees_ours_and_keeps_torch(tmp_path: Path) -> None:
+    """A peer made of nothing runs with our torch; one that wants another torch is refused, and says so."""
+    assert install.install("nothing", ["--no-index", "numpy"], tmp_path) is None
+    assert not (tmp_path / "nothing" / install.ERROR).exists()
+    reason = install.install("other", ["--no-index", "torch==1.0.0"], tmp_path)
+    assert reason is not None and reason.startswith("ERROR: ") and "torch" in reason
+    assert (tmp_path / "other" / install.ERROR).read_text().strip() == reason
+    assert install.install("nothing", ["--no-index", "numpy"], tmp_path) is None
+
+
+def test_requirements_are_a_peer_a_line(tmp_path: Path) -> None:
+    """Comments and empty lines are skipped; a peer may ask for several packages."""
+    file = tmp_path / "requirements.txt"
+    file.write_text("# peers\n\na: a==1\nb: b[extra]==2 c<3\n")
+    assert install.wanted(file) == {"a": ["a==1"], "b": ["b[extra]==2", "c<3"]}
+    assert sys.version_info >= (3, 11) and all(install.wanted().values())
