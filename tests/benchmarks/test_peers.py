@@ -12,6 +12,7 @@ WORKS = """
 import os, subprocess, sys, time
 from tests.benchmarks.peers.turn import serve
 
+print("chatter at the start")
 turns = 0
 def turn():
     global turns
@@ -79,7 +80,7 @@ def test_a_script_that_fails_is_named_with_its_error_and_the_others_are_measured
     ]
     assert len(measured[0].turns["work"]) == 3
     (hanging,) = compare(script(scripts, "hangs"), seconds=0.5)
-    assert hanging.error == "it took more than 0 s" or hanging.error == "it took more than 1 s"
+    assert hanging.error == "it took more than 0.5 s"
 
 
 def test_an_environment_sees_ours_and_keeps_torch(tmp_path: Path) -> None:

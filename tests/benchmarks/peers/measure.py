@@ -20,6 +20,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from tests.benchmarks.peers.install import ERROR, FOLDER, ROOT
+from tests.benchmarks.peers.turn import ANSWERS
 
 TURNS = 5
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -81,7 +82,7 @@ def _take(process: "_Process", result: Measured, turn: int, seconds: float) -> N
 
 
 class ScriptError(Exception):
-    """What a script failed with: the last line that it wrote to standard error."""
+    """What a script failed with: the last line that it wrote."""
 
 
 class _Process:
@@ -95,16 +96,20 @@ class _Process:
             return
         variables = {**os.environ, **dict.fromkeys(THREADS, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
         variables |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **dict(script.variables)}
+        reading, writing = os.pipe()
+        self._answers = os.fdopen(reading)
         self._process = subprocess.Popen(
             [python, "-m", script.module, *map(str, script.arguments)],
             cwd=ROOT,
-            env=variables,
+            env={**variables, ANSWERS: str(writing)},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=self._errors,
             stderr=self._errors,
             text=True,
             start_new_session=True,
+            pass_fds=(writing,),
         )
+        os.close(writing)
 
     def ready(self, seconds: float) -> dict[str, Any]:
         """Waits until the script is ready for its first turn."""
@@ -122,10 +127,9 @@ class _Process:
         return self._answer(seconds)
 
     def _answer(self, seconds: float) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
-        if not _readable(self._process.stdout, seconds):
-            raise ScriptError(f"it took more than {seconds:.0f} s")
-        line = self._process.stdout.readline()
+        if not _readable(self._answers, seconds):
+            raise ScriptError(f"it took more than {seconds:g} s")
+        line = self._answers.readline()
         if not line:
             raise ScriptError(self._last_error())
         return json.loads(line)
@@ -149,6 +153,7 @@ class _Process:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._errors.close()
+        self._answers.close()
 
 
 def _readable(stream: IO[str], seconds: float) -> bool:

@@ -10,17 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
+ANSWERS = "BENCHMARK_ANSWERS"
+"""Environment variable: the file descriptor of the pipe for answers."""
+
 
 def serve(turn: Callable[[], Mapping[str, object] | float]) -> None:
-    """Takes turns until standard input ends: a line asks for one, and a line of JSON on standard output answers.
+    """Takes turns until standard input ends: a line asks for one, and a line of JSON in the pipe ANSWERS answers.
 
     turn: returns the work that it did, in the table's unit, or figures by name, of which `work` is one. The answer
     holds these, `seconds` on the clock, `cpu_seconds` and the peak of `megabytes`, each of this process and all that it
-    started. What a library prints goes to standard error.
+    started. Standard output is not the pipe, because libraries write to it.
     """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
+    answers = os.fdopen(int(os.environ[ANSWERS]), "w")
+    os.set_inheritable(answers.fileno(), False)
     _answer(answers, {"ready": True})
     for _ in sys.stdin:
         began, used = time.perf_counter(), _cpu_seconds()
@@ -36,8 +38,8 @@ def _answer(answers: object, figures: Mapping[str, object]) -> None:
 
 def _cpu_seconds() -> float:
     """Of this process, of those that it started and waited for, and of those that still run."""
-    used = os.times()
-    total = used.user + used.system + used.children_user + used.children_system
+    waited_for = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + waited_for.ru_utime + waited_for.ru_stime
     try:
         import psutil
 
