@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.benchmarks.peers import install, measure, mixing, reading
+from tests.benchmarks.peers import install, measure, mixing, reading, resuming
 from tests.benchmarks.peers.formats import format_of
 from tests.benchmarks.peers.measure import Script, compare
 from tests.benchmarks.peers.token_images import numbers_of, token_images
@@ -140,6 +140,22 @@ def test_a_format_reads_each_image_once_and_resumes_on_other_ranks(
         monkeypatch.setenv("RANK", str(rank))
         shares.append([numbers_of(batch) for batch in stored.loader(tmp_path / "set", size, 1, state)])
     assert np.array_equal(np.concatenate([share[0] for share in shares]), epochs[0][4])
+
+
+def test_batches_of_several_ranks_are_compared_as_a_whole() -> None:
+    """Shares one after the other, images of each rank in turn, the same images in another order, and others."""
+    batches = [np.arange(first, first + 4) for first in range(0, 4 * resuming.FOLLOWING, 4)]
+    joined = [(batch[:2], batch[2:]) for batch in batches]
+    in_turn = [(batch[::2], batch[1::2]) for batch in batches]
+    mixed = [(batch[[2, 1]], batch[[0, 3]]) for batch in batches]
+    for shares, images, order in (
+        (joined, 1, 1),
+        (in_turn, 1, 1),
+        (mixed, 1, 0),
+        (joined[1:], 0, 0),
+        (joined[:5], 0.25, 0.25),
+    ):
+        assert resuming._same(shares, batches) == {"same_images_2": images, "same_order_2": order}
 
 
 def test_what_an_epoch_and_a_mixture_must_be() -> None:

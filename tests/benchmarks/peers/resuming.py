@@ -78,19 +78,20 @@ def _resume(form: Any, folder: Path, state: Any, expected: list[np.ndarray], ran
     found = dict(_get(answers, children) for _ in children)
     for child in children:
         child.join(SECONDS)
-    batches = [
-        np.concatenate(shares) for shares in zip(*(found[rank]["batches"] for rank in range(ranks)), strict=True)
-    ]
-    pairs = list(zip(batches, expected, strict=False))
+    shares = list(zip(*(found[rank]["batches"] for rank in range(ranks)), strict=False))
+    return {f"first_batch_{ranks}": max(one["first"] for one in found.values()) - began, **_same(shares, expected)}
+
+
+def _same(shares: list[tuple[np.ndarray, ...]], expected: list[np.ndarray]) -> dict[str, float]:
+    """How many global batches have the expected images, as fractions; shares: of each global batch, by rank."""
+    pairs, ranks = list(zip(shares, expected, strict=False)), len(shares[0])
+    joined = [np.array_equal(np.concatenate(share), whole) for share, whole in pairs]
+    in_turn = [np.array_equal(np.stack(share, axis=1).ravel(), whole) for share, whole in pairs]
+    images = [sorted(np.concatenate(share)) == sorted(whole) for share, whole in pairs]
     return {
-        f"first_batch_{ranks}": max(one["first"] for one in found.values()) - began,
-        f"same_images_{ranks}": _share([set(a) == set(b) for a, b in pairs]),
-        f"same_order_{ranks}": _share([np.array_equal(a, b) for a, b in pairs]),
+        f"same_images_{ranks}": sum(images) / FOLLOWING,
+        f"same_order_{ranks}": max(sum(joined), sum(in_turn)) / FOLLOWING,
     }
-
-
-def _share(same: list[bool]) -> float:
-    return sum(same) / FOLLOWING
 
 
 def _first_batches(form: Any, folder: Path, state: Any, ranks: int) -> dict[str, Any]:

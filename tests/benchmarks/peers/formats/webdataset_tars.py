@@ -4,6 +4,7 @@ It is used as its documentation says: shards are shuffled, images in a buffer, a
 no state: a resume reads and drops what was read before. Ranks divide the shards (split_by_node).
 """
 
+import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,8 @@ def write(tokens: np.ndarray, folder: Path) -> None:
 def _images(folder: Path) -> wds.WebDataset:
     urls = sorted(str(file) for file in folder.glob("train-*.tar"))
     tars = wds.WebDataset(urls, shardshuffle=100, nodesplitter=wds.split_by_node, seed=0)
-    return tars.decode().to_tuple("pixels.npy", "labels.npy").unbatched().shuffle(BUFFER)
+    images = tars.decode().to_tuple("pixels.npy", "labels.npy").unbatched()
+    return images.shuffle(BUFFER, rng=random.Random(0))  # without it, no two processes read in the same order
 
 
 class Loader:
@@ -38,7 +40,7 @@ class Loader:
     def __iter__(self) -> Iterator[np.ndarray]:
         skipped, self._skipped = self._skipped, 0
         for pixels, _ in islice(self._batches, skipped, None):
-            yield pixels
+            yield np.asarray(pixels)  # WebLoader makes tensors of them
 
 
 def loader(folder: Path, size: int, workers: int = 0, state: int | None = None) -> Loader:
