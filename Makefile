@@ -3,6 +3,7 @@
 # make demo       from images to an evaluated model, in five to ten minutes on two cores
 # make test       the tests; make test-all runs the slow ones too
 # make bench      speed against peers, as ratios; make bench PARTS="model starting" runs some parts
+# make peers      the peers of make bench that .venv lacks, each in an environment of its own, .venv-peers/NAME
 # make check-accelerator   tells in SECONDS=180 whether one accelerator computes what it should, then measures
 #                 speed with the seconds that are left; needs no network, but the wheels that make accelerator-wheels
 #                 WHEELS_PYTHON=3.12 gathers on a machine that has one; TOY=--toy tries it on a CPU
@@ -15,6 +16,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SET_UP := .venv/.set-up
+PEERS_SET_UP := .venv-peers/.set-up
 DEMO ?= out/demo
 RANKS ?= 2
 # Training images of the demo's linear probes, of 10,000.
@@ -36,7 +38,7 @@ SEED ?= 0
 export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test test-all bench evidence accelerator-wheels accelerator-data accelerator-packages check-accelerator \
-    bench-accelerator soak lint set-up
+    bench-accelerator soak lint set-up peers
 .DELETE_ON_ERROR:
 
 set-up: $(SET_UP)
@@ -80,7 +82,14 @@ test: $(SET_UP)
 test-all: test
 	$(BIN)/python -m pytest -m slow
 
-bench: $(SET_UP)
+peers: $(PEERS_SET_UP)
+
+# A peer that can't be installed is named with pip's error in the tables.
+$(PEERS_SET_UP): $(SET_UP) tests/benchmarks/requirements.txt
+	$(BIN)/python -m tests.benchmarks.peers.install
+	@touch $@
+
+bench: $(SET_UP) $(PEERS_SET_UP)
 	$(BIN)/python -m tests.benchmarks $(PARTS)
 
 # The packages that the script needs in addition to torch, transformers and tensorboard; deepspeed is published as source.

@@ -17,6 +17,8 @@ METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
+DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+"""Reads NaN and Infinity, as earlier versions wrote them, as None."""
 BLOCK_BYTES = 1 << 18
 """Bytes that are read at once from the end of a file."""
 
@@ -45,7 +47,7 @@ def read_backwards(path: Path, key: str, tail_bytes: int = 1 << 26) -> Iterator[
     """The rows with `key` in the last `tail_bytes` of the file, newest first."""
     quoted = json.dumps(key).encode()
     for _, line in _lines_backwards(path, tail_bytes):
-        row = _parse(line.decode(errors="replace")) if quoted in line else None  # most lines need not be parsed
+        row = parse_row(line.decode(errors="replace")) if quoted in line else None  # most lines need not be parsed
         if row is not None and key in row:
             yield row
 
@@ -57,7 +59,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     size = path.stat().st_size
     end = size
     for start, line in _lines_backwards(path, size):
-        row = _parse(line.decode(errors="replace"))
+        row = parse_row(line.decode(errors="replace"))
         if not line.endswith(b"\n") or (row is not None and row["step"] > step):
             end = start
         elif row is not None and _is_step(row):
@@ -97,7 +99,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            row = _parse(line)
+            row = parse_row(line)
             if row is not None and line.endswith("\n"):
                 yield line, row
 
@@ -122,9 +124,9 @@ def _lines_backwards(path: Path, tail_bytes: int) -> Iterator[tuple[int, bytes]]
             position = start
 
 
-def _parse(line: str) -> Row | None:
+def parse_row(line: str) -> Row | None:
     """The row of a line; None if it is not a row."""
     with suppress(ValueError):
-        row = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity, as earlier versions wrote them
+        row = DECODER.decode(line)
         return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
     return None

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Template
 from safetensors import safe_open
 
 from data_prep.common.files import read_json
-from pipeline.checkpoint.metrics_log import Row
+from pipeline.checkpoint.metrics_table import MetricsTable
 from pipeline.checkpoint.mixture_record import describe_weights
 from pipeline.hub import HUB
 from pipeline.model_folder.licenses import check_license
@@ -137,7 +138,7 @@ def _loading_masked(name: str) -> str:
 def _training(record: TrainingRecord) -> str:
     if not record.checkpoint:
         return ""
-    checkpoint, settings, starts, rows = record.checkpoint, record.settings, record.run.get("starts", []), record.rows
+    checkpoint, settings, starts, table = record.checkpoint, record.settings, record.run.get("starts", []), record.table
     packages = starts[-1]["packages"] if starts else {}
     averaged = averaged_text(record.averaged_steps, record.weights)
     of_run, is_ema = " of the run, not of the averaged weights" if averaged else "", record.weights == "ema"
@@ -160,21 +161,21 @@ def _training(record: TrainingRecord) -> str:
         "Schedule": _schedule(settings),
         "Augmentation": _augmentation(settings),
         "Precision": settings.get("precision"),
-        f"Last training loss{of_run}": _last(rows, "loss"),
-        f"Last validation loss{of_run}": _last(rows, "valid_loss"),
+        f"Last training loss{of_run}": _last(table, "loss"),
+        f"Last validation loss{of_run}": _last(table, "valid_loss"),
         "Mean of the sets": "with the weights of that time; another change of them changes it"
         if record.mixture
         else None,
-        "Last validation loss of the averaged weights": _last(rows, "valid_loss_ema") if is_ema else None,
-        f"Last validation loss of each set{of_run}": _last_by_set(rows),
-        "Training time (steps only)": _duration(rows, before),
+        "Last validation loss of the averaged weights": _last(table, "valid_loss_ema") if is_ema else None,
+        f"Last validation loss of each set{of_run}": _last_by_set(table),
+        "Training time (steps only)": _duration(table, before),
         "Hardware": "; ".join(dict.fromkeys(_hardware(start) for start in starts)),
         "Layout": _layout(settings),
         "Code": starts[-1]["code"] if starts else None,
         "Packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
-    return f"## Training\n\n| | |\n|---|---|\n{table}"
+    shown = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
+    return f"## Training\n\n| | |\n|---|---|\n{shown}"
 
 
 def _sets(record: TrainingRecord) -> str | None:
@@ -248,25 +249,23 @@ def _layout(settings: dict[str, Any]) -> str | None:
     return ", ".join(parts)
 
 
-def _last(rows: list[Row], key: str) -> str | None:
-    found = [row[key] for row in rows if row.get(key) is not None]
-    return f"{found[-1]:.4f} nats per token" if found else None
+def _last(table: MetricsTable, key: str) -> str | None:
+    loss = table.last(key)
+    return None if loss is None else f"{loss:.4f} nats per token"
 
 
-def _last_by_set(rows: list[Row]) -> str:
+def _last_by_set(table: MetricsTable) -> str:
     """Of a mixture."""
-    found = [row["valid_loss_by_set"] for row in rows if row.get("valid_loss_by_set")]
+    found = [row["valid_loss_by_set"] for row in table.others if row.get("valid_loss_by_set")]
     each = {name: "NaN or Inf" if loss is None else f"{loss:.4f}" for name, loss in found[-1].items()} if found else {}
     return ", ".join(f"{name} {loss}" for name, loss in each.items())
 
 
-def _duration(rows: list[Row], images: int) -> str | None:
+def _duration(table: MetricsTable, images: int) -> str | None:
     """The total time of the steps, without saving and validation; images: seen before the first one."""
-    seconds = 0.0
-    for row in rows:
-        if row.get("images_per_second"):
-            seconds += (row["images"] - images) / row["images_per_second"]
-            images = row["images"]
+    seen, speeds = table.steps[:, 0], table.steps[:, 2]
+    known = np.isfinite(speeds) & (speeds > 0)
+    seconds = float((np.diff(seen[known], prepend=images) / speeds[known]).sum())
     if not seconds:
         return None
     if seconds < 60:

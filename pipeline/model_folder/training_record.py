@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from data_prep.common.files import read_json
-from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_rows
+from pipeline.checkpoint.metrics_log import METRICS_FILE
+from pipeline.checkpoint.metrics_table import MetricsTable, read_table, table_of
 from pipeline.checkpoint.mixture_record import changes, describe_weights, sets_ever
 from pipeline.train.data.mixture_history import Segment
 
@@ -30,9 +31,9 @@ class TrainingRecord:
     """The path of metrics.jsonl, if it exists."""
 
     @property
-    def rows(self) -> list[Row]:
-        """The rows of metrics.jsonl."""
-        return list(read_rows(self.metrics)) if self.metrics else []
+    def table(self) -> MetricsTable:
+        """The rows of metrics.jsonl, read again each time."""
+        return read_table(self.metrics) if self.metrics else table_of([])
 
     @property
     def step(self) -> int | None:

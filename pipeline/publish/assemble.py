@@ -150,10 +150,10 @@ def _draw_missing_curve(folder: Path) -> None:
 
     Its baselines are from the results of density, if there are any.
     """
-    rows, path = read_training_record(folder).rows, folder / RESULTS / CURVE
-    if not path.exists() and has_losses(rows):
+    table, path = read_training_record(folder).table, folder / RESULTS / CURVE
+    if not path.exists() and has_losses(table):
         colors = read_json(folder / "config.json")["vocab_size"] - 1
-        draw_curve(rows, colors, read_results(folder / RESULTS).get("density"), path)
+        draw_curve(table, colors, read_results(folder / RESULTS).get("density"), path)
 
 
 def _hide_private(folder: Path) -> None:

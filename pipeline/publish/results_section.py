@@ -45,8 +45,8 @@ def card_sections(folder: Path) -> list[str]:
         logger.warning(f"{name} {reason}; the card excludes it")
     figures = sorted(file.name for file in (folder / RESULTS).glob("*.png"))
     record = read_training_record(folder)
-    rows = record.rows if CURVE in figures else []
-    described = describe_curve(rows, results.get("density"))[0] if has_losses(rows) else "training"
+    drawn = CURVE in figures and has_losses(table := record.table)
+    described = describe_curve(table, results.get("density"))[0] if drawn else "training"
     curve = _figure(CURVE, described) if CURVE in figures else ""
     alternatives = {
         f"{task}.png": f"{result['title']}: {result.get('summary', '')}" for task, result in results.items()

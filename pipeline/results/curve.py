@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.checkpoint.metrics_log import Row
+from pipeline.checkpoint.metrics_table import MetricsTable
 from pipeline.results.figures import ACCENT, BASELINES, label_line, new_figure, save_figure
 
 CURVE = "training.png"
@@ -14,35 +15,35 @@ CURVE = "training.png"
 CURVE_POINTS = 120
 
 
-def has_losses(rows: list[Row]) -> bool:
+def has_losses(table: MetricsTable) -> bool:
     """Whether the rows have a training loss to draw."""
-    return bool(_with(rows, "loss"))
+    return bool(len(table.losses))
 
 
 VALID_LOSSES = {"raw": "valid_loss", "ema": "valid_loss_ema"}
 """Keys of the validation loss of the weights, and of their moving average."""
 
 
-def valid_loss_at(rows: list[Row], step: int | None, weights: str = "raw") -> float | None:
+def valid_loss_at(table: MetricsTable, step: int | None, weights: str = "raw") -> float | None:
     """The validation loss that the run logged at a step, nats per token; None if there is none or it is NaN or Inf."""
     key = VALID_LOSSES[weights]
-    found = [row[key] for row in _with(rows, key) if row["step"] == step]
+    found = [row[key] for row in _with(table, key) if row["step"] == step]
     return found[-1] if found else None
 
 
-def _with(rows: list[Row], key: str) -> list[Row]:
-    """The rows with a number under this key; null stands for NaN or Inf."""
-    return [row for row in rows if row.get(key) is not None]
+def _with(table: MetricsTable, key: str) -> list[Row]:
+    """The validations with a number under this key; null stands for NaN or Inf."""
+    return [row for row in table.others if row.get(key) is not None]
 
 
-def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, path: Path) -> None:
+def draw_curve(table: MetricsTable, colors: int, density: dict[str, Any] | None, path: Path) -> None:
     """Draws the losses in metrics.jsonl over the images seen; density: its result, if measured, for the baselines."""
-    images, low, mean, high = summarized(rows)
+    images, low, mean, high = summarized(table)
     figure, axes = new_figure()
     axes.fill_between(images, low, high, color=ACCENT, alpha=0.18, linewidth=0)
     axes.plot(images, mean, color=ACCENT, linewidth=1.6, label="training")
     for key, style, label in (("valid_loss", "o-", "validation"), ("valid_loss_ema", "s--", "validation, EMA")):
-        if validation := _with(rows, key):
+        if validation := _with(table, key):
             axes.plot(
                 [row["images"] for row in validation], [row[key] for row in validation],
                 style, color="#111111", markersize=4, linewidth=1, label=label,
@@ -59,12 +60,12 @@ def draw_curve(rows: list[Row], colors: int, density: dict[str, Any] | None, pat
     save_figure(figure, path)
 
 
-def describe_curve(rows: list[Row], density: dict[str, Any] | None) -> tuple[str, str]:
+def describe_curve(table: MetricsTable, density: dict[str, Any] | None) -> tuple[str, str]:
     """The alternative text and the caption of the figure."""
-    losses, validation, averaged = (_with(rows, key) for key in ("loss", "valid_loss", "valid_loss_ema"))
+    losses, validation, averaged = table.losses, _with(table, "valid_loss"), _with(table, "valid_loss_ema")
     alternative = (
-        f"Line chart of the loss over the images seen: from {losses[0]['loss']:.3f} to {losses[-1]['loss']:.3f} nats "
-        f"per color in training after {losses[-1]['images']:,} images"
+        f"Line chart of the loss over the images seen: from {losses[0, 1]:.3f} to {losses[-1, 1]:.3f} nats per color "
+        f"in training after {losses[-1, 0]:,.0f} images"
     )
     caption = "Loss on the training split (mean and range of consecutive steps)"
     if validation:
@@ -81,12 +82,12 @@ def describe_curve(rows: list[Row], density: dict[str, Any] | None) -> tuple[str
     return f"{alternative}.", f"{caption}; lower is better. {lines}"
 
 
-def summarized(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def summarized(table: MetricsTable) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Images seen, and minimum, mean and maximum loss, for at most CURVE_POINTS groups of consecutive steps.
 
     Steps without a finite loss are excluded.
     """
-    finite = np.array([(row["images"], row["loss"]) for row in _with(rows, "loss")])  # (steps, 2)
+    finite = table.losses  # (steps, 2)
     groups = np.array_split(finite, min(CURVE_POINTS, len(finite)))
     images = np.array([group[:, 0].mean() for group in groups])
     low, mean, high = (np.array([reduce(group[:, 1]) for group in groups]) for reduce in (np.min, np.mean, np.max))

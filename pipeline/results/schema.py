@@ -29,7 +29,7 @@ from typing import Any
 
 from data_prep.common.files import read_json, write_json
 from data_prep.shards.reader import ShardSet
-from pipeline.checkpoint.metrics_log import read_rows
+from pipeline.checkpoint.metrics_table import read_table, table_of
 from pipeline.results.curve import valid_loss_at
 from pipeline.results.headline import Results
 from pipeline.results.provenance import ModelFacts, untrained
@@ -74,9 +74,9 @@ def write_results(
     folder: Path, facts: ModelFacts, shards: ShardSet, measured: Measured, not_run: Sequence[str] = ()
 ) -> None:
     """Writes results.json into the folder."""
-    rows = list(read_rows(facts.metrics)) if facts.metrics else []
+    table = read_table(facts.metrics) if facts.metrics else table_of([])
     model = {key: value for key, value in asdict(facts).items() if key not in ("metrics", "training_commands")}
-    valid_loss = None if facts.averaged_steps else valid_loss_at(rows, facts.checkpoint_step, facts.weights)
+    valid_loss = None if facts.averaged_steps else valid_loss_at(table, facts.checkpoint_step, facts.weights)
     if not facts.mixture:
         del model["mixture"]
     content = {

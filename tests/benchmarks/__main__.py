@@ -20,15 +20,14 @@ from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.train.data.batches import ImageOrder, TrainingBatches
-from tests.benchmarks import cpu_steps, data, features, memory, models, saving, scale, starting
+from tests.benchmarks import cpu_steps, data, data_peers, features, growth, memory, models, saving, scale, starting
+from tests.benchmarks.data_peers import S_TOKENS_A_SECOND
 from tests.benchmarks.models import Case
 from tests.benchmarks.turns import HEAD, Row, best
 from tests.launch import run
 
 CPU = torch.device("cpu")
 BATCH = 128
-S_TOKENS_A_SECOND = 0.45 * 989e12 / 0.606e9
-"""Tokens per second of iGPT-S on one H100 at 45% of its peak, 0.606 GFLOP a token: a reader must be faster."""
 
 
 def encoding() -> Row:
@@ -123,12 +122,17 @@ def prepared_images(folder: Path) -> Iterator[str]:
 
 PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "data": data_rates,
+    "reading": data_peers.reading,
+    "resuming": data_peers.resuming,
+    "mixtures": data_peers.mixtures,
+    "preparing": data_peers.preparing,
     "model": model_rates,
     "starting": starting.table,
     "saving": saving.table,
     "features": features.table,
     "preparation": prepared_images,
     "memory": memory.table,
+    "growth": growth.table,
     "scale": lambda _: iter(scale.scale_table()),
 }
 

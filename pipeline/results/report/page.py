@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.common.files import locked
 from data_prep.shards.reader import ShardSet
-from pipeline.checkpoint.metrics_log import read_rows
+from pipeline.checkpoint.metrics_table import read_table, table_of
 from pipeline.model_folder.training_record import averaged_text, unfinished
 from pipeline.results.claims import training_images_sentence, value_of, where_baselines_win
 from pipeline.results.curve import CURVE, describe_curve, draw_curve, has_losses
@@ -170,11 +170,11 @@ def _curve(folder: Path, facts: ModelFacts, shards: ShardSet, tasks: Results) ->
     """Draws the training curve, if the model folder has the run's metrics."""
     density = tasks.get("density")
     try:
-        rows = list(read_rows(facts.metrics)) if facts.metrics is not None else []
-        if not has_losses(rows):
+        table = read_table(facts.metrics) if facts.metrics is not None else table_of([])
+        if not has_losses(table):
             return None
-        draw_curve(rows, shards.colors, density, folder / CURVE)
-        alternative, caption = describe_curve(rows, density)
+        draw_curve(table, shards.colors, density, folder / CURVE)
+        alternative, caption = describe_curve(table, density)
     except Exception:
         logger.warning(f"{folder / CURVE} can't be drawn; the report is written without it", exc_info=True)
         return None

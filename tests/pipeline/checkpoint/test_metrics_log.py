@@ -95,8 +95,8 @@ def test_the_start_of_a_long_run_is_not_read(tmp_path: Path, monkeypatch: pytest
     """Neither to drop the last rows nor to read the last steps."""
     path, steps = tmp_path / METRICS_FILE, 20_000
     path.write_bytes(rows_of_a_long_run(steps))
-    parsed, parse = [], metrics_log._parse
-    monkeypatch.setattr(metrics_log, "_parse", lambda line: parsed.append(line) or parse(line))
+    parsed, parse = [], metrics_log.parse_row
+    monkeypatch.setattr(metrics_log, "parse_row", lambda line: parsed.append(line) or parse(line))
     drop_rows_after(path, steps - 50)
     assert [row["step"] for row in last_steps(tmp_path, steps - 50, 3)] == [steps - 52, steps - 51, steps - 50]
     assert len(parsed) < 100

@@ -1,0 +1,86 @@
+"""The rows of a run's metrics.jsonl as a table: what reports need of millions of steps, without an object for each."""
+
+import math
+import re
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.checkpoint.metrics_log import Row, parse_row
+
+STEP = re.compile(
+    rb'\{"step": \d+, "images": ([^,{}]+), "loss": ([^,{}]+), "learning_rate": [^,{}]+, "grad_norm": [^,{}]+, '
+    rb'"applied": \w+, "images_per_second": ([^,{}]+), [^{}\n]+\}\n'
+)
+"""A training step's row in the form in which train writes it, complete. Rows in another form are parsed as JSON, which
+takes twice as long."""
+
+
+@dataclass(frozen=True)
+class MetricsTable:
+    """The rows of a metrics.jsonl, oldest first."""
+
+    steps: np.ndarray
+    """float64 (n, 3): images seen, loss and images per second of each row of a training step; NaN for null."""
+    others: list[Row]
+    """The rows without a training loss: validations, probes, and those of other programs."""
+
+    @property
+    def losses(self) -> np.ndarray:
+        """float64 (m, 2): images seen and loss of the steps with a finite loss."""
+        return self.steps[np.isfinite(self.steps[:, 1]), :2]
+
+    def last(self, key: str) -> float | None:
+        """The newest training loss (`loss`) or value of another key, null excluded; None if there is none."""
+        if key == "loss":
+            return float(self.losses[-1, 1]) if len(self.losses) else None
+        return next((row[key] for row in reversed(self.others) if row.get(key) is not None), None)
+
+
+def read_table(path: Path) -> MetricsTable:
+    """The rows of the file; empty if it does not exist. As `read_rows`, it skips what is not a complete row.
+
+    The table of the last file is kept until the file changes: a report needs it several times.
+    """
+    if not path.is_file():
+        return table_of([])
+    state = path.stat()
+    return _read(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, size: int, modified: int) -> MetricsTable:
+    numbers: array[float] = array("d")
+    others: list[Row] = []
+    with path.open("rb") as lines:
+        for line in lines:
+            if found := STEP.fullmatch(line):
+                try:
+                    numbers.extend(map(float, found.groups()))
+                    continue
+                except ValueError:  # null, or damage
+                    del numbers[len(numbers) // 3 * 3 :]
+            if line.endswith(b"\n") and (row := parse_row(line.decode(errors="replace"))) is not None:
+                _add(row, numbers, others)
+    return MetricsTable(np.frombuffer(numbers, np.float64).reshape(-1, 3), others)
+
+
+def table_of(rows: Iterable[Row]) -> MetricsTable:
+    """The table of rows that were read."""
+    numbers: array[float] = array("d")
+    others: list[Row] = []
+    for row in rows:
+        _add(row, numbers, others)
+    return MetricsTable(np.frombuffer(numbers, np.float64).reshape(-1, 3), others)
+
+
+def _add(row: Row, numbers: "array[float]", others: list[Row]) -> None:
+    if "loss" not in row:
+        others.append(row)
+        return
+    found = (row.get(key) for key in ("images", "loss", "images_per_second"))
+    numbers.extend(math.nan if number is None else float(number) for number in found)
