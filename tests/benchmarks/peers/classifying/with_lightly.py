@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from lightly.utils.benchmarking import knn_predict
 from torch.nn import functional
 
 from tests.benchmarks.peers.classifying.work import (
@@ -12,6 +11,10 @@ from tests.benchmarks.peers.classifying.work import (
     from_command_line,
     serve_predictions,
 )
+from tests.benchmarks.peers.torchvision_operators import declare_operators
+
+declare_operators()
+from lightly.utils.benchmarking import knn_predict  # noqa: E402
 
 
 def main() -> None:

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import torch
-from lightly.models import utils
-from lightly.models.modules import AIMPredictionHead, MaskedCausalVisionTransformer
-from lightly.transforms import AIMTransform
-from lightly.transforms.utils import IMAGENET_NORMALIZE
 from torch import nn
 
 from tests.benchmarks.peers.representation.budget import Views, pretrain, write_features
+from tests.benchmarks.peers.torchvision_operators import declare_operators
+
+declare_operators()
+from lightly.models import utils  # noqa: E402
+from lightly.models.modules import AIMPredictionHead, MaskedCausalVisionTransformer  # noqa: E402
+from lightly.transforms import AIMTransform  # noqa: E402
+from lightly.transforms.utils import IMAGENET_NORMALIZE  # noqa: E402
 
 SIZE, PATCH, WIDTH, DEPTH, HEADS = 16, 2, 96, 8, 2
 

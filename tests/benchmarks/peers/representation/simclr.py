@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import torch
-from lightly.loss import NTXentLoss
-from lightly.models.modules import SimCLRProjectionHead
-from lightly.transforms.simclr_transform import SimCLRTransform
-from lightly.transforms.utils import IMAGENET_NORMALIZE
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 from tests.benchmarks.peers.representation.budget import BATCH, Views, pretrain, write_features
+from tests.benchmarks.peers.torchvision_operators import declare_operators
+
+declare_operators()
+from lightly.loss import NTXentLoss  # noqa: E402
+from lightly.models.modules import SimCLRProjectionHead  # noqa: E402
+from lightly.transforms.simclr_transform import SimCLRTransform  # noqa: E402
+from lightly.transforms.utils import IMAGENET_NORMALIZE  # noqa: E402
+from torchvision.models.resnet import BasicBlock  # noqa: E402
 
 SIZE, WIDTHS = 16, (32, 64, 128, 256)
 
