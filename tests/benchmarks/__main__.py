@@ -20,7 +20,7 @@ from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.train.data.batches import ImageOrder, TrainingBatches
-from tests.benchmarks import cpu_steps, data, features, memory, models, saving, scale, starting
+from tests.benchmarks import cpu_steps, data, data_peers, features, memory, models, saving, scale, starting
 from tests.benchmarks.models import Case
 from tests.benchmarks.turns import HEAD, Row, best
 from tests.launch import run
@@ -123,6 +123,10 @@ def prepared_images(folder: Path) -> Iterator[str]:
 
 PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "data": data_rates,
+    "reading": data_peers.reading,
+    "resuming": data_peers.resuming,
+    "mixtures": data_peers.mixtures,
+    "preparing": data_peers.preparing,
     "model": model_rates,
     "starting": starting.table,
     "saving": saving.table,

@@ -99,3 +99,18 @@ def test_requirements_are_a_peer_a_line(tmp_path: Path) -> None:
     file.write_text("# peers\n\na: a==1\nb: b[extra]==2 c<3\n")
     assert install.wanted(file) == {"a": ["a==1"], "b": ["b[extra]==2", "c<3"]}
     assert sys.version_info >= (3, 11) and all(install.wanted().values())
+
+
+def test_tables_say_where_ours_is_behind() -> None:
+    """Rates: less is behind. Seconds: more is."""
+    ours, peer = (
+        measure.Measured(Script(name, "x"), {"work": [1.0] * 3, "seconds": [2.0, 3.0, 1.0], "first": [first] * 3})
+        for name, first in (("ours", 4.0), ("peer", 2.0))
+    )
+    peer.turns["seconds"] = [4.0, 8.0, 5.0]
+    assert list(measure.lines("reading", "images/s", [ours, peer])) == [
+        "| reading | images/s | 0.5 (0.3333 to 1) | peer | 0.2 (0.125 to 0.25) | 2.50 |"
+    ]
+    assert next(measure.lines("reading", "images/s", [peer, ours])).endswith("| 0.40, behind |")
+    assert next(measure.lines_of("first batch", "s", [ours, peer], "first")).endswith("| 2.00, behind |")
+    assert next(measure.lines_of("first batch", "s", [peer, ours], "first")).endswith("| 0.50 |")
