@@ -74,7 +74,7 @@ class Split:
                 path.unlink(missing_ok=True)
 
     def _open_map(self, shard: int) -> memoryview:
-        return memoryview(np.memmap(self.file(self.shards[shard]), np.uint8, "r"))
+        return np.memmap(self.file(self.shards[shard]), np.uint8, "r").data
 
     def record(self, index: int) -> Record:
         """Tokens uint16 (n, T) and labels int32 (n,) of one record, as views of the file: read-only."""
