@@ -20,7 +20,7 @@ from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.train.data.batches import ImageOrder, TrainingBatches
-from tests.benchmarks import cpu_steps, data, data_peers, features, memory, models, saving, scale, starting
+from tests.benchmarks import cpu_steps, data, data_peers, features, growth, memory, models, saving, scale, starting
 from tests.benchmarks.models import Case
 from tests.benchmarks.turns import HEAD, Row, best
 from tests.launch import run
@@ -133,6 +133,7 @@ PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "features": features.table,
     "preparation": prepared_images,
     "memory": memory.table,
+    "growth": growth.table,
     "scale": lambda _: iter(scale.scale_table()),
 }
 

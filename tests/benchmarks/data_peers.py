@@ -28,7 +28,7 @@ IMAGES, POSITIONS = 49_152, 32 * 32
 """Images of the token sets, and tokens of each: as many as CIFAR-10's, 101 MB."""
 SHARE = 0.7
 """Of the first set in the mixture."""
-PREPARED, PREPARED_LARGE = 5_000, 1_000
+PREPARED, PREPARED_LARGE = 3_000, 600
 """Images of 32x32 and of 500x375 that are prepared in a turn."""
 LARGE = (500, 375)
 FORMATS = {
