@@ -44,12 +44,11 @@ class Split:
         self.record_images = np.array([n for shard in shards for n in shard["record_images"]], np.int64)
         self.record_starts = np.concatenate([[0], np.cumsum(self.record_images)])
         self.images = int(self.record_starts[-1])
-        self._offsets = [
-            (number, pixels, labels)
-            for number, shard in enumerate(shards)
-            for pixels, labels in zip(shard["pixels_offsets"], shard["labels_offsets"], strict=True)
-        ]
-        self.shard_starts = np.concatenate([[0], np.cumsum([len(shard["record_images"]) for shard in shards])])
+        records = [len(shard["record_images"]) for shard in shards]
+        self._record_shards = np.repeat(np.arange(len(shards)), records)
+        self._pixels_offsets = np.array([n for shard in shards for n in shard["pixels_offsets"]], np.int64)
+        self._labels_offsets = np.array([n for shard in shards for n in shard["labels_offsets"]], np.int64)
+        self.shard_starts = np.concatenate([[0], np.cumsum(records, dtype=np.int64)])
         """The index of the first record of each shard."""
         self._map = lru_cache(maxsize=OPEN_SHARDS)(self._open_map)
 
@@ -74,34 +73,44 @@ class Split:
             if not existed:
                 path.unlink(missing_ok=True)
 
-    def _open_map(self, shard: int) -> np.ndarray:
-        return np.memmap(self.file(self.shards[shard]), np.uint8, "r")
+    def _open_map(self, shard: int) -> memoryview:
+        return np.memmap(self.file(self.shards[shard]), np.uint8, "r").data
 
     def record(self, index: int) -> Record:
         """Tokens uint16 (n, T) and labels int32 (n,) of one record, as views of the file: read-only."""
-        shard, pixels_offset, labels_offset = self._offsets[index]
-        count = int(self.record_images[index])
-        data = self._map(shard)
-        pixels = np.frombuffer(data, PIXELS_DTYPE, count * self.positions, pixels_offset)
-        return pixels.reshape(count, self.positions), np.frombuffer(data, LABELS_DTYPE, count, labels_offset)
+        count, data = int(self.record_images[index]), self._map(int(self._record_shards[index]))
+        pixels = np.frombuffer(data, PIXELS_DTYPE, count * self.positions, self._pixels_offsets[index])
+        return pixels.reshape(count, self.positions), np.frombuffer(
+            data, LABELS_DTYPE, count, self._labels_offsets[index]
+        )
 
     def gather(self, indices: np.ndarray) -> Record:
         """Copies images by index, in the given order: indices (k,) to tokens uint16 (k, T), labels int32 (k,).
 
         Raises IndexError for an index outside [0, images).
         """
+        return self.gather_tokens(indices), self._copy(indices, self._labels_offsets, LABELS_DTYPE, 1)[:, 0]
+
+    def gather_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """The tokens alone, as of `gather`: uint16 (k, T)."""
+        return self._copy(indices, self._pixels_offsets, PIXELS_DTYPE, self.positions)
+
+    def _copy(self, indices: np.ndarray, offsets: np.ndarray, dtype: np.dtype[Any], length: int) -> np.ndarray:
+        """The values of each image, (k, length); offsets: where those of each record's first image begin in its shard.
+
+        The images of a shuffled batch come from nearly as many records, so a loop over the records, or one array
+        operation an image, takes most of the time. Slices of memory views are joined in C.
+        """
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < self.images:
             raise IndexError(f"images of split {self.name} are numbered 0 to {self.images - 1}")
-        pixels = np.empty((len(indices), self.positions), PIXELS_DTYPE)
-        labels = np.empty(len(indices), LABELS_DTYPE)
         records = np.searchsorted(self.record_starts, indices, side="right") - 1
-        for record in np.unique(records):
-            wanted = np.flatnonzero(records == record)
-            record_pixels, record_labels = self.record(record)
-            rows = indices[wanted] - self.record_starts[record]
-            pixels[wanted], labels[wanted] = record_pixels[rows], record_labels[rows]
-        return pixels, labels
+        size = length * dtype.itemsize
+        starts = offsets[records] + (indices - self.record_starts[records]) * size
+        shards = self._record_shards[records].tolist()
+        maps = {shard: self._map(shard) for shard in set(shards)}
+        slices = [maps[shard][start : start + size] for shard, start in zip(shards, starts.tolist(), strict=True)]
+        return np.frombuffer(bytearray().join(slices), dtype).reshape(len(indices), length)
 
     def locations(self, indices: Sequence[int]) -> list[str]:
         """The locations of images, for messages: "train-000003.tar record 12 image 5", all numbered from 0."""

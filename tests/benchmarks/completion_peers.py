@@ -1,4 +1,4 @@
-"""Completions beside the libraries that a user would pick: python -m tests.benchmarks completion_peers
+"""Completions beside the libraries that a user would pick: make bench PARTS=completions
 
 The lower halves of images of 16x16, drawn by a model of 6.6M parameters in fp32, one image or eight at once.
 """

@@ -1,4 +1,4 @@
-"""k-NN and linear probes on given features beside other libraries: python -m tests.benchmarks feature_peers
+"""k-NN and linear probes on given features beside other libraries: make bench PARTS=classifiers
 
 50,000 features of width 1,536 (iGPT-L's) with labels, and 1,000 queries. A turn is everything from the features as they
 are given to the predicted labels: normalization or standardization, index or fit, prediction.

@@ -1,4 +1,4 @@
-"""How long a save stops training, beside other libraries: python -m tests.benchmarks saving_peers
+"""How long a save stops training, beside other libraries: make bench PARTS=saves
 
 iGPT-S (76M parameters, with Adam's moments 0.92 GB) at 16x16 on one rank in fp32, batch 1. A turn is a training step
 and a save. The stall is the time until the loop continues; ours and async_save write in a thread meanwhile.

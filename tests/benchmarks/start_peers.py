@@ -1,4 +1,4 @@
-"""Resuming, help and imports beside other libraries: python -m tests.benchmarks start_peers
+"""Resuming, help and imports beside other libraries: make bench PARTS=starts
 
 iGPT-S (76M parameters) at 16x16, batch 1, fp32, resumed from a checkpoint of its first step: seconds from the command
 to the end of the next step. `litgpt pretrain` compiles the model at every start, from torch's cache of compiled code.

@@ -3,10 +3,13 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.benchmarks.peers import install, measure
+from tests.benchmarks.peers import install, measure, mixing, reading
+from tests.benchmarks.peers.formats import format_of
 from tests.benchmarks.peers.measure import Script, compare
+from tests.benchmarks.peers.token_images import numbers_of, token_images
 
 WORKS = """
 import os, subprocess, sys, time
@@ -99,3 +102,56 @@ def test_requirements_are_a_peer_a_line(tmp_path: Path) -> None:
     file.write_text("# peers\n\na: a==1\nb: b[extra]==2 c<3\n")
     assert install.wanted(file) == {"a": ["a==1"], "b": ["b[extra]==2", "c<3"]}
     assert sys.version_info >= (3, 11) and all(install.wanted().values())
+
+
+def test_tables_say_where_ours_is_behind() -> None:
+    """Rates: less is behind. Seconds: more is."""
+    ours, peer = (
+        measure.Measured(Script(name, "x"), {"work": [1.0] * 3, "seconds": [2.0, 3.0, 1.0], "first": [first] * 3})
+        for name, first in (("ours", 4.0), ("peer", 2.0))
+    )
+    peer.turns["seconds"] = [4.0, 8.0, 5.0]
+    assert list(measure.lines("reading", "images/s", [ours, peer])) == [
+        "| reading | images/s | 0.5 (0.3333 to 1) | peer | 0.2 (0.125 to 0.25) | 2.50 |"
+    ]
+    assert next(measure.lines("reading", "images/s", [peer, ours])).endswith("| 0.40, behind |")
+    assert next(measure.lines_of("first batch", "s", [ours, peer], "first")).endswith("| 2.00, behind |")
+    assert next(measure.lines_of("first batch", "s", [peer, ours], "first")).endswith("| 0.50 |")
+
+
+@pytest.mark.parametrize("form", ["ours", "memmap"])
+def test_a_format_reads_each_image_once_and_resumes_on_other_ranks(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three epochs, and the batches after a resume in the second half of the first, on one and on two ranks."""
+    stored, count = format_of(form), reading.BATCH * 6 + 5
+    tokens = token_images(count, 16, first=7)
+    assert numbers_of(tokens).tolist() == list(range(7, 7 + count))
+    stored.write(token_images(count, 16), tmp_path / "set")
+    loader = stored.loader(tmp_path / "set", reading.BATCH, 1)
+    epochs = [[numbers_of(batch) for batch in loader] for _ in range(3)]
+    for epoch in epochs:
+        reading.check_epoch(epoch, count)
+    assert not np.array_equal(epochs[0][0], epochs[1][0])
+    state, size = stored.state_of(loader, 4), reading.BATCH // 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append([numbers_of(batch) for batch in stored.loader(tmp_path / "set", size, 1, state)])
+    assert np.array_equal(np.concatenate([share[0] for share in shares]), epochs[0][4])
+
+
+def test_what_an_epoch_and_a_mixture_must_be() -> None:
+    """An epoch that repeats an image, lacks some, or is in order is refused; differences from a share are counted."""
+    order, size = np.random.default_rng(0).permutation(640), reading.BATCH
+    batches = np.split(order, 5)
+    reading.check_epoch(batches, 650)
+    for wrong in ([*batches[:4], batches[0]], batches[:3], np.split(np.arange(640), 5), [*batches[:4], order[:5]]):
+        with pytest.raises(ValueError, match=r"an epoch|not shuffled"):
+            reading.check_epoch(list(wrong), 640)
+    assert len(batches[0]) == size
+    exact = np.tile(np.arange(10) < 7, 200)
+    assert mixing.differences(exact, 0.7) == {"images": 2000, "off_total": 0.0, "off_thousand": 0.0}
+    late = np.sort(exact)
+    assert mixing.differences(late, 0.7)["off_thousand"] == 300

@@ -1,4 +1,4 @@
-"""Training steps beside the libraries that a user would pick: python -m tests.benchmarks training_peers
+"""Training steps beside the libraries that a user would pick: make bench PARTS=training
 
 Each trains a model of the same size on the same images: ours by the loop of `pipeline train`, and transformers by its
 Trainer, with their own reading, logging of every step and checkpoints; litgpt and x-transformers in the loops of their

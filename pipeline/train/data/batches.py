@@ -166,5 +166,5 @@ class TrainingBatches(ReadAhead):
     def _read(self, position: int, global_size: int) -> Batch:
         share = global_size // self._ranks
         indices, changes = self._order.at(position + self._rank * share, share)
-        tokens, _ = self._split.gather(indices)
+        tokens = self._split.gather_tokens(indices)
         return Batch(self._order.augmentation.apply(tokens, changes, self._resolution))

@@ -188,5 +188,5 @@ class MixtureBatches(ReadAhead):
         if isinstance(order, MixtureStream):
             return self._streams[number].read(first + int(own[0]), len(own))
         indices, changes = order.at(first, int(own[-1]) + 1)
-        tokens, _ = self._order.splits[number].gather(indices[own])
+        tokens = self._order.splits[number].gather_tokens(indices[own])
         return order.augmentation.apply(tokens, changes[own], self._resolution)

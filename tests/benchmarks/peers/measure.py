@@ -180,15 +180,19 @@ def spread(values: Sequence[float]) -> str:
 
 def lines(work: str, unit: str, measured: Sequence[Measured], per: str = "seconds") -> Iterator[str]:
     """A line of the table for each peer; the first of `measured` is ours. Rates: more is better."""
-    yield from _lines(work, unit, measured, [one.rates(per) if one.error is None else [] for one in measured])
+    yield from _lines(work, unit, measured, [one.rates(per) if one.error is None else [] for one in measured], True)
 
 
-def lines_of(work: str, unit: str, measured: Sequence[Measured], figure: str) -> Iterator[str]:
+def lines_of(
+    work: str, unit: str, measured: Sequence[Measured], figure: str, *, more_is_better: bool = False
+) -> Iterator[str]:
     """As lines(), of a figure as it stands, such as seconds to the first batch."""
-    yield from _lines(work, unit, measured, [one.turns.get(figure, []) for one in measured])
+    yield from _lines(work, unit, measured, [one.turns.get(figure, []) for one in measured], more_is_better)
 
 
-def _lines(work: str, unit: str, measured: Sequence[Measured], values: Sequence[list[float]]) -> Iterator[str]:
+def _lines(
+    work: str, unit: str, measured: Sequence[Measured], values: Sequence[list[float]], more_is_better: bool
+) -> Iterator[str]:
     ours, own = measured[0], values[0]
     shown = f"fails: {ours.error}" if ours.error else spread(own)
     for peer, theirs in zip(measured[1:], values[1:], strict=True):
@@ -196,6 +200,8 @@ def _lines(work: str, unit: str, measured: Sequence[Measured], values: Sequence[
             yield f"| {work} | {unit} | {shown} | {peer.script.name} | fails: {_cell(peer.error)} | |"
             continue
         ratio = f"{statistics.median(own) / statistics.median(theirs):.2f}" if own else ""
+        if own and (statistics.median(own) < statistics.median(theirs)) == more_is_better:
+            ratio += ", behind"
         yield f"| {work} | {unit} | {shown} | {peer.script.name} | {spread(theirs)} | {ratio} |"
 
 

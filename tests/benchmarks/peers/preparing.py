@@ -130,6 +130,9 @@ def datasets_map(images: Path, palette: Path, side: int, address: str) -> Prepar
 
 def _processor(palette: Path, side: int) -> Any:
     """The processor for torchvision, which is faster than the one for Pillow, where torchvision is installed."""
+    from tests.benchmarks.peers.torchvision_operators import declare_operators
+
+    declare_operators()
     from transformers import ImageGPTImageProcessor
 
     return ImageGPTImageProcessor(clusters=np.load(palette), size={"height": side, "width": side})

@@ -25,18 +25,17 @@ def serve(turn: Callable[[], Mapping[str, object] | float]) -> None:
     os.set_inheritable(answers.fileno(), False)
     _answer(answers, {"ready": True})
     for _ in sys.stdin:
-        began, used = time.perf_counter(), _cpu_seconds()
+        began, used = time.perf_counter(), cpu_seconds()
         done = turn()
-        seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - used
-        figures = done if isinstance(done, Mapping) else {"work": float(done)}
-        _answer(answers, {"seconds": seconds, "cpu_seconds": cpu_seconds, "megabytes": _megabytes(), **figures})
+        cost = {"seconds": time.perf_counter() - began, "cpu_seconds": cpu_seconds() - used, "megabytes": _megabytes()}
+        _answer(answers, cost | dict(done if isinstance(done, Mapping) else {"work": float(done)}))
 
 
 def _answer(answers: object, figures: Mapping[str, object]) -> None:
     print(json.dumps(figures), file=answers, flush=True)  # type: ignore[call-overload]
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """Of this process, of those that it started and waited for, and of those that still run."""
     waited_for = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = time.process_time() + waited_for.ru_utime + waited_for.ru_stime

@@ -78,7 +78,13 @@ def test_records_and_gather(handmade: tuple[Path, list[list[Record]]]) -> None:
     assert (labels == want_labels[indices]).all()
     assert pixels.dtype == np.uint16
     assert labels.dtype == np.int32
-    assert pixels.flags.writeable
+    assert pixels.flags.writeable and labels.flags.writeable
+    assert (split.gather_tokens(indices) == want_pixels[indices]).all()
+    shuffled = np.random.default_rng(0).permutation(776)
+    pixels, labels = split.gather(shuffled)
+    assert (pixels == want_pixels[shuffled]).all() and (labels == want_labels[shuffled]).all()
+    pixels, labels = split.gather(np.array([], np.int64))
+    assert pixels.shape == (0, split.positions) and labels.shape == (0,)
 
 
 @pytest.mark.parametrize("index", [-1, 776])
