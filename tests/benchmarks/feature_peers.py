@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.costs import measured_matmul_peak
+from tests.benchmarks.marks import against
 from tests.benchmarks.peers.classifying.work import write
 from tests.benchmarks.peers.measure import HEAD, Measured, Script, compare, lines_of
 
@@ -47,6 +48,8 @@ def table(folder: Path) -> Iterator[str]:
     yield from lines_of(f"k-NN, {BANK:,} x {WIDTH:,}, {QUERIES:,} queries", "s", knn, "seconds")
     probe = compare(*scripts(folder, "probe"), turns=PROBE_TURNS)
     yield from lines_of(f"linear probe, {BANK:,} x {WIDTH:,}", "s", probe, "seconds")
+    for what, measured in (("k-NN", knn), ("linear probe", probe)):
+        yield f"\n{what}: {against(1, measured, 'seconds', more_is_better=False)}."
     yield f"\nAccuracy, k-NN: {accuracies(knn)}; linear probe: {accuracies(probe)}. In seconds less is better."
     if knn[0].error is None:
         rate = measured_matmul_peak(torch.float32, torch.device("cpu"))

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.config import SIZES, ModelConfig
 from pipeline.costs import STATE_BYTES, parameter_count
 from pipeline.model.gpt_config import gpt2_config
+from tests.benchmarks.marks import against
 from tests.benchmarks.peers.measure import HEAD, Script, compare, lines_of
 from tests.benchmarks.peers.training.work import Work
 from tests.benchmarks.training_peers import PEERS, shard_set
@@ -70,7 +71,8 @@ def table(folder: Path) -> Iterator[str]:
     yield from lines_of("save of 76M parameters: until it is written", "s", measured, "saving")
     size = STATE_BYTES * parameter_count(gpt2_config(ModelConfig(size="s", resolution=RESOLUTION)))
     copying, writing = rates(folder, size)
+    yield f"\nStop of training: {against(1, measured, 'stall', more_is_better=False)}."
     yield (
-        f"\nIn seconds less is better. Copying the {size / 1e9:.2f} GB in memory takes {size / copying:.2g} s on this "
+        f"In seconds less is better. Copying the {size / 1e9:.2f} GB in memory takes {size / copying:.2g} s on this "
         f"machine, writing and syncing one file {size / writing:.2g} s."
     )
