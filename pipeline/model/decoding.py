@@ -3,7 +3,7 @@
 A position is a sequence of small operations, which takes at least the time to read the weights once. transformers' own
 forward pass spends several times that between the operations, so the Decoder calls the model's modules directly. On
 CUDA the sequence is captured once and replayed as a CUDA graph. On CPU the weights are reordered once for matrix
-products with few rows.
+products with few rows, or transposed for those with one row.
 
 Letters: B images, N new positions, P positions in all, D width, V colors, H heads of d dimensions.
 """
@@ -32,7 +32,7 @@ class Decoder:
         use_graph: False for partitioned weights: a CUDA graph can't capture their collectives.
         """
         self._model, self._positions, self._use_graph = model, positions, use_graph
-        self._seen = 0
+        self._seen, self._images = 0, 0
         self._products: dict[nn.Module, Product] = {}
         self._caches: list[torch.Tensor] = []  # of each block, (2, B, H, P, d): keys and values
         self._graph: _Graph | None = None
@@ -40,7 +40,7 @@ class Decoder:
     def __call__(self, so_far: torch.Tensor) -> torch.Tensor:
         first, end = self._seen, so_far.shape[1]
         assert first == 0 or end == first + 1, "the first call is followed by calls with one new position"
-        self._seen = end
+        self._seen, self._images = end, len(so_far)
         new = so_far[:, first:]
         if first > 0 and new.is_cuda and self._use_graph:
             if self._graph is None:
@@ -104,14 +104,15 @@ class Decoder:
 
     def _product(self, module: nn.Module) -> Product:
         if module not in self._products:
-            self._products[module] = _packed(module) or module
+            self._products[module] = _packed(module, self._images) or module
         return self._products[module]
 
 
-def _packed(module: nn.Module) -> Product | None:
-    """The same product by oneDNN with reordered weights, on CPU in fp32; None if the module itself is best.
+def _packed(module: nn.Module, images: int) -> Product | None:
+    """The same product with weights laid out for the batch, on CPU in fp32; None if the module itself is best.
 
-    Twice as fast as torch's own product, where that is MKL's on an AMD processor.
+    For one image the transposed weights, which a product with one row reads nearly twice as fast. For more, oneDNN's
+    product with reordered weights, twice as fast as torch's own where that is MKL's on an AMD processor.
     """
     plain = type(module) is nn.Linear and module.bias is None and not module._forward_pre_hooks
     if not plain or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
@@ -119,6 +120,9 @@ def _packed(module: nn.Module) -> Product | None:
     weight = module.weight.detach()
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
+    if images == 1:
+        transposed = weight.t().contiguous()
+        return lambda inputs: inputs @ transposed
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda inputs: torch.ops.mkldnn._linear_pointwise(inputs, reordered, None, "none", [], "")
 

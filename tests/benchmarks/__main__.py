@@ -20,7 +20,23 @@ from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.train.data.batches import ImageOrder, TrainingBatches
-from tests.benchmarks import cpu_steps, data, data_peers, features, growth, memory, models, saving, scale, starting
+from tests.benchmarks import (
+    completion_peers,
+    data,
+    data_peers,
+    feature_peers,
+    features,
+    growth,
+    memory,
+    models,
+    representation,
+    saving,
+    saving_peers,
+    scale,
+    start_peers,
+    starting,
+    training_peers,
+)
 from tests.benchmarks.data_peers import S_TOKENS_A_SECOND
 from tests.benchmarks.models import Case
 from tests.benchmarks.turns import HEAD, Row, best
@@ -85,7 +101,7 @@ def data_rates(folder: Path) -> Iterator[str]:
 
 
 def model_rates(_: Path) -> Iterator[str]:
-    """Training steps, completions and features."""
+    """Training steps and features, against the same without what we add."""
     from pipeline.distributed import describe_ranks
     from pipeline.train.engine.process_group import start_group
 
@@ -101,12 +117,6 @@ def model_rates(_: Path) -> Iterator[str]:
     case = Case(ModelConfig(layers=8, width=256, heads=4, resolution=16), 8, "fp32", CPU)
     step, forward = models.features(case)
     yield _row("features of all layers, 6.6M parameters", case, step, "the forward pass alone", forward)
-    drawing, generating = models.completions(case)
-    ours, theirs = best(case.images, drawing, generating)
-    yield Row("completions, 8 of 16x16 at once", "images/s", ours, "HF ImageGPT.generate", theirs).line()
-    floor = case.images / (models.read_seconds(case) * case.config.n_positions / 2)
-    yield f"\nMemory reads alone would allow {floor:.4g} completions/s; ours reach {ours / floor:.0%} of that.\n"
-    yield from cpu_steps.table(ranks)
 
 
 def _row(what: str, case: Case, step: models.Step, peer: str, peer_step: models.Step) -> str:
@@ -134,7 +144,15 @@ PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "memory": memory.table,
     "growth": growth.table,
     "scale": lambda _: iter(scale.scale_table()),
+    "training": training_peers.table,
+    "completions": completion_peers.table,
+    "classifiers": feature_peers.table,
+    "saves": saving_peers.table,
+    "starts": start_peers.table,
+    "representation": representation.table,
 }
+ONLY_BY_NAME = {"representation"}
+"""Parts that take longer than all others together."""
 
 
 def main(wanted: list[str]) -> None:
@@ -147,7 +165,7 @@ def main(wanted: list[str]) -> None:
         return
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "webdataset"))
     print(f"{platform.machine()} CPU, one thread; {packages}")
-    for name in wanted or PARTS:
+    for name in wanted or [part for part in PARTS if part not in ONLY_BY_NAME]:
         print(f"\n## {name}\n", flush=True)
         subprocess.run([sys.executable, "-m", "tests.benchmarks", name], check=True)
 

@@ -143,7 +143,7 @@ def nearest(bank: Rows, queries: Rows, count: int, device: torch.device) -> tupl
         rows = torch.arange(span.start, span.stop, device=device)  # (b,)
         for start in range(0, len(normalized), QUERIES_AT_ONCE):
             some = slice(start, start + QUERIES_AT_ONCE)
-            top, columns = (normalized[some] @ block.T).topk(min(count, len(rows)), dim=1)  # (n, count) each
+            top, columns = _products(normalized[some], block).topk(min(count, len(rows)), dim=1)  # (n, count) each
             both = torch.cat([similarity[some], top], dim=1)
             similarity[some], order = both.topk(count, dim=1)
             found[some] = torch.cat([found[some], rows[columns]], dim=1).gather(1, order)
@@ -152,7 +152,16 @@ def nearest(bank: Rows, queries: Rows, count: int, device: torch.device) -> tupl
 
 def _normalized_blocks(features: Rows, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
     for span, block in in_blocks(features):
-        yield span, functional.normalize(torch.from_numpy(block).to(device), dim=1)
+        rows = torch.from_numpy(block).to(device)
+        functional.normalize(rows, dim=1, out=rows)  # in place: the block is a copy
+        yield span, rows
+
+
+def _products(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:  # (n, D), (b, D) -> (n, b)
+    if queries.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # oneDNN's, a sixth faster than torch's own where that is MKL's on an AMD processor.
+        return torch.ops.mkldnn._linear_pointwise(queries, block, None, "none", [], "")
+    return queries @ block.T
 
 
 def predictions(

@@ -62,6 +62,8 @@ def test_a_picture_does_not_depend_on_its_batch():
     together = complete(model, prefix, TOTAL, seed=5)
     apart = [complete(model, prefix[at : at + 2], TOTAL, seed=5, first_image=at) for at in (0, 2, 4)]
     assert torch.equal(together, torch.cat(apart))
+    alone = [complete(model, prefix[at : at + 1], TOTAL, seed=5, first_image=at) for at in range(6)]
+    assert torch.equal(together, torch.cat(alone)), "one image has another layout of the weights"
     assert torch.equal(together, complete(model, prefix, TOTAL, seed=5))
     assert not torch.equal(together, complete(model, prefix, TOTAL, seed=6))
 

@@ -1,0 +1,1 @@
+"""k-NN and linear probes on given features."""

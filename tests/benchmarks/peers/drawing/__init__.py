@@ -1,0 +1,1 @@
+"""Completions: ours, and generate() of other libraries."""

@@ -1,0 +1,1 @@
+"""Starts of training commands: resumes up to the first step, help, and imports."""

@@ -1,0 +1,1 @@
+"""Training steps: ours, and those of libraries that train such a model."""
