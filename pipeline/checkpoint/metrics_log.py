@@ -6,6 +6,7 @@ hundreds of megabytes of rows.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 """Reads NaN and Infinity, as earlier versions wrote them, as None."""
 BLOCK_BYTES = 1 << 18
 """Bytes that are read at once from the end of a file."""
+STEP_LINE = re.compile(r'\{"step": (\d+), "images": [^{}\n]+\}\n')
+"""A complete row in the form in which train writes it, without lists and objects: its step is known without parsing."""
 
 Row = dict[str, Any]
 
@@ -35,7 +38,12 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Incomplete lines, and lines that are not rows, are skipped.
     """
-    return (row for _, row in _lines(path))
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.endswith("\n") and (row := parse_row(line)) is not None:
+                yield row
 
 
 def read_last_row(path: Path, key: str, tail_bytes: int = 1 << 26) -> Row | None:
@@ -71,7 +79,15 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 def lines_until(path: Path, step: int) -> Iterator[str]:
     """The complete lines up to a step, unchanged."""
-    return (line for line, row in _lines(path) if row["step"] <= step)
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if found := STEP_LINE.fullmatch(line):
+                if int(found[1]) <= step:
+                    yield line
+            elif line.endswith("\n") and (row := parse_row(line)) is not None and row["step"] <= step:
+                yield line
 
 
 def last_steps(run: Path, step: int, count: int) -> list[Row]:
@@ -91,17 +107,6 @@ def last_steps(run: Path, step: int, count: int) -> list[Row]:
 def _is_step(row: Row) -> bool:
     """Whether it is the row of a training step; other programs may add rows of their own."""
     return "loss" in row and "applied" in row
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each complete line, with its row."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            row = parse_row(line)
-            if row is not None and line.endswith("\n"):
-                yield line, row
 
 
 def _lines_backwards(path: Path, tail_bytes: int) -> Iterator[tuple[int, bytes]]:
