@@ -2,7 +2,7 @@
 #                 bench-accelerator
 # make demo       from images to an evaluated model, in five to ten minutes on two cores
 # make test       the tests; make test-all runs the slow ones too
-# make bench      speed against peers, as ratios; make bench PARTS="model starting" runs some parts
+# make bench      speed beside other libraries, into out/bench; make bench PARTS="reading saves" runs some parts
 # make peers      the peers of make bench that .venv lacks, each in an environment of its own, .venv-peers/NAME
 # make check-accelerator   tells in SECONDS=180 whether one accelerator computes what it should, then measures
 #                 speed with the seconds that are left; needs no network, but the wheels that make accelerator-wheels

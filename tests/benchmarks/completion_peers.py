@@ -6,12 +6,11 @@ The lower halves of images of 16x16, drawn by a model of 6.6M parameters in fp32
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.config import ModelConfig
 from tests.benchmarks import models
-from tests.benchmarks.marks import against
+from tests.benchmarks.marks import Result, result
 from tests.benchmarks.peers.drawing.work import Drawing
 from tests.benchmarks.peers.measure import HEAD, Script, compare, lines
 
@@ -31,7 +30,6 @@ def scripts(drawing: Drawing) -> list[Script]:
         Script("HF ImageGPT.generate", generate, (argument, "imagegpt", "dynamic")),
         Script("HF ImageGPT.generate, static cache", generate, (argument, "imagegpt", "static")),
         Script("HF GPT2LMHeadModel.generate", generate, (argument, "gpt2", "dynamic")),
-        Script("HF GPT2LMHeadModel.generate, static cache", generate, (argument, "gpt2", "static")),
         Script("x-transformers generate", f"{PEERS}.with_xtransformers", (argument,), environment="x-transformers"),
         Script("litgpt generate", f"{PEERS}.litgpt_generate", (argument,), environment="litgpt"),
     ]
@@ -44,19 +42,15 @@ def floor(drawing: Drawing) -> float:
     return drawing.images / (models.read_seconds(case) * (drawing.positions - drawing.given))
 
 
-def table(_: Path) -> Iterator[str]:
-    """A line for each peer and batch; then what reading memory would allow."""
+def table(_: Path) -> Iterator[str | Result]:
+    """A line for each peer and batch; then ours against the mark, and against the rate at which memory is read."""
     yield HEAD
-    notes = []
+    results = []
     for images in BATCHES:
         drawing = Drawing(images, **SIZE, positions=RESOLUTION**2)
+        work, unit = f"completions of 16x16, batch {images}", "images/s"
         measured = compare(*scripts(drawing))
-        yield from lines(f"completions of 16x16, batch {images}", "images/s", measured)
-        for one in measured:
-            one.turns["rate"] = one.rates() if one.error is None else []
-        notes.append(f"batch {images}: {against(MARK, measured, 'rate', more_is_better=True)}")
-        if measured[0].error is None:
-            possible, ours = floor(drawing), float(np.median(measured[0].turns["rate"]))
-            notes[-1] += f"; reading memory alone would allow {possible:.4g} images/s, ours reach {ours / possible:.0%}"
-    yield "\n" + "\n".join(f"- {note}." for note in notes)
-    yield "\nA position reads the weights, keys and values once, at the measured rate of memory."
+        yield from lines(work, unit, measured)
+        limit = {"limit": floor(drawing), "limited_by": "reading weights, keys and values from memory"}
+        results.append(result(work, unit, measured, mark=MARK, **limit))
+    yield from results

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.palette.codec import save_palette
-from tests.benchmarks.data import small_images, write_photographs
+from tests.benchmarks import images
+from tests.benchmarks.marks import Result, result
 from tests.benchmarks.peers import measure
 from tests.benchmarks.peers.measure import Measured, Script, compare
 from tests.benchmarks.peers.reading import BATCH
@@ -31,6 +32,10 @@ S_TOKENS_A_SECOND = 0.45 * 989e12 / 0.606e9
 """Tokens per second of iGPT-S on one H100 at 45% of its peak, 0.606 GFLOP a token: a reader must be faster."""
 SHARE = 0.7
 """Of the first set in the mixture."""
+SLOW_TURNS = 3
+"""Of what takes many seconds."""
+PREPARING_MARK = 1.5
+"""Times the best peer."""
 PREPARED, PREPARED_LARGE = 3_000, 600
 """Images of 32x32 and of 500x375 that are prepared in a turn."""
 LARGE = (500, 375)
@@ -57,7 +62,7 @@ def _token_file(folder: Path, name: str, first: int = 0) -> Path:
     return file
 
 
-def reading(folder: Path) -> Iterator[str]:
+def reading(folder: Path) -> Iterator[str | Result]:
     """Epochs of shuffled batches of 128, from files in the page cache."""
     tokens = _token_file(folder, "a")
     scripts = [_script("reading", "ours", tokens, 1), _script("reading", "memmap", tokens, 0)]
@@ -66,12 +71,16 @@ def reading(folder: Path) -> Iterator[str]:
         if form != "mosaicml_streaming":  # two of its processes would clean each other's shared memory
             scripts += [_script("reading", form, tokens, 0, note=", in the process")]
     measured = compare(*scripts)
+    work, unit = "shuffled batches of 128", "Mtoken/s"
     yield measure.HEAD
-    yield from measure.lines("shuffled batches of 128", "Mtoken/s", measured)
-    yield from measure.lines("shuffled batches of 128", "Mtoken/CPU-s", measured, per="cpu_seconds")
-    if measured[0].error is None and measured[1].error is None:
-        yield _behind_memmap(*measured[:2])
-        yield _copying(measured[0], tokens)
+    yield from measure.lines(work, unit, measured)
+    yield from measure.lines(work, "Mtoken/CPU-s", measured, per="cpu_seconds")
+    ours, memmap, *libraries = measured
+    if ours.error is None and memmap.error is None:
+        yield _behind_memmap(ours, memmap)
+    limit = {"limit": _copying(tokens), "limited_by": "one copy in memory"}
+    yield result(work, unit, [ours, *libraries], mark=1, **limit)
+    yield result(f"{work}, beside np.memmap", unit, [ours, memmap], mark=0.5, **limit)
 
 
 def _behind_memmap(ours: Measured, memmap: Measured) -> str:
@@ -86,33 +95,45 @@ def _behind_memmap(ours: Measured, memmap: Measured) -> str:
     )
 
 
-def _copying(ours: Measured, tokens: Path) -> str:
-    """What copying the same bytes from memory to memory allows."""
+def _copying(tokens: Path) -> float:
+    """Mtoken/s of copying the same bytes from memory to memory."""
     source = np.load(tokens)
     target, seconds = np.empty_like(source), []
     for _ in range(measure.TURNS + 1):
         began = time.perf_counter()
         np.copyto(target, source)
         seconds.append(time.perf_counter() - began)
-    limit, rate = source.size / 1e6 / statistics.median(seconds[1:]), statistics.median(ours.rates())
-    return f"\nOne copy in memory of the same bytes makes {limit:,.0f} Mtoken/s; ours reach {rate / limit:.0%} of that."
+    return source.size / 1e6 / statistics.median(seconds[1:])
 
 
-def resuming(folder: Path) -> Iterator[str]:
+def resuming(folder: Path) -> Iterator[str | Result]:
     """Seconds to the first batch after half an epoch, and whether the batches that follow are the same."""
     tokens = _token_file(folder, "a")
-    scripts = [_script("resuming", form, tokens) for form in FORMATS]
+    measured = compare(*(_script("resuming", form, tokens) for form in FORMATS), turns=SLOW_TURNS)
     yield (
         "| reader | ranks | seconds to the first batch | of the next 20 global batches: same images | "
         "same images in the same order |\n|---|---|---|---|---|"
     )
-    for one in compare(*scripts):
+    for one in measured:
         for ranks in RANKS:
             yield f"| {one.script.name} | {ranks} | {_resumed(one, ranks)} |"
     yield (
         "\nThe state was kept by one rank. The seconds begin with the fork of the ranks' processes, whose imports are "
         "done."
     )
+    ours, memmap, *libraries = measured
+    for ranks in RANKS:
+        figure = f"first_batch_{ranks}"
+        found = measure.values(memmap, figure)
+        limit = {"limit": statistics.median(found), "limited_by": "np.memmap, by hand"} if found else {}
+        work = f"resume in mid-epoch on {ranks} rank{'s' if ranks > 1 else ''}: first batch"
+        yield result(work, "s", [ours, *libraries], figure, mark=1, more_is_better=False, **limit)
+    for one in measured:
+        if one.error is None:
+            orders = [measure.values(one, f"same_order_{ranks}") for ranks in RANKS]
+            one.turns["same_order"] = [min(map(statistics.median, orders))] if all(orders) else [0.0]
+    work = "resume in mid-epoch on 1, 2 and 4 ranks: batches in the same order"
+    yield result(work, "of all, least", [ours, *libraries], "same_order", mark=1)
 
 
 def _resumed(one: Measured, ranks: int) -> str:
@@ -123,19 +144,26 @@ def _resumed(one: Measured, ranks: int) -> str:
     return f"{measure.spread(one.turns[f'first_batch_{ranks}'])} | {images:.0%} | {order:.0%}"
 
 
-def mixtures(folder: Path) -> Iterator[str]:
+def mixtures(folder: Path) -> Iterator[str | Result]:
     """A mixture of two sets, 7 to 3."""
     files = _token_file(folder, "a"), _token_file(folder, "b", IMAGES)
     measured = compare(*(_script("mixing", form, *files, SHARE) for form in FORMATS))
+    work, unit = "mixture 7 : 3, batches of 128", "Mtoken/s"
     yield measure.HEAD
-    yield from measure.lines("mixture 7 : 3, batches of 128", "Mtoken/s", measured)
-    yield from measure.lines("mixture 7 : 3, batches of 128", "Mtoken/CPU-s", measured, per="cpu_seconds")
+    yield from measure.lines(work, unit, measured)
+    yield from measure.lines(work, "Mtoken/CPU-s", measured, per="cpu_seconds")
     yield "\n| reader | images read | of the first set, off by | in any 1,000 one after the other, off by |"
     yield "|---|---|---|---|"
     for one in measured:
         if one.error is None:
             figures = [statistics.median(one.turns[name]) for name in ("images", "off_total", "off_thousand")]
             yield f"| {one.script.name} | {figures[0]:,.0f} | {figures[1]:.1f} | {figures[2]:.0f} |"
+    ours, memmap, *libraries = measured
+    found = measure.values(memmap)
+    limit = {"limit": statistics.median(found), "limited_by": "np.memmap, by hand"} if found else {}
+    yield result(work, unit, [ours, *libraries], mark=1, **limit)
+    off = {"mark": 1, "more_is_better": False}
+    yield result("mixture 7 : 3, in any 1,000 images off by", "images", [ours, *libraries], "off_thousand", **off)
 
 
 WAYS: Sequence[tuple[str, str, str | None]] = (
@@ -148,19 +176,33 @@ WAYS: Sequence[tuple[str, str, str | None]] = (
 )
 """Functions of peers/preparing.py, their names in the table, and where they run: litdata's environment has the
 torchvision that transformers' processor is fastest with."""
+SCALED = ("ours_scaled", "ours, scaled decode", None)
+TARS = ("ours_tars", "ours", None)
 
 
-def preparing(folder: Path) -> Iterator[str]:
-    """Images to stored training samples, by the CPU-second."""
+def preparing(folder: Path) -> Iterator[str | Result]:
+    """Images to stored training samples, by the CPU-second; the large ones have ImageNet's mean size in bytes."""
     palette = folder / "palette.npy"
     save_palette(palette, np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32))
-    name, all_small = small_images(folder / "all-small")
-    small, large = folder / "small", folder / "large"
+    name, all_small = images.small_images(folder / "all-small")
+    small, large, tars = folder / "small", folder / "large", folder / "tars"
     _link_some(all_small, small, PREPARED)
-    write_photographs(large, PREPARED_LARGE, LARGE)
+    size = images.write_photographs(large, PREPARED_LARGE, LARGE, images.GRAIN)
+    large_name = f"{PREPARED_LARGE:,} JPEGs of {LARGE[0]}x{LARGE[1]}, {size / 1000:,.0f} KB"
     yield measure.HEAD
-    yield from _prepared(f"{PREPARED:,} of {name} to 32x32", small, palette, 32)
-    yield from _prepared(f"{PREPARED_LARGE:,} JPEGs of {LARGE[0]}x{LARGE[1]} to 64x64", large, palette, 64)
+    results = []
+    for work, source, side, ways in (
+        (f"{PREPARED:,} {name} to 32x32", small, 32, WAYS),
+        (f"{large_name}, to 64x64", large, 64, [*WAYS, SCALED]),
+    ):
+        measured = _prepared(source, palette, side, ways)
+        yield from measure.lines(work, "images/CPU-s", measured, per="cpu_seconds")
+        results.append(_against_decoding(f"images to samples, {work}", measured))
+    size = images.write_tars(tars)
+    work = f"{images.WEB_IMAGES:,} JPEGs of {images.WEB_SIDE}x{images.WEB_SIDE}, {size / 1000:,.0f} KB, in a tar"
+    [ours] = _prepared(tars, palette, 64, [TARS])
+    results.append(result(f"images to samples, {work}, to 64x64", "images/CPU-s", [ours], "cpu_rate", mark=None))
+    yield from results
 
 
 def _link_some(source: Path, target: Path, count: int) -> None:
@@ -172,16 +214,21 @@ def _link_some(source: Path, target: Path, count: int) -> None:
         link.symlink_to(file)
 
 
-def _prepared(work: str, images: Path, palette: Path, side: int) -> Iterator[str]:
+def _prepared(source: Path, palette: Path, side: int, ways: Sequence[tuple[str, str, str | None]]) -> list[Measured]:
     module = "tests.benchmarks.peers.preparing"
-    with _serving(images) as address:
-        arguments = (images, palette, side, address)
-        scripts = [Script(name, module, (way, *arguments), environment) for way, name, environment in WAYS]
-        measured = compare(*scripts)
-    yield from measure.lines(work, "images/CPU-s", measured, per="cpu_seconds")
-    if measured[0].error is None and measured[1].error is None:
-        ours, limit = (statistics.median(one.rates("cpu_seconds")) for one in measured[:2])
-        yield f"| {work} | of what decoding alone allows | {ours / limit:.0%} | | | |"
+    with _serving(source) as address:
+        arguments = (source, palette, side, address)
+        scripts = [Script(name, module, (way, *arguments), environment) for way, name, environment in ways]
+        return compare(*scripts, turns=SLOW_TURNS)
+
+
+def _against_decoding(work: str, measured: list[Measured]) -> Result:
+    """Ours beside the libraries; decoding alone is the limit, and our other settings are no peers."""
+    ours, decoding, *others = measured
+    libraries = [one for one in others if not one.script.name.startswith("ours")]
+    found = measure.values(decoding, "cpu_rate")
+    limit = {"limit": statistics.median(found), "limited_by": "decoding by libjpeg-turbo"} if found else {}
+    return result(work, "images/CPU-s", [ours, *libraries], "cpu_rate", mark=PREPARING_MARK, **limit)
 
 
 @contextlib.contextmanager
@@ -194,7 +241,7 @@ def _serving(folder: Path) -> Iterator[str]:
     try:
         for _ in range(300):
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"{address}/train/", timeout=5).close()
+                urllib.request.urlopen(f"{address}/", timeout=5).close()
                 break
             time.sleep(0.1)
         yield address

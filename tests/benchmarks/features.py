@@ -1,4 +1,4 @@
-"""Features of all layers in one pass against a pass a layer: python -m tests.benchmarks.features
+"""Features of all layers in one pass against a pass a layer: make bench PARTS=features
 
 A 24-layer model and 2,500 images. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
 that is probed, run all images with output_hidden_states and pool that layer's states. It is given the right
@@ -8,8 +8,10 @@ of the same size on the same threads; ours includes writing the cache and its di
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +24,17 @@ from pipeline.evaluate.features.pooled import pooled_features
 from pipeline.evaluate.options import Sizes
 from pipeline.model.gpt import build_model, initialize
 from pipeline.model.gpt_config import gpt2_config
+from pipeline.model.objectives import next_color
 from pipeline.model_folder.convert import load_model_folder, save_model_folder
+from tests.benchmarks.marks import Result, result
+from tests.benchmarks.peers.measure import HEAD, Measured, Script, lines_of
 from tests.launch import run
 
+T = TypeVar("T")
+
 LAYERS, WIDTH, RESOLUTION, PICTURES, BATCH = 24, 16, 6, 2_500, 250
+TURNS = 5
+FIGURE = "cpu_seconds"
 
 
 def evaluation_in(folder: Path) -> Evaluation:
@@ -70,34 +79,38 @@ def pass_a_layer(model_folder: Path, images: ImageSubset) -> np.ndarray:
     return np.stack(layers)
 
 
-def timed(work: Callable[[], np.ndarray]) -> tuple[np.ndarray, tuple[float, float]]:
-    """What `work` gives, and its seconds on the clock and on the CPU, which a busy machine changes less."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    value = work()
-    return value, (time.perf_counter() - wall, time.process_time() - cpu)
+def forward_pass(evaluation: Evaluation, images: ImageSubset) -> None:
+    """The limit: all images through our network once."""
+    inputs, _ = next_color(torch.from_numpy(images.tokens().astype(np.int64)), evaluation.model.config.colors)
+    with torch.inference_mode():
+        for batch in inputs.split(BATCH):
+            evaluation.model.model.transformer(batch)
 
 
-def table(folder: Path) -> Iterator[str]:
-    """Lines: both times and their ratio."""
+def timed(work: Callable[..., T], *arguments: object) -> tuple[T, float]:
+    """What `work` gives, and its CPU-seconds."""
+    began = time.process_time()
+    value = work(*arguments)
+    return value, time.process_time() - began
+
+
+def table(folder: Path) -> Iterator[str | Result]:
+    """A line for each way. Ours and the forward pass take turns; the peer takes one, which is many times as long."""
+    ours, alone = Measured(Script("ours", "")), Measured(Script("the forward pass alone", ""))
+    theirs = Measured(Script("a pass a layer, HF ImageGPT", ""))
     evaluation = evaluation_in(folder)
     images = evaluation.images("train")
-    ours, our_time = timed(lambda: pooled_features(evaluation, images))
-    theirs, their_time = timed(lambda: pass_a_layer(folder / "model", images))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    yield f"| features of {LAYERS} layers, {len(images):,} images of {RESOLUTION}x{RESOLUTION} | s | CPU s |"
-    yield "|---|---|---|"
-    for what, (wall, cpu) in (("one pass, ours", our_time), ("a pass a layer, HF ImageGPT", their_time)):
-        yield f"| {what} | {wall:.1f} | {cpu:.1f} |"
-    wall, cpu = (theirs_took / ours_took for theirs_took, ours_took in zip(their_time, our_time, strict=True))
-    yield f"\n{wall:.1f} times shorter, {cpu:.1f} in CPU time; largest difference {np.abs(ours - theirs).max():.1g}"
-
-
-def main() -> None:
-    """The table."""
-    with TemporaryDirectory() as folder:
-        for line in table(Path(folder)):
-            print(line, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    for turn in range(TURNS):
+        evaluation = replace(evaluation, features=folder / f"features-{turn}")  # they are cached there
+        found, seconds = timed(pooled_features, evaluation, images)
+        ours.turns.setdefault(FIGURE, []).append(seconds)
+        alone.turns.setdefault(FIGURE, []).append(timed(forward_pass, evaluation, images)[1])
+    expected, seconds = timed(pass_a_layer, folder / "model", images)
+    theirs.turns[FIGURE] = [seconds]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    work = f"features of {LAYERS} layers, {len(images):,} images of {RESOLUTION}x{RESOLUTION}"
+    yield HEAD
+    yield from lines_of(work, "CPU-s", [ours, theirs, alone], FIGURE)
+    yield f"\nThe largest difference of the features is {np.abs(found - expected).max():.1g}."
+    limit = {"limit": median(alone.turns[FIGURE]), "limited_by": alone.script.name}
+    yield result(work, "CPU-s", [ours, theirs], FIGURE, mark=None, more_is_better=False, **limit)

@@ -1,12 +1,13 @@
-"""How cost grows: CPU-seconds at 1, 10 and 100 times as many images, shards, or steps; and the exponent.
+"""How cost grows with images, shards, steps, checkpoints and ranks: CPU-seconds at each size, and the exponent.
 
-An exponent of 1 is linear. It is that of the last factor of ten, where constant costs weigh least.
+An exponent of 1 is linear. It is that of the last two sizes, where constant costs weigh least.
 """
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -17,45 +18,100 @@ from data_prep.common.files import write_json
 from data_prep.palette.codec import save_palette
 from data_prep.shards.format import MANIFEST
 from data_prep.shards.reader import open_shard_set
-from pipeline.checkpoint.metrics_log import METRICS_FILE, drop_rows_after, last_steps, to_line
+from pipeline.checkpoint.format import open_checkpoint, retain
+from pipeline.checkpoint.metrics_log import METRICS_FILE, TENSORBOARD_FOLDER, drop_rows_after, last_steps, lines_until
 from pipeline.checkpoint.metrics_table import read_table
-from pipeline.checkpoint.run_files import CONFIG_FILE, RECORD_FILE
+from pipeline.checkpoint.run_files import CHECKPOINTS_FOLDER, RECORD_FILE, committed
+from pipeline.config import CheckpointConfig
+from pipeline.model_folder.tensorboard_events import copy_events
 from pipeline.operate.status import status_command
 from pipeline.results.curve import CURVE, draw_curve
-from tests.benchmarks.data import write_photographs
+from tests.benchmarks.images import write_photographs
+from tests.benchmarks.long_runs import FIRST_STEP, write_checkpoints, write_events, write_run
+from tests.benchmarks.marks import Growth
 from tests.benchmarks.peers import preparing
 from tests.benchmarks.peers.formats import ours
 from tests.benchmarks.peers.token_images import token_images
 from tests.benchmarks.peers.turn import cpu_seconds
+from tests.benchmarks.record import GROWTH_HEAD
+from tests.launch import run
 
 FACTORS = (1, 10, 100)
+RANKS = (1, 2, 4, 8)
 IMAGES, SIDE, BATCH = 4_096, 8, 128
 SHARDS = 10
-PREPARED = 600
+PREPARED = 200
 STEPS = 20_000
-VALIDATION = 5_000
-"""Steps between validations."""
+CHECKPOINTS = 10
 REPEATED = 3
-HEAD = "| CPU-seconds | at 1x | 1x | 10x | 100x | exponent, 10x to 100x |\n|---|---|---|---|---|---|"
 
 
-def table(folder: Path) -> Iterator[str]:
-    """Reading, preparation, and what is read of metrics.jsonl."""
-    yield HEAD
-    yield _row("reading an epoch", f"{IMAGES:,} images", [_reading(folder, factor) for factor in FACTORS])
-    yield _row("opening a set", f"{SHARDS} shards", [_opening(folder, factor) for factor in FACTORS])
-    yield _row("the first batch", f"{IMAGES:,} images", [_first_batch(folder, factor) for factor in FACTORS])
-    yield _row("images to shards", f"{PREPARED} JPEGs", [_preparing(folder, factor) for factor in FACTORS])
-    runs = [_run(folder / f"run-{factor}", STEPS * factor) for factor in FACTORS]
+def table(folder: Path) -> Iterator[str | Growth]:
+    """Of images, shards, steps, checkpoints and ranks."""
+    yield GROWTH_HEAD
+    yield _growth("reading an epoch", f"{IMAGES:,} images", [_reading(folder, factor) for factor in FACTORS])
+    yield _growth("opening a set", f"{SHARDS} shards", [_opening(folder, factor) for factor in FACTORS])
+    yield _growth("the first batch", f"{IMAGES:,} images", [_first_batch(folder, factor) for factor in FACTORS])
+    yield _growth("images to shards", f"{PREPARED} JPEGs", [_preparing(folder, factor) for factor in FACTORS])
+    yield from _long_runs(folder)
+    yield from _ranks(folder)
+
+
+def _long_runs(folder: Path) -> Iterator[Growth]:
+    """Of the steps of a run, then of its checkpoints."""
+    runs = [write_run(folder / f"run-{factor}", STEPS * factor) for factor in FACTORS]
+    for one, factor in zip(runs, FACTORS, strict=True):
+        write_events(one, STEPS * factor)
     steps = f"{STEPS:,} steps"
-    yield _row("`pipeline status`", steps, [_best(lambda run=run: _status(run)) for run in runs])
-    yield _row("resuming: end of metrics.jsonl", steps, [_best(lambda run=run: _resume(run)) for run in runs])
-    yield _row("training curve of a report", steps, [_best(lambda run=run: _curve(run), 1) for run in runs])
+    works: dict[str, tuple[Callable[[Path], object], int]] = {
+        "`pipeline status`": (_status, REPEATED),
+        "resuming: end of metrics.jsonl": (_resume, REPEATED),
+        "training curve of a report": (_curve, 1),
+        "export: rows of metrics.jsonl": (_export_rows, 1),
+        "export: TensorBoard events": (_export_events, 1),
+    }
+    for what, (work, repeated) in works.items():
+        yield _growth(what, steps, [_best(lambda one=one, work=work: work(one), repeated) for one in runs])
+    for what, look in (("`pipeline status`", _status), ("resuming: newest checkpoint", _newest)):
+        costs = []
+        for factor in FACTORS:
+            write_checkpoints(runs[0], _checkpoint(folder), CHECKPOINTS * factor)
+            costs.append(_best(lambda look=look: look(runs[0])))
+        yield _growth(what, f"{CHECKPOINTS} checkpoints", costs)
 
 
-def _row(what: str, unit: str, seconds: list[float]) -> str:
-    exponent = math.log10(seconds[2] / seconds[1])
-    return f"| {what} | {unit} | {' | '.join(f'{one:.3g}' for one in seconds)} | {exponent:.2f} |"
+def _ranks(folder: Path) -> Iterator[Growth]:
+    """The sums over ranks of one machine with gloo, without imports."""
+    logs = folder / "logs"
+    done = run(1, "-m", "tests.benchmarks.growth_ranks", _shards(folder), folder / "ranks", *RANKS, logs=logs)
+    assert done.codes == [0], done.output
+    found = json.loads(done.output.splitlines()[-1])
+    whats = {"start": "start of a run, all ranks", "save": "save of 6.6M parameters, all ranks"}
+    for name, what in (whats | {"resume": "resume of a run, all ranks"}).items():
+        yield _growth(what, "1 rank", found[name], RANKS)
+
+
+def _shards(folder: Path) -> Path:
+    """Images of 16x16."""
+    target = folder / "shards-16"
+    if not target.exists():
+        ours.write(token_images(IMAGES, 16**2), target)
+    return target
+
+
+def _checkpoint(folder: Path) -> Path:
+    """One that a run of one rank has written."""
+    if not (folder / "one").exists():
+        done = run(
+            1, "-m", "tests.benchmarks.growth_ranks", _shards(folder), folder / "one", RANKS[0], logs=folder / "logs"
+        )
+        assert done.codes == [0], done.output
+    return committed(folder / "one" / str(RANKS[0]) / CHECKPOINTS_FOLDER)[-1]
+
+
+def _growth(what: str, at: str, seconds: Sequence[float], factors: Sequence[int] = FACTORS) -> Growth:
+    exponent = math.log(seconds[-1] / seconds[-2]) / math.log(factors[-1] / factors[-2])
+    return Growth(what, at, factors, seconds, exponent)
 
 
 def _best(work: Callable[[], object], repeated: int = REPEATED) -> float:
@@ -112,7 +168,10 @@ def _opening(folder: Path, factor: int) -> float:
 def _preparing(folder: Path, factor: int) -> float:
     images, palette = folder / f"images-{factor}", folder / "palette.npy"
     save_palette(palette, np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32))
-    write_photographs(images, PREPARED * factor, (32, 32))
+    write_photographs(images, PREPARED, (32, 32))
+    for file in sorted(images.glob("train/*/*")):
+        for copy in range(1, factor):
+            os.link(file, file.with_name(f"{copy}-{file.name}"))
     out = iter(range(REPEATED + 1))
     prepare = preparing.ours(images, palette, 32, "")
 
@@ -122,22 +181,6 @@ def _preparing(folder: Path, factor: int) -> float:
         prepare(target)
 
     return _best(once, 1)
-
-
-def _run(folder: Path, steps: int) -> Path:
-    """A run's folder with what `status` reads and `steps` rows."""
-    folder.mkdir()
-    write_json(folder / RECORD_FILE, {"status": "finished", "step": steps, "starts": [{}], "updated": ""})
-    (folder / CONFIG_FILE).write_text(f"schedule: {{steps: {steps}}}\n")
-    with (folder / METRICS_FILE).open("w") as rows:
-        for step in range(1, steps + 1):
-            losses = {"step": step, "images": BATCH * step, "loss": 2.5 + 1 / step}
-            rates = {"learning_rate": 0.003 / step, "grad_norm": 1 / step, "applied": True, "images_per_second": 1234.5}
-            rates |= {"tokens_per_second": 1264128.0, "mfu": 0.4512, "data_wait": 0.0001, "memory_bytes": 12345678901}
-            rows.write(to_line(losses | rates | {"reserved_bytes": 22345678901}))
-            if step % VALIDATION == 0:
-                rows.write(to_line({"step": step, "images": BATCH * step, "valid_loss": 2.5}))
-    return folder
 
 
 def _status(run: Path) -> None:
@@ -162,3 +205,23 @@ def _curve(run: Path) -> None:
     metrics = run / METRICS_FILE
     metrics.touch()
     draw_curve(read_table(metrics), 512, None, run / CURVE)
+
+
+def _export_rows(run: Path) -> None:
+    """Up to half of the steps, as those of an older checkpoint are."""
+    with (run / "exported.jsonl").open("w") as rows:
+        rows.writelines(lines_until(run / METRICS_FILE, read_last_step(run) // 2))
+
+
+def _export_events(run: Path) -> None:
+    """The same; one event a step, where a run has ten."""
+    target = run / "exported"
+    shutil.rmtree(target, ignore_errors=True)
+    copy_events(run / TENSORBOARD_FOLDER, target, FIRST_STEP + read_last_step(run) // 2)
+
+
+def _newest(run: Path) -> None:
+    """Finds the newest checkpoint and reads its manifest; then the rule of which to retain, which retains all."""
+    newest = committed(run / CHECKPOINTS_FOLDER)[-1]
+    step = open_checkpoint(newest).record.step
+    retain(run / CHECKPOINTS_FOLDER, CheckpointConfig(keep_last=1, keep_every=1), step)

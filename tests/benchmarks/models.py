@@ -256,10 +256,10 @@ def read_seconds(case: Case) -> float:
     config, width = case.config, 4 if case.precision == "fp32" else 2
     weights = 12 * config.n_layer * config.n_embd**2 + config.n_embd * COLORS
     kept = 2 * config.n_layer * case.images * config.n_positions * 0.75 * config.n_embd
-    return width * (weights + kept) / _read_rate(case.device)
+    return width * (weights + kept) / read_rate(case.device)
 
 
-def _read_rate(device: torch.device) -> float:
+def read_rate(device: torch.device) -> float:
     """Bytes a second that a large sum reads."""
     numbers = torch.ones(1 << (30 if device.type == "cuda" else 26), device=device, dtype=torch.float32)
     [rate] = best(numbers.nbytes, numbers.sum)

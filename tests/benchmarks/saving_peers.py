@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.config import SIZES, ModelConfig
 from pipeline.costs import STATE_BYTES, parameter_count
 from pipeline.model.gpt_config import gpt2_config
-from tests.benchmarks.marks import against
+from tests.benchmarks.marks import Result, result
 from tests.benchmarks.peers.measure import HEAD, Script, compare, lines_of
 from tests.benchmarks.peers.training.work import Work
 from tests.benchmarks.training_peers import PEERS, shard_set
@@ -63,16 +63,17 @@ def rates(folder: Path, size: int) -> tuple[float, float]:
     return copying, content.nbytes / (time.perf_counter() - began)
 
 
-def table(folder: Path) -> Iterator[str]:
+def table(folder: Path) -> Iterator[str | Result]:
     """A line for each peer: the stall, and the seconds until the checkpoint is on disk; then what hardware allows."""
     measured = compare(*scripts(small(folder)))
+    stall, written = "save of 76M parameters: training stops", "save of 76M parameters: until it is written"
     yield HEAD
-    yield from lines_of("save of 76M parameters: training stops", "s", measured, "stall")
-    yield from lines_of("save of 76M parameters: until it is written", "s", measured, "saving")
+    yield from lines_of(stall, "s", measured, "stall")
+    yield from lines_of(written, "s", measured, "saving")
     size = STATE_BYTES * parameter_count(gpt2_config(ModelConfig(size="s", resolution=RESOLUTION)))
     copying, writing = rates(folder, size)
-    yield f"\nStop of training: {against(1, measured, 'stall', more_is_better=False)}."
-    yield (
-        f"In seconds less is better. Copying the {size / 1e9:.2f} GB in memory takes {size / copying:.2g} s on this "
-        f"machine, writing and syncing one file {size / writing:.2g} s."
-    )
+    yield f"\nIn seconds less is better. A save has {size / 1e9:.2f} GB."
+    limits = {"limit": size / copying, "limited_by": "copying it in memory"}
+    yield result(stall, "s", measured, "stall", mark=1, more_is_better=False, **limits)
+    limits = {"limit": size / writing, "limited_by": "writing and syncing one file"}
+    yield result(written, "s", measured, "saving", mark=None, more_is_better=False, **limits)

@@ -11,7 +11,6 @@ import torch
 from pipeline.evaluate.features.labelled import Labelled
 from pipeline.evaluate.tasks.knn import predictions
 from tests.benchmarks import training_peers
-from tests.benchmarks.marks import against
 from tests.benchmarks.peers import measure
 from tests.benchmarks.peers.classifying.work import NEIGHBORS, TEMPERATURE, Given, vote, write
 from tests.benchmarks.peers.measure import Measured, Script, compare
@@ -100,16 +99,3 @@ def test_pretraining_ends_with_its_budget_and_resumes(tmp_path: Path) -> None:
     fresh = torch.nn.Linear(2, 1)
     budget.pretrain(fresh, torch.optim.SGD(fresh.parameters(), lr=0.1), views, loss, 0.5, tmp_path)
     assert len(rates) == steps and torch.equal(fresh.weight, trained)
-
-
-def test_the_mark_is_against_the_best_peer_that_ran() -> None:
-    """Medians; a peer that failed is no rival; seconds count the other way."""
-    ours, slow, fast, failed = (Measured(Script(name, "")) for name in ("ours", "slow", "fast", "failed"))
-    for one, values in ((ours, [9.0, 12.0, 30.0]), (slow, [2.0]), (fast, [10.0])):
-        one.turns["rate"] = values
-    failed.error = "no such module"
-    rates = against(1.25, [ours, slow, fast, failed], "rate", more_is_better=True)
-    assert rates == "1.20 times as good as the best peer, fast (mark 1.25: missed)"
-    seconds = against(1, [ours, slow, fast, failed], "rate", more_is_better=False)
-    assert seconds == "0.17 times as good as the best peer, slow (mark 1: missed)"
-    assert against(1, [ours, failed], "rate", more_is_better=True) == "nothing to compare"

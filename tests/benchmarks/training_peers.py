@@ -17,7 +17,7 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.costs import flops_per_token, measured_matmul_peak
 from pipeline.model.gpt_config import gpt2_config
-from tests.benchmarks.marks import against
+from tests.benchmarks.marks import Result, result
 from tests.benchmarks.peers.measure import HEAD, Measured, Script, compare, lines_of
 from tests.benchmarks.peers.training.work import SAVE_EVERY, Work
 from tests.launch import run
@@ -96,22 +96,16 @@ def floor(work: Work) -> float:
     return measured_matmul_peak(dtype, torch.device(work.device)) / flops
 
 
-def table(folder: Path) -> Iterator[str]:
-    """A line for each peer and case; then what matrix products alone would allow."""
+def table(folder: Path) -> Iterator[str | Result]:
+    """A line for each peer and case; then ours against the mark, and against what matrix products alone would allow."""
     yield HEAD
-    notes = []
+    results = []
     for work in works(folder):
         measured = compare(*scripts(work))
         add_rates(measured)
-        case = f"T = {work.positions}, {work.images} images, {work.precision}"
-        yield from lines_of(
-            f"training step, 3.5M parameters, {case}", "images/s", measured, "rate", more_is_better=True
-        )
-        notes.append(f"{case}: {against(MARK, measured, 'rate', more_is_better=True)}")
-        if measured[0].error is None:
-            possible, ours = floor(work), float(np.median(measured[0].turns["rate"]))
-            notes[-1] += (
-                f"; matrix products alone would allow {possible:.4g} images/s, ours reach {ours / possible:.0%}"
-            )
-    yield "\n" + "\n".join(f"- {note}." for note in notes)
+        what = f"training step, 3.5M parameters, T = {work.positions}, {work.images} images, {work.precision}"
+        yield from lines_of(what, "images/s", measured, "rate", more_is_better=True)
+        limits = {"limit": floor(work), "limited_by": "its matrix products"}
+        results.append(result(what, "images/s", measured, mark=MARK, **limits))
     yield "\nThe rate of matrix products is that of a large one, measured on this machine."
+    yield from results

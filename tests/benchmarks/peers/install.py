@@ -39,7 +39,18 @@ def install(name: str, packages: list[str], folder: Path = FOLDER) -> str | None
             constraints = Path(temporary) / "constraints.txt"
             constraints.write_text(f"{_pinned_torch()}\n")
             options = ("--quiet", "--disable-pip-version-check", "--no-compile", "--prefer-binary")
-            _run(sys.executable, "-m", "pip", "--python", python, "install", *options, "--constraint", constraints, *packages)
+            _run(
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                python,
+                "install",
+                *options,
+                "--constraint",
+                constraints,
+                *packages,
+            )
         _run(python, "-c", f"from importlib.metadata import version as v; assert v('torch') == {version('torch')!r}")
     except (subprocess.SubprocessError, OSError) as error:
         reason = _reason(error)

@@ -2,7 +2,8 @@
 
 Each script is a process with the same threads and the same data, which it gets as arguments. It prepares what it needs,
 takes one turn to warm up, which is not counted, and then five that are, alternately with the others. While one works,
-the others wait. A script that can't be started, or fails, is named with its error.
+the others wait, but all prepare and warm up at the same time, because nothing of that is measured. A script that can't
+be started, or fails, is named with its error.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from select import select
@@ -59,26 +60,33 @@ def compare(*scripts: Script, turns: int = TURNS, threads: int = 1, seconds: flo
     """Runs the scripts in turns, and gives their figures in the same order. seconds: the limit of a turn."""
     measured = [Measured(script) for script in scripts]
     processes = [_Process(script, threads) for script in scripts]
+    pairs = list(zip(processes, measured, strict=True))
     try:
-        for turn in range(-1, turns + 1):  # the start of each, then one to warm up
-            for process, result in zip(processes, measured, strict=True):
-                if result.error is None:
-                    _take(process, result, turn, seconds)
+        for process, result in pairs:
+            _attempt(result, process.answer, seconds)
+        for process, result in pairs:
+            _attempt(result, process.ask)
+        for process, result in pairs:
+            _attempt(result, process.answer, seconds)
+        for _ in range(turns):
+            for process, result in pairs:
+                for name, figure in (_attempt(result, process.turn, seconds) or {}).items():
+                    result.turns.setdefault(name, []).append(figure)
     finally:
         for process in processes:
             process.close()
     return measured
 
 
-def _take(process: "_Process", result: Measured, turn: int, seconds: float) -> None:
+def _attempt(result: Measured, action: Callable[..., Any], *arguments: Any) -> Any:
+    """What an action gives; None if the script has failed, now or before."""
+    if result.error is not None:
+        return None
     try:
-        figures = process.ready(seconds) if turn < 0 else process.turn(seconds)
+        return action(*arguments)
     except ScriptError as error:
         result.error, result.turns = str(error), {}
-        return
-    if turn > 0:
-        for name, figure in figures.items():
-            result.turns.setdefault(name, []).append(figure)
+        return None
 
 
 class ScriptError(Exception):
@@ -111,22 +119,23 @@ class _Process:
         )
         os.close(writing)
 
-    def ready(self, seconds: float) -> dict[str, Any]:
-        """Waits until the script is ready for its first turn."""
-        if self._problem is not None:
-            raise ScriptError(self._problem)
-        return self._answer(seconds)
-
-    def turn(self, seconds: float) -> dict[str, Any]:
-        """Has it take a turn; its figures."""
+    def ask(self) -> None:
+        """Has it begin a turn."""
         assert self._process is not None and self._process.stdin is not None
         try:
             print(file=self._process.stdin, flush=True)
         except BrokenPipeError:
             raise ScriptError(self._last_error()) from None
-        return self._answer(seconds)
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """Has it take a turn; its figures."""
+        self.ask()
+        return self.answer(seconds)
+
+    def answer(self, seconds: float) -> dict[str, Any]:
+        """Waits until it is ready for its first turn, or for the figures of a turn."""
+        if self._problem is not None:
+            raise ScriptError(self._problem)
         if not _readable(self._answers, seconds):
             raise ScriptError(f"it took more than {seconds:g} s")
         line = self._answers.readline()
@@ -171,6 +180,15 @@ def _python(environment: str | None) -> tuple[Path | str, str | None]:
     if not (folder / "bin/python").exists():
         return "", f"{folder.relative_to(ROOT)} does not exist; `make peers` creates it"
     return folder / "bin/python", None
+
+
+def values(one: Measured, figure: str = "rate") -> list[float]:
+    """The figure of each turn, or `rate` and `cpu_rate`; empty if the script failed, or does not have it."""
+    if one.error is not None:
+        return []
+    if figure in one.turns or figure not in ("rate", "cpu_rate"):
+        return one.turns.get(figure, [])
+    return one.rates("seconds" if figure == "rate" else "cpu_seconds")
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,11 +1,12 @@
 """Takes turns at preparing images: python -m tests.benchmarks.peers.preparing HOW IMAGES PALETTE SIDE [ADDRESS]
 
-A turn stores the images of IMAGES/train/<class>/* as training samples of SIDE x SIDE pixels, in an empty folder, with
-one process. ADDRESS: where a server has IMAGES. What each HOW stores is said in its function. The peers' packages are
-imported before the first turn.
+A turn stores the images of IMAGES/train/<class>/*, or of the tars IMAGES/*.tar, as training samples of SIDE x SIDE
+pixels, in an empty folder, with one process. ADDRESS: where a server has IMAGES. What each HOW stores is said in its
+function. The peers' packages are imported before the first turn.
 """
 
 import sys
+import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,13 +23,28 @@ BATCH = 100
 
 def ours(images: Path, palette: Path, side: int, address: str) -> Prepare:
     """Tokens in shards, by the code of `python -m data_prep shards`."""
+    return _ours("image_folder", images, palette, side)
+
+
+def ours_scaled(images: Path, palette: Path, side: int, address: str) -> Prepare:
+    """The same with views.scaled_decode: libjpeg decodes at a smaller size."""
+    return _ours("image_folder", images, palette, side, scaled_decode=True)
+
+
+def ours_tars(images: Path, palette: Path, side: int, address: str) -> Prepare:
+    """The same from the tars in IMAGES."""
+    return _ours("webdataset", images, palette, side)
+
+
+def _ours(kind: str, images: Path, palette: Path, side: int, scaled_decode: bool = False) -> Prepare:
     from data_prep.build.build import prepare_shards
     from data_prep.build.parts import Part
-    from data_prep.config import DataConfig, PaletteConfig, SourceConfig
+    from data_prep.config import DataConfig, PaletteConfig, SourceConfig, ViewsConfig
 
     config = DataConfig(
-        source=SourceConfig(kind="image_folder", path=str(images)),
+        source=SourceConfig(kind=kind, path=str(images)),  # type: ignore[arg-type]
         palette=PaletteConfig(file=str(palette)),
+        views=ViewsConfig(scaled_decode=scaled_decode),
         resolution=side,
         workers=1,
     )
@@ -163,13 +179,27 @@ def img2dataset(images: Path, palette: Path, side: int, address: str) -> Prepare
     return store
 
 
-WAYS = {one.__name__: one for one in (ours, decoding, litdata_pixels, litdata_tokens, datasets_map, img2dataset)}
+WAYS = {
+    one.__name__: one
+    for one in (
+        *(ours, ours_scaled, ours_tars, decoding),
+        *(litdata_pixels, litdata_tokens, datasets_map, img2dataset),
+    )
+}
+
+
+def _count(images: Path) -> int:
+    count = sum(1 for _ in images.glob("train/*/*"))
+    for file in images.glob("*.tar"):
+        with tarfile.open(file) as tar:
+            count += len(tar.getmembers())
+    return count
 
 
 def main(how: str, images: str, palette: str, side: str, address: str = "") -> None:
     """A turn's work is the number of images."""
     prepare = WAYS[how](Path(images), Path(palette), int(side), address)
-    count = sum(1 for _ in Path(images).glob("train/*/*"))
+    count = _count(Path(images))
 
     def turn() -> float:
         with TemporaryDirectory(dir=Path(palette).parent) as out:
