@@ -12,7 +12,7 @@ from pipeline.config import ModelConfig
 from tests.benchmarks import models
 from tests.benchmarks.marks import Result, result
 from tests.benchmarks.peers.drawing.work import Drawing
-from tests.benchmarks.peers.measure import HEAD, Script, compare, lines
+from tests.benchmarks.peers.measure import HEAD, SLOW_TURNS, Script, compare, lines
 
 SIZE = {"layers": 8, "width": 256, "heads": 4}
 RESOLUTION = 16
@@ -49,7 +49,7 @@ def table(_: Path) -> Iterator[str | Result]:
     for images in BATCHES:
         drawing = Drawing(images, **SIZE, positions=RESOLUTION**2)
         work, unit = f"completions of 16x16, batch {images}", "images/s"
-        measured = compare(*scripts(drawing))
+        measured = compare(*scripts(drawing), turns=SLOW_TURNS)
         yield from lines(work, unit, measured)
         limit = {"limit": floor(drawing), "limited_by": "reading weights, keys and values from memory"}
         results.append(result(work, unit, measured, mark=MARK, **limit))

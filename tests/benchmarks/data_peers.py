@@ -32,11 +32,9 @@ S_TOKENS_A_SECOND = 0.45 * 989e12 / 0.606e9
 """Tokens per second of iGPT-S on one H100 at 45% of its peak, 0.606 GFLOP a token: a reader must be faster."""
 SHARE = 0.7
 """Of the first set in the mixture."""
-SLOW_TURNS = 3
-"""Of what takes many seconds."""
 PREPARING_MARK = 1.5
 """Times the best peer."""
-PREPARED, PREPARED_LARGE = 3_000, 600
+PREPARED, PREPARED_LARGE = 2_000, 400
 """Images of 32x32 and of 500x375 that are prepared in a turn."""
 LARGE = (500, 375)
 FORMATS = {
@@ -109,7 +107,7 @@ def _copying(tokens: Path) -> float:
 def resuming(folder: Path) -> Iterator[str | Result]:
     """Seconds to the first batch after half an epoch, and whether the batches that follow are the same."""
     tokens = _token_file(folder, "a")
-    measured = compare(*(_script("resuming", form, tokens) for form in FORMATS), turns=SLOW_TURNS)
+    measured = compare(*(_script("resuming", form, tokens) for form in FORMATS), turns=measure.SLOW_TURNS)
     yield (
         "| reader | ranks | seconds to the first batch | of the next 20 global batches: same images | "
         "same images in the same order |\n|---|---|---|---|---|"
@@ -219,7 +217,7 @@ def _prepared(source: Path, palette: Path, side: int, ways: Sequence[tuple[str, 
     with _serving(source) as address:
         arguments = (source, palette, side, address)
         scripts = [Script(name, module, (way, *arguments), environment) for way, name, environment in ways]
-        return compare(*scripts, turns=SLOW_TURNS)
+        return compare(*scripts, turns=measure.SLOW_TURNS)
 
 
 def _against_decoding(work: str, measured: list[Measured]) -> Result:

@@ -13,10 +13,9 @@ from pipeline.costs import measured_matmul_peak
 from tests.benchmarks import models
 from tests.benchmarks.marks import Result, result
 from tests.benchmarks.peers.classifying.work import write
-from tests.benchmarks.peers.measure import HEAD, Measured, Script, compare, lines_of
+from tests.benchmarks.peers.measure import HEAD, SLOW_TURNS, Measured, Script, compare, lines_of
 
 BANK, QUERIES, WIDTH = 50_000, 1_000, 1_536
-PROBE_TURNS = 3
 PEERS = "tests.benchmarks.peers.classifying"
 
 
@@ -44,7 +43,7 @@ def table(folder: Path) -> Iterator[str | Result]:
     """A line for each peer, in seconds; then the accuracies, and ours against the mark and the machine."""
     write(folder, BANK, QUERIES, WIDTH)
     knn = compare(*scripts(folder, "knn"))
-    probe = compare(*scripts(folder, "probe"), turns=PROBE_TURNS)
+    probe = compare(*scripts(folder, "probe"), turns=SLOW_TURNS)
     neighbors, fit = f"k-NN of {QUERIES:,} among {BANK:,} of {WIDTH:,}", f"linear probe on {BANK:,} of {WIDTH:,}"
     yield HEAD
     yield from lines_of(neighbors, "s", knn, "seconds")

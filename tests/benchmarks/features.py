@@ -1,6 +1,6 @@
 """Features of all layers in one pass against a pass a layer: make bench PARTS=features
 
-A 24-layer model and 2,500 images. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
+A 24-layer model and 1,000 images. The peer is what public tutorials do with Hugging Face's ImageGPT: for each layer
 that is probed, run all images with output_hidden_states and pool that layer's states. It is given the right
 sequence (SOS first) and the right states (after ln_1), so that both must give the same features. Both run in batches
 of the same size on the same threads; ours includes writing the cache and its digest.
@@ -32,7 +32,7 @@ from tests.launch import run
 
 T = TypeVar("T")
 
-LAYERS, WIDTH, RESOLUTION, PICTURES, BATCH = 24, 16, 6, 2_500, 250
+LAYERS, WIDTH, RESOLUTION, PICTURES, BATCH = 24, 16, 6, 1_000, 250
 TURNS = 5
 FIGURE = "cpu_seconds"
 

@@ -72,12 +72,13 @@ def _long_runs(folder: Path) -> Iterator[Growth]:
     }
     for what, (work, repeated) in works.items():
         yield _growth(what, steps, [_best(lambda one=one, work=work: work(one), repeated) for one in runs])
-    for what, look in (("`pipeline status`", _status), ("resuming: newest checkpoint", _newest)):
-        costs = []
-        for factor in FACTORS:
-            write_checkpoints(runs[0], _checkpoint(folder), CHECKPOINTS * factor)
-            costs.append(_best(lambda look=look: look(runs[0])))
-        yield _growth(what, f"{CHECKPOINTS} checkpoints", costs)
+    status, newest = [], []
+    for factor in FACTORS:
+        write_checkpoints(runs[0], _checkpoint(folder), CHECKPOINTS * factor)
+        status.append(_best(lambda: _status(runs[0])))
+        newest.append(_best(lambda: _newest(runs[0])))
+    yield _growth("`pipeline status`", f"{CHECKPOINTS} checkpoints", status)
+    yield _growth("resuming: newest checkpoint", f"{CHECKPOINTS} checkpoints", newest)
 
 
 def _ranks(folder: Path) -> Iterator[Growth]:

@@ -51,8 +51,8 @@ def versions() -> str:
     own = [f"{name} {version(name)}" for name in PACKAGES]
     for name, packages in wanted().items():
         pins = [package.partition("==")[2] for package in packages if "==" in package]
-        missing = ", not installed" if (FOLDER / name / ERROR).exists() or not (FOLDER / name).exists() else ""
-        own.append(f"{name} {pins[0] if pins else ''}{missing}")
+        missing = (FOLDER / name / ERROR).exists() or not (FOLDER / name).exists()
+        own.append(f"{name} {pins[0] if pins else ''}{' (not installed)' * missing}")
     return f"Python {platform.python_version()}, {', '.join(own)}"
 
 

@@ -15,7 +15,7 @@ from pipeline.config import SIZES, ModelConfig
 from pipeline.costs import STATE_BYTES, parameter_count
 from pipeline.model.gpt_config import gpt2_config
 from tests.benchmarks.marks import Result, result
-from tests.benchmarks.peers.measure import HEAD, Script, compare, lines_of
+from tests.benchmarks.peers.measure import HEAD, SLOW_TURNS, Script, compare, lines_of
 from tests.benchmarks.peers.training.work import Work
 from tests.benchmarks.training_peers import PEERS, shard_set
 from tests.benchmarks.turns import best
@@ -65,7 +65,7 @@ def rates(folder: Path, size: int) -> tuple[float, float]:
 
 def table(folder: Path) -> Iterator[str | Result]:
     """A line for each peer: the stall, and the seconds until the checkpoint is on disk; then what hardware allows."""
-    measured = compare(*scripts(small(folder)))
+    measured = compare(*scripts(small(folder)), turns=SLOW_TURNS)
     stall, written = "save of 76M parameters: training stops", "save of 76M parameters: until it is written"
     yield HEAD
     yield from lines_of(stall, "s", measured, "stall")

@@ -11,10 +11,10 @@ from statistics import median
 
 from pipeline.config import SIZES
 from tests.benchmarks.marks import Result, result
-from tests.benchmarks.peers.measure import HEAD, Script, compare, lines_of
+from tests.benchmarks.peers.measure import HEAD, SLOW_TURNS, Script, compare, lines_of
 from tests.benchmarks.training_peers import shard_set
 
-RESOLUTION, TURNS, ALL_TURNS, STEPS = 16, 3, 5, 1_000
+RESOLUTION, STEPS = 16, 1_000
 COMMAND = "tests.benchmarks.peers.starting.command"
 HF_SCRIPT = "tests.benchmarks.peers.starting.hf_script"
 
@@ -106,14 +106,14 @@ def table(folder: Path) -> Iterator[str | Result]:
     torch_alone = script("import torch alone", ["{python}", "-c", "import torch"])
     python_alone = script("Python alone", ["{python}", "-c", "pass"])
     kinds = {
-        "resume of 76M parameters to its first step": (resumes(folder), torch_alone, TURNS),
-        "train --help": (helps(), python_alone, ALL_TURNS),
-        "import of what trains": (imports(), torch_alone, ALL_TURNS),
+        "resume of 76M parameters to its first step": (resumes(folder), torch_alone),
+        "train --help": (helps(), python_alone),
+        "import of what trains": (imports(), torch_alone),
     }
     yield HEAD
     results = []
-    for what, (scripts, alone, turns) in kinds.items():
-        *rivals, limit = compare(*scripts, alone, turns=turns)
+    for what, (scripts, alone) in kinds.items():
+        *rivals, limit = compare(*scripts, alone, turns=SLOW_TURNS)
         yield from lines_of(what, "s", [*rivals, limit], "first_step")
         limits = {"limit": median(limit.turns["first_step"]), "limited_by": alone.name} if limit.error is None else {}
         results.append(result(what, "s", rivals, "first_step", mark=1, more_is_better=False, **limits))

@@ -22,10 +22,10 @@ from tests.benchmarks.peers.measure import HEAD, Measured, Script, compare, line
 from tests.benchmarks.peers.training.work import SAVE_EVERY, Work
 from tests.launch import run
 
-SIZE = {"layers": 4, "width": 256, "heads": 4}
+SIZE = {"layers": 2, "width": 256, "heads": 4}
 IMAGES = {16: 8, 32: 2}
 """Resolution: images of a batch. Both have 2,048 tokens."""
-STEPS = 2
+STEPS = 1
 """Of a turn."""
 MARK = 1.25
 """Times the best peer."""
@@ -103,7 +103,7 @@ def table(folder: Path) -> Iterator[str | Result]:
     for work in works(folder):
         measured = compare(*scripts(work))
         add_rates(measured)
-        what = f"training step, 3.5M parameters, T = {work.positions}, {work.images} images, {work.precision}"
+        what = f"training step, 2 blocks of width 256, T = {work.positions}, {work.images} images, {work.precision}"
         yield from lines_of(what, "images/s", measured, "rate", more_is_better=True)
         limits = {"limit": floor(work), "limited_by": "its matrix products"}
         results.append(result(what, "images/s", measured, mark=MARK, **limits))

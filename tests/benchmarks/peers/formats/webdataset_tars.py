@@ -1,7 +1,9 @@
 """webdataset on tars whose records pack 256 images, which it reads faster than tars of single images.
 
-It is used as its documentation says: shards are shuffled, images in a buffer, and WebLoader runs one worker. It keeps
-no state: a resume reads and drops what was read before. Ranks divide the shards (split_by_node).
+It is used as its documentation says: shards are shuffled, images in a buffer, batches are made in the worker, and
+WebLoader hands them over. It reads the tokens alone: of labels, which are NumPy scalars in a record, WebLoader would
+make a tensor in shared memory each. It keeps no state: a resume reads and drops what was read before. Ranks divide the
+shards (split_by_node).
 """
 
 import random
@@ -25,7 +27,7 @@ def write(tokens: np.ndarray, folder: Path) -> None:
 def _images(folder: Path) -> wds.WebDataset:
     urls = sorted(str(file) for file in folder.glob("train-*.tar"))
     tars = wds.WebDataset(urls, shardshuffle=100, nodesplitter=wds.split_by_node, seed=0)
-    images = tars.decode().to_tuple("pixels.npy", "labels.npy").unbatched()
+    images = tars.decode().to_tuple("pixels.npy").unbatched()
     return images.shuffle(BUFFER, rng=random.Random(0))  # without it, no two processes read in the same order
 
 
@@ -39,7 +41,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         skipped, self._skipped = self._skipped, 0
-        for pixels, _ in islice(self._batches, skipped, None):
+        for (pixels,) in islice(self._batches, skipped, None):
             yield np.asarray(pixels)  # WebLoader makes tensors of them
 
 
@@ -57,5 +59,5 @@ def mixture(folders: list[Path], weights: list[float], size: int, images: int) -
     """RandomMix over endless sets."""
     mixed = wds.RandomMix([_images(folder).repeat() for folder in folders], probs=weights)
     batches = wds.DataPipeline(mixed, wds.batched(size, partial=False))
-    for pixels, _ in islice(batches, images // size):
+    for (pixels,) in islice(batches, images // size):
         yield pixels
