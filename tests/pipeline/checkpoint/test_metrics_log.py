@@ -54,6 +54,23 @@ def test_trimming_keeps_the_lines_as_they_were(run: Path) -> None:
     assert (run / METRICS_FILE).read_text() == "".join(map(to_line, ROWS[:2]))
 
 
+def test_lines_up_to_a_step_are_unchanged_whatever_their_form(tmp_path: Path) -> None:
+    """Those of train, others with lists and objects, and damage, which is excluded; an earlier version's NaN."""
+    train = [
+        f'{{"step": {step}, "images": {8 * step}, "loss": {loss}, "applied": true}}\n'
+        for step, loss in ((1, "2.5"), (2, "NaN"), (10, "2.25"), (11, "2.0"))
+    ]
+    others = [
+        '{"step": 9, "images": 72, "valid_loss_by_set": {"a": 2.0}}\n',
+        '{"images": 80, "step": 10, "loss": 1.0}\n',
+    ]
+    damaged = ['{"step": 3, "images": 24, "lo\n', "\0\0\0\n", '{"step": 2, "images": 16, "loss": 2.5}']
+    path = tmp_path / METRICS_FILE
+    path.write_text("".join([*train[:2], damaged[0], others[0], damaged[1], train[2], others[1], train[3], damaged[2]]))
+    assert list(lines_until(path, 10)) == [*train[:2], others[0], train[2], others[1]]
+    assert list(lines_until(path, 1)) == train[:1]
+
+
 def test_last_steps_count_those_that_were_applied(run: Path) -> None:
     assert last_steps(run, 3, 2) == NULLS[:3]
     assert last_steps(run, 3, 1) == NULLS[1:3]

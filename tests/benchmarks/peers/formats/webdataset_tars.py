@@ -1,9 +1,9 @@
 """webdataset on tars whose records pack 256 images, which it reads faster than tars of single images.
 
-It is used as its documentation says: shards are shuffled, images in a buffer, batches are made in the worker, and
-WebLoader hands them over. It reads the tokens alone: of labels, which are NumPy scalars in a record, WebLoader would
-make a tensor in shared memory each. It keeps no state: a resume reads and drops what was read before. Ranks divide the
-shards (split_by_node).
+It is used as its documentation says: shards are shuffled, images in a buffer. With a worker, WebLoader hands over large
+batches, because each costs milliseconds, and they are divided in the process that trains. It reads the tokens alone: of
+labels, which are NumPy scalars in a record, WebLoader would make a tensor in shared memory each. It keeps no state: a
+resume reads and drops what was read before. Ranks divide the shards (split_by_node).
 """
 
 import random
@@ -17,6 +17,8 @@ import webdataset as wds
 from tests.benchmarks.peers.formats import ours
 
 BUFFER = 1000
+HANDED_OVER = 8
+"""Batches that a worker hands over at once."""
 
 
 def write(tokens: np.ndarray, folder: Path) -> None:
@@ -35,9 +37,12 @@ class Loader:
     """A pass skips the batches that were read before, once."""
 
     def __init__(self, folder: Path, size: int, workers: int, skipped: int) -> None:
-        self._batches, self._skipped = _images(folder).batched(size, partial=False), skipped
+        self._images, self._skipped = _images(folder), skipped
         if workers:
-            self._batches = wds.WebLoader(self._batches, batch_size=None, num_workers=workers, persistent_workers=True)
+            large = self._images.batched(HANDED_OVER * size)
+            options = {"batch_size": None, "num_workers": workers, "persistent_workers": True}
+            self._images = wds.WebLoader(large, **options).unbatched()
+        self._batches = self._images.batched(size, partial=False)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         skipped, self._skipped = self._skipped, 0
