@@ -12,7 +12,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 from pipeline.checkpoint.run_folder import RunFolder
-from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
+from pipeline.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from pipeline.distributed import describe_ranks, from_first
 from pipeline.layout import BatchConfig
 from pipeline.train.checkpointing import Progress
@@ -41,6 +41,7 @@ def config_of(shards: Path) -> TrainConfig:
         precision="fp32",
         compile=False,
         checkpoint=CheckpointConfig(keep_last=1, keep_every=0),
+        validation=ValidationConfig(images=1),
     )
 
 
@@ -61,29 +62,38 @@ def costs_of_rank(shards: Path, folder: Path) -> dict[str, float]:
     return {"start": started, "save": time.process_time() - stepped}
 
 
-def _answer(answers: "Queue[dict[str, float]]", variables: dict[str, str], shards: Path, folder: Path) -> None:
+def _answer(answers: "Queue[dict[str, float] | str]", variables: dict[str, str], shards: Path, folder: Path) -> None:
     os.environ |= variables
-    answers.put(costs_of_rank(shards, folder))
+    try:
+        answers.put(costs_of_rank(shards, folder))
+    except Exception as error:
+        answers.put(f"{type(error).__name__}: {error}")
     answers.close()
     answers.join_thread()
     os._exit(0)  # not through the handlers of torch and DeepSpeed
 
 
 def costs(shards: Path, folder: Path, ranks: int) -> dict[str, float]:
-    """The sums over the ranks of one start and its save. Raises queue.Empty if a rank does not answer."""
+    """The sums over the ranks of one start and its save. Raises RuntimeError with the first error of a rank."""
     context, port = multiprocessing.get_context("fork"), free_port()
-    answers: Queue[dict[str, float]] = context.Queue()
+    answers: Queue[dict[str, float] | str] = context.Queue()
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     children = []
     for rank in range(ranks):
         variables = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         children.append(context.Process(target=_answer, args=(answers, variables, shards, folder)))
         children[-1].start()
+    found: list[dict[str, float]] = []
     try:
-        found = [answers.get(timeout=SECONDS) for _ in children]
+        for _ in children:
+            answer = answers.get(timeout=SECONDS)
+            if isinstance(answer, str):
+                raise RuntimeError(answer)
+            found.append(answer)
     finally:
         for child in children:
-            child.join(10)
+            if len(found) == ranks:
+                child.join()
             child.kill()
     return {name: sum(one[name] for one in found) for name in ("start", "save")}
 
