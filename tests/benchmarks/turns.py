@@ -5,27 +5,10 @@ On CPU a second is one of the process's CPU time, which other work on the machin
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 TURNS = 5
-HEAD = "| what | unit | ours | peer | peer's | ratio |\n|---|---|---|---|---|---|"
-
-
-class Row(NamedTuple):
-    """One comparison: work done in a second by us and by the peer."""
-
-    what: str
-    unit: str
-    ours: float
-    peer: str
-    theirs: float
-
-    def line(self) -> str:
-        """As a line of the table."""
-        ratio = self.ours / self.theirs
-        return f"| {self.what} | {self.unit} | {self.ours:.4g} | {self.peer} | {self.theirs:.4g} | {ratio:.2f} |"
 
 
 def best(work: float, *candidates: Callable[[], object], turns: int = TURNS) -> list[float]:
