@@ -68,7 +68,7 @@ def _see_own_packages(environment: Path) -> None:
     """Lets an environment see the packages of ours behind its own, as --system-site-packages does with the system's."""
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     path = environment / "lib" / python / "site-packages/packages-of-venv.pth"
-    path.write_text(f"{sysconfig.get_paths()['purelib']}\n")
+    path.write_text(f"{Path(sysconfig.get_paths()['purelib']).resolve()}\n")  # .venv may be a link
 
 
 def _pinned_torch() -> str:

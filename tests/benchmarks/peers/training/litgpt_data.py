@@ -21,6 +21,17 @@ class Tokens(Dataset[torch.Tensor]):
         return torch.from_numpy(np.concatenate([[self._sos], self._tokens[number]]))  # int64 (T + 1,)
 
 
+class Loader(DataLoader[torch.Tensor]):
+    """One whose state can be saved: litgpt's checkpoint would contain a plain one whole, and a resume refuses that."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a resume begins an epoch."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is restored."""
+
+
 class Images(DataModule):
     """SOS and the tokens of each image, shuffled."""
 
@@ -35,7 +46,7 @@ class Images(DataModule):
 
     def train_dataloader(self) -> DataLoader[torch.Tensor]:
         """Shuffled."""
-        return DataLoader(Tokens(self.file, self.sos), self.batch_size, shuffle=True, drop_last=True)
+        return Loader(Tokens(self.file, self.sos), self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[torch.Tensor]:
         """Litgpt demands one; two of its batches are evaluated before the first step."""
