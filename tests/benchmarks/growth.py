@@ -44,6 +44,8 @@ PREPARED = 200
 STEPS = 20_000
 CHECKPOINTS = 10
 REPEATED = 3
+RANKS_SECONDS = 1_800
+"""The limit of all starts together."""
 
 
 def table(folder: Path) -> Iterator[str | Growth]:
@@ -53,8 +55,9 @@ def table(folder: Path) -> Iterator[str | Growth]:
     yield _growth("opening a set", f"{SHARDS} shards", [_opening(folder, factor) for factor in FACTORS])
     yield _growth("the first batch", f"{IMAGES:,} images", [_first_batch(folder, factor) for factor in FACTORS])
     yield _growth("images to shards", f"{PREPARED} JPEGs", [_preparing(folder, factor) for factor in FACTORS])
+    of_ranks = _measured_ranks(folder)
     yield from _long_runs(folder)
-    yield from _ranks(folder)
+    yield from _ranks(of_ranks)
 
 
 def _long_runs(folder: Path) -> Iterator[Growth]:
@@ -81,33 +84,26 @@ def _long_runs(folder: Path) -> Iterator[Growth]:
     yield _growth("resuming: newest checkpoint", f"{CHECKPOINTS} checkpoints", newest)
 
 
-def _ranks(folder: Path) -> Iterator[Growth]:
-    """The sums over ranks of one machine with gloo, without imports."""
-    logs = folder / "logs"
-    done = run(1, "-m", "tests.benchmarks.growth_ranks", _shards(folder), folder / "ranks", *RANKS, logs=logs)
+def _measured_ranks(folder: Path) -> dict[str, list[float]]:
+    """The sums over ranks of one machine with gloo, without imports; their runs remain, each with a checkpoint."""
+    shards = folder / "shards-16"
+    ours.write(token_images(IMAGES, 16**2), shards)
+    words = ("-m", "tests.benchmarks.growth_ranks", shards, folder / "ranks", *RANKS)
+    done = run(1, *words, logs=folder / "logs", seconds=RANKS_SECONDS)
     assert done.codes == [0], done.output
-    found = json.loads(done.output.splitlines()[-1])
+    return json.loads(done.output.splitlines()[-1])
+
+
+def _ranks(found: dict[str, list[float]]) -> Iterator[Growth]:
+    """Of a start, a save and a resume."""
     whats = {"start": "start of a run, all ranks", "save": "save of 6.6M parameters, all ranks"}
     for name, what in (whats | {"resume": "resume of a run, all ranks"}).items():
         yield _growth(what, "1 rank", found[name], RANKS)
 
 
-def _shards(folder: Path) -> Path:
-    """Images of 16x16."""
-    target = folder / "shards-16"
-    if not target.exists():
-        ours.write(token_images(IMAGES, 16**2), target)
-    return target
-
-
 def _checkpoint(folder: Path) -> Path:
-    """One that a run of one rank has written."""
-    if not (folder / "one").exists():
-        done = run(
-            1, "-m", "tests.benchmarks.growth_ranks", _shards(folder), folder / "one", RANKS[0], logs=folder / "logs"
-        )
-        assert done.codes == [0], done.output
-    return committed(folder / "one" / str(RANKS[0]) / CHECKPOINTS_FOLDER)[-1]
+    """That of the run of one rank."""
+    return committed(folder / "ranks" / str(RANKS[0]) / CHECKPOINTS_FOLDER)[-1]
 
 
 def _growth(what: str, at: str, seconds: Sequence[float], factors: Sequence[int] = FACTORS) -> Growth:
