@@ -105,6 +105,6 @@ def draw_accuracy(accuracies: Sequence[Probed], path: Path) -> None:
             "o-" if source == "probe" else "s-", color=colors[own[0].parameters], markersize=4, linewidth=1,
         )  # fmt: skip
     axes.invert_xaxis()
-    axes.set(xlabel="validation loss (nats per token)", ylabel="accuracy (%)")
+    axes.set(xlabel="validation loss (nats per token; lower is to the right)", ylabel="accuracy (%)")
     axes.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
