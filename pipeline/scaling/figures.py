@@ -93,17 +93,18 @@ def draw_isoflops(selected: Selected, law: Law, sizes: Family, path: Path) -> No
 
 
 def draw_accuracy(accuracies: Sequence[Probed], path: Path) -> None:
-    """Accuracy in percent against validation loss, a line a run; squares are results of `evaluate`."""
+    """Accuracy in percent against validation loss, a line a run, a color a size; squares are results of `evaluate`."""
     figure, axes = new_figure()
     colors = size_colors([one.parameters for one in accuracies])
+    for size, color in colors.items():
+        axes.plot([], [], "o-", color=color, markersize=4, linewidth=1, label=short(size))
     for name, source in dict.fromkeys((one.name, one.source) for one in accuracies):
         own = [one for one in accuracies if (one.name, one.source) == (name, source)]
         axes.plot(
             [one.valid_loss for one in own], [100 * one.accuracy for one in own],
             "o-" if source == "probe" else "s-", color=colors[own[0].parameters], markersize=4, linewidth=1,
-            label=f"{name}, {short(own[0].parameters)}",
         )  # fmt: skip
     axes.invert_xaxis()
-    axes.set(xlabel="validation loss (nats per token)", ylabel="accuracy (%)")
+    axes.set(xlabel="validation loss (nats per token; lower is to the right)", ylabel="accuracy (%)")
     axes.legend(frameon=False, fontsize=8)
     save_figure(figure, path)

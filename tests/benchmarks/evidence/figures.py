@@ -21,5 +21,5 @@ def draw_depth(models: Sequence[dict[str, Any]], baselines: Mapping[str, float],
         axes.axhline(100 * accuracy, color="0.6", linewidth=0.8)
         axes.text(1.0, 100 * accuracy, name, color="0.4", fontsize=8, ha="right", va="bottom")
     axes.set(xlabel="layer / number of layers", ylabel="linear probe, accuracy on valid in percent")
-    axes.legend(title="dotted: initial weights", frameon=False, fontsize=8)
+    figure.legend(title="dotted: initial weights", frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=120)

@@ -26,15 +26,15 @@ PIXELS = "raw pixels"
 NUMBERS, PAGE, DEPTH = "findings.json", "findings.md", "accuracy_by_depth.png"
 COLUMNS = {
     "name": "model", "parameters": "parameters", "images": "images", "valid_loss": "valid loss", "ridge": "ridge probe",
-    "probe": "linear probe (95%)", "layer": "its layer", "first": "first layer", "best": "best layer",
-    "last": "last layer", "random": "initial weights", "fine_tuned": "fine-tuned",
-    "from_initial": "fine-tuned from initial weights",
+    "probe": "linear probe (95%)", "layer": "best layer", "first": "first layer, valid", "best": "best layer, valid",
+    "last": "last layer, valid", "random": "linear probe, initial weights", "fine_tuned": "fine-tuned",
+    "from_initial": "trained from scratch",
 }  # fmt: skip
 """Keys of `measured` that the table shows, with their titles."""
 NOTES = (
     "valid loss: nats per token; of the masked model on masked pixels, so it is not comparable with the others",
     "ridge probe: 1,500 images of valid, other images choose its layer; +- 2.5 points (95%)",
-    "linear probe, initial weights, fine-tuned: test, 10,000 images; first, best and last layer: valid, 5,000 images",
+    "accuracies without another split's name: test, 10,000 images; valid: 5,000 images",
     "learning rates were searched for 0.1m and 0.4m only, after 8,000 images",
 )
 
@@ -120,7 +120,7 @@ def sentences(
     yield "accuracy at equal loss, ridge probe of finished models", at_equal_loss(models)
     yield "second seeds", _second_seeds(longest)
     tuned, masked = (longest.get(model.name, {}) for model in FINE_TUNED)
-    kinds = {"fine-tuned": "fine_tuned", "from initial weights": "from_initial", "linear probe": "probe"}
+    kinds = {"fine-tuned": "fine_tuned", "trained from scratch": "from_initial", "linear probe": "probe"}
     shown = [f"{kind} {percent(tuned[key])}" for kind, key in kinds.items() if tuned.get(key) is not None]
     pixels = [f"raw pixels {percent(own['test'])}" for name, own in baselines.items() if name == PIXELS]
     yield f"fine-tuning {FINE_TUNED[0].name}", ", ".join((*shown, *pixels)) if tuned.get("fine_tuned") else None

@@ -16,7 +16,7 @@ DECAY_SHARE = 0.2
 EVALUATION = ("--train_images", "10000", "--valid_images", "5000", "--test_images", "10000", "--precision", "bf16")
 """Labelled images of the linear probes and of fine-tuning, and the precision of their forward passes."""
 FINE_TUNE = (
-    "--fine_tune.learning_rates", "[0.001]", "--fine_tune.epochs", "6", "--fine_tune.reflect_crop", "2",
+    "--fine_tune.learning_rates", "[0.001]", "--fine_tune.epochs", "4", "--fine_tune.reflect_crop", "2",
 )  # fmt: skip
 
 
