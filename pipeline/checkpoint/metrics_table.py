@@ -12,8 +12,10 @@ import numpy as np
 
 from pipeline.checkpoint.metrics_log import Row, parse_row
 
+COLUMNS = ("step", "images", "loss", "learning_rate", "images_per_second")
+"""Of each training step."""
 STEP = re.compile(
-    rb'\{"step": \d+, "images": ([^,{}]+), "loss": ([^,{}]+), "learning_rate": [^,{}]+, "grad_norm": [^,{}]+, '
+    rb'\{"step": (\d+), "images": ([^,{}]+), "loss": ([^,{}]+), "learning_rate": ([^,{}]+), "grad_norm": [^,{}]+, '
     rb'"applied": \w+, "images_per_second": ([^,{}]+), [^{}\n]+\}\n'
 )
 """A training step's row in the form in which train writes it, complete. Rows in another form are parsed as JSON, which
@@ -25,14 +27,19 @@ class MetricsTable:
     """The rows of a metrics.jsonl, oldest first."""
 
     steps: np.ndarray
-    """float64 (n, 3): images seen, loss and images per second of each row of a training step; NaN for null."""
+    """float64 (n, len(COLUMNS)): of each row of a training step; NaN for null."""
     others: list[Row]
     """The rows without a training loss: validations, probes, and those of other programs."""
+
+    def column(self, name: str) -> np.ndarray:
+        """float64 (n,): one of COLUMNS."""
+        return self.steps[:, COLUMNS.index(name)]
 
     @property
     def losses(self) -> np.ndarray:
         """float64 (m, 2): images seen and loss of the steps with a finite loss."""
-        return self.steps[np.isfinite(self.steps[:, 1]), :2]
+        both = np.stack([self.column("images"), self.column("loss")], axis=1)
+        return both[np.isfinite(both[:, 1])]
 
     def last(self, key: str) -> float | None:
         """The newest training loss (`loss`) or value of another key, null excluded; None if there is none."""
@@ -63,10 +70,10 @@ def _read(path: Path, size: int, modified: int) -> MetricsTable:
                     numbers.extend(map(float, found.groups()))
                     continue
                 except ValueError:  # null, or damage
-                    del numbers[len(numbers) // 3 * 3 :]
+                    del numbers[len(numbers) // len(COLUMNS) * len(COLUMNS) :]
             if line.endswith(b"\n") and (row := parse_row(line.decode(errors="replace"))) is not None:
                 _add(row, numbers, others)
-    return MetricsTable(np.frombuffer(numbers, np.float64).reshape(-1, 3), others)
+    return _table(numbers, others)
 
 
 def table_of(rows: Iterable[Row]) -> MetricsTable:
@@ -75,12 +82,16 @@ def table_of(rows: Iterable[Row]) -> MetricsTable:
     others: list[Row] = []
     for row in rows:
         _add(row, numbers, others)
-    return MetricsTable(np.frombuffer(numbers, np.float64).reshape(-1, 3), others)
+    return _table(numbers, others)
 
 
 def _add(row: Row, numbers: "array[float]", others: list[Row]) -> None:
     if "loss" not in row:
         others.append(row)
         return
-    found = (row.get(key) for key in ("images", "loss", "images_per_second"))
+    found = (row.get(name) for name in COLUMNS)
     numbers.extend(math.nan if number is None else float(number) for number in found)
+
+
+def _table(numbers: "array[float]", others: list[Row]) -> MetricsTable:
+    return MetricsTable(np.frombuffer(numbers, np.float64).reshape(-1, len(COLUMNS)), others)

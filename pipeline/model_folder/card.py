@@ -263,7 +263,7 @@ def _last_by_set(table: MetricsTable) -> str:
 
 def _duration(table: MetricsTable, images: int) -> str | None:
     """The total time of the steps, without saving and validation; images: seen before the first one."""
-    seen, speeds = table.steps[:, 0], table.steps[:, 2]
+    seen, speeds = table.column("images"), table.column("images_per_second")
     known = np.isfinite(speeds) & (speeds > 0)
     seconds = float((np.diff(seen[known], prepend=images) / speeds[known]).sum())
     if not seconds:

@@ -9,7 +9,8 @@ import numpy as np
 import yaml
 
 from data_prep.common.files import read_json
-from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_backwards, read_rows
+from pipeline.checkpoint.metrics_log import METRICS_FILE, Row, read_backwards
+from pipeline.checkpoint.metrics_table import read_table
 from pipeline.checkpoint.run_files import CONFIG_FILE, RECORD_FILE
 
 PALETTE_FILE = "palette.npy"
@@ -33,9 +34,9 @@ def steady_steps(rates: np.ndarray) -> tuple[int, int]:
 
 def read_rates(folder: Path) -> np.ndarray:
     """Step and learning rate of each training row: float64 (n, 2)."""
-    rows = read_rows(folder / METRICS_FILE)
-    found = [(row["step"], row["learning_rate"]) for row in rows if isinstance(row.get("learning_rate"), float)]
-    return np.array(found, dtype=float).reshape(-1, 2)
+    table = read_table(folder / METRICS_FILE)
+    rates = np.stack([table.column("step"), table.column("learning_rate")], axis=1)
+    return rates[np.isfinite(rates[:, 1])]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

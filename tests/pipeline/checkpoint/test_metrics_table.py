@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.checkpoint.metrics_log import read_rows, to_line
-from pipeline.checkpoint.metrics_table import STEP, read_table, table_of
+from pipeline.checkpoint.metrics_table import COLUMNS, STEP, read_table, table_of
 
 
 def step_row(step: int, loss: float | None) -> dict[str, object]:
@@ -35,7 +35,7 @@ def test_the_table_is_that_of_the_rows(tmp_path: Path) -> None:
     found, expected = read_table(path), table_of(read_rows(path))
     assert np.array_equal(found.steps, expected.steps, equal_nan=True)
     assert found.others == expected.others == [json.loads(lines[3])]
-    assert found.steps[:, 0].tolist() == [128, 256, 384, 512, 512, 600, 640, 768, 896, 1]
+    assert found.column("images").tolist() == [128, 256, 384, 512, 512, 600, 640, 768, 896, 1]
     assert found.losses[:, 1].tolist() == [row["loss"] for row in read_rows(path) if row.get("loss") is not None]
     assert (found.last("loss"), found.last("valid_loss"), found.last("valid_loss_ema")) == (1.0, 1.5, None)
 
@@ -51,4 +51,4 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 
 def test_a_run_without_rows(tmp_path: Path) -> None:
     table = read_table(tmp_path / "metrics.jsonl")
-    assert table.steps.shape == (0, 3) and table.others == [] and table.last("loss") is None
+    assert table.steps.shape == (0, len(COLUMNS)) and table.others == [] and table.last("loss") is None

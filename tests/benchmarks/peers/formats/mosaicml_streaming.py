@@ -1,10 +1,12 @@
 """mosaicml-streaming: MDS shards of a column of fixed shape, read from a local folder."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from tests.benchmarks.peers.torchvision_operators import declare_operators
 
@@ -37,7 +39,13 @@ class Loader:
 
 
 def loader(folder: Path, size: int, workers: int = 0, state: dict[str, Any] | None = None) -> Loader:
-    """num_canonical_nodes is left at its default; all ranks of the benchmark are on one node."""
+    """num_canonical_nodes is left at its default; all ranks of the benchmark are on one node.
+
+    Ranks join a process group first, as those that train have done: else the library joins and leaves one several
+    times, at one port, which can hang.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo")
     clean_stale_shared_memory()
     return Loader(_dataset(size, local=str(folder)), size, workers, state)
 
