@@ -29,10 +29,12 @@ SPLITS = ("train", "valid", "test")
 RESOLUTION = 16
 OURS = {
     "model.layers": 8, "model.width": 96, "model.heads": 2, "model.resolution": RESOLUTION, "data.flip": True,
-    "optimizer.learning_rate": 0.006, "schedule.warmup_steps": 50, "batch.global_size": 32, "batch.micro_size": 32,
+    "optimizer.learning_rate": 0.006, "batch.global_size": 32, "batch.micro_size": 32,
     "checkpoint.every_steps": 200, "checkpoint.keep_last": 1, "checkpoint.keep_every": 0,
     "validation.every_steps": 1_000_000, "samples.every_steps": 0,
 }  # fmt: skip
+WARM_UP = 0.05
+"""Of the steps, as with the peers."""
 CALIBRATION = (2, 52)
 """Steps of the two short runs whose difference gives the CPU time of a step."""
 METHODS = {
@@ -96,7 +98,7 @@ def our_probe(shards: Path, folder: Path, seconds: float) -> dict[str, float]:
 
 def train(shards: Path, run: Path, steps: int) -> float:
     """Runs `pipeline train`; the CPU-seconds that it used."""
-    keys = {**OURS, "schedule.steps": steps}
+    keys = {**OURS, "schedule.steps": steps, "schedule.warmup_steps": max(1, round(WARM_UP * steps))}
     options = [f"--{key}={str(value).lower() if value is True else value}" for key, value in keys.items()]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command(sys.executable, "-m", "pipeline", "train", "--run", run, f"--data.shards={shards}", *options)

@@ -55,7 +55,8 @@ def works(folder: Path) -> Iterator[Work]:
 def shard_set(folder: Path, resolution: int) -> tuple[Path, Path]:
     """The demo's images as a shard set, and the tokens of its training images as an .npy file for the peers."""
     shards, tokens = folder / f"shards-{resolution}", folder / f"tokens-{resolution}.npy"
-    options = ["--config", "configs/data/demo.yaml", "--resolution", resolution, "--out", shards]
+    options = ["--config", "configs/data/demo.yaml", "--resolution", resolution]
+    options += ["--source.equalized_side", resolution, "--out", shards]
     done = run(1, "-m", "data_prep", "shards", *options, logs=folder / "logs")
     assert done.codes == [0], done.output
     split = open_shard_set(shards).split("train")
