@@ -7,7 +7,7 @@ import numpy as np
 from data_prep.shards.reader import Split
 from pipeline.model.masks import Batch, Masks
 
-PROBE_TOKENS = 64
+PROBE_TOKENS = 16
 """Tokens of the check image; few, because every save waits for their forward pass. The probe loss verifies the weights
 that the forward pass reads; the checksums verify every single element."""
 

@@ -19,6 +19,8 @@ from pipeline.evaluate.features.labelled import Labelled, Rows, in_blocks
 
 ITERATIONS = 1000
 TOLERANCE = 1e-4
+ROWS_AT_ONCE = 64
+"""Rows that are standardized at once: few, so that their float64 copies stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ class LinearClassifier:
 
 def standardised(features: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
     """Features minus mean, divided by deviation: float32 (n, D)."""
-    return ((features - mean) / deviation).astype(np.float32)
+    result = np.empty(features.shape, np.float32)
+    for first in range(0, len(features), ROWS_AT_ONCE):
+        some = slice(first, first + ROWS_AT_ONCE)
+        result[some] = (features[some] - mean) / deviation
+    return result
 
 
 def moments(features: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -79,8 +85,9 @@ def logistic_path(train: Labelled, strengths: Sequence[float]) -> Iterator[Linea
     The objective with strength s is (mean loss) + s/2 * (sum of squared weights).
     """
     mean, deviation = moments(train.features)
-    blocks = [standardised(block, mean, deviation) for _, block in in_blocks(train.features)]
-    inputs = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)  # (N, D)
+    inputs = np.empty((len(train.labels), len(mean)), np.float32)  # (N, D)
+    for rows, block in in_blocks(train.features):
+        inputs[rows] = standardised(block, mean, deviation)
     solver = LogisticRegression(tol=TOLERANCE, max_iter=ITERATIONS, warm_start=True)
     for strength in sorted(set(strengths), reverse=True):
         solver.set_params(C=1 / (strength * len(train.labels)))
