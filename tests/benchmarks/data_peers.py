@@ -34,7 +34,7 @@ SHARE = 0.7
 """Of the first set in the mixture."""
 PREPARING_MARK = 1.5
 """Times the best peer."""
-PREPARED, PREPARED_LARGE = 2_000, 400
+PREPARED, PREPARED_LARGE = 1_000, 200
 """Images of 32x32 and of 500x375 that are prepared in a turn."""
 LARGE = (500, 375)
 FORMATS = {

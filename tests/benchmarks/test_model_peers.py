@@ -50,10 +50,10 @@ def test_a_loop_stops_after_each_turn_and_goes_on_in_the_next(tmp_path: Path) ->
 
 
 def test_a_save_counts_as_one_in_500_steps() -> None:
-    """Two steps of 1 s on 8 images, and a save of 5 s."""
+    """A turn of 16 images in 2 s, and a save of 5 s."""
     measured = Measured(Script("ours", ""), {"work": [16.0], "seconds": [7.0], "saving": [5.0]})
     training_peers.add_rates([measured])
-    assert measured.turns["rate"] == pytest.approx([16 / (2 + 5 * 2 / 500)])
+    assert measured.turns["rate"] == pytest.approx([16 / (2 + 5 * training_peers.STEPS / 500)])
 
 
 def test_a_command_is_timed_to_its_line_and_killed() -> None:
