@@ -42,7 +42,7 @@ def accuracies(measured: list[Measured]) -> str:
 def table(folder: Path) -> Iterator[str | Result]:
     """A line for each peer, in seconds; then the accuracies, and ours against the mark and the machine."""
     write(folder, BANK, QUERIES, WIDTH)
-    knn = compare(*scripts(folder, "knn"))
+    knn = compare(*scripts(folder, "knn"), turns=SLOW_TURNS)
     probe = compare(*scripts(folder, "probe"), turns=SLOW_TURNS)
     neighbors, fit = f"k-NN of {QUERIES:,} among {BANK:,} of {WIDTH:,}", f"linear probe on {BANK:,} of {WIDTH:,}"
     yield HEAD

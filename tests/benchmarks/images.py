@@ -16,7 +16,7 @@ from data_prep.sources.open import open_source
 GRAIN = 26
 """Standard deviation of the noise that makes JPEGs of 500x375 as large as ImageNet's average, 110 KB. The
 windows alone are smooth, and decoding time depends on the bytes as much as on the pixels."""
-WEB_SIDE, WEB_IMAGES = 256, 1_000
+WEB_SIDE, WEB_IMAGES = 256, 300
 SMALL = 2_000
 
 

@@ -44,7 +44,7 @@ def scripts(work: Work) -> list[Script]:
     argument, checkpoint = work.to_argument(), f"{PEERS}.with_checkpoint"
     return [
         Script("ours", f"{PEERS}.ours", (argument,)),
-        Script("HF Trainer", f"{PEERS}.hf_trainer", (argument, "imagegpt")),
+        Script("HF Trainer", f"{PEERS}.hf_trainer", (argument,)),
         Script("torch.distributed.checkpoint.async_save", checkpoint, (argument, "default")),
         Script("async_save, one stager kept", checkpoint, (argument, "kept")),
     ]

@@ -116,7 +116,7 @@ def table(folder: Path) -> Iterator[str | Result]:
     yield HEAD
     results = []
     for what, (scripts, alone) in kinds.items():
-        *rivals, limit = compare(*scripts, alone, turns=SLOW_TURNS)
+        *rivals, limit = compare(*scripts, alone, turns=SLOW_TURNS, warm_up=False)
         yield from lines_of(what, "s", [*rivals, limit], "first_step")
         limits = {"limit": median(limit.turns["first_step"]), "limited_by": alone.name} if limit.error is None else {}
         results.append(result(what, "s", rivals, "first_step", mark=1, more_is_better=False, **limits))

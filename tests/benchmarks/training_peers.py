@@ -70,9 +70,8 @@ def scripts(work: Work) -> list[Script]:
     plain = replace(work, compiled=False).to_argument()
     return [
         Script("ours", f"{PEERS}.ours", (argument,)),
-        Script("HF Trainer, ImageGPT", f"{PEERS}.hf_trainer", (plain, "imagegpt")),
-        Script("HF Trainer, ImageGPT, compiled", f"{PEERS}.hf_trainer", (argument, "imagegpt")),
-        Script("HF Trainer, GPT-2, compiled", f"{PEERS}.hf_trainer", (argument, "gpt2")),
+        Script("HF Trainer, ImageGPT", f"{PEERS}.hf_trainer", (plain,)),
+        Script("HF Trainer, ImageGPT, compiled", f"{PEERS}.hf_trainer", (argument,)),
         Script("litgpt, compiled", f"{PEERS}.litgpt_pretrain", (argument,), environment="litgpt"),
         Script("x-transformers, compiled", f"{PEERS}.with_xtransformers", (argument,), environment="x-transformers"),
     ]

@@ -58,18 +58,24 @@ class Measured:
         return [work / seconds for work, seconds in zip(self.turns["work"], self.turns[per], strict=True)]
 
 
-def compare(*scripts: Script, turns: int = TURNS, threads: int = 1, seconds: float = 1_800) -> list[Measured]:
-    """Runs the scripts in turns, and gives their figures in the same order. seconds: the limit of a turn."""
+def compare(
+    *scripts: Script, turns: int = TURNS, threads: int = 1, seconds: float = 1_800, warm_up: bool = True
+) -> list[Measured]:
+    """Runs the scripts in turns, and gives their figures in the same order. seconds: the limit of a turn.
+
+    warm_up: False for turns that start a process anew, which nothing can warm up.
+    """
     measured = [Measured(script) for script in scripts]
     processes = [_Process(script, threads) for script in scripts]
     pairs = list(zip(processes, measured, strict=True))
     try:
         for process, result in pairs:
             _attempt(result, process.answer, seconds)
-        for process, result in pairs:
-            _attempt(result, process.ask)
-        for process, result in pairs:
-            _attempt(result, process.answer, seconds)
+        if warm_up:
+            for process, result in pairs:
+                _attempt(result, process.ask)
+            for process, result in pairs:
+                _attempt(result, process.answer, seconds)
         for _ in range(turns):
             for process, result in pairs:
                 for name, figure in (_attempt(result, process.turn, seconds) or {}).items():

@@ -80,7 +80,8 @@ def _litdata(images: Path, function: Callable[[str], Any]) -> Prepare:
     files = sorted(str(file) for file in images.glob("train/*/*"))
 
     def store(out: Path) -> None:
-        optimize(fn=function, inputs=files, output_dir=str(out / "set"), chunk_bytes="64MB", num_workers=1)
+        options = {"chunk_bytes": "64MB", "num_workers": 1, "start_method": "fork"}  # its default starts Python anew
+        optimize(fn=function, inputs=files, output_dir=str(out / "set"), **options)
 
     return store
 

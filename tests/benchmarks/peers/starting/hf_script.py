@@ -36,7 +36,7 @@ def main() -> None:
     own, training = HfArgumentParser((ModelArguments, TrainingArguments)).parse_args_into_dataclasses()
     images = training.per_device_train_batch_size
     shape = (own.layers, own.width, own.heads, own.positions, images)
-    model = model_of("imagegpt", Work(*shape, "fp32", False, 1, "", own.tokens, training.output_dir))
+    model = model_of(Work(*shape, "fp32", False, 1, "", own.tokens, training.output_dir))
     trainer = Trainer(model, training, train_dataset=Images(own.tokens), callbacks=[Printed()])
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
 

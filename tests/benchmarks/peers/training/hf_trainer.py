@@ -1,6 +1,5 @@
-"""transformers' Trainer on its ImageGPT, or on its GPT-2: its data loader, log and checkpoints."""
+"""transformers' Trainer on its ImageGPT: its data loader, log and checkpoints."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     ImageGPTConfig,
     ImageGPTForCausalImageModeling,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -36,13 +32,11 @@ class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def model_of(kind: str, work: Work) -> PreTrainedModel:
-    """imagegpt or gpt2, of the given size, without dropout."""
+def model_of(work: Work) -> ImageGPTForCausalImageModeling:
+    """Of the given size, without dropout."""
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     shape = {"n_layer": work.layers, "n_embd": work.width, "n_head": work.heads, "n_positions": work.positions + 1}
-    if kind == "imagegpt":
-        return ImageGPTForCausalImageModeling(ImageGPTConfig(vocab_size=COLORS + 1, **shape, **dropout))
-    return GPT2LMHeadModel(GPT2Config(vocab_size=COLORS + 1, bos_token_id=SOS, eos_token_id=SOS, **shape, **dropout))
+    return ImageGPTForCausalImageModeling(ImageGPTConfig(vocab_size=COLORS + 1, **shape, **dropout))
 
 
 class PauseAfterTurns(TrainerCallback):
@@ -94,9 +88,9 @@ def arguments_of(work: Work, folder: Path) -> TrainingArguments:
 
 def main() -> None:
     """Takes turns."""
-    kind, work = sys.argv[2], from_command_line()
-    folder = Path(work.folder) / f"trainer-{kind}-{work.compiled}"
-    trainer = Trainer(model_of(kind, work), arguments_of(work, folder), train_dataset=Images(work.tokens))
+    work = from_command_line()
+    folder = Path(work.folder) / f"trainer-{work.compiled}"
+    trainer = Trainer(model_of(work), arguments_of(work, folder), train_dataset=Images(work.tokens))
 
     def run(loop: PausedLoop) -> None:
         trainer.add_callback(PauseAfterTurns(Turns(work, loop)))

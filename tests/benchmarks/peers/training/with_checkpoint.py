@@ -42,7 +42,7 @@ def main() -> None:
     work = from_command_line()
     folder = Path(work.folder) / f"async-save-{sys.argv[2]}"
     shutil.rmtree(folder, ignore_errors=True)
-    model = model_of("imagegpt", work).to(work.device)
+    model = model_of(work).to(work.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     saves = AsyncSaves(folder, model, optimizer, kept=sys.argv[2] == "kept")
     serve_plain_loop(work, step_of(work, model, optimizer), saves.save, saves.finish)
