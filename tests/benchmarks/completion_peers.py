@@ -25,14 +25,16 @@ PEERS = "tests.benchmarks.peers.drawing"
 def scripts(drawing: Drawing) -> list[Script]:
     """Ours first."""
     argument, generate = drawing.to_argument(), f"{PEERS}.hf_generate"
-    return [
+    found = [
         Script("ours", f"{PEERS}.ours", (argument,)),
         Script("HF ImageGPT.generate", generate, (argument, "imagegpt", "dynamic")),
         Script("HF ImageGPT.generate, static cache", generate, (argument, "imagegpt", "static")),
         Script("HF GPT2LMHeadModel.generate", generate, (argument, "gpt2", "dynamic")),
         Script("x-transformers generate", f"{PEERS}.with_xtransformers", (argument,), environment="x-transformers"),
-        Script("litgpt generate", f"{PEERS}.litgpt_generate", (argument,), environment="litgpt"),
     ]
+    if drawing.images == 1:  # litgpt's takes one prompt
+        found.append(Script("litgpt generate", f"{PEERS}.litgpt_generate", (argument,), environment="litgpt"))
+    return found
 
 
 def floor(drawing: Drawing) -> float:

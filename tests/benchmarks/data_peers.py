@@ -68,7 +68,7 @@ def reading(folder: Path) -> Iterator[str | Result]:
         scripts += [_script("reading", form, tokens, 1, note=", one worker")]
         if form != "mosaicml_streaming":  # two of its processes would clean each other's shared memory
             scripts += [_script("reading", form, tokens, 0, note=", in the process")]
-    measured = compare(*scripts)
+    measured = compare(*scripts, turns=measure.SLOW_TURNS)
     work, unit = "shuffled batches of 128", "Mtoken/s"
     yield measure.HEAD
     yield from measure.lines(work, unit, measured)
@@ -174,7 +174,6 @@ WAYS: Sequence[tuple[str, str, str | None]] = (
 )
 """Functions of peers/preparing.py, their names in the table, and where they run: litdata's environment has the
 torchvision that transformers' processor is fastest with."""
-SCALED = ("ours_scaled", "ours, scaled decode", None)
 TARS = ("ours_tars", "ours", None)
 
 
@@ -191,7 +190,7 @@ def preparing(folder: Path) -> Iterator[str | Result]:
     results = []
     for work, source, side, ways in (
         (f"{PREPARED:,} {name} to 32x32", small, 32, WAYS),
-        (f"{large_name}, to 64x64", large, 64, [*WAYS, SCALED]),
+        (f"{large_name}, to 64x64", large, 64, WAYS),
     ):
         measured = _prepared(source, palette, side, ways)
         yield from measure.lines(work, "images/CPU-s", measured, per="cpu_seconds")
@@ -221,9 +220,8 @@ def _prepared(source: Path, palette: Path, side: int, ways: Sequence[tuple[str, 
 
 
 def _against_decoding(work: str, measured: list[Measured]) -> Result:
-    """Ours beside the libraries; decoding alone is the limit, and our other settings are no peers."""
-    ours, decoding, *others = measured
-    libraries = [one for one in others if not one.script.name.startswith("ours")]
+    """Ours beside the libraries; decoding alone is the limit."""
+    ours, decoding, *libraries = measured
     found = measure.values(decoding, "cpu_rate")
     limit = {"limit": statistics.median(found), "limited_by": "decoding by libjpeg-turbo"} if found else {}
     return result(work, "images/CPU-s", [ours, *libraries], "cpu_rate", mark=PREPARING_MARK, **limit)

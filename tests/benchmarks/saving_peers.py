@@ -41,12 +41,11 @@ def small(folder: Path) -> Work:
 
 def scripts(work: Work) -> list[Script]:
     """Ours first."""
-    argument, checkpoint = work.to_argument(), f"{PEERS}.with_checkpoint"
+    argument = work.to_argument()
     return [
         Script("ours", f"{PEERS}.ours", (argument,)),
         Script("HF Trainer", f"{PEERS}.hf_trainer", (argument,)),
-        Script("torch.distributed.checkpoint.async_save", checkpoint, (argument, "default")),
-        Script("async_save, one stager kept", checkpoint, (argument, "kept")),
+        Script("torch.distributed.checkpoint.async_save", f"{PEERS}.with_checkpoint", (argument,)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The simulator of `plan` against published runs, and its layouts for XL: python -m tests.benchmarks.scale
+"""The simulator of `plan` against published runs, and its layouts for XL: make bench PARTS=scale
 
 Arithmetic: nothing is measured here. MFU of all rows is 6 FLOPs a parameter and token and 12 * L * T * D for attention
 in full, recomputation not counted, over 989 (H100) and 312 (A100) TFLOP/s.
@@ -14,7 +14,9 @@ has four stages on 1 node and tensor parallelism on 64: both are simulated.
 Not here: Megatron-LM's 41 to 48% on H100, whose layouts are published as a figure only.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import GPT2Config
@@ -259,7 +261,8 @@ def _xl_row(layout: Layout, model: GPT2Config, ranks: int, images: int) -> str:
     )
 
 
-if __name__ == "__main__":
-    print("\n".join(scale_table()))
-    print("\nThe fastest layouts of iGPT-XL at 64x64, estimated blocks\n")
-    print("\n".join(layouts_table()))
+def table(_: Path) -> Iterator[str]:
+    """Published runs beside their simulation, then the fastest layouts of XL."""
+    yield from scale_table()
+    yield "\nThe fastest layouts of iGPT-XL at 64x64, estimated blocks\n"
+    yield from layouts_table()

@@ -7,7 +7,6 @@ documentation. All are compiled where they compile. A turn is a few steps and en
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +66,8 @@ def shard_set(folder: Path, resolution: int) -> tuple[Path, Path]:
 def scripts(work: Work) -> list[Script]:
     """Ours first."""
     argument = work.to_argument()
-    plain = replace(work, compiled=False).to_argument()
     return [
         Script("ours", f"{PEERS}.ours", (argument,)),
-        Script("HF Trainer, ImageGPT", f"{PEERS}.hf_trainer", (plain,)),
         Script("HF Trainer, ImageGPT, compiled", f"{PEERS}.hf_trainer", (argument,)),
         Script("litgpt, compiled", f"{PEERS}.litgpt_pretrain", (argument,), environment="litgpt"),
         Script("x-transformers, compiled", f"{PEERS}.with_xtransformers", (argument,), environment="x-transformers"),

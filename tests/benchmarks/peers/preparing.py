@@ -26,25 +26,19 @@ def ours(images: Path, palette: Path, side: int, address: str) -> Prepare:
     return _ours("image_folder", images, palette, side)
 
 
-def ours_scaled(images: Path, palette: Path, side: int, address: str) -> Prepare:
-    """The same with views.scaled_decode: libjpeg decodes at a smaller size."""
-    return _ours("image_folder", images, palette, side, scaled_decode=True)
-
-
 def ours_tars(images: Path, palette: Path, side: int, address: str) -> Prepare:
     """The same from the tars in IMAGES."""
     return _ours("webdataset", images, palette, side)
 
 
-def _ours(kind: str, images: Path, palette: Path, side: int, scaled_decode: bool = False) -> Prepare:
+def _ours(kind: str, images: Path, palette: Path, side: int) -> Prepare:
     from data_prep.build.build import prepare_shards
     from data_prep.build.parts import Part
-    from data_prep.config import DataConfig, PaletteConfig, SourceConfig, ViewsConfig
+    from data_prep.config import DataConfig, PaletteConfig, SourceConfig
 
     config = DataConfig(
         source=SourceConfig(kind=kind, path=str(images)),  # type: ignore[arg-type]
         palette=PaletteConfig(file=str(palette)),
-        views=ViewsConfig(scaled_decode=scaled_decode),
         resolution=side,
         workers=1,
     )
@@ -112,7 +106,6 @@ def _square(file: str, side: int) -> Any:
     from PIL import Image, ImageOps
 
     with Image.open(file) as image:
-        image.draft("RGB", (side, side))
         return ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
 
 
@@ -183,7 +176,7 @@ def img2dataset(images: Path, palette: Path, side: int, address: str) -> Prepare
 WAYS = {
     one.__name__: one
     for one in (
-        *(ours, ours_scaled, ours_tars, decoding),
+        *(ours, ours_tars, decoding),
         *(litdata_pixels, litdata_tokens, datasets_map, img2dataset),
     )
 }

@@ -1,10 +1,10 @@
 """A plain loop over transformers' ImageGPT that saves by torch.distributed.checkpoint.async_save.
 
-The second argument is `default`, or `kept`: then one stager copies every state, into the memory of the one before.
+One stager copies every state, into the memory of the one before; by default each save would have a new one, which stops
+training for longer.
 """
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from tests.benchmarks.peers.training.work import COLORS, Work, from_command_line
 class AsyncSaves:
     """Saves of a model and its optimizer; the newest is kept."""
 
-    def __init__(self, folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, kept: bool) -> None:
+    def __init__(self, folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._folder, self._model, self._optimizer = folder, model, optimizer
-        self._stager = DefaultStager(StagingOptions(False, False, False, False)) if kept else None
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._written: Any = None
 
     def save(self) -> None:
@@ -40,11 +40,11 @@ class AsyncSaves:
 def main() -> None:
     """Takes turns."""
     work = from_command_line()
-    folder = Path(work.folder) / f"async-save-{sys.argv[2]}"
+    folder = Path(work.folder) / "async-save"
     shutil.rmtree(folder, ignore_errors=True)
     model = model_of(work).to(work.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
-    saves = AsyncSaves(folder, model, optimizer, kept=sys.argv[2] == "kept")
+    saves = AsyncSaves(folder, model, optimizer)
     serve_plain_loop(work, step_of(work, model, optimizer), saves.save, saves.finish)
 
 
