@@ -16,7 +16,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SET_UP := .venv/.set-up
-PEERS_SET_UP := .venv-peers/.set-up
 DEMO ?= out/demo
 RANKS ?= 2
 # Training images of the demo's linear probes, of 10,000.
@@ -82,14 +81,11 @@ test: $(SET_UP)
 test-all: test
 	$(BIN)/python -m pytest -m slow
 
-peers: $(PEERS_SET_UP)
-
 # A peer that can't be installed is named with pip's error in the tables.
-$(PEERS_SET_UP): $(SET_UP) tests/benchmarks/requirements.txt
+peers: $(SET_UP)
 	$(BIN)/python -m tests.benchmarks.peers.install
-	@touch $@
 
-bench: $(SET_UP) $(PEERS_SET_UP)
+bench: peers
 	$(BIN)/python -m tests.benchmarks $(PARTS)
 
 # The packages that the script needs in addition to torch, transformers and tensorboard; deepspeed is published as source.

@@ -41,7 +41,7 @@ def main(wanted: list[str]) -> None:
     """Measures the parts one after the other, then prints the summary; a part that fails does not end the others."""
     unknown = sorted(set(wanted) - PARTS.keys())
     if unknown:
-        sys.exit(f"error: {unknown[0]!r} is not a part; the parts are {', '.join(PARTS)}.")
+        sys.exit(f"error: {unknown[0]!r} is not a part; the parts are {' '.join(PARTS)}.")
     if len(wanted) == 1:
         run_part(wanted[0])
         return

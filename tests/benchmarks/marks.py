@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 
-from tests.benchmarks.peers.measure import Measured, values
+from tests.benchmarks.peers.measure import Measured, cell, shown, values
 
 HEAD = (
     "| work | unit | ours | best peer | its figure | times as good | mark | limit | share of the limit |\n"
@@ -21,7 +21,7 @@ class Result:
     unit: str
     ours: float | None
     peer: str
-    """The best of those that ran; empty if none did, or if there is none to compare with."""
+    """The best of those that ran, and which failed; empty if none ran, or if there is none to compare with."""
     theirs: float | None = None
     more_is_better: bool = True
     mark: float | None = None
@@ -59,28 +59,28 @@ class Result:
         """For the part's page."""
         if self.ours is None:
             return f"{self.work}: ours fails: {self.problem}."
-        text = f"{self.work}: {self.ours:.4g} {self.unit}"
+        text = f"{self.work}: {shown(self.ours)} {self.unit}"
         if self.times is None:
             text += ", nothing to compare"
         else:
-            text += f", {self.times:.2f} times as good as the best peer, {self.peer} ({self.theirs:.4g})"
+            text += f", {self.times:.2f} times as good as the best peer, {self.peer}: {shown(self.theirs or 0)}"
         if self.verdict:
             text += f"; mark {self.mark:g}: {self.verdict}"
         if self.share is not None:
-            text += f"; {self.limited_by} would allow {self.limit:.4g}, ours reach {self.share:.0%}"
+            text += f"; {self.limited_by} would allow {shown(self.limit or 0)}, ours reach {self.share:.0%}"
         return f"{text}."
 
     def line(self) -> str:
         """Of the table whose head is HEAD."""
-        figures = ("" if one is None else f"{one:.4g}" for one in (self.ours, self.theirs))
+        figures = ("" if one is None else shown(one) for one in (self.ours, self.theirs))
         ours, theirs = figures
         mark = "" if self.mark is None else f"{self.mark:g}: {self.verdict or 'not measured'}"
-        limit = "" if self.limit is None else f"{self.limit:.4g} ({self.limited_by})"
-        times = "" if self.times is None else f"{self.times:.2f}"
+        limit = "" if self.limit is None else f"{shown(self.limit)} ({self.limited_by})"
+        times = "" if self.times is None else f"{self.times:.2f}".replace("inf", "∞")
         share = "" if self.share is None else f"{self.share:.0%}"
         ours = ours or f"fails: {self.problem}"
         cells = (self.work, self.unit, ours, self.peer, theirs, times, mark, limit, share)
-        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+        return f"| {' | '.join(map(cell, cells))} |"
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def result(
     ours, *peers = measured
     ran = [(median(found), peer.script.name) for peer in peers if (found := values(peer, figure))]
     best, name = (max(ran) if more_is_better else min(ran)) if ran else (None, "")
+    failed = [peer.script.name for peer in peers if peer.error is not None]
+    name += f"{' ' * bool(name)}({', '.join(failed)} failed)" if failed else ""
     own = values(ours, figure)
     problem = "" if own else ours.error or f"{figure} was not measured"
     return Result(

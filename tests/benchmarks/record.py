@@ -23,7 +23,7 @@ PACKAGES = (
     *("torch", "deepspeed", "transformers", "webdataset", "datasets", "scikit-learn", "faiss-cpu", "numpy"),
     "simplejpeg",
 )
-GROWTH_HEAD = "| CPU-seconds | at 1x | at each size | exponent of the last step |\n|---|---|---|---|"
+GROWTH_HEAD = "| work, in CPU-seconds | 1x is | at each size | exponent of the last step |\n|---|---|---|---|"
 
 
 def folder() -> Path:
@@ -131,4 +131,4 @@ def write_summary(order: Sequence[str]) -> str:
 def growth_line(one: Growth) -> str:
     """Of the table whose head is GROWTH_HEAD."""
     costs = ", ".join(f"{factor}x {cost:.3g}" for factor, cost in zip(one.factors, one.costs, strict=True))
-    return f"| {one.work} | {one.at} | {costs} | {one.exponent:.2f} |"
+    return f"| {one.work} | {one.at} | {costs} | {round(one.exponent, 2) + 0:.2f} |"

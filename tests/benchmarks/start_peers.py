@@ -27,10 +27,11 @@ def script(
     until: str | None = None,
     environment: str | None = None,
     variables: tuple[tuple[str, str], ...] = (),
+    is_reference: bool = False,
 ) -> Script:
     """One whose turns start a command; see starting/command.py."""
     words = {"command": list(map(str, command)), "first": [list(map(str, each)) for each in first], "until": until}
-    return Script(name, COMMAND, (json.dumps(words),), environment, variables)
+    return Script(name, COMMAND, (json.dumps(words),), environment, variables, is_reference)
 
 
 def resumes(folder: Path) -> list[Script]:
@@ -106,8 +107,8 @@ def imports() -> list[Script]:
 
 def table(folder: Path) -> Iterator[str | Result]:
     """A line for each peer and command, in seconds; beside them what importing torch takes, or Python alone."""
-    torch_alone = script("import torch alone", ["{python}", "-c", "import torch"])
-    python_alone = script("Python alone", ["{python}", "-c", "pass"])
+    torch_alone = script("import torch alone", ["{python}", "-c", "import torch"], is_reference=True)
+    python_alone = script("Python alone", ["{python}", "-c", "pass"], is_reference=True)
     kinds = {
         "resume of 76M parameters to its first step": (resumes(folder), torch_alone),
         "train --help": (helps(), python_alone),

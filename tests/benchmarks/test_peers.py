@@ -88,11 +88,18 @@ def test_a_script_that_fails_is_named_with_its_error_and_the_others_are_measured
 
 
 def test_an_environment_sees_ours_and_keeps_torch(tmp_path: Path) -> None:
-    """A peer made of nothing runs with our torch; one that wants another torch is refused, and says so."""
+    """A peer made of nothing runs with our torch; one that wants another torch is refused, and says so.
+
+    One that is installed is known to be; with other packages, or after a failure, it is not.
+    """
+    assert not install.is_installed("nothing", ["--no-index", "numpy"], tmp_path)
     assert install.install("nothing", ["--no-index", "numpy"], tmp_path) is None
+    assert install.is_installed("nothing", ["--no-index", "numpy"], tmp_path)
+    assert not install.is_installed("nothing", ["--no-index", "scipy"], tmp_path)
     assert not (tmp_path / "nothing" / install.ERROR).exists()
     reason = install.install("other", ["--no-index", "torch==1.0.0"], tmp_path)
     assert reason is not None and reason.startswith("ERROR: ") and "torch" in reason
+    assert not install.is_installed("other", ["--no-index", "torch==1.0.0"], tmp_path)
     assert (tmp_path / "other" / install.ERROR).read_text().strip() == reason
     assert install.install("nothing", ["--no-index", "numpy"], tmp_path) is None
 
@@ -116,8 +123,15 @@ def test_tables_say_where_ours_is_behind() -> None:
         "| reading | images/s | 0.5 (0.3333 to 1) | peer | 0.2 (0.125 to 0.25) | 2.50 |"
     ]
     assert next(measure.lines("reading", "images/s", [peer, ours])).endswith("| 0.40, behind |")
-    assert next(measure.lines_of("first batch", "s", [ours, peer], "first")).endswith("| 2.00, behind |")
-    assert next(measure.lines_of("first batch", "s", [peer, ours], "first")).endswith("| 0.50 |")
+    assert next(measure.lines_of("first batch", "s", [ours, peer], "first")).endswith("| 0.50, behind |")
+    assert next(measure.lines_of("first batch", "s", [peer, ours], "first")).endswith("| 2.00 |")
+    reference = measure.Measured(Script("by hand", "x", is_reference=True), peer.turns)
+    assert next(measure.lines_of("a", "s", [ours, reference], "first")).endswith(
+        "| by hand (reference) | 2 (2 to 2) | 0.50 |"
+    )
+    peer.error = "two\nlines | of it"
+    assert next(measure.lines_of("a", "s", [ours, peer], "first")).endswith("| peer | fails: two lines / of it | |")
+    assert measure.shown(30204.0) == "30,200" and measure.shown(0.0094921) == "0.009492"
 
 
 @pytest.mark.parametrize("form", ["ours", "memmap"])

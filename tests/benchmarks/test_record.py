@@ -19,16 +19,23 @@ def measured(name: str, error: str | None = None, **turns: list[float]) -> Measu
 def test_the_mark_is_against_the_best_peer_that_ran() -> None:
     """Medians; a peer that failed, or lacks the figure, is no rival; seconds count the other way."""
     ours, fast = measured("ours", rate=[9.0, 12.0, 30.0]), measured("fast", rate=[10.0])
-    peers = [measured("slow", rate=[2.0]), fast, measured("failed", "no such module"), measured("other", loss=[99.0])]
+    peers = [measured("slow", rate=[2.0]), fast, measured("broken", "no such module"), measured("other", loss=[99.0])]
     rates = result("steps", "images/s", [ours, *peers], mark=1.25, limit=24.0, limited_by="its products")
-    assert (rates.peer, rates.times, rates.verdict, rates.share) == ("fast", 1.2, "missed", 0.5)
+    assert (rates.peer, rates.times, rates.verdict, rates.share) == ("fast (broken failed)", 1.2, "missed", 0.5)
     assert rates.sentence() == (
-        "steps: 12 images/s, 1.20 times as good as the best peer, fast (10); mark 1.25: missed; its products would "
-        "allow 24, ours reach 50%."
+        "steps: 12 images/s, 1.20 times as good as the best peer, fast (broken failed): 10; mark 1.25: missed; its "
+        "products would allow 24, ours reach 50%."
     )
-    assert rates.line() == ("| steps | images/s | 12 | fast | 10 | 1.20 | 1.25: missed | 24 (its products) | 50% |")
+    assert rates.line() == (
+        "| steps | images/s | 12 | fast (broken failed) | 10 | 1.20 | 1.25: missed | 24 (its products) | 50% |"
+    )
     seconds = result("start", "s", [ours, *peers], "rate", mark=1, more_is_better=False, limit=6.0)
-    assert (seconds.peer, seconds.times, seconds.verdict, seconds.share) == ("slow", 1 / 6, "missed", 0.5)
+    assert (seconds.peer, seconds.times, seconds.verdict, seconds.share) == (
+        "slow (broken failed)",
+        1 / 6,
+        "missed",
+        0.5,
+    )
     assert result("steps", "", [fast, ours], mark=0.5).verdict == "reached"
     exact, off = measured("exact", rate=[0.0]), measured("off", rate=[12.0])
     assert result("off by", "", [exact, off], mark=1, more_is_better=False).verdict == "reached"
@@ -44,6 +51,7 @@ def test_what_has_no_figure_says_why() -> None:
     assert failed.line() == "| steps | images/s | fails: out / of memory | ours | 3 |  | 1: not measured |  |  |"
     alone = result("steps", "images/s", [ours, measured("peer", "no such module")], mark=None)
     assert alone.sentence() == "steps: 3 images/s, nothing to compare." and alone.verdict == ""
+    assert result("steps", "", [ours, ours, measured("peer", "x")], mark=1).peer == "ours (peer failed)"
 
 
 def test_a_part_writes_its_page_and_the_summary_collects_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +75,15 @@ def test_a_part_writes_its_page_and_the_summary_collects_all(tmp_path: Path, mon
     assert (tmp_path / "summary.md").read_text() == summary
     rows = [line.split(" | ")[0] for line in summary.splitlines() if line.startswith("| ")]
     assert rows == [
-        *("| work", "| a batch", "| a batch again", "| a save", "| a save again", "| CPU-seconds", *["| `status`"] * 2),
+        *(
+            "| work",
+            "| a batch",
+            "| a batch again",
+            "| a save",
+            "| a save again",
+            "| work, in CPU-seconds",
+            *["| `status`"] * 2,
+        ),
         *("| part", "| reading", "| saves"),
     ]
     assert "| `status` | 10 steps | 1x 0.5, 10x 5 | 1.00 |" in summary

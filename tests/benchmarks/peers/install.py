@@ -2,7 +2,8 @@
 
 Each line of tests/benchmarks/requirements.txt is a peer. Its environment, .venv-peers/NAME, sees the packages of the
 environment that runs this script behind its own, so that every peer runs with the same torch. pip is given the pinned
-torch as a constraint. A peer that can't be installed leaves pip's error in .venv-peers/NAME/ERROR, for the tables.
+torch as a constraint. A peer that can't be installed leaves pip's error in .venv-peers/NAME/ERROR, for the tables. An
+environment that has what is wanted is left as it is.
 """
 
 import subprocess
@@ -17,6 +18,8 @@ REQUIREMENTS = ROOT / "tests/benchmarks/requirements.txt"
 FOLDER = ROOT / ".venv-peers"
 ERROR = "ERROR"
 """The file of an environment with the reason why the peer is not installed."""
+INSTALLED = "INSTALLED"
+"""The file of an environment with what pip installed there."""
 SECONDS = 1_800
 """How long pip may take for one peer."""
 
@@ -52,12 +55,23 @@ def install(name: str, packages: list[str], folder: Path = FOLDER) -> str | None
                 *packages,
             )
         _run(python, "-c", f"from importlib.metadata import version as v; assert v('torch') == {version('torch')!r}")
+        (environment / INSTALLED).write_text(_content(packages))
     except (subprocess.SubprocessError, OSError) as error:
         reason = _reason(error)
         environment.mkdir(parents=True, exist_ok=True)
         (environment / ERROR).write_text(f"{reason}\n")
         return reason
     return None
+
+
+def is_installed(name: str, packages: list[str], folder: Path = FOLDER) -> bool:
+    """Whether a peer's environment has these packages, with our torch."""
+    recorded = folder / name / INSTALLED
+    return recorded.is_file() and recorded.read_text() == _content(packages)
+
+
+def _content(packages: list[str]) -> str:
+    return "\n".join([_pinned_torch(), *packages]) + "\n"
 
 
 def _run(*words: object) -> None:
@@ -85,9 +99,11 @@ def _reason(error: Exception) -> str:
 
 
 def main() -> None:
-    """Installs all peers, or those that the arguments name; a failure is printed and does not end the others."""
+    """Installs the peers that are missing or have other versions; a failure is printed and does not end the others."""
     peers = wanted()
-    for name in sys.argv[1:] or peers:
+    for name in peers:
+        if is_installed(name, peers[name]):
+            continue
         reason = install(name, peers[name])
         print(f"{name}: {'installed' if reason is None else f'not installed: {reason}'}", flush=True)
 

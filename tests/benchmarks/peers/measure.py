@@ -27,7 +27,7 @@ TURNS = 5
 SLOW_TURNS = 3
 """Of what takes many seconds, so that all parts together take a quarter of an hour."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
-HEAD = "| work | unit | ours | peer | peer's | ours / peer's |\n|---|---|---|---|---|---|"
+HEAD = "| work | unit | ours | beside | its figure | times as good |\n|---|---|---|---|---|---|"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Script:
     """The line of tests/benchmarks/requirements.txt in whose virtual environment it runs; None: in ours."""
     variables: tuple[tuple[str, str], ...] = ()
     """Of the environment, beside those that pin the threads."""
+    is_reference: bool = False
+    """Not a library to use instead of ours: it shows what a part of the work takes at best."""
 
 
 @dataclass
@@ -199,9 +201,14 @@ def values(one: Measured, figure: str = "rate") -> list[float]:
     return one.rates("seconds" if figure == "rate" else "cpu_seconds")
 
 
+def shown(value: float) -> str:
+    """Four significant digits, without an exponent."""
+    return f"{float(f'{value:.4g}'):,.12g}"
+
+
 def spread(values: Sequence[float]) -> str:
     """The median, and the smallest and largest value."""
-    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+    return f"{shown(statistics.median(values))} ({shown(min(values))} to {shown(max(values))})"
 
 
 def lines(work: str, unit: str, measured: Sequence[Measured], per: str = "seconds") -> Iterator[str]:
@@ -220,16 +227,23 @@ def _lines(
     work: str, unit: str, measured: Sequence[Measured], values: Sequence[list[float]], more_is_better: bool
 ) -> Iterator[str]:
     ours, own = measured[0], values[0]
-    shown = f"fails: {ours.error}" if ours.error else spread(own)
+    own_cell = f"fails: {cell(ours.error)}" if ours.error else spread(own)
     for peer, theirs in zip(measured[1:], values[1:], strict=True):
+        name = f"{peer.script.name}{' (reference)' * peer.script.is_reference}"
         if peer.error is not None:
-            yield f"| {work} | {unit} | {shown} | {peer.script.name} | fails: {_cell(peer.error)} | |"
+            yield f"| {work} | {unit} | {own_cell} | {name} | fails: {cell(peer.error)} | |"
             continue
-        ratio = f"{statistics.median(own) / statistics.median(theirs):.2f}" if own else ""
-        if own and (statistics.median(own) < statistics.median(theirs)) == more_is_better:
-            ratio += ", behind"
-        yield f"| {work} | {unit} | {shown} | {peer.script.name} | {spread(theirs)} | {ratio} |"
+        times = _times(own, theirs, more_is_better) if own else None
+        ratio = "" if times is None else f"{times:.2f}{', behind' * (times < 1 and not peer.script.is_reference)}"
+        yield f"| {work} | {unit} | {own_cell} | {name} | {spread(theirs)} | {ratio} |"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "/")
+def _times(own: Sequence[float], theirs: Sequence[float], more_is_better: bool) -> float:
+    """How many times as good ours is."""
+    ratio = statistics.median(own) / statistics.median(theirs)
+    return ratio if more_is_better else 1 / ratio
+
+
+def cell(text: str) -> str:
+    """A text for a cell of a table."""
+    return " ".join(text.split()).replace("|", "/")
