@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,21 @@ from data_prep.shards.format import (
 )
 from data_prep.shards.remote import address_of, download, is_remote, read_remote
 
+GATHERED_AT_ONCE = 4_096
+"""Images for which objects of Python are created at once, when they are gathered."""
+IMAGES_OF_A_RECORD = 32
+"""With at least so many images of each record, gathering them record by record is faster."""
+
+
+class _Field(NamedTuple):
+    """Where the values of images are in their shards."""
+
+    offsets: np.ndarray
+    """Where those of each record's first image begin: int64 (records,), in bytes."""
+    dtype: np.dtype[Any]
+    length: int
+    """Values of an image."""
+
 
 class Split:
     """One split of a shard set; images are numbered in file order."""
@@ -46,8 +61,9 @@ class Split:
         self.images = int(self.record_starts[-1])
         records = [len(shard["record_images"]) for shard in shards]
         self._record_shards = np.repeat(np.arange(len(shards)), records)
-        self._pixels_offsets = np.array([n for shard in shards for n in shard["pixels_offsets"]], np.int64)
-        self._labels_offsets = np.array([n for shard in shards for n in shard["labels_offsets"]], np.int64)
+        pixels = np.array([n for shard in shards for n in shard["pixels_offsets"]], np.int64)
+        labels = np.array([n for shard in shards for n in shard["labels_offsets"]], np.int64)
+        self._pixels, self._labels = _Field(pixels, PIXELS_DTYPE, self.positions), _Field(labels, LABELS_DTYPE, 1)
         self.shard_starts = np.concatenate([[0], np.cumsum(records, dtype=np.int64)])
         """The index of the first record of each shard."""
         self._map = lru_cache(maxsize=OPEN_SHARDS)(self._open_map)
@@ -79,38 +95,66 @@ class Split:
     def record(self, index: int) -> Record:
         """Tokens uint16 (n, T) and labels int32 (n,) of one record, as views of the file: read-only."""
         count, data = int(self.record_images[index]), self._map(int(self._record_shards[index]))
-        pixels = np.frombuffer(data, PIXELS_DTYPE, count * self.positions, self._pixels_offsets[index])
-        return pixels.reshape(count, self.positions), np.frombuffer(
-            data, LABELS_DTYPE, count, self._labels_offsets[index]
-        )
+        pixels = np.frombuffer(data, PIXELS_DTYPE, count * self.positions, self._pixels.offsets[index])
+        labels = np.frombuffer(data, LABELS_DTYPE, count, self._labels.offsets[index])
+        return pixels.reshape(count, self.positions), labels
 
     def gather(self, indices: np.ndarray) -> Record:
         """Copies images by index, in the given order: indices (k,) to tokens uint16 (k, T), labels int32 (k,).
 
         Raises IndexError for an index outside [0, images).
         """
-        return self.gather_tokens(indices), self._copy(indices, self._labels_offsets, LABELS_DTYPE, 1)[:, 0]
+        tokens, labels = self._gather(indices, [self._pixels, self._labels])
+        return tokens, labels[:, 0]
 
     def gather_tokens(self, indices: np.ndarray) -> np.ndarray:
         """The tokens alone, as of `gather`: uint16 (k, T)."""
-        return self._copy(indices, self._pixels_offsets, PIXELS_DTYPE, self.positions)
+        return self._gather(indices, [self._pixels])[0]
 
-    def _copy(self, indices: np.ndarray, offsets: np.ndarray, dtype: np.dtype[Any], length: int) -> np.ndarray:
-        """The values of each image, (k, length); offsets: where those of each record's first image begin in its shard.
-
-        The images of a shuffled batch come from nearly as many records, so a loop over the records, or one array
-        operation an image, takes most of the time. Slices of memory views are joined in C.
-        """
+    def _gather(self, indices: np.ndarray, fields: list[_Field]) -> list[np.ndarray]:
+        """The values of each field, (k, length)."""
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < self.images:
             raise IndexError(f"images of split {self.name} are numbered 0 to {self.images - 1}")
+        if len(indices) <= GATHERED_AT_ONCE:
+            return self._copy(indices, fields)
+        gathered = [np.empty((len(indices), field.length), field.dtype) for field in fields]
+        for first in range(0, len(indices), GATHERED_AT_ONCE):
+            some = slice(first, first + GATHERED_AT_ONCE)
+            for result, values in zip(gathered, self._copy(indices[some], fields), strict=True):
+                result[some] = values
+        return gathered
+
+    def _copy(self, indices: np.ndarray, fields: list[_Field]) -> list[np.ndarray]:
+        """The images of a shuffled batch come from nearly as many records, so a loop over the records, or one array
+        operation an image, would take most of the time. Slices of memory views are joined in C.
+        """
         records = np.searchsorted(self.record_starts, indices, side="right") - 1
-        size = length * dtype.itemsize
-        starts = offsets[records] + (indices - self.record_starts[records]) * size
+        rows = indices - self.record_starts[records]
+        distinct = sorted(set(records.tolist()))
+        if IMAGES_OF_A_RECORD * len(distinct) <= len(indices):
+            return self._copy_by_record(records, rows, distinct, fields)
         shards = self._record_shards[records].tolist()
         maps = {shard: self._map(shard) for shard in set(shards)}
-        slices = [maps[shard][start : start + size] for shard, start in zip(shards, starts.tolist(), strict=True)]
-        return np.frombuffer(bytearray().join(slices), dtype).reshape(len(indices), length)
+        copied = []
+        for field in fields:
+            size = field.length * field.dtype.itemsize
+            starts = (field.offsets[records] + rows * size).tolist()
+            slices = [maps[shard][start : start + size] for shard, start in zip(shards, starts, strict=True)]
+            copied.append(np.frombuffer(bytearray().join(slices), field.dtype).reshape(len(indices), field.length))
+        return copied
+
+    def _copy_by_record(
+        self, records: np.ndarray, rows: np.ndarray, distinct: list[int], fields: list[_Field]
+    ) -> list[np.ndarray]:
+        copied = [np.empty((len(rows), field.length), field.dtype) for field in fields]
+        for record in distinct:
+            wanted = np.flatnonzero(records == record)
+            count, data = int(self.record_images[record]), self._map(int(self._record_shards[record]))
+            for result, field in zip(copied, fields, strict=True):
+                values = np.frombuffer(data, field.dtype, count * field.length, field.offsets[record])
+                result[wanted] = values.reshape(count, field.length)[rows[wanted]]
+        return copied
 
     def locations(self, indices: Sequence[int]) -> list[str]:
         """The locations of images, for messages: "train-000003.tar record 12 image 5", all numbered from 0."""

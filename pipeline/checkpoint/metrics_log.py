@@ -22,8 +22,11 @@ DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 """Reads NaN and Infinity, as earlier versions wrote them, as None."""
 BLOCK_BYTES = 1 << 18
 """Bytes that are read at once from the end of a file."""
-STEP_LINE = re.compile(r'\{"step": (\d+), "images": [^{}\n]+\}\n')
-"""A complete row in the form in which train writes it, without lists and objects: its step is known without parsing."""
+NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+PAIR = rf'"(?!valid_)\w+": (?:{NUMBER}|true|false|null)'
+"""Of a training step's row."""
+STEP_LINE = re.compile(rf'\{{"step": (\d+), {PAIR}(?:, {PAIR})*\}}\n')
+"""A complete row of a training step in the form in which train writes it: its step is known without parsing."""
 
 Row = dict[str, Any]
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.checkpoint.metrics_log import Row, parse_row
+from pipeline.checkpoint.metrics_log import NUMBER, PAIR, Row, parse_row
 
 COLUMNS = ("step", "images", "loss", "learning_rate", "images_per_second")
 """Of each training step."""
 STEP = re.compile(
-    rb'\{"step": (\d+), "images": ([^,{}]+), "loss": ([^,{}]+), "learning_rate": ([^,{}]+), "grad_norm": [^,{}]+, '
-    rb'"applied": \w+, "images_per_second": ([^,{}]+), [^{}\n]+\}\n'
+    (
+        rf'\{{"step": (\d+), "images": ({NUMBER}), "loss": ({NUMBER}), "learning_rate": ({NUMBER}), {PAIR}, {PAIR}, '
+        rf'"images_per_second": ({NUMBER})(?:, {PAIR})*\}}\n'
+    ).encode()
 )
 """A training step's row in the form in which train writes it, complete. Rows in another form are parsed as JSON, which
 takes twice as long."""
@@ -29,7 +31,7 @@ class MetricsTable:
     steps: np.ndarray
     """float64 (n, len(COLUMNS)): of each row of a training step; NaN for null."""
     others: list[Row]
-    """The rows without a training loss: validations, probes, and those of other programs."""
+    """The other rows: validations, probes, and those of other programs."""
 
     def column(self, name: str) -> np.ndarray:
         """float64 (n,): one of COLUMNS."""
@@ -66,12 +68,8 @@ def _read(path: Path, size: int, modified: int) -> MetricsTable:
     with path.open("rb") as lines:
         for line in lines:
             if found := STEP.fullmatch(line):
-                try:
-                    numbers.extend(map(float, found.groups()))
-                    continue
-                except ValueError:  # null, or damage
-                    del numbers[len(numbers) // len(COLUMNS) * len(COLUMNS) :]
-            if line.endswith(b"\n") and (row := parse_row(line.decode(errors="replace"))) is not None:
+                numbers.extend(map(float, found.groups()))
+            elif line.endswith(b"\n") and (row := parse_row(line.decode(errors="replace"))) is not None:
                 _add(row, numbers, others)
     return _table(numbers, others)
 
@@ -86,11 +84,12 @@ def table_of(rows: Iterable[Row]) -> MetricsTable:
 
 
 def _add(row: Row, numbers: "array[float]", others: list[Row]) -> None:
-    if "loss" not in row:
+    found = [row.get(name) for name in COLUMNS]
+    is_step = "loss" in row and all(one is None or isinstance(one, int | float) for one in found)
+    if is_step:
+        numbers.extend(math.nan if number is None else float(number) for number in found)
+    if not is_step or any(key.startswith("valid_") for key in row):
         others.append(row)
-        return
-    found = (row.get(name) for name in COLUMNS)
-    numbers.extend(math.nan if number is None else float(number) for number in found)
 
 
 def _table(numbers: "array[float]", others: list[Row]) -> MetricsTable:

@@ -1,10 +1,11 @@
-"""Copies a run's TensorBoard events up to a step into one file, whose name does not contain a host name.
+"""Copies a run's TensorBoard events up to a step into files whose names do not contain a host name.
 
 A run of millions of steps has gigabytes of events, so they are not read one by one: their steps rise within a file, the
 place where a file is cut is found by bisection, and what precedes it is copied as it is. A file is a TFRecord: each
 record has the length of its event, a checksum of the length, the event, and a checksum of the event.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,12 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO
 
-FILE = "events.out.tfevents.0"
-"""TensorBoard recognizes its files by "tfevents" in the name."""
+FILE = "events.out.tfevents.{:06d}"
+"""TensorBoard recognizes its files by "tfevents" in the name, and reads them in the order of their names."""
 HEAD = struct.Struct("<QI")
 CHECKSUM = struct.Struct("<I")
-ZEROS = bytes(5)
-"""The upper bytes of a record's length, as events have less than 16 MiB."""
+LENGTH = re.compile(rb"(?!\0{3})[\s\S]{3}\0{5}")
+"""What may be a record's length: not 0, and less than 16 MiB. Damaged files may end in many zeros."""
 BLOCK_BYTES = 1 << 14
 """Bytes within which the records are read one after the other."""
 COPIED_BYTES = 1 << 24
@@ -46,11 +47,11 @@ class _Events:
         low, high = self.first, len(self._content)
         while high - low > BLOCK_BYTES:
             middle = (low + high) // 2
-            start, record = self._next(middle)
-            if record is None or record[1].step > step:
+            found = self._next(middle, high)
+            if found is None or found[1].step > step:
                 high = middle
             else:
-                low = start
+                low = found[0]
         while (record := self._at(low)) and record[1].step <= step:
             low = record[0]
         return low
@@ -69,38 +70,36 @@ class _Events:
             return None
         return end + CHECKSUM.size, Event.FromString(event)
 
-    def _next(self, start: int) -> tuple[int, tuple[int, Any] | None]:
-        """Where the first record begins from some place on, and the record; None if there is none."""
-        offset = HEAD.size - CHECKSUM.size - len(ZEROS)
-        while (found := self._content.find(ZEROS, start + offset)) >= 0:
-            start = found - offset
+    def _next(self, start: int, limit: int) -> tuple[int, Any] | None:
+        """Where the first record begins from some place on, and its event; None if there is none up to `limit`."""
+        while found := LENGTH.search(self._content, start, limit):
+            start = found.start()
             if record := self._at(start):
-                return start, record
+                return start, record[1]
             start += 1
-        return start, None
+        return None
 
 
 def copy_events(folder: Path, target: Path, step: int) -> None:
-    """Writes the events up to a step of all files in `folder` into one file in the folder `target`.
+    """Writes the events up to a step of each file in `folder` into a file in the folder `target`.
 
-    Steps that a resumed run repeated are in it once, as TensorBoard shows them. The steps of a file must rise.
+    Steps that a resumed run repeated are in them once, as TensorBoard shows them. The steps of a file must rise. Of a
+    damaged file TensorBoard shows what precedes the damage; that is so of the copies too.
     """
-    parts: list[tuple[Path, int, int]] = []
-    version = b""
+    parts: list[tuple[Path, bytes, int, int]] = []
     for file in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
         with _mapped(file) as events:
             if events is None:
                 continue
-            version = events.version or version
             if (end := events.end_of(step)) > events.first:
-                parts.append((file, events.first, end))
+                parts.append((file, events.version, events.first, end))
             if events.purged is not None:  # a restart drops the steps that it will repeat
                 step = min(step, events.purged - 1)
     if parts:
         target.mkdir()
-        with (target / FILE).open("wb") as out:
-            out.write(version)
-            for file, start, end in reversed(parts):
+        for number, (file, version, start, end) in enumerate(reversed(parts)):
+            with (target / FILE.format(number)).open("wb") as out:
+                out.write(version)
                 _copy(file, start, end, out)
 
 

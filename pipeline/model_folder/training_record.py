@@ -32,7 +32,7 @@ class TrainingRecord:
 
     @property
     def table(self) -> MetricsTable:
-        """The rows of metrics.jsonl, read again each time."""
+        """The rows of metrics.jsonl."""
         return read_table(self.metrics) if self.metrics else table_of([])
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.palette.codec import palette_sha256
+from data_prep.shards import reader
 from data_prep.shards.format import VERSION, manifest_digest
 from data_prep.shards.reader import open_shard_set
 from tests.data_prep.small_data import write_shard
@@ -62,7 +63,7 @@ def test_webdataset_reads_the_same_in_one_line(handmade: tuple[Path, list[list[R
     assert labels[0].dtype == np.int32
 
 
-def test_records_and_gather(handmade: tuple[Path, list[list[Record]]]) -> None:
+def test_records_and_gather(handmade: tuple[Path, list[list[Record]]], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, content = handmade
     split = open_shard_set(folder).split("train")
     want_pixels, want_labels = flat(content)
@@ -83,6 +84,11 @@ def test_records_and_gather(handmade: tuple[Path, list[list[Record]]]) -> None:
     shuffled = np.random.default_rng(0).permutation(776)
     pixels, labels = split.gather(shuffled)
     assert (pixels == want_pixels[shuffled]).all() and (labels == want_labels[shuffled]).all()
+    for at_once, of_a_record in ((100, 1), (100, 10**6), (10**6, 10**6)):  # slices; by record, and not
+        monkeypatch.setattr(reader, "GATHERED_AT_ONCE", at_once)
+        monkeypatch.setattr(reader, "IMAGES_OF_A_RECORD", of_a_record)
+        pixels, labels = split.gather(shuffled)
+        assert (pixels == want_pixels[shuffled]).all() and (labels == want_labels[shuffled]).all()
     pixels, labels = split.gather(np.array([], np.int64))
     assert pixels.shape == (0, split.positions) and labels.shape == (0,)
 

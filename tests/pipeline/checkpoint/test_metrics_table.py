@@ -22,20 +22,27 @@ def step_row(step: int, loss: float | None) -> dict[str, object]:
 def test_the_table_is_that_of_the_rows(tmp_path: Path) -> None:
     rows = [step_row(step, None if step == 3 else 2.0 + 1e-7 * step) for step in range(1, 8)]
     lines = [to_line(row) for row in rows]
-    assert all(STEP.fullmatch(line.encode()) for line in lines), "the rows that train writes are read without JSON"
+    assert [bool(STEP.fullmatch(line.encode())) for line in lines] == [row["loss"] is not None for row in rows], (
+        "the rows that train writes are read without JSON"
+    )
     lines.insert(3, to_line({"step": 3, "images": 384, "valid_loss": 1.5, "valid_loss_by_set": {"a": 1.0}}))
     lines.insert(5, json.dumps({"step": 4, "images": 512, "loss": float("nan"), "applied": False}) + "\n")
     lines.insert(6, json.dumps({"loss": 7.0, "images": 600, "step": 4, "images_per_second": 9}) + "\n")
     lines.insert(7, lines[4][:60] + lines[4])
     lines.insert(8, lines[4].replace("2.0", "2..0"))
     lines.insert(9, "not a row\n")
+    lines.insert(10, lines[4].replace("1.5e-07", "5.\0\0"))
+    lines.insert(11, lines[4].replace('"loss": 2.0', '"loss": Infinity, "was": 2.0'))
+    others = [{"step": 9, "images": 1, "loss": "low"}, {"step": 9, "images": 1, "loss": {"a": 1.0}}]
+    others.append(step_row(9, 1.5) | {"images": 1, "valid_loss": 1.5})  # it is a step too
+    lines += map(to_line, others)
     lines += [to_line({"step": 9, "images": 1, "loss": 1.0, "note": "images_per_second"}), lines[-1][:-1]]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(lines))
     found, expected = read_table(path), table_of(read_rows(path))
     assert np.array_equal(found.steps, expected.steps, equal_nan=True)
-    assert found.others == expected.others == [json.loads(lines[3])]
-    assert found.column("images").tolist() == [128, 256, 384, 512, 512, 600, 640, 768, 896, 1]
+    assert found.others == expected.others == [json.loads(lines[3]), *others]
+    assert found.column("images").tolist() == [128, 256, 384, 512, 512, 600, 512, 640, 768, 896, 1, 1]
     assert found.losses[:, 1].tolist() == [row["loss"] for row in read_rows(path) if row.get("loss") is not None]
     assert (found.last("loss"), found.last("valid_loss"), found.last("valid_loss_ema")) == (1.0, 1.5, None)
 

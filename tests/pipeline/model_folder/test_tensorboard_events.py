@@ -1,6 +1,7 @@
 """The events of a run up to a step, against TensorBoard's own reader, which reads them one by one."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.model_folder import tensorboard_events
-from pipeline.model_folder.tensorboard_events import FILE, copy_events
+from pipeline.model_folder.tensorboard_events import copy_events
 
 Read = list[tuple[int, str, bytes]]
 
@@ -59,9 +60,42 @@ def test_events_up_to_a_step_are_those_that_tensorboard_reads(
         copy_events(run, copy, step)
         expected = [one for one in everything if one[0] <= step]
         assert (values(copy) if copy.exists() else []) == expected
-    copied = list(LegacyEventFileLoader(str(copy / FILE)).Load())
-    assert copied[0].file_version == "brain.Event:2"
-    assert not any(event.HasField("session_log") for event in copied)
+    for file in copy.iterdir():
+        assert "host" not in file.name
+        copied = list(LegacyEventFileLoader(str(file)).Load())
+        assert copied[0].file_version == "brain.Event:2"
+        assert not any(event.HasField("session_log") for event in copied)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: flipped(content, len(content) // 4), id="a byte"),
+        pytest.param(lambda content: content[:3000] + bytes(4096) + content[7096:], id="a hole of zeros"),
+        pytest.param(lambda content: flipped(content, 20), id="the head"),
+        pytest.param(lambda content: content + bytes(1_000_000), id="a tail of zeros"),
+    ],
+)
+def test_of_a_damaged_file_is_copied_what_tensorboard_reads(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two starts is damaged; the second is whole."""
+    monkeypatch.setattr(tensorboard_events, "BLOCK_BYTES", 1 << 10)
+    run = tmp_path / "run"
+    write(run, 1, 200, 1)
+    write(run, 151, 300, 2)
+    first = min(run.iterdir())
+    first.write_bytes(damage(first.read_bytes()))
+    everything = values(run)
+    assert {step for step, *_ in everything} >= set(range(151, 301))
+    for step in (10, 140, 149, 200, 250, 300):
+        copy = tmp_path / f"copy-{step}"
+        copy_events(run, copy, step)
+        assert (values(copy) if copy.exists() else []) == [one for one in everything if one[0] <= step]
 
 
 def test_the_events_of_a_long_run_are_not_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
