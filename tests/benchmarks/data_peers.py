@@ -1,7 +1,6 @@
 """The data tables of `make bench` beside what a user would pick instead: reading, resuming, mixtures, preparation.
 
-Each contestant is a process with one thread, on the same images; they take five turns alternately (peers/measure.py).
-Every table names what the machine allows at best beside our row, and our share of it.
+Each contestant is a process with one thread, on the same images; they take turns alternately (peers/measure.py).
 """
 
 import contextlib

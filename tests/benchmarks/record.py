@@ -66,6 +66,7 @@ def write_part(name: str, lines: Iterable[str | Result | Growth], show: Callable
     """Writes a part's page and results while they come, and shows each line."""
     out = folder()
     out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").unlink(missing_ok=True)  # the summary must not have the figures of an earlier measurement
     load, began, results = os.getloadavg()[0], time.monotonic(), []
     head = {
         "part": name, "command": f"make bench PARTS={name}", "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

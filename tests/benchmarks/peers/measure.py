@@ -1,7 +1,7 @@
 """The side that measures: runs ours and the peers' scripts as processes, and lets them take turns one after the other.
 
 Each script is a process with the same threads and the same data, which it gets as arguments. It prepares what it needs,
-takes one turn to warm up, which is not counted, and then five that are, alternately with the others. While one works,
+takes one turn to warm up, which is not counted, and then some that are, alternately with the others. While one works,
 the others wait, but all prepare and warm up at the same time, because nothing of that is measured. A script that can't
 be started, or fails, is named with its error.
 """
@@ -49,7 +49,7 @@ class Script:
 
 @dataclass
 class Measured:
-    """What one script's turns gave: lists of five, by the name of the figure, or the error with which it failed."""
+    """What one script's turns gave: lists, by the name of the figure, or the error with which it failed."""
 
     script: Script
     turns: dict[str, list[Any]] = field(default_factory=dict)
@@ -72,15 +72,15 @@ def compare(
     pairs = list(zip(processes, measured, strict=True))
     try:
         for process, result in pairs:
-            _attempt(result, process.answer, seconds)
+            _attempt(result, process, process.answer, seconds)
         if warm_up:
             for process, result in pairs:
-                _attempt(result, process.ask)
+                _attempt(result, process, process.ask)
             for process, result in pairs:
-                _attempt(result, process.answer, seconds)
+                _attempt(result, process, process.answer, seconds)
         for _ in range(turns):
             for process, result in pairs:
-                for name, figure in (_attempt(result, process.turn, seconds) or {}).items():
+                for name, figure in (_attempt(result, process, process.turn, seconds) or {}).items():
                     result.turns.setdefault(name, []).append(figure)
     finally:
         for process in processes:
@@ -88,14 +88,15 @@ def compare(
     return measured
 
 
-def _attempt(result: Measured, action: Callable[..., Any], *arguments: Any) -> Any:
-    """What an action gives; None if the script has failed, now or before."""
+def _attempt(result: Measured, process: "_Process", action: Callable[..., Any], *arguments: Any) -> Any:
+    """What an action of the process gives; None if the script has failed, now or before."""
     if result.error is not None:
         return None
     try:
         return action(*arguments)
     except ScriptError as error:
         result.error, result.turns = str(error), {}
+        process.close()  # one that took too long would compute on during the others' turns
         return None
 
 
@@ -162,7 +163,7 @@ class _Process:
 
     def close(self) -> None:
         """Ends the script and what it started."""
-        if self._process is None:
+        if self._process is None or self._errors.closed:
             return
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
