@@ -22,10 +22,11 @@ DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 """Reads NaN and Infinity, as earlier versions wrote them, as None."""
 BLOCK_BYTES = 1 << 18
 """Bytes that are read at once from the end of a file."""
-NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
-PAIR = rf'"(?!valid_)\w+": (?:{NUMBER}|true|false|null)'
-"""Of a training step's row."""
-STEP_LINE = re.compile(rf'\{{"step": (\d+), {PAIR}(?:, {PAIR})*\}}\n')
+NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?"
+"""As JSON has it."""
+PAIR = rf'"(?!valid_)[a-z_]+": (?:{NUMBER}|true|false|null)'
+"""A key of a training step's row, and its value."""
+STEP_LINE = re.compile(rf'\{{"step": (0|[1-9][0-9]*), {PAIR}(?:, {PAIR})*\}}\n')
 """A complete row of a training step in the form in which train writes it: its step is known without parsing."""
 
 Row = dict[str, Any]

@@ -16,8 +16,8 @@ COLUMNS = ("step", "images", "loss", "learning_rate", "images_per_second")
 """Of each training step."""
 STEP = re.compile(
     (
-        rf'\{{"step": (\d+), "images": ({NUMBER}), "loss": ({NUMBER}), "learning_rate": ({NUMBER}), {PAIR}, {PAIR}, '
-        rf'"images_per_second": ({NUMBER})(?:, {PAIR})*\}}\n'
+        rf'\{{"step": (0|[1-9][0-9]*), "images": ({NUMBER}), "loss": ({NUMBER}), "learning_rate": ({NUMBER}), '
+        rf'{PAIR}, {PAIR}, "images_per_second": ({NUMBER})(?:, {PAIR})*\}}\n'
     ).encode()
 )
 """A training step's row in the form in which train writes it, complete. Rows in another form are parsed as JSON, which

@@ -31,7 +31,7 @@ def test_the_table_is_that_of_the_rows(tmp_path: Path) -> None:
     lines.insert(7, lines[4][:60] + lines[4])
     lines.insert(8, lines[4].replace("2.0", "2..0"))
     lines.insert(9, "not a row\n")
-    lines.insert(10, lines[4].replace("1.5e-07", "5.\0\0"))
+    lines.insert(10, lines[4].replace("1.5e-07", "5.\0\0") + lines[4].replace("1234.5", "01234.5"))
     lines.insert(11, lines[4].replace('"loss": 2.0', '"loss": Infinity, "was": 2.0'))
     others = [{"step": 9, "images": 1, "loss": "low"}, {"step": 9, "images": 1, "loss": {"a": 1.0}}]
     others.append(step_row(9, 1.5) | {"images": 1, "valid_loss": 1.5})  # it is a step too
