@@ -29,7 +29,7 @@ SPLITS = ("train", "valid", "test")
 RESOLUTION = 16
 OURS = {
     "model.layers": 8, "model.width": 96, "model.heads": 2, "model.resolution": RESOLUTION, "data.flip": True,
-    "optimizer.learning_rate": 0.006, "batch.global_size": 32, "batch.micro_size": 32,
+    "precision": "fp32", "optimizer.learning_rate": 0.006, "batch.global_size": 32, "batch.micro_size": 32,
     "checkpoint.every_steps": 200, "checkpoint.keep_last": 1, "checkpoint.keep_every": 0,
     "validation.every_steps": 1_000_000, "samples.every_steps": 0,
 }  # fmt: skip
