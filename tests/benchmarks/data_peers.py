@@ -143,7 +143,9 @@ def _resumed(one: Measured, ranks: int) -> str:
 def mixtures(folder: Path) -> Iterator[str | Result]:
     """A mixture of two sets, 7 to 3."""
     files = _token_file(folder, "a"), _token_file(folder, "b", IMAGES)
-    measured = compare(*(_script("mixing", form, *files, SHARE) for form in FORMATS), turns=measure.SLOW_TURNS)
+    scripts = [_script("mixing", form, *files, SHARE, 0) for form in FORMATS if form != "mosaicml_streaming"]
+    scripts += [_script("mixing", form, *files, SHARE, 1, note=", one worker") for form in WORKER[:2]]
+    measured = compare(*scripts, turns=measure.SLOW_TURNS)
     work, unit = "mixture 7 : 3, batches of 128", "Mtoken/s"
     yield measure.HEAD
     yield from measure.lines(work, unit, measured)

@@ -17,7 +17,7 @@ GRAIN = 26
 """Standard deviation of the noise that makes JPEGs of 500x375 as large as ImageNet's average, 110 KB. The
 windows alone are smooth, and decoding time depends on the bytes as much as on the pixels."""
 WEB_SIDE, WEB_IMAGES = 256, 300
-SMALL = 2_000
+SMALL = 1_000
 
 
 def photographs(count: int, size: tuple[int, int], grain: float = 0) -> Iterator[tuple[int, bytes]]:

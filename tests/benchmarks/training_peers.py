@@ -24,7 +24,7 @@ from tests.launch import run
 SIZE = {"layers": 2, "width": 256, "heads": 4}
 IMAGES = {16: 8, 32: 2}
 """Resolution: images of a batch. Both have 2,048 tokens."""
-STEPS = 1
+STEPS = 2
 """Of a turn."""
 MARK = 1.25
 """Times the best peer."""

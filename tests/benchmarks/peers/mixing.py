@@ -1,6 +1,6 @@
-"""Takes turns at reading a mixture of two sets: python -m tests.benchmarks.peers.mixing FORMAT TOKENS_A TOKENS_B SHARE
+"""Takes turns at reading a mixture: python -m tests.benchmarks.peers.mixing FORMAT TOKENS_A TOKENS_B SHARE WORKERS
 
-A turn reads as many images as the smaller set allows. Its figures: the largest difference of the images of A from SHARE
+A turn reads as many thousands of images as each set has. Its figures: the largest difference of the images of A from SHARE
 of all, over all that were read (`off_total`), and in any 1,000 images one after the other (`off_thousand`).
 """
 
@@ -18,7 +18,7 @@ from tests.benchmarks.peers.turn import serve
 STRETCH = 1000
 
 
-def main(name: str, first: str, second: str, share: str) -> None:
+def main(name: str, first: str, second: str, share: str, workers: str) -> None:
     """Writes both sets, then reads the mixture; images of the second are numbered after those of the first."""
     form, own = format_of(name), float(share)
     sets = [load(file) for file in (first, second)]
@@ -28,9 +28,11 @@ def main(name: str, first: str, second: str, share: str) -> None:
             form.write(tokens, folder)
         count, positions = len(sets[0]), sets[0].shape[1]
         del sets
+        images = count // STRETCH * STRETCH
+        read_by = form.mixture(folders, [own, 1 - own], BATCH, images, int(workers))
 
         def turn() -> dict[str, float]:
-            of_first = [numbers_of(batch) < count for batch in form.mixture(folders, [own, 1 - own], BATCH, count)]
+            of_first = [numbers_of(batch) < count for batch in read_by]
             return {"work": len(of_first) * BATCH * positions / 1e6, **differences(np.concatenate(of_first), own)}
 
         serve(turn)

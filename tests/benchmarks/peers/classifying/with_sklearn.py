@@ -28,9 +28,10 @@ def main() -> None:
         neighbors = KNeighborsClassifier(NEIGHBORS, metric="cosine", algorithm="brute", weights=weights)
         return neighbors.fit(given.bank, given.bank_labels).predict(given.queries)
 
-    def probe() -> np.ndarray:
+    def probe() -> tuple[np.ndarray, int]:
         regression = LogisticRegression(C=1 / (STRENGTH * len(given.bank)), max_iter=1000)
-        return make_pipeline(StandardScaler(), regression).fit(given.bank, given.bank_labels).predict(given.queries)
+        fitted = make_pipeline(StandardScaler(), regression).fit(given.bank, given.bank_labels)
+        return fitted.predict(given.queries), int(regression.n_iter_.max())
 
     serve_predictions(given, {"knn": knn, "probe": probe}[sys.argv[2]])
 

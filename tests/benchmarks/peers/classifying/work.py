@@ -12,6 +12,9 @@ import numpy as np
 from tests.benchmarks.peers.turn import serve
 
 CLASSES = 10
+DIRECTIONS, DISTANCE, NOISE = 256, 0.15, 0.1
+"""Directions in which the features vary, the spread of the classes along each, in units of the spread within a class,
+and the deviation of what each feature varies by itself."""
 NEIGHBORS, TEMPERATURE = 20, 0.07
 """Of the weighted vote: a neighbor with cosine similarity s has the weight exp(s / TEMPERATURE)."""
 STRENGTH = 1e-2
@@ -27,14 +30,16 @@ class Given:
 
 
 def write(folder: Path, bank: int, queries: int, width: int) -> None:
-    """Features of ten classes that overlap: few strong directions and many weak ones, as a network's have."""
+    """Correlated features of ten classes that overlap: some strong directions and many weak ones, as a network has."""
     random = np.random.default_rng(0)
-    scales = (1 / np.sqrt(1 + np.arange(width))).astype(np.float32)
-    centers = 0.35 * random.standard_normal((CLASSES, width), np.float32) * scales
+    scales = ((1 + np.arange(DIRECTIONS)) ** -0.25).astype(np.float32)
+    centers = DISTANCE * random.standard_normal((CLASSES, DIRECTIONS), np.float32) * scales
+    mixing = random.standard_normal((DIRECTIONS, width), np.float32)
     for name, count, labels_name in (("bank", bank, "bank_labels"), ("queries", queries, "query_labels")):
         labels = random.integers(0, CLASSES, count)
-        noise = random.standard_normal((count, width), np.float32) * scales
-        np.save(folder / f"{name}.npy", centers[labels] + noise + 0.1)
+        hidden = centers[labels] + random.standard_normal((count, DIRECTIONS), np.float32) * scales
+        noise = NOISE * random.standard_normal((count, width), np.float32)
+        np.save(folder / f"{name}.npy", hidden @ mixing + noise + 0.1)
         np.save(folder / f"{labels_name}.npy", labels)
 
 
@@ -43,12 +48,14 @@ def from_command_line() -> Given:
     return Given(Path(sys.argv[1]))
 
 
-def serve_predictions(given: Given, predict: Callable[[], np.ndarray]) -> None:
-    """predict: the label of each query; a turn is all of it, from the features as they are given."""
+def serve_predictions(given: Given, predict: Callable[[], np.ndarray | tuple[np.ndarray, int]]) -> None:
+    """predict: the label of each query, and the iterations of a fit; a turn is all of it, from the given features."""
 
     def turn() -> dict[str, float]:
-        accuracy = float((np.asarray(predict()) == given.query_labels).mean())
-        return {"work": 1.0, "accuracy": accuracy}
+        found = predict()
+        labels, iterations = found if isinstance(found, tuple) else (found, 0)
+        accuracy = float((np.asarray(labels) == given.query_labels).mean())
+        return {"work": 1.0, "accuracy": accuracy, "iterations": iterations}
 
     serve(turn)
 

@@ -3,7 +3,8 @@
     write(tokens, folder)                       stores uint16 (N, T) in the peer's own format
     loader(folder, size, workers, state)        iterates over an epoch of shuffled batches, (size, T), on each pass
     state_of(loader, read)                      what a checkpoint keeps after `read` batches
-    mixture(folders, weights, size, images)     one pass over a mixture of stored sets
+    mixture(folders, weights, size, images, workers)
+                                                iterates over about `images` of a mixture of stored sets on each pass
 
 workers: 0 reads in the process that trains, 1 in one more process or thread. The rank and the number of ranks are in
 the environment, as torchrun sets them. A module imports its peer at the top, so an import error is the peer's error.

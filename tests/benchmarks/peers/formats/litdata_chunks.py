@@ -70,8 +70,8 @@ def state_of(read_by: Loader, read: int) -> dict[str, Any]:
     return read_by.batches.state_dict()
 
 
-def mixture(folders: list[Path], weights: list[float], size: int, images: int) -> Iterator[np.ndarray]:
-    """CombinedStreamingDataset with weights; it ends with the first set that is read."""
+def mixture(folders: list[Path], weights: list[float], size: int, images: int, workers: int) -> Loader:
+    """CombinedStreamingDataset with weights; a pass ends with the first set that is read."""
     sets = [_dataset(folder) for folder in folders]
     combined = CombinedStreamingDataset(sets, seed=SEED, weights=weights, iterate_over_all=False)
-    yield from Loader(combined, size, 1, None)
+    return Loader(combined, size, workers, None)

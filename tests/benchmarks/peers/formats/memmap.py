@@ -1,7 +1,7 @@
 """A file of tokens in raster order, mapped into memory: what a careful hand would write, and the floor of the cost."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,17 +43,27 @@ def state_of(read_by: Loader, read: int) -> int:
     return read
 
 
-def mixture(folders: list[Path], weights: list[float], size: int, images: int) -> Iterator[np.ndarray]:
+class Mixture:
+    """Each image's set is drawn at random; each pass begins both sets in a new order."""
+
+    def __init__(self, sets: list[np.ndarray], weights: list[float], size: int, count: int) -> None:
+        self._sets, self._weights, self._size, self._count = sets, weights, size, count
+        self._draw = np.random.default_rng(0)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        orders = [self._draw.permutation(len(tokens)) for tokens in self._sets]
+        read = [0] * len(self._sets)
+        for _ in range(self._count):
+            batch = np.empty((self._size, self._sets[0].shape[1]), np.uint16)
+            chosen = self._draw.choice(len(self._sets), self._size, p=self._weights)
+            for number, (tokens, order) in enumerate(zip(self._sets, orders, strict=True)):
+                places = np.flatnonzero(chosen == number)
+                own = order[(read[number] + np.arange(len(places))) % len(order)]
+                batch[places] = tokens[own]
+                read[number] += len(places)
+            yield batch
+
+
+def mixture(folders: list[Path], weights: list[float], size: int, images: int, workers: int) -> Iterable[np.ndarray]:
     """Each image's set is drawn at random."""
-    draw = np.random.default_rng(0)
-    sets = [np.load(folder / FILE, mmap_mode="r") for folder in folders]
-    orders = [draw.permutation(len(tokens)) for tokens in sets]
-    read = [0] * len(sets)
-    for _ in range(images // size):
-        batch, chosen = np.empty((size, sets[0].shape[1]), np.uint16), draw.choice(len(sets), size, p=weights)
-        for number, (tokens, order) in enumerate(zip(sets, orders, strict=True)):
-            places = np.flatnonzero(chosen == number)
-            own = order[(read[number] + np.arange(len(places))) % len(order)]
-            batch[places] = tokens[own]
-            read[number] += len(places)
-        yield batch
+    return Mixture([np.load(folder / FILE, mmap_mode="r") for folder in folders], weights, size, images // size)

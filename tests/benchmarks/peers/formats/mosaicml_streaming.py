@@ -61,8 +61,8 @@ def state_of(read_by: Loader, read: int) -> dict[str, Any]:
     return state
 
 
-def mixture(folders: list[Path], weights: list[float], size: int, images: int) -> Iterator[np.ndarray]:
-    """Stream(proportion=), in an epoch of `images`."""
+def mixture(folders: list[Path], weights: list[float], size: int, images: int, workers: int) -> Loader:
+    """Stream(proportion=); a pass is an epoch of `images`."""
     clean_stale_shared_memory()
     streams = [Stream(local=str(folder), proportion=weight) for folder, weight in zip(folders, weights, strict=True)]
-    yield from Loader(_dataset(size, streams=streams, epoch_size=images), size, 1, None)
+    return Loader(_dataset(size, streams=streams, epoch_size=images), size, workers, None)

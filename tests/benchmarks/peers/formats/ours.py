@@ -1,7 +1,7 @@
 """Our shard sets, and the readers that training uses."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,19 @@ def state_of(read_by: Loader, read: int) -> int:
     return read * read_by.size
 
 
-def mixture(folders: list[Path], weights: list[float], size: int, images: int) -> Iterator[np.ndarray]:
+class MixtureLoader:
+    """MixtureBatches, which reads one batch ahead in a thread; a pass goes on where the last one ended."""
+
+    def __init__(self, batches: MixtureBatches, size: int, count: int) -> None:
+        self._batches, self._size, self._count, self._position = batches, size, count, 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for _ in range(self._count):
+            yield self._batches.at(self._position, self._size).tokens
+            self._position += self._size
+
+
+def mixture(folders: list[Path], weights: list[float], size: int, images: int, workers: int) -> Iterable[np.ndarray]:
     """MixtureBatches, as training reads it."""
     entries = [MixtureEntry(shards=str(folder), weight=weight) for folder, weight in zip(folders, weights, strict=True)]
     resolution = open_shard_set(folders[0]).resolution
@@ -94,7 +106,4 @@ def mixture(folders: list[Path], weights: list[float], size: int, images: int) -
         )
     )
     order = MixtureOrder(continued((), sets, 1, 0, 0), sets, 0)
-    batches = MixtureBatches(order, resolution, 0, 1)
-    for position in range(0, images - size + 1, size):
-        yield batches.at(position, size).tokens
-    batches.close()
+    return MixtureLoader(MixtureBatches(order, resolution, 0, 1), size, images // size)

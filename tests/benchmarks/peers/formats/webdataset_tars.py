@@ -7,7 +7,7 @@ resume reads and drops what was read before. Ranks divide the shards (split_by_n
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -60,9 +60,18 @@ def state_of(read_by: Loader, read: int) -> int:
     return read
 
 
-def mixture(folders: list[Path], weights: list[float], size: int, images: int) -> Iterator[np.ndarray]:
-    """RandomMix over endless sets."""
-    mixed = wds.RandomMix([_images(folder).repeat() for folder in folders], probs=weights)
-    batches = wds.DataPipeline(mixed, wds.batched(size, partial=False))
-    for (pixels,) in islice(batches, images // size):
-        yield pixels
+class Mixture:
+    """RandomMix over endless sets; a pass takes the next batches, `count` of them."""
+
+    def __init__(self, folders: list[Path], weights: list[float], size: int, count: int) -> None:
+        mixed = wds.RandomMix([_images(folder).repeat() for folder in folders], probs=weights)
+        self._batches, self._count = iter(wds.DataPipeline(mixed, wds.batched(size, partial=False))), count
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for (pixels,) in islice(self._batches, self._count):
+            yield pixels
+
+
+def mixture(folders: list[Path], weights: list[float], size: int, images: int, workers: int) -> Iterable[np.ndarray]:
+    """In the process, which is faster than with WebLoader."""
+    return Mixture(folders, weights, size, images // size)

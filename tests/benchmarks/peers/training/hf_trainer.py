@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from tests.benchmarks.peers.paused import PausedLoop, serve_loop
-from tests.benchmarks.peers.training.work import COLORS, SOS, Turns, Work, from_command_line
+from tests.benchmarks.peers.training.work import COLORS, SOS, Turns, Work, from_command_line, sync_files
 
 
 class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -59,8 +59,10 @@ class PauseAfterTurns(TrainerCallback):
         self._began, self._turns.loss = time.perf_counter(), (logs or {}).get("loss", float("nan"))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The end of a save."""
-        self._turns.stall = self._turns.saving = time.perf_counter() - self._began
+        """The end of a save. Trainer leaves its files to the system; the time until they are written has a sync."""
+        self._turns.stall = time.perf_counter() - self._began
+        sync_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._turns.saving = time.perf_counter() - self._began
 
 
 def arguments_of(work: Work, folder: Path) -> TrainingArguments:

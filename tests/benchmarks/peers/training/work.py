@@ -4,10 +4,12 @@ It runs in the peers' environments too: beside torch and numpy it imports nothin
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.peers.paused import PausedLoop, serve_loop
@@ -44,6 +46,14 @@ class Work:
     def to_argument(self) -> str:
         """As the scripts take it from the command line."""
         return json.dumps(asdict(self))
+
+
+def sync_files(folder: Path) -> None:
+    """Waits until all files of a folder are on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def from_command_line() -> Work:
