@@ -69,7 +69,7 @@ def test_a_command_is_timed_to_its_line_and_killed() -> None:
 
 def test_the_vote_of_peers_that_only_search_is_ours(tmp_path: Path) -> None:
     """Brute force in float64 and the shared vote against `evaluate`'s k-NN; accuracy above chance, below 1."""
-    write(tmp_path, bank=600, queries=200, width=24)
+    write(tmp_path, bank=4_000, queries=400, width=256)
     given = Given(tmp_path)
     bank, queries = (each.astype(np.float64) for each in (given.bank, given.queries))
     bank, queries = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (bank, queries))
@@ -79,7 +79,7 @@ def test_the_vote_of_peers_that_only_search_is_ours(tmp_path: Path) -> None:
     train = Labelled(given.bank, given.bank_labels)
     [ours] = predictions(train, given.queries, [NEIGHBORS], TEMPERATURE, torch.device("cpu"))
     np.testing.assert_array_equal(ours, theirs)
-    assert 0.2 < (ours == given.query_labels).mean() < 0.9
+    assert 0.15 < (ours == given.query_labels).mean() < 0.9
 
 
 def test_pretraining_ends_with_its_budget_and_resumes(tmp_path: Path) -> None:
