@@ -123,8 +123,11 @@ def _packages() -> Finding:
 def _accelerators() -> Finding:
     import torch
 
+    from pipeline.model.numerics import bf16_is_slow
+
     if not torch.cuda.is_available():
-        return Finding("note", f"none that torch {torch.__version__} can use; runs will use the CPU")
+        advice = ", which needs precision fp32 to be fast" if bf16_is_slow(torch.device("cpu")) else ""
+        return Finding("note", f"none that torch {torch.__version__} can use; runs will use the CPU{advice}")
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     free = [torch.cuda.mem_get_info(number)[0] / 1e9 for number in range(len(names))]
     return Finding("ok", "; ".join(f"{name}, {left:.0f} GB free" for name, left in zip(names, free, strict=True)))

@@ -17,7 +17,7 @@ from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt_config import gpt2_config
 from pipeline.model.masks import Masks
-from pipeline.model.numerics import use_deterministic_kernels
+from pipeline.model.numerics import bf16_is_slow, use_deterministic_kernels
 from pipeline.probe_images import ProbeImages, open_probe_images
 from pipeline.train.data.batches import Batches, ImageOrder, Order, TrainingBatches
 from pipeline.train.data.masking import MaskedBatches
@@ -81,6 +81,11 @@ def choose_kernels(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
     CPU for few positions and with dropout.
     """
     config, model, ranks = inputs.config, inputs.model_config, inputs.ranks
+    if ranks.is_first and config.precision != "fp32" and bf16_is_slow(ranks.device):
+        logger.warning(
+            f"precision is {config.precision}, for which torch has no fast kernels on this processor; with fp32 a step "
+            f"would take a fraction of the time"
+        )
     if config.deterministic:
         use_deterministic_kernels()
     shape = attention.AttentionShape(

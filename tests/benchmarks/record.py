@@ -32,13 +32,14 @@ def folder() -> Path:
 
 
 def machine() -> str:
-    """The processor, its cores, the memory, and accelerators."""
+    """The processor, the vector instructions that torch uses, its cores, the memory, and accelerators."""
     import torch
 
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = psutil.virtual_memory().total / 2**30
     cuda = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    found = [names[0] if names else platform.machine(), f"{os.cpu_count()} cores", f"{memory:.0f} GiB", *cuda]
+    processor = f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    found = [processor, f"{os.cpu_count()} cores", f"{memory:.0f} GiB", *cuda]
     return ", ".join(found if cuda else [*found, "no accelerator"])
 
 

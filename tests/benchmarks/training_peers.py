@@ -16,6 +16,7 @@ from data_prep.shards.reader import open_shard_set
 from pipeline.config import ModelConfig
 from pipeline.costs import flops_per_token, measured_matmul_peak
 from pipeline.model.gpt_config import gpt2_config
+from pipeline.model.numerics import bf16_is_slow
 from tests.benchmarks.marks import Result, result
 from tests.benchmarks.peers.measure import HEAD, Measured, Script, compare, lines_of
 from tests.benchmarks.peers.training.work import SAVE_EVERY, Work
@@ -32,10 +33,11 @@ PEERS = "tests.benchmarks.peers.training"
 
 
 def works(folder: Path) -> Iterator[Work]:
-    """T = 256 and 1,024, in fp32 and bf16."""
+    """T = 256 and 1,024, in fp32 and, unless the processor emulates it, bf16."""
+    precisions = ("fp32",) if bf16_is_slow(torch.device("cpu")) else ("fp32", "bf16")
     for resolution, images in IMAGES.items():
         shards, tokens = shard_set(folder, resolution)
-        for precision in ("fp32", "bf16"):
+        for precision in precisions:
             own = folder / f"{resolution}-{precision}"
             own.mkdir()
             yield Work(
@@ -105,4 +107,6 @@ def table(folder: Path) -> Iterator[str | Result]:
         limits = {"limit": floor(work), "limited_by": "its matrix products"}
         results.append(result(what, "images/s", measured, mark=MARK, **limits))
     yield "\nThe rate of matrix products is that of a large one, measured on this machine."
+    if bf16_is_slow(torch.device("cpu")):
+        yield "bf16 is not measured: torch has no fast kernels for it on this processor."
     yield from results

@@ -1,7 +1,7 @@
 """Takes turns at reading a mixture: python -m tests.benchmarks.peers.mixing FORMAT TOKENS_A TOKENS_B SHARE WORKERS
 
-A turn reads as many thousands of images as each set has. Its figures: the largest difference of the images of A from SHARE
-of all, over all that were read (`off_total`), and in any 1,000 images one after the other (`off_thousand`).
+A turn reads as many thousands of images as each set has. Its figures: the largest difference of the images of A from
+SHARE of all, over all that were read (`off_total`), and in any 1,000 images one after the other (`off_thousand`).
 """
 
 import sys

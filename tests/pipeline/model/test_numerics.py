@@ -1,7 +1,10 @@
 """torch's global settings of exactness."""
 
 import os
+import platform
+from pathlib import Path
 
+import pytest
 import torch
 from torch.utils import deterministic
 
@@ -39,3 +42,10 @@ def test_what_deterministic_kernels_set(monkeypatch):
         torch.backends.cudnn.deterministic = False
         torch.backends.cuda.enable_cudnn_sdp(True)
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are x86's")
+def test_bf16_is_slow_on_processors_without_avx512():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert numerics.bf16_is_slow(torch.device("cpu")) == (not {"avx512bw", "avx_ne_convert"} & set(flags))
+    assert not numerics.bf16_is_slow(torch.device("cuda"))
