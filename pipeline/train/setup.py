@@ -69,9 +69,20 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
             )
     config.batch.accumulation_steps(config.parallel.data_ranks(ranks.count))
     check_machine(config, ranks.device)
+    if ranks.is_first:
+        warn_of_slow_precision(config, ranks.device)
     model_config = gpt2_config(config.model, sets.colors, config.objective.kind)
     config.parallel.check_model(model_config.n_layer, model_config.n_head)
     return Inputs(config, model_config, sets, ranks, open_probe_images(config, sets))
+
+
+def warn_of_slow_precision(config: TrainConfig, device: torch.device) -> None:
+    """Logs a warning if the precision is one that torch has no fast kernels for on this processor."""
+    if config.precision != "fp32" and bf16_is_slow(device):
+        logger.warning(
+            f"precision is {config.precision}, for which torch has no fast kernels on this processor; with precision "
+            f"fp32 a step would be several times faster"
+        )
 
 
 def choose_kernels(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
@@ -81,11 +92,6 @@ def choose_kernels(inputs: Inputs, folder: RunFolder) -> dict[str, float]:
     CPU for few positions and with dropout.
     """
     config, model, ranks = inputs.config, inputs.model_config, inputs.ranks
-    if ranks.is_first and config.precision != "fp32" and bf16_is_slow(ranks.device):
-        logger.warning(
-            f"precision is {config.precision}, for which torch has no fast kernels on this processor; with fp32 a step "
-            f"would take a fraction of the time"
-        )
     if config.deterministic:
         use_deterministic_kernels()
     shape = attention.AttentionShape(

@@ -33,7 +33,7 @@ PARTS = {  # module and function; only the module of a part that is measured is 
     "scale": "scale.table",
 }
 ONLY_BY_NAME = {"representation", "memory", "scale"}
-"""The first takes more than an hour, the others compare `pipeline plan` with runs."""
+"""`representation` takes more than an hour; the others compare `pipeline plan` with runs."""
 
 
 def main(wanted: list[str]) -> None:

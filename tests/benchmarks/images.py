@@ -17,7 +17,6 @@ GRAIN = 26
 """Standard deviation of the noise that makes JPEGs of 500x375 as large as ImageNet's average, 110 KB. The
 windows alone are smooth, and decoding time depends on the bytes as much as on the pixels."""
 WEB_SIDE, WEB_IMAGES = 256, 300
-SMALL = 1_000
 
 
 def photographs(count: int, size: tuple[int, int], grain: float = 0) -> Iterator[tuple[int, bytes]]:
@@ -58,11 +57,11 @@ def write_tars(folder: Path) -> int:
     return total // WEB_IMAGES
 
 
-def small_images(folder: Path) -> tuple[str, Path]:
+def small_images(folder: Path, count: int) -> tuple[str, Path]:
     """CIFAR-10 as JPEG where the environment names its archive, else windows of photographs; and what they are."""
     archive = os.environ.get("CIFAR10_JPEG")
     if archive is None:
-        write_photographs(folder, SMALL, (32, 32))
+        write_photographs(folder, count, (32, 32))
         return "JPEGs of 32x32", folder
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")

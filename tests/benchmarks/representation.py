@@ -57,7 +57,7 @@ def table(_: Path) -> Iterator[str | Result]:
     yield "|---|---|---|"
     test = np.load(out / "images" / "test_labels.npy")
     error = np.sqrt(0.25 / len(test))
-    ours = our_probe(shards, out / "ours", seconds)
+    ours = our_probe(shards, out / f"ours-{OURS['precision']}", seconds)
     yield f"| next color, 8 blocks of width 96, ours | {ours['test_accuracy']:.1%} | {ours['best_layer']} of 8 |"
     yield f"| raw pixels | {ours['raw_pixel_test_accuracy']:.1%} | |"
     best, best_name = None, ""

@@ -33,7 +33,7 @@ PEERS = "tests.benchmarks.peers.training"
 
 
 def works(folder: Path) -> Iterator[Work]:
-    """T = 256 and 1,024, in fp32 and, unless the processor emulates it, bf16."""
+    """T = 256 and 1,024, in fp32 and, if torch has fast kernels for it, bf16."""
     precisions = ("fp32",) if bf16_is_slow(torch.device("cpu")) else ("fp32", "bf16")
     for resolution, images in IMAGES.items():
         shards, tokens = shard_set(folder, resolution)

@@ -25,7 +25,7 @@ from tests.benchmarks.peers.turn import ANSWERS
 
 TURNS = 5
 SLOW_TURNS = 3
-"""Of what takes many seconds."""
+"""Of what takes many seconds, so that all parts end within a quarter of an hour."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
 HEAD = "| work | unit | ours | beside | its figure | times as good |\n|---|---|---|---|---|---|"
 

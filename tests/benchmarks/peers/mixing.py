@@ -1,7 +1,8 @@
 """Takes turns at reading a mixture: python -m tests.benchmarks.peers.mixing FORMAT TOKENS_A TOKENS_B SHARE WORKERS
 
-A turn reads as many thousands of images as each set has. Its figures: the largest difference of the images of A from
-SHARE of all, over all that were read (`off_total`), and in any 1,000 images one after the other (`off_thousand`).
+A turn reads the images of a set, rounded down to whole thousands; litdata reads on until a set ends. Its figures: the
+difference of the images of A from SHARE, over those that all readers read (`off_total`), and the largest in any 1,000
+images one after the other (`off_thousand`).
 """
 
 import sys
@@ -33,18 +34,19 @@ def main(name: str, first: str, second: str, share: str, workers: str) -> None:
 
         def turn() -> dict[str, float]:
             of_first = [numbers_of(batch) < count for batch in read_by]
-            return {"work": len(of_first) * BATCH * positions / 1e6, **differences(np.concatenate(of_first), own)}
+            joined = np.concatenate(of_first)
+            return {"work": len(joined) * positions / 1e6, **differences(joined, own, images)}
 
         serve(turn)
 
 
-def differences(of_first: np.ndarray, share: float) -> dict[str, float]:
-    """In images: of the total, and the largest of any stretch. of_first: bool (n,)."""
+def differences(of_first: np.ndarray, share: float, images: int) -> dict[str, float]:
+    """In images: of the first `images`, and the largest of any stretch. of_first: bool (n,)."""
     counts = np.concatenate([[0], np.cumsum(of_first)])
     stretches = counts[STRETCH:] - counts[:-STRETCH]
     return {
         "images": len(of_first),
-        "off_total": abs(float(counts[-1]) - share * len(of_first)),
+        "off_total": abs(float(counts[images]) - share * images),
         "off_thousand": float(np.abs(stretches - share * STRETCH).max()),
     }
 

@@ -18,6 +18,8 @@ import numpy as np
 from tests.benchmarks.peers.turn import cpu_seconds, serve
 
 Prepare = Callable[[Path], None]
+DOWNLOADS = 10
+"""Of each image by img2dataset, so that they take longer than its start."""
 BATCH = 100
 """Images that a processor is given at once."""
 
@@ -150,19 +152,20 @@ def _processor(palette: Path, side: int) -> Any:
 
 
 def img2dataset(images: Path, palette: Path, side: int, address: str) -> Prepare:
-    """JPEGs of the wanted size in webdataset tars, downloaded from a server on this machine: less than ours."""
-    return _img2dataset(images, address, side, slice(None))
+    """JPEGs of the wanted size in webdataset tars, downloaded from a server on this machine: less than ours.
+
+    Each image is downloaded DOWNLOADS times.
+    """
+    return _downloads(sorted(images.glob("train/*/*")) * DOWNLOADS, images, side, address)
 
 
 def img2dataset_start(images: Path, palette: Path, side: int, address: str) -> Prepare:
-    """The same with one image."""
-    return _img2dataset(images, address, side, slice(1))
+    """One download."""
+    return _downloads(sorted(images.glob("train/*/*"))[:1], images, side, address)
 
 
-def _img2dataset(images: Path, address: str, side: int, some: slice) -> Prepare:
+def _downloads(files: list[Path], images: Path, side: int, address: str) -> Prepare:
     from img2dataset import download
-
-    files = sorted(images.glob("train/*/*"))[some]
 
     def store(out: Path) -> None:
         (out / "addresses.txt").write_text("".join(f"{address}/{file.relative_to(images)}\n" for file in files))
@@ -176,20 +179,19 @@ def _img2dataset(images: Path, address: str, side: int, some: slice) -> Prepare:
             processes_count=1,
             thread_count=16,
         )
-        stored = len(list((out / "set").glob("*.tar")))
-        if not stored:
-            raise ValueError("nothing was stored")
+        names = [name for tar in (out / "set").glob("*.tar") for name in tarfile.open(tar).getnames()]
+        stored = sum(name.endswith(".jpg") for name in names)
+        if stored != len(files):
+            raise ValueError(f"{stored} of {len(files)} images were stored")
 
     return store
 
 
-STARTS = {"img2dataset": img2dataset_start}
-"""What takes as long to start as for a thousand images: the same with one image, measured first and subtracted."""
 WAYS = {
     one.__name__: one
     for one in (
         *(ours, ours_tars, decoding),
-        *(litdata_pixels, litdata_tokens, datasets_map, img2dataset),
+        *(litdata_pixels, litdata_tokens, datasets_map, img2dataset, img2dataset_start),
     )
 }
 
@@ -203,27 +205,34 @@ def _count(images: Path) -> int:
 
 
 def main(how: str, images: str, palette: str, side: str, address: str = "") -> None:
-    """A turn's work is the number of images."""
-    prepare = WAYS[how](Path(images), Path(palette), int(side), address)
-    count = _count(Path(images))
-    start = STARTS[how](Path(images), Path(palette), int(side), address) if how in STARTS else None
-    start_seconds = [0.0, 0.0]  # on the clock, and of CPU time
-
-    def seconds_of(prepare: Prepare) -> list[float]:
-        began, used = time.perf_counter(), cpu_seconds()
-        with TemporaryDirectory(dir=Path(palette).parent) as out:
-            prepare(Path(out))
-        return [time.perf_counter() - began, cpu_seconds() - used]
+    """Takes turns."""
+    arguments = Path(images), Path(palette), int(side), address
+    prepare, count = WAYS[how](*arguments), _count(Path(images))
 
     def turn() -> dict[str, float]:
-        nonlocal start, start_seconds
-        if start is not None:  # in the turn to warm up
-            start_seconds, start = seconds_of(start), None
-            return {"work": 1.0}
-        seconds, used = (all_ - one for all_, one in zip(seconds_of(prepare), start_seconds, strict=True))
-        return {"work": float(count - (how in STARTS)), "seconds": seconds, "cpu_seconds": used}
+        return {"work": float(count), **_cost(prepare, Path(palette).parent)}
 
-    serve(turn)
+    serve(without_start(arguments, count * DOWNLOADS) if how == "img2dataset" else turn)
+
+
+def without_start(arguments: tuple[Path, Path, int, str], count: int) -> Callable[[], dict[str, float]]:
+    """A turn of img2dataset less a turn of one download, because its start takes as long as thousands of images."""
+    start, whole = (WAYS[way](*arguments) for way in ("img2dataset_start", "img2dataset"))
+
+    def turn() -> dict[str, float]:
+        one, all_of_them = (_cost(prepare, arguments[1].parent) for prepare in (start, whole))
+        if all_of_them["cpu_seconds"] < 1.2 * one["cpu_seconds"]:
+            raise ValueError(f"{count} images took {all_of_them['cpu_seconds']:.1f} s, one {one['cpu_seconds']:.1f}")
+        return {"work": float(count - 1), **{name: all_of_them[name] - one[name] for name in one}}
+
+    return turn
+
+
+def _cost(prepare: Prepare, folder: Path) -> dict[str, float]:
+    began, used = time.perf_counter(), cpu_seconds()
+    with TemporaryDirectory(dir=folder) as out:
+        prepare(Path(out))
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu_seconds() - used}
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_what_deterministic_kernels_set(monkeypatch):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are x86's")
-def test_bf16_is_slow_on_processors_without_avx512():
+def test_bf16_is_slow_on_processors_without_avx512_or_its_successor():
     flags = Path("/proc/cpuinfo").read_text().split()
     assert numerics.bf16_is_slow(torch.device("cpu")) == (not {"avx512bw", "avx_ne_convert"} & set(flags))
     assert not numerics.bf16_is_slow(torch.device("cuda"))

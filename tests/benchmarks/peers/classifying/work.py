@@ -12,9 +12,12 @@ import numpy as np
 from tests.benchmarks.peers.turn import serve
 
 CLASSES = 10
-DIRECTIONS, DISTANCE, NOISE = 256, 0.15, 0.1
-"""Directions in which the features vary, the spread of the classes along each, in units of the spread within a class,
-and the deviation of what each feature varies by itself."""
+DIRECTIONS = 256
+"""In which the features vary, the first the most."""
+DISTANCE = 0.15
+"""Deviation of the classes' centers along each direction; that within a class is 1."""
+NOISE = 0.1
+"""Deviation of what each feature varies by itself; in all it is about 5."""
 NEIGHBORS, TEMPERATURE = 20, 0.07
 """Of the weighted vote: a neighbor with cosine similarity s has the weight exp(s / TEMPERATURE)."""
 STRENGTH = 1e-2
@@ -30,7 +33,7 @@ class Given:
 
 
 def write(folder: Path, bank: int, queries: int, width: int) -> None:
-    """Correlated features of ten classes that overlap: some strong directions and many weak ones, as a network has."""
+    """Correlated features of ten classes that overlap: a direction is as strong as the fourth root of its rank."""
     random = np.random.default_rng(0)
     scales = ((1 + np.arange(DIRECTIONS)) ** -0.25).astype(np.float32)
     centers = DISTANCE * random.standard_normal((CLASSES, DIRECTIONS), np.float32) * scales
@@ -49,13 +52,13 @@ def from_command_line() -> Given:
 
 
 def serve_predictions(given: Given, predict: Callable[[], np.ndarray | tuple[np.ndarray, int]]) -> None:
-    """predict: the label of each query, and the iterations of a fit; a turn is all of it, from the given features."""
+    """predict: the label of each query, or these and the iterations of a fit. A turn begins with the given features."""
 
     def turn() -> dict[str, float]:
         found = predict()
-        labels, iterations = found if isinstance(found, tuple) else (found, 0)
+        labels, figures = (found[0], {"iterations": found[1]}) if isinstance(found, tuple) else (found, {})
         accuracy = float((np.asarray(labels) == given.query_labels).mean())
-        return {"work": 1.0, "accuracy": accuracy, "iterations": iterations}
+        return {"work": 1.0, "accuracy": accuracy, **figures}
 
     serve(turn)
 

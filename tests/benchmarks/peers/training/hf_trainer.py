@@ -59,9 +59,9 @@ class PauseAfterTurns(TrainerCallback):
         self._began, self._turns.loss = time.perf_counter(), (logs or {}).get("loss", float("nan"))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The end of a save. Trainer leaves its files to the system; the time until they are written has a sync."""
+        """The end of a save."""
         self._turns.stall = time.perf_counter() - self._began
-        sync_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        sync_files(Path(args.output_dir))
         self._turns.saving = time.perf_counter() - self._began
 
 

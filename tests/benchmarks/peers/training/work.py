@@ -49,7 +49,7 @@ class Work:
 
 
 def sync_files(folder: Path) -> None:
-    """Waits until all files of a folder are on the disk."""
+    """Waits until all files of a folder are on the disk: some libraries leave them in the page cache."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
@@ -75,6 +75,7 @@ class Turns:
         save()
         self.stall = time.perf_counter() - began
         finish()
+        sync_files(Path(self._work.folder))
         self.saving = time.perf_counter() - began
 
     def after_step(self, save: Callable[[], object] = lambda: None) -> None:
