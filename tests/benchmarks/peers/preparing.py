@@ -179,8 +179,10 @@ def _downloads(files: list[Path], images: Path, side: int, address: str) -> Prep
             processes_count=1,
             thread_count=16,
         )
-        names = [name for tar in (out / "set").glob("*.tar") for name in tarfile.open(tar).getnames()]
-        stored = sum(name.endswith(".jpg") for name in names)
+        stored = 0
+        for file in (out / "set").glob("*.tar"):
+            with tarfile.open(file) as tar:
+                stored += sum(name.endswith(".jpg") for name in tar.getnames())
         if stored != len(files):
             raise ValueError(f"{stored} of {len(files)} images were stored")
 
