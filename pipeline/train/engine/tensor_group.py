@@ -173,9 +173,7 @@ def _column_backward(
 
 
 @_column_backward.register_fake
-def _(
-    gradient: Tensor, inputs: Tensor, weight: Tensor, key: int, split: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, inputs: Tensor, weight: Tensor, key: int, split: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(inputs), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
@@ -200,9 +198,7 @@ def _row_backward(
 
 
 @_row_backward.register_fake
-def _(
-    gradient: Tensor, inputs: Tensor, weight: Tensor, key: int, split: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, inputs: Tensor, weight: Tensor, key: int, split: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(inputs), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 

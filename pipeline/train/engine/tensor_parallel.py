@@ -67,8 +67,10 @@ def parts_of(model: nn.Module, block: str, group: TensorGroup | None) -> dict[st
 
     block: as in the configuration.
     """
-    found = {}
-    for name, parameter in model.named_parameters() if group else ():
+    found: dict[str, Part] = {}
+    if group is None:
+        return found
+    for name, parameter in model.named_parameters():
         for pattern, (dimension, matrices) in SPLITS.items():
             if re.search(pattern, name):
                 transposed = block == "gpt2" and parameter.dim() == 2
