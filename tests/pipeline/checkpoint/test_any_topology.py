@@ -88,7 +88,14 @@ def test_a_run_resumes_on_another_topology(runner: Runner, first: str, second: s
     assert train_and_move(runner, first, second) <= FP32_TOLERANCE
 
 
-@pytest.mark.parametrize(("first", "second"), [("tp2", "PP2"), pytest.param("tp2", "tp2xPP2", marks=pytest.mark.slow), pytest.param("Z2x2", "tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("tp2", "PP2"),
+        pytest.param("tp2", "tp2xPP2", marks=pytest.mark.slow),
+        pytest.param("Z2x2", "tp2", marks=pytest.mark.slow),
+    ],
+)
 def test_the_stock_block_resumes_on_another_topology(runner: Runner, first: str, second: str) -> None:
     """Its matrices are stored transposed, and have biases."""
     assert train_and_move(runner, first, second, model__block="gpt2") <= FP32_TOLERANCE

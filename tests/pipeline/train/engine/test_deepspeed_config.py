@@ -31,9 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 APPLIES: dict[str, Callable[[TrainConfig, Ranks], bool]] = {
     "all": lambda c, r: True,
-    "pipeline with tensor parallelism": lambda c, r: (
-        c.parallel.tensor_parallel > 1 and c.parallel.pipeline_stages > 1
-    ),
+    "pipeline with tensor parallelism": lambda c, r: c.parallel.tensor_parallel > 1 and c.parallel.pipeline_stages > 1,
     "bf16 with ZeRO-0": lambda c, r: c.precision == "bf16" and c.parallel.zero_stage == 0,
     "bf16 with ZeRO-1 to 3, and fp8": lambda c, r: (
         c.precision == "fp8" or (c.precision == "bf16" and c.parallel.zero_stage > 0)
