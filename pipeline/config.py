@@ -302,12 +302,6 @@ class TrainConfig:
                 f"profile.first_step is {self.profile.first_step}; it must be at most schedule.steps, "
                 f"{self.schedule.steps}."
             )
-        if self.model.dropout and self.parallel.tensor_parallel > 1:
-            raise ValueError(
-                f"model.dropout is {self.model.dropout}; with parallel.tensor_parallel "
-                f"{self.parallel.tensor_parallel} it must be 0: the ranks that share a matrix would not drop "
-                f"the same elements."
-            )
         if self.ema.decay and self.parallel.nvme_path is not None:
             raise ValueError(
                 f"ema.decay is {self.ema.decay}; with parallel.nvme_path it must be 0: DeepSpeed's buffers for NVMe "
@@ -326,7 +320,7 @@ class TrainConfig:
                 3: "float8 products would keep the gathered weights in memory",
             }.get(parallel.zero_stage),
             f"parallel.tensor_parallel {parallel.tensor_parallel}": parallel.tensor_parallel > 1
-            and "DeepSpeed replaces the Linear modules by its own",
+            and "its split matrices have no float8 products",
         }
         for setting, reason in refused.items():
             if reason:

@@ -74,6 +74,8 @@ class ParallelConfig:
     """Number of pipeline stages, each a sequence of blocks on ranks of its own; more than 1 needs ZeRO-1."""
     tensor_parallel: int = 1
     """Number of ranks over which each block's matrices and heads are split; more than 1 needs ZeRO-1 or 2."""
+    sequence_parallel: bool = True
+    """Whether tensor-parallel ranks also divide positions, in norms, residuals and dropout: fewer activations."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What is offloaded to host memory: nothing, the optimizer state, or (with ZeRO-3) weights too."""
     nvme_path: str | None = None
@@ -89,11 +91,6 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.zero_stage is {self.zero_stage}; with parallel.pipeline_stages {self.pipeline_stages} it "
                 f"must be 1: DeepSpeed clips gradients wrongly with 0, and has no pipeline for 2 and 3."
-            )
-        if self.pipeline_stages > 1 and self.tensor_parallel > 1:
-            raise ValueError(
-                f"parallel.tensor_parallel is {self.tensor_parallel}; with parallel.pipeline_stages "
-                f"{self.pipeline_stages} it must be 1: DeepSpeed does not combine the two."
             )
         if self.tensor_parallel > 1 and self.zero_stage not in (1, 2):
             raise ValueError(
@@ -124,10 +121,20 @@ class ParallelConfig:
                 raise ValueError(
                     f"parallel.{key} is {getattr(self, key)}; it must divide the number of ranks, {ranks}."
                 )
+        if ranks % self.model_ranks:
+            raise ValueError(
+                f"parallel.pipeline_stages is {self.pipeline_stages} and parallel.tensor_parallel "
+                f"{self.tensor_parallel}; their product, {self.model_ranks}, must divide the number of ranks, {ranks}."
+            )
         return ranks // self.model_ranks
 
-    def check_model(self, blocks: int, heads: int) -> None:
-        """Raises ValueError naming the key if a model of this many blocks and heads can't be divided so."""
+    def random_rank(self, rank: int) -> int:
+        """The rank whose random state a rank has: its own, or without sequence parallelism the first of its tensor
+        group, whose ranks then drop the same elements. The ranks of a tensor group are neighbors."""
+        return rank if self.sequence_parallel else rank - rank % self.tensor_parallel
+
+    def check_model(self, blocks: int, heads: int, positions: int) -> None:
+        """Raises ValueError naming the key if a model of these blocks, heads and positions can't be divided so."""
         if blocks < self.pipeline_stages:
             raise ValueError(
                 f"parallel.pipeline_stages is {self.pipeline_stages}; it must be at most the model's blocks, {blocks}."
@@ -135,4 +142,9 @@ class ParallelConfig:
         if heads % self.tensor_parallel:
             raise ValueError(
                 f"parallel.tensor_parallel is {self.tensor_parallel}; it must divide the model's heads, {heads}."
+            )
+        if self.sequence_parallel and positions % self.tensor_parallel:
+            raise ValueError(
+                f"parallel.sequence_parallel is true; with parallel.tensor_parallel {self.tensor_parallel} and "
+                f"{positions} positions (model.resolution squared) it must be false: positions must be divisible."
             )

@@ -80,7 +80,7 @@ def lay_out(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> Layout:
     """Estimates a configuration. Raises ValueError naming the key if ranks, batch or model do not divide."""
     data_ranks = config.parallel.data_ranks(cluster.ranks)
     micro_batches = config.batch.accumulation_steps(data_ranks)
-    config.parallel.check_model(model.n_layer, model.n_head)
+    config.parallel.check_model(model.n_layer, model.n_head, model.n_positions)
     bubble = costs.bubble(config.parallel.pipeline_stages, micro_batches)
     memory = memory_of_rank(config, model, cluster.ranks, cluster.on_cpu)
     work = work_of(config, model, cluster, data_ranks, micro_batches)

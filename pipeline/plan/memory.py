@@ -98,14 +98,15 @@ def saved_bytes(config: TrainConfig, model: GPT2Config, on_cpu: bool) -> float:
     In tensors of B * T * D: the inputs of three of the four matrix products (3), queries, keys and values (3), the
     input of the fourth product (4), intermediate values of the activation function (8, or 16 for GPT-2's), the inputs
     of the two norms (2). On CPU an RMSNorm consists of small operations, which save twice as much, in fp32. Tensor
-    parallelism splits the tensors inside the attention (4) and the MLP.
+    parallelism splits the tensors inside the attention (4) and the MLP; with sequence parallelism the others too.
     """
     stream = config.batch.micro_size * model.n_positions * model.n_embd
     width = 4 if config.precision == "fp32" else 2
     parts = config.parallel.tensor_parallel
     inside = 8 + (8 if model.block == "igpt" else 16)
     norms = 4 * 4 if on_cpu and model.block == "igpt" else 2 * width
-    return stream * (norms + width * (2 + inside / parts))
+    outside = stream * (norms + 2 * width)
+    return outside / (parts if config.parallel.sequence_parallel else 1) + stream * width * inside / parts
 
 
 def float8_bytes(config: TrainConfig, model: GPT2Config) -> float:

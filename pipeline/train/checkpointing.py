@@ -202,6 +202,7 @@ class CheckpointManager:
         """saved: called on rank 0 with the step of each committed checkpoint."""
         self.folder, self.inputs, self.order, self._saved = folder, inputs, order, saved
         self.config, self.ranks = inputs.config, inputs.ranks
+        self.random_rank = inputs.config.parallel.random_rank(inputs.ranks.rank)
         self._pending: Pending | None = None
         self._tensors: Tensors = {}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -287,7 +288,7 @@ class CheckpointManager:
             reader = checkpoint.reader()
         engine.restore(reader, record.step)
         with raise_on_all_ranks():
-            checkpoints.restore_random_states(checkpoint, self.ranks.rank, self.ranks.device)
+            checkpoints.restore_random_states(checkpoint, self.random_rank, self.ranks.device)
         self.verify_checksums(checkpoint, engine)
         loss = self.verify_probe(checkpoint, engine)
         if self.ranks.is_first:

@@ -167,7 +167,7 @@ class Trainer:
         self.inputs, self.stop, self.watchdog = inputs, stop, watchdog
         self.start_clock, self.run_folder = start_clock, folder
         config, ranks = self.config, self.ranks = inputs.config, inputs.ranks
-        torch.manual_seed((config.seed * 1_000_003 + ranks.rank) % 2**63)
+        torch.manual_seed((config.seed * 1_000_003 + config.parallel.random_rank(ranks.rank)) % 2**63)
         source = find_source(folder, resume_from, inputs)
         start_clock.mark("verifying checkpoints")
         kernels = choose_kernels(inputs, folder)

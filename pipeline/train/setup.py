@@ -72,7 +72,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     if ranks.is_first:
         warn_of_slow_precision(config, ranks.device)
     model_config = gpt2_config(config.model, sets.colors, config.objective.kind)
-    config.parallel.check_model(model_config.n_layer, model_config.n_head)
+    config.parallel.check_model(model_config.n_layer, model_config.n_head, model_config.n_positions)
     return Inputs(config, model_config, sets, ranks, open_probe_images(config, sets))
 
 

@@ -160,7 +160,7 @@ def _start(origin: Origin, manager: CheckpointManager, engine: Engine, run: RunF
     engine.restore(reader, 0)
     if start.position and checkpoint is not None:
         with raise_on_all_ranks(), _explaining_deletion(origin):
-            restore_random_states(checkpoint, ranks.rank, ranks.device)
+            restore_random_states(checkpoint, manager.random_rank, ranks.device)
     facts |= {"probe_loss": _verified_loss(origin, manager, engine)}
     if ranks.is_first:
         _log(origin, facts, manager, reader)

@@ -99,7 +99,9 @@ class Published:
         """MFU in percent, and the step."""
         shape = (MPT | LLAMA)[self.model]
         model, settings = shape.config(self.positions), dict(self.parallel)
-        parallel = ParallelConfig(zero_stage=1, tensor_parallel=settings.get("tensor", 1))
+        # Simulated with complete positions: the runs do not state it, and nothing was fitted to sequence parallelism.
+        tensor = settings.get("tensor", 1)
+        parallel = ParallelConfig(zero_stage=1, tensor_parallel=tensor, sequence_parallel=False)
         data = self.ranks // settings.get("tensor", 1) // settings.get("stages", 1)
         config = TrainConfig(
             model=ModelConfig(layers=1, width=1, heads=1),

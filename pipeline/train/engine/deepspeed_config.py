@@ -17,12 +17,6 @@ BUCKET_ELEMENTS = 200_000_000
 """Gradients reduced at a time, from one of two buffers. DeepSpeed's default, 5e8, is a third of L: little overlap."""
 OFFLOADED = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
 """Sections of DeepSpeed's `zero_optimization` for each value of parallel.offload."""
-TENSOR_PARALLEL_SPECS = [
-    {"patterns": [r".*attn\.c_attn\.weight$"], "partition_type": "column", "shape": [3, -1], "partition_dim": 0},
-    {"patterns": [r".*mlp\.c_fc\.weight$"], "partition_type": "column"},
-    {"patterns": [r".*c_proj\.weight$"], "partition_type": "row"},
-]
-"""tensor_parallel.SPLITS in the format of DeepSpeed's AutoTP."""
 
 
 def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
@@ -51,13 +45,9 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         },
     }
     settings["zero_optimization"] |= _offload_settings(config.parallel, pinned=ranks.device.type == "cuda")
-    if config.parallel.tensor_parallel > 1:
-        # DeepSpeed checks the batch against all ranks, before it knows which ranks read the same images.
-        del settings["train_batch_size"]
-        settings["tensor_parallel"] = {
-            "autotp_size": config.parallel.tensor_parallel,
-            "partition_config": {"use_default_specs": False, "layer_specs": TENSOR_PARALLEL_SPECS},
-        }
+    if config.parallel.tensor_parallel > 1 and config.parallel.pipeline_stages > 1:
+        # DeepSpeed would send a part of the states from each tensor-parallel rank, as if all ranks had the same.
+        settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.precision == "bf16" and config.parallel.zero_stage == 0:
         # Without ZeRO, the model itself holds the fp32 master weights.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

@@ -3,7 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from io import StringIO
 from math import nan
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.model import objectives
 from pipeline.model.layer_features import layer_norms, observed_layers, pooled
 from pipeline.model.masks import Batch
 from pipeline.rank_errors import is_on_all_ranks
-from pipeline.train.engine import average, offload, snapshot
+from pipeline.train.engine import average, offload, snapshot, tensor_parallel
 from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine.base import NOT_FINITE, Accept, Engine, StepDecision, StepResult, accept_finite
 from pipeline.train.engine.compilation import RecompileWatch, is_on
@@ -45,19 +45,28 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks) -> None:
         self._config, self._model_config, self._ranks = config, model_config, ranks
         self.data_ranks = config.parallel.data_ranks(ranks.count)
+        self._tensor = tensor_parallel.new_group(config, ranks)
         watches = ranks.is_first or config.parallel.pipeline_stages > 1  # stages compile different blocks
         self._recompile_watch = RecompileWatch() if watches and is_on(config, ranks.device) else None
 
     def _start(
-        self, module: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], settings: dict[str, Any]
+        self,
+        module: nn.Module,
+        parameters: list[tuple[str, nn.Parameter]],
+        settings: dict[str, Any],
+        grid: Any = None,
     ) -> None:
-        """Initializes DeepSpeed with the module and an optimizer of the named parameters."""
+        """Initializes DeepSpeed with the module and an optimizer of the named parameters.
+
+        grid: the groups of tensor parallelism; a pipeline module has its own.
+        """
+        tensor_parallel.mark_parts(parameters, self._coordinates.parts)
         optimizer = new_optimizer(self._config, parameters)
         clip_norm = self._config.optimizer.clip_norm if clips_in_update(self._config) else 0.0
         self._conditional_step = ConditionalStep(optimizer, self._loss_and_norm, clip_norm, self._config.ema.decay)
         internals.import_muon_uncompiled()
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory tables and layers
-            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=grid)
         internals.stop_timers(self._engine)
         internals.remove_repeated_passes(self._engine)
         internals.reduce_without_waiting(self._engine.optimizer)
@@ -91,7 +100,11 @@ class DeepSpeedEngine(Engine):
         rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in own}
         with observed_layers(self._model, own, lambda layer, normed: rows[layer].append(pooled(normed))):
             self.evaluate(batch)
-        return {layer: torch.cat(parts)[: len(batch)].cpu().numpy() for layer, parts in rows.items()}
+        means = {layer: torch.cat(parts)[: len(batch)] for layer, parts in rows.items()}
+        if self._tensor:
+            with self._divided(batch.tokens.shape[1]):
+                means = {layer: self._tensor.mean(values) for layer, values in means.items()}
+        return {layer: values.cpu().numpy() for layer, values in means.items()}
 
     def snapshot(self, earlier: Tensors | None = None) -> tuple[Tensors, list[dict[str, Any]]]:
         return snapshot.snapshot(self._engine.optimizer, self._model, self._coordinates, earlier)
@@ -122,6 +135,10 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         offload.clear_own_folder()
+
+    def _divided(self, positions: int | None) -> AbstractContextManager[None]:
+        """The context of forward passes over this number of positions; None: that grows one by one."""
+        return self._tensor.complete_positions(positions) if self._tensor else nullcontext()
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inputs and targets, long (micro_size, T) each, on the device; the last may be smaller."""

@@ -15,15 +15,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks
-from pipeline.model.gpt import build_model, initialize
+from pipeline.model.gpt import build_model
 from pipeline.model.masks import Batch
 from pipeline.model.recompute import recompute_blocks
 from pipeline.model.sampling import complete_halves_by
-from pipeline.train.engine import compilation, float8
+from pipeline.train.engine import compilation, float8, tensor_parallel
 from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine.base import Check, checked, unchecked
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
+from pipeline.train.engine.initial_weights import initialize_parts
 
 
 class EmbeddingLayer(nn.Module):
@@ -74,6 +75,8 @@ class PipelineEngine(DeepSpeedEngine):
         super().__init__(config, model_config, ranks)
         with torch.device("meta"):
             self._model = build_model(model_config)
+        if self._tensor:
+            tensor_parallel.split(self._model, self._tensor)
         if config.precision == "fp8":
             float8.convert(self._model.transformer.h, ranks.device)
         if compilation.is_on(config, ranks.device):
@@ -81,16 +84,18 @@ class PipelineEngine(DeepSpeedEngine):
         with redirect_stdout(StringIO()):  # DeepSpeed prints its layers and seeds
             module = PipelineModule(
                 _layers(self._model, config, ranks.device),
-                num_stages=config.parallel.pipeline_stages,
+                topology=tensor_parallel.topology_of(config, ranks),
                 loss_fn=self._mean_nats,
                 partition_method=f"type:{BlockLayer.__name__}",
             )
+        parts = tensor_parallel.parts_of(self._model, config.model.block, self._tensor)
         if initial:
-            initialize(self._model, config.seed)
+            initialize_parts(self._model, model_config, config.seed, parts)
+        self.data_rank = module.mpu().get_data_parallel_rank()
+        self._coordinates = internals.RankCoordinates(self.data_rank, self.data_ranks, parts)
         self._start(module, self._own_parameters(), deepspeed_config(config, ranks))
-        self.data_rank = self._engine.grid.get_data_parallel_id()
-        self.work = f"stage {self._engine.stage_id}"
-        self._coordinates = internals.RankCoordinates(self.data_rank, self.data_ranks, parts={})
+        self._stage = f"stage {self._engine.stage_id}"
+        self.work = f"{self._stage}, part {self._tensor.rank}" if self._tensor else self._stage
         self._start_average()
 
     def evaluate(self, batch: Batch) -> np.ndarray:
@@ -111,7 +116,10 @@ class PipelineEngine(DeepSpeedEngine):
         return complete_halves_by(scores, tokens, colors=colors, samples=samples, seed=seed, device=device)
 
     def replica_checksums(self) -> dict[str, str]:
-        return {self.work: weights_checksum(parameter for _, parameter in self._own_parameters())}
+        held: dict[str, list[torch.Tensor]] = {self._stage: []}
+        for name, parameter in self._own_parameters():
+            held.setdefault(self.work if name in self._coordinates.parts else self._stage, []).append(parameter)
+        return {name: weights_checksum(parameters) for name, parameters in held.items()}
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters of this stage's layers, with their names in the complete model."""
@@ -134,7 +142,7 @@ class PipelineEngine(DeepSpeedEngine):
         size = self._config.batch.micro_size
         count = -(-len(batch) // size)
         padded = batch[np.minimum(np.arange(count * size), len(batch) - 1)]
-        with compilation.eagerly():
+        with compilation.eagerly(), self._divided(batch.tokens.shape[1]):
             outputs = internals.evaluate_stages(self._engine, self._micro_batches(padded), count, output)
         result = torch.empty(count * size, *shape, device=self._ranks.device)
         if self._engine.is_last_stage():

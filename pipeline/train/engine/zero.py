@@ -1,6 +1,5 @@
 """Data parallelism over DeepSpeed's ZeRO stages 0 to 3, with or without tensor parallelism."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
-from pipeline.checkpoint.fragments import EMA
+from pipeline.checkpoint.fragments import EMA, Part
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, mean_over_ranks
 from pipeline.model.decoding import Decoder
@@ -22,6 +21,8 @@ from pipeline.train.engine import deepspeed_internals as internals
 from pipeline.train.engine.base import Check, checked, unchecked
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, weights_checksum
+from pipeline.train.engine.initial_weights import initialize_parts
+from pipeline.train.engine.tensor_group import TensorGroup
 
 REPLICATED = "replicated"
 """Replica name of the weights that all ranks hold."""
@@ -34,19 +35,23 @@ class ZeroEngine(DeepSpeedEngine):
     def __init__(self, config: TrainConfig, model_config: GPT2Config, ranks: Ranks, initial: bool) -> None:
         super().__init__(config, model_config, ranks)
         parallel, settings = config.parallel, deepspeed_config(config, ranks)
-        self.data_rank, part = divmod(ranks.rank, parallel.tensor_parallel)
-        self.work = f"part {part}"
-        model = _new_model(config, model_config, settings, ranks.device, initial)
-        parts = tensor_parallel.parts(model, config, ranks)
+        grid = tensor_parallel.grid_of(config, ranks) if self._tensor else None
+        self.data_rank = grid.get_data_parallel_rank() if grid else ranks.rank
+        self.work = f"part {self._tensor.rank if self._tensor else 0}"
+        if self._tensor:
+            model = _new_part(model_config, self._tensor, ranks.device)
+        else:
+            model = _new_model(model_config, settings, ranks.device, parallel.zero_stage == 3)
+        parts = tensor_parallel.parts_of(model, config.model.block, self._tensor)
+        if initial:
+            _initialize(model, config, model_config, parts)
         self._coordinates = internals.RankCoordinates(self.data_rank, self.data_ranks, parts)
         if config.precision == "fp8":
             float8.convert(model.transformer.h, ranks.device)
-        if parallel.tensor_parallel > 1:
-            tensor_parallel.prepare(model, parallel.tensor_parallel)
         model.forward = compilation.trunk(model, config, ranks.device)
         if parallel.recompute:
             recompute_blocks(model.transformer.h)
-        self._start(model, model.named_parameters(), settings)
+        self._start(model, list(model.named_parameters()), settings, grid)
         self._model = self._engine.module
         self._loss = torch.zeros(1, device=ranks.device)
         self._own_norm: torch.Tensor | None = None
@@ -54,7 +59,7 @@ class ZeroEngine(DeepSpeedEngine):
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         self._engine.eval()
-        with torch.no_grad(), compilation.eagerly():
+        with torch.no_grad(), compilation.eagerly(), self._divided(batch.tokens.shape[1]):
             nats = [self._forward(inputs, targets) for inputs, targets in self._micro_batches(batch)]
         return torch.cat(nats).double().cpu().numpy()
 
@@ -62,7 +67,7 @@ class ZeroEngine(DeepSpeedEngine):
         self._engine.eval()
         parallel, colors, device = self._config.parallel, self._model_config.colors, self._ranks.device
         owns_weights = parallel.zero_stage < 3 and parallel.tensor_parallel == 1
-        with torch.no_grad(), compilation.eagerly():
+        with torch.no_grad(), compilation.eagerly(), self._divided(None):
             decoder = Decoder(self._model, tokens.shape[1], use_graph=owns_weights)
             next_scores = checked(decoder, check)
             return complete_halves_by(next_scores, tokens, colors=colors, samples=samples, seed=seed, device=device)
@@ -109,15 +114,26 @@ class ZeroEngine(DeepSpeedEngine):
 
 
 def _new_model(
-    config: TrainConfig, model_config: GPT2Config, settings: dict[str, Any], device: torch.device, initial: bool
+    model_config: GPT2Config, settings: dict[str, Any], device: torch.device, partitioned: bool
 ) -> nn.Module:
-    """The model, with initial weights if `initial`; under ZeRO-3 it is partitioned and initialized parameter by
-    parameter."""
-    partitioned = config.parallel.zero_stage == 3
+    """The complete model, or partitioned as it is built (ZeRO-3); its weights are uninitialized."""
     with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else torch.device(device):
+        return build_model(model_config)
+
+
+def _new_part(model_config: GPT2Config, group: TensorGroup, device: torch.device) -> nn.Module:
+    """A tensor-parallel rank's part of the model, without memory for the other parts; its weights are uninitialized."""
+    with torch.device("meta"):
         model = build_model(model_config)
-    for name, parameter in model.named_parameters() if initial else ():
-        gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
-        with gathered, torch.no_grad():
+    tensor_parallel.split(model, group)
+    return model.to_empty(device=device)
+
+
+def _initialize(model: nn.Module, config: TrainConfig, model_config: GPT2Config, parts: dict[str, Part]) -> None:
+    """Initializes the weights; under ZeRO-3, parameter by parameter."""
+    if config.parallel.zero_stage < 3:
+        initialize_parts(model, model_config, config.seed, parts)
+        return
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(initial_value(name, internals.full_shape(parameter), model_config, config.seed))
-    return model

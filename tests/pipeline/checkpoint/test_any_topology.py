@@ -19,6 +19,8 @@ TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
     "PP2xDP2": (4, 1, 2, 1),
     "tp2": (2, 1, 1, 2),
     "tp2xDP2": (4, 2, 1, 2),
+    "tp2xPP2": (4, 1, 2, 2),
+    "tp2xPP2xDP2": (8, 1, 2, 2),
 }
 SAVED, LAST = 6, 11
 """The step of the checkpoint that other topologies resume, and the step where they end."""
@@ -72,6 +74,10 @@ def difference_from_unbroken(runner: Runner, first: str, moved: str) -> float:
     ("first", "second"),
     [
         ("PP2", "Z3x2"),
+        ("tp2xPP2", "tp2"),
+        pytest.param("1 rank", "tp2xPP2", marks=pytest.mark.slow),
+        pytest.param("tp2xDP2", "tp2xPP2xDP2", marks=pytest.mark.slow),
+        pytest.param("tp2xPP2xDP2", "Z2x2", marks=pytest.mark.slow),
         pytest.param("PP2xDP2", "tp2", marks=pytest.mark.slow),
         pytest.param("1 rank", "PP2xDP2", marks=pytest.mark.slow),
         pytest.param("tp2", "1 rank", marks=pytest.mark.slow),
@@ -82,7 +88,14 @@ def test_a_run_resumes_on_another_topology(runner: Runner, first: str, second: s
     assert train_and_move(runner, first, second) <= FP32_TOLERANCE
 
 
-@pytest.mark.parametrize(("first", "second"), [("tp2", "PP2"), pytest.param("Z2x2", "tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("tp2", "PP2"),
+        pytest.param("tp2", "tp2xPP2", marks=pytest.mark.slow),
+        pytest.param("Z2x2", "tp2", marks=pytest.mark.slow),
+    ],
+)
 def test_the_stock_block_resumes_on_another_topology(runner: Runner, first: str, second: str) -> None:
     """Its matrices are stored transposed, and have biases."""
     assert train_and_move(runner, first, second, model__block="gpt2") <= FP32_TOLERANCE

@@ -13,7 +13,7 @@ import torch
 from pipeline.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from pipeline.distributed import Ranks
 from pipeline.train.engine import offload
-from pipeline.train.engine.deepspeed_config import TENSOR_PARALLEL_SPECS, deepspeed_config
+from pipeline.train.engine.deepspeed_config import deepspeed_config
 from tests.launch import ROOT
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -23,6 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO-3": {"zero_stage": 3},
     "pipeline": {"pipeline_stages": 2},
     "tensor parallelism": {"tensor_parallel": 2},
+    "pipeline with tensor parallelism": {"pipeline_stages": 2, "tensor_parallel": 2},
     "optimizer in host memory": {"offload": "optimizer"},
     "parameters in host memory": {"zero_stage": 3, "offload": "parameters"},
     "optimizer on NVMe": {"zero_stage": 3, "offload": "optimizer", "nvme_path": "disk"},
@@ -30,8 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 APPLIES: dict[str, Callable[[TrainConfig, Ranks], bool]] = {
     "all": lambda c, r: True,
-    "without tensor parallelism": lambda c, r: c.parallel.tensor_parallel == 1,
-    "tensor parallelism": lambda c, r: c.parallel.tensor_parallel > 1,
+    "pipeline with tensor parallelism": lambda c, r: c.parallel.tensor_parallel > 1 and c.parallel.pipeline_stages > 1,
     "bf16 with ZeRO-0": lambda c, r: c.precision == "bf16" and c.parallel.zero_stage == 0,
     "bf16 with ZeRO-1 to 3, and fp8": lambda c, r: (
         c.precision == "fp8" or (c.precision == "bf16" and c.parallel.zero_stage > 0)
@@ -74,7 +74,6 @@ def value_of(written: str, config: TrainConfig, ranks: Ranks) -> Any:
     """A value of the table: JSON, an option, or one of four words."""
     words: dict[str, Any] = {
         "computed": config.batch.global_size // config.batch.micro_size // config.parallel.data_ranks(ranks.count),
-        "TENSOR_PARALLEL_SPECS": TENSOR_PARALLEL_SPECS,
         "on CUDA": ranks.device.type == "cuda",
         "a new folder": "a new folder",
     }

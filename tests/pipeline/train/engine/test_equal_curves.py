@@ -24,17 +24,27 @@ STEPS, IMAGES, HELD_OUT = 20, 8, 13
 """Steps of a run, images of a step, and images of a validation: one of two ranks has one image less."""
 NORM_TOLERANCE = 1e-4
 """Relative."""
-TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
-    "1 rank": (1, 1, 1, 1),
-    "Z1x2": (2, 1, 1, 1),
-    "Z2x2": (2, 2, 1, 1),
-    "Z3x2": (2, 3, 1, 1),
-    "PP2": (2, 1, 2, 1),
-    "PP4": (4, 1, 4, 1),
-    "PP2xDP2": (4, 1, 2, 1),
-    "tp2": (2, 1, 1, 2),
-    "tp2xDP2": (4, 1, 1, 2),
+TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism, sequence parallelism
+    "1 rank": (1, 1, 1, 1, True),
+    "Z1x2": (2, 1, 1, 1, True),
+    "Z2x2": (2, 2, 1, 1, True),
+    "Z3x2": (2, 3, 1, 1, True),
+    "PP2": (2, 1, 2, 1, True),
+    "PP4": (4, 1, 4, 1, True),
+    "PP2xDP2": (4, 1, 2, 1, True),
+    "tp2": (2, 1, 1, 2, True),
+    "tp2, complete positions": (2, 2, 1, 2, False),
+    "tp4": (4, 1, 1, 4, True),
+    "tp4, complete positions": (4, 1, 1, 4, False),
+    "tp2xDP2": (4, 2, 1, 2, True),
+    "tp2xDP2, complete positions": (4, 1, 1, 2, False),
+    "tp2xPP2": (4, 1, 2, 2, True),
+    "tp2xPP2, complete positions": (4, 1, 2, 2, False),
+    "tp2xPP2xDP2": (8, 1, 2, 2, True),
+    "tp2xPP2xDP2, complete positions": (8, 1, 2, 2, False),
 }
+HEADS = {parts: max(parts, 2) for *_, parts, _ in TOPOLOGIES.values()}
+"""Heads of 16 dimensions, by tensor parallelism."""
 KINDS = [(block, objective) for block in ("igpt", "gpt2") for objective in ("next_color", "masked_color")]
 
 
@@ -51,8 +61,9 @@ class PlainModel:
     """A model of the tests' size in torch alone. A masked one has an explicit mask that allows all positions; the
     embedding of a masked color is zero."""
 
-    def __init__(self, shards: Path, block: str, objective: str) -> None:
-        self.model = build_model(gpt2_config(ModelConfig(layers=4, width=32, heads=2, resolution=8, block=block)))  # type: ignore[arg-type]
+    def __init__(self, shards: Path, block: str, objective: str, heads: int) -> None:
+        shape = ModelConfig(layers=4, width=16 * heads, heads=heads, resolution=8, block=block)  # type: ignore[arg-type]
+        self.model = build_model(gpt2_config(shape))
         initialize(self.model, seed=0)
         self.shards, self.masked = open_shard_set(shards), objective == "masked_color"
 
@@ -100,19 +111,21 @@ class PlainModel:
 
 
 @pytest.fixture(scope="module")
-def plain(shards: Path) -> dict[tuple[str, str], Curve]:
-    """By block and objective."""
-    return {kind: PlainModel(shards, *kind).train() for kind in KINDS}
+def plain(shards: Path) -> dict[tuple[str, str, int], Curve]:
+    """By block, objective and heads."""
+    heads = sorted(set(HEADS.values()))
+    return {(*kind, number): PlainModel(shards, *kind, number).train() for kind in KINDS for number in heads}
 
 
 def arguments(runner: Runner, topology: str, block: str, objective: str, precision: str) -> list[str]:
     """Of `train`."""
-    _, zero_stage, stages, parts = TOPOLOGIES[topology]
-    settings = {"model__layers": 4, "model__block": block, "objective__kind": objective, "precision": precision}
+    _, zero_stage, stages, parts, sequence = TOPOLOGIES[topology]
+    settings = {"model__layers": 4, "model__width": 16 * HEADS[parts], "model__heads": HEADS[parts]}
+    settings |= {"model__block": block, "objective__kind": objective, "precision": precision}
     settings |= {"optimizer__learning_rate": RATE, "schedule__steps": STEPS, "batch__micro_size": 2}
     settings |= {"validation__every_steps": 10, "validation__images": HELD_OUT, "checkpoint__every_steps": STEPS}
     settings |= {"parallel__zero_stage": zero_stage, "parallel__pipeline_stages": stages}
-    settings |= {"parallel__tensor_parallel": parts}
+    settings |= {"parallel__tensor_parallel": parts, "parallel__sequence_parallel": sequence}
     return runner.arguments(f"{block} {objective} {precision}", **settings)[3:]
 
 
@@ -129,7 +142,7 @@ def furthest(curve: list[float], other: list[float]) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_topology_is_as_plain_torch(
-    runner: Runner, plain: dict[tuple[str, str], Curve], topology: str, tmp_path: Path
+    runner: Runner, plain: dict[tuple[str, str, int], Curve], topology: str, tmp_path: Path
 ) -> None:
     runs = [(*kind, precision) for kind in KINDS for precision in ("fp32", "bf16")]
     (tmp_path / "runs.json").write_text(json.dumps([arguments(runner, topology, *kind) for kind in runs]))
@@ -140,7 +153,8 @@ def test_every_topology_is_as_plain_torch(
     assert finished.codes == [0] * ranks, "\n".join(finished.outputs)
     print()
     for block, objective, precision in runs:
-        expected, found = plain[block, objective], curve_of(runner, f"{block} {objective} {precision}")
+        heads = HEADS[TOPOLOGIES[topology][3]]
+        expected, found = plain[block, objective, heads], curve_of(runner, f"{block} {objective} {precision}")
         assert (len(found.losses), len(found.validation)) == (STEPS, 2)
         assert abs(found.losses[-1] - found.losses[0]) > 100 * FP32_TOLERANCE  # it learns
         loss, validation = furthest(found.losses, expected.losses), furthest(found.validation, expected.validation)

@@ -5,7 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.train.engine import tensor_dropout
 from tests.launch import start
 from tests.pipeline.conftest import Runner
 from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE, RATE, train_plainly
@@ -51,6 +53,29 @@ def test_two_parts_are_as_one_rank(runner: Runner, block: str) -> None:
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("sequence", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_with_dropout_a_resumed_run_is_bit_equal(runner: Runner, sequence: bool) -> None:
+    """The health check compares the replicas: without equal masks outside the split matrices they would differ."""
+    settings = {**TP2, "parallel__sequence_parallel": sequence, "schedule__decay": "constant"}
+    settings |= {"model__dropout": 0.1, "optimizer__learning_rate": RATE, "checkpoint__every_steps": 4}
+    settings |= {"validation__every_steps": 4}
+    runner.check_trains("unbroken", 2, **settings, schedule__steps=12)
+    runner.check_trains("run", 2, **settings, schedule__steps=8)
+    runner.check_trains("run", 2, **settings, schedule__steps=12)
+    assert runner.losses("run") == runner.losses("unbroken")
+
+
+def test_a_rank_drops_by_its_own_stream_inside_and_by_the_common_one_outside() -> None:
+    inside, outside = [], []
+    for rank in (0, 1, 0):
+        torch.manual_seed(7)
+        with tensor_dropout._own_stream(torch.device("cpu"), rank):
+            inside.append(torch.rand(4).tolist())
+        outside.append(torch.rand(4).tolist())
+    assert inside[0] == inside[2] != inside[1]
+    assert outside[0] == outside[1] == outside[2] != inside[0]
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_the_curve_is_bit_equal(runner: Runner) -> None:
     settings = {**TP2, "schedule__steps": 20, "checkpoint__every_steps": 4}
@@ -70,8 +95,13 @@ def test_killed_and_resumed_the_curve_is_bit_equal(runner: Runner) -> None:
         (2, {"parallel__zero_stage": 3}, "parallel.zero_stage is 3; with parallel.tensor_parallel 2 it must be 1 or 2"),
         (1, {}, "parallel.tensor_parallel is 2; it must divide the number of ranks, 1"),
         (4, {"parallel__tensor_parallel": 4}, "parallel.tensor_parallel is 4; it must divide the model's heads, 2"),
-        (4, {"parallel__pipeline_stages": 2}, "parallel.tensor_parallel is 2; with parallel.pipeline_stages 2 it must"),
-        (2, {"model__dropout": 0.1}, "model.dropout is 0.1; with parallel.tensor_parallel 2 it must be 0"),
+        (4, {"parallel__pipeline_stages": 4}, "their product, 8, must divide the number of ranks, 4"),
+        (
+            3,
+            {"parallel__tensor_parallel": 3, "model__width": 48, "model__heads": 3},
+            "parallel.sequence_parallel is true; with parallel.tensor_parallel 3 and 64 positions",
+        ),
+        (2, {"precision": "fp8"}, "precision is fp8; with parallel.tensor_parallel 2 it must be bf16 or fp32"),
     ],
 )
 def test_invalid_input_is_an_error_before_the_group_starts(

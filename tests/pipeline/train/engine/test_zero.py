@@ -1,5 +1,6 @@
 """What the engine over ZeRO decides by itself, without ranks."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ def test_weights_that_ranks_share_are_not_recorded(
     monkeypatch.setattr(zero, "Decoder", decoder)
     engine: Any = SimpleNamespace(
         _engine=SimpleNamespace(eval=lambda: None),
+        _divided=lambda positions: nullcontext(),
         _model=None,
         _config=SimpleNamespace(parallel=ParallelConfig(**parallel)),
         _model_config=SimpleNamespace(colors=3),
