@@ -10,14 +10,13 @@ from tests.launch import ROOT
 
 SLOW_PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "sklearn", "matplotlib", "datasets")
 SCRIPT = f"""
-import runpy, sys, time
+import runpy, sys
 try:
     runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
 except SystemExit as exit:
     code = exit.code
 imported = [name for name in {SLOW_PACKAGES} if name in sys.modules]
 assert not imported, imported
-assert time.process_time() < 1
 sys.exit(code)
 """
 COMMANDS = {
