@@ -23,9 +23,13 @@ again without gradients, and a save must not wait for a compiler."""
 
 
 def is_on(config: TrainConfig, device: torch.device) -> bool:
-    """Whether a run compiles on this device; `auto` does on accelerators that have a compiler."""
+    """Whether a run compiles on this device; `auto` does on accelerators that have a compiler.
+
+    Not with tensor parallelism: its split matrices have not been compiled on an accelerator yet.
+    """
     if config.compile == "auto":
-        return device.type != "cpu" and missing_compiler(device.type) is None
+        whole = config.parallel.tensor_parallel == 1
+        return whole and device.type != "cpu" and missing_compiler(device.type) is None
     return config.compile
 
 
@@ -34,7 +38,8 @@ def describe(config: TrainConfig, device: torch.device) -> str:
     if is_on(config, device):
         return "each block, by torch.compile, in the first step"
     if config.compile == "auto" and device.type != "cpu":
-        return f"off, which is slower: {missing_compiler(device.type)}"
+        reason = missing_compiler(device.type) or "auto does not compile with tensor parallelism"
+        return f"off, which is slower: {reason}"
     return "off"
 
 
