@@ -84,7 +84,7 @@ def parameter_count(config: GPT2Config) -> int:
     norms = (2 * config.n_layer + 1) * config.n_embd
     if config.block == "igpt":
         return matrices + embeddings + norms
-    projection_biases = config.n_layer * (3 + 1 + 1) * config.n_embd + config.n_layer * _inner(config)
+    projection_biases = config.n_layer * (3 + 1 + 1) * config.n_embd + config.n_layer * mlp_width(config)
     return matrices + embeddings + 2 * norms + projection_biases
 
 
@@ -92,7 +92,7 @@ def matmul_parameters(config: GPT2Config) -> int:
     """Parameters of matrix products: 4 D^2 of a block's attention, its two MLP matrices, and the head."""
     width = config.n_embd
     head_rows = config.colors if config.block == "igpt" else config.vocab_size
-    return config.n_layer * (4 * width**2 + 2 * width * _inner(config)) + width * head_rows
+    return config.n_layer * (4 * width**2 + 2 * width * mlp_width(config)) + width * head_rows
 
 
 def flops_per_token(config: GPT2Config) -> float:
@@ -101,7 +101,8 @@ def flops_per_token(config: GPT2Config) -> float:
     return float(6 * matmul_parameters(config) + attention)
 
 
-def _inner(config: GPT2Config) -> int:
+def mlp_width(config: GPT2Config) -> int:
+    """Width of the inner layer of the MLP."""
     return config.n_inner if config.n_inner is not None else 4 * config.n_embd
 
 

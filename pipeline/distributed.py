@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -76,6 +77,14 @@ def _check_rank(rank: int, count: int) -> None:
             f"RANK is {rank}; with {count} ranks (WORLD_SIZE) it must be below {count}. Unset both to train on one "
             f"rank."
         )
+
+
+def ranks_on_this_node() -> int | None:
+    """As the launcher says: torchrun, or SLURM for a job step; None if neither does."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return integer_variable("LOCAL_WORLD_SIZE", 1)
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 4(x2): of the first node
+    return int(tasks[0]) if tasks else None
 
 
 def integer_variable(name: str, default: int) -> int:

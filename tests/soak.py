@@ -2,7 +2,8 @@
 
 Half of the runs stay on one topology: their losses must be bit-equal to those of an uninterrupted run. The others
 resume on a random topology each time: their losses must agree within 1e-5. After every kill, every committed
-checkpoint must be complete.
+checkpoint must be complete. With --killed_on all runs are killed on one topology, and after each kill continue on
+another one, each in turn, until they are asked to stop.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import count, cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +43,7 @@ TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism
     "Z3x2": (2, 3, 1, 1),
     "PP2": (2, 1, 2, 1),
     "tp2": (2, 1, 1, 2),
+    "tp2xPP2": (4, 1, 2, 2),
 }
 METHODS = ("kill all", "kill one", "USR1", "STOP file")
 MOMENTS = ("anywhere", "during a save", "during the load")
@@ -55,17 +58,18 @@ class Failed(AssertionError):
 class Soak:
     """Kills runs, resumes them, checks them, and counts what it did."""
 
-    def __init__(self, runner: Runner, seed: int) -> None:
-        self.runner, self.draw = runner, random.Random(seed)
+    def __init__(self, runner: Runner, seed: int, killed_on: str | None) -> None:
+        self.runner, self.draw, self.killed_on = runner, random.Random(seed), killed_on
+        self.others = cycle(name for name in TOPOLOGIES if name != killed_on)
         self.counts: Counter[str] = Counter()
         self.kills, self.unfinished_saves, self.largest = 0, 0, 0.0
 
     def round(self, name: str, mixed: bool, kills: int) -> None:
         """One run from its start to its last step; at most `kills` starts are killed."""
-        home = self.draw.choice(list(TOPOLOGIES))
+        home = self.killed_on or self.draw.choice(list(TOPOLOGIES))
         killed = 0
-        while True:
-            topology = self.draw.choice(list(TOPOLOGIES)) if mixed else home
+        for number in count():
+            topology = self.topology(home, mixed, number)
             uninterrupted = killed >= kills
             codes = self.start_once(name, topology, uninterrupted)
             self.check_checkpoints(name)
@@ -78,6 +82,18 @@ class Soak:
                 self.kills += 1
         self.check_rows(name, home, mixed)
 
+    def topology(self, home: str, mixed: bool, number: int) -> str:
+        """Of this start of a run."""
+        if self.killed_on:
+            return home if number % 2 == 0 else next(self.others)
+        return self.draw.choice(list(TOPOLOGIES)) if mixed else home
+
+    def methods(self, topology: str) -> tuple[str, ...]:
+        """How a start may be ended."""
+        if self.killed_on:
+            return METHODS[:2] if topology == self.killed_on else ("STOP file",)
+        return METHODS[:2] * 2 + METHODS[2:]
+
     def start_once(self, name: str, topology: str, uninterrupted: bool) -> list[int]:
         """Starts or resumes the run and, unless `uninterrupted`, ends it at a random moment. Returns the exit codes."""
         ranks, zero, stages, parts = TOPOLOGIES[topology]
@@ -87,7 +103,7 @@ class Soak:
             "parallel__tensor_parallel": parts,
             "checkpoint__asynchronous": self.draw.random() < 0.7,
         }
-        method, moment = self.draw.choice(METHODS[:2] * 2 + METHODS[2:]), self.draw.choice(MOMENTS)
+        method, moment = self.draw.choice(self.methods(topology)), self.draw.choice(MOMENTS)
         processes = start(ranks, *self.runner.arguments(name, **settings), logs=self.runner.folder / "logs" / name)
         try:
             if not uninterrupted:
@@ -189,18 +205,18 @@ class Soak:
         print(f"{self.kills:4} kills  {message}", flush=True)
 
 
-def soak(folder: Path, kills: int, seed: int, topologies: str) -> Soak:
-    """Kills this many starts; half of the runs stay on one topology, half change it. Raises Failed."""
+def soak(folder: Path, kills: int, seed: int, topologies: str, killed_on: str | None) -> Soak:
+    """Kills this many starts, as described above. Raises Failed."""
     shards = folder / "shards"
     options = ["--source.kind=photographs", "--source.train_per_class=30", "--source.test_per_class=4"]
     done = run(
         1, "-m", "data_prep", "shards", *options, "--resolution=8", f"--out={shards}", logs=folder / "logs/shards"
     )
     assert done.codes == [0], done.output
-    state = Soak(Runner(shards, folder), seed)
+    state = Soak(Runner(shards, folder), seed, killed_on)
     number = 0
     while state.kills < kills:
-        mixed = topologies == "mixed" or (topologies == "both" and number % 2 == 1)
+        mixed = killed_on is not None or topologies == "mixed" or (topologies == "both" and number % 2 == 1)
         state.round(f"run-{number}", mixed, min(kills - state.kills, 8))
         number += 1
     return state
@@ -212,12 +228,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--topologies", choices=("same", "mixed", "both"), default="both")
+    parser.add_argument("--killed_on", choices=tuple(TOPOLOGIES))
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began = time.monotonic()
     with TemporaryDirectory() as name:
         try:
-            state = soak(Path(name), chosen.kills, chosen.seed, chosen.topologies)
+            state = soak(Path(name), chosen.kills, chosen.seed, chosen.topologies, chosen.killed_on)
         except Failed as error:
             sys.exit(f"FAILED: {error}")
     print(json.dumps(dict(sorted(state.counts.items())), indent=2))

@@ -145,6 +145,16 @@ def _block_flops(model: GPT2Config, width: int, positions: int) -> float:
     return 6 * own / model.n_layer * (width / model.n_embd) ** 2 + 12.0 * positions * width
 
 
+def column_products(backward: float, model: GPT2Config) -> tuple[float, float]:
+    """Seconds of one product in the backward pass with c_attn and with c_fc, at the mean rate of that pass.
+
+    backward: seconds of a block's backward pass.
+    """
+    width, inner = model.n_embd, costs.mlp_width(model)
+    flops = (1 - FORWARD_SHARE) * _block_flops(model, width, model.n_positions)
+    return backward * 2 * width * 3 * width / flops, backward * 2 * width * inner / flops
+
+
 def _head_flops(model: GPT2Config) -> float:
     return 6.0 * model.n_embd * (model.colors if model.block == "igpt" else model.vocab_size)
 

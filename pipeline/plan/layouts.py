@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import costs
 from pipeline.config import TrainConfig
-from pipeline.plan.block_times import BlockTimes, estimated, measured
+from pipeline.plan.block_times import BlockTimes, column_products, estimated, measured
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.memory import Memory, memory_of_rank
 from pipeline.plan.passes import passes_of
@@ -130,6 +130,9 @@ def work_of(config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks
         update_replicated=seconds.byte * (passes.step + micro_batches * passes.micro_batch),
         block_parameters=(costs.parameter_count(model) - outer) / model.n_layer,
         outer_parameters=outer,
+        column_products=column_products(seconds.backward, model),
+        norm_bytes=float(model.n_embd * width),
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel > 1,
         stream_bytes=float(config.batch.micro_size * model.n_positions * model.n_embd * width),
         weight_bytes=width,
         gradient_bytes=2 if parallel.communication == "bf16" else 4,

@@ -59,6 +59,12 @@ class Work:
     data: int = 1
     ranks_per_node: int = 8
     offloads: bool = False
+    sequence_parallel: bool = False
+    column_products: tuple[float, ...] = ()
+    """Seconds of a block's backward pass for each matrix that is split by outputs: the gradient of its weight, and as
+    many for the gradient of its input. Messages of tensor parallelism overlap with them; without any, with nothing."""
+    norm_bytes: float = 0.0
+    """Bytes of the gradient of a block's norm."""
     sums_everywhere: bool = True
     """Whether ZeRO-1 and 2 all-reduce gradients, as DeepSpeed's BF16_Optimizer does, instead of reducing them to their
     owners."""
@@ -113,13 +119,14 @@ class StepTime:
 
 def simulate(work: Work, links: Links) -> StepTime:
     """The time of a step after the first few, without failures."""
-    passes = [_passes(work, stage, 0.0) for stage in range(work.stages)]
+    passes = [_passes(work, stage, NO_MESSAGES) for stage in range(work.stages)]
     mean = sum(map(sum, passes)) / work.stages
-    message = all_reduce_seconds(work.stream_bytes, _tensor_group(work), links)
-    with_messages = [_passes(work, stage, message) for stage in range(work.stages)]
+    messages = _tensor_seconds(work, links)
+    with_messages = [_passes(work, stage, messages) for stage in range(work.stages)]
     free = pipeline_seconds(passes, (0.0,) * (work.stages - 1), work.micro_batches)
     tensor = pipeline_seconds(with_messages, (0.0,) * (work.stages - 1), work.micro_batches)
-    hops = tuple(send_seconds(work.stream_bytes, _leaves_node(work, stage), links) for stage in range(work.stages - 1))
+    sent = work.stream_bytes / (work.tensor if work.sequence_parallel else 1)
+    hops = tuple(send_seconds(sent, _leaves_node(work, stage), links) for stage in range(work.stages - 1))
     staged = pipeline_seconds(with_messages, hops, work.micro_batches) if hops else tensor
     computing, bubble = mean * work.micro_batches, mean * (work.stages - 1)
     waits, slowed = _gradient_seconds(work, with_messages, links)
@@ -142,18 +149,37 @@ def simulate(work: Work, links: Links) -> StepTime:
 
 Pass = tuple[float, float]
 """Seconds of a forward and of a backward pass over a micro-batch."""
+NO_MESSAGES: Pass = (0.0, 0.0)
 
 
-def _passes(work: Work, stage: int, message: float) -> Pass:
-    """message: seconds of one all-reduce of tensor parallelism; each pass of a block has two."""
-    forward = work.blocks(stage) * (work.forward + 2 * message)
-    backward = work.blocks(stage) * (work.backward + 2 * message) + (forward if work.recompute else 0.0)
+def _passes(work: Work, stage: int, messages: Pass) -> Pass:
+    """messages: seconds that a block's passes wait for tensor parallelism."""
+    forward = work.blocks(stage) * (work.forward + messages[0])
+    backward = work.blocks(stage) * (work.backward + messages[1]) + (forward if work.recompute else 0.0)
     last = stage == work.stages - 1
     return forward + last * work.head_forward, backward + last * work.head_backward
 
 
-def _tensor_group(work: Work) -> Group:
-    return Group(work.tensor, min(work.tensor, work.ranks_per_node))
+def _tensor_seconds(work: Work, links: Links) -> Pass:
+    """What a block's passes wait for tensor parallelism, as train/engine/tensor_group.py communicates.
+
+    With complete positions each pass has two all-reduces. With sequence parallelism the forward pass has two gathers
+    and two scatters of positions, and the backward pass two gathers more. The messages of the backward pass overlap
+    with a product, except for the gathers of the outputs' gradients.
+    """
+    group = Group(work.tensor, min(work.tensor, work.ranks_per_node))
+    if not work.sequence_parallel:
+        message = all_reduce_seconds(work.stream_bytes, group, links)
+        behind = [_behind(message, product) for product in work.column_products or (0.0, 0.0)]
+        return 2 * message, sum(behind)
+    message = gather_seconds(work.stream_bytes, group, links)
+    behind = [2 * _behind(message, product) for product in work.column_products or (0.0, 0.0)]
+    return 4 * message, 2 * message + sum(behind) + 2 * all_reduce_seconds(work.norm_bytes, group, links)
+
+
+def _behind(message: float, product: float) -> float:
+    """Seconds that a message adds to a product that it overlaps with."""
+    return max(0.0, message - product) + CONTENTION * min(message, product)
 
 
 def _leaves_node(work: Work, stage: int) -> bool:
@@ -275,5 +301,5 @@ def _stage_3_seconds(work: Work, links: Links) -> tuple[float, float]:
         stream.send(scatter)
     stream.send(gather_seconds(work.gradient_bytes * outer, work.data_group, links))
     stream.wait()
-    waits = stream.clock - stream.slowed - sum(_passes(work, 0, 0.0))
+    waits = stream.clock - stream.slowed - sum(_passes(work, 0, NO_MESSAGES))
     return work.micro_batches * waits, work.micro_batches * stream.slowed

@@ -12,7 +12,7 @@ from pipeline.checkpoint.format import CheckpointRecord
 from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
-from pipeline.distributed import Ranks, from_first
+from pipeline.distributed import Ranks, from_first, ranks_on_this_node
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt_config import gpt2_config
@@ -71,6 +71,7 @@ def check_inputs(config: TrainConfig, ranks: Ranks) -> Inputs:
     check_machine(config, ranks.device)
     if ranks.is_first:
         warn_of_slow_precision(config, ranks.device)
+        warn_of_slow_groups(config, ranks)
     model_config = gpt2_config(config.model, sets.colors, config.objective.kind)
     config.parallel.check_model(model_config.n_layer, model_config.n_head, model_config.n_positions)
     return Inputs(config, model_config, sets, ranks, open_probe_images(config, sets))
@@ -82,6 +83,16 @@ def warn_of_slow_precision(config: TrainConfig, device: torch.device) -> None:
         logger.warning(
             f"precision is {config.precision}, for which torch has no fast kernels on this processor; with precision "
             f"fp32 a step would be several times faster"
+        )
+
+
+def warn_of_slow_groups(config: TrainConfig, ranks: Ranks) -> None:
+    """Logs a warning if ranks of a tensor-parallel group are on different nodes."""
+    parts, here = config.parallel.tensor_parallel, ranks_on_this_node() or ranks.count
+    if parts > 1 and here % parts:
+        logger.warning(
+            f"parallel.tensor_parallel is {parts}, which does not divide the {here} ranks of a node: every block sends "
+            f"its activations between nodes; a divisor of {here} would be faster"
         )
 
 

@@ -27,13 +27,15 @@ from tests.launch import ROOT, free_port
 
 IMAGES, POSITIONS = 32_768, 32 * 32
 """Images of the token sets, and tokens of each: 67 MB, and of webdataset's shards one for each of four ranks."""
+FEW_IMAGES = IMAGES // 4
+"""Read in a turn by mosaicml-streaming, of which an epoch of all would take half a minute."""
 S_TOKENS_A_SECOND = 0.45 * 989e12 / 0.606e9
 """Tokens per second of iGPT-S on one H100 at 45% of its peak, 0.606 GFLOP a token: a reader must be faster."""
 SHARE = 0.7
 """Of the first set in the mixture."""
 PREPARING_MARK = 1.5
 """Times the best peer."""
-PREPARED, PREPARED_LARGE = 1_000, 200
+PREPARED, PREPARED_LARGE = 500, 100
 """Images of 32x32 and of 500x375 that are prepared in a turn."""
 LARGE = (500, 375)
 FORMATS = {
@@ -44,8 +46,6 @@ FORMATS = {
     "litdata_chunks": ("litdata", "litdata"),
 }
 """The name in the tables and the environment of each module of peers/formats/."""
-WORKER = "mosaicml_streaming", "litdata_chunks", "webdataset_tars"
-"""Formats that can read in a process of their own, one worker; all can read in the process that trains."""
 
 
 def _script(kind: str, form: str, *arguments: object, note: str = "") -> Script:
@@ -54,20 +54,20 @@ def _script(kind: str, form: str, *arguments: object, note: str = "") -> Script:
     return Script(f"{name}{note}", module, (form, *arguments), environment, is_reference=form == "memmap")
 
 
-def _token_file(folder: Path, name: str, first: int = 0) -> Path:
+def _token_file(folder: Path, name: str, first: int = 0, count: int = IMAGES) -> Path:
     file = folder / f"{name}.npy"
-    np.save(file, token_images(IMAGES, POSITIONS, first))
+    np.save(file, token_images(count, POSITIONS, first))
     return file
 
 
 def reading(folder: Path) -> Iterator[str | Result]:
     """Epochs of shuffled batches of 128, from files in the page cache."""
-    tokens = _token_file(folder, "a")
+    tokens, few = _token_file(folder, "a"), _token_file(folder, "few", count=FEW_IMAGES)
     scripts = [_script("reading", "ours", tokens, 1), _script("reading", "memmap", tokens, 0)]
-    for form in WORKER:
+    scripts += [_script("reading", "mosaicml_streaming", few, 1, note=", one worker")]
+    for form in ("litdata_chunks", "webdataset_tars"):  # two of mosaicml's would clean each other's shared memory
         scripts += [_script("reading", form, tokens, 1, note=", one worker")]
-        if form != "mosaicml_streaming":  # two of its processes would clean each other's shared memory
-            scripts += [_script("reading", form, tokens, 0, note=", in the process")]
+        scripts += [_script("reading", form, tokens, 0, note=", in the process")]
     measured = compare(*scripts)
     work, unit = "shuffled batches of 128", "Mtoken/s"
     yield measure.HEAD
@@ -143,11 +143,12 @@ def _resumed(one: Measured, ranks: int) -> str:
 def mixtures(folder: Path) -> Iterator[str | Result]:
     """A mixture of two sets, 7 to 3."""
     files = _token_file(folder, "a"), _token_file(folder, "b", IMAGES)
+    few = [_token_file(folder, f"few-{number}", number * IMAGES, FEW_IMAGES) for number in range(2)]
     scripts = [_script("mixing", form, *files, SHARE, 0) for form in ("ours", "memmap")]
     for form in ("webdataset_tars", "litdata_chunks"):  # mosaicml-streaming: as in reading
         scripts.append(_script("mixing", form, *files, SHARE, 0, note=", in the process"))
-    for form in ("mosaicml_streaming", "litdata_chunks"):
-        scripts.append(_script("mixing", form, *files, SHARE, 1, note=", one worker"))
+    for form, sets in (("mosaicml_streaming", few), ("litdata_chunks", files)):
+        scripts.append(_script("mixing", form, *sets, SHARE, 1, note=", one worker"))
     measured = compare(*scripts, turns=measure.SLOW_TURNS)
     work, unit = "mixture 7 : 3, batches of 128", "Mtoken/s"
     yield measure.HEAD

@@ -41,6 +41,9 @@ class Result:
         own, other = (self.ours, self.theirs) if self.more_is_better else (self.theirs, self.ours)
         return own / other if other else inf if own else 1.0
 
+    def _times(self) -> str:
+        return "" if self.times is None else f"{self.times:.2f}".replace("inf", "∞")
+
     @property
     def share(self) -> float | None:
         """Of the limit, which ours reaches."""
@@ -63,7 +66,7 @@ class Result:
         if self.times is None:
             text += ", nothing to compare"
         else:
-            text += f", {self.times:.2f} times as good as the best peer, {self.peer}: {shown(self.theirs or 0)}"
+            text += f", {self._times()} times as good as the best peer, {self.peer}: {shown(self.theirs or 0)}"
         if self.verdict:
             text += f"; mark {self.mark:g}: {self.verdict}"
         if self.share is not None:
@@ -76,7 +79,7 @@ class Result:
         ours, theirs = figures
         mark = "" if self.mark is None else f"{self.mark:g}: {self.verdict or 'not measured'}"
         limit = "" if self.limit is None else f"{shown(self.limit)} ({self.limited_by})"
-        times = "" if self.times is None else f"{self.times:.2f}".replace("inf", "∞")
+        times = self._times()
         share = "" if self.share is None else f"{self.share:.0%}"
         ours = ours or f"fails: {self.problem}"
         cells = (self.work, self.unit, ours, self.peer, theirs, times, mark, limit, share)

@@ -1,13 +1,15 @@
 """The peak memory of real runs on CPU against what `plan` says: python -m tests.benchmarks.memory
 
 Of each rank the peak of its resident memory over two steps, less what the process had before the engine was built. The
-C library is told to give freed tensors back, as an accelerator's allocator counts them.
+C library is told to give freed tensors back, as an accelerator's allocator counts them. The second table has what
+two images more add to the peak, by tensor parallelism: activations alone.
 """
 
 import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,6 +71,10 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ),
 ]
 
+TENSOR_SIZES = (1, 2, 4)
+FEW, MORE = 1, 3
+"""Images of a micro-batch."""
+
 
 def config_of(case: dict[str, Any], ranks: int) -> TrainConfig:
     """The run of a case; `images` is the micro-batch."""
@@ -114,24 +120,42 @@ def measure(case: dict[str, Any]) -> None:
 
 def table(folder: Path) -> Iterator[str]:
     """Lines."""
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     yield "| run | plan, MB | measured, MB | difference |"
     yield "|---|---|---|---|"
     for name, ranks, case in CASES:
-        config = config_of(case, ranks)
-        planned = memory_of_rank(config, gpt2_config(config.model), ranks, on_cpu=True).peak
-        done = run(ranks, "-m", "tests.benchmarks.memory", json.dumps(case), logs=folder)
-        found = [line for text in done.outputs for line in text.splitlines() if line.startswith("BYTES")]
-        if len(found) != ranks:
-            sys.exit(done.output)
-        peak = max(int(line.split()[1]) for line in found)
-        yield f"| {name} | {planned / 1e6:,.0f} | {peak / 1e6:,.0f} | {planned / peak - 1:+.1%} |"
+        yield _line(name, *peaks(ranks, case, folder))
+
+
+def activations_table(folder: Path) -> Iterator[str]:
+    """Lines."""
+    yield "\n| activations of two images, fp32, sequence parallelism | plan, MB | measured, MB | difference |"
+    yield "|---|---|---|---|"
+    for parts in TENSOR_SIZES:
+        case = {"model": {**HALF, "resolution": 32}, "parallel": {"tensor_parallel": parts}}
+        few, more = (peaks(parts, {**case, "images": images}, folder) for images in (FEW, MORE))
+        yield _line(f"12 x 256 32x32, tensor parallel {parts}", more[0] - few[0], more[1] - few[1])
+
+
+def _line(name: str, planned: float, measured: float) -> str:
+    return f"| {name} | {planned / 1e6:,.0f} | {measured / 1e6:,.0f} | {planned / measured - 1:+.1%} |"
+
+
+def peaks(ranks: int, case: dict[str, Any], folder: Path) -> tuple[float, int]:
+    """Bytes of the rank that needs the most: as planned, and as measured."""
+    config = config_of(case, ranks)
+    planned = memory_of_rank(config, gpt2_config(config.model), ranks, on_cpu=True).peak
+    done = run(ranks, "-m", "tests.benchmarks.memory", json.dumps(case), logs=folder)
+    found = [line for text in done.outputs for line in text.splitlines() if line.startswith("BYTES")]
+    if len(found) != ranks:
+        sys.exit(done.output)
+    return planned, max(int(line.split()[1]) for line in found)
 
 
 def main() -> None:
-    """The table."""
+    """Both tables."""
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     with TemporaryDirectory() as folder:
-        for line in table(Path(folder)):
+        for line in chain(table(Path(folder)), activations_table(Path(folder))):
             print(line, flush=True)
 
 

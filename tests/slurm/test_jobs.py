@@ -188,6 +188,21 @@ def test_before_the_time_limit_the_run_is_saved_and_requeued(cluster: Cluster, s
 
 
 @pytest.mark.slow
+def test_stages_on_other_nodes_than_their_neighbors_and_tensor_ranks_on_one(cluster: Cluster, runner: Runner) -> None:
+    """2 nodes of 4 ranks: each node has a stage, of two data-parallel ranks of two tensor-parallel ones."""
+    layout = {"parallel__pipeline_stages": 2, "parallel__tensor_parallel": 2}
+    reference = Runner(runner.shards, runner.folder / "reference")
+    reference.check_trains("run", 8, **SIZES | layout)
+    training = Training(cluster, runner, reference.losses("run"))
+    training.submit("--ntasks-per-node=4", overrides=layout)
+    training.await_step(60)
+    assert len(training.ranks()) == 8
+    cluster.client("scancel", "--signal=USR1", "--batch", training.job)
+    training.check_finishes(restarts=1)
+    assert "8 ranks = 2 data-parallel x 2 pipeline stages x 2 tensor-parallel" in training.log()
+
+
+@pytest.mark.slow
 def test_without_requeueing_the_next_job_of_an_array_resumes(training: Training) -> None:
     training.submit("--array=1-3%1")
     training.await_step(60)
