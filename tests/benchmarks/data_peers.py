@@ -27,15 +27,15 @@ from tests.launch import ROOT, free_port
 
 IMAGES, POSITIONS = 32_768, 32 * 32
 """Images of the token sets, and tokens of each: 67 MB, and of webdataset's shards one for each of four ranks."""
-FEW_IMAGES = IMAGES // 4
-"""Read in a turn by mosaicml-streaming, of which an epoch of all would take half a minute."""
+FEW_IMAGES = IMAGES // 2
+"""Read in a turn by mosaicml-streaming, of which an epoch of all may take 20 s."""
 S_TOKENS_A_SECOND = 0.45 * 989e12 / 0.606e9
 """Tokens per second of iGPT-S on one H100 at 45% of its peak, 0.606 GFLOP a token: a reader must be faster."""
 SHARE = 0.7
 """Of the first set in the mixture."""
 PREPARING_MARK = 1.5
 """Times the best peer."""
-PREPARED, PREPARED_LARGE = 500, 100
+PREPARED, PREPARED_LARGE = 1_000, 200
 """Images of 32x32 and of 500x375 that are prepared in a turn."""
 LARGE = (500, 375)
 FORMATS = {
