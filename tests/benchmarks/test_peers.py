@@ -157,6 +157,22 @@ def test_a_format_reads_each_image_once_and_resumes_on_other_ranks(
     assert np.array_equal(np.concatenate([share[0] for share in shares]), epochs[0][4])
 
 
+@pytest.mark.parametrize("form", ["ours", "memmap"])
+def test_a_mixture_has_whole_batches_in_each_pass(form: str, tmp_path: Path) -> None:
+    """Two passes; ours has the exact share in any 1,000 consecutive images, across the passes too."""
+    stored, count, images = format_of(form), 1500, 2000
+    for number, name in enumerate("ab"):
+        stored.write(token_images(count, 16, first=number * count), tmp_path / name)
+    loader = stored.mixture([tmp_path / "a", tmp_path / "b"], [0.7, 0.3], reading.BATCH, images, 0)
+    passes = [[numbers_of(batch) for batch in loader] for _ in range(2)]
+    whole = images // reading.BATCH
+    assert [[len(batch) for batch in batches] for batches in passes] == [[reading.BATCH] * whole] * 2
+    numbers = np.concatenate([*passes[0], *passes[1]])
+    assert len(np.unique(numbers)) > 2_300
+    found = mixing.differences(numbers < count, 0.7, 2 * whole * reading.BATCH)
+    assert found["off_thousand"] < (1 if form == "ours" else 100)
+
+
 def test_batches_of_several_ranks_are_compared_as_a_whole() -> None:
     """Shares one after the other, images of each rank in turn, the same images in another order, and others."""
     batches = [np.arange(first, first + 4) for first in range(0, 4 * resuming.FOLLOWING, 4)]
