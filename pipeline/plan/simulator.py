@@ -24,7 +24,7 @@ from pipeline.plan.memory import GATHER_BUCKET, REDUCE_BUCKET, blocks_of_stage
 
 CONTENTION = 0.14
 """The fraction of its rate that computing loses during communication, whose kernels occupy multiprocessors. Fitted to
-one published run, see tests/benchmarks/scale.py."""
+one published run, see tests/benchmarks/published_runs.py."""
 
 
 @dataclass(frozen=True)
