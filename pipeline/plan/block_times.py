@@ -3,8 +3,8 @@
 The estimate adds three terms. Matrix products run at the fraction of the peak given in hardware.py. Attention, counted
 in full, runs at half that rate. Norms, activation function and residuals move 345 bytes through memory for each channel
 of each token, forward and backward together; this is why narrow models reach less of the peak. The constants were
-fitted to published runs (tests/benchmarks/published_runs.py) with software of 2023. Well compiled blocks are faster: pass a
-measurement or an MFU for them.
+fitted to published runs (tests/benchmarks/published_runs.py) with software of 2023. Well compiled blocks are faster:
+pass a measurement or an MFU for them.
 """
 
 from __future__ import annotations

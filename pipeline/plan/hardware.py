@@ -2,8 +2,8 @@
 
 Link rates are the vendors'. The fraction that NCCL reaches is NVIDIA's: 370 of NVLink 4's 450 GB/s "with the protocol
 overhead" (NVIDIA/nccl-tests#212), 46 to 48 of a 400 Gbit/s port's 50 GB/s (NVIDIA/nccl-tests#290). The fraction of the
-peak that matrix products reach was fitted to one published run each on H100 and A100; tests/benchmarks/published_runs.py has
-these runs and the errors on all others. Other accelerators use the value of a similar one, which was not verified.
+peak that matrix products reach was fitted to one published run each on H100 and A100 (all are in
+tests/benchmarks/published_runs.py). Other accelerators use the value of a similar one, which was not verified.
 """
 
 from dataclasses import dataclass, replace
