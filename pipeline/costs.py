@@ -91,8 +91,12 @@ def parameter_count(config: GPT2Config) -> int:
 def matmul_parameters(config: GPT2Config) -> int:
     """Parameters of matrix products: 4 D^2 of a block's attention, its two MLP matrices, and the head."""
     width = config.n_embd
-    head_rows = config.colors if config.block == "igpt" else config.vocab_size
-    return config.n_layer * (4 * width**2 + 2 * width * mlp_width(config)) + width * head_rows
+    return config.n_layer * (4 * width**2 + 2 * width * mlp_width(config)) + width * head_rows(config)
+
+
+def head_rows(config: GPT2Config) -> int:
+    """Scores of a position: the colors, with GPT-2's head also the start token."""
+    return config.colors if config.block == "igpt" else config.vocab_size
 
 
 def flops_per_token(config: GPT2Config) -> float:

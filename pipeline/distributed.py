@@ -79,11 +79,11 @@ def _check_rank(rank: int, count: int) -> None:
         )
 
 
-def ranks_on_this_node() -> int | None:
-    """As the launcher says: torchrun, or SLURM for a job step; None if neither does."""
+def ranks_per_node() -> int | None:
+    """As the launcher says: torchrun, or SLURM for the first node of a job step; None if neither does."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return integer_variable("LOCAL_WORLD_SIZE", 1)
-    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 4(x2): of the first node
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 4(x2)
     return int(tasks[0]) if tasks else None
 
 

@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--topologies", choices=("same", "mixed", "both"), default="both")
     parser.add_argument("--killed_on", choices=tuple(TOPOLOGIES))
     chosen = parser.parse_args()
+    if chosen.killed_on and chosen.topologies != "both":
+        parser.error("--killed_on and --topologies exclude each other")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began = time.monotonic()
     with TemporaryDirectory() as name:

@@ -145,7 +145,7 @@ def _block_flops(model: GPT2Config, width: int, positions: int) -> float:
     return 6 * own / model.n_layer * (width / model.n_embd) ** 2 + 12.0 * positions * width
 
 
-def column_products(backward: float, model: GPT2Config) -> tuple[float, float]:
+def product_seconds(backward: float, model: GPT2Config) -> tuple[float, float]:
     """Seconds of one product in the backward pass with c_attn and with c_fc, at the mean rate of that pass.
 
     backward: seconds of a block's backward pass.
@@ -156,7 +156,7 @@ def column_products(backward: float, model: GPT2Config) -> tuple[float, float]:
 
 
 def _head_flops(model: GPT2Config) -> float:
-    return 6.0 * model.n_embd * (model.colors if model.block == "igpt" else model.vocab_size)
+    return 6.0 * model.n_embd * costs.head_rows(model)
 
 
 def estimated(
@@ -178,7 +178,8 @@ def estimated(
 def _traffic_fraction(config: TrainConfig, model: GPT2Config) -> float:
     """The fraction of a block's memory traffic that remains under tensor parallelism.
 
-    Norms and residuals are replicated. Approximated by the fraction of saved activations that remains.
+    Norms and residuals are replicated unless positions are split. Approximated by the fraction of saved activations
+    that remains.
     """
     alone = replace(config, parallel=replace(config.parallel, tensor_parallel=1))
     return saved_bytes(config, model, on_cpu=False) / saved_bytes(alone, model, on_cpu=False)

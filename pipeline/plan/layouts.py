@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import costs
 from pipeline.config import TrainConfig
-from pipeline.plan.block_times import BlockTimes, column_products, estimated, measured
+from pipeline.plan.block_times import BlockTimes, estimated, measured, product_seconds
 from pipeline.plan.hardware import Hardware
 from pipeline.plan.memory import Memory, memory_of_rank
 from pipeline.plan.passes import passes_of
@@ -118,7 +118,7 @@ def work_of(config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks
     else:
         seconds = estimated(config, model, cluster.accelerator.bf16_flops, cluster.hardware, cluster.mfu)
     parallel, width, passes = config.parallel, 4 if config.precision == "fp32" else 2, passes_of(config)
-    outer = (model.vocab_size + model.n_positions + model.colors) * model.n_embd
+    outer = (model.vocab_size + model.n_positions + costs.head_rows(model)) * model.n_embd
     return Work(
         layers=model.n_layer,
         micro_batches=micro_batches,
@@ -130,8 +130,9 @@ def work_of(config: TrainConfig, model: GPT2Config, cluster: Cluster, data_ranks
         update_replicated=seconds.byte * (passes.step + micro_batches * passes.micro_batch),
         block_parameters=(costs.parameter_count(model) - outer) / model.n_layer,
         outer_parameters=outer,
-        column_products=column_products(seconds.backward, model),
+        product_seconds=product_seconds(seconds.backward, model),
         norm_bytes=float(model.n_embd * width),
+        norm_parameters=2 if model.block == "igpt" else 4,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel > 1,
         stream_bytes=float(config.batch.micro_size * model.n_positions * model.n_embd * width),
         weight_bytes=width,

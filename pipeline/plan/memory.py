@@ -74,7 +74,7 @@ def _of_stage(config: TrainConfig, model: GPT2Config, ranks: int, on_cpu: bool, 
     micro_batches = config.batch.accumulation_steps(parallel.data_ranks(ranks))
     in_flight = min(parallel.pipeline_stages - stage, micro_batches)
     width = 4 if config.precision == "fp32" else 2
-    one_stream = config.batch.micro_size * model.n_positions * model.n_embd * width
+    one_stream = config.batch.micro_size * model.n_positions * model.n_embd * width / _position_parts(config)
     per_block = one_stream if parallel.recompute else saved
     forward = {"activations": in_flight * blocks * per_block + (saved if parallel.recompute else 0.0)}
     if is_last:
@@ -106,7 +106,12 @@ def saved_bytes(config: TrainConfig, model: GPT2Config, on_cpu: bool) -> float:
     inside = 8 + (8 if model.block == "igpt" else 16)
     norms = 4 * 4 if on_cpu and model.block == "igpt" else 2 * width
     outside = stream * (norms + 2 * width)
-    return outside / (parts if config.parallel.sequence_parallel else 1) + stream * width * inside / parts
+    return outside / _position_parts(config) + stream * width * inside / parts
+
+
+def _position_parts(config: TrainConfig) -> int:
+    """The number of ranks that norms and residuals are divided over."""
+    return config.parallel.tensor_parallel if config.parallel.sequence_parallel else 1
 
 
 def float8_bytes(config: TrainConfig, model: GPT2Config) -> float:
@@ -126,14 +131,11 @@ def blocks_of_stage(layers: int, stages: int, stage: int) -> int:
 
 def _held_parameters(config: TrainConfig, model: GPT2Config, blocks: int, first: bool, last: bool) -> float:
     """P: parameters of a rank's blocks, split by tensor parallelism, and of embeddings and head on their stages."""
-    in_blocks = costs.matmul_parameters(model) - _head(model)
+    head = model.n_embd * costs.head_rows(model)
+    in_blocks = costs.matmul_parameters(model) - head
     held = in_blocks * blocks / model.n_layer / config.parallel.tensor_parallel
     held += (model.vocab_size + model.n_positions) * model.n_embd if first else 0
-    return held + (_head(model) if last else 0)
-
-
-def _head(model: GPT2Config) -> int:
-    return model.n_embd * (model.colors if model.block == "igpt" else model.vocab_size)
+    return held + (head if last else 0)
 
 
 State = tuple[dict[str, float], dict[str, float], dict[str, float]]

@@ -60,11 +60,16 @@ class Work:
     ranks_per_node: int = 8
     offloads: bool = False
     sequence_parallel: bool = False
-    column_products: tuple[float, ...] = ()
-    """Seconds of a block's backward pass for each matrix that is split by outputs: the gradient of its weight, and as
-    many for the gradient of its input. Messages of tensor parallelism overlap with them; without any, with nothing."""
+    splits_stage_messages: bool = False
+    """Whether tensor-parallel ranks send a part each to the next stage, which gathers them; so they always do under
+    sequence parallelism, without a gather."""
+    product_seconds: tuple[float, float] = (0.0, 0.0)
+    """Seconds of one backward product with c_attn and one with c_fc: that for the weight and that for the input take
+    equally long. A message of tensor parallelism overlaps with one of them; 0: with nothing."""
     norm_bytes: float = 0.0
-    """Bytes of the gradient of a block's norm."""
+    """Bytes of the gradient of one parameter of a norm."""
+    norm_parameters: int = 2
+    """Of a block."""
     sums_everywhere: bool = True
     """Whether ZeRO-1 and 2 all-reduce gradients, as DeepSpeed's BF16_Optimizer does, instead of reducing them to their
     owners."""
@@ -125,8 +130,7 @@ def simulate(work: Work, links: Links) -> StepTime:
     with_messages = [_passes(work, stage, messages) for stage in range(work.stages)]
     free = pipeline_seconds(passes, (0.0,) * (work.stages - 1), work.micro_batches)
     tensor = pipeline_seconds(with_messages, (0.0,) * (work.stages - 1), work.micro_batches)
-    sent = work.stream_bytes / (work.tensor if work.sequence_parallel else 1)
-    hops = tuple(send_seconds(sent, _leaves_node(work, stage), links) for stage in range(work.stages - 1))
+    hops = tuple(_hop_seconds(work, stage, links) for stage in range(work.stages - 1))
     staged = pipeline_seconds(with_messages, hops, work.micro_batches) if hops else tensor
     computing, bubble = mean * work.micro_batches, mean * (work.stages - 1)
     waits, slowed = _gradient_seconds(work, with_messages, links)
@@ -163,23 +167,38 @@ def _passes(work: Work, stage: int, messages: Pass) -> Pass:
 def _tensor_seconds(work: Work, links: Links) -> Pass:
     """What a block's passes wait for tensor parallelism, as train/engine/tensor_group.py communicates.
 
+    Not counted: the two gathers outside the blocks, and the sum of the last norm's gradient.
+
     With complete positions each pass has two all-reduces. With sequence parallelism the forward pass has two gathers
     and two scatters of positions, and the backward pass two gathers more. The messages of the backward pass overlap
     with a product, except for the gathers of the outputs' gradients.
     """
-    group = Group(work.tensor, min(work.tensor, work.ranks_per_node))
+    group = _tensor_group(work)
     if not work.sequence_parallel:
         message = all_reduce_seconds(work.stream_bytes, group, links)
-        behind = [_behind(message, product) for product in work.column_products or (0.0, 0.0)]
-        return 2 * message, sum(behind)
+        return 2 * message, sum(_behind(message, product) for product in work.product_seconds)
     message = gather_seconds(work.stream_bytes, group, links)
-    behind = [2 * _behind(message, product) for product in work.column_products or (0.0, 0.0)]
-    return 4 * message, 2 * message + sum(behind) + 2 * all_reduce_seconds(work.norm_bytes, group, links)
+    behind = 2 * sum(_behind(message, product) for product in work.product_seconds)
+    norms = work.norm_parameters * all_reduce_seconds(work.norm_bytes, group, links)
+    return 4 * message, 2 * message + behind + norms
+
+
+def _tensor_group(work: Work) -> Group:
+    return Group(work.tensor, min(work.tensor, work.ranks_per_node))
 
 
 def _behind(message: float, product: float) -> float:
     """Seconds that a message adds to a product that it overlaps with."""
     return max(0.0, message - product) + CONTENTION * min(message, product)
+
+
+def _hop_seconds(work: Work, stage: int, links: Links) -> float:
+    """Seconds of a message to the next stage."""
+    parts = work.tensor if work.sequence_parallel or work.splits_stage_messages else 1
+    sent = send_seconds(work.stream_bytes / parts, _leaves_node(work, stage), links)
+    if work.sequence_parallel or parts == 1:
+        return sent
+    return sent + gather_seconds(work.stream_bytes, _tensor_group(work), links)
 
 
 def _leaves_node(work: Work, stage: int) -> bool:

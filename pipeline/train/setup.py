@@ -12,7 +12,7 @@ from pipeline.checkpoint.format import CheckpointRecord
 from pipeline.checkpoint.probe import HeldOutImages
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
-from pipeline.distributed import Ranks, from_first, ranks_on_this_node
+from pipeline.distributed import Ranks, from_first, ranks_per_node
 from pipeline.model import attention
 from pipeline.model.augmentation import Augmentation
 from pipeline.model.gpt_config import gpt2_config
@@ -88,11 +88,11 @@ def warn_of_slow_precision(config: TrainConfig, device: torch.device) -> None:
 
 def warn_of_slow_groups(config: TrainConfig, ranks: Ranks) -> None:
     """Logs a warning if ranks of a tensor-parallel group are on different nodes."""
-    parts, here = config.parallel.tensor_parallel, ranks_on_this_node() or ranks.count
+    parts, here = config.parallel.tensor_parallel, ranks_per_node() or ranks.count
     if parts > 1 and here % parts:
         logger.warning(
-            f"parallel.tensor_parallel is {parts}, which does not divide the {here} ranks of a node: every block sends "
-            f"its activations between nodes; a divisor of {here} would be faster"
+            f"parallel.tensor_parallel is {parts}, which does not divide the {here} ranks of a node: some "
+            f"groups send the activations of every block between nodes; a divisor of {here} would be faster"
         )
 
 

@@ -64,8 +64,9 @@ def reading(folder: Path) -> Iterator[str | Result]:
     """Epochs of shuffled batches of 128, from files in the page cache."""
     tokens, few = _token_file(folder, "a"), _token_file(folder, "few", count=FEW_IMAGES)
     scripts = [_script("reading", "ours", tokens, 1), _script("reading", "memmap", tokens, 0)]
+    # Only with a worker: two of its processes would clean each other's shared memory.
     scripts += [_script("reading", "mosaicml_streaming", few, 1, note=", one worker")]
-    for form in ("litdata_chunks", "webdataset_tars"):  # two of mosaicml's would clean each other's shared memory
+    for form in ("litdata_chunks", "webdataset_tars"):
         scripts += [_script("reading", form, tokens, 1, note=", one worker")]
         scripts += [_script("reading", form, tokens, 0, note=", in the process")]
     measured = compare(*scripts)
@@ -143,12 +144,11 @@ def _resumed(one: Measured, ranks: int) -> str:
 def mixtures(folder: Path) -> Iterator[str | Result]:
     """A mixture of two sets, 7 to 3."""
     files = _token_file(folder, "a"), _token_file(folder, "b", IMAGES)
-    few = [_token_file(folder, f"few-{number}", number * IMAGES, FEW_IMAGES) for number in range(2)]
     scripts = [_script("mixing", form, *files, SHARE, 0) for form in ("ours", "memmap")]
     for form in ("webdataset_tars", "litdata_chunks"):  # mosaicml-streaming: as in reading
         scripts.append(_script("mixing", form, *files, SHARE, 0, note=", in the process"))
-    for form, sets in (("mosaicml_streaming", few), ("litdata_chunks", files)):
-        scripts.append(_script("mixing", form, *sets, SHARE, 1, note=", one worker"))
+    for form in ("mosaicml_streaming", "litdata_chunks"):
+        scripts.append(_script("mixing", form, *files, SHARE, 1, note=", one worker"))
     measured = compare(*scripts, turns=measure.SLOW_TURNS)
     work, unit = "mixture 7 : 3, batches of 128", "Mtoken/s"
     yield measure.HEAD

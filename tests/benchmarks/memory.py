@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -119,6 +118,13 @@ def measure(case: dict[str, Any]) -> None:
 
 
 def table(folder: Path) -> Iterator[str]:
+    """Both tables."""
+    yield from runs_table(folder)
+    yield ""
+    yield from activations_table(folder)
+
+
+def runs_table(folder: Path) -> Iterator[str]:
     """Lines."""
     yield "| run | plan, MB | measured, MB | difference |"
     yield "|---|---|---|---|"
@@ -128,7 +134,7 @@ def table(folder: Path) -> Iterator[str]:
 
 def activations_table(folder: Path) -> Iterator[str]:
     """Lines."""
-    yield "\n| activations of two images, fp32, sequence parallelism | plan, MB | measured, MB | difference |"
+    yield "| activations of two images, fp32, sequence parallelism | plan, MB | measured, MB | difference |"
     yield "|---|---|---|---|"
     for parts in TENSOR_SIZES:
         case = {"model": {**HALF, "resolution": 32}, "parallel": {"tensor_parallel": parts}}
@@ -142,6 +148,7 @@ def _line(name: str, planned: float, measured: float) -> str:
 
 def peaks(ranks: int, case: dict[str, Any], folder: Path) -> tuple[float, int]:
     """Bytes of the rank that needs the most: as planned, and as measured."""
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     config = config_of(case, ranks)
     planned = memory_of_rank(config, gpt2_config(config.model), ranks, on_cpu=True).peak
     done = run(ranks, "-m", "tests.benchmarks.memory", json.dumps(case), logs=folder)
@@ -153,9 +160,8 @@ def peaks(ranks: int, case: dict[str, Any], folder: Path) -> tuple[float, int]:
 
 def main() -> None:
     """Both tables."""
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     with TemporaryDirectory() as folder:
-        for line in chain(table(Path(folder)), activations_table(Path(folder))):
+        for line in table(Path(folder)):
             print(line, flush=True)
 
 

@@ -82,7 +82,7 @@ LLAMA = {  # three MLP matrices as two wider ones
 GPT_3 = {"175B": Shape(96, 12288, 51200), "530B": Shape(105, 20480, 51200)}
 BIGSCIENCE = {  # their vocabulary of 250,680, padded
     f"{layers} x {width}": Shape(layers, width, 250880)
-    for layers, width in ((70, 14336), (72, 14336), (78, 13824), (82, 13312), (96, 12288), (100, 12288), (106, 12288))
+    for layers, width in ((70, 14336), (72, 14336), (78, 13824), (82, 13312), (100, 12288), (106, 12288))
 }
 SHAPES = MPT | LLAMA | GPT_3 | BIGSCIENCE
 
@@ -112,8 +112,8 @@ class Published:
 
     @property
     def is_3d(self) -> bool:
-        """Of the runs with stages and tensor parallelism, which also recompute their blocks."""
-        return self.source in ("Megatron-LM", "BigScience")
+        """Whether it combines stages and tensor parallelism; these runs recompute their blocks too."""
+        return {"stages", "tensor"} <= dict(self.parallel).keys() and self.source != "nanotron"
 
     def simulated(self) -> tuple[float, StepTime]:
         """MFU in percent, and the step."""
@@ -135,7 +135,7 @@ class Published:
         outer = (shape.vocabulary * (1 if shape.tied else 2) + self.positions) * shape.width
         update = UPDATE_BYTES / hardware.memory_bytes
         work = replace(
-            work, outer_parameters=outer, update=update, update_replicated=0.0, column_products=(), **settings
+            work, outer_parameters=outer, update=update, update_replicated=0.0, product_seconds=(0.0, 0.0), **settings
         )
         step = simulate(AS_IN.get(self.source, unchanged)(work), hardware.links)
         tokens = config.batch.global_size * self.positions
@@ -162,6 +162,7 @@ def _as_in_megatron(work: Work) -> Work:
         head_forward=work.head_forward / work.tensor,
         head_backward=work.head_backward / work.tensor,
         outer_parameters=work.outer_parameters / work.tensor,
+        splits_stage_messages=True,
     )
 
 
@@ -275,7 +276,6 @@ PUBLISHED += [
     _bigscience("72 x 14336", 4, 24, 1, 130.60),
     _bigscience("72 x 14336", 2, 12, 2, 112.50),
     _bigscience("72 x 14336", 2, 24, 1, 119.53),
-    _bigscience("96 x 12288", 1, 48, 1, 142.17),
     _bigscience("78 x 13824", 4, 12, 2, 35.77, batch=512),
     _bigscience("78 x 13824", 4, 12, 2, 59.65, batch=1024),
     _bigscience("78 x 13824", 4, 12, 2, 107.12),

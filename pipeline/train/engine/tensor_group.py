@@ -1,8 +1,8 @@
 """The collectives of tensor and sequence parallelism, with their gradients, over a group of neighboring ranks.
 
-Sources: Megatron-LM (Shoeybi et al. 2019) and sequence parallelism (Korthikanti et al. 2022). What is outside the split
-matrices (embeddings, norms, residuals, head) every rank of a group computes alike; with sequence parallelism, on its
-own part of the positions.
+Sources: Megatron-LM (Shoeybi et al. 2019) and sequence parallelism (Korthikanti et al. 2022). Every rank of a group
+computes embeddings and head over all positions. Norms, residuals and dropout it computes over all positions too, or
+with sequence parallelism over its own.
 
 | operation | forward | backward |
 |---|---|---|
@@ -12,8 +12,8 @@ own part of the positions.
 | `gather_positions` | gathers positions | this rank's positions: every rank has the same gradient |
 | `shared` | nothing | sums the gradient: each rank has that of its positions |
 
-They are operators of torch, because torch.compile would break its graphs at other functions. On CUDA a collective of
-the backward pass overlaps with the product that gives the gradient of the weight.
+They are operators of torch, because torch.compile would break its graphs at other functions. In the backward pass of
+`column`, on CUDA, the gather overlaps with the product for the inputs, and the sum with the product for the weight.
 
 Letters in shape comments: B images, T positions, P a rank's positions, I inputs, O outputs.
 """
@@ -145,6 +145,11 @@ def _weight_gradient(gradient: Tensor, inputs: Tensor) -> Tensor:
     return gradient.flatten(0, -2).t() @ inputs.flatten(0, -2)
 
 
+def _bias_gradient(gradient: Tensor, has_bias: bool) -> Tensor:
+    """(O,), or empty."""
+    return gradient.flatten(0, -2).sum(0) if has_bias else gradient.new_empty(0)
+
+
 def _changed(states: Tensor, positions: int, features: int) -> Tensor:
     """An uninitialized tensor of other sizes, for torch.compile."""
     return states.new_empty(*states.shape[:POSITIONS], positions, features)
@@ -162,20 +167,25 @@ def _(inputs: Tensor, weight: Tensor, bias: Tensor | None, key: int, split: bool
 
 @torch.library.custom_op("pipeline_tensor::column_backward", mutates_args=())
 def _column_backward(
-    gradient: Tensor, inputs: Tensor, weight: Tensor, key: int, split: bool
+    gradient: Tensor, inputs: Tensor, weight: Tensor, has_bias: bool, key: int, split: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of inputs, weight and bias. The gathered positions were not saved: they are gathered again."""
+    """Gradients of inputs, weight and bias; without a bias the last is empty.
+
+    The gathered positions were not saved: they are gathered again.
+    """
     gathering = _Gathering(inputs, key) if split else None
     products = gradient @ weight
     complete = gathering.wait() if gathering else inputs
     of_inputs = _Sum(products, key, split)
-    of_weight, of_bias = _weight_gradient(gradient, complete), gradient.flatten(0, -2).sum(0)
+    of_weight, of_bias = _weight_gradient(gradient, complete), _bias_gradient(gradient, has_bias)
     return of_inputs.wait(), of_weight, of_bias  # waiting only now lets the message overlap with the products
 
 
 @_column_backward.register_fake
-def _(gradient: Tensor, inputs: Tensor, weight: Tensor, key: int, split: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(inputs), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+def _(
+    gradient: Tensor, inputs: Tensor, weight: Tensor, has_bias: bool, key: int, split: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(inputs), torch.empty_like(weight), weight.new_empty(weight.shape[0] if has_bias else 0)
 
 
 @torch.library.custom_op("pipeline_tensor::row", mutates_args=())
@@ -191,16 +201,18 @@ def _(inputs: Tensor, weight: Tensor, bias: Tensor | None, key: int, split: bool
 
 @torch.library.custom_op("pipeline_tensor::row_backward", mutates_args=())
 def _row_backward(
-    gradient: Tensor, inputs: Tensor, weight: Tensor, key: int, split: bool
+    gradient: Tensor, inputs: Tensor, weight: Tensor, has_bias: bool, key: int, split: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of inputs, weight and bias: of all positions, so that the bias's is the same on every rank."""
+    """The same: of all positions, so that the bias's gradient is the same on every rank."""
     complete = _Gathering(gradient, key).wait() if split else gradient
-    return complete @ weight, _weight_gradient(complete, inputs), complete.flatten(0, -2).sum(0)
+    return complete @ weight, _weight_gradient(complete, inputs), _bias_gradient(complete, has_bias)
 
 
 @_row_backward.register_fake
-def _(gradient: Tensor, inputs: Tensor, weight: Tensor, key: int, split: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(inputs), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+def _(
+    gradient: Tensor, inputs: Tensor, weight: Tensor, has_bias: bool, key: int, split: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(inputs), torch.empty_like(weight), weight.new_empty(weight.shape[0] if has_bias else 0)
 
 
 @torch.library.custom_op("pipeline_tensor::gather", mutates_args=())
@@ -252,12 +264,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _column_gradients(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    of_inputs, of_weight, of_bias = _column_backward(gradient, *context.saved_tensors, context.key, context.split)
+    options = (context.has_bias, context.key, context.split)
+    of_inputs, of_weight, of_bias = _column_backward(gradient, *context.saved_tensors, *options)
     return of_inputs, of_weight, of_bias if context.has_bias else None, None, None
 
 
 def _row_gradients(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    of_inputs, of_weight, of_bias = _row_backward(gradient, *context.saved_tensors, context.key, context.split)
+    options = (context.has_bias, context.key, context.split)
+    of_inputs, of_weight, of_bias = _row_backward(gradient, *context.saved_tensors, *options)
     return of_inputs, of_weight, of_bias if context.has_bias else None, None, None
 
 

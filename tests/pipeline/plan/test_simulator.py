@@ -249,21 +249,21 @@ def test_of_blooms_candidates_the_layout_that_was_chosen_is_found() -> None:
     assert set(three[0]) == set(three[1]) == {(4, 12), (4, 6), (2, 12)}
 
 
-def tensor_parallel_step(sequence: bool, products: tuple[float, ...]) -> float:
+def tensor_parallel_step(sequence: bool, products: tuple[float, float]) -> float:
     """Seconds of tensor messages for one block, of 8 GB between blocks, on two ranks with links of 1 GB/s."""
     links = Links(1e9, 1e9, 0.0, 0.0)
     work = Work(
         layers=1, micro_batches=1, forward=100.0, backward=200.0, head_forward=0.0, head_backward=0.0,
         block_parameters=2.0, outer_parameters=0.0, update=0.0, stream_bytes=8e9, tensor=2,
-        sequence_parallel=sequence, column_products=products,
+        sequence_parallel=sequence, product_seconds=products,
     )  # fmt: skip
     return simulate(work, links).tensor_messages
 
 
 def test_tensor_messages_are_those_of_the_engine_and_overlap_with_products() -> None:
     """A gather or a scatter takes 4 s, an all-reduce 8 s. The message that a product hides slows it by 14%."""
-    assert tensor_parallel_step(False, ()) == pytest.approx(2 * 8 + 2 * 8)
-    assert tensor_parallel_step(True, ()) == pytest.approx(4 * 4 + 2 * 4 + 4 * 4)
+    assert tensor_parallel_step(False, (0.0, 0.0)) == pytest.approx(2 * 8 + 2 * 8)
+    assert tensor_parallel_step(True, (0.0, 0.0)) == pytest.approx(4 * 4 + 2 * 4 + 4 * 4)
     assert tensor_parallel_step(False, (20.0, 6.0)) == pytest.approx(2 * 8 + 0.14 * 8 + 2 + 0.14 * 6)
     assert tensor_parallel_step(True, (20.0, 3.0)) == pytest.approx(6 * 4 + 2 * 0.14 * 4 + 2 * (1 + 0.14 * 3))
 

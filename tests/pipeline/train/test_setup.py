@@ -33,7 +33,7 @@ def test_a_tensor_parallel_group_on_several_nodes(
         monkeypatch.setenv(name, value)
     config = TrainConfig(model=ModelConfig(size="s"), parallel=ParallelConfig(tensor_parallel=parts))
     setup.warn_of_slow_groups(config, Ranks(0, 16, 0, torch.device("cpu")))
-    assert ("every block sends its activations between nodes" in caplog.text) == warned
+    assert ("send the activations of every block between nodes" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

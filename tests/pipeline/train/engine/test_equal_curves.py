@@ -18,10 +18,12 @@ from pipeline.schedule import learning_rate_at
 from pipeline.train.data.batches import ImageOrder
 from tests.launch import run
 from tests.pipeline.conftest import Runner
-from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE, RATE
+from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOLERANCE
 
 STEPS, IMAGES, HELD_OUT = 20, 8, 13
 """Steps of a run, images of a step, and images of a validation: one of two ranks has one image less."""
+RATE = 0.0015
+"""At twice this rate plain torch's own curve (gpt2, 4 heads) moves by 1.5e-5 if its initial weights move by 1e-7."""
 NORM_TOLERANCE = 1e-4
 """Relative."""
 TOPOLOGIES = {  # ranks, ZeRO stage, pipeline stages, tensor parallelism, sequence parallelism
@@ -144,7 +146,7 @@ def furthest(curve: list[float], other: list[float]) -> float:
 def test_every_topology_is_as_plain_torch(
     runner: Runner, plain: dict[tuple[str, str, int], Curve], topology: str, tmp_path: Path
 ) -> None:
-    runs = [(*kind, precision) for kind in KINDS for precision in ("fp32", "bf16")]
+    runs = [*((*kind, "fp32") for kind in KINDS), (*KINDS[0], "bf16")]
     (tmp_path / "runs.json").write_text(json.dumps([arguments(runner, topology, *kind) for kind in runs]))
     ranks = TOPOLOGIES[topology][0]
     finished = run(
