@@ -62,7 +62,4 @@ def memory_advice(config: TrainConfig, model: GPT2Config, cluster: Cluster) -> s
     smaller = smaller_layout(planned, model, cluster)
     if smaller is None:
         return f"{needs}, and no layout on {cluster.ranks} ranks needs clearly less; use more ranks."
-    return (
-        f"{needs}; lower batch.micro_size, set parallel.recompute, or use a higher parallel.zero_stage or more "
-        f"parallel.pipeline_stages: {smaller.overrides(config)} needs {smaller.memory.peak / 1e9:.2f} GB."
-    )
+    return f"{needs}; the fastest that needs less is {smaller.overrides(config)}: {smaller.memory.peak / 1e9:.2f} GB."
