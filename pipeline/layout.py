@@ -128,6 +128,13 @@ class ParallelConfig:
             )
         return ranks // self.model_ranks
 
+    def describe(self, ranks: int) -> str:
+        """How the ranks are divided, in words."""
+        return (
+            f"{ranks} ranks = {self.data_ranks(ranks)} data-parallel x {self.pipeline_stages} pipeline stages x "
+            f"{self.tensor_parallel} tensor-parallel"
+        )
+
     def random_rank(self, rank: int) -> int:
         """The rank whose random state a rank has: its own, or without sequence parallelism the first of its tensor
         group, whose ranks then drop the same elements. The ranks of a tensor group are neighbors."""

@@ -110,8 +110,7 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     data_ranks = config.parallel.data_ranks(cluster.ranks)
     facts = {
         **_model_facts(config, model, cluster, chosen, sets),
-        "ranks": f"{cluster.ranks} ranks = {data_ranks} data-parallel x "
-        f"{config.parallel.pipeline_stages} pipeline stages x {config.parallel.tensor_parallel} tensor-parallel",
+        "ranks": config.parallel.describe(cluster.ranks),
         "layout": chosen.name(),
         "micro-batches": f"{config.batch.accumulation_steps(data_ranks)} per step and rank",
         "bubble": f"{chosen.bubble:.1%} of the step, without communication",

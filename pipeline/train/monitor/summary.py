@@ -72,6 +72,7 @@ def describe(inputs: Inputs, throughput: Throughput, kernels: dict[str, float], 
         f"{model_config.n_head} heads, block {model_config.block}, {config.precision}",
         "sequence": f"{throughput.tokens_per_image} tokens of {model_config.colors} colors "
         f"({config.model.resolution} x {config.model.resolution})",
+        "ranks": parallel.describe(ranks.count),
         "batch": f"{batch.global_size} images = {data_ranks} data-parallel ranks x {batch.micro_size} "
         f"x {accumulation} accumulated"
         + (f", growing from {batch.first_size} over {batch.warmup_steps:,} steps" if batch.first_size else ""),
