@@ -1,6 +1,7 @@
 """Prints an error that several ranks raise once. Imports no torch: it is needed before the options are parsed."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ REPORTED_ELSEWHERE = "reported_elsewhere"
 """Attribute of an error that another rank prints."""
 QUIET_SECONDS = 2.0
 """How much later than this rank, rank 0 may come to print the error."""
+LAUNCHED_QUIET_SECONDS = 120.0
+"""The same under a launcher, which ends this rank when rank 0 exits: nobody waits so long."""
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
+"""Variables that torchrun and srun set."""
 
 
 def reported_on_all_ranks(error: E) -> E:
@@ -53,7 +58,8 @@ def reported_once_per_node(rank_on_node: int) -> Iterator[None]:
 def report_error(error: BaseException) -> None:
     """Prints the error as one sentence. Ranks other than 0 print it only if it may not have occurred on rank 0.
 
-    A rank that does not print waits 2 seconds before it exits: launchers kill the other ranks when the first exits.
+    A rank that does not print waits before it exits: launchers kill the other ranks when the first exits, and rank 0
+    may have started later.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0":
@@ -61,4 +67,6 @@ def report_error(error: BaseException) -> None:
     elif not is_on_all_ranks(error):
         print_error(error, f" (on rank {rank})")
     else:
-        time.sleep(QUIET_SECONDS)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a launcher ends it
+        is_launched = any(name in os.environ for name in LAUNCHERS)
+        time.sleep(LAUNCHED_QUIET_SECONDS if is_launched else QUIET_SECONDS)

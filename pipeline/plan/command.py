@@ -125,7 +125,7 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
     fragmentation = f"x {chosen.memory.fragmentation:g} for fragmentation = " if chosen.memory.fragmentation > 1 else ""
     print(f"  total {fragmentation}{chosen.memory.peak / 1e9:.2f} GB{of}")
     if not cluster.on_cpu:
-        _print_layouts(layouts, cluster)
+        _print_layouts(layouts, model, cluster)
     if json is not None:
         write_json(Path(json), {"facts": facts, "chosen": _as_json(chosen), "layouts": list(map(_as_json, layouts))})
     if fits(chosen, cluster):
@@ -172,7 +172,7 @@ def _model_facts(
         f"{hours * cluster.ranks:,.0f} accelerator-hours on {cluster.ranks} x {cluster.accelerator.name}; "
         f"simulated, with blocks {_blocks(config, cluster)}",
         "speed": f"{tokens / chosen.seconds / cluster.ranks:,.0f} tokens/s per accelerator, "
-        f"{tokens * per_token / chosen.seconds / cluster.ranks / peak:.1%} MFU of {peak / 1e12:g} TFLOP/s (dense bf16)",
+        f"{_mfu(chosen, model, cluster):.1%} MFU of {peak / 1e12:g} TFLOP/s (dense bf16)",
         "checkpoint": f"{size / 1e9:.1f} GB, {own / 1e9:.2f} GB from each rank, which keeps {kept / 1e9:.2f} GB of "
         f"{'pinned ' * pinned}host memory for it ({kept * min(cluster.ranks, cluster.ranks_per_node) / 1e9:.1f} GB a "
         f"node); training waits {own / HOST_COPY_BYTES_A_SECOND:.2f} s for the copy (at 20 GB/s), or "
@@ -203,12 +203,12 @@ def _print_facts(facts: dict[str, str]) -> None:
     print("\n".join(f"  {key:<{width}}  {text}" for key, text in facts.items()))
 
 
-def _print_layouts(layouts: list[Layout], cluster: Cluster) -> None:
+def _print_layouts(layouts: list[Layout], model: Any, cluster: Cluster) -> None:
     """The fastest layouts that fit, and faster ones that don't, with the largest part of their memory."""
     fitting = [layout for layout in layouts if fits(layout, cluster)]
     print("\nlayouts that fit, by estimated speed")
     for layout in fitting[:PROPOSED]:
-        print(f"{_cost(layout)}  bubble {layout.bubble:5.1%}  {layout.name()}")
+        print(f"{_cost(layout)}  bubble {layout.bubble:5.1%}  {_mfu(layout, model, cluster):5.1%} MFU  {layout.name()}")
     best = fitting[0].seconds if fitting else float("inf")
     too_large = [layout for layout in layouts if not fits(layout, cluster) and layout.seconds < best]
     if too_large or not fitting:
@@ -217,6 +217,12 @@ def _print_layouts(layouts: list[Layout], cluster: Cluster) -> None:
         for layout in nearest[:PROPOSED]:
             part, size = max(layout.memory.peak_parts.items(), key=lambda item: item[1])
             print(f"{_cost(layout)}  {layout.name()}: {size / 1e9:.1f} GB of {part}")
+
+
+def _mfu(layout: Layout, model: Any, cluster: Cluster) -> float:
+    """A fraction of the peak."""
+    flops = layout.config.batch.global_size * model.n_positions * costs.flops_per_token(model)
+    return flops / (layout.seconds * cluster.ranks * cluster.accelerator.bf16_flops)
 
 
 def _cost(layout: Layout) -> str:

@@ -66,7 +66,7 @@ class Layout:
 
     def overrides(self, beyond: TrainConfig | None = None) -> str:
         """The options of the layout, to copy to a command line; with `beyond`, only those that differ from it."""
-        keys = ("zero_stage", "pipeline_stages", "tensor_parallel", "recompute", "offload")
+        keys = ("zero_stage", "pipeline_stages", "tensor_parallel", "sequence_parallel", "recompute", "offload")
         own, other = (
             {f"--parallel.{key}": getattr(config.parallel, key) for key in keys}
             | {"--batch.micro_size": config.batch.micro_size}

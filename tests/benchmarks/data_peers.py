@@ -130,7 +130,7 @@ def resuming(folder: Path) -> Iterator[str | Result]:
             orders = [measure.values(one, f"same_order_{ranks}") for ranks in RANKS]
             one.turns["same_order"] = [min(map(statistics.median, orders))] if all(orders) else [0.0]
     work = "resume in mid-epoch on 1, 2 and 4 ranks: batches in the same order"
-    yield result(work, "share, worst of 3", [ours, *libraries], "same_order", mark=1)
+    yield result(work, "share, least of the 3", [ours, *libraries], "same_order", mark=1)
 
 
 def _resumed(one: Measured, ranks: int) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.common import command_line
+from pipeline import rank_errors
 from tests.launch import run
 
 SECONDS = 30
@@ -50,3 +51,21 @@ def test_without_a_process_group_the_interpreter_shuts_down_after_the_traceback(
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
     assert error.endswith("RuntimeError: unexpected\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "seconds"), [({}, 2.0), ({"TORCHELASTIC_RUN_ID": "none"}, 120.0), ({"SLURM_STEP_ID": "0"}, 120.0)]
+)
+def test_a_rank_lets_a_late_rank_0_print_an_error_of_all(
+    variables: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher ends it as soon as rank 0 exits."""
+    waited: list[float] = []
+    for name in rank_errors.LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_errors.time, "sleep", waited.append)
+    rank_errors.report_error(rank_errors.reported_on_all_ranks(ValueError("the same on all ranks")))
+    assert waited == [seconds]
+    assert capsys.readouterr().err == ""

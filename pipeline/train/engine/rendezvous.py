@@ -119,7 +119,9 @@ class _Wait:
     def once(self, describe: Callable[[], str]) -> None:
         """describe: what is waited for. Raises RankUnreachable after the timeout."""
         waited = time.monotonic() - self._start
-        hint = f"WORLD_SIZE is {self._count}: unset it to train on one rank"
+        hint = f"WORLD_SIZE is {self._count}"
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a variable that was left over, and no launcher
+            hint += ": unset it to train on one rank"
         if waited > self._timeout:
             raise RankUnreachable(f"waited {waited / 60:.0f} minutes for {describe()}; {hint}.")
         if waited >= self._next:
