@@ -44,6 +44,11 @@ def local_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def is_launched() -> bool:
+    """Whether torchrun or srun started this process."""
+    return any(name in os.environ for name in LAUNCHERS)
+
+
 @contextmanager
 def reported_once_per_node(rank_on_node: int) -> Iterator[None]:
     """For checks that raise the same ValueError or OSError in all processes of a node: only local rank 0 prints it."""
@@ -68,5 +73,4 @@ def report_error(error: BaseException) -> None:
         print_error(error, f" (on rank {rank})")
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a launcher ends it
-        is_launched = any(name in os.environ for name in LAUNCHERS)
-        time.sleep(LAUNCHED_QUIET_SECONDS if is_launched else QUIET_SECONDS)
+        time.sleep(LAUNCHED_QUIET_SECONDS if is_launched() else QUIET_SECONDS)

@@ -113,7 +113,7 @@ class Published:
     @property
     def is_3d(self) -> bool:
         """Whether it combines stages and tensor parallelism; these runs recompute their blocks too."""
-        return {"stages", "tensor"} <= dict(self.parallel).keys() and self.source != "nanotron"
+        return all(dict(self.parallel).get(axis, 1) > 1 for axis in ("stages", "tensor"))
 
     def simulated(self) -> tuple[float, StepTime]:
         """MFU in percent, and the step."""

@@ -22,7 +22,7 @@ import psutil
 import torch.distributed as dist
 
 from pipeline.distributed import Ranks
-from pipeline.rank_errors import RankUnreachable
+from pipeline.rank_errors import RankUnreachable, is_launched
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class _Wait:
         """describe: what is waited for. Raises RankUnreachable after the timeout."""
         waited = time.monotonic() - self._start
         hint = f"WORLD_SIZE is {self._count}"
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a variable that was left over, and no launcher
+        if not is_launched():  # the variable may be left over
             hint += ": unset it to train on one rank"
         if waited > self._timeout:
             raise RankUnreachable(f"waited {waited / 60:.0f} minutes for {describe()}; {hint}.")
