@@ -188,7 +188,7 @@ def test_before_the_time_limit_the_run_is_saved_and_requeued(cluster: Cluster, s
 
 
 @pytest.mark.slow
-def test_stages_on_other_nodes_than_their_neighbors_and_tensor_ranks_on_one(cluster: Cluster, runner: Runner) -> None:
+def test_each_node_has_a_stage_of_data_and_tensor_parallel_ranks(cluster: Cluster, runner: Runner) -> None:
     """2 nodes of 4 ranks: each node has a stage, of two data-parallel ranks of two tensor-parallel ones."""
     layout = {"parallel__pipeline_stages": 2, "parallel__tensor_parallel": 2}
     reference = Runner(runner.shards, runner.folder / "reference")
