@@ -23,13 +23,9 @@ again without gradients, and a save must not wait for a compiler."""
 
 
 def is_on(config: TrainConfig, device: torch.device) -> bool:
-    """Whether a run compiles on this device; `auto` does on accelerators that have a compiler.
-
-    Not with tensor parallelism: its split matrices have not been compiled on an accelerator yet.
-    """
+    """Whether a run compiles on this device; `auto` does on accelerators that have a compiler."""
     if config.compile == "auto":
-        whole = config.parallel.tensor_parallel == 1
-        return whole and device.type != "cpu" and missing_compiler(device.type) is None
+        return device.type != "cpu" and missing_compiler(device.type) is None
     return config.compile
 
 
@@ -38,8 +34,7 @@ def describe(config: TrainConfig, device: torch.device) -> str:
     if is_on(config, device):
         return "each block, by torch.compile, in the first step"
     if config.compile == "auto" and device.type != "cpu":
-        reason = missing_compiler(device.type) or "auto does not compile with tensor parallelism"
-        return f"off, which is slower: {reason}"
+        return f"off, which is slower: {missing_compiler(device.type)}"
     return "off"
 
 

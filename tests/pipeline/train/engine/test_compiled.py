@@ -12,6 +12,8 @@ from tests.pipeline.train.engine.test_topologies import BF16_TOLERANCE, FP32_TOL
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs g++")
 
+TP2 = {"parallel__tensor_parallel": 2, "batch__micro_size": 2}
+
 
 @pytest.fixture(scope="module")
 def plain_losses(shards):
@@ -28,7 +30,10 @@ def plain_losses(shards):
         pytest.param(2, {"parallel__zero_stage": 3, "parallel__recompute": True}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__zero_stage": 3, "parallel__offload": "parameters"}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__pipeline_stages": 2, "batch__micro_size": 2}, marks=pytest.mark.slow),
-        pytest.param(2, {"parallel__tensor_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param(2, TP2, marks=pytest.mark.slow),
+        pytest.param(2, {**TP2, "parallel__sequence_parallel": False}, marks=pytest.mark.slow),
+        pytest.param(2, {**TP2, "parallel__recompute": True}, marks=pytest.mark.slow),
+        pytest.param(4, {**TP2, "parallel__pipeline_stages": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_fp32_losses_are_those_of_plain_torch(

@@ -53,10 +53,18 @@ def test_two_parts_are_as_one_rank(runner: Runner, block: str) -> None:
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.parametrize("sequence", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_with_dropout_a_resumed_run_is_bit_equal(runner: Runner, sequence: bool) -> None:
+@pytest.mark.parametrize(
+    ("sequence", "compiled"),
+    [
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_with_dropout_a_resumed_run_is_bit_equal(runner: Runner, sequence: bool, compiled: bool) -> None:
     """The health check compares the replicas: without equal masks outside the split matrices they would differ."""
-    settings = {**TP2, "parallel__sequence_parallel": sequence, "schedule__decay": "constant"}
+    settings = {**TP2, "parallel__sequence_parallel": sequence, "schedule__decay": "constant", "compile": compiled}
     settings |= {"model__dropout": 0.1, "optimizer__learning_rate": RATE, "checkpoint__every_steps": 4}
     settings |= {"validation__every_steps": 4}
     runner.check_trains("unbroken", 2, **settings, schedule__steps=12)
