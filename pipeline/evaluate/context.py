@@ -1,7 +1,7 @@
 """What every task receives: the model, the shard set, the ranks, and the images of a split in fixed batches."""
 
 import logging
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -156,6 +156,16 @@ class Evaluation:
         """Logs a line, on the first rank only."""
         if self.is_first:
             logger.info(line)
+
+    def log_outermost(self, option: str, tried: Sequence[float], chosen: Sequence[float]) -> None:
+        """Logs if the smallest or the largest value tried was chosen: outside of those tried, others may be better.
+
+        chosen: one of `tried`, for each choice that was made.
+        """
+        for what, instead, value in (("smallest", "smaller", min(tried)), ("largest", "larger", max(tried))):
+            if value in chosen and min(tried) < max(tried):
+                times = f" in {chosen.count(value)} of {len(chosen)} cases" if len(chosen) > 1 else ""
+                self.log(f"{option}: {value:g}, the {what} that was tried, is the best{times}; try {instead} ones too")
 
 
 def start_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:

@@ -75,6 +75,8 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             raise all_diverged(learning_rates)
         epoch, chosen = record.best
         accuracies = np.array(record.accuracies)  # (E, K)
+        learning_rate = learning_rates[chosen % len(learning_rates)]
+        evaluation.log_outermost(f"{options.TASK}.learning_rates", learning_rates, [learning_rate])
         by_layer = accuracies.max(axis=0).reshape(len(layers), -1).max(axis=1)  # (layers,)
 
         def predict_under(draw: int) -> np.ndarray:
@@ -92,7 +94,7 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
             "learning_rates": learning_rates,
             "heads": self._heads(evaluation),
             "best_layer": probes.layers[chosen],
-            "learning_rate": learning_rates[chosen % len(learning_rates)],
+            "learning_rate": learning_rate,
             "best_epoch": epoch,
             "valid_accuracy": record.valid_accuracy,
             "valid_accuracy_by_epoch": accuracies[:, chosen].tolist(),

@@ -90,6 +90,7 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
                 features[CONCATENATED] = concatenated([features[layer_name(layer)] for layer in layers])
             items[CONCATENATED] = search(CONCATENATED)
             found |= map_over_ranks(evaluation, "concatenated layers", {CONCATENATED: items[CONCATENATED]})
+        self._log_outermost(evaluation, [found[name]["setting"] for name in chosen])
         if sgd is not None:
             repeats: dict[str, WorkItem] = {
                 f"{name}-again-{repeat}": partial(
@@ -109,6 +110,12 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
             result[CONCATENATED]["features"] = train[CONCATENATED].features[:1].shape[1]
         from_first(lambda: draw_or_log(draw_by_layer, result, evaluation.results / FIGURE))
         return result
+
+    def _log_outermost(self, evaluation: Evaluation, chosen: list[float]) -> None:
+        if self.options.solver == "lbfgs":
+            evaluation.log_outermost("linear_probe.l2", self.options.l2, chosen)
+        else:
+            evaluation.log_outermost("linear_probe.sgd.rates", self.options.sgd.rates, chosen)
 
     def _chosen_probes(
         self, chosen: list[str], layers: list[int], found: dict[str, dict[str, Any]], tested: dict[str, Any]
