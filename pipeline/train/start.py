@@ -8,12 +8,14 @@ from pathlib import Path
 
 from pipeline.checkpoint.format import Checkpoint, CheckpointRecord, restore_random_states
 from pipeline.checkpoint.fragments import StateReader
+from pipeline.checkpoint.metrics_log import Row, last_steps
 from pipeline.checkpoint.probe import probe_batch
 from pipeline.checkpoint.run_folder import RunFolder
 from pipeline.config import TrainConfig
 from pipeline.distributed import Ranks, from_first, gather, raise_on_all_ranks
 from pipeline.hub import HUB, pull
 from pipeline.rank_errors import reported_on_all_ranks
+from pipeline.schedule import learning_rate_at
 from pipeline.train.checkpointing import (
     CheckpointManager,
     Progress,
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 ORIGIN = "origin"
 """What run.json calls the model that the run started from."""
+RISE = 1.001
+"""By which factor a learning rate is larger than that of the step before, if it rises."""
 
 
 def check_origin(inputs: Inputs, run: RunFolder) -> None:
@@ -144,8 +148,25 @@ def record_of(source: Checkpoint | Origin | None, config: TrainConfig) -> Checkp
 def load(source: Checkpoint | Origin | None, manager: CheckpointManager, engine: Engine, run: RunFolder) -> Progress:
     """Fills the engine with what `find_source` found, and verifies it. Raises ValueError on every rank."""
     if isinstance(source, Checkpoint):
-        return manager.load(source, engine)
+        progress = manager.load(source, engine)
+        if manager.ranks.is_first:
+            _warn_of_rising_rate(manager.config, last_steps(run.path, progress.step, 1))
+        return progress
     return Progress() if source is None else _start(source, manager, engine, run)
+
+
+def _warn_of_rising_rate(config: TrainConfig, last: list[Row]) -> None:
+    """Logs a warning if the learning rate rises after the last step, and not by the warm-up."""
+    if not last:
+        return
+    step, before = last[-1]["step"] + 1, last[-1]["learning_rate"]
+    rate = learning_rate_at(step, config.optimizer.learning_rate, config.schedule)
+    if config.schedule.warmup_steps < step <= config.schedule.steps and rate > RISE * before:
+        logger.warning(
+            f"the learning rate rises from {before:.3g} in step {step - 1:,} to {rate:.3g} in step {step:,}, as "
+            f"optimizer.learning_rate or the schedule has changed; the curve will not be that of a run which had these "
+            f"settings from its first step"
+        )
 
 
 def _start(origin: Origin, manager: CheckpointManager, engine: Engine, run: RunFolder) -> Progress:

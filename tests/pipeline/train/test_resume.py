@@ -198,6 +198,19 @@ def test_a_finished_run_logs_changes_without_effect(finished_run: Runner) -> Non
     assert "schedule.steps was 40 and is now 20, without effect on a finished run" in finished.output
 
 
+@pytest.mark.parametrize(
+    ("decay", "rise"),
+    [("cosine", "the learning rate rises from 0 in step 10 to 0.000598 in step 11, as"), ("constant", None)],
+)
+def test_a_longer_run_warns_if_its_learning_rate_rises(runner: Runner, decay: str, rise: str | None) -> None:
+    settings = {"schedule__decay": decay, "optimizer__learning_rate": 1e-3}
+    runner.check_trains("run", 1, **settings, schedule__steps=10)
+    finished = runner.train("run", 1, **settings, schedule__steps=20)
+    assert finished.codes == [0]
+    assert ("the learning rate rises" in finished.output) is (rise is not None)
+    assert rise is None or rise in finished.output
+
+
 def test_a_run_that_lost_its_checkpoints_does_not_start_from_scratch(runner: Runner) -> None:
     runner.check_trains("run", 1, schedule__steps=10)
     shutil.rmtree(runner.folder / "run/checkpoints")
@@ -227,6 +240,7 @@ def test_an_earlier_checkpoint_is_resumed_and_the_later_ones_are_set_aside(
         resumed.output
     )
     assert f"{run}/STOP dates from 2001-09-09" in resumed.output
+    assert "the learning rate rises" not in resumed.output
     assert runner.losses("run") == finished_run.losses("reference")
     [aside] = (run / "checkpoints").glob("set-aside-*")
     assert sorted(path.name for path in aside.glob("step-*")) == ["step-00000030", "step-00000040"]
