@@ -140,13 +140,14 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
 
 
 def _chosen(config: TrainConfig, model: Any, cluster: Cluster, layouts: list[Layout]) -> Layout:
-    """The configured layout. If ranks or batch do not divide, the error names the fastest layout that works."""
+    """The configured layout. If ranks or batch do not divide, layouts that work are printed; the error names one."""
     try:
         return lay_out(config, model, cluster)
     except ValueError as error:
         better = next((layout for layout in layouts if fits(layout, cluster)), None)
         if better is None:
             raise
+        _print_layouts(layouts, model, cluster)
         raise ValueError(f"{error} The fastest layout that divides and fits is {better.overrides()}.") from error
 
 

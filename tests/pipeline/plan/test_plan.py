@@ -128,6 +128,7 @@ def test_the_error_of_a_layout_that_does_not_divide_names_one_that_does(ranks: i
         rf"1 x {ranks} = {ranks}\. The fastest layout that divides and fits is (.*)\.\n$", finished.output
     )
     assert advice
+    assert "layouts that fit, by estimated speed\n" in finished.output
     chosen = plan(tmp_path, *XL, "--ranks", ranks, *advice[1].split())
     assert chosen.codes == [0]
     assert "none; those with the lowest peak" not in chosen.output
@@ -162,7 +163,9 @@ def test_a_wrong_accelerator_is_an_error_before_torch_is_loaded() -> None:
     ],
 )
 def test_invalid_input_is_an_error(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """One line, after the layouts that work where only the configured one does not."""
     finished = plan(tmp_path, *XL, *arguments)
     assert finished.codes == [2]
-    assert message in finished.output
-    assert finished.output.count("\n") == 1
+    *layouts, error = finished.output.splitlines()
+    assert error.startswith("error: ") and message in error
+    assert not layouts or layouts[:2] == ["", "layouts that fit, by estimated speed"]
