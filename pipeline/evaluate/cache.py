@@ -110,6 +110,11 @@ def clear_unfinished(results: Path, task: str) -> None:
     shutil.rmtree(results / UNFINISHED / task, ignore_errors=True)
 
 
+def lock_of(results: Path, task: str) -> Path:
+    """The file that a command locks while it runs a task."""
+    return results / UNFINISHED / f".{task}.lock"
+
+
 class CachedArray:
     """A large array in one file: NAME.npy is complete once NAME.json, which holds its digest, exists."""
 

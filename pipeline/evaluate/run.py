@@ -4,16 +4,17 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.files import json_digest, read_json, to_json, write_json
+from data_prep.common.files import json_digest, locked, read_json, to_json, write_json
 from data_prep.shards.reader import ShardSet
 from pipeline.distributed import from_first
-from pipeline.evaluate.cache import TaskCache, clear_unfinished
+from pipeline.evaluate.cache import TaskCache, clear_unfinished, lock_of
 from pipeline.evaluate.context import Evaluation, load_matching, start_accelerator
 from pipeline.evaluate.registry import TASKS, task_class
 from pipeline.evaluate.request import Request
@@ -134,7 +135,16 @@ class Job:
             return False
 
     def run(self) -> bool:
-        """Runs the task and writes its JSON last; skips it if it is measured. Returns whether it ran."""
+        """Runs the task and writes its JSON last; skips it if it is measured. Returns whether it ran.
+
+        Waits for another command that runs the same task with the same --out.
+        """
+        with ExitStack() as stack:
+            lock = lock_of(self.evaluation.results, self.name)
+            from_first(lambda: stack.enter_context(locked(lock, str(self.path))))
+            return self._run_alone()
+
+    def _run_alone(self) -> bool:
         inputs, start = from_first(self.inputs), time.monotonic()
         if from_first(lambda: self._is_measured_with(inputs)):
             self.evaluation.log(
