@@ -4,12 +4,13 @@ import gc
 import logging
 import os
 import sys
+import threading
 from contextlib import suppress
 from typing import NoReturn
 
 from data_prep.common.command_line import Command, dispatch
 from data_prep.common.exit_codes import STOPPED
-from pipeline.rank_errors import local_rank, report_error, reported_once_per_node
+from pipeline.rank_errors import CONNECTING, local_rank, report_error, reported_once_per_node
 
 logger = logging.getLogger("pipeline")
 
@@ -36,14 +37,16 @@ def train(arguments: list[str]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process: without the interpreter's shutdown if a process group was started.
+    """Ends the process: without the interpreter's shutdown if a process group was started, or is being started.
 
     The shutdown waits for all threads and destroys the group. After an error, NCCL's threads may wait for other ranks,
-    which in turn wait for this one; and even a finished rank sometimes aborts in the group's threads. Everything that a
-    later command reads is on disk by now: a checkpoint that is still being written stays incomplete.
+    which in turn wait for this one; and even a finished rank sometimes aborts in the group's threads, as one may that
+    still connects to rank 0. Everything that a later command reads is on disk by now: a checkpoint that is still being
+    written stays incomplete.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+    started = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if not started and all(thread.name != CONNECTING for thread in threading.enumerate()):
         sys.exit(code)
     for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
         with suppress(OSError, ValueError):  # a console that was closed

@@ -23,6 +23,8 @@ QUIET_SECONDS = 2.0
 """How much later than this rank, rank 0 may come to print the error."""
 LAUNCHED_QUIET_SECONDS = 120.0
 """The same under a launcher, which ends this rank when rank 0 exits: nobody waits so long."""
+CONNECTING = "connecting to rank 0"
+"""Name of a thread that is in a call of torch, which Python can't end."""
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
 """Variables that torchrun and srun set."""
 

@@ -22,7 +22,7 @@ import psutil
 import torch.distributed as dist
 
 from pipeline.distributed import Ranks
-from pipeline.rank_errors import RankUnreachable, is_launched
+from pipeline.rank_errors import CONNECTING, RankUnreachable, is_launched
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,8 @@ def _connect(wait: _Wait) -> dist.Store:
     reason = "no answer"
     while True:
         attempt: Future[dist.Store] = Future()
-        threading.Thread(target=_try_to_connect, args=(wait.host, wait.port, attempt), daemon=True).start()
+        place = (wait.host, wait.port, attempt)
+        threading.Thread(target=_try_to_connect, args=place, name=CONNECTING, daemon=True).start()
         while not attempt.done():
             wait.once(partial(_rank_0, wait.address, reason))
         failure = attempt.exception()
