@@ -75,7 +75,7 @@ demo: $(SET_UP)
 	@echo "      --run RUN --data.shards SHARDS"
 
 test: $(SET_UP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # The slow tests run one after the other: some take most of the memory, others stop nodes of a SLURM.
 test-all: test

@@ -40,9 +40,9 @@ def leave(code: int) -> NoReturn:
     """Ends the process: without the interpreter's shutdown if a process group was started, or is being started.
 
     The shutdown waits for all threads and destroys the group. After an error, NCCL's threads may wait for other ranks,
-    which in turn wait for this one; and even a finished rank sometimes aborts in the group's threads, as one may that
-    still connects to rank 0. Everything that a later command reads is on disk by now: a checkpoint that is still being
-    written stays incomplete.
+    which in turn wait for this one. Even a finished rank sometimes aborts in the group's threads; so may a rank whose
+    attempt to connect to rank 0 hangs. Everything that a later command reads is on disk by now: a checkpoint that is
+    still being written stays incomplete.
     """
     distributed = sys.modules.get("torch.distributed")
     started = distributed is not None and distributed.is_available() and distributed.is_initialized()

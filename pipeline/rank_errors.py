@@ -24,7 +24,7 @@ QUIET_SECONDS = 2.0
 LAUNCHED_QUIET_SECONDS = 120.0
 """The same under a launcher, which ends this rank when rank 0 exits: nobody waits so long."""
 CONNECTING = "connecting to rank 0"
-"""Name of a thread that is in a call of torch, which Python can't end."""
+"""Name of the thread that connects to rank 0. Python can't end it while it is inside torch."""
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
 """Variables that torchrun and srun set."""
 

@@ -1,14 +1,37 @@
-"""Programs that tests start are forked from a process that has the large packages imported."""
+"""The order of the files; programs that tests start are forked from a process that has imported the large packages."""
 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import launch
 from tests.fork_server import ForkServer
 from tests.forked import serving
+
+SLOWEST = (
+    "slurm/test_jobs.py",
+    "pipeline/train/data/test_streamed_run.py",
+    "pipeline/train/engine/test_float8.py",
+    "pipeline/train/health/test_health.py",
+    "pipeline/train/test_errors.py",
+    "slurm/test_before_submission.py",
+    "pipeline/train/test_resume.py",
+    "pipeline/train/engine/test_tensor_parallel.py",
+    "pipeline/evaluate/test_command.py",
+    "data_prep/build/test_memory.py",
+    "pipeline/operate/test_doctor.py",
+    "pipeline/operate/test_rate_search.py",
+    "pipeline/train/engine/test_topologies.py",
+)
+"""The files that take longest run first: at the end no worker should have one alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / file: number for number, file in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,8 +26,9 @@ from pipeline.model_folder.convert import LoadedModel, load_model_folder
 
 logger = logging.getLogger(__name__)
 
-GROUP_TIMEOUT = timedelta(hours=12)
-"""Timeout of collectives: all ranks wait for the rank that fits the slowest probe."""
+GROUP_TIMEOUT = timedelta(days=2)
+"""Timeout of collectives: all ranks wait for the rank that fits the slowest probe, and for rank 0 while another command
+runs the same task."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ class Evaluation:
         if self.is_first:
             logger.info(line)
 
-    def log_outermost(self, option: str, tried: Sequence[float], chosen: Sequence[float]) -> None:
-        """Logs if the smallest or the largest value tried was chosen: outside of those tried, others may be better.
+    def log_if_at_limit(self, option: str, tried: Sequence[float], chosen: Sequence[float]) -> None:
+        """Logs if the best value is the smallest or the largest that was tried: values beyond it may be better.
 
         chosen: one of `tried`, for each choice that was made.
         """

@@ -1,5 +1,6 @@
 """python -m pipeline plan: estimates a run's memory and time on N accelerators, and the layouts that fit."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,14 +141,16 @@ def _plan(config: TrainConfig, cluster: Cluster, json: str | None) -> int:
 
 
 def _chosen(config: TrainConfig, model: Any, cluster: Cluster, layouts: list[Layout]) -> Layout:
-    """The configured layout. If ranks or batch do not divide, layouts that work are printed; the error names one."""
+    """The configured layout. If ranks or batch do not divide, those that do are printed; the error names one."""
     try:
         return lay_out(config, model, cluster)
     except ValueError as error:
         better = next((layout for layout in layouts if fits(layout, cluster)), None)
         if better is None:
             raise
-        _print_layouts(layouts, model, cluster)
+        if not cluster.on_cpu:
+            _print_layouts(layouts, model, cluster)
+            sys.stdout.flush()  # before the error, which is written to another stream
         raise ValueError(f"{error} The fastest layout that divides and fits is {better.overrides()}.") from error
 
 

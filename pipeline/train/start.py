@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 ORIGIN = "origin"
 """What run.json calls the model that the run started from."""
-RISE = 1.001
-"""By which factor a learning rate is larger than that of the step before, if it rises."""
+MIN_RISE = 1.001
+"""A learning rate rises if it is more than this factor above the one before."""
 
 
 def check_origin(inputs: Inputs, run: RunFolder) -> None:
@@ -149,22 +149,22 @@ def load(source: Checkpoint | Origin | None, manager: CheckpointManager, engine:
     """Fills the engine with what `find_source` found, and verifies it. Raises ValueError on every rank."""
     if isinstance(source, Checkpoint):
         progress = manager.load(source, engine)
-        if manager.ranks.is_first:
-            _warn_of_rising_rate(manager.config, last_steps(run.path, progress.step, 1))
+        from_first(lambda: _warn_of_rising_rate(manager.config, last_steps(run.path, progress.step, 1)))
         return progress
     return Progress() if source is None else _start(source, manager, engine, run)
 
 
 def _warn_of_rising_rate(config: TrainConfig, last: list[Row]) -> None:
-    """Logs a warning if the learning rate rises after the last step, and not by the warm-up."""
-    if not last:
+    """Logs a warning if the learning rate rises after the last step, unless it is still warming up."""
+    before = last[-1].get("learning_rate") if last else None
+    if before is None:
         return
-    step, before = last[-1]["step"] + 1, last[-1]["learning_rate"]
+    step = last[-1]["step"] + 1
     rate = learning_rate_at(step, config.optimizer.learning_rate, config.schedule)
-    if config.schedule.warmup_steps < step <= config.schedule.steps and rate > RISE * before:
+    if config.schedule.warmup_steps < step <= config.schedule.steps and rate > MIN_RISE * before:
         logger.warning(
             f"the learning rate rises from {before:.3g} in step {step - 1:,} to {rate:.3g} in step {step:,}, as "
-            f"optimizer.learning_rate or the schedule has changed; the curve will not be that of a run which had these "
+            f"optimizer.learning_rate or the schedule has changed; the curve will not be that of a run that had these "
             f"settings from its first step"
         )
 

@@ -71,7 +71,8 @@ def train_classifier(
     module, trials = search(evaluation, recipe.learning_rates, training_at, recipe)
     assert isinstance(module, Classifier)
     best = best_of(trials)
-    evaluation.log_outermost(f"{recipe.TASK}.learning_rates", recipe.learning_rates, [best["learning_rate"]])
+    model = "" if name == recipe.TASK else f" ({name})"
+    evaluation.log_if_at_limit(f"{recipe.TASK}.learning_rates{model}", recipe.learning_rates, [best["learning_rate"]])
     return module, {key: best[key] for key in ("learning_rate", "best_epoch", "valid_accuracy")} | {"trials": trials}
 
 

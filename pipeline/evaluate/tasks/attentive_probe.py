@@ -76,7 +76,7 @@ class AttentiveProbe(LabelledTask[AttentiveProbeOptions]):
         epoch, chosen = record.best
         accuracies = np.array(record.accuracies)  # (E, K)
         learning_rate = learning_rates[chosen % len(learning_rates)]
-        evaluation.log_outermost(f"{options.TASK}.learning_rates", learning_rates, [learning_rate])
+        evaluation.log_if_at_limit(f"{options.TASK}.learning_rates", learning_rates, [learning_rate])
         by_layer = accuracies.max(axis=0).reshape(len(layers), -1).max(axis=1)  # (layers,)
 
         def predict_under(draw: int) -> np.ndarray:

@@ -84,7 +84,7 @@ class KNN(LabelledTask[KnnOptions]):
         found = map_over_ranks(evaluation, "nearest neighbors", {name: partial(validation, name) for name in bank})
         table = np.array([found[name]["valid_accuracy"] for name in bank if name not in BASELINES])  # (L+1, k)
         layer, best = (int(index) for index in np.unravel_index(table.argmax(), table.shape))
-        evaluation.log_outermost("knn.k", self.options.k, [numbers[best]])
+        evaluation.log_if_at_limit("knn.k", self.options.k, [numbers[best]])
         test = features_per_mask(evaluation, images["test"])
 
         def on_test() -> dict[str, Any]:

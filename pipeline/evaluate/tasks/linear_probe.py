@@ -90,7 +90,7 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
                 features[CONCATENATED] = concatenated([features[layer_name(layer)] for layer in layers])
             items[CONCATENATED] = search(CONCATENATED)
             found |= map_over_ranks(evaluation, "concatenated layers", {CONCATENATED: items[CONCATENATED]})
-        self._log_outermost(evaluation, [found[name]["setting"] for name in chosen])
+        self._log_if_at_limit(evaluation, [found[name]["setting"] for name in chosen])
         if sgd is not None:
             repeats: dict[str, WorkItem] = {
                 f"{name}-again-{repeat}": partial(
@@ -111,11 +111,11 @@ class LinearProbe(LabelledTask[LinearProbeOptions]):
         from_first(lambda: draw_or_log(draw_by_layer, result, evaluation.results / FIGURE))
         return result
 
-    def _log_outermost(self, evaluation: Evaluation, chosen: list[float]) -> None:
+    def _log_if_at_limit(self, evaluation: Evaluation, settings: list[float]) -> None:
         if self.options.solver == "lbfgs":
-            evaluation.log_outermost("linear_probe.l2", self.options.l2, chosen)
+            evaluation.log_if_at_limit("linear_probe.l2", self.options.l2, settings)
         else:
-            evaluation.log_outermost("linear_probe.sgd.rates", self.options.sgd.rates, chosen)
+            evaluation.log_if_at_limit("linear_probe.sgd.rates", self.options.sgd.rates, settings)
 
     def _chosen_probes(
         self, chosen: list[str], layers: list[int], found: dict[str, dict[str, Any]], tested: dict[str, Any]

@@ -92,7 +92,7 @@ class LowData(Task[LowDataOptions]):
             for setting in settings
         }
         done = list(map_over_ranks(evaluation, "few labels", items).values())
-        evaluation.log_outermost("low_data.l2", options.l2, [each["l2"] for each in done])
+        evaluation.log_if_at_limit("low_data.l2", options.l2, [each["l2"] for each in done])
         result = description(evaluation, images) | {
             "settings": [_summarize(setting, done[number :: len(settings)]) for number, setting in enumerate(settings)],
             "left_out": left_out,

@@ -28,7 +28,7 @@ def use_own_attention_dropout(attention: nn.Module, rank: int) -> None:
     attention.tensor_rank = rank  # type: ignore[assignment]
 
 
-@torch.compiler.disable(reason="a random state of its own; with parallel.sequence_parallel it is compiled")
+@torch.compiler.disable(reason="its dropout has its own random state; with parallel.sequence_parallel it is compiled")
 def _attend(module: Any, queries: torch.Tensor, *inputs: Any, dropout: float = 0.0, **options: Any) -> Any:
     """As transformers' attention functions."""
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
@@ -15,9 +14,7 @@ import pytest
 import torch
 
 from data_prep.common.exit_codes import Failed
-from data_prep.common.files import locked
 from data_prep.shards.reader import open_shard_set
-from pipeline.evaluate.cache import lock_of
 from pipeline.evaluate.command import evaluate
 from pipeline.evaluate.registry import TASKS
 from pipeline.evaluate.request import Command
@@ -387,20 +384,3 @@ def test_two_ranks_measure_what_one_measures(
             assert two[task][key] == result[key], (task, key)
     images = [re.findall(r"base64,([^\"]+)", (folder / "report.html").read_text()) for folder in folders]
     assert images[0] == images[1]
-
-
-def test_a_second_command_waits_for_the_one_that_runs_the_same_task(
-    shards_folder: Path, model_folder: Path, tmp_path: Path
-) -> None:
-    command = ["-m", "pipeline", "evaluate", model_folder, "--shards", shards_folder, "--out", tmp_path / "results"]
-    with locked(lock_of(tmp_path / "results", "knn"), "the test"):
-        [other] = launch.start(1, *command, "--tasks", "density", logs=tmp_path / "other")
-        assert launch.finish([other], tmp_path / "other").codes == [0]
-        [second] = launch.start(1, *command, "--tasks", "knn", logs=tmp_path / "second")
-        log, end = tmp_path / "second/rank-0.log", time.monotonic() + 60
-        while "waiting for another command that writes" not in log.read_text() and time.monotonic() < end:
-            time.sleep(0.1)
-        assert second.poll() is None
-    finished = launch.finish([second], tmp_path / "second")
-    assert finished.codes == [0]
-    assert f"waiting for another command that writes {tmp_path / 'results/knn.json'}" in finished.output

@@ -38,7 +38,7 @@ from pipeline.evaluate.tasks.low_data import LowData
         ([0.1], [0.1], []),
     ],
 )
-def test_a_best_value_at_the_end_of_those_tried_is_logged(
+def test_a_best_value_at_the_limit_of_those_tried_is_logged(
     tried: list[float],
     chosen: list[float],
     logged: list[str],
@@ -46,7 +46,7 @@ def test_a_best_value_at_the_end_of_those_tried_is_logged(
     evaluation_of: Callable,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    evaluation_of(model_folder).log_outermost("x", tried, chosen)
+    evaluation_of(model_folder).log_if_at_limit("x", tried, chosen)
     assert caplog.messages == logged
 
 
@@ -70,6 +70,6 @@ def test_a_best_value_at_the_end_of_those_tried_is_logged(
 def test_tasks_log_it(
     task: Task, option: str, model_folder: Path, evaluation_of: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of two values each is at an end."""
+    """With two values, the best one is always the smallest or the largest."""
     task.measure(evaluation_of(model_folder))
     assert f"{option}: " in caplog.text

@@ -1,14 +1,16 @@
-"""Probes that were killed: what was finished is not done again, and the numbers are the same."""
+"""Tasks that were killed, or run twice: what is finished is not done again, and the numbers are the same."""
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import pytest
 
-from data_prep.common.files import read_json
-from pipeline.evaluate.cache import TaskCache, clear_unfinished
+from data_prep.common.files import locked, read_json
+from pipeline.evaluate.cache import TaskCache, clear_unfinished, lock_of
 from pipeline.evaluate.options import LinearProbeOptions, SgdOptions
 from pipeline.evaluate.registry import options_type, task_class
 from tests import launch
@@ -90,3 +92,24 @@ def test_killed_processes_resume_on_other_ranks(shards_folder: Path, model_folde
         ours, theirs = (read_json(tmp_path / folder / f"{task}.json") for folder in ("killed", "uninterrupted"))
         for key in set(theirs) - {"command", "seconds"}:
             assert ours[key] == theirs[key], (task, key)
+
+
+def test_a_second_command_waits_for_the_one_that_runs_the_same_task(
+    shards_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    def arguments(out: str, task: str) -> list[object]:
+        places = [model_folder, "--shards", shards_folder, "--out", tmp_path / out]
+        return ["-m", "pipeline", "evaluate", *places, "--tasks", task]
+
+    assert launch.run(1, *arguments("first", "knn"), logs=tmp_path / "log").codes == [0]
+    with locked(lock_of(tmp_path / "results", "knn"), "the test"):
+        assert launch.run(1, *arguments("results", "density"), logs=tmp_path / "log").codes == [0]
+        [second] = launch.start(1, *arguments("results", "knn"), logs=tmp_path / "second")
+        log, end = tmp_path / "second/rank-0.log", time.monotonic() + launch.SECONDS
+        while f"waiting for another command that writes {tmp_path / 'results/knn.json'}" not in log.read_text():
+            assert second.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        copy(tmp_path / "first/knn.json", tmp_path / "results")
+    finished = launch.finish([second], tmp_path / "second")
+    assert finished.codes == [0]
+    assert "knn: already measured with these inputs, skipped" in finished.output

@@ -111,10 +111,10 @@ def test_a_rank_0_that_does_not_answer_is_named(
         wait_for_ranks(rank_of(1, 2), timedelta(seconds=0.3))
 
 
-def test_without_an_answer_it_is_named_and_the_rank_ends_without_shutdown(
+def test_a_rank_0_that_never_answers_is_named_and_the_rank_skips_the_shutdown(
     listener: socket.socket, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's shutdown would abort if the thread that connects came back from torch meanwhile."""
+    """The shutdown would abort if the connecting thread returned from torch during it."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     finished = finish(start(1, "-c", UNANSWERED, *training(shards, tmp_path), logs=tmp_path, fresh=True), tmp_path)
