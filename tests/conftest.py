@@ -14,12 +14,10 @@ from tests.forked import serving
 SLOWEST = (
     "slurm/test_jobs.py",
     "pipeline/train/data/test_streamed_run.py",
-    "pipeline/train/engine/test_float8.py",
     "pipeline/train/health/test_health.py",
     "pipeline/train/test_errors.py",
     "slurm/test_before_submission.py",
     "pipeline/train/test_resume.py",
-    "pipeline/train/engine/test_tensor_parallel.py",
     "pipeline/evaluate/test_command.py",
     "data_prep/build/test_memory.py",
     "pipeline/operate/test_doctor.py",

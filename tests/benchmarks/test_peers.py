@@ -70,6 +70,7 @@ def test_scripts_take_turns_alternately_and_the_first_is_not_counted(scripts: Pa
     assert min(b.turns["cpu_seconds"]) > 5 * max(a.turns["cpu_seconds"])
 
 
+@pytest.mark.slow  # starts scripts twelve times
 def test_a_script_that_fails_is_named_with_its_error_and_the_others_are_measured(scripts: Path) -> None:
     """Failing at start, in a turn, by hanging, and for want of an environment."""
     ours = script(scripts, "works", scripts / "log", "a")

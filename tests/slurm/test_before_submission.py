@@ -214,11 +214,17 @@ def test_the_users_own_request_of_accelerators_is_kept(tmp_path: Path) -> None:
             "error: modle.size is not a known key; did you mean model.size? (see python -m pipeline train",
         ),
         ({"SHARDS": "/none"}, [], "error: /none/8 does not exist"),
-        ({}, ["--model.resolution=16"], "error: model.resolution is 16; it must be 8, the resolution of the shard set"),
-        (
+        pytest.param(
+            {},
+            ["--model.resolution=16"],
+            "error: model.resolution is 16; it must be 8, the resolution of the shard set",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"ACCELERATORS_PER_NODE": "3"},
             [],
             "error: batch.global_size is 128; it must be a multiple of batch.micro_size",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["argument", "site", "accelerators", "partition", "python", "packages", "key", "set", "resolution", "batch"],

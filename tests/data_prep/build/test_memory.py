@@ -47,7 +47,7 @@ def peak_kilobytes(options: list[str], palette: Path, out: Path, workers: int) -
 
 
 @pytest.mark.parametrize("write", [write_folder, write_tars])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ten_times_the_images_take_no_more_memory(
     write: object, workers: int, tmp_path: Path, small: tuple[np.ndarray, np.ndarray]
 ) -> None:

@@ -52,6 +52,7 @@ def test_it_ends_when_the_loss_stops_falling_and_repeats_no_run(runner: Runner, 
     assert again.output.count("resumed from") <= losses.count(None)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_stops_the_search(runner: Runner) -> None:
     folder = runner.folder / "search" / "rate-0.01"
     runner.check_trains("search/rate-0.01", 1, schedule__steps=12, validation__every_steps=12)

@@ -115,7 +115,7 @@ runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
 @pytest.mark.parametrize(
     ("at_check", "step", "validated"),
     [
-        (9 + 5, 40, [20]),
+        pytest.param(9 + 5, 40, [20], marks=pytest.mark.slow),
         pytest.param(5, 20, [], marks=pytest.mark.slow),
         pytest.param(9 + 9 + 2, 40, [20, 40], marks=pytest.mark.slow),
     ],

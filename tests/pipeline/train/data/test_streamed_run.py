@@ -58,6 +58,7 @@ def test_a_run_says_at_the_start_what_streaming_guarantees_less(unbroken: tuple[
     assert len(unbroken[0].losses("unbroken")) == STEPS
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_the_curve_is_bit_equal(
     server: Server, tmp_path: Path, unbroken: tuple[Runner, Finished]
 ) -> None:

@@ -34,6 +34,7 @@ def test_fp32_losses_are_those_of_plain_torch(
     assert runner.losses("run") == pytest.approx(plain_losses, abs=FP32_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bf16_losses_stay_near(runner: Runner, plain_losses: list[float]) -> None:
     runner.check_trains("run", 2, **TP2, optimizer__learning_rate=RATE, precision="bf16")
     assert runner.losses("run") == pytest.approx(plain_losses, abs=BF16_TOLERANCE)
